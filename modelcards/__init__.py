@@ -1,0 +1,42 @@
+"""Model cards for pyvene: what Qwen2.5, Gemma 2, Llama 3.1, Mistral and GPT-2 look like to it.
+
+import modelcards
+modelcards.register()      # pyvene.IntervenableModel now knows every component of `modelcards.COMPONENTS`
+"""
+
+import contextlib
+import io
+
+# pyvene announces on standard output, at import, which optional backends are missing.
+with contextlib.redirect_stdout(io.StringIO()):
+    import pyvene  # noqa: F401
+
+from modelcards.attention_taps import Taps, head_shares
+from modelcards.components import (
+    COMPONENTS,
+    FIELD_NAMES,
+    Component,
+    dimensions,
+    head_dim,
+    n_heads,
+    n_kv_heads,
+    n_layers,
+)
+from modelcards.register import CARDS, Card, card_of, register
+
+__all__ = [
+    "CARDS",
+    "COMPONENTS",
+    "FIELD_NAMES",
+    "Card",
+    "Component",
+    "Taps",
+    "card_of",
+    "dimensions",
+    "head_dim",
+    "head_shares",
+    "n_heads",
+    "n_kv_heads",
+    "n_layers",
+    "register",
+]

@@ -1,0 +1,243 @@
+"""Taps: places that no module of a transformers model computes, made visible while a `with Taps(...)` lasts.
+
+Rotated queries and keys, attention scores and pattern live inside one attention function; per-head contributions are summed
+inside one matrix product; Gemma 2's logits are soft-capped in the model's own forward. For each such place that a config names,
+`Taps` puts an `nn.Identity` child where the card says, so that an ordinary hook on an ordinary module reads and edits it.
+
+    with Taps(model, card_of(model), [("attention_pattern", 3), ("head_contribution", 5)]):
+        model.model.layers[3].self_attn.tap_pattern.register_forward_hook(...)
+
+Inside, the named layers' attention runs through `tapped_attention`, registered once with transformers' AttentionInterface and
+switched on by giving that one attention module a copied config; the model's config, and so the masks it makes, stay as they are.
+After the block nothing is left: no child, no hook, no config. Layers not named are never touched.
+
+Every tap carries [batch pos heads*width], heads side by side as in a projection's output (scores and pattern: [batch n_query
+n_head*n_key]), because that is the layout pyvene splits into heads, gathers and scatters exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from modelcards.register import Card
+
+IMPLEMENTATION = "pyvene_taps"
+MASKS_UNDERSTOOD = ("eager", "sdpa")
+PREFIX = "tap_"
+INSIDE_ATTENTION = ("tap_query", "tap_key", "tap_scores", "tap_pattern")
+
+
+def tapped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as transformers computes it, passing through the taps that `module` has at the moment.
+
+    Args:
+        query: `batch n_head n_query d_head`, rotated.
+        key, value: `batch n_kv_head n_key d_head`, rotated, with the cached positions first.
+        attention_mask: what transformers made for the model's own implementation: None (plain causal), bool (True = may look)
+            or additive float. Sliding windows and padding are in it.
+
+    Returns:
+        `batch n_query n_head d_head` and the pattern `batch n_head n_query n_key`.
+
+    An edit cannot open what the mask closed: masked scores are -inf and masked pattern entries 0 whatever a hook returned. A row
+    whose scores are all -inf (a padded query, or an ablated head) attends to nothing and its output is 0, never NaN.
+    """
+    query = _through(module, "tap_query", query)
+    key = _through(module, "tap_key", key)
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible, bias = _visible(module, scores, attention_mask, is_causal)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~visible, -torch.inf)
+    scores = _through(module, "tap_scores", scores).masked_fill(~visible, -torch.inf)
+
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    pattern = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1, dtype=torch.float32)
+    pattern = pattern.masked_fill(blind, 0.0).to(value.dtype)
+    pattern = _through(module, "tap_pattern", pattern).masked_fill(~visible, 0.0)
+    pattern = nn.functional.dropout(pattern, p=dropout, training=module.training)
+    return (pattern @ value).transpose(1, 2).contiguous(), pattern
+
+
+def _through(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """Pass `batch heads pos d` through a tap, which sees `batch pos heads*d`."""
+    tap = getattr(module, name, None)
+    if tap is None:
+        return x
+    batch, heads, positions, width = x.shape
+    side_by_side = x.transpose(1, 2).reshape(batch, positions, heads * width)
+    return tap(side_by_side).view(batch, positions, heads, width).transpose(1, 2)
+
+
+def _visible(
+    module: nn.Module, scores: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> tuple[Tensor, Tensor | None]:
+    """Which keys each query may look at (`1|batch 1|n_head n_query n_key`), and the finite part of a float mask."""
+    n_query, n_key = scores.shape[-2:]
+    if mask is None:
+        everything = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device)
+        causal = module.is_causal if is_causal is None else is_causal
+        # The last query stands at the last key, also when earlier keys come from a cache.
+        return (everything.tril(n_key - n_query) if causal else everything)[None, None], None
+    mask = mask[..., :n_key]
+    if mask.dtype == torch.bool:
+        return mask, None
+    visible = mask > torch.finfo(mask.dtype).min / 2
+    return visible, mask.masked_fill(~visible, 0.0)
+
+
+AttentionInterface.register(IMPLEMENTATION, tapped_attention)
+# With the first registration alone, a model set to this implementation as a whole would get no mask and look ahead.
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+class Taps:
+    """The taps that some (component, layer) pairs need; a context manager that can be entered again and again.
+
+    Args:
+        model: a transformers model of a class that `card` describes.
+        card: the model's card (`modelcards.card_of(model)`).
+        places: the (component, layer) pairs a config names; those that are ordinary modules need no tap.
+    """
+
+    def __init__(self, model: Any, card: Card, places: Iterable[tuple[str, int]]) -> None:
+        self.model = model
+        self._post_norm_scale = card.post_norm_scale
+        self._taps: dict[str, tuple[nn.Module, str, nn.Identity]] = {}
+        self._contributions: list[tuple[nn.Identity, nn.Module, nn.Module]] = []
+        self._undo: list[Callable[[], object]] = []
+        mapping = card.mapping(type(model))
+        for component, layer in places:
+            path = _at(mapping[component][0], layer) if component in mapping else ""
+            parent_path, _, name = path.rpartition(".")
+            if not name.startswith(PREFIX) or path in self._taps:
+                continue
+            tap = nn.Identity()
+            self._taps[path] = (model.get_submodule(parent_path), name, tap)
+            if component == "head_contribution":
+                projection = model.get_submodule(_at(mapping["attention_value_output"][0], layer))
+                adder = model.get_submodule(_at(mapping["attention_contribution"][0], layer))
+                self._contributions.append((tap, projection, adder))
+
+    def __enter__(self) -> Taps:
+        try:
+            for parent, name, tap in self._taps.values():
+                if hasattr(parent, name):
+                    raise RuntimeError(
+                        f"{name} is already on this model: finish the other intervened run before starting one."
+                    )
+                setattr(parent, name, tap)
+                self._undo.append(partial(delattr, parent, name))
+                if name in INSIDE_ATTENTION:
+                    self._redirect(parent)
+                elif name == "tap_logits":
+                    self._undo.append(parent.register_forward_hook(_logits_through_tap).remove)
+            for wires in self._contributions:
+                self._wire_contribution(*wires)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _redirect(self, attention: Any) -> None:
+        """Give this one attention module a config of its own that names `tapped_attention`."""
+        own = attention.config
+        implementation = own._attn_implementation
+        if implementation == IMPLEMENTATION:
+            return
+        if implementation not in MASKS_UNDERSTOOD:
+            raise ValueError(
+                f"attention internals cannot be seen under the attention implementation {implementation!r}; "
+                "load the model with attn_implementation='sdpa' or 'eager'."
+            )
+        redirected = copy.copy(own)  # shallow: `own` may be shared by every layer, and by other models
+        redirected._attn_implementation_internal = IMPLEMENTATION
+        attention.config = redirected
+        self._undo.append(partial(setattr, attention, "config", own))
+
+    def _wire_contribution(self, tap: nn.Identity, projection: nn.Module, adder: nn.Module) -> None:
+        """Show `tap` what each head adds to the residual stream, and add to the sum what an edit changed.
+
+        Without a post-norm that is z_h W_O^h, added where the output projection sums it. With one (Gemma 2) each share is scaled
+        as this very forward pass scaled the sum (the norm's scale frozen), and the edit is added behind the norm.
+        """
+        post_norm_scale = self._post_norm_scale
+        seen: dict[str, Tensor] = {}
+
+        def add_what_changed(shares: Tensor, total: Tensor) -> Tensor | None:
+            flat = shares.flatten(2)
+            edited = tap(flat)
+            if edited is flat:  # nobody edited: keep the model's own sum, to the last bit
+                return None
+            return total + (edited - flat).view_as(shares).sum(2)
+
+        def at_projection(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+            shares = head_shares(args[0], module, self.model.config.num_attention_heads)
+            if post_norm_scale is None:
+                return add_what_changed(shares, output)
+            seen["shares"] = shares
+            return None
+
+        def at_post_norm(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+            assert post_norm_scale is not None
+            scale = post_norm_scale(module, args[0])
+            return add_what_changed(seen.pop("shares") * scale[:, :, None], output)
+
+        self._undo.append(projection.register_forward_hook(at_projection).remove)
+        if post_norm_scale is not None:
+            self._undo.append(adder.register_forward_hook(at_post_norm).remove)
+
+
+def head_shares(z: Tensor, projection: Any, heads: int) -> Tensor:
+    """z_h W_O^h for every head: `batch pos n_head*d_head` -> `batch pos n_head d_model`; the bias belongs to no head."""
+    weight = projection.weight
+    if weight.is_meta:
+        raise ValueError(
+            "head_contribution needs the output projection's weights, which are offloaded; load the model without offloading."
+        )
+    weight = weight if isinstance(projection, Conv1D) else weight.T
+    return torch.einsum("bphd,hdm->bphm", z.unflatten(-1, (heads, -1)), weight.unflatten(0, (heads, -1)).to(z.dtype))
+
+
+def _logits_through_tap(model: Any, args: tuple, output: Any) -> Any:
+    """Pass the logits of a finished forward pass through the model's tap (a loss, if any, was computed before)."""
+    if isinstance(output, tuple):
+        place = next(index for index, value in enumerate(output) if value.ndim == 3)
+        return (*output[:place], model.tap_logits(output[place]), *output[place + 1 :])
+    output["logits"] = model.tap_logits(output["logits"])
+    return output
+
+
+def _at(path: str, layer: int) -> str:
+    """A card's path at one layer, as torch writes it: `layers[%s].mlp` -> `layers.3.mlp`."""
+    return (path % layer if "%s" in path else path).replace("[", ".").replace("]", "")

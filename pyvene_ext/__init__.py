@@ -1,0 +1,12 @@
+"""pyvene-ext: causal interventions on open decoder language models that can be trusted.
+
+Importing it registers the model cards with pyvene.
+"""
+
+import modelcards
+
+modelcards.register()
+
+from pyvene_ext.intervenable import IntervenableModel  # noqa: E402
+
+__all__ = ["IntervenableModel"]

@@ -1,0 +1,243 @@
+"""What pyvene accepts in silence and we refuse with one sentence: configs and unit locations.
+
+pyvene reads locations in many short forms, some of which mean different things to different interventions. `resolve_locations`
+turns every form into one, nested lists of absolute columns, after checking each number against the model and the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
+from torch import Tensor
+
+from modelcards import COMPONENTS, Card, dimensions, n_layers
+
+Locations = list[Any]  # per key: [batch n] for one-level units, [[batch n_head], [batch n_pos]] for h.pos
+
+
+def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
+    """Refuse components, layers, units and groups that this model does not have or pyvene would misread."""
+    if not config.representations:
+        raise ValueError("the config names no representation: give at least one RepresentationConfig.")
+    layers = n_layers(model.config)
+    for representation in config.representations:
+        if "." in representation.component:
+            continue  # pyvene's raw module paths are the user's own business
+        component = card.component(model, representation.component)
+        if component.per_layer and not 0 <= int(representation.layer) < layers:
+            raise ValueError(
+                f"layer {representation.layer} of {component.name} is out of range: "
+                f"{type(model).__name__} has layers 0 to {layers - 1}."
+            )
+        if representation.unit not in component.units:
+            raise ValueError(
+                f"unit {representation.unit!r} is wrong for {component.name} ({component.shape}); "
+                f"use {' or '.join(map(repr, component.units))}."
+            )
+    groups = [representation.group_key for representation in config.representations]
+    if any(group is not None for group in groups):
+        if None in groups or sorted(set(groups)) != list(range(len(set(groups)))):
+            raise ValueError(f"group keys must be 0 .. n-1 and given on every representation, not {groups}.")
+        if config.mode == "serial" and len(set(groups)) < len(groups):
+            raise ValueError("serial mode takes one representation per group; use mode='parallel' for several.")
+
+
+def is_collect(representation: RepresentationConfig, kind: Any) -> bool:
+    """Whether a representation only reads."""
+    kind = type(representation.intervention) if representation.intervention is not None else kind
+    return isinstance(kind, type) and issubclass(kind, CollectIntervention)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What locations are checked against: one tokenised batch."""
+
+    name: str
+    batch: int
+    length: int
+    past: int
+    mask: list[list[int]] | None  # over this call's own columns
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], name: str) -> Inputs:
+        """Read the shape and the padding of a batch given to the model."""
+        for field in ("input_ids", "inputs_embeds"):
+            tensor = inputs.get(field)
+            if isinstance(tensor, Tensor):
+                batch, length = tensor.shape[:2]
+                break
+        else:
+            raise ValueError(f"{name} has neither input_ids nor inputs_embeds: give a tokenised batch.")
+        cache = inputs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        mask = inputs.get("attention_mask")
+        rows = None
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+            rows = mask[:, mask.shape[1] - length :].bool().int().tolist()
+        return cls(name, batch, length, past, rows)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One key of an intervenable model, as far as its locations go."""
+
+    component: str
+    unit: str
+    layer: int | None
+    takes_source: bool
+
+    def __str__(self) -> str:
+        return self.component if self.layer is None else f"{self.component} at layer {self.layer}"
+
+
+def resolve_locations(
+    value: Any, key: str, places: Sequence[Place], config: Any, base: Inputs, sources: Sequence[Inputs | None]
+) -> tuple[Locations | None, Locations | None]:
+    """Turn one entry of pyvene's `unit_locations` into (source locations, base locations), one per place.
+
+    Args:
+        value: an int, a flat list, a pair (source, base), or pyvene's nested lists.
+        key: the entry's name: `base`, `sources->base`, or serial mode's `source_0->source_1` and so on.
+        places: the keys it speaks of.
+        config: the model's config, for head counts.
+        base, sources: the batches (one source a place; None where there is none).
+
+    Raises:
+        ValueError: says what is wrong, where, and how to write what was probably meant.
+    """
+    value = _plain(value)
+    if _is_flat(value) and len(value) == 2 and not (isinstance(value, tuple) and key != "base"):
+        raise ValueError(
+            f"two numbers under {key!r} are ambiguous: pyvene reads {value} as source {value[0]} -> base {value[1]}. For two "
+            f"places write {{{key!r}: [[{value}] * batch_size]}} (one such list per representation); for a source and a base "
+            f"place write {{'sources->base': ({value[0]}, {value[1]})}} with a tuple."
+        )
+    if key == "base":
+        return None, _side(value, places, config, [base] * len(places), key)
+    if isinstance(value, (tuple, list)) and len(value) == 2 and not (isinstance(value, list) and _is_flat(value)):
+        source_value, base_value = value
+    else:
+        source_value = base_value = value
+    if base_value is None:
+        raise ValueError(f"the base half of {key!r} is None: list the places to intervene on.")
+    base_side = _side(base_value, places, config, [base] * len(places), key)
+    if source_value is None or all(source is None for source in sources):
+        return None, base_side
+    return _side(source_value, places, config, sources, key), base_side
+
+
+def _side(value: Any, places: Sequence[Place], config: Any, inputs: Sequence[Inputs | None], key: str) -> Locations:
+    if isinstance(value, int):
+        value = [value]
+    if _is_flat(value):
+        for place in places:
+            if place.unit == "h.pos":
+                raise ValueError(
+                    f"{place} has unit 'h.pos' and needs heads and positions: write "
+                    f"{{{key!r}: [[[[head]] * batch_size, [[position]] * batch_size]]}}."
+                )
+        per_place: list[Any] = [[list(value)] * (at.batch if at else 0) for at in inputs]
+    else:
+        per_place = list(value)
+        if len(per_place) != len(places):
+            raise ValueError(
+                f"{key!r} lists locations for {len(per_place)} representations, but there are {len(places)}: give one list "
+                "for each, [representation][example][place]."
+            )
+    resolved: Locations = []
+    for place, locations, at in zip(places, per_place, inputs, strict=True):
+        resolved.append(None if at is None else _one_place(place, locations, config, at))
+    return resolved
+
+
+def _one_place(place: Place, locations: Any, config: Any, inputs: Inputs) -> Any:
+    if locations is None:
+        if inputs.name != "base" and not place.takes_source:
+            return None
+        raise ValueError(
+            f"the location of {place} is None, which pyvene takes as 'skip' with a source and as 'everything' without; list the "
+            f"places, range({inputs.length}) for all positions."
+        )
+    levels = place.unit.split(".")
+    per_level = [locations] if len(levels) == 1 else locations
+    if len(per_level) != len(levels):
+        raise ValueError(f"{place} needs [heads, positions] for its unit 'h.pos', got {len(per_level)} lists.")
+    checked = []
+    for level, rows in zip(levels, per_level, strict=True):
+        if not isinstance(rows, list) or any(not _is_flat(row) or not isinstance(row, list) for row in rows):
+            raise ValueError(
+                f"the locations of {place} must be [example][{level}] lists of whole numbers, not {rows!r}."
+            )
+        if len(rows) != inputs.batch:
+            raise ValueError(
+                f"{place} has locations for {len(rows)} examples, but {inputs.name} has {inputs.batch}: "
+                "give one list per example."
+            )
+        if len({len(row) for row in rows}) > 1 or not rows[0]:
+            raise ValueError(
+                f"the examples of {inputs.name} have {sorted({len(row) for row in rows})} places in {place}: give every example "
+                "the same number (at least one), or run them in separate calls."
+            )
+        if level == "h":
+            checked.append([[_head(head, place, config) for head in row] for row in rows])
+        else:
+            checked.append([_columns(row, example, place, inputs) for example, row in enumerate(rows)])
+    return checked[0] if len(levels) == 1 else checked
+
+
+def _head(head: int, place: Place, config: Any) -> int:
+    component = COMPONENTS.get(place.component)
+    if component is None or component.heads is None:
+        return head
+    sizes = dimensions(config)
+    count = sizes[component.heads]
+    if 0 <= head < count:
+        return head
+    shared = ""
+    if sizes["n_kv_head"] < sizes["n_head"]:
+        group = sizes["n_head"] // sizes["n_kv_head"]
+        shared = f" ({sizes['n_head']} query heads share {sizes['n_kv_head']} K/V heads, {group} each)"
+    kind = "K/V head" if component.heads == "n_kv_head" else "query head"
+    raise ValueError(f"{kind} {head} of {place} is out of range: there are heads 0 to {count - 1}{shared}.")
+
+
+def _columns(row: list[int], example: int, place: Place, inputs: Inputs) -> list[int]:
+    """Absolute columns of one example; negative positions count back from its last real token."""
+    over_keys = place.component in ("key_rotated", "head_key_rotated")
+    length = inputs.length + (inputs.past if over_keys else 0)
+    mask = inputs.mask[example] if inputs.mask is not None and not (over_keys and inputs.past) else None
+    real = [column for column, value in enumerate(mask) if value] if mask is not None else list(range(length))
+    columns = []
+    for position in row:
+        if position >= length or -position > len(real):
+            raise ValueError(
+                f"position {position} of {place} is out of range: example {example} of {inputs.name} has {len(real)} tokens"
+                + (f" in {length} columns." if len(real) < length else ".")
+            )
+        columns.append(real[position] if position < 0 else position)
+    if mask is not None and not any(mask[column] for column in columns):
+        raise ValueError(
+            f"position {row} of {place} is padding in example {example} of {inputs.name}, where an intervention does nothing: "
+            "use negative positions, which count back from the last real token."
+        )
+    return columns
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and ranges as lists."""
+    if isinstance(value, range):
+        return list(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise ValueError(f"a unit location must be a whole number, not {value!r}.")
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value)

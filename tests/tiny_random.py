@@ -1,0 +1,174 @@
+"""Tiny random models, one per family, with awkward shapes on purpose.
+
+head_dim x heads differs from the hidden size wherever the family allows it, key/value heads are grouped (one of them in
+Gemma 2), sizes are odd or not powers of two, windows are shorter than the prompts.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma2Model,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2Model,
+)
+
+VOCAB = 61
+PAD = 0
+
+CLASSES: dict[str, dict[str, type[PreTrainedModel]]] = {
+    "qwen2_5": {
+        "causal_lm": Qwen2ForCausalLM,
+        "bare": Qwen2Model,
+        "classifier": Qwen2ForSequenceClassification,
+    },
+    "gemma2": {
+        "causal_lm": Gemma2ForCausalLM,
+        "bare": Gemma2Model,
+        "classifier": Gemma2ForSequenceClassification,
+    },
+    "llama3_1": {
+        "causal_lm": LlamaForCausalLM,
+        "bare": LlamaModel,
+        "classifier": LlamaForSequenceClassification,
+    },
+    "mistral": {
+        "causal_lm": MistralForCausalLM,
+        "bare": MistralModel,
+        "classifier": MistralForSequenceClassification,
+    },
+    "gpt2": {"causal_lm": GPT2LMHeadModel, "bare": GPT2Model, "classifier": GPT2ForSequenceClassification},
+}
+FAMILIES = tuple(CLASSES)
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """A config of `family` with 3 layers and shapes that hide no mistake."""
+    common = {"vocab_size": VOCAB, "num_hidden_layers": 3, "pad_token_id": PAD, "num_labels": 3}
+    match family:
+        case "qwen2_5":  # Qwen 2.5 has no head_dim in its config; sliding window on the last layer only
+            return Qwen2Config(
+                **common,
+                hidden_size=42,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                head_dim=10,
+                intermediate_size=53,
+                use_sliding_window=True,
+                sliding_window=5,
+                max_window_layers=2,
+                max_position_embeddings=64,
+            )
+        case "gemma2":
+            return Gemma2Config(
+                **common,
+                hidden_size=36,
+                num_attention_heads=4,
+                num_key_value_heads=1,
+                head_dim=14,
+                query_pre_attn_scalar=11,
+                intermediate_size=47,
+                sliding_window=4,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+                max_position_embeddings=64,
+            )
+        case "llama3_1":
+            return LlamaConfig(
+                **common,
+                hidden_size=42,
+                num_attention_heads=6,
+                num_key_value_heads=3,
+                head_dim=12,
+                intermediate_size=51,
+                attention_bias=True,
+                mlp_bias=True,
+                max_position_embeddings=64,
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 10000.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+            )
+        case "mistral":
+            return MistralConfig(
+                **common,
+                hidden_size=44,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=6,
+                intermediate_size=37,
+                sliding_window=4,
+                max_position_embeddings=64,
+            )
+        case "gpt2":
+            return GPT2Config(
+                vocab_size=VOCAB,
+                n_layer=3,
+                n_head=5,
+                n_embd=35,
+                n_inner=49,
+                n_positions=64,
+                pad_token_id=PAD,
+                bos_token_id=1,
+                eos_token_id=2,
+                num_labels=3,
+                attn_pdrop=0.1,
+                resid_pdrop=0.1,
+                embd_pdrop=0.1,
+            )
+    raise ValueError(f"no tiny model for the family {family!r}")
+
+
+def random_model(
+    family: str, cls: str = "causal_lm", attn_implementation: str | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """A float32 model in eval mode with weights, biases and norm scales all away from their defaults."""
+    config = tiny_config(family)
+    config._attn_implementation = attn_implementation
+    torch.manual_seed(seed)
+    model = CLASSES[family][cls](config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norm weights and biases start at constants that would hide a forgotten scale or bias.
+            scale = 0.2 if parameter.ndim == 1 else 0.25
+            parameter.add_(scale * torch.randn_like(parameter)) if "norm" in name or "ln_" in name else (
+                parameter.copy_(scale * torch.randn_like(parameter))
+            )
+    return model.eval()
+
+
+def random_inputs(lengths: tuple[int, ...] = (9, 6, 7), padding_side: str = "left", seed: int = 0) -> dict:
+    """A padded batch with position ids counted from each prompt's first real token."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids = torch.full((len(lengths), longest), PAD)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        columns = slice(longest - length, None) if padding_side == "left" else slice(0, length)
+        ids[row, columns] = torch.randint(3, VOCAB, (length,), generator=generator)
+        mask[row, columns] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
