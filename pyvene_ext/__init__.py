@@ -8,5 +8,6 @@ import modelcards
 modelcards.register()
 
 from pyvene_ext.intervenable import IntervenableModel  # noqa: E402
+from pyvene_ext.verify import verify_card  # noqa: E402
 
-__all__ = ["IntervenableModel"]
+__all__ = ["IntervenableModel", "verify_card"]

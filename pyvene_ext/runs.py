@@ -86,7 +86,7 @@ def weight_hash(model: nn.Module) -> str:
 
 def rng(seed: int, *names: str | int) -> np.random.Generator:
     """A generator for one named use of the run's one seed, so that a new draw somewhere never shifts another."""
-    return np.random.default_rng([seed, *(xxhash.xxh32_intdigest(str(name)) for name in names)])
+    return np.random.default_rng([seed, *(xxhash.xxh32_intdigest(str(name).encode()) for name in names)])
 
 
 def metadata(model: nn.Module, **facts: Any) -> dict[str, Any]:

@@ -1,0 +1,566 @@
+"""Prove a card: every component of a model against plain torch hooks written without it.
+
+    python -m pyvene_ext.verify --model Qwen/Qwen2.5-3B
+    python -m pyvene_ext.verify --model path/to/folder --layers all
+
+For each component, unit, layer, padding side and attention implementation three things are checked on a batch of unequal
+lengths with other places in every example: what is read, the outputs after zeroing, the outputs after swapping in another
+prompt's values. The truth comes from `Truth`: out-of-place hooks on modules found by their usual names in transformers, and an
+attention written out here. It shares no line with the cards, the taps or pyvene. Afterwards the model must be what it was, to
+the last bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pyvene import (
+    CollectIntervention,
+    IntervenableConfig,
+    RepresentationConfig,
+    VanillaIntervention,
+    ZeroIntervention,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modelcards import COMPONENTS, card_of, dimensions, n_layers
+from pyvene_ext.cli import run
+from pyvene_ext.intervenable import IntervenableModel
+from pyvene_ext.loading import load_model
+
+Edit = Callable[[Tensor], Tensor]  # [batch pos d], or [batch head pos d] where there is a head axis
+
+OPERATIONS: dict[str, type] = {"read": CollectIntervention, "zero": ZeroIntervention, "swap": VanillaIntervention}
+LENGTHS = (9, 6, 8)
+
+
+class Truth:
+    """The slow, obvious versions: run a model with one edit at one place, through hooks of our own."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.decoder: Any = model.base_model
+        self.blocks: Any = _first(self.decoder, "layers", "h")
+        self.sizes = dimensions(model.config)
+
+    def run(self, inputs: dict[str, Tensor], component: str = "", layer: int = 0, edit: Edit | None = None) -> Tensor:
+        """The model's outputs (logits or last hidden states) with `edit` applied at the place."""
+        with _eager(self.model), torch.no_grad():
+            if edit is None:
+                return _tensor(self.model(**inputs))
+            with self._place(component, layer, edit):
+                return _tensor(self.model(**inputs))
+
+    def read(self, inputs: dict[str, Tensor], component: str, layer: int) -> Tensor:
+        """What the place holds in an untouched run."""
+        seen: list[Tensor] = []
+
+        def look(x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return x
+
+        self.run(inputs, component, layer, look)
+        return seen[-1]
+
+    @contextmanager
+    def _place(self, component: str, layer: int, edit: Edit) -> Iterator[None]:
+        block: Any = self.blocks[layer]
+        attention: Any = _first(block, "self_attn", "attn")
+        mlp: Any = block.mlp
+        projection: Any = _first(attention, "o_proj", "c_proj")
+        post_norms = hasattr(block, "post_feedforward_layernorm")
+        adds_attention = block.post_attention_layernorm if post_norms else attention
+        by_head = partial(_by_head, edit, self.sizes["n_head"])
+        by_kv_head = partial(_by_head, edit, self.sizes["n_kv_head"])
+        with ExitStack() as stack:
+
+            def at(module: nn.Module, side: str, change: Edit) -> None:
+                stack.callback(_hook(module, side, change).remove)
+
+            match component:
+                case "embeddings":
+                    at(self.blocks[0], "in", edit)
+                case "block_input":
+                    at(block, "in", edit)
+                case "block_output":
+                    at(block, "out", edit)
+                case "resid_mid":
+                    before: list[Tensor] = []
+                    at(block, "in", lambda x: before.append(x) or x)  # type: ignore[func-returns-value]
+                    at(adds_attention, "out", lambda x: edit(before[-1] + x) - before[-1])
+                case "attention_contribution":
+                    at(adds_attention, "out", edit)
+                case "mlp_contribution":
+                    at(block.post_feedforward_layernorm if post_norms else mlp, "out", edit)
+                case "head_contribution":
+                    self._head_contribution(
+                        at, projection, block.post_attention_layernorm if post_norms else None, edit
+                    )
+                case "attention_input":
+                    at(attention, "in", edit)
+                case "query_output" | "key_output" | "value_output":
+                    self._projected(at, attention, component.removesuffix("_output"), edit)
+                case "head_query_output":
+                    self._projected(at, attention, "query", by_head)
+                case "head_key_output" | "head_value_output":
+                    name = component.removeprefix("head_").removesuffix("_output")
+                    self._projected(at, attention, name, by_kv_head)
+                case "attention_value_output":
+                    at(projection, "in", edit)
+                case "head_attention_value_output":
+                    at(projection, "in", by_head)
+                case "attention_output":
+                    at(attention, "out", edit)
+                case "mlp_input":
+                    at(mlp, "in", edit)
+                case "mlp_gate":
+                    at(mlp.gate_proj, "out", edit)
+                case "mlp_up":
+                    at(_first(mlp, "up_proj", "c_fc"), "out", edit)
+                case "mlp_activation":
+                    at(_first(mlp, "act_fn", "act"), "out", edit)
+                case "mlp_neurons":
+                    at(_first(mlp, "down_proj", "c_proj"), "in", edit)
+                case "mlp_output":
+                    at(mlp, "out", edit)
+                case "final_norm":
+                    at(_first(self.decoder, "norm", "ln_f"), "out", edit)
+                case "logits":
+                    at(self.model.score if hasattr(self.model, "score") else self.model, "out", edit)
+                case _:
+                    stack.enter_context(_attention_written_out(attention, component, edit))
+            yield
+
+    def _projected(self, at: Callable[..., None], attention: Any, name: str, edit: Edit) -> None:
+        if hasattr(attention, "c_attn"):  # query, key and value side by side
+            index = ("query", "key", "value").index(name)
+
+            def change(x: Tensor) -> Tensor:
+                thirds = list(x.split(x.shape[-1] // 3, dim=-1))
+                thirds[index] = edit(thirds[index])
+                return torch.cat(thirds, dim=-1)
+
+            at(attention.c_attn, "out", change)
+        else:
+            at(getattr(attention, f"{name[0]}_proj"), "out", edit)
+
+    def _head_contribution(self, at: Callable[..., None], projection: Any, post_norm: Any, edit: Edit) -> None:
+        heads, width = self.sizes["n_head"], self.sizes["d_head"]
+        shares: list[Tensor] = []
+
+        def split(z: Tensor) -> Tensor:
+            rows = projection.weight if hasattr(projection, "nf") else projection.weight.T  # Conv1D has it transposed
+            shares[:] = [z[..., h * width : (h + 1) * width] @ rows[h * width : (h + 1) * width] for h in range(heads)]
+            return z
+
+        def replace(total: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+            parts = torch.stack([share * scale for share in shares], dim=1)  # batch head pos d_model
+            return total - parts.sum(1) + edit(parts).sum(1)
+
+        at(projection, "in", split)
+        if post_norm is None:
+            at(projection, "out", replace)
+        else:
+            entering: list[Tensor] = []
+            at(post_norm, "in", lambda x: entering.append(x) or x)  # type: ignore[func-returns-value]
+            at(post_norm, "out", lambda x: replace(x, x / entering[-1]))  # the norm's scale, frozen
+
+
+def _by_head(edit: Edit, heads: int, x: Tensor) -> Tensor:
+    """Show an edit `batch pos heads*d` as `batch heads pos d`."""
+    split = torch.stack(x.chunk(heads, dim=-1), dim=1)
+    return torch.cat(list(edit(split).unbind(1)), dim=-1)
+
+
+@contextmanager
+def _attention_written_out(attention: Any, component: str, edit: Edit) -> Iterator[None]:
+    """Replace one module's eager attention by the formula, with an edit at one of its inner places."""
+    by_place: dict[str, Edit] = {component.removeprefix("head_"): edit}
+    if component in ("query_rotated", "key_rotated"):
+        by_place = {component: lambda x: _flat_edit(edit, x)}
+    inside: Any = sys.modules[type(attention).__module__]
+    original = inside.eager_attention_forward
+
+    def written_out(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if module is not attention:
+            return original(module, query, key, value, mask, **options)
+        query = by_place.get("query_rotated", _unchanged)(query)
+        key = by_place.get("key_rotated", _unchanged)(key)
+        group = query.shape[1] // key.shape[1]
+        outputs = []
+        all_scores = torch.stack(
+            [query[:, h] @ key[:, h // group].transpose(1, 2) for h in range(query.shape[1])], dim=1
+        )
+        all_scores = all_scores * options["scaling"]
+        if options.get("softcap"):
+            all_scores = options["softcap"] * torch.tanh(all_scores / options["softcap"])
+        assert mask is not None  # transformers always makes one for eager attention
+        closed = (mask[..., : key.shape[2]] < -1e30).expand_as(all_scores)
+        all_scores = all_scores.masked_fill(closed, -torch.inf)
+        all_scores = by_place.get("attention_scores", _unchanged)(all_scores).masked_fill(closed, -torch.inf)
+        exponential = torch.exp(all_scores - all_scores.amax(-1, keepdim=True).clamp(min=-1e30))
+        pattern = exponential / exponential.sum(-1, keepdim=True).clamp(min=1e-30)
+        for name in ("attention_pattern", "attention_weight"):
+            pattern = by_place.get(name, _unchanged)(pattern).masked_fill(closed, 0.0)
+        for h in range(query.shape[1]):
+            outputs.append(pattern[:, h] @ value[:, h // group])
+        return torch.stack(outputs, dim=2), pattern
+
+    inside.eager_attention_forward = written_out
+    try:
+        yield
+    finally:
+        inside.eager_attention_forward = original
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _flat_edit(edit: Edit, x: Tensor) -> Tensor:
+    """Show an edit `batch heads pos d` as `batch pos heads*d`."""
+    flat = torch.cat(list(x.unbind(1)), dim=-1)
+    return torch.stack(edit(flat).chunk(x.shape[1], dim=-1), dim=1)
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    own = model.config._attn_implementation
+    model.config._attn_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation_internal = own
+
+
+def _first(module: Any, *names: str) -> Any:
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(
+        f"{type(module).__name__} has none of {', '.join(names)}: teach pyvene_ext.verify this architecture."
+    )
+
+
+def _tensor(output: Any) -> Tensor:
+    """Logits or last hidden states, which come first."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _hook(module: nn.Module, side: str, change: Edit) -> Any:
+    if side == "in":
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_: nn.Module, __: tuple, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return change(output)
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        output["logits"] = change(output["logits"])
+        return output
+
+    return module.register_forward_hook(after)
+
+
+@dataclass
+class Row:
+    """One line of the table: a component with one unit."""
+
+    component: str
+    unit: str
+    checks: int = 0
+    failures: int = 0
+    largest_error: float = 0.0
+    effect: float = 0.0
+    first_failure: str = ""
+
+
+@dataclass
+class Report:
+    """What `verify_card` found."""
+
+    model: str
+    family: str
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def checks(self) -> int:
+        """How many comparisons were made."""
+        return sum(row.checks for row in self.rows)
+
+    @property
+    def failures(self) -> int:
+        """How many of them failed, and other problems found."""
+        return sum(row.failures for row in self.rows) + len(self.problems)
+
+    def table(self) -> str:
+        """The rows as text, failures last."""
+        lines = [f"{'component':<30}{'unit':<8}{'checks':>7}{'failed':>8}{'largest error':>15}"]
+        for row in self.rows:
+            lines.append(f"{row.component:<30}{row.unit:<8}{row.checks:>7}{row.failures:>8}{row.largest_error:>15.1e}")
+        lines.append(
+            f"{self.model} ({self.family}): {self.checks} checks, {self.failures} failures, "
+            f"largest error {max((row.largest_error for row in self.rows), default=0.0):.1e}"
+        )
+        lines += [f"  {row.component}, unit {row.unit}: {row.first_failure}" for row in self.rows if row.failures]
+        return "\n".join(lines + [f"  {problem}" for problem in self.problems])
+
+
+def verify_card(
+    model: Any,
+    layers: Sequence[int] | Literal["all", "ends"] = "ends",
+    implementations: Sequence[str] = ("eager", "sdpa"),
+    padding_sides: Sequence[str] = ("left", "right"),
+    tolerance: float = 1e-5,
+    progress: bool = False,
+) -> Report:
+    """Check every component of `model`'s card against independent hooks.
+
+    Args:
+        model: a transformers model with a card, any of its classes, in float32 for the tolerance to mean something.
+        layers: which layers; "ends" is the first, the middle and the last.
+        implementations: attention implementations to run under; one that the architecture does not support is skipped.
+        tolerance: largest difference allowed, relative to the largest value where that exceeds 1.
+
+    Returns:
+        A `Report`; `.failures` is 0 for a right card. An error raised by a check counts as a failure.
+    """
+    card = card_of(model)
+    report = Report(type(model).__name__, card.family)
+    rows: dict[tuple[str, str], Row] = {}
+    count = n_layers(model.config)
+    if isinstance(layers, str):
+        layers = range(count) if layers == "all" else sorted({0, count // 2, count - 1})
+    was_training = model.training
+    before = _fingerprint(model)
+    model.eval()
+    components = sorted(card.mapping(type(model)), key=list(COMPONENTS).index)
+    own_implementation = model.config._attn_implementation
+    supported = [name for name in implementations if name == "eager" or model._supports_sdpa]
+    try:
+        bar = tqdm(total=len(supported) * len(padding_sides) * len(components), disable=not progress)
+        for implementation in supported:
+            model.config._attn_implementation_internal = implementation
+            for side in padding_sides:
+                batches = _batch(model, side, seed=1), _batch(model, side, seed=2)
+                for component in components:
+                    bar.set_description(f"{implementation} {side} {component}")
+                    for layer in layers if COMPONENTS[component].per_layer else (0,):
+                        where = f"layer {layer}, {implementation}, {side} padding"
+                        _check_component(model, component, layer, batches, tolerance, rows, where)
+                    bar.update()
+        bar.close()
+    finally:
+        model.config._attn_implementation_internal = own_implementation
+        model.train(was_training)
+    report.rows = list(rows.values())
+    effect: dict[str, float] = defaultdict(float)
+    for row in report.rows:
+        effect[row.component] = max(effect[row.component], row.effect)
+    report.problems += [f"{name}: no edit had any effect" for name, size in effect.items() if size < tolerance]
+    if _fingerprint(model) != before:
+        report.problems.append("the model is not what it was: hooks, modules, flags or outputs changed")
+    return report
+
+
+def _check_component(
+    model: Any,
+    component: str,
+    layer: int,
+    batches: tuple[dict[str, Tensor], dict[str, Tensor]],
+    tolerance: float,
+    rows: dict[tuple[str, str], Row],
+    where: str,
+) -> None:
+    truth = Truth(model)
+    base, source = batches
+    clean = truth.run(base)
+    held = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
+    for unit in COMPONENTS[component].units:
+        row = rows.setdefault((component, unit), Row(component, unit))
+        there, from_there = _places(model, component, unit, base, 0), _places(model, component, unit, source, 1)
+        for operation, kind in OPERATIONS.items():
+            row.checks += 1
+            try:
+                config = IntervenableConfig([RepresentationConfig(layer, component, unit, 1, intervention_type=kind)])
+                intervenable = IntervenableModel(config, model)
+                with torch.no_grad():
+                    if operation == "swap":
+                        collected, found = intervenable(
+                            base, [source], {"sources->base": ([from_there.locations], [there.locations])}
+                        )
+                    else:
+                        collected, found = intervenable(base, unit_locations={"base": [there.locations]})
+                if operation == "read":
+                    error = _difference(*(there.real(x, base) for x in (collected[1][0], there.take(held["base"]))))
+                    expected = clean
+                else:
+                    new = from_there.take(held["source"]) if operation == "swap" else None
+                    expected = truth.run(base, component, layer, partial(there.put, new))
+                    row.effect = max(row.effect, float(_real(expected - clean, base).abs().max()))
+                    error = 0.0
+                error = max(error, _difference(_real(_tensor(found), base), _real(expected, base)))
+            except Exception as exception:  # a contributor wants all that is wrong, not the first thing
+                row.failures += 1
+                row.first_failure = (
+                    row.first_failure or f"{operation}, {where}: {type(exception).__name__}: {exception}"
+                )
+                continue
+            row.largest_error = max(row.largest_error, error)
+            if not error <= tolerance:
+                row.failures += 1
+                row.first_failure = row.first_failure or f"{operation}, {where}: off by {error:.1e}"
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Places of one unit, other ones in every example, as pyvene writes them and as plain indexing."""
+
+    unit: str
+    heads: list[list[int]]
+    columns: list[list[int]]
+    negative: list[list[int]]
+
+    @property
+    def locations(self) -> list[Any]:
+        if self.unit == "h.pos":
+            return [self.heads, self.negative]
+        return self.heads if self.unit == "h" else self.negative
+
+    def take(self, x: Tensor) -> Tensor:
+        """`batch n ...` from `batch pos d` or `batch head pos d`."""
+        rows = []
+        for example in range(x.shape[0]):
+            here = x[example]
+            if "h" in self.unit:
+                here = torch.stack([here[head] for head in self.heads[example]])
+                here = here[:, self.columns[example]] if self.unit == "h.pos" else here
+            else:
+                here = here[self.columns[example]]
+            rows.append(here)
+        return torch.stack(rows)
+
+    def real(self, taken: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What was taken, with padded positions blanked: implementations of attention differ in what they leave there."""
+        if self.unit != "h":
+            return taken
+        return taken.masked_fill(~batch["attention_mask"].bool()[:, None, :, None], 0.0)
+
+    def put(self, new: Tensor | None, x: Tensor) -> Tensor:
+        """A copy of `x` with `new` (zeros if None) at the places."""
+        x = x.clone()
+        for example in range(x.shape[0]):
+            if self.unit == "pos":
+                x[example, self.columns[example]] = 0.0 if new is None else new[example]
+                continue
+            for index, head in enumerate(self.heads[example]):
+                columns = self.columns[example] if self.unit == "h.pos" else slice(None)
+                x[example, head, columns] = 0.0 if new is None else new[example, index]
+        return x
+
+
+def _places(model: Any, component: str, unit: str, batch: dict[str, Tensor], shift: int) -> _Places:
+    heads: list[list[int]] = []
+    named = COMPONENTS[component].heads
+    if named:
+        count = dimensions(model.config)[named]
+        heads = [sorted({(i + shift) % count, (i + shift + 1) % count}) for i in range(len(LENGTHS))]
+    negative = [[-1 - (i + shift) % 3, -3 - (i + shift) % 2] for i in range(len(LENGTHS))]
+    negative = [row if row[0] != row[1] else [row[0], row[0] - 1] for row in negative]
+    columns = [
+        [int(mask.nonzero()[position]) for position in row]
+        for mask, row in zip(batch["attention_mask"], negative, strict=True)
+    ]
+    return _Places(unit, heads, columns, negative)
+
+
+def _batch(model: Any, side: str, seed: int) -> dict[str, Tensor]:
+    """Random tokens, three prompts of unequal lengths (the same ones for each seed, so that real swaps with real)."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary, pad = model.config.vocab_size, model.config.pad_token_id or 0
+    ids = torch.full((len(LENGTHS), max(LENGTHS)), pad)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(LENGTHS):
+        columns = slice(max(LENGTHS) - length, None) if side == "left" else slice(0, length)
+        ids[row, columns] = torch.randint(vocabulary, (length,), generator=generator)
+        mask[row, columns] = 1
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
+def _real(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Outputs without the padded positions; a classifier has one row an example and none to leave out."""
+    return output[batch["attention_mask"].bool()] if output.ndim == 3 else output
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative where values exceed 1; masked scores (-inf) must be masked in both."""
+    if found.shape != expected.shape:
+        raise ValueError(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    found, expected = (x.float().nan_to_num(nan=torch.nan, neginf=-1e9) for x in (found, expected))
+    error = (found - expected).abs().max() / expected[expected > -1e9].abs().max().clamp(min=1.0)
+    return float(error) if not torch.isnan(error) else float("inf")
+
+
+def _fingerprint(model: Any) -> tuple[Any, ...]:
+    """Everything a run must leave alone."""
+    with torch.no_grad():
+        training = model.training
+        output = _tensor(model.eval()(**_batch(model, "left", seed=3)))
+        model.train(training)
+    hooks = [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks), module.training)
+        for name, module in model.named_modules()
+    ]
+    flags = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    configs = [id(module.config) for module in model.modules() if hasattr(module, "config")]
+    return output.cpu().numpy().tobytes(), hooks, flags, configs, model.config._attn_implementation
+
+
+@dataclass
+class Options:
+    """Check every component of a model's card against independent hooks; exit status 1 if anything differs."""
+
+    model: str
+    """A hub name, a folder, or a shipped tiny model."""
+    layers: Literal["ends", "all"] = "ends"
+    """First, middle and last layer, or all of them."""
+    tolerance: float = 1e-5
+    """Largest difference allowed, relative where values exceed 1."""
+    dtype: str = "float32"
+    """Weights are cast to this; the tolerance is meant for float32."""
+    device: str | None = None
+    """Where to run; default: the GPU if there is one."""
+
+
+def main(options: Options) -> int:
+    """Verify the model with its head and without; 0 if all is right."""
+    model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
+    failures = 0
+    for part in (model, model.base_model):
+        report = verify_card(part, options.layers, tolerance=options.tolerance, progress=True)
+        print(report.table())
+        failures += report.failures
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, Options))

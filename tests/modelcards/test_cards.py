@@ -1,0 +1,291 @@
+"""Every card, class and component against independent hooks; what pyvene's own cards get wrong; and that verify can fail."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import pyvene
+import torch
+from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, ZeroIntervention
+from pyvene.models.intervenable_modelcard import type_to_dimension_mapping, type_to_module_mapping
+from transformers import Gemma2ForCausalLM, LlamaForCausalLM, LlamaModel, Qwen2Config, Qwen2ForCausalLM
+
+import modelcards
+from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of
+from pyvene_ext import IntervenableModel, verify_card
+from tests.conftest import PLAIN_MODULES
+from tests.tiny_random import CLASSES, FAMILIES, random_inputs, random_model
+
+Z = "head_attention_value_output"
+EVERY_CLASS = [(family, cls) for family in FAMILIES for cls in CLASSES[family]]
+
+
+@pytest.mark.parametrize(("family", "cls"), EVERY_CLASS, ids=[f"{f}-{c}" for f, c in EVERY_CLASS])
+def test_every_component_is_exact(family: str, cls: str) -> None:
+    # The language models at every layer; the others share its card and differ only in the prefix.
+    report = verify_card(random_model(family, cls), layers="all" if cls == "causal_lm" else [1])
+    assert report.failures == 0, report.table()
+    assert {row.component for row in report.rows} == set(card_of(CLASSES[family][cls]).mapping(CLASSES[family][cls]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cards_and_vocabulary_name_the_same_components(family: str) -> None:
+    card = next(card for card in CARDS if card.family == family)
+    assert card.components <= set(COMPONENTS)
+    assert set(FIELD_NAMES.values()) <= set(COMPONENTS)
+    # What the studies stand on is there in every family.
+    fields = {"embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "scores"}
+    fields |= {"pattern", "result", "mlp_up", "mlp_neurons", "final_norm", "logits"}
+    assert {FIELD_NAMES[name] for name in fields} <= card.components
+
+
+def test_every_component_pyvene_names_today_is_kept() -> None:
+    for card in CARDS:
+        for model_class, mapping in card.mappings.items():
+            assert set(PLAIN_MODULES.get(model_class, {})) <= set(mapping), model_class.__name__
+
+
+def test_register_is_idempotent() -> None:
+    before = {
+        cls: (dict(type_to_module_mapping[cls]), dict(type_to_dimension_mapping[cls])) for cls in type_to_module_mapping
+    }
+    modelcards.register()
+    modelcards.register()
+    assert before == {
+        cls: (type_to_module_mapping[cls], type_to_dimension_mapping[cls]) for cls in type_to_module_mapping
+    }
+
+
+def test_no_two_classes_share_a_dict() -> None:
+    ours = [cls for card in CARDS for cls in card.mappings]
+    assert len({id(type_to_dimension_mapping[cls]) for cls in ours}) == len(ours)
+
+
+class MyLlama(LlamaForCausalLM):
+    """A user's subclass."""
+
+
+def test_subclasses_of_a_covered_class_work() -> None:
+    report = verify_card(MyLlama(random_model("llama3_1").config).eval(), layers=[0], implementations=["sdpa"])
+    assert report.failures == 0, report.table()
+
+
+def test_a_model_without_a_card_is_named() -> None:
+    with pytest.raises(ValueError, match="no model card covers Linear; there are cards for qwen2_5, gemma2"):
+        card_of(torch.nn.Linear)
+
+
+# -- defects of pyvene's own cards, by number --------------------------------------------------------------------------
+
+
+def collected(model: Any, component: str, unit: str, rows: list[list[int]]) -> torch.Tensor:
+    config = IntervenableConfig([RepresentationConfig(1, component, unit, 1, intervention_type=CollectIntervention)])
+    intervenable = pyvene.IntervenableModel(config, model)
+    (_, values), _ = intervenable(random_inputs(), unit_locations={"base": [rows]})
+    return torch.stack(list(values))
+
+
+def qwen_as_published() -> Qwen2ForCausalLM:
+    """Qwen2.5's configs have no head_dim."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 33}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=61, num_hidden_layers=2, **sizes)).eval()
+
+
+CARD_DEFECTS = {
+    "1: heads of Qwen2 cannot be named": lambda: collected(qwen_as_published(), Z, "h", [[0]] * 3).shape[-1] == 6,
+    "2: z is cut at the hidden size": lambda: collected(
+        random_model("gemma2"), "attention_value_output", "pos", [[8]] * 3
+    ).shape[-1] == 4 * 14,
+    "5: two positions come back as pieces of one": lambda: collected(
+        random_model("llama3_1"), "block_output", "pos", [[7, 8]] * 3
+    ).squeeze(0).shape == (3, 2, 42),
+    "6: classifiers and subclasses are unknown": lambda: collected(
+        random_model("gemma2", "classifier"), "block_output", "pos", [[8]] * 3
+    ).shape[-1] == 36 and collected(MyLlama(random_model("llama3_1").config), "block_output", "pos", [[8]] * 3) is not None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defect", CARD_DEFECTS)
+def test_a_defect_of_pyvenes_own_cards(defect: str, plain_cards: None) -> None:
+    try:
+        right = CARD_DEFECTS[defect]()
+    except Exception:
+        right = False
+    assert not right
+
+
+@pytest.mark.parametrize("defect", CARD_DEFECTS)
+def test_our_cards_mend_it_in_plain_pyvene(defect: str) -> None:
+    modelcards.register(MyLlama)
+    assert CARD_DEFECTS[defect]()
+
+
+def test_7_gpt2_attention_weight_is_a_silent_no_op_in_pyvenes_card(plain_cards: None) -> None:
+    model, base = random_model("gpt2"), random_inputs()
+    config = IntervenableConfig(
+        [RepresentationConfig(1, "attention_weight", "h", 1, intervention_type=ZeroIntervention)]
+    )
+    _, found = pyvene.IntervenableModel(config, model)(base, unit_locations={"base": [[[0]] * 3]})
+    assert torch.equal(found.logits, model(**base).logits)
+
+
+def test_7_ours_zeroes_the_head() -> None:
+    model, base = random_model("gpt2"), random_inputs()
+    outputs = []
+    for component in ("attention_weight", Z):
+        config = IntervenableConfig([RepresentationConfig(1, component, "h", 1, intervention_type=ZeroIntervention)])
+        outputs.append(IntervenableModel(config, model)(base, unit_locations={"base": [[[0]] * 3]})[1].logits)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-6)
+    assert not torch.allclose(outputs[0], model(**base).logits, atol=1e-3)
+
+
+# -- verify itself -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("component", "wrong"),
+    [
+        ("resid_mid", ("model.layers[%s].pre_feedforward_layernorm", "register_forward_hook")),
+        ("attention_contribution", ("model.layers[%s].self_attn", "register_forward_hook")),
+        ("mlp_neurons", ("model.layers[%s].mlp.act_fn", "register_forward_hook")),
+        ("logits", ("lm_head", "register_forward_hook")),
+        ("block_output", ("model.layers[%s].mlp.nothing", "register_forward_hook")),
+    ],
+)
+def test_verify_finds_a_wrong_card(component: str, wrong: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("gemma2")
+    monkeypatch.setitem(card_of(model).mappings[Gemma2ForCausalLM], component, wrong)
+    try:
+        report = verify_card(model, layers=[1], padding_sides=["left"])
+    finally:
+        monkeypatch.undo()
+        modelcards.register()
+    bad = {row.component for row in report.rows if row.failures}
+    assert component in bad and report.failures
+    assert component in report.table().split("failures, largest error")[1]
+
+
+def test_verify_notices_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What plain pyvene does: freeze the user's model at construction.
+    monkeypatch.setattr("pyvene_ext.intervenable._flags_kept", contextlib.nullcontext)
+    report = verify_card(random_model("llama3_1"), layers=[1], implementations=["sdpa"], padding_sides=["left"])
+    assert any("not what it was" in problem for problem in report.problems)
+    assert report.failures == 1
+
+
+# -- identities that need no second implementation ---------------------------------------------------------------------
+
+
+def read_all(model: Any, base: Any, *components: str, layer: int = 1) -> list[torch.Tensor]:
+    """Whole components, `batch pos d` or `batch head pos d`."""
+    representations, locations = [], []
+    for name in components:
+        unit = COMPONENTS[name].units[0]
+        representations.append(RepresentationConfig(layer, name, unit, 1, intervention_type=CollectIntervention))
+        count = modelcards.dimensions(model.config)[COMPONENTS[name].heads or "n_head"] if unit == "h" else 9
+        locations.append([list(range(count))] * 3)
+    intervenable = IntervenableModel(IntervenableConfig(representations), model)
+    (_, values), _ = intervenable(base, unit_locations={"base": locations})
+    return list(values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_contributions_sum_to_the_residual_stream(family: str, layer: int) -> None:
+    model, base = random_model(family), random_inputs()
+    pre, mid, post, attn, mlp, heads = read_all(
+        model, base, "block_input", "resid_mid", "block_output", "attention_contribution", "mlp_contribution",
+        "head_contribution", layer=layer,
+    )  # fmt: skip
+    real = base["attention_mask"].bool()
+    assert torch.allclose((pre + attn)[real], mid[real], atol=1e-5)
+    assert torch.allclose((mid + mlp)[real], post[real], atol=1e-5)
+    projection = model.get_submodule(
+        f"transformer.h.{layer}.attn.c_proj" if family == "gpt2" else f"model.layers.{layer}.self_attn.o_proj"
+    )
+    bias = projection.bias if projection.bias is not None else 0.0
+    assert torch.allclose((heads.sum(1) + bias)[real], attn[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pattern_is_the_softmax_of_the_scores_and_causal(family: str) -> None:
+    model, base = random_model(family), random_inputs()
+    scores, pattern = read_all(model, base, "attention_scores", "attention_pattern", layer=2)
+    real = base["attention_mask"].bool()[:, None, :].expand(pattern.shape[:3])
+    assert torch.allclose(scores.softmax(-1)[real], pattern[real], atol=1e-6)
+    assert torch.allclose(pattern.sum(-1)[real], torch.ones(()))
+    assert torch.equal(pattern.triu(1), torch.zeros_like(pattern))
+    assert not pattern.isnan().any()
+    eager = random_model(family, attn_implementation="eager")
+    by_transformers = eager(**base, output_attentions=True).attentions[2]
+    assert torch.allclose(pattern[real], by_transformers[real], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("component", ["attention_scores", "attention_pattern"])
+def test_an_edit_cannot_look_ahead(family: str, component: str) -> None:
+    """Scores or pattern set to a constant everywhere: a later token must still change nothing before it."""
+    model = random_model(family)
+
+    class Ones(pyvene.ConstantSourceIntervention):
+        def forward(self, base: torch.Tensor, source: Any = None, subspaces: Any = None) -> torch.Tensor:
+            return torch.ones_like(base)
+
+    config = IntervenableConfig([RepresentationConfig(1, component, "h", 1, intervention_type=Ones)])
+    intervenable = IntervenableModel(config, model)
+    base = random_inputs((8,))
+    changed = {**base, "input_ids": base["input_ids"].clone()}
+    changed["input_ids"][0, -1] = (changed["input_ids"][0, -1] + 1) % 61
+    one, other = (intervenable(x, unit_locations={"base": [[[0, 1, 2, 3]]]})[1].logits for x in (base, changed))
+    assert torch.allclose(one[:, :-1], other[:, :-1], atol=1e-6)
+    assert not torch.allclose(one[:, -1], other[:, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_scores_minus_infinity_is_a_zero_head_and_never_nan(family: str) -> None:
+    model, base = random_model(family), random_inputs()
+
+    class Closed(pyvene.ConstantSourceIntervention):
+        def forward(self, base: torch.Tensor, source: Any = None, subspaces: Any = None) -> torch.Tensor:
+            return torch.full_like(base, -torch.inf)
+
+    def logits(component: str, kind: type) -> torch.Tensor:
+        config = IntervenableConfig([RepresentationConfig(1, component, "h", 1, intervention_type=kind)])
+        return IntervenableModel(config, model)(base, unit_locations={"base": [[[1, 2]] * 3]})[1].logits
+
+    closed, zeroed = logits("attention_scores", Closed), logits(Z, ZeroIntervention)
+    assert not closed.isnan().any()
+    real = base["attention_mask"].bool()
+    assert torch.allclose(closed[real], zeroed[real], atol=1e-5)
+
+
+def test_only_the_named_layers_are_touched() -> None:
+    model, base = random_model("llama3_1"), random_inputs()
+    seen = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(
+            lambda m, _a, _o, i=index: seen.update({i: m.config._attn_implementation})
+        )
+    config = IntervenableConfig(
+        [RepresentationConfig(1, "attention_pattern", "h", 1, intervention_type=ZeroIntervention)]
+    )
+    IntervenableModel(config, model)(base, unit_locations={"base": [[[0]] * 3]})
+    assert seen == {0: "sdpa", 1: "pyvene_taps", 2: "sdpa"}
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_other_attention_implementations_are_refused_for_taps_only() -> None:
+    model, base = random_model("llama3_1"), random_inputs()
+    model.config._attn_implementation_internal = "flex_attention"
+    config = IntervenableConfig(
+        [RepresentationConfig(1, "attention_scores", "h", 1, intervention_type=ZeroIntervention)]
+    )
+    with pytest.raises(ValueError, match="cannot be seen under the attention implementation 'flex_attention'"):
+        IntervenableModel(config, model)(base, unit_locations={"base": [[[0]] * 3]})
+
+
+def test_the_bare_class_is_registered_apart() -> None:
+    assert type_to_module_mapping[LlamaModel]["block_output"][0] == "layers[%s]"
+    assert type_to_module_mapping[LlamaForCausalLM]["block_output"][0] == "model.layers[%s]"
