@@ -8,6 +8,34 @@ import modelcards
 modelcards.register()
 
 from pyvene_ext.intervenable import IntervenableModel  # noqa: E402
-from pyvene_ext.verify import verify_card  # noqa: E402
+from pyvene_ext.loading import TINY_MODELS, load_model  # noqa: E402
+from pyvene_ext.prompts import Prompt, PromptSet  # noqa: E402
+from pyvene_ext.reference import Reference  # noqa: E402
+from pyvene_ext.runner import Result, reference_for, run  # noqa: E402
+from pyvene_ext.specs import Ablation, all_heads, load_specs, save_specs  # noqa: E402
 
-__all__ = ["IntervenableModel", "verify_card"]
+__all__ = [
+    "TINY_MODELS",
+    "Ablation",
+    "IntervenableModel",
+    "Prompt",
+    "PromptSet",
+    "Reference",
+    "Result",
+    "all_heads",
+    "load_model",
+    "load_specs",
+    "reference_for",
+    "run",
+    "save_specs",
+    "verify_card",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Late, because Python warns when `python -m pyvene_ext.verify` finds its module imported already.
+    if name == "verify_card":
+        from pyvene_ext.verify import verify_card
+
+        return verify_card
+    raise AttributeError(f"module 'pyvene_ext' has no attribute {name!r}")

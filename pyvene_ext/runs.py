@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def rng(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng([seed, *(xxhash.xxh32_intdigest(str(name).encode()) for name in names)])
 
 
-def metadata(model: nn.Module, **facts: Any) -> dict[str, Any]:
+def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:
     """What a reader needs to repeat a run: weights, versions, device, dtype and time, then `facts` (model name, seed ...)."""
     parameter = next(model.parameters())
     config = getattr(model, "config", None)
@@ -120,30 +121,28 @@ class Resumable:
     """
 
     def __init__(self, folder: str | Path, key: dict[str, Any]) -> None:
-        self.folder = Path(folder)
-        key_file = self.folder / "key.json"
-        if key_file.exists():
-            found = json.loads(key_file.read_text(encoding="utf-8"))
+        self.folder, self.key = Path(folder), key
+        self._key_file = self.folder / "key.json"
+        if self._key_file.exists():
+            found = json.loads(self._key_file.read_text(encoding="utf-8"))
             different = sorted(name for name in {*found, *key} if found.get(name) != key.get(name))
             if different:
                 raise ValueError(
                     f"{self.folder} holds an unfinished run with another {', '.join(different)}; finish that run, "
                     "choose another output, or delete the folder."
                 )
-        else:
-            write_json(key_file, key)
 
     def row(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The row called `name`: read if an earlier run finished it, else computed and kept."""
         path = self.folder / f"{name}.npy"
-        if path.exists():
+        if path.exists() and self._key_file.exists():
             return np.load(path, allow_pickle=False)
         value = compute()
+        if not self._key_file.exists():
+            write_json(self._key_file, self.key)
         write_npy(path, value)
         return value
 
     def discard(self) -> None:
         """Remove the folder: the whole result is written elsewhere."""
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder)

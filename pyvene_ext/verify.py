@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -28,254 +27,17 @@ from pyvene import (
     VanillaIntervention,
     ZeroIntervention,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from modelcards import COMPONENTS, card_of, dimensions, n_layers
 from pyvene_ext.cli import run
 from pyvene_ext.intervenable import IntervenableModel
 from pyvene_ext.loading import load_model
-
-Edit = Callable[[Tensor], Tensor]  # [batch pos d], or [batch head pos d] where there is a head axis
+from pyvene_ext.truth import Truth, first_tensor
 
 OPERATIONS: dict[str, type] = {"read": CollectIntervention, "zero": ZeroIntervention, "swap": VanillaIntervention}
 LENGTHS = (9, 6, 8)
-
-
-class Truth:
-    """The slow, obvious versions: run a model with one edit at one place, through hooks of our own."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.decoder: Any = model.base_model
-        self.blocks: Any = _first(self.decoder, "layers", "h")
-        self.sizes = dimensions(model.config)
-
-    def run(self, inputs: dict[str, Tensor], component: str = "", layer: int = 0, edit: Edit | None = None) -> Tensor:
-        """The model's outputs (logits or last hidden states) with `edit` applied at the place."""
-        with _eager(self.model), torch.no_grad():
-            if edit is None:
-                return _tensor(self.model(**inputs))
-            with self._place(component, layer, edit):
-                return _tensor(self.model(**inputs))
-
-    def read(self, inputs: dict[str, Tensor], component: str, layer: int) -> Tensor:
-        """What the place holds in an untouched run."""
-        seen: list[Tensor] = []
-
-        def look(x: Tensor) -> Tensor:
-            seen.append(x.clone())
-            return x
-
-        self.run(inputs, component, layer, look)
-        return seen[-1]
-
-    @contextmanager
-    def _place(self, component: str, layer: int, edit: Edit) -> Iterator[None]:
-        block: Any = self.blocks[layer]
-        attention: Any = _first(block, "self_attn", "attn")
-        mlp: Any = block.mlp
-        projection: Any = _first(attention, "o_proj", "c_proj")
-        post_norms = hasattr(block, "post_feedforward_layernorm")
-        adds_attention = block.post_attention_layernorm if post_norms else attention
-        by_head = partial(_by_head, edit, self.sizes["n_head"])
-        by_kv_head = partial(_by_head, edit, self.sizes["n_kv_head"])
-        with ExitStack() as stack:
-
-            def at(module: nn.Module, side: str, change: Edit) -> None:
-                stack.callback(_hook(module, side, change).remove)
-
-            match component:
-                case "embeddings":
-                    at(self.blocks[0], "in", edit)
-                case "block_input":
-                    at(block, "in", edit)
-                case "block_output":
-                    at(block, "out", edit)
-                case "resid_mid":
-                    before: list[Tensor] = []
-                    at(block, "in", lambda x: before.append(x) or x)  # type: ignore[func-returns-value]
-                    at(adds_attention, "out", lambda x: edit(before[-1] + x) - before[-1])
-                case "attention_contribution":
-                    at(adds_attention, "out", edit)
-                case "mlp_contribution":
-                    at(block.post_feedforward_layernorm if post_norms else mlp, "out", edit)
-                case "head_contribution":
-                    self._head_contribution(
-                        at, projection, block.post_attention_layernorm if post_norms else None, edit
-                    )
-                case "attention_input":
-                    at(attention, "in", edit)
-                case "query_output" | "key_output" | "value_output":
-                    self._projected(at, attention, component.removesuffix("_output"), edit)
-                case "head_query_output":
-                    self._projected(at, attention, "query", by_head)
-                case "head_key_output" | "head_value_output":
-                    name = component.removeprefix("head_").removesuffix("_output")
-                    self._projected(at, attention, name, by_kv_head)
-                case "attention_value_output":
-                    at(projection, "in", edit)
-                case "head_attention_value_output":
-                    at(projection, "in", by_head)
-                case "attention_output":
-                    at(attention, "out", edit)
-                case "mlp_input":
-                    at(mlp, "in", edit)
-                case "mlp_gate":
-                    at(mlp.gate_proj, "out", edit)
-                case "mlp_up":
-                    at(_first(mlp, "up_proj", "c_fc"), "out", edit)
-                case "mlp_activation":
-                    at(_first(mlp, "act_fn", "act"), "out", edit)
-                case "mlp_neurons":
-                    at(_first(mlp, "down_proj", "c_proj"), "in", edit)
-                case "mlp_output":
-                    at(mlp, "out", edit)
-                case "final_norm":
-                    at(_first(self.decoder, "norm", "ln_f"), "out", edit)
-                case "logits":
-                    at(self.model.score if hasattr(self.model, "score") else self.model, "out", edit)
-                case _:
-                    stack.enter_context(_attention_written_out(attention, component, edit))
-            yield
-
-    def _projected(self, at: Callable[..., None], attention: Any, name: str, edit: Edit) -> None:
-        if hasattr(attention, "c_attn"):  # query, key and value side by side
-            index = ("query", "key", "value").index(name)
-
-            def change(x: Tensor) -> Tensor:
-                thirds = list(x.split(x.shape[-1] // 3, dim=-1))
-                thirds[index] = edit(thirds[index])
-                return torch.cat(thirds, dim=-1)
-
-            at(attention.c_attn, "out", change)
-        else:
-            at(getattr(attention, f"{name[0]}_proj"), "out", edit)
-
-    def _head_contribution(self, at: Callable[..., None], projection: Any, post_norm: Any, edit: Edit) -> None:
-        heads, width = self.sizes["n_head"], self.sizes["d_head"]
-        shares: list[Tensor] = []
-
-        def split(z: Tensor) -> Tensor:
-            rows = projection.weight if hasattr(projection, "nf") else projection.weight.T  # Conv1D has it transposed
-            shares[:] = [z[..., h * width : (h + 1) * width] @ rows[h * width : (h + 1) * width] for h in range(heads)]
-            return z
-
-        def replace(total: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-            parts = torch.stack([share * scale for share in shares], dim=1)  # batch head pos d_model
-            return total - parts.sum(1) + edit(parts).sum(1)
-
-        at(projection, "in", split)
-        if post_norm is None:
-            at(projection, "out", replace)
-        else:
-            entering: list[Tensor] = []
-            at(post_norm, "in", lambda x: entering.append(x) or x)  # type: ignore[func-returns-value]
-            at(post_norm, "out", lambda x: replace(x, x / entering[-1]))  # the norm's scale, frozen
-
-
-def _by_head(edit: Edit, heads: int, x: Tensor) -> Tensor:
-    """Show an edit `batch pos heads*d` as `batch heads pos d`."""
-    split = torch.stack(x.chunk(heads, dim=-1), dim=1)
-    return torch.cat(list(edit(split).unbind(1)), dim=-1)
-
-
-@contextmanager
-def _attention_written_out(attention: Any, component: str, edit: Edit) -> Iterator[None]:
-    """Replace one module's eager attention by the formula, with an edit at one of its inner places."""
-    by_place: dict[str, Edit] = {component.removeprefix("head_"): edit}
-    if component in ("query_rotated", "key_rotated"):
-        by_place = {component: lambda x: _flat_edit(edit, x)}
-    inside: Any = sys.modules[type(attention).__module__]
-    original = inside.eager_attention_forward
-
-    def written_out(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        if module is not attention:
-            return original(module, query, key, value, mask, **options)
-        query = by_place.get("query_rotated", _unchanged)(query)
-        key = by_place.get("key_rotated", _unchanged)(key)
-        group = query.shape[1] // key.shape[1]
-        outputs = []
-        all_scores = torch.stack(
-            [query[:, h] @ key[:, h // group].transpose(1, 2) for h in range(query.shape[1])], dim=1
-        )
-        all_scores = all_scores * options["scaling"]
-        if options.get("softcap"):
-            all_scores = options["softcap"] * torch.tanh(all_scores / options["softcap"])
-        assert mask is not None  # transformers always makes one for eager attention
-        closed = (mask[..., : key.shape[2]] < -1e30).expand_as(all_scores)
-        all_scores = all_scores.masked_fill(closed, -torch.inf)
-        all_scores = by_place.get("attention_scores", _unchanged)(all_scores).masked_fill(closed, -torch.inf)
-        exponential = torch.exp(all_scores - all_scores.amax(-1, keepdim=True).clamp(min=-1e30))
-        pattern = exponential / exponential.sum(-1, keepdim=True).clamp(min=1e-30)
-        for name in ("attention_pattern", "attention_weight"):
-            pattern = by_place.get(name, _unchanged)(pattern).masked_fill(closed, 0.0)
-        for h in range(query.shape[1]):
-            outputs.append(pattern[:, h] @ value[:, h // group])
-        return torch.stack(outputs, dim=2), pattern
-
-    inside.eager_attention_forward = written_out
-    try:
-        yield
-    finally:
-        inside.eager_attention_forward = original
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-def _flat_edit(edit: Edit, x: Tensor) -> Tensor:
-    """Show an edit `batch heads pos d` as `batch pos heads*d`."""
-    flat = torch.cat(list(x.unbind(1)), dim=-1)
-    return torch.stack(edit(flat).chunk(x.shape[1], dim=-1), dim=1)
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    own = model.config._attn_implementation
-    model.config._attn_implementation_internal = "eager"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation_internal = own
-
-
-def _first(module: Any, *names: str) -> Any:
-    for name in names:
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise ValueError(
-        f"{type(module).__name__} has none of {', '.join(names)}: teach pyvene_ext.verify this architecture."
-    )
-
-
-def _tensor(output: Any) -> Tensor:
-    """Logits or last hidden states, which come first."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _hook(module: nn.Module, side: str, change: Edit) -> Any:
-    if side == "in":
-
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (change(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_: nn.Module, __: tuple, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return change(output)
-        if isinstance(output, tuple):
-            return (change(output[0]), *output[1:])
-        output["logits"] = change(output["logits"])
-        return output
-
-    return module.register_forward_hook(after)
 
 
 @dataclass
@@ -416,7 +178,7 @@ def _check_component(
                     expected = truth.run(base, component, layer, partial(there.put, new))
                     row.effect = max(row.effect, float(_real(expected - clean, base).abs().max()))
                     error = 0.0
-                error = max(error, _difference(_real(_tensor(found), base), _real(expected, base)))
+                error = max(error, _difference(_real(first_tensor(found), base), _real(expected, base)))
             except Exception as exception:  # a contributor wants all that is wrong, not the first thing
                 row.failures += 1
                 row.first_failure = (
@@ -524,7 +286,7 @@ def _fingerprint(model: Any) -> tuple[Any, ...]:
     """Everything a run must leave alone."""
     with torch.no_grad():
         training = model.training
-        output = _tensor(model.eval()(**_batch(model, "left", seed=3)))
+        output = first_tensor(model.eval()(**_batch(model, "left", seed=3)))
         model.train(training)
     hooks = [
         (name, len(module._forward_hooks), len(module._forward_pre_hooks), module.training)

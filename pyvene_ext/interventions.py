@@ -1,0 +1,53 @@
+"""Edits that pyvene has no class for: norm-matched noise, and the two ablations of attention scores.
+
+Zero ablation is pyvene's `ZeroIntervention`; mean, resample and Gaussian noise put a given tensor in place, which is pyvene's
+`VanillaIntervention`. All are localist: they see `batch pos d` (unit `pos`) or `batch head pos d` (units `h`, `h.pos`) as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyvene import ConstantSourceIntervention, LocalistRepresentationIntervention
+from pyvene.models.interventions import Intervention
+from torch import Tensor
+
+
+class NormMatchedIntervention(Intervention, LocalistRepresentationIntervention):
+    """Replace each vector by one of the same length in the direction of the source's vector.
+
+    With isotropic Gaussian sources the direction is uniform on the sphere. A source vector of zeros gives zeros, never NaN.
+    """
+
+    def forward(
+        self, base: Float[Tensor, "*units d"], source: Float[Tensor, "*units d"], *_: Any, **__: Any
+    ) -> Float[Tensor, "*units d"]:
+        direction = torch.nn.functional.normalize(source.to(base.device, torch.float32), dim=-1)
+        return (direction * base.float().norm(dim=-1, keepdim=True)).to(base.dtype)
+
+
+class MaskScoresIntervention(ConstantSourceIntervention, LocalistRepresentationIntervention):
+    """Every score -inf: the head attends to nothing. The card's scores define such a row's head output as 0."""
+
+    def forward(
+        self, base: Float[Tensor, "batch head query key"], *_: Any, **__: Any
+    ) -> Float[Tensor, "batch head query key"]:
+        return torch.full_like(base, -torch.inf)
+
+
+class UniformScoresIntervention(ConstantSourceIntervention, LocalistRepresentationIntervention):
+    """Every unmasked score of a query replaced by that query's mean unmasked score: uniform attention over what it may see.
+
+    Softmax does not change when a row is shifted, so the mean of the row and the mean of the whole head give the same pattern;
+    the row's is used because other queries, padded ones among them, then cannot matter. Masked entries are those at -inf.
+    """
+
+    def forward(
+        self, base: Float[Tensor, "batch head query key"], *_: Any, **__: Any
+    ) -> Float[Tensor, "batch head query key"]:
+        visible = base > -torch.inf
+        total = base.float().masked_fill(~visible, 0.0).sum(-1, keepdim=True)
+        mean = total / visible.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(visible, mean.to(base.dtype), base)

@@ -1,0 +1,223 @@
+"""Models and tokenizers by name: a shipped tiny model, a local folder, or a repository on the hub."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from modelcards import CARDS
+
+TINY_FOLDER = Path(__file__).parent / "tiny"
+TINY_MODELS = tuple(sorted(path.parent.name for path in TINY_FOLDER.glob("*/config.json")))
+NO_TOKENIZER = "has no tokenizer that can be read; its tokenizer.json belongs beside config.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def load_model(
+    name_or_path: str | Path,
+    dtype: str = "auto",
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model of a family that has a card, in eval mode, and its tokenizer.
+
+    Weights are read from safetensors only and code from a repository is never run, so that loading a model runs nothing that came
+    with it. Where the tokenizer has no padding token, the one returned uses its end token (the model's config is left alone).
+
+    Args:
+        name_or_path: one of `TINY_MODELS`, else a local folder, else a repository on the hub.
+        dtype: one of `DTYPES`; "auto" keeps the checkpoint's.
+        device: where the model goes, e.g. "cuda"; default the CPU.
+        attn_implementation: "eager", "sdpa" ...; default transformers' choice.
+        device_map: spreads the model over devices (accelerate), instead of `device`.
+        revision: branch, tag or commit on the hub.
+
+    Raises, in one sentence: ValueError for arguments and for checkpoints that cannot be used (no card, own code, no safetensors,
+    missing or broken weights, no tokenizer), FileNotFoundError for a name that leads nowhere, PermissionError for a gated model
+    without access, ConnectionError without network, other OSError as the hub reports it.
+    """
+    _check_arguments(dtype, device, attn_implementation, device_map)
+    name, source = str(name_or_path), _source(name_or_path)
+    # Else transformers has a bot of the hub convert pickled weights, and loads the bot's instead of the revision asked for.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    except Exception as error:
+        raise _explained(error, name, revision, "has no config.json that can be read") from error
+    _check_type(config, name)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise _explained(error, name, revision, "cannot be loaded") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]} ...), which would be random; "
+            "get the complete checkpoint of a causal language model."
+        )
+    try:
+        tokenizer = _tokenizer(source, revision)
+    except Exception as error:
+        raise _explained(error, name, revision, NO_TOKENIZER) from error
+    # Without files, transformers makes up an empty tokenizer for some families.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"{name} {NO_TOKENIZER}.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if device is not None:
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def _check_arguments(dtype: str, device: str | None, attn_implementation: str | None, device_map: Any) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose among {', '.join(DTYPES)}.")
+    # What transformers does not know it would take for code to fetch from the hub.
+    known = ("eager", *AttentionInterface().valid_keys())
+    if attn_implementation is not None and attn_implementation not in known:
+        raise ValueError(f"unknown attn_implementation {attn_implementation!r}; use eager or sdpa.")
+    if device is None:
+        return
+    if device_map is not None:
+        raise ValueError("device and device_map were both given; give one of them.")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda, cuda:1 ... or mps.") from None
+    there = torch.cuda.device_count() if wanted.type == "cuda" else int(torch.backends.mps.is_available())
+    if wanted.type in ("cuda", "mps") and (wanted.index or 0) >= there:
+        raise ValueError(f"device {device!r} was asked for but this machine offers {there} of its kind; use cpu.")
+
+
+def _source(name_or_path: str | Path) -> str:
+    """What transformers is to load: a folder or a hub id."""
+    name = str(name_or_path)
+    if name in TINY_MODELS:
+        return str(TINY_FOLDER / name)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the folder {name} has no config.json; give the folder of a saved transformers model."
+            )
+        return str(path)
+    if path.exists():
+        raise ValueError(f"{name} is a file; give the folder of a saved transformers model.")
+    close = difflib.get_close_matches(name, TINY_MODELS, n=1)
+    if "/" not in name and (close or name.startswith("tiny-")):
+        guess = f"; perhaps {close[0]} is meant" if close else ""
+        raise FileNotFoundError(f"no shipped model is called {name!r}{guess} (there are {_list(TINY_MODELS)}).")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"there is no folder {name}; check the path.")
+    return name
+
+
+def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """What `AutoTokenizer` gives, unless it contradicts the tokenizer.json that was saved with the model.
+
+    Where no class is named, and for Qwen2 whatever is named, transformers builds the family's own kind of tokenizer around the
+    saved vocabulary; a model trained with another kind would then read other tokens, without a word.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    try:
+        as_saved = PreTrainedTokenizerFast.from_pretrained(source, revision=revision or "main")
+    except Exception:  # there is no tokenizer.json, for which every version of transformers has another error
+        return tokenizer
+    words = sorted(as_saved.get_vocab())
+    probe = " ".join(words[:: len(words) // 500 + 1])
+    same = tokenizer.encode(probe, add_special_tokens=False) == as_saved.encode(probe, add_special_tokens=False)
+    return tokenizer if same else as_saved
+
+
+def _check_type(config: dict[str, Any], name: str) -> None:
+    model_type = config.get("model_type")
+    supported = [card.model_type for card in CARDS]
+    if model_type in supported:
+        return
+    its_type = f"model type {model_type!r}" if model_type else "no model type in its config.json"
+    own_code = " and needs code from its own repository, which is never run" if "auto_map" in config else ""
+    raise ValueError(f"{name} has {its_type}{own_code}; use a model of one of the types {_list(supported)}.")
+
+
+def _explained(error: Exception, name: str, revision: str | None, otherwise: str) -> Exception:
+    """The one sentence that says what to do about an error of transformers or the hub; `otherwise` if it is of no known kind."""
+    causes: list[BaseException] = [error]
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
+
+    def caused_by(*kinds: type[BaseException]) -> str:
+        """The first line of the first cause of these kinds."""
+        return next((_first_line(cause) for cause in causes if isinstance(cause, kinds)), "")
+
+    instead = f"use a local folder or a shipped model ({_list(TINY_MODELS)})"
+    if caused_by(GatedRepoError):
+        return PermissionError(
+            f"{name} is a gated model: accept its licence at https://huggingface.co/{name}, then set HF_TOKEN or run `hf auth "
+            f"login`, or {instead}."
+        )
+    if caused_by(RevisionNotFoundError):
+        return ValueError(f"{name} has no revision {revision!r}; give a branch, tag or commit of the repository.")
+    if caused_by(RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"there is no folder and no public hub repository {name}; check the name, set HF_TOKEN if it is private, or "
+            f"{instead}."
+        )
+    if isinstance(error, OSError) and "named model.safetensors" in str(error):
+        return ValueError(
+            f"{name} has no weights in safetensors format, and pickled ones can run code when read; if you trust them, convert "
+            "them once with AutoModelForCausalLM.from_pretrained(..., use_safetensors=False).save_pretrained(FOLDER)."
+        )
+    if reason := caused_by(HfHubHTTPError):
+        return OSError(f"the hub refused {name} ({reason}); try again later, or {instead}.")
+    if caused_by(OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError):
+        return ConnectionError(
+            f"{name} is not in the local cache and the hub cannot be reached; go online (and unset HF_HUB_OFFLINE), or {instead}."
+        )
+    if reason := caused_by(SafetensorError):
+        return ValueError(f"the weights of {name} are broken ({reason}); copy or download them again.")
+    kind = OSError if isinstance(error, OSError) else ValueError
+    return kind(f"{name} {otherwise} ({_first_line(error)}).")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(" .:") or type(error).__name__
+
+
+def _list(words: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(words) or "none"

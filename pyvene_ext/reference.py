@@ -1,0 +1,269 @@
+"""What activations look like over a reference set of prompts: mean, spread, mean by position, and rows to resample from.
+
+Everything asked for is collected through the model's card in one streaming pass over the prompts: all sites and layers in the
+same forward passes, one batch of activations in memory at a time, sums in float64 whatever the model's dtype, padding left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from modelcards import COMPONENTS, FIELD_NAMES, dimensions
+from pyvene_ext.intervenable import IntervenableModel
+from pyvene_ext.runs import atomic_path, data_hash, weight_hash
+from pyvene_ext.tokenized import TokenizedPrompts
+
+Place = tuple[str, int | None]
+Positions = str | tuple[str | int, ...]
+FORMAT = 1  # of the cache files
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode for a while; every module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def label(place: Place) -> str:
+    """A site and its layer as one word: "z.3", "embed"."""
+    return ".".join(str(part) for part in place if part is not None)
+
+
+def token_indices(prompts: TokenizedPrompts, prompt: int, positions: Positions | int) -> list[int]:
+    """The tokens of one prompt, counted from its first real token, that `positions` names.
+
+    `positions` is "all", "last", a name of the prompt set, an integer (negative: from the last token) or a tuple of these.
+    Raises ValueError where the prompt has no such name or token.
+    """
+    length = len(prompts.input_ids[prompt])
+    if positions == "all":
+        return list(range(length))
+    if isinstance(positions, tuple):
+        return [token for position in positions for token in token_indices(prompts, prompt, position)]
+    named = prompts.positions[prompt]
+    index = named.get(positions) if isinstance(positions, str) else positions
+    if index is None:
+        raise ValueError(f"prompt {prompt} has no position {positions!r}; choose among {', '.join(sorted(named))}.")
+    if not -length <= index < length:
+        raise ValueError(f"position {positions!r} lies outside prompt {prompt}, which has {length} tokens.")
+    return [index % length]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of a reference set at some places, on the CPU.
+
+    Attributes:
+        prompts: the reference set.
+        places: the (site, layer) pairs covered, `site` in the words of `pyvene_ext.specs`.
+        position_means: the positions whose mean over prompts is kept; "all": of every token, the prompts having equal lengths.
+        bank: the positions whose activations are kept prompt by prompt, in the model's dtype, to resample from.
+        tensors: what was computed, by "mean/z.3", "std/z.3", "at/z.3/2" (the mean at `position_means[2]`) and "bank/z.3".
+    """
+
+    prompts: TokenizedPrompts
+    places: tuple[Place, ...]
+    position_means: tuple[str | int, ...] = ()
+    bank: tuple[str | int, ...] = ()
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def compute(
+        cls,
+        model: PreTrainedModel,
+        prompts: TokenizedPrompts,
+        places: Iterable[Place],
+        *,
+        position_means: Iterable[str | int] = (),
+        bank: Iterable[str | int] = (),
+        batch_size: int = 8,
+        cache_dir: str | Path | None = None,
+        progress: bool = False,
+    ) -> Reference:
+        """Collect the statistics, or read them from `cache_dir` if the same were kept there for these weights and prompts.
+
+        A cache file that is half-written or belongs to something else is computed again. Raises ValueError for an empty set, a
+        position that some prompt lacks, unequal lengths with "all" in `position_means`, and activations that are not finite.
+        """
+        wanted = cls(prompts, tuple(places), tuple(position_means), tuple(bank))
+        check_reference_prompts(prompts, wanted.position_means, wanted.bank)
+        if cache_dir is None:
+            return replace(wanted, tensors=wanted._collect(model, batch_size, progress))
+        key = wanted._key(model)
+        path = Path(cache_dir) / f"reference-{data_hash(key)}.safetensors"
+        tensors = _read(path, key)
+        if tensors is None:
+            tensors = wanted._collect(model, batch_size, progress)
+            with atomic_path(path) as temporary:
+                save_file(tensors, temporary, metadata={"key": json.dumps(key)})
+        return replace(wanted, tensors=tensors)
+
+    def mean(self, place: Place) -> Float[Tensor, "*head d"]:
+        """Mean over all real tokens of all prompts."""
+        return self.tensors[f"mean/{label(place)}"]
+
+    def std(self, place: Place) -> Float[Tensor, "*head d"]:
+        """Population standard deviation per dimension over all real tokens of all prompts."""
+        return self.tensors[f"std/{label(place)}"]
+
+    def position_mean(self, place: Place, position: str | int) -> Float[Tensor, "pos *head d"]:
+        """Mean over prompts at one position (one row), or with "all" at every token (one row a token)."""
+        return self.tensors[f"at/{label(place)}/{self.position_means.index(position)}"]
+
+    def rows(self, place: Place, prompt: int, positions: Positions) -> Float[Tensor, "pos *head d"]:
+        """The activations of one reference prompt at positions that are in the bank."""
+        kept = self._bank_rows[prompt]
+        tokens = token_indices(self.prompts, prompt, positions)
+        return self.tensors[f"bank/{label(place)}"][[kept[token] for token in tokens]]
+
+    def require(self, places: Iterable[Place], position_means: Iterable[str | int], bank: Iterable[str | int]) -> None:
+        """Raise ValueError unless everything asked for is here."""
+        for what, wanted, there in (
+            ("places", places, self.places),
+            ("position_means", position_means, self.position_means),
+            ("bank", () if "all" in self.bank else bank, self.bank),
+        ):
+            if lacking := [
+                label(value) if isinstance(value, tuple) else str(value) for value in wanted if value not in there
+            ]:
+                raise ValueError(
+                    f"the reference statistics were computed without {', '.join(lacking)} in {what}; compute them with "
+                    "reference_for on the same specs."
+                )
+
+    @cached_property
+    def _bank_rows(self) -> list[dict[int, int]]:
+        """For every prompt: which row of the bank holds which token."""
+        rows, count = [], 0
+        for prompt in range(len(self.prompts.input_ids)):
+            tokens = sorted(set(token_indices(self.prompts, prompt, self.bank)))
+            rows.append({token: count + offset for offset, token in enumerate(tokens)})
+            count += len(tokens)
+        return rows
+
+    def _key(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What the statistics depend on. The config counts, because a soft-cap or a RoPE base is no weight."""
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        return {
+            "format": FORMAT,
+            "weights": weight_hash(model),
+            "config": data_hash(
+                {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
+            ),
+            "prompts": self.prompts.hash,
+            "places": self.places,
+            "position_means": self.position_means,
+            "bank": self.bank,
+        }
+
+    def _collect(self, model: PreTrainedModel, batch_size: int, progress: bool) -> dict[str, Tensor]:
+        """One pass over the prompts; every batch's activations are folded into sums and forgotten."""
+        components = [COMPONENTS[FIELD_NAMES[site]] for site, _ in self.places]
+        representations = [
+            RepresentationConfig(
+                layer or 0, component.name, component.units[0], intervention=CollectIntervention(keep_last_dim=True)
+            )
+            for component, (_, layer) in zip(components, self.places, strict=True)
+        ]
+        iv = IntervenableModel(IntervenableConfig(representations), model)
+        sizes = dimensions(model.config)
+        sums = [_Sums() for _ in self.places]
+        bar = tqdm(total=len(self.prompts.input_ids), desc="reference", unit="prompt", disable=not progress)
+        with bar, evaluating(model), torch.inference_mode():
+            for batch in self.prompts.batches(batch_size):
+                width = batch.input_ids.shape[1]
+                where = [[list(range(sizes[c.heads] if c.heads else width))] * len(batch.index) for c in components]
+                inputs = {**batch.inputs(next(model.parameters()).device), "use_cache": False}
+                (_, collected), _ = iv(inputs, unit_locations={"base": where})
+                for place_sums, activation in zip(sums, collected, strict=True):
+                    by_token = activation.transpose(1, 2) if activation.ndim == 4 else activation
+                    real = by_token.cpu()[batch.attention_mask.cpu().bool()]
+                    for prompt, rows in zip(batch.index, real.split(batch.lengths), strict=True):
+                        at = [token_indices(self.prompts, prompt, p) for p in self.position_means]
+                        place_sums.add(prompt, rows, at, list(self._bank_rows[prompt]))
+                bar.update(len(batch.index))
+        tensors: dict[str, Tensor] = {}
+        for place, place_sums in zip(self.places, sums, strict=True):
+            tensors |= place_sums.tensors(label(place))
+        return tensors
+
+
+class _Sums:
+    """Sums of one place's activations over tokens and prompts, and the rows that resampling needs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+        self.at: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
+
+    def add(self, prompt: int, rows: Float[Tensor, "pos *head d"], at: list[list[int]], keep: list[int]) -> None:
+        """Fold in the real tokens of one prompt."""
+        wide = rows.double()
+        self.count += len(wide)
+        self.total = self.total + wide.sum(0)
+        self.squares = self.squares + wide.square().sum(0)
+        for which, tokens in enumerate(at):
+            self.at[which] = self.at[which] + wide[tokens] if which in self.at else wide[tokens]
+        self.kept[prompt] = rows[keep]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The statistics, named as in `Reference.tensors`."""
+        mean = torch.as_tensor(self.total) / self.count
+        variance = (torch.as_tensor(self.squares) / self.count - mean.square()).clamp(min=0.0)
+        if not variance.isfinite().all():
+            raise ValueError(
+                f"activations of {name} are not finite on the reference set; load the model in bfloat16 or float32."
+            )
+        found = {f"mean/{name}": mean.float(), f"std/{name}": variance.sqrt().float()}
+        found |= {f"at/{name}/{which}": (total / len(self.kept)).float() for which, total in self.at.items()}
+        return found | {f"bank/{name}": torch.cat([rows for _, rows in sorted(self.kept.items())])}
+
+
+def check_reference_prompts(
+    prompts: TokenizedPrompts, position_means: Iterable[str | int], bank: Iterable[str | int]
+) -> None:
+    """Raise ValueError where a reference set cannot give what is asked of it."""
+    if not prompts.input_ids:
+        raise ValueError("the reference set has no prompts; give at least one.")
+    position_means = tuple(position_means)
+    for prompt, ids in enumerate(prompts.input_ids):
+        token_indices(prompts, prompt, (*position_means, *bank))
+        if "all" in position_means and len(ids) != len(prompts.input_ids[0]):
+            raise ValueError(
+                f"a mean per position over all positions needs prompts of equal length, but reference prompt {prompt} has "
+                f'{len(ids)} tokens and prompt 0 has {len(prompts.input_ids[0])}; use mean="over_tokens" or named positions.'
+            )
+
+
+def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of a whole cache file of exactly this key, else None."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") != json.dumps(key):
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None

@@ -1,0 +1,153 @@
+"""The plain engine: run specs one by one through `IntervenableModel` and keep one number per intervention and prompt.
+
+It is the definition of what a spec does. Every faster engine is tested equal to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pyvene_ext import metrics
+from pyvene_ext.compile import check_specs, compile_specs
+from pyvene_ext.intervenable import IntervenableModel
+from pyvene_ext.reference import Reference, evaluating
+from pyvene_ext.specs import Spec, needs, spec_name
+from pyvene_ext.tokenized import Batch, PaddingSide, TokenizedPrompts
+
+# Each takes the answer position's logits, [batch vocab], the batch and the clean logits.
+METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
+    "logit_diff": lambda logits, batch, clean: metrics.logit_diff(logits, batch.answer_ids),
+    "probability": lambda logits, batch, clean: metrics.probability(logits, batch.answer_ids),
+    "rank": lambda logits, batch, clean: metrics.rank(logits, batch.answer_ids),
+    "accuracy": lambda logits, batch, clean: metrics.accuracy(logits, batch.answer_ids),
+    "kl": lambda logits, batch, clean: metrics.kl(clean, logits),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a list of interventions did to every prompt.
+
+    Attributes:
+        names: of the interventions, as `spec_name` gives them.
+        metric: which number was kept.
+        clean: it, of the untouched model.
+        intervened: it, under each intervention.
+    """
+
+    names: tuple[str, ...]
+    metric: str
+    clean: Float32[np.ndarray, " n_prompts"]
+    intervened: Float32[np.ndarray, "n_interventions n_prompts"]
+
+    @property
+    def delta(self) -> Float32[np.ndarray, "n_interventions n_prompts"]:
+        """Clean minus intervened: positive where the intervention lowered the metric."""
+        return self.clean - self.intervened
+
+
+def reference_for(
+    specs: Iterable[Spec],
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    *,
+    batch_size: int = 8,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Reference | None:
+    """The statistics over `prompts` that these specs need, None if they need none; for `run`, and to be used in several runs."""
+    wanted = needs(specs)
+    if not wanted["places"]:
+        return None
+    return Reference.compute(model, prompts, **wanted, batch_size=batch_size, cache_dir=cache_dir, progress=progress)
+
+
+def run(
+    model: PreTrainedModel,
+    specs: Iterable[Spec],
+    prompts: TokenizedPrompts,
+    metric: str = "logit_diff",
+    reference: Reference | None = None,
+    *,
+    batch_size: int = 8,
+    padding_side: PaddingSide = "left",
+    progress: bool | tqdm = True,
+    clean: Float32[np.ndarray, " n_prompts"] | None = None,
+) -> Result:
+    """Run every spec on every prompt and read one metric at each prompt's last token.
+
+    Args:
+        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
+        specs: ablations, or tuples of them done together.
+        metric: logit_diff, probability, rank, accuracy or kl (to the clean run).
+        reference: statistics to replace by; if some are needed and none are given, those of `prompts` themselves.
+        progress: show a bar, or advance this one of a longer run, by one a prompt and intervention.
+        clean: `Result.clean` of an earlier run with the same model, prompts and metric, which then is not run again (kl needs
+            the clean logits and runs them anyway).
+
+    Raises ValueError, before the model runs, for a spec that does not fit the model, the prompts or the reference set.
+    """
+    specs = list(specs)
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS)}.")
+    if not specs or not prompts.input_ids:
+        raise ValueError("nothing to run: give at least one spec and one prompt.")
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
+        )
+    if clean is not None and np.shape(clean) != (len(prompts.input_ids),):
+        raise ValueError(f"clean holds {np.shape(clean)} values for {len(prompts.input_ids)} prompts; give one each.")
+    check_specs(specs, model, prompts, prompts if reference is None else reference.prompts)
+    shown = progress is True
+    if reference is not None:
+        reference.require(**needs(specs))
+    else:
+        reference = reference_for(specs, model, prompts, batch_size=batch_size, progress=shown)
+
+    runs_clean = clean is None or metric == "kl"
+    before = np.empty(len(prompts.input_ids), np.float32) if runs_clean else np.asarray(clean, np.float32)
+    intervened = np.empty((len(specs), len(before)), np.float32)
+    device = next(model.parameters()).device
+    structures: dict[tuple, IntervenableModel] = {}  # specs that differ in heads or positions only share one
+    own_bar = tqdm(total=intervened.size, unit="prompt", smoothing=0.1, disable=not shown)
+    bar = progress if isinstance(progress, tqdm) else own_bar
+    with own_bar, evaluating(model), torch.inference_mode():
+        for batch in prompts.batches(batch_size, padding_side):
+            batch = batch.to(device)
+            base = {**batch.inputs(), "use_cache": False}
+            clean_logits = None
+            if runs_clean:
+                clean_logits = metrics.last_logits(model(**base).logits, batch)
+                before[batch.index] = _kept(metric, clean_logits, batch, clean_logits)
+            for number, spec in enumerate(specs):
+                compiled = compile_specs(spec, batch, prompts, model, reference)
+                structure = tuple(compiled.config.representations)
+                if structure not in structures:
+                    structures[structure] = IntervenableModel(compiled.config, model)
+                iv = structures[structure]
+                _, output = iv(
+                    base,
+                    unit_locations=compiled.unit_locations,
+                    source_representations=compiled.source_representations(iv.sorted_keys),
+                )
+                logits = metrics.last_logits(output.logits, batch)
+                intervened[number, batch.index] = _kept(metric, logits, batch, clean_logits)
+                bar.update(len(batch.index))
+    return Result(tuple(map(spec_name, specs)), metric, before, intervened)
+
+
+def _kept(
+    metric: str, logits: Float[Tensor, "batch vocab"], batch: Batch, clean: Float[Tensor, "batch vocab"] | None
+) -> Float32[np.ndarray, " batch"]:
+    return METRICS[metric](logits, batch, clean).float().cpu().numpy()

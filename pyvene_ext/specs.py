@@ -1,0 +1,265 @@
+"""Ablations as data: validated, immutable, written to YAML or JSON and back without loss, compiled to plain pyvene configs.
+
+    Ablation(kind="mean", site="z", layer=2, heads=(5,), positions="last")
+
+names one edit in one layer. Several at once are a tuple of them (in YAML: a nested list). `load_specs` and `save_specs` keep
+lists of either; `pyvene_ext.compile` turns one into an `IntervenableConfig`, and `pyvene_ext.runner` runs a list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from transformers import PreTrainedModel
+
+from modelcards import COMPONENTS, FIELD_NAMES, Component, card_of, n_heads, n_kv_heads, n_layers
+from pyvene_ext.reference import Place, label
+from pyvene_ext.runs import atomic_path
+
+Kind = Literal["zero", "mean", "resample", "noise"]
+VECTORS = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
+KINDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(VECTORS, ("zero", "mean", "resample", "noise")),
+    "scores": ("zero", "mean"),
+}
+
+
+class Ablation(BaseModel):
+    """Take one site of one layer out, at some heads and positions.
+
+    Attributes:
+        kind: what comes in its place. zero: nothing (of scores: attention to nothing, so a head output of 0); mean: the reference
+            set's mean (of scores: uniform attention over the visible keys); resample: another prompt's activation; noise.
+        site: what is edited: z, attn_out, mlp_out, resid_pre, resid_mid, resid_post, embed or scores.
+        layer: needed but for embed, which exists once.
+        heads: query heads, needed exactly for z and scores; kept sorted.
+        positions: "all", "last", a name of the prompt set, or a tuple of names and integers. An integer counts tokens from the
+            prompt's first, a negative one from behind its last, whatever the padding. For scores: positions of the query.
+        mean: over_tokens: over all real tokens of the reference set; per_position: over its prompts, each at the position that
+            is replaced.
+        noise: gaussian: the reference set's mean and standard deviation per dimension; norm_matched: isotropic, each vector as
+            long as the one it replaces.
+        seed: of donors and noise.
+
+    Raises pydantic's ValidationError (a ValueError; `one_sentence` shortens it) for what no model could run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    site: StrictStr
+    layer: Annotated[StrictInt, Field(ge=0)] | None = None
+    heads: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
+    positions: StrictStr | tuple[StrictStr | StrictInt, ...] = "all"
+    mean: Literal["over_tokens", "per_position"] = "over_tokens"
+    noise: Literal["gaussian", "norm_matched"] = "gaussian"
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
+
+    @field_validator("site")
+    @classmethod
+    def _known_site(cls, site: str) -> str:
+        if site not in KINDS:
+            close = difflib.get_close_matches(site, KINDS, n=1) or [
+                s for s, c in FIELD_NAMES.items() if c == site and s in KINDS
+            ]
+            hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(KINDS)}."
+            raise ValueError(f"no ablation of {site!r}; {hint}")
+        return site
+
+    @field_validator("heads")
+    @classmethod
+    def _distinct_heads(cls, heads: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if heads is not None and (not heads or len(set(heads)) < len(heads)):
+            raise ValueError(f"name one or more heads, each once, not {list(heads)}.")
+        return heads and tuple(sorted(heads))
+
+    @field_validator("positions")
+    @classmethod
+    def _some_positions(cls, positions: str | tuple[str | int, ...]) -> str | tuple[str | int, ...]:
+        if not positions or (isinstance(positions, tuple) and len(set(positions)) < len(positions)):
+            raise ValueError(f"name one or more positions, each once, not {positions!r}.")
+        if isinstance(positions, tuple) and ("all" in positions or "" in positions):
+            raise ValueError('a list of positions holds names and integers; for every position write positions: "all".')
+        if len(positions) == 1 and isinstance(positions[0], str):
+            return positions[0]  # one name has one spelling, so that equal specs compare equal
+        return positions
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Ablation:
+        component = self.component
+        if component.per_layer != (self.layer is not None):
+            raise ValueError(
+                f"{self.site} {'needs a layer' if component.per_layer else 'exists once: leave layer out'}."
+            )
+        if (component.heads is not None) != (self.heads is not None):
+            raise ValueError(f"{self.site} {'needs heads' if component.heads else 'has no heads: leave heads out'}.")
+        if self.kind not in KINDS[self.site]:
+            raise ValueError(f"{self.site} has no {self.kind} ablation; choose {' or '.join(KINDS[self.site])}.")
+        if self.mean != "over_tokens" and (self.kind != "mean" or self.site == "scores"):
+            raise ValueError(
+                f"mean={self.mean!r} says nothing about a {self.kind} ablation of {self.site}: leave mean out."
+            )
+        if self.noise != "gaussian" and self.kind != "noise":
+            raise ValueError(f"noise={self.noise!r} says nothing about a {self.kind} ablation: leave noise out.")
+        return self
+
+    @property
+    def component(self) -> Component:
+        """The place in the cards' vocabulary."""
+        return COMPONENTS[FIELD_NAMES[self.site]]
+
+    @property
+    def place(self) -> Place:
+        """Site and layer."""
+        return self.site, self.layer
+
+    @property
+    def name(self) -> str:
+        """A short name, different for different ablations: "z.2.5", "mlp_out.3@last:mean", "z.0.1,4:noise/norm_matched"."""
+        name = label(self.place) + ("" if self.heads is None else "." + ",".join(map(str, self.heads)))
+        if self.positions != "all":
+            positions = (self.positions,) if isinstance(self.positions, str) else self.positions
+            name += "@" + ",".join(map(str, positions))
+        default = type(self).model_fields
+        variants = [str(getattr(self, f)) for f in ("mean", "noise") if getattr(self, f) != default[f].default]
+        variants += [f"seed{self.seed}"] if self.seed else []
+        return name if (self.kind, variants) == ("zero", []) else "/".join([f"{name}:{self.kind}", *variants])
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether statistics of a reference set are needed."""
+        return self.site != "scores" and self.kind != "zero" and self.noise != "norm_matched"
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError, naming what the model has, if this ablation cannot be done in it."""
+        card = card_of(model)
+        if self.component.name not in card.mapping(type(model)):
+            raise ValueError(f"{self.name}: the card of {type(model).__name__} has no {self.site}.")
+        layers, heads = n_layers(model.config), n_heads(model.config)
+        if self.layer is not None and self.layer >= layers:
+            raise ValueError(
+                f"{self.name}: layer {self.layer} is out of range, the model has layers 0 to {layers - 1}."
+            )
+        if self.heads and self.heads[-1] >= heads:
+            raise ValueError(
+                f"{self.name}: head {self.heads[-1]} is out of range, the model has {heads} query heads (0 to {heads - 1}) "
+                f"sharing {n_kv_heads(model.config)} K/V heads; {self.site} counts query heads."
+            )
+
+
+Spec = Ablation | tuple[Ablation, ...]
+
+
+def members(spec: Spec) -> tuple[Ablation, ...]:
+    """The ablations of one spec: itself, or those of a joint one, which must not edit one place twice."""
+    ablations = (spec,) if isinstance(spec, Ablation) else tuple(spec)
+    edited = [(a.place, head, a.positions) for a in ablations for head in a.heads or (None,)]
+    if not ablations or len(set(edited)) < len(edited):
+        raise ValueError(f"a joint ablation names one or more places, each once, not [{spec_name(ablations)}].")
+    return ablations
+
+
+def spec_name(spec: Spec) -> str:
+    """The name of one ablation, or those of a joint one with plus signs: "z.2.5+z.3.1"."""
+    return "+".join(ablation.name for ablation in ((spec,) if isinstance(spec, Ablation) else spec))
+
+
+def all_heads(config: Any, kind: Kind = "zero", site: str = "z", **fields: Any) -> list[Ablation]:
+    """One ablation per query head of a model's config, by layer and head."""
+    return [
+        Ablation(kind=kind, site=site, layer=layer, heads=(head,), **fields)
+        for layer in range(n_layers(config))
+        for head in range(n_heads(config))
+    ]
+
+
+def one_sentence(error: ValidationError) -> str:
+    """What pydantic found, without its line breaks, codes and links: "heads.0: Input should be a valid integer"."""
+    found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+    return "; ".join(f"{where}: {message}" if where else message for where, message in found)
+
+
+def to_plain(specs: Iterable[Spec]) -> list[Any]:
+    """Specs as lists and dicts for YAML and JSON; fields at their defaults are left out."""
+
+    def plain(ablation: Ablation) -> dict[str, Any]:
+        return ablation.model_dump(mode="json", exclude_defaults=True)
+
+    return [plain(spec) if isinstance(spec, Ablation) else [plain(a) for a in spec] for spec in specs]
+
+
+def from_plain(values: Any) -> list[Spec]:
+    """Specs from `to_plain`'s lists and dicts; a ValueError names the entry that is wrong, in one sentence."""
+    if not isinstance(values, list):
+        raise ValueError(f"specs are a list of ablations, not {type(values).__name__}.")
+    specs: list[Spec] = []
+    for index, value in enumerate(values):
+        try:
+            if isinstance(value, list):
+                specs.append(tuple(Ablation.model_validate(entry) for entry in value))
+            else:
+                specs.append(Ablation.model_validate(value))
+            members(specs[-1])
+        except ValidationError as error:
+            raise ValueError(f"spec {index}: {one_sentence(error)}") from None
+        except ValueError as error:
+            raise ValueError(f"spec {index}: {error}") from None
+    return specs
+
+
+def to_yaml(specs: Iterable[Spec]) -> str:
+    """Specs as YAML text."""
+    return yaml.safe_dump(to_plain(specs), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(text: str) -> list[Spec]:
+    """Specs from YAML (or JSON) text; raises ValueError in one sentence."""
+    try:
+        return from_plain(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def save_specs(path: str | Path, specs: Iterable[Spec]) -> None:
+    """Write specs to a .json file, or as YAML to any other."""
+    text = json.dumps(to_plain(specs), indent=2) if Path(path).suffix == ".json" else to_yaml(specs)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load_specs(path: str | Path) -> list[Spec]:
+    """Read what `save_specs` wrote; a ValueError names the file and the entry that is wrong."""
+    try:
+        return from_yaml(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def needs(specs: Iterable[Spec]) -> dict[str, tuple]:
+    """What specs need of a reference set, as keywords of `Reference.compute` and `Reference.require`."""
+    used = [a for spec in specs for a in members(spec) if a.uses_reference]
+
+    def positions(ablations: Iterable[Ablation]) -> tuple[str | int, ...]:
+        named = (a.positions if isinstance(a.positions, tuple) else (a.positions,) for a in ablations)
+        return tuple(dict.fromkeys(position for group in named for position in group))
+
+    return {
+        "places": tuple(dict.fromkeys(a.place for a in used)),
+        "position_means": positions(a for a in used if a.mean == "per_position"),
+        "bank": positions(a for a in used if a.kind == "resample"),
+    }
