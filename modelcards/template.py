@@ -50,12 +50,35 @@ rotary_decoder_type_to_module_mapping: Mapping = {
     "final_norm": ("norm", CONST_OUTPUT_HOOK),
 }
 
-# Only the head counts: a component without an entry is taken whole. pyvene 0.1.8 cuts the collected vector at the width
-# given here, which is wrong as soon as several units are collected, and cannot say "heads x head_dim".
-# `pyvene_ext.IntervenableModel` gives trainable interventions the exact width from `components.py`.
+# Widths of the components that pyvene 0.1.8 can spell (it needs them for trainable interventions), and only where the width is
+# the whole vector: it cannot say "heads x head_dim", and a component without an entry is taken whole instead of being cut.
+# `pyvene_ext.IntervenableModel` takes every width from `components.py` and does not look here.
+_RESIDUAL = ("embeddings", "block_input", "resid_mid", "block_output", "attention_contribution", "mlp_contribution")
+AS_WIDE_AS_MODEL = (
+    *_RESIDUAL,
+    "head_contribution",
+    "attention_input",
+    "attention_output",
+    "mlp_input",
+    "mlp_output",
+    "final_norm",
+)
+AS_WIDE_AS_MLP = ("mlp_gate", "mlp_up", "mlp_activation", "mlp_neurons")
+AS_WIDE_AS_HEAD = (
+    "head_query_output",
+    "head_key_output",
+    "head_value_output",
+    "head_query_rotated",
+    "head_key_rotated",
+    "head_attention_value_output",
+)
+
 rotary_decoder_type_to_dimension_mapping: Mapping = {
     "n_head": ("num_attention_heads",),
     "n_kv_head": ("num_key_value_heads",),
+    **dict.fromkeys(AS_WIDE_AS_MODEL, ("hidden_size",)),
+    **dict.fromkeys(AS_WIDE_AS_MLP, ("intermediate_size",)),
+    **dict.fromkeys(AS_WIDE_AS_HEAD, ("head_dim", "hidden_size/num_attention_heads")),
 }
 
 

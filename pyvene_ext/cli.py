@@ -14,6 +14,8 @@ import pydantic
 import tyro
 import yaml
 
+from pyvene_ext.specs import one_sentence
+
 Config = TypeVar("Config")
 
 CONFIG_HELP = (
@@ -75,7 +77,7 @@ def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config
 
 def _one_line(error: ValueError | OSError) -> str:
     if isinstance(error, pydantic.ValidationError):
-        return "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+        return one_sentence(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -14,14 +14,17 @@ What differs from `pyvene.IntervenableModel`:
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyvene
 import torch
+from huggingface_hub import snapshot_download
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
@@ -419,6 +422,43 @@ class IntervenableModel(pyvene.IntervenableModel):
             named += [(f"model.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
         return named
 
+    @staticmethod
+    def load(
+        load_directory: str,
+        model: nn.Module,
+        local_directory: str | None = None,
+        from_huggingface_hub: bool = False,
+        include_model: bool = False,
+    ) -> IntervenableModel:
+        """An intervenable model that `save` wrote, as one of this class; arguments are pyvene's.
+
+        Only intervention classes of pyvene and of this package are made, and weights are read without running code.
+
+        Raises:
+            ValueError: for an intervention class from elsewhere.
+        """
+        if from_huggingface_hub or not Path(load_directory).exists():
+            load_directory = snapshot_download(load_directory, local_dir=local_directory)
+        saved = IntervenableConfig.from_pretrained(load_directory)
+        kinds = [_intervention_class(name) for name in saved.intervention_types]
+        representations = [RepresentationConfig(*item) for item in saved.representations]
+        config = IntervenableConfig(representations=representations, intervention_types=kinds, mode=saved.mode)
+        loaded = IntervenableModel(config, model)
+        constant = saved.intervention_constant_sources
+        for (key, intervention), is_constant in zip(loaded.interventions.items(), constant, strict=True):
+            intervention.is_source_constant = is_constant
+            weights = Path(load_directory) / f"intkey_{key}.bin"
+            if not weights.exists():
+                continue
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            if "source_representation" in state:
+                intervention.set_source_representation(state.pop("source_representation"))
+            intervention.load_state_dict(state, strict=False)
+        if include_model:
+            weights = Path(load_directory) / "pytorch_model.bin"
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
+        return loaded
+
     def __str__(self) -> str:
         """What this model intervenes on, as JSON."""
         return json.dumps(
@@ -525,6 +565,16 @@ def _per_beam(locations: list[Any], beams: int) -> list[Any]:
     if isinstance(locations[0][0], list):
         return [_per_beam(level, beams) for level in locations]
     return [row for row in locations for _ in range(beams)]
+
+
+def _intervention_class(name: str) -> type:
+    """The class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
+    module, _, cls = name.removeprefix("<class '").removesuffix("'>").rpartition(".")
+    if module.split(".")[0] not in ("pyvene", "pyvene_ext"):
+        raise ValueError(
+            f"{name} is not an intervention of pyvene or pyvene_ext: rebuild this model from its config in code."
+        )
+    return getattr(importlib.import_module(module), cls)
 
 
 def _own_copy(locations: Any) -> Any:

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK, split_three
 
-from modelcards.template import BY_HEAD, Mapping, create, within
+from modelcards.template import (
+    AS_WIDE_AS_HEAD,
+    AS_WIDE_AS_MLP,
+    AS_WIDE_AS_MODEL,
+    BY_HEAD,
+    Mapping,
+    create,
+    within,
+)
 
 gpt2_type_to_module_mapping: Mapping = {
     "embeddings": ("drop", CONST_OUTPUT_HOOK),
@@ -41,7 +49,14 @@ gpt2_type_to_module_mapping: Mapping = {
     "mlp_output": ("h[%s].mlp", CONST_OUTPUT_HOOK),
     "final_norm": ("ln_f", CONST_OUTPUT_HOOK),
 }
-gpt2_type_to_dimension_mapping: Mapping = {"n_head": ("n_head",), "n_kv_head": ("n_head",)}
+gpt2_type_to_dimension_mapping: Mapping = {
+    "n_head": ("n_head",),
+    "n_kv_head": ("n_head",),
+    **dict.fromkeys(AS_WIDE_AS_MODEL, ("n_embd",)),
+    **dict.fromkeys(("query_output", "key_output", "value_output", "attention_value_output"), ("n_embd",)),
+    **dict.fromkeys(AS_WIDE_AS_MLP, ("n_inner", "n_embd*4")),
+    **dict.fromkeys(AS_WIDE_AS_HEAD, ("n_embd/n_head",)),
+}
 
 """GPT-2 with language-model head"""
 gpt2_lm_type_to_module_mapping: Mapping = {

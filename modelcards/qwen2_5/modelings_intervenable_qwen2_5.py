@@ -16,7 +16,12 @@ from modelcards.template import (
 )
 
 qwen2_5_type_to_module_mapping: Mapping = dict(rotary_decoder_type_to_module_mapping)
-qwen2_5_type_to_dimension_mapping: Mapping = dict(rotary_decoder_type_to_dimension_mapping)
+# Qwen2.5's config has no head_dim to name.
+qwen2_5_type_to_dimension_mapping: Mapping = {
+    component: widths
+    for component, widths in rotary_decoder_type_to_dimension_mapping.items()
+    if "head_dim" not in widths
+}
 
 """Qwen2.5 with language-model head"""
 qwen2_5_lm_type_to_module_mapping: Mapping = {

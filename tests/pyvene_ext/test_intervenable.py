@@ -206,6 +206,37 @@ def test_trainable_interventions_fit_every_component(family: str) -> None:
         assert close(found.logits, clean, base), component
 
 
+def test_what_is_saved_comes_back_the_same(model: Any, base: Any, tmp_path: Any) -> None:
+    source = random_inputs(seed=1)
+    items = [
+        RepresentationConfig(1, "block_output", "pos", 1, intervention_type=RotatedSpaceIntervention),
+        swap("attention_value_output", layer=2),
+        RepresentationConfig(
+            0, "mlp_output", "pos", 1, None, VanillaIntervention, source_representation=torch.ones(42)
+        ),
+        collect("head_contribution", "h"),
+    ]
+    groups = [item._replace(group_key=group) for group, item in enumerate(items)]
+    places = [[[8]] * 3, [[8]] * 3, [[8]] * 3, [[1, 2]] * 3]
+    arguments = (base, [source, source, None, None], {"sources->base": ([*places[:2], None, None], places)})
+    intervenable = IntervenableModel(config(*groups), model)
+    intervenable.save(str(tmp_path))
+    again = IntervenableModel.load(str(tmp_path), model)
+    assert isinstance(again, IntervenableModel)
+    (_, collected), found = intervenable(*arguments)
+    (_, collected_again), found_again = again(*arguments)
+    assert torch.equal(found.logits, found_again.logits)
+    assert torch.equal(collected[0], collected_again[0]) and collected[0].shape == (3, 2, 9, 42)
+
+
+def test_only_known_intervention_classes_are_loaded(model: Any, tmp_path: Any) -> None:
+    IntervenableModel(config(zero()), model).save(str(tmp_path))
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("pyvene.models.interventions.ZeroIntervention", "os.system"))
+    with pytest.raises(ValueError, match=r"os.system.* is not an intervention of pyvene"):
+        IntervenableModel.load(str(tmp_path), model)
+
+
 # -- bit for bit the user's own ----------------------------------------------------------------------------------------
 
 

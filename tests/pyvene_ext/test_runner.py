@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from pyvene_ext import metrics
 from pyvene_ext.reference import Reference
@@ -176,4 +177,7 @@ def test_a_model_without_a_vocabulary_is_refused() -> None:
 
 def test_progress_counts_every_prompt_of_every_run(capsys: pytest.CaptureFixture[str]) -> None:
     run(random_model("llama3_1"), [HEAD], PROMPTS, batch_size=4)
-    assert "12/12" in capsys.readouterr().err
+    assert "6/6" in capsys.readouterr().err
+    with tqdm(total=100) as longer:
+        run(random_model("llama3_1"), [HEAD, HEAD.model_copy(update={"layer": 0})], PROMPTS, progress=longer)
+        assert longer.n == 12
