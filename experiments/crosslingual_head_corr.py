@@ -6,8 +6,8 @@
 
 Method. Each head is one paired point: its activation frequency (`activation_frequencies_ifr.py`) in language a and in
 language b. Pearson and Spearman correlation over all heads of the chosen layers, and over the heads of each layer. Pairs
-with a NaN or infinite side are dropped and counted; a constant side gives no correlation and a note. 95% intervals are
-percentile bootstraps over heads. Beside SciPy's p, which takes heads as independent, stands a permutation p that shuffles
+with a NaN or infinite side are dropped and counted; a layer with a constant side has no correlation, and a note. 95% intervals
+are percentile bootstraps over heads. Beside SciPy's p, which takes heads as independent, stands a permutation p that shuffles
 heads within their layer only: association beyond what depth alone gives. The layers' permutation p-values are corrected
 for their number (q, Benjamini-Hochberg).
 
@@ -84,6 +84,10 @@ def main(config: Config) -> None:
 
     # The correlations, over all heads and layer by layer.
     overall = correlate_heads(a, b, config.seed, config.n_resamples)
+    if np.isnan(overall.pearson.r):
+        raise ValueError(
+            f"{config.a} and {config.b} have no correlation ({overall.note}): give matrices that vary over heads."
+        )
     per_layer = correlate_layers(a, b, config.seed, config.n_resamples) if config.layerwise else []
 
     # The files. The JSON comes last: where it is, the rest is.
