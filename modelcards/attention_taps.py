@@ -48,7 +48,7 @@ def tapped_attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers computes it, passing through the taps that `module` has at the moment.
 
     Args:
@@ -58,7 +58,7 @@ def tapped_attention(
             or additive float. Sliding windows and padding are in it.
 
     Returns:
-        `batch n_query n_head d_head` and the pattern `batch n_head n_query n_key`.
+        `batch n_query n_head d_head`, and the pattern `batch n_head n_query n_key` where the model's own implementation has one.
 
     An edit cannot open what the mask closed: masked scores are -inf and masked pattern entries 0 whatever a hook returned. A row
     whose scores are all -inf (a padded query, or an ablated head) attends to nothing and its output is 0, never NaN.
@@ -82,7 +82,9 @@ def tapped_attention(
     pattern = pattern.masked_fill(blind, 0.0).to(value.dtype)
     pattern = _through(module, "tap_pattern", pattern).masked_fill(~visible, 0.0)
     pattern = nn.functional.dropout(pattern, p=dropout, training=module.training)
-    return (pattern @ value).transpose(1, 2).contiguous(), pattern
+    output = (pattern @ value).transpose(1, 2).contiguous()
+    # `output_attentions` lists what layers return: under sdpa none of them does, and one more would shift their numbers.
+    return output, pattern if getattr(module.config, "tapped_from", IMPLEMENTATION) != "sdpa" else None
 
 
 def _through(module: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -182,6 +184,7 @@ class Taps:
             )
         redirected = copy.copy(own)  # shallow: `own` may be shared by every layer, and by other models
         redirected._attn_implementation_internal = IMPLEMENTATION
+        redirected.tapped_from = implementation
         attention.config = redirected
         self._undo.append(partial(setattr, attention, "config", own))
 
@@ -221,6 +224,11 @@ class Taps:
 def head_shares(z: Tensor, projection: Any, heads: int) -> Tensor:
     """z_h W_O^h for every head: `batch pos n_head*d_head` -> `batch pos n_head d_model`; the bias belongs to no head."""
     weight = projection.weight
+    if type(projection) not in (nn.Linear, Conv1D) or not weight.is_floating_point():
+        raise ValueError(
+            f"head_contribution needs a plain output projection to split by heads, not {type(projection).__name__} with "
+            f"{weight.dtype} weights; merge adapters, and load the model without quantisation."
+        )
     if weight.is_meta:
         raise ValueError(
             "head_contribution needs the output projection's weights, which are offloaded; load the model without offloading."

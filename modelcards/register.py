@@ -79,7 +79,8 @@ class Card:
         if named is None:
             return None
         if named == "n_out":
-            head = model.get_submodule("score" if hasattr(model, "score") else "lm_head")
+            path = self.mapping(type(model))["logits"][0]
+            head = model.get_output_embeddings() if path.startswith(("lm_head", "tap_")) else model.get_submodule(path)
             return head.weight.shape[0]
         sizes = dimensions(model.config)
         product = 1

@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
+from pyvene import (
+    CollectIntervention,
+    IntervenableConfig,
+    LocalistRepresentationIntervention,
+    RepresentationConfig,
+    TrainableIntervention,
+)
 from torch import Tensor
 
 from modelcards import COMPONENTS, Card, dimensions, n_layers
@@ -22,12 +28,20 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
     """Refuse components, layers, units and groups that this model does not have or pyvene would misread."""
     if not config.representations:
         raise ValueError("the config names no representation: give at least one RepresentationConfig.")
+    if config.mode not in ("parallel", "serial"):
+        raise ValueError(f"mode must be 'parallel' or 'serial', not {config.mode!r}.")
     layers = n_layers(model.config)
     for representation in config.representations:
+        if not isinstance(representation.component, str):
+            raise ValueError(f"a component is a name, not {representation.component!r}.")
         if "." in representation.component:
-            continue  # pyvene's raw module paths are the user's own business
+            if representation.component.rpartition(".")[2] not in ("input", "output"):
+                raise ValueError(f"the module path {representation.component!r} must end in .input or .output.")
+            continue  # the rest of a raw path is the user's own business
         component = card.component(model, representation.component)
-        if component.per_layer and not 0 <= int(representation.layer) < layers:
+        if type(representation.layer) is not int:
+            raise ValueError(f"the layer of {component.name} must be a whole number, not {representation.layer!r}.")
+        if component.per_layer and not 0 <= representation.layer < layers:
             raise ValueError(
                 f"layer {representation.layer} of {component.name} is out of range: "
                 f"{type(model).__name__} has layers 0 to {layers - 1}."
@@ -64,18 +78,22 @@ class Inputs:
     @classmethod
     def of(cls, inputs: Mapping[str, Any], name: str) -> Inputs:
         """Read the shape and the padding of a batch given to the model."""
-        for field in ("input_ids", "inputs_embeds"):
-            tensor = inputs.get(field)
-            if isinstance(tensor, Tensor):
-                batch, length = tensor.shape[:2]
-                break
-        else:
-            raise ValueError(f"{name} has neither input_ids nor inputs_embeds: give a tokenised batch.")
+        tensors = [inputs.get(field) for field in ("input_ids", "inputs_embeds")] if isinstance(inputs, Mapping) else []
+        tensor = next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim >= 2), None)
+        if tensor is None:
+            raise ValueError(
+                f"{name} must be a tokenised batch with input_ids [batch pos] or inputs_embeds [batch pos d]."
+            )
+        batch, length = tensor.shape[:2]
         cache = inputs.get("past_key_values")
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise ValueError(f"the past_key_values of {name} must be a transformers Cache, not {type(cache).__name__}.")
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = inputs.get("attention_mask")
         rows = None
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            if mask.shape[0] != batch or mask.shape[1] < length:
+                raise ValueError(f"the attention_mask of {name} is {tuple(mask.shape)} for tokens {(batch, length)}.")
             rows = mask[:, mask.shape[1] - length :].bool().int().tolist()
         return cls(name, batch, length, past, rows)
 
@@ -91,6 +109,57 @@ class Place:
 
     def __str__(self) -> str:
         return self.component if self.layer is None else f"{self.component} at layer {self.layer}"
+
+
+def all_of(place: Place, config: Any, inputs: Inputs) -> Any:
+    """The locations that name every position, and every head where there are heads; None for a raw module path."""
+    component = COMPONENTS.get(place.component)
+    if component is None:
+        return None
+    columns = [list(range(inputs.length + (inputs.past if _over_keys(place) else 0)))] * inputs.batch
+    if component.heads is None:
+        return columns
+    heads = [list(range(dimensions(config)[component.heads]))] * inputs.batch
+    return heads if place.unit == "h" else [heads, columns]
+
+
+def check_unit_counts(
+    keys: Sequence[str],
+    places: Sequence[Place],
+    locations: Locations | None,
+    interventions: Mapping[str, Any],
+    representations: Mapping[str, RepresentationConfig],
+) -> None:
+    """A trainable intervention has weights for so many units at once; give it as many places."""
+    for key, place, rows in zip(keys, places, locations or [], strict=False):
+        if not isinstance(interventions[key], TrainableIntervention) or rows is None:
+            continue
+        if isinstance(interventions[key], LocalistRepresentationIntervention) or interventions[key].keep_last_dim:
+            continue
+        given = len((rows[0] if place.unit == "h.pos" else rows)[0])
+        if given != (made_for := int(representations[key].max_number_of_units)):
+            raise ValueError(
+                f"{place} has {given} units for an intervention made for {made_for}: set max_number_of_units={given} in its "
+                "RepresentationConfig, or give as many places."
+            )
+
+
+def check_subspaces(subspaces: Any, interventions: Mapping[str, Any], batch: int) -> None:
+    """Refuse subspaces that pyvene mixes up: other ones in every example, in an intervention that sees units apart."""
+    if not isinstance(subspaces, list) or not any(isinstance(rows, list) for rows in subspaces):
+        return
+    for (key, intervention), rows in zip(interventions.items(), subspaces, strict=False):
+        if not isinstance(rows, list):
+            continue
+        if len(rows) != batch:
+            raise ValueError(
+                f"{key} has subspaces for {len(rows)} examples, but base has {batch}: give one list per example."
+            )
+        if isinstance(intervention, LocalistRepresentationIntervention) and any(row != rows[0] for row in rows):
+            raise ValueError(
+                f"{key} ({intervention}) has other subspaces in every example, which pyvene mixes up across positions: give all "
+                "examples of a call the same."
+            )
 
 
 def resolve_locations(
@@ -109,6 +178,10 @@ def resolve_locations(
         ValueError: says what is wrong, where, and how to write what was probably meant.
     """
     value = _plain(value)
+    if value is None:
+        raise ValueError(
+            f"the locations under {key!r} are None: list places, or leave unit_locations out for everything."
+        )
     if _is_flat(value) and len(value) == 2 and not (isinstance(value, tuple) and key != "base"):
         raise ValueError(
             f"two numbers under {key!r} are ambiguous: pyvene reads {value} as source {value[0]} -> base {value[1]}. For two "
@@ -206,7 +279,7 @@ def _head(head: int, place: Place, config: Any) -> int:
 
 def _columns(row: list[int], example: int, place: Place, inputs: Inputs) -> list[int]:
     """Absolute columns of one example; negative positions count back from its last real token."""
-    over_keys = place.component in ("key_rotated", "head_key_rotated")
+    over_keys = _over_keys(place)
     length = inputs.length + (inputs.past if over_keys else 0)
     mask = inputs.mask[example] if inputs.mask is not None and not (over_keys and inputs.past) else None
     real = [column for column, value in enumerate(mask) if value] if mask is not None else list(range(length))
@@ -224,6 +297,11 @@ def _columns(row: list[int], example: int, place: Place, inputs: Inputs) -> list
             "use negative positions, which count back from the last real token."
         )
     return columns
+
+
+def _over_keys(place: Place) -> bool:
+    """Whether positions of this place are keys', cached ones included."""
+    return place.component in ("key_rotated", "head_key_rotated")
 
 
 def _plain(value: Any) -> Any:

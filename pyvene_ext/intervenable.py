@@ -30,7 +30,16 @@ from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
 
 from modelcards import COMPONENTS, Card, Taps, card_of, register
-from pyvene_ext.checks import Inputs, Place, check_config, is_collect, resolve_locations
+from pyvene_ext.checks import (
+    Inputs,
+    Place,
+    all_of,
+    check_config,
+    check_subspaces,
+    check_unit_counts,
+    is_collect,
+    resolve_locations,
+)
 
 # The residual stream between attention and MLP is an argument of a norm and, behind it, of the sum: no hook can hand both a new
 # tensor. It is a fresh sum that nothing else holds and autograd does not save, so here, and only here, the edit is in place.
@@ -59,7 +68,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         check_config(config, model, card)
         taps = Taps(model, card, [(item.component, item.layer) for item in config.representations])
         kwargs.pop("use_fast", None)
-        with taps, _flags_kept(model):
+        with taps, flags_kept(model):
             super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))
@@ -67,6 +76,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         self._handles: list[Any] = []
         self._attached: set[tuple[str, str]] = set()
         self._fired: set[tuple[str, str]] = set()
+        self._active = False
         self._reading = False
         self._hook_device: torch.device | None = None
         self._generation: _Generation | None = None
@@ -98,21 +108,29 @@ class IntervenableModel(pyvene.IntervenableModel):
             ValueError: for locations that do not exist or are ambiguous, a missing source, an intervention that never fired.
         """
         sources = self._checked_sources(sources, source_representations)
-        self._check_cache(base, sources, output_original_output)
         locations = self._resolved(base, sources, unit_locations)
+        self._check_inputs(base, sources, output_original_output, labels)
+        check_subspaces(subspaces, self.interventions, Inputs.of(base, "base").batch)
+        # Run here and not by pyvene, because it is to be the user's own model, without taps.
+        original = self.model(**base) if output_original_output else None
         with self._running():
-            return super().forward(
+            outcome = super().forward(
                 base,
                 sources,
                 locations,
                 source_representations,
                 subspaces,
                 labels,
-                output_original_output,
+                False,
                 return_dict,
                 use_cache,
                 intervention_additional_kwargs,
             )
+        if return_dict:
+            outcome.original_outputs = original
+            return outcome
+        first, intervened = outcome
+        return ((original, first[1]), intervened) if self.return_collect_activations else (original, intervened)
 
     def generate(
         self,
@@ -142,7 +160,8 @@ class IntervenableModel(pyvene.IntervenableModel):
         a source of exactly one position.
 
         Returns:
-            `(original or None, intervened)` as pyvene does; with collects, `((original or None, collected), intervened)`.
+            `(original or None, intervened)` as pyvene does; with collects, `((original or None, collected), intervened)`, where
+            every forward pass adds its activations, which with a cache are those of the new columns alone.
         """
         if intervene_on_new_tokens is None:
             intervene_on_new_tokens = not intervene_on_prompt
@@ -152,10 +171,12 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise ValueError("generate needs mode='parallel'.")
         if kwargs.get("prefill_chunk_size"):
             raise ValueError("generate with interventions cannot split the prompt: leave out prefill_chunk_size.")
+        if self.as_adaptor or self._intervention_pointers:
+            raise ValueError("generate takes no as_adaptor and no intervention_link_key: intervene in forward passes.")
         sources = self._checked_sources(sources, source_representations)
-        self._check_cache(base, sources, output_original_output)
         locations = self._resolved(base, sources, unit_locations)
-        assert locations is None or "sources->base" in locations
+        self._check_inputs(base, sources, output_original_output, None)
+        check_subspaces(subspaces, self.interventions, Inputs.of(base, "base").batch)
         self._cleanup_states()
         self.full_intervention_outputs.clear()
         original = self.model.generate(**base, **kwargs) if output_original_output else None
@@ -189,6 +210,11 @@ class IntervenableModel(pyvene.IntervenableModel):
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Taps in place, hooks watched; nothing left on the model afterwards."""
+        if self._active:
+            raise RuntimeError(
+                "this intervenable model is running already: finish that call first, or build a second one."
+            )
+        self._active = True
         self._attached.clear()
         self._fired.clear()
         try:
@@ -201,6 +227,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                         "(embeddings are skipped when inputs_embeds is given; one new token needs no step on new tokens)."
                     )
         finally:
+            self._active = False
             self._remove_forward_hooks()
 
     # -- before a run -----------------------------------------------------------------------------------------------------
@@ -221,6 +248,11 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise ValueError(
                 f"{len(sources)} sources were given for {len(groups)} groups of interventions: give one each."
             )
+        if isinstance(representations, list) and len(representations) != len(self.sorted_keys):
+            raise ValueError(
+                f"source_representations lists {len(representations)} tensors for {len(self.sorted_keys)} interventions; "
+                "give one each (None for one that needs none), or a dict."
+            )
         given = set(self._broadcast_source_representations(representations) or {})
         if unknown := given - set(self.sorted_keys):
             raise ValueError(
@@ -235,8 +267,13 @@ class IntervenableModel(pyvene.IntervenableModel):
                     )
                 if source is not None and isinstance(self.interventions[key], CollectIntervention):
                     raise ValueError(
-                        f"{key} collects in a group that has a source: put it in a group of its own with source None "
-                        "(group_key on every representation)."
+                        f"{key} collects in a group that has a source: give it a group of its own (group_key on every "
+                        "representation) and None as that group's source, as in sources=[source, None]."
+                    )
+                constant = getattr(self.interventions[key], "is_source_constant", False)
+                if constant and key in given and not isinstance(representations, Tensor):
+                    raise ValueError(
+                        f"{key} ({self.interventions[key]}) takes no source, but source_representations has one for it."
                     )
                 if source is None and self.mode == "serial":
                     raise ValueError(
@@ -246,17 +283,34 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise ValueError("give sources or source_representations, not both: pyvene would ignore the sources.")
         return sources
 
-    def _check_cache(self, base: Mapping[str, Any], sources: list[Any], twice: bool | None) -> None:
+    def _check_inputs(self, base: Any, sources: list[Any], twice: bool | None, labels: Tensor | None) -> None:
+        """Refuse what would run and give something else than asked for."""
+        caches = [inputs["past_key_values"] for inputs in (base, *sources) if inputs and "past_key_values" in inputs]
+        caches = [id(cache) for cache in caches if cache is not None]
         if twice and base.get("past_key_values") is not None:
             raise ValueError(
                 "output_original_output runs base twice, and past_key_values would grow twice: run the original by itself, with "
                 "its own copy of the cache."
             )
-        caches = [id(source.get("past_key_values")) for source in sources if source and source.get("past_key_values")]
-        if caches and base.get("past_key_values") is not None and id(base["past_key_values"]) in caches:
+        if len(set(caches)) < len(caches):
             raise ValueError(
-                "base and a source share one past_key_values, which each run appends to: give each its own copy."
+                "two of the runs (base, sources) share one past_key_values, which each appends to: give each its own copy."
             )
+        if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing computes blocks again without the interventions, and the gradients would be wrong: call "
+                "model.activation_checkpointing_disable() or model.eval()."
+            )
+        if any(item.component == "logits" for item in self.representations.values()):
+            if base.get("logits_to_keep"):
+                raise ValueError(
+                    "logits_to_keep cuts the positions an intervention on the logits counts: leave it out."
+                )
+            capped = getattr(self.model_config, "final_logit_softcapping", None) is not None
+            if capped and (labels is not None or base.get("labels") is not None):
+                raise ValueError(
+                    "the loss of this model is computed before its soft-capped logits can be edited: leave labels out."
+                )
 
     def _resolved(
         self, base: Mapping[str, Any], sources: list[Any], unit_locations: Mapping[str, Any] | None
@@ -272,9 +326,21 @@ class IntervenableModel(pyvene.IntervenableModel):
                 )
             source_of_key.update(dict.fromkeys(keys, known))
         if unit_locations is None:
+            if self.mode == "serial":
+                raise ValueError("serial mode needs unit_locations for every step, such as 'source_0->base'.")
             if any(known is not None and known.length != inputs.length for known in source_of_key.values()):
                 raise ValueError("without unit_locations everything is swapped, which needs sources as long as base.")
-            return None
+            # Written out, because pyvene would not split what it is given no location for into heads.
+            places = [self._place(key) for key in self.sorted_keys]
+            everything = [all_of(place, self.model_config, inputs) for place in places]
+            has_source = any(known is not None for known in source_of_key.values())
+            return {"sources->base": (everything if has_source else None, everything)}
+        if not isinstance(unit_locations, Mapping) or len(unit_locations) != (
+            1 if self.mode == "parallel" else len(groups)
+        ):
+            raise ValueError(
+                "unit_locations must be a dict with the one entry 'base' or 'sources->base' (in serial mode: one entry a step)."
+            )
         resolved: dict[str, Any] = {}
         for entry, value in unit_locations.items():
             keys, after = self.sorted_keys, inputs
@@ -285,12 +351,13 @@ class IntervenableModel(pyvene.IntervenableModel):
             places = [self._place(key) for key in keys]
             own_sources = [source_of_key[key] for key in keys]
             source_side, base_side = resolve_locations(value, entry, places, self.model_config, after, own_sources)
-            for place, source, index in zip(places, own_sources, range(len(keys)), strict=True):
-                if place.takes_source and source is not None and source_side is None:
+            for key, source in zip(keys, own_sources, strict=True):
+                if source is not None and source_side is None:
                     raise ValueError(
-                        f"{keys[index]} takes its source from a source run, but only base locations are given: write "
+                        f"{key} has a source run, but only base locations are given: write "
                         "{'sources->base': (source locations, base locations)}."
                     )
+            check_unit_counts(keys, places, base_side, self.interventions, self.representations)
             resolved["sources->base" if entry == "base" else entry] = (source_side, base_side)
         return resolved
 
@@ -334,7 +401,7 @@ class IntervenableModel(pyvene.IntervenableModel):
     def _broadcast_source_representations(self, source_representations: Any) -> Any:
         """A dict of our own: pyvene empties the one it is given after the call."""
         given = super()._broadcast_source_representations(source_representations)
-        return dict(given) if given is not None else None
+        return {key: value for key, value in given.items() if value is not None} if given is not None else None
 
     def _remove_forward_hooks(self) -> None:
         """Our own hooks only; pyvene's version strips the model of everybody's."""
@@ -375,9 +442,16 @@ class IntervenableModel(pyvene.IntervenableModel):
                 self._hook_device = tensor.device
                 edited = tensor.contiguous() if reads else tensor.clone(memory_format=torch.contiguous_format)
 
+                # pyvene's SkipIntervention looks for the module's input among the positional arguments.
+                inputs = args or tuple(kwargs.values())[:1]
+
                 def apply(part: Tensor) -> None:
-                    callback(module, args, kwargs, part)
-                    self._fired.add(use)
+                    edits = self._intervention_state[key].setter_version()
+                    callback(module, inputs, kwargs, part)
+                    # A callback whose intervention returned None went home without an edit.
+                    if reads or self._intervention_state[key].setter_version() > edits:
+                        self._fired.add(use)
+                    self._intervention_state[key].reset()
 
                 try:
                     if self._generation is None or use[0] == "get":
@@ -412,10 +486,14 @@ class IntervenableModel(pyvene.IntervenableModel):
 
     def named_parameters(self, recurse: bool = True) -> list[tuple[str, nn.Parameter]]:
         """`get_trainable_parameters` with names, as pyvene returns them."""
+        trainable = {  # by identity: a linked intervention stands under several keys
+            id(intervention): (key, intervention)
+            for key, intervention in reversed(self.interventions.items())
+            if isinstance(intervention, TrainableIntervention)
+        }
         named = [
             (f"{key}.{name}", parameter)
-            for key, intervention in self.interventions.items()
-            if isinstance(intervention, TrainableIntervention)
+            for key, intervention in trainable.values()
             for name, parameter in intervention.named_parameters()
         ]
         if self.model_has_grad:
@@ -458,6 +536,9 @@ class IntervenableModel(pyvene.IntervenableModel):
             weights = Path(load_directory) / "pytorch_model.bin"
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
         return loaded
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IntervenableModel:
+        raise TypeError("an intervenable model cannot be copied: copy the model and build a new one from the config.")
 
     def __str__(self) -> str:
         """What this model intervenes on, as JSON."""
@@ -603,8 +684,8 @@ def _with_entry(output: dict, name: str, new: Tensor) -> dict:
 
 
 @contextmanager
-def _flags_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what pyvene's constructor does to the model: eval mode and no gradients."""
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's train mode and every parameter's grad flag are afterwards as they were."""
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -628,6 +709,11 @@ def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card)
         if item.intervention is None and isinstance(kind, type):
             width = None if "." in item.component or is_collect(item, kind) else card.width(model, item.component)
             settings = {**item._asdict(), "embed_dim": width * int(item.max_number_of_units) if width else None}
+            if width is None and issubclass(kind, TrainableIntervention):
+                raise ValueError(
+                    f"{kind.__name__} needs a place of fixed width, which {item.component} has not: name a component of the card "
+                    "other than scores and pattern."
+                )
             item = item._replace(intervention=kind(**settings), intervention_type=None)
         elif item.intervention is not None:
             item = item._replace(intervention_type=None)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, dimensions
-from pyvene_ext.intervenable import IntervenableModel
+from pyvene_ext.intervenable import IntervenableModel, flags_kept
 from pyvene_ext.runs import atomic_path, data_hash, weight_hash
 from pyvene_ext.tokenized import TokenizedPrompts
 
@@ -36,13 +36,9 @@ FORMAT = 1  # of the cache files
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode for a while; every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with flags_kept(model):
+        model.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def label(place: Place) -> str:

@@ -112,7 +112,7 @@ class Truth:
                 case "final_norm":
                     at(_first(self.decoder, "norm", "ln_f"), "out", edit)
                 case "logits":
-                    at(self.model.score if hasattr(self.model, "score") else self.model, "out", edit)
+                    at(self.model if self.model.get_output_embeddings() is not None else self.model.score, "out", edit)
                 case _:
                     stack.enter_context(_attention_written_out(attention, component, edit))
             yield
@@ -183,11 +183,11 @@ def _attention_written_out(attention: Any, component: str, edit: Edit) -> Iterat
         if options.get("softcap"):
             all_scores = options["softcap"] * torch.tanh(all_scores / options["softcap"])
         assert mask is not None  # transformers always makes one for eager attention
-        closed = (mask[..., : key.shape[2]] < -1e30).expand_as(all_scores)
+        closed = (mask[..., : key.shape[2]] < torch.finfo(mask.dtype).min / 2).expand_as(all_scores)
         all_scores = all_scores.masked_fill(closed, -torch.inf)
         all_scores = by_place.get("attention_scores", _unchanged)(all_scores).masked_fill(closed, -torch.inf)
-        exponential = torch.exp(all_scores - all_scores.amax(-1, keepdim=True).clamp(min=-1e30))
-        pattern = exponential / exponential.sum(-1, keepdim=True).clamp(min=1e-30)
+        exponential = torch.exp(all_scores - all_scores.amax(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).min))
+        pattern = exponential / exponential.sum(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).tiny)
         for name in ("attention_pattern", "attention_weight"):
             pattern = by_place.get(name, _unchanged)(pattern).masked_fill(closed, 0.0)
         for h in range(query.shape[1]):

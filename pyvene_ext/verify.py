@@ -12,6 +12,7 @@ the last bit.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from modelcards import COMPONENTS, card_of, dimensions, n_layers
 from pyvene_ext.cli import run
 from pyvene_ext.intervenable import IntervenableModel
 from pyvene_ext.loading import load_model
+from pyvene_ext.reference import evaluating
 from pyvene_ext.truth import Truth, first_tensor
 
 OPERATIONS: dict[str, type] = {"read": CollectIntervention, "zero": ZeroIntervention, "swap": VanillaIntervention}
@@ -110,17 +112,17 @@ def verify_card(
     count = n_layers(model.config)
     if isinstance(layers, str):
         layers = range(count) if layers == "all" else sorted({0, count // 2, count - 1})
-    was_training = model.training
-    before = _fingerprint(model)
-    model.eval()
+    if outside := [layer for layer in layers if not 0 <= layer < count]:
+        raise ValueError(f"there is no layer {outside[0]}: {type(model).__name__} has layers 0 to {count - 1}.")
     components = sorted(card.mapping(type(model)), key=list(COMPONENTS).index)
     own_implementation = model.config._attn_implementation
     supported = [name for name in implementations if name == "eager" or model._supports_sdpa]
-    try:
-        bar = tqdm(total=len(supported) * len(padding_sides) * len(components), disable=not progress)
-        for implementation in supported:
-            model.config._attn_implementation_internal = implementation
-            for side in padding_sides:
+    bar = tqdm(total=len(supported) * len(padding_sides) * len(components), disable=not progress)
+    with evaluating(model), bar:
+        before = _fingerprint(model)
+        try:
+            for implementation, side in itertools.product(supported, padding_sides):
+                model.config._attn_implementation_internal = implementation
                 batches = _batch(model, side, seed=1), _batch(model, side, seed=2)
                 for component in components:
                     bar.set_description(f"{implementation} {side} {component}")
@@ -128,16 +130,19 @@ def verify_card(
                         where = f"layer {layer}, {implementation}, {side} padding"
                         _check_component(model, component, layer, batches, tolerance, rows, where)
                     bar.update()
-        bar.close()
-    finally:
-        model.config._attn_implementation_internal = own_implementation
-        model.train(was_training)
+        finally:
+            model.config._attn_implementation_internal = own_implementation
+        changed = _fingerprint(model) != before
     report.rows = list(rows.values())
     effect: dict[str, float] = defaultdict(float)
     for row in report.rows:
         effect[row.component] = max(effect[row.component], row.effect)
     report.problems += [f"{name}: no edit had any effect" for name, size in effect.items() if size < tolerance]
-    if _fingerprint(model) != before:
+    if not report.checks:
+        report.problems.append(
+            "nothing was checked: name a layer, a padding side and an implementation the model supports"
+        )
+    if changed:
         report.problems.append("the model is not what it was: hooks, modules, flags or outputs changed")
     return report
 
@@ -285,16 +290,14 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def _fingerprint(model: Any) -> tuple[Any, ...]:
     """Everything a run must leave alone."""
     with torch.no_grad():
-        training = model.training
-        output = first_tensor(model.eval()(**_batch(model, "left", seed=3)))
-        model.train(training)
+        output = first_tensor(model(**_batch(model, "left", seed=3)))
     hooks = [
         (name, len(module._forward_hooks), len(module._forward_pre_hooks), module.training)
         for name, module in model.named_modules()
     ]
     flags = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
     configs = [id(module.config) for module in model.modules() if hasattr(module, "config")]
-    return output.cpu().numpy().tobytes(), hooks, flags, configs, model.config._attn_implementation
+    return output.float().cpu().numpy().tobytes(), hooks, flags, configs, model.config._attn_implementation
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers import Gemma2ForCausalLM, LlamaForCausalLM, LlamaModel, Qwen2C
 
 import modelcards
 from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of
-from pyvene_ext import IntervenableModel, verify_card
+from pyvene_ext import IntervenableModel, verify, verify_card
 from tests.conftest import PLAIN_MODULES
 from tests.tiny_random import CLASSES, FAMILIES, random_inputs, random_model
 
@@ -192,10 +192,31 @@ def test_verify_finds_a_wrong_card(component: str, wrong: tuple, monkeypatch: py
 
 def test_verify_notices_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # What plain pyvene does: freeze the user's model at construction.
-    monkeypatch.setattr("pyvene_ext.intervenable._flags_kept", contextlib.nullcontext)
+    monkeypatch.setattr("pyvene_ext.intervenable.flags_kept", contextlib.nullcontext)
     report = verify_card(random_model("llama3_1"), layers=[1], implementations=["sdpa"], padding_sides=["left"])
     assert any("not what it was" in problem for problem in report.problems)
     assert report.failures == 1
+
+
+def test_verify_does_not_pass_what_it_did_not_check() -> None:
+    assert verify_card(random_model("gemma2"), implementations=["sdpa"]).failures
+    assert verify_card(random_model("llama3_1"), padding_sides=[]).failures
+    with pytest.raises(ValueError, match="there is no layer 99"):
+        verify_card(random_model("llama3_1"), layers=[99])
+
+
+def test_verify_leaves_train_modes_alone_and_takes_half_precision() -> None:
+    model = random_model("llama3_1").bfloat16().train()
+    model.model.layers[0].eval()
+    report = verify_card(model, layers=[1], implementations=["eager"], padding_sides=["left"], tolerance=0.2)
+    assert not report.problems and report.checks
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].training
+
+
+def test_the_command_proves_a_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(verify.Options(model="tiny-qwen2.5")) == 0
+    shown = capsys.readouterr().out
+    assert "Qwen2ForCausalLM (qwen2_5)" in shown and "Qwen2Model (qwen2_5)" in shown and ", 0 failures" in shown
 
 
 # -- identities that need no second implementation ---------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pyvene import (
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from modelcards import card_of
+from modelcards import card_of, dimensions
 from pyvene_ext import IntervenableModel
 from tests.tiny_random import FAMILIES, random_inputs, random_model
 
@@ -312,10 +312,33 @@ def test_a_pair_of_numbers_is_source_then_base_when_it_is_a_tuple(model: Any, ba
     assert not torch.equal(short, model(**base).logits)
 
 
-def test_no_location_means_everything(model: Any, base: Any) -> None:
-    _, found = IntervenableModel(config(zero()), model)(base)
-    everything = [list(range(9))] * 3
-    assert torch.allclose(found.logits, zeroed_by_hook(model, base, everything), atol=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [ZeroIntervention, VanillaIntervention])
+def test_no_location_means_every_position_and_head(family: str, kind: type) -> None:
+    """For each component: as if every place had been written out, and what is read comes split into heads."""
+    model, base, source = random_model(family), random_inputs(), random_inputs(seed=1)
+    card = card_of(model)
+    real = base["attention_mask"].bool()
+    swapped = kind is VanillaIntervention
+    for component in sorted(card.mapping(type(model))):
+        described = card.component(model, component)
+        count = dimensions(model.config)[described.heads] if described.heads else 9
+        rows = [[list(range(count))] * 3]
+        item = RepresentationConfig(1, component, described.units[0], 1, intervention_type=kind)
+        intervenable = IntervenableModel(config(item), model)
+        with torch.no_grad():
+            _, short = intervenable(base, [source] if swapped else None)
+            _, full = intervenable(
+                base, [source] if swapped else None, {"sources->base": (rows if swapped else None, rows)}
+            )
+        assert torch.equal(short.logits, full.logits), component
+        assert not torch.allclose(short.logits[real], model(**base).logits[real], atol=1e-3), component
+
+
+def test_everything_on_a_head_component_is_not_head_0(model: Any, base: Any) -> None:
+    whole = IntervenableModel(config(zero("attention_value_output")), model)(base)[1].logits
+    heads = IntervenableModel(config(zero(Z, "h")), model)(base)[1].logits
+    assert torch.allclose(whole, heads, atol=1e-6)
 
 
 REFUSED: list[tuple[str, Any, Any, str]] = [
@@ -329,6 +352,10 @@ REFUSED: list[tuple[str, Any, Any, str]] = [
     ("too few rows", zero(), {"base": [[[8], [8]]]}, "2 examples, but base has 3"),
     ("a float", zero(), {"base": 1.5}, "whole number"),
     ("an unknown entry", zero(), {"bases": 3}, "'bases'; use 'base'"),
+    ("two entries", zero(), {"base": 7, "sources->base": 8}, "one entry"),
+    ("no entry", zero(), {}, "one entry"),
+    ("no dict", zero(), [8], "must be a dict"),
+    ("None under base", zero(), {"base": None}, "list places, or leave unit_locations out"),
     ("a query head too many", zero(Z, "h"), {"base": [[[6]] * 3]}, "query head 6 .* heads 0 to 5 .*share 3 K/V heads"),
     ("a K/V head too many", zero("head_key_output", "h"), {"base": [[[3]] * 3]}, "K/V head 3 .* heads 0 to 2 .*2 each"),
     ("a negative head", zero(Z, "h"), {"base": [[[-1]] * 3]}, "query head -1"),
@@ -352,6 +379,12 @@ WRONG_CONFIGS: list[tuple[str, list[RepresentationConfig], dict[str, Any], str]]
     ("layer too high", [zero(layer=3)], {}, "layer 3 of block_output is out of range: .* 0 to 2"),
     ("group gap", [zero()._replace(group_key=1)], {}, "group keys must be 0 .. n-1"),
     ("nothing", [], {}, "names no representation"),
+    ("a float layer", [zero(layer=1.7)], {}, "layer of block_output must be a whole number"),
+    ("no layer", [zero()._replace(layer=None)], {}, "layer of block_output must be a whole number"),
+    ("no component", [zero()._replace(component=None)], {}, "a component is a name"),
+    ("a raw path's side", [zero("model.layers[0].mlp")], {}, "must end in .input or .output"),
+    ("a mode", [zero()], {"mode": "banana"}, "mode must be 'parallel' or 'serial'"),
+    ("no fixed width", [zero("attention_pattern", "h")._replace(intervention_type=RotatedSpaceIntervention)], {}, "fixed width"),
     ("serial group of two", [swap()._replace(group_key=0), swap(layer=2)._replace(group_key=0)], {"mode": "serial"}, "serial"),
 ]  # fmt: skip
 
@@ -396,8 +429,120 @@ def test_refused_sources(model: Any, base: Any) -> None:
         IntervenableModel(grouped, model)(base, [source], {"sources->base": 8})
 
 
+def test_a_lambda_that_returns_nothing_has_not_fired(model: Any, base: Any) -> None:
+    item = RepresentationConfig(1, "block_output", "pos", 1, intervention=lambda base, source: source)
+    with pytest.raises(ValueError, match="never fired"):
+        IntervenableModel(config(item), model)(base, unit_locations={"base": 8})
+
+
+def test_a_lambda_edits(model: Any, base: Any) -> None:
+    item = RepresentationConfig(1, "block_output", "pos", 1, intervention=lambda base, source: base * 0.0)
+    _, found = IntervenableModel(config(item), model)(base, unit_locations={"base": 8})
+    assert close(found.logits, zeroed_by_hook(model, base, [[8]] * 3), base)
+
+
+def test_bad_batches_are_refused(model: Any, base: Any) -> None:
+    intervenable = IntervenableModel(config(zero()), model)
+    for wrong, message in (
+        (base["input_ids"], "must be a tokenised batch"),
+        ({"input_ids": base["input_ids"][0]}, "must be a tokenised batch"),
+        ({**base, "attention_mask": base["attention_mask"][:2]}, r"attention_mask of base is \(2, 9\)"),
+        ({**base, "attention_mask": base["attention_mask"][:, 1:]}, r"attention_mask of base is \(3, 8\)"),
+        ({**base, "past_key_values": (1, 2)}, "must be a transformers Cache"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            intervenable(wrong, unit_locations={"base": 8})
+
+
+def test_subspaces_that_pyvene_mixes_up_are_refused(model: Any, base: Any) -> None:
+    item = RepresentationConfig(1, "block_output", "pos", 1, None, VanillaIntervention, None, [[0, 10], [10, 42]])
+    intervenable = IntervenableModel(config(item), model)
+    source = random_inputs(seed=1)
+    with pytest.raises(ValueError, match="other subspaces in every example"):
+        intervenable(base, [source], {"sources->base": 8}, subspaces=[[[0], [1], [0]]])
+    with pytest.raises(ValueError, match="subspaces for 2 examples, but base has 3"):
+        intervenable(base, [source], {"sources->base": 8}, subspaces=[[[0], [0]]])
+    _, found = intervenable(base, [source], {"sources->base": 8}, subspaces=[[[0]] * 3])
+
+    expected = model(**source, output_hidden_states=True).hidden_states[2][:, 8, :10]
+    handle = model.model.layers[1].register_forward_hook(lambda _m, _a, out: _put(out, expected))
+    assert close(found.logits, model(**base).logits, base)
+    handle.remove()
+
+
+def _put(output: Tensor, values: Tensor) -> Tensor:
+    output = output.clone()
+    output[:, 8, :10] = values
+    return output
+
+
+def test_a_rotation_needs_as_many_places_as_it_has_units(model: Any, base: Any) -> None:
+    item = RepresentationConfig(1, "block_output", "pos", 1, intervention_type=RotatedSpaceIntervention)
+    rows = [[[7, 8]] * 3]
+    with pytest.raises(ValueError, match="2 units for an intervention made for 1: set max_number_of_units=2"):
+        IntervenableModel(config(item), model)(base, [base], {"sources->base": (rows, rows)})
+    two = item._replace(max_number_of_units=2)
+    _, found = IntervenableModel(config(two), model)(base, [base], {"sources->base": (rows, rows)})
+    assert close(found.logits, model(**base).logits, base)
+
+
+def test_gradient_checkpointing_in_train_mode_is_refused(model: Any, base: Any) -> None:
+    model.train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        IntervenableModel(config(zero()), model)(base, unit_locations={"base": 8})
+
+
+def test_gemma_logits_and_labels_are_refused_together(base: Any) -> None:
+    intervenable = IntervenableModel(config(zero("logits")), random_model("gemma2"))
+    with pytest.raises(ValueError, match="computed before its soft-capped logits"):
+        intervenable(base, unit_locations={"base": 8}, labels=base["input_ids"])
+
+
+def test_a_projection_that_is_not_a_plain_matrix_is_not_split(model: Any, base: Any) -> None:
+    class Adapted(torch.nn.Linear):
+        pass
+
+    attention = model.model.layers[1].self_attn
+    attention.o_proj.__class__ = Adapted
+    with pytest.raises(ValueError, match="plain output projection to split by heads, not Adapted"):
+        IntervenableModel(config(zero("head_contribution", "h")), model)(base, unit_locations={"base": [[[0]] * 3]})
+
+
+def test_a_model_that_is_running_is_not_started_again(model: Any, base: Any) -> None:
+    intervenable = IntervenableModel(config(zero()), model)
+    model.lm_head.register_forward_hook(lambda *_: intervenable(base, unit_locations={"base": 8}) and None)
+    with pytest.raises(RuntimeError, match="running already"):
+        intervenable(base, unit_locations={"base": 8})
+
+
+def test_the_original_output_is_the_users_own(model: Any, base: Any) -> None:
+    intervenable = IntervenableModel(config(zero("attention_pattern", "h")), model)
+    original, _ = intervenable(base, unit_locations={"base": [[[0]] * 3]}, output_original_output=True)
+    assert torch.equal(original.logits, model(**base).logits)
+    as_dict = intervenable(base, unit_locations={"base": [[[0]] * 3]}, output_original_output=True, return_dict=True)
+    assert torch.equal(as_dict.original_outputs.logits, original.logits)
+
+
+def test_tapped_layers_do_not_shift_output_attentions(base: Any) -> None:
+    for implementation, count in (("eager", 3), ("sdpa", 0)):
+        model = random_model("llama3_1", attn_implementation=implementation)
+        intervenable = IntervenableModel(config(collect("attention_pattern", "h")), model)
+        _, found = intervenable({**base, "output_attentions": True}, unit_locations={"base": [[[0]] * 3]})
+        assert len([a for a in found.attentions or () if a is not None]) == count
+
+
+def test_an_intervenable_model_cannot_be_copied(model: Any) -> None:
+    with pytest.raises(TypeError, match="build a new one from the config"):
+        copy.deepcopy(IntervenableModel(config(zero()), model))
+
+
 def test_a_cache_is_not_appended_to_twice(model: Any, base: Any) -> None:
     cache = DynamicCache()
+    with pytest.raises(ValueError, match="share one past_key_values"):
+        IntervenableModel(config(swap()), model)(
+            {**base, "past_key_values": cache}, [{**base, "past_key_values": cache}], {"sources->base": 8}
+        )
     with pytest.raises(ValueError, match="would grow twice"):
         IntervenableModel(config(zero()), model)(
             {**base, "past_key_values": cache}, unit_locations={"base": 8}, output_original_output=True
