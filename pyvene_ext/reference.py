@@ -7,7 +7,8 @@ same forward passes, one batch of activations in memory at a time, sums in float
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -75,6 +76,7 @@ class Reference:
         places: the (site, layer) pairs covered, `site` in the words of `pyvene_ext.specs`.
         position_means: the positions whose mean over prompts is kept; "all": of every token, the prompts having equal lengths.
         bank: the positions whose activations are kept prompt by prompt, in the model's dtype, to resample from.
+        weights: hash of the model they were computed on.
         tensors: what was computed, by "mean/z.3", "std/z.3", "at/z.3/2" (the mean at `position_means[2]`) and "bank/z.3".
     """
 
@@ -82,7 +84,9 @@ class Reference:
     places: tuple[Place, ...]
     position_means: tuple[str | int, ...] = ()
     bank: tuple[str | int, ...] = ()
+    weights: str = ""
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _model: Callable[[], PreTrainedModel | None] = field(default=lambda: None, repr=False, compare=False)
 
     @classmethod
     def compute(
@@ -104,6 +108,7 @@ class Reference:
         """
         wanted = cls(prompts, tuple(places), tuple(position_means), tuple(bank))
         check_reference_prompts(prompts, wanted.position_means, wanted.bank)
+        wanted = replace(wanted, weights=weight_hash(model), _model=weakref.ref(model))
         if cache_dir is None:
             return replace(wanted, tensors=wanted._collect(model, batch_size, progress))
         key = wanted._key(model)
@@ -148,6 +153,13 @@ class Reference:
                     "reference_for on the same specs."
                 )
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the statistics are of a model with other weights."""
+        if self._model() is not model and self.weights != weight_hash(model):
+            raise ValueError(
+                "the reference statistics belong to a model with other weights; compute them on this one with reference_for."
+            )
+
     @cached_property
     def _bank_rows(self) -> list[dict[int, int]]:
         """For every prompt: which row of the bank holds which token."""
@@ -163,7 +175,7 @@ class Reference:
         config = json.loads(model.config.to_json_string(use_diff=False))
         return {
             "format": FORMAT,
-            "weights": weight_hash(model),
+            "weights": self.weights,
             "config": data_hash(
                 {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
             ),

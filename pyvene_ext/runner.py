@@ -112,6 +112,7 @@ def run(
     shown = progress is True
     if reference is not None:
         reference.require(**needs(specs))
+        reference.check_model(model)
     else:
         reference = reference_for(specs, model, prompts, batch_size=batch_size, progress=shown)
 

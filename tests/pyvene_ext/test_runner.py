@@ -181,3 +181,12 @@ def test_progress_counts_every_prompt_of_every_run(capsys: pytest.CaptureFixture
     with tqdm(total=100) as longer:
         run(random_model("llama3_1"), [HEAD, HEAD.model_copy(update={"layer": 0})], PROMPTS, progress=longer)
         assert longer.n == 12
+
+
+def test_statistics_of_another_model_are_refused() -> None:
+    specs = [Ablation(kind="mean", site="z", layer=1, heads=(0,))]
+    model, other = random_model("llama3_1"), random_model("llama3_1", seed=1)
+    reference = reference_for(specs, model, PROMPTS, progress=False)
+    with pytest.raises(ValueError, match="a model with other weights"):
+        run(other, specs, PROMPTS, reference=reference, progress=False)
+    run(copy.deepcopy(model), specs, PROMPTS, reference=reference, progress=False)  # the same weights will do
