@@ -40,6 +40,7 @@ from pyvene_ext.checks import (
     is_collect,
     resolve_locations,
 )
+from pyvene_ext.generation import Generation, own_copy
 
 # The residual stream between attention and MLP is an argument of a norm and, behind it, of the sum: no hook can hand both a new
 # tensor. It is a fresh sum that nothing else holds and autograd does not save, so here, and only here, the edit is in place.
@@ -79,7 +80,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         self._active = False
         self._reading = False
         self._hook_device: torch.device | None = None
-        self._generation: _Generation | None = None
+        self._generation: Generation | None = None
         self.intervention_hooks = {
             key: self._hook_type(key, register_hook) for key, register_hook in self.intervention_hooks.items()
         }
@@ -190,9 +191,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                     self._broadcast_subspaces(inputs.batch, subspaces),
                     intervention_additional_kwargs,
                 )
-                self._generation = _Generation(
-                    inputs.length, inputs.batch, intervene_on_prompt, intervene_on_new_tokens
-                )
+                self._generation = Generation(inputs.length, inputs.batch, intervene_on_prompt, intervene_on_new_tokens)
                 self._check_new_token_sources()
                 self._handles.append(self.model.register_forward_pre_hook(self._generation.count, with_kwargs=True))
                 intervened = self.model.generate(**base, **kwargs)
@@ -412,13 +411,13 @@ class IntervenableModel(pyvene.IntervenableModel):
     def _intervention_getter(self, keys: list[str], unit_locations: Any) -> HandlerList:
         self._reading = True
         try:
-            return super()._intervention_getter(keys, [_own_copy(item) for item in unit_locations])
+            return super()._intervention_getter(keys, [own_copy(item) for item in unit_locations])
         finally:
             self._reading = False
 
     def _intervention_setter(self, keys: list[str], unit_locations_base: Any, *args: Any, **kwargs: Any) -> HandlerList:
         # The callback pyvene makes holds this very list; during generation the hook refills it for each part of the sequence.
-        self._live = _own_copy(unit_locations_base[0])
+        self._live = own_copy(unit_locations_base[0])
         return super()._intervention_setter(keys, [self._live], *args, **kwargs)
 
     def get_device(self) -> torch.device:
@@ -552,102 +551,6 @@ class IntervenableModel(pyvene.IntervenableModel):
         )
 
 
-class _Generation:
-    """Which columns of a tensor to intervene on while tokens are generated.
-
-    `apply` cuts the columns of the prompt and of each new token out of whatever part of the sequence a forward pass covers, and
-    lets the intervention work on each cut as if it were the whole: positions mean the same with and without a cache.
-    """
-
-    def __init__(self, prompt: int, batch: int, on_prompt: bool, on_new_tokens: bool) -> None:
-        self.prompt, self.batch = prompt, batch
-        self.on_prompt, self.on_new_tokens = on_prompt, on_new_tokens
-        self.total = prompt
-        self._given: dict[str, Any] = {}
-
-    def count(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before each forward pass: how many columns the sequence has after it."""
-        cache = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids")
-        ids = kwargs["inputs_embeds"] if ids is None else ids
-        self.total = ids.shape[1] + (int(cache.get_seq_length()) if cache is not None else 0)
-
-    def apply(
-        self,
-        intervene: Callable[[Tensor], None],
-        tensor: Tensor,
-        live: list[Any] | None,
-        unit: str,
-        activations: dict[str, Any],
-        key: str,
-    ) -> None:
-        # A query-side tensor ends at the last column; a key-side one starts at the first (a static cache is longer still).
-        first = max(self.total - tensor.shape[1], 0)
-        given = self._given.setdefault(key, _own_copy(live))
-        beams = tensor.shape[0] // self.batch
-        source = activations.get(key)
-        if beams > 1 and isinstance(source, Tensor):
-            activations[key] = source.repeat_interleave(beams, 0)
-        if self.on_prompt and first < self.prompt:
-            part = slice(0, min(self.prompt, self.total) - first)
-            self._at(intervene, tensor, part, live, _shifted(given, unit, first, part.stop), beams)
-        if self.on_new_tokens:
-            for column in range(max(first, self.prompt), min(self.total, first + tensor.shape[1])):
-                part = slice(column - first, column - first + 1)
-                self._at(intervene, tensor, part, live, _only_position(given, unit, self.batch), beams)
-        if source is not None:
-            activations[key] = source
-
-    @staticmethod
-    def _at(
-        intervene: Callable[[Tensor], None],
-        tensor: Tensor,
-        part: slice,
-        live: list[Any] | None,
-        locations: list[Any] | None,
-        beams: int,
-    ) -> None:
-        if live is not None:
-            if locations is None:
-                return
-            live[:] = _per_beam(locations, beams)
-        piece = tensor[:, part].clone(memory_format=torch.contiguous_format)
-        intervene(piece)
-        tensor[:, part] = piece
-
-
-def _shifted(given: Any, unit: str, first: int, stop: int) -> Any:
-    """Prompt locations seen from a tensor that starts at column `first`; None if it holds none of them."""
-    if given is None or unit == "h":
-        return given
-    rows = given if unit == "pos" else given[1]
-    shifted = [[column - first for column in row if first <= column < first + stop] for row in rows]
-    if len({len(row) for row in shifted}) > 1:
-        raise ValueError(
-            "the examples have different numbers of intervened positions in this step; use one position each."
-        )
-    if not shifted[0]:
-        return None
-    return shifted if unit == "pos" else [given[0], shifted]
-
-
-def _only_position(given: Any, unit: str, batch: int) -> Any:
-    """The locations for a tensor that holds one new token."""
-    if given is None or unit == "h":
-        return given
-    here = [[0]] * batch
-    return here if unit == "pos" else [given[0], here]
-
-
-def _per_beam(locations: list[Any], beams: int) -> list[Any]:
-    """Each example's locations once a beam: [batch n] or [[batch n], [batch n]]."""
-    if beams == 1:
-        return locations
-    if isinstance(locations[0][0], list):
-        return [_per_beam(level, beams) for level in locations]
-    return [row for row in locations for _ in range(beams)]
-
-
 def _intervention_class(name: str) -> type:
     """The class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
     module, _, cls = name.removeprefix("<class '").removesuffix("'>").rpartition(".")
@@ -656,10 +559,6 @@ def _intervention_class(name: str) -> type:
             f"{name} is not an intervention of pyvene or pyvene_ext: rebuild this model from its config in code."
         )
     return getattr(importlib.import_module(module), cls)
-
-
-def _own_copy(locations: Any) -> Any:
-    return [_own_copy(item) for item in locations] if isinstance(locations, list) else locations
 
 
 def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
