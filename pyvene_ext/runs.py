@@ -28,6 +28,13 @@ from torch import nn
 REPORTED_PACKAGES = ("pyvene-ext", "pyvene", "torch", "transformers", "numpy", "scipy", "datasets")
 
 
+def cache_folder() -> Path:
+    """Where reference statistics are kept between runs: $PYVENE_EXT_CACHE, else pyvene_ext in the user's cache folder."""
+    if chosen := os.environ.get("PYVENE_EXT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvene_ext"
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it becomes `path` when the block ends well and vanishes otherwise."""

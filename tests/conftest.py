@@ -12,6 +12,15 @@ from pyvene.models.intervenable_modelcard import type_to_dimension_mapping, type
 PLAIN_MODULES = dict(type_to_module_mapping)
 PLAIN_DIMENSIONS = dict(type_to_dimension_mapping)
 
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Statistics are cached in a folder of the tests, never in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYVENE_EXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 torch.set_num_threads(1)  # many tiny models: threads only cost
 
 
