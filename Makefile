@@ -8,12 +8,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := outputs/demo
+# Each head's output at the last token, where the answer is read, replaced by its mean.
+ABLATION := --kind mean --positions last --tau 1
 
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/installed
-	$(BIN)/python experiments/activation_frequencies_ifr.py --dataset ioi_en --out $(DEMO)/ioi_en.npy
-	$(BIN)/python experiments/activation_frequencies_ifr.py --dataset ioi_zh --out $(DEMO)/ioi_zh.npy
+	$(BIN)/python experiments/activation_frequencies_ifr.py $(ABLATION) --dataset ioi_en --out $(DEMO)/ioi_en.npy
+	$(BIN)/python experiments/activation_frequencies_ifr.py $(ABLATION) --dataset ioi_zh --out $(DEMO)/ioi_zh.npy
 	$(BIN)/python experiments/crosslingual_head_corr.py --a $(DEMO)/ioi_en.npy --b $(DEMO)/ioi_zh.npy \
 		--name_a English --name_b Chinese --out_json $(DEMO)/correlation.json \
 		--scatter_png $(DEMO)/scatter.png --layer_png $(DEMO)/layers.png

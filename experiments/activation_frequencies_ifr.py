@@ -238,7 +238,7 @@ def summary(
     active: Bool[np.ndarray, "layer head prompt"] = (np.abs(deltas) if config.abs else deltas) > config.tau
     quantiles = np.quantile(np.abs(deltas), [0.1, 0.5, 0.9, 1.0])
     lines = [
-        f"{config.model} on {config.dataset}: {len(clean)} prompts, {config.kind} ablation of z at {config.positions} positions",
+        f"{config.model} on {config.dataset}: {len(clean)} prompts, {config.kind} ablation of z, positions: {config.positions}",
         f"clean: mean logit difference {clean.mean():.2f}, IO above S on {(clean > 0).mean():.1%} of prompts",
         f"active ({'|delta|' if config.abs else 'delta'} > {config.tau:g}): {active.mean():.1%} of heads x prompts; "
         f"{(frequency.low > 0.5).sum()} of {frequency.mean.size} heads on more than half of the prompts (95% interval)",

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import activation_frequencies_ifr as study
 import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from experiments import activation_frequencies_ifr as study
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.loading import TINY_FOLDER, TINY_MODELS, load_model
 from pyvene_ext.prompts import PromptSet
@@ -249,10 +249,14 @@ def test_a_half_written_row_is_never_read(dataset: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path) -> None:
-    """Ablated together, the heads active most often destroy IOI; as many others of the same layers do not."""
-    out = tmp_path / "f.npy"
-    tau = 1.0  # the clean logit difference is above 10, and at a small tau nearly every head is active
-    assert command("--model", name, "--tau", tau, "--batch_size", 50, "--out", out) == 0
+    """Ablated together, the heads active most often destroy IOI; as many others of the same layers do not.
+
+    Mean ablation at the last token, where the answer is read: a head of the first layer taken away everywhere breaks much more
+    than IOI. tau is 1, because at a small one nearly every head is active (the clean logit difference is above 10).
+    """
+    out, how = tmp_path / "f.npy", {"kind": "mean", "positions": "last"}
+    flags = [f"--{flag}={value}" for flag, value in how.items()]
+    assert command("--model", name, "--tau", 1, "--batch_size", 50, "--out", out, *flags) == 0
     frequency = np.load(out)
     layers, heads = frequency.shape
     most = [divmod(int(i), heads) for i in np.argsort(-frequency, axis=None, kind="stable")[:6]]
@@ -262,15 +266,14 @@ def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path)
         by_layer: dict[int, list[int]] = {}
         for layer, head in chosen:
             by_layer.setdefault(layer, []).append(head)
-        return tuple(Ablation(kind="zero", site="z", layer=at, heads=tuple(which)) for at, which in by_layer.items())
+        return tuple(Ablation(site="z", layer=at, heads=tuple(which), **how) for at, which in by_layer.items())
 
     model, tokenizer = load_model(name)
     prompts = PromptSet.load(study.PROMPTS / "ioi_en.json").tokenize(tokenizer)
     result = run(model, [jointly(most), *map(jointly, controls)], prompts, progress=False, batch_size=50)
     left = result.intervened.mean(1) / result.clean.mean()  # share of the logit difference that survives
     assert left[0] <= 0.35
-    assert left[0] < left[1:].min()
-    assert np.median(left[1:]) >= 0.6
+    assert left[1:].min() >= 0.7 and np.median(left[1:]) >= 0.85
 
 
 def test_the_shipped_models_give_the_published_file_format(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pydantic
 import pytest
+from crosslingual_head_corr import Config, layer_range, main
 
-from experiments.crosslingual_head_corr import Config, layer_range, main
 from pyvene_ext import stats
 from pyvene_ext.cli import run
 
