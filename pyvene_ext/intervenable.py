@@ -439,8 +439,10 @@ class IntervenableModel(pyvene.IntervenableModel):
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
                 tensor, put_back = _first_tensor((args, kwargs) if before_module else output, before_module)
                 self._hook_device = tensor.device
-                edited = tensor.contiguous() if reads else tensor.clone(memory_format=torch.contiguous_format)
-
+                if reads and self._generation is None:
+                    edited = tensor.contiguous()
+                else:
+                    edited = tensor.clone(memory_format=torch.contiguous_format)
                 # pyvene's SkipIntervention looks for the module's input among the positional arguments.
                 inputs = args or tuple(kwargs.values())[:1]
 
