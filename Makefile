@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := outputs/demo
-# Each head's output at the last token, where the answer is read, replaced by its mean.
-ABLATION := --kind mean --positions last --tau 1
+# Each head's output at the last token, where the answer is read, replaced by its mean there over the prompts.
+ABLATION := --kind mean --mean per_position --positions last --tau 1
 
 .PHONY: demo test lint format clean
 

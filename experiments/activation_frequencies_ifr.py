@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import difflib
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -60,6 +62,8 @@ class Config:
     """compare |delta| with tau; with --no_abs delta itself (active = the head helped IO)"""
     kind: Kind = "zero"
     """what comes in place of z: zero, mean, resample or noise"""
+    mean: Literal["over_tokens", "per_position"] = "over_tokens"
+    """which mean, for --kind mean: of all tokens of the prompt set, or of the same position over its prompts"""
     positions: str = "all"
     """where z is ablated: all, last, or a named position of the prompts (end, io, s1, s2, subject)"""
     answers: Literal["first_token", "first_difference"] = "first_token"
@@ -81,13 +85,13 @@ def main(config: Config) -> None:
     if config.batch_size < 1:
         raise ValueError(f"--batch_size must be 1 or more, not {config.batch_size}.")
     out, meta, folder = files(config)
-    shipped = PROMPTS / f"{config.dataset}.json"
-    prompt_set = PromptSet.load(shipped if shipped.is_file() else config.dataset)
+    prompt_set = PromptSet.load(find_prompts(config.dataset))
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=device)
     prompts = prompt_set.tokenize(tokenizer, answers=config.answers, max_length=model.config.max_position_embeddings)
     layers, heads = n_layers(model.config), n_heads(model.config)
-    specs = all_heads(model.config, config.kind, positions=config.positions, seed=config.seed)
+    which_mean = {"mean": config.mean} if config.kind == "mean" else {}
+    specs = all_heads(model.config, config.kind, positions=config.positions, seed=config.seed, **which_mean)
     check_specs(specs, model, prompts, prompts)
     facts = metadata(
         model,
@@ -100,6 +104,7 @@ def main(config: Config) -> None:
         tau=config.tau,
         abs=config.abs,
         kind=config.kind,
+        **which_mean,
         positions=config.positions,
         answers=config.answers,
         seed=config.seed,
@@ -180,7 +185,19 @@ def files(config: Config) -> tuple[Path, Path, Path]:
     out = config.out or Path("outputs/activation_frequencies_ifr") / f"{name}.npy"
     if out.suffix != ".npy":
         raise ValueError(f"--out {out} must end in .npy.")
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: {existing} is not a folder one may write in.")
     return out, config.meta or out.with_suffix(".json"), out.with_suffix("")
+
+
+def find_prompts(dataset: str) -> str | Path:
+    """A shipped set's file by its name; anything else as it is. A near miss of a shipped name is not sought on the hub."""
+    shipped = {path.stem: path for path in PROMPTS.glob("*.json")}
+    close = difflib.get_close_matches(dataset, shipped, n=1, cutoff=0.75)
+    if dataset not in shipped and close and not Path(dataset).exists():
+        raise ValueError(f"there is no prompt set {dataset!r}; did you mean {close[0]!r}?")
+    return shipped.get(dataset, dataset)
 
 
 def threshold_grid(size: Float[np.ndarray, "layer head prompt"], tau: float, n: int = 60) -> Float[np.ndarray, " tau"]:
@@ -237,8 +254,9 @@ def summary(
     """What the terminal shows: the clean run, how many heads are active, and the most active ones."""
     active: Bool[np.ndarray, "layer head prompt"] = (np.abs(deltas) if config.abs else deltas) > config.tau
     quantiles = np.quantile(np.abs(deltas), [0.1, 0.5, 0.9, 1.0])
+    kind = f"mean ({config.mean})" if config.kind == "mean" else config.kind
     lines = [
-        f"{config.model} on {config.dataset}: {len(clean)} prompts, {config.kind} ablation of z, positions: {config.positions}",
+        f"{config.model} on {config.dataset}: {len(clean)} prompts, {kind} ablation of z, positions: {config.positions}",
         f"clean: mean logit difference {clean.mean():.2f}, IO above S on {(clean > 0).mean():.1%} of prompts",
         f"active ({'|delta|' if config.abs else 'delta'} > {config.tau:g}): {active.mean():.1%} of heads x prompts; "
         f"{(frequency.low > 0.5).sum()} of {frequency.mean.size} heads on more than half of the prompts (95% interval)",

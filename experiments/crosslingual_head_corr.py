@@ -168,7 +168,7 @@ def layer_range(text: str, n_layers: int) -> range:
         raise ValueError(f"--layers {text!r} is not start:end; write 0:{n_layers} for all {n_layers} layers.")
     start, stop = int(match[1] or 0), int(match[2] or n_layers)
     if not start < stop <= n_layers:
-        raise ValueError(f"--layers {text!r} must hold at least one of the layers 0 to {n_layers - 1} and no other.")
+        raise ValueError(f"--layers {text!r} names no layer, or one that is not there: they are 0:{n_layers}.")
     return range(start, stop)
 
 

@@ -9,13 +9,14 @@ tiny models.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tiny_tasks import ioi_pair, is_held_out
 
+from pyvene_ext.cli import run
 from pyvene_ext.runs import rng, write_json
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -47,6 +48,8 @@ def prompt_set(language: str, n_examples: int, seed: int) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
+    if settings.n_examples < 1:
+        raise ValueError(f"--n_examples must be 1 or more, not {settings.n_examples}.")
     for language in LANGUAGES:
         path = settings.out / f"ioi_{language}.json"
         write_json(path, prompt_set(language, settings.n_examples, settings.seed))
@@ -54,4 +57,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(run(main, Settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,9 @@ class Card:
         there = f"only {', '.join(elsewhere)} and not {self.family} has it" if elsewhere else "no card has it"
         if name in self.components:
             there = f"{type(model).__name__} has none, other {self.family} classes do"
+        close = difflib.get_close_matches(str(name), self.mapping(type(model)), n=1)
+        if close:
+            there += f"; did you mean {close[0]!r}?"
         known = ", ".join(sorted(self.mapping(type(model))))
         raise ValueError(f"unknown component {name!r} ({there}); {type(model).__name__} has: {known}.")
 

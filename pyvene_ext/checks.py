@@ -242,7 +242,8 @@ def _one_place(place: Place, locations: Any, config: Any, inputs: Inputs) -> Any
     for level, rows in zip(levels, per_level, strict=True):
         if not isinstance(rows, list) or any(not _is_flat(row) or not isinstance(row, list) for row in rows):
             raise ValueError(
-                f"the locations of {place} must be [example][{level}] lists of whole numbers, not {rows!r}."
+                f"the locations of {place} must be [example][{level}] lists of whole numbers, "
+                f"such as [[3]] * batch_size, not {rows!r}."
             )
         if len(rows) != inputs.batch:
             raise ValueError(

@@ -72,7 +72,10 @@ def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config
             raise ValueError(
                 f"{name} has an unknown flag {key!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
             )
-    return args[:place] + rest, pydantic.TypeAdapter(config).validate_python(values)
+    try:
+        return args[:place] + rest, pydantic.TypeAdapter(config).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{name}: {one_sentence(error)}") from None
 
 
 def _one_line(error: ValueError | OSError) -> str:

@@ -7,6 +7,7 @@ a null counts as absent. `n_examples` may be absent; if it is there it must be t
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -60,6 +61,10 @@ class Prompt(BaseModel):
         if not isinstance(data, dict):
             return data
         data = {name: value for name, value in data.items() if value is not None}
+        for name in data:  # other fields are the user's own, but not one that is ours misspelt
+            close = difflib.get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.8)
+            if name not in cls.model_fields and close and close[0] not in data:
+                raise ValueError(f"unknown field {name!r}; did you mean {close[0]!r}?")
         if isinstance(data.get("positions"), dict):
             data["positions"] = {name: at for name, at in data["positions"].items() if at is not None}
         return data

@@ -21,7 +21,7 @@ from pyvene_ext import metrics
 from pyvene_ext.compile import check_specs, compile_specs
 from pyvene_ext.intervenable import IntervenableModel
 from pyvene_ext.reference import Reference, evaluating
-from pyvene_ext.specs import Spec, needs, spec_name
+from pyvene_ext.specs import Ablation, Spec, needs, spec_name
 from pyvene_ext.tokenized import Batch, PaddingSide, TokenizedPrompts
 
 # Each takes the answer position's logits, [batch vocab], the batch and the clean logits.
@@ -74,7 +74,7 @@ def reference_for(
 
 def run(
     model: PreTrainedModel,
-    specs: Iterable[Spec],
+    specs: Ablation | Iterable[Spec],
     prompts: TokenizedPrompts,
     metric: str = "logit_diff",
     reference: Reference | None = None,
@@ -88,7 +88,7 @@ def run(
 
     Args:
         model: a causal language model with a card; used in eval mode and left as it was, also after an error.
-        specs: ablations, or tuples of them done together.
+        specs: one ablation, or a list of ablations and of tuples of them (done together).
         metric: logit_diff, probability, rank, accuracy or kl (to the clean run).
         reference: statistics to replace by; if some are needed and none are given, those of `prompts` themselves.
         progress: show a bar, or advance this one of a longer run, by one a prompt and intervention.
@@ -97,7 +97,11 @@ def run(
 
     Raises ValueError, before the model runs, for a spec that does not fit the model, the prompts or the reference set.
     """
-    specs = list(specs)
+    specs = [specs] if isinstance(specs, Ablation) else list(specs)
+    if not isinstance(prompts, TokenizedPrompts):
+        raise ValueError(
+            f"prompts must be tokenised, not a {type(prompts).__name__}: call .tokenize(tokenizer) on the set."
+        )
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS)}.")
     if not specs or not prompts.input_ids:

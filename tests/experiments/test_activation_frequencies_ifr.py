@@ -213,6 +213,8 @@ def test_bad_data_is_one_sentence_and_leaves_nothing(
         (["--model", "tiny-quen2.5"], "tiny-qwen2.5"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--dataset", "nowhere.json"], "nowhere.json"),
+        (["--dataset", "ioi_eng"], "did you mean 'ioi_en'?"),
+        (["--out", "/dev/null/x.npy"], "is not a folder one may write in"),
         (["--positions", "verb"], "no position 'verb'"),
         (["--out", "x.npz"], "must end in .npy"),
     ],
@@ -251,10 +253,11 @@ def test_a_half_written_row_is_never_read(dataset: Path, tmp_path: Path) -> None
 def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path) -> None:
     """Ablated together, the heads active most often destroy IOI; as many others of the same layers do not.
 
-    Mean ablation at the last token, where the answer is read: a head of the first layer taken away everywhere breaks much more
-    than IOI. tau is 1, because at a small one nearly every head is active (the clean logit difference is above 10).
+    Mean ablation at the last token (its mean over the prompts), where the answer is read: a head of the first layer taken away
+    everywhere breaks much more than IOI. tau is 1, because at a small one nearly every head is active (the clean logit difference
+    is above 10).
     """
-    out, how = tmp_path / "f.npy", {"kind": "mean", "positions": "last"}
+    out, how = tmp_path / "f.npy", {"kind": "mean", "mean": "per_position", "positions": "last"}
     flags = [f"--{flag}={value}" for flag, value in how.items()]
     assert command("--model", name, "--tau", 1, "--batch_size", 50, "--out", out, *flags) == 0
     frequency = np.load(out)

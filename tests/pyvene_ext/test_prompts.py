@@ -457,3 +457,10 @@ def test_a_batch_gives_the_logits_of_one_prompt_at_a_time(family: str, padding_s
             logits = model(**batch.inputs("cpu")).logits
             last = logits[torch.arange(len(batch.index)), batch.last_columns]
             torch.testing.assert_close(last, alone[batch.index], atol=1e-5, rtol=1e-5)
+
+
+def test_a_misspelt_field_is_refused_and_other_fields_are_left_out() -> None:
+    pair = {"clean": "Lisa and David went, David gave it to", "io_name": "Lisa", "s_name": "David"}
+    with pytest.raises(ValueError, match="unknown field 'positons'; did you mean 'positions'"):
+        Prompt(**pair, positons={"verb": "gave"})
+    assert Prompt(**pair, source="a book").positions == {}

@@ -190,3 +190,11 @@ def test_statistics_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="a model with other weights"):
         run(other, specs, PROMPTS, reference=reference, progress=False)
     run(copy.deepcopy(model), specs, PROMPTS, reference=reference, progress=False)  # the same weights will do
+
+
+def test_one_ablation_needs_no_list_and_prompts_must_be_tokenised() -> None:
+    model = random_model("llama3_1")
+    one, listed = (run(model, specs, PROMPTS, progress=False) for specs in (HEAD, [HEAD]))
+    assert np.array_equal(one.intervened, listed.intervened)
+    with pytest.raises(ValueError, match=r"call .tokenize\(tokenizer\) on the set"):
+        run(model, HEAD, ["a prompt"], progress=False)
