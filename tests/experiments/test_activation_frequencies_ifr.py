@@ -254,12 +254,12 @@ def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path)
     """Ablated together, the heads active most often destroy IOI; as many others of the same layers do not.
 
     Mean ablation at the last token (its mean over the prompts), where the answer is read: a head of the first layer taken away
-    everywhere breaks much more than IOI. tau is 1, because at a small one nearly every head is active (the clean logit difference
-    is above 10).
+    everywhere breaks much more than IOI. tau is 0.5, because at a small one nearly every head is active (the clean logit
+    difference is above 10).
     """
     out, how = tmp_path / "f.npy", {"kind": "mean", "mean": "per_position", "positions": "last"}
     flags = [f"--{flag}={value}" for flag, value in how.items()]
-    assert command("--model", name, "--tau", 1, "--batch_size", 50, "--out", out, *flags) == 0
+    assert command("--model", name, "--tau", 0.5, "--batch_size", 50, "--out", out, *flags) == 0
     frequency = np.load(out)
     layers, heads = frequency.shape
     most = [divmod(int(i), heads) for i in np.argsort(-frequency, axis=None, kind="stable")[:6]]
@@ -275,8 +275,8 @@ def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path)
     prompts = PromptSet.load(study.PROMPTS / "ioi_en.json").tokenize(tokenizer)
     result = run(model, [jointly(most), *map(jointly, controls)], prompts, progress=False, batch_size=50)
     left = result.intervened.mean(1) / result.clean.mean()  # share of the logit difference that survives
-    assert left[0] <= 0.35
-    assert left[1:].min() >= 0.7 and np.median(left[1:]) >= 0.85
+    assert left[0] <= 0.4
+    assert left[1:].min() >= 0.75 and np.median(left[1:]) >= 0.9
 
 
 def test_the_shipped_models_give_the_published_file_format(tmp_path: Path) -> None:
