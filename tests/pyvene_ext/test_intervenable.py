@@ -727,3 +727,49 @@ def test_the_users_config_object_is_left_alone(model: Any) -> None:
     before = copy.deepcopy(wanted.representations)
     IntervenableModel(wanted, model)
     assert wanted.representations == before
+
+
+# -- serial mode -------------------------------------------------------------------------------------------------------
+
+
+def with_block_output(model: Any, inputs: Any, layer: int, values: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Block outputs of layer 1 at column 8 and the logits, with layer `layer`'s block output at column 8 set to `values`."""
+    seen: list[Tensor] = []
+
+    def put(_m: Any, _a: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        if values is not None:
+            output[:, 8] = values
+        return output
+
+    handles = [model.model.layers[layer].register_forward_hook(put)]
+    handles.append(model.model.layers[1].register_forward_hook(lambda _m, _a, out: seen.append(out[:, 8]) and None))
+    logits = model(**inputs).logits
+    for handle in handles:
+        handle.remove()
+    return seen[0], logits
+
+
+def test_serial_mode_swaps_from_source_to_source_to_base(model: Any, base: Any) -> None:
+    first, second = random_inputs(seed=1), random_inputs(seed=2)
+    serial = config(swap(layer=0)._replace(group_key=0), swap(layer=1)._replace(group_key=1), mode="serial")
+    intervenable = IntervenableModel(serial, model)
+    _, found = intervenable(base, [first, second], {"source_0->source_1": (8, 8), "source_1->base": (8, 8)})
+    one = model(**first, output_hidden_states=True).hidden_states[1][:, 8]
+    two, _ = with_block_output(model, second, 0, one)
+    _, expected = with_block_output(model, base, 1, two)
+    assert close(found.logits, expected, base)
+    assert not close(found.logits, model(**base).logits, base)
+
+
+def test_serial_mode_refuses_what_it_would_skip(model: Any, base: Any) -> None:
+    source = random_inputs(seed=1)
+    serial = config(swap(layer=0)._replace(group_key=0), zero(layer=1)._replace(group_key=1), mode="serial")
+    intervenable = IntervenableModel(serial, model)
+    steps = {"source_0->source_1": (8, 8), "source_1->base": (8, 8)}
+    with pytest.raises(ValueError, match="serial mode skips such a group"):
+        intervenable(base, [source, None], steps)
+    with pytest.raises(ValueError, match="serial mode needs unit_locations"):
+        intervenable(base, [source, source])
+    with pytest.raises(ValueError, match="one entry a step"):
+        intervenable(base, [source, source], {"source_0->base": (8, 8)})
