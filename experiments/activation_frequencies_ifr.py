@@ -38,7 +38,17 @@ from pyvene_ext.cli import run as run_study
 from pyvene_ext.loading import load_model
 from pyvene_ext.prompts import PromptSet
 from pyvene_ext.runner import check_specs, reference_for, run
-from pyvene_ext.runs import Resumable, atomic_path, cache_folder, data_hash, metadata, write_json, write_npy, write_yaml
+from pyvene_ext.runs import (
+    Resumable,
+    atomic_path,
+    cache_folder,
+    config_hash,
+    data_hash,
+    metadata,
+    write_json,
+    write_npy,
+    write_yaml,
+)
 from pyvene_ext.specs import Kind, all_heads
 from pyvene_ext.stats import Interval, frequency_interval
 
@@ -111,7 +121,7 @@ def main(config: Config) -> None:
     )
 
     # The sweep: every head by itself, layer by layer. Finished layers are kept, so that a second start goes on.
-    key = {"specs": data_hash([spec.model_dump(mode="json") for spec in specs])}
+    key = {"specs": data_hash([spec.model_dump(mode="json") for spec in specs]), "config_hash": config_hash(model)}
     key |= {name: facts[name] for name in ("weight_hash", "prompts_hash", "dtype")}
     unfinished = Resumable(folder / "unfinished", key)
     reference = reference_for(specs, model, prompts, batch_size=config.batch_size, cache_dir=cache_folder())

@@ -109,9 +109,10 @@ class IntervenableModel(pyvene.IntervenableModel):
             ValueError: for locations that do not exist or are ambiguous, a missing source, an intervention that never fired.
         """
         sources = self._checked_sources(sources, source_representations)
-        locations = self._resolved(base, sources, unit_locations)
+        inputs = Inputs.of(base, "base")
+        locations = self._resolved(inputs, sources, unit_locations)
         self._check_inputs(base, sources, output_original_output, labels)
-        check_subspaces(subspaces, self.interventions, Inputs.of(base, "base").batch)
+        check_subspaces(subspaces, self.interventions, inputs.batch)
         # Run here and not by pyvene, because it is to be the user's own model, without taps.
         original = self.model(**base) if output_original_output else None
         with self._running():
@@ -175,13 +176,13 @@ class IntervenableModel(pyvene.IntervenableModel):
         if self.as_adaptor or self._intervention_pointers:
             raise ValueError("generate takes no as_adaptor and no intervention_link_key: intervene in forward passes.")
         sources = self._checked_sources(sources, source_representations)
-        locations = self._resolved(base, sources, unit_locations)
+        inputs = Inputs.of(base, "base")
+        locations = self._resolved(inputs, sources, unit_locations)
         self._check_inputs(base, sources, output_original_output, None)
-        check_subspaces(subspaces, self.interventions, Inputs.of(base, "base").batch)
+        check_subspaces(subspaces, self.interventions, inputs.batch)
         self._cleanup_states()
         self.full_intervention_outputs.clear()
         original = self.model.generate(**base, **kwargs) if output_original_output else None
-        inputs = Inputs.of(base, "base")
         try:
             with self._running():
                 self._wait_for_forward_with_parallel_intervention(
@@ -311,10 +312,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                     "the loss of this model is computed before its soft-capped logits can be edited: leave labels out."
                 )
 
-    def _resolved(
-        self, base: Mapping[str, Any], sources: list[Any], unit_locations: Mapping[str, Any] | None
-    ) -> dict[str, Any] | None:
-        inputs = Inputs.of(base, "base")
+    def _resolved(self, inputs: Inputs, sources: list[Any], unit_locations: Mapping[str, Any] | None) -> dict[str, Any]:
         groups = list(self._intervention_group.values())
         source_of_key: dict[str, Inputs | None] = {}
         for number, (source, keys) in enumerate(zip(sources, groups, strict=True)):

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, dimensions
 from pyvene_ext.intervenable import IntervenableModel, flags_kept
-from pyvene_ext.runs import atomic_path, data_hash, weight_hash
+from pyvene_ext.runs import atomic_path, config_hash, data_hash, weight_hash
 from pyvene_ext.tokenized import TokenizedPrompts
 
 Place = tuple[str, int | None]
@@ -171,14 +171,11 @@ class Reference:
         return rows
 
     def _key(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What the statistics depend on. The config counts, because a soft-cap or a RoPE base is no weight."""
-        config = json.loads(model.config.to_json_string(use_diff=False))
+        """What the statistics depend on."""
         return {
             "format": FORMAT,
             "weights": self.weights,
-            "config": data_hash(
-                {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")}
-            ),
+            "config": config_hash(model),
             "prompts": self.prompts.hash,
             "places": self.places,
             "position_means": self.position_means,

@@ -92,6 +92,14 @@ def weight_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def config_hash(model: nn.Module) -> str:
+    """Hash of a transformers model's config, which counts beside the weights: a soft-cap or a RoPE base is no weight."""
+    config = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    return data_hash(
+        {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    )
+
+
 def rng(seed: int, *names: str | int) -> np.random.Generator:
     """A generator for one named use of the run's one seed, so that a new draw somewhere never shifts another."""
     return np.random.default_rng([seed, *(xxhash.xxh32_intdigest(str(name).encode()) for name in names)])
