@@ -286,3 +286,29 @@ def test_the_shipped_models_give_the_published_file_format(tmp_path: Path) -> No
     config = AutoConfig.from_pretrained(TINY_FOLDER / "tiny-qwen2.5")
     assert frequency.shape == (config.num_hidden_layers, config.num_attention_heads)
     assert ((frequency >= 0) & (frequency <= 1)).all()
+
+
+def test_the_same_weights_under_another_config_do_not_resume(
+    random_folder: Any,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A soft-cap is no weight: rows computed without it must not be mixed with rows computed with it."""
+    folder = random_folder("gemma2")
+    flags = ["--model", folder, "--dataset", dataset, "--out", tmp_path / "f.npy"]
+    calls: list[int] = []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(study, "run", once)
+    assert command(*flags) == 130
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 7.0}), encoding="utf-8")
+    assert command(*flags) == 2
+    assert "unfinished run with another config_hash" in capsys.readouterr().err
