@@ -41,15 +41,15 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from prompt_sets import find_prompts
+from prompt_sets import both_texts, find_prompts, patchable
 
 from modelcards import COMPONENTS, FIELD_NAMES, n_layers
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.compile import check_specs
 from pyvene_ext.loading import load_model
-from pyvene_ext.patching import all_patches, corresponding, patch
-from pyvene_ext.prompts import PromptSet, Text
+from pyvene_ext.patching import all_patches, patch
+from pyvene_ext.prompts import PromptSet
 from pyvene_ext.runs import (
     choose_device,
     is_main_process,
@@ -115,20 +115,9 @@ def main(config: Config) -> None:
     prompt_set = PromptSet.load(find_prompts(config.dataset))
     prompt_set = replace(prompt_set, prompts=prompt_set.prompts[: config.limit])
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=choose_device(config.device))
-    texts: tuple[Text, ...] = ("clean", "corrupt")
-    longest = model.config.max_position_embeddings
-    clean, corrupt = (prompt_set.tokenize(tokenizer, text, config.answers, longest) for text in texts)
+    clean, corrupt = both_texts(prompt_set, model, tokenizer, config.answers)
     names = wanted_names(clean, corrupt, config.positions)
-    clean, corrupt, kept = corresponding(clean, corrupt, names)
-    dropped = sorted(set(range(len(prompt_set))) - set(kept))
-    if len(prompt_set) < 2:
-        raise ValueError(f"{config.dataset} gives {len(prompt_set)} pair; an interval over pairs needs two or more.")
-    if len(kept) < 2:
-        raise ValueError(
-            f"{len(kept)} of {len(prompt_set)} pairs of {config.dataset} can be patched at --positions {config.positions} and "
-            f"{len(dropped)} cannot, because their texts differ in number of tokens; an interval over pairs needs two: use "
-            "--positions last, or texts of equal length."
-        )
+    clean, corrupt, kept, dropped = patchable(clean, corrupt, names, config.dataset, config.positions)
     base, source = (clean, corrupt) if config.direction == "noise" else (corrupt, clean)
     positions = distinct(names, base, source) if names else ("all",)
     specs = [

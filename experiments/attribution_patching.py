@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from prompt_sets import find_prompts
+from prompt_sets import both_texts, find_prompts
 
 from modelcards import n_layers
 from pyvene_ext import figures
@@ -112,9 +112,7 @@ def main(config: Config) -> None:
     folder = folder_of(config)
     prompt_set = PromptSet.load(find_prompts(config.dataset))
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=choose_device(config.device))
-    texts: tuple[Literal["clean", "corrupt"], ...] = ("clean", "corrupt")
-    longest = model.config.max_position_embeddings
-    clean, corrupt = (prompt_set.tokenize(tokenizer, text, config.answers, longest) for text in texts)
+    clean, corrupt = both_texts(prompt_set, model, tokenizer, config.answers)
     kept = [i for i, ids in enumerate(clean.input_ids) if len(ids) == len(corrupt.input_ids[i])]
     if not kept:
         raise ValueError(f"no pair of {config.dataset} has prompts of equal length in tokens; edges need such pairs.")

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 from planted_circuits import ARCHITECTURES, CASES, planted
-from prompt_sets import find_prompts
+from prompt_sets import both_texts, find_prompts
 from scipy.stats import rankdata, spearmanr
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -102,9 +102,7 @@ def main(config: Config) -> None:
     # Trained models: does an approximation rank edges and nodes as the exact values do?
     on_trained: list[dict[str, Any]] = []
     for name, (model, tokenizer) in zip(config.models, tqdm(trained, desc="trained models", unit="model"), strict=True):
-        clean, corrupt = (
-            prompt_set.tokenize(tokenizer, text=text).take(range(config.pairs)) for text in ("clean", "corrupt")
-        )
+        clean, corrupt = (text.take(range(config.pairs)) for text in both_texts(prompt_set, model, tokenizer))
         edges = edges_of(model)
         nodes = [spec for site in ("z", "q", "k", "v", "mlp_out") for spec in all_patches(model.config, site)]
         for over, names, scores in (

@@ -48,16 +48,16 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from prompt_sets import find_prompts
+from prompt_sets import both_texts, find_prompts, patchable
 
 from modelcards import n_heads, n_layers
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.graph import Node, receivers, senders
 from pyvene_ext.loading import load_model
-from pyvene_ext.patching import Patched, all_paths, corresponding, patch
+from pyvene_ext.patching import Patched, all_paths, patch
 from pyvene_ext.paths import PathPatch
-from pyvene_ext.prompts import PromptSet, Text
+from pyvene_ext.prompts import PromptSet
 from pyvene_ext.runs import (
     choose_device,
     is_main_process,
@@ -127,9 +127,7 @@ def main(config: Config) -> None:
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=choose_device(config.device))
     for receiver in config.receivers:
         Node.parse(receiver).check(model.config)
-    texts: tuple[Text, ...] = ("clean", "corrupt")
-    longest = model.config.max_position_embeddings
-    clean, corrupt = (prompt_set.tokenize(tokenizer, text, config.answers, longest) for text in texts)
+    clean, corrupt = both_texts(prompt_set, model, tokenizer, config.answers)
     for pair, (ours, theirs) in enumerate(zip(clean.positions, corrupt.positions, strict=True)):
         if config.positions not in ("all", *ours, *theirs):
             known = ", ".join(sorted({**ours, **theirs}))
@@ -137,16 +135,7 @@ def main(config: Config) -> None:
                 f"--positions {config.positions}: pair {pair} has no such position; choose among all, {known}."
             )
     names = () if config.positions == "all" else (config.positions,)
-    base, source, kept = corresponding(clean, corrupt, names)
-    dropped = sorted(set(range(len(prompt_set))) - set(kept))
-    if len(prompt_set) < 2:
-        raise ValueError(f"{config.dataset} gives {len(prompt_set)} pair; an interval over pairs needs two or more.")
-    if len(kept) < 2:
-        raise ValueError(
-            f"{len(kept)} of {len(prompt_set)} pairs of {config.dataset} can be patched at --positions {config.positions} and "
-            f"{len(dropped)} cannot, because their texts differ in number of tokens; an interval over pairs needs two: use "
-            "--positions last, or texts of equal length."
-        )
+    base, source, kept, dropped = patchable(clean, corrupt, names, config.dataset, config.positions)
     paths = [path for together in told(config, model.config) for path in paths_to(config, model.config, together)]
     for path in paths:
         path.check(model)

@@ -25,23 +25,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_layers
-from pyvene_ext.gradients import (
-    ADDS,
-    Where,
-    answer_logits,
-    check_metric,
-    check_prompts,
-    entries_of_heads,
-    keep_call,
-    keep_places,
-    split_heads,
-    visit,
-)
+from pyvene_ext.gradients import ADDS, answer_logits, check_metric
 from pyvene_ext.reference import Place, Positions, Reference, evaluating, token_indices
 from pyvene_ext.runner import METRICS, check_run
 from pyvene_ext.specs import ActivationPatch, Spec, as_specs, members, needs
 from pyvene_ext.sweep.screen import DIFFERENTIABLE, SIDE_BY_SIDE, estimate
-from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.tokenized import Batch, TokenizedPrompts, check_tokenized
+from pyvene_ext.visits import Where, entries_of_heads, keep_call, keep_places, split_heads, visit
 
 Patches = ActivationPatch | Iterable[Spec]
 
@@ -263,7 +253,7 @@ def check_patches(
             )
         if patch.subspace:
             raise ValueError(f"{patch.name}: attribution patching takes whole activations; leave subspace out.")
-    check_prompts(base, source)
+    check_tokenized(base, source)
     check_metric(metric, DIFFERENTIABLE, model.dtype)
     wanted: dict[str, Any] = needs(specs)
     # What the source prompts' statistics will be, without any yet.

@@ -27,7 +27,6 @@ receiver reads what it reads in the source prompts' run, with the full one what 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -36,7 +35,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -48,6 +47,7 @@ from pyvene_ext.reference import evaluating
 from pyvene_ext.runner import METRICS
 from pyvene_ext.sweep.replay import Past, Replay
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.visits import on_input
 
 Edges = Bool[np.ndarray, "sender receiver"]
 Scale = Literal["log", "linear"]
@@ -507,7 +507,7 @@ class _ByEdge:
             missed, _ = carried.missed(self._readers["mlp_in", layer])
             return carried.moved(stream, missed)[:, 0]
 
-        with _another_input(self.replay.module("resid_mid", layer), read_by_mlp):
+        with on_input(self.replay.module("resid_mid", layer), read_by_mlp):
             hidden = self.replay.block(layer, hidden, (0, hidden.shape[1]), Past(), edits=edits, seen=seen)
         carried.write(seen["mlp_out"][:, None])
         return hidden
@@ -554,22 +554,6 @@ class _ByEdge:
 
 def _put(new: Tensor, x: Tensor) -> None:
     x.copy_(new)
-
-
-@contextmanager
-def _another_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Give one module another input for a while; whoever else holds the tensor keeps it as it is."""
-
-    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _of_one_length(prompts: TokenizedPrompts, batch_size: int) -> Iterator[list[int]]:

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from modelcards import card_of, n_heads, n_layers
 from modelcards.attention_taps import output_weight
 from pyvene_ext.devices import no_gradients
-from pyvene_ext.direct import check_weights
 from pyvene_ext.reference import Reference, evaluating
 from pyvene_ext.sweep.replay import Past, Replay
 from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.visits import check_projections
 
 INPUTS = ("resid", "embed")
 SIGNS = ("positive", "negative")
@@ -69,7 +69,7 @@ def copy_ranks(
             f"the unembedding of {type(model).__name__} cannot be taken apart; load a causal language model without quantisation "
             "and offloading, and merge adapters."
         )
-    check_weights(model)
+    check_projections(model)
     if ids.ndim != 3 or ids.shape[1:] != (len(places), len(prompts)):
         raise ValueError(f"ids must be [asked {len(places)} {len(prompts)}] for these places, not {ids.shape}.")
     if ids.size and not 0 <= ids.min() <= ids.max() < len(head.weight):

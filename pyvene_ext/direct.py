@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modelcards import card_of, dimensions, n_heads, n_layers
-from modelcards.attention_taps import output_weight
 from pyvene_ext.devices import no_gradients
 from pyvene_ext.graph import Node
 from pyvene_ext.norms import FrozenNorm
@@ -30,8 +29,9 @@ from pyvene_ext.reference import Place, Positions, Reference, evaluating, token_
 from pyvene_ext.runner import METRICS, run
 from pyvene_ext.specs import Spec
 from pyvene_ext.sweep.engine import sweep
-from pyvene_ext.sweep.replay import Replay, on_output
+from pyvene_ext.sweep.replay import Replay
 from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.visits import check_projections, on_output
 
 NORM_INPUT = {"q": "resid_pre", "k": "resid_pre", "v": "resid_pre", "mlp_in": "resid_mid", "logits": "resid_post"}
 ROWS = 64  # logits of the whole vocabulary are made for so many paths at once
@@ -94,7 +94,7 @@ class Terms:
     ) -> None:
         self.model, self.base, self.of_source, self.replay = model, base, of_source, Replay(model)
         self.paths, self.depth = {path.name: path for path in paths}, n_layers(model.config)
-        check_weights(model)
+        check_projections(model)
         places = [path.sending.place for path in paths]
         for node in (node for path in paths for node in path.nodes):
             places += [self._stands(node)] if node.site == "logits" else [self._stands(node), (node.site, node.layer)]
@@ -194,17 +194,6 @@ class Terms:
             width,
             of,
         )
-
-
-def check_weights(model: PreTrainedModel) -> None:
-    """Raise ValueError where a weight that direct terms need cannot be taken apart."""
-    replay = Replay(model)
-    for layer in range(n_layers(model.config)):
-        if output_weight(module := replay.module("attention_value_output", layer)) is None:
-            raise ValueError(
-                f"layer {layer}'s output projection ({type(module).__name__}) cannot be taken apart; load the model without "
-                "quantisation and offloading, and merge adapters."
-            )
 
 
 def _attention_norm(replay: Replay, layer: int) -> nn.Module:

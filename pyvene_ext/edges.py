@@ -10,10 +10,10 @@ end. Products and sums are float32 whatever the model's dtype. The model is left
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,23 +25,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, card_of, head_shares, n_heads, n_layers
-from modelcards.attention_taps import output_weight
 from pyvene_ext.devices import input_device
-from pyvene_ext.gradients import (
-    ADDS,
-    Where,
-    answer_logits,
-    check_metric,
-    check_prompts,
-    entries_of_heads,
-    keep_places,
-    visit,
-)
+from pyvene_ext.gradients import ADDS, answer_logits, check_metric
 from pyvene_ext.graph import Node, reaches, receivers, senders
 from pyvene_ext.reference import evaluating
 from pyvene_ext.runner import METRICS
 from pyvene_ext.sweep.screen import DIFFERENTIABLE, SIDE_BY_SIDE
-from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.tokenized import Batch, TokenizedPrompts, check_tokenized
+from pyvene_ext.visits import Where, check_projections, entries_of_heads, keep_places, on_input, visit
 
 EdgeMethod = Literal["eap", "eap_ig_inputs", "eap_ig_activations"]
 
@@ -281,7 +272,7 @@ def _contributions(
             places |= {("attention_value_output", layer), ("mlp_contribution", layer)}
             if card.post_norm_scale is not None:
                 norm = card.module(model, "attention_contribution", layer)
-                hooks.callback(norm.register_forward_pre_hook(_first_argument_into(normed, layer)).remove)
+                hooks.enter_context(on_input(norm, partial(normed.__setitem__, layer)))
         seen = keep_places(model, places, hooks)
         logits = answer_logits(model, batch)
     added = [seen["block_input", 0].float()[:, None]]
@@ -295,13 +286,6 @@ def _contributions(
     return torch.cat([part.to(device) for part in added], 1), logits
 
 
-def _first_argument_into(kept: dict[int, Tensor], layer: int) -> Callable[..., None]:
-    def hook(_: Any, args: tuple) -> None:
-        kept[layer] = args[0]
-
-    return hook
-
-
 def _reached(writing: Iterable[Node], reading: Iterable[Node]) -> Bool[np.ndarray, "sender receiver"]:
     reading = tuple(reading)
     return np.array([[reaches(sender, receiver) for receiver in reading] for sender in writing])
@@ -311,12 +295,12 @@ def check_edges(
     model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts, metric: str, method: str, steps: int
 ) -> None:
     """Raise ValueError for whatever `edge_attribution` refuses; nothing is run."""
-    card = card_of(model)
+    card_of(model)  # raises for a model without one
     if method not in get_args(EdgeMethod):
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number from 1 on, not {steps!r}.")
-    check_prompts(base, source)
+    check_tokenized(base, source)
     check_metric(metric, DIFFERENTIABLE if method == "eap" or steps == 1 else (*DIFFERENTIABLE, "kl"), model.dtype)
     if model.get_output_embeddings() is None:
         raise ValueError(
@@ -332,10 +316,4 @@ def check_edges(
                 f"the base prompt of pair {pair} has {len(ids)} tokens and its source {len(of_source)}, so that their tokens do "
                 "not correspond; leave the pair out."
             )
-    for layer in range(n_layers(model.config)):
-        projection = card.module(model, "attention_value_output", layer)
-        if output_weight(projection) is None:
-            raise ValueError(
-                f"the output projection of layer {layer} is a {type(projection).__name__} whose weights cannot be split by "
-                "heads; merge adapters, and load the model without quantisation and offloading."
-            )
+    check_projections(model)

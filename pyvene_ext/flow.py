@@ -18,21 +18,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32
-from pyvene.models.constants import CONST_INPUT_HOOK
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import Card, Taps, card_of, dimensions, n_heads, n_layers
+from modelcards import Card, Taps, card_of, n_heads, n_layers
 from modelcards.attention_taps import output_weight
+from pyvene_ext.continuous_thought import drafting
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.reference import evaluating
-from pyvene_ext.tokenized import Batch, PaddingSide, TokenizedPrompts
+from pyvene_ext.tokenized import Batch, PaddingSide, TokenizedPrompts, check_tokenized
+from pyvene_ext.visits import check_projections, on_input, on_output, split_heads, visit
 
 TAU = 0.04  # of the published tool
 # Numbers of f^h_ij held at once: on a CPU what stays in its cache (four times as fast as eight million), else 64 MiB.
@@ -222,21 +224,12 @@ def check_tau(tau: float) -> None:
 
 
 def _check(model: PreTrainedModel, card: Card, prompts: TokenizedPrompts) -> None:
-    if not isinstance(prompts, TokenizedPrompts):
-        raise ValueError(
-            f"prompts must be tokenised, not a {type(prompts).__name__}: call .tokenize(tokenizer) on the set."
-        )
+    check_tokenized(prompts)
     if not len(prompts):
         raise ValueError("there are no prompts to follow; give at least one.")
     if empty := [i for i, ids in enumerate(prompts.input_ids) if not ids]:
         raise ValueError(f"prompt {empty[0]} has no tokens; give it some text.")
-    for layer in range(n_layers(model.config)):
-        projection = card.module(model, "attention_value_output", layer)
-        if output_weight(projection) is None:
-            raise ValueError(
-                f"the output projection of layer {layer} is a {type(projection).__name__} whose weights cannot be split by "
-                "heads; merge adapters, and load the model without quantisation and offloading."
-            )
+    check_projections(model)
 
 
 def _empty(model: PreTrainedModel, length: int) -> Iterator[Float32[np.ndarray, "layer *"]]:
@@ -250,34 +243,22 @@ def _watch(
     model: PreTrainedModel, card: Card, layer: int, batch: Batch, arrays: list[_Importances], hooks: ExitStack
 ) -> None:
     """Hook one block: when it has run, its importances go into `arrays`, and its activations are forgotten."""
-    mapping, sizes = card.mapping(type(model)), dimensions(model.config)
     seen: dict[str, Tensor] = {}
 
-    def at_input(component: str) -> None:
-        def keep(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen[component] = args[0] if args else kwargs["hidden_states"]
+    def keep(component: str, x: Tensor) -> None:
+        seen[component] = split_heads(x, component, model)
 
-        module = card.module(model, component, layer)
-        hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-
-    def at_output(component: str) -> None:
-        def keep(_: Any, args: tuple, output: Any) -> None:
-            x = output[0] if isinstance(output, tuple) else output
-            for split, part in mapping[component][2:]:
-                x = split(x, sizes.get(part, part))
-            seen[component] = x
-
-        hooks.callback(card.module(model, component, layer).register_forward_hook(keep).remove)
-
-    def done(*_: Any) -> None:
-        _measure(_Block(model, card, layer, seen), layer, batch, arrays)
+    def done(_: Tensor) -> None:
+        if not drafting(model):
+            _measure(_Block(model, card, layer, seen), layer, batch, arrays)
         seen.clear()
 
     for component in READ:
-        (at_input if mapping[component][1] == CONST_INPUT_HOOK else at_output)(component)
+        visit(model, (component, layer), partial(keep, component), hooks)
     if card.post_norm_scale is not None:
-        at_input("attention_contribution")
-    hooks.callback(card.module(model, "block_output", layer).register_forward_hook(done).remove)
+        post_norm = card.module(model, "attention_contribution", layer)
+        hooks.enter_context(on_input(post_norm, partial(seen.__setitem__, "attention_contribution")))
+    hooks.enter_context(on_output(card.module(model, "block_output", layer), done))
 
 
 class _Block:

@@ -31,6 +31,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,9 +45,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelcards import Card, Taps, card_of, n_heads, n_layers
 from modelcards.attention_taps import output_weight
 from pyvene_ext.devices import input_device, no_gradients
-from pyvene_ext.patterns import reading
 from pyvene_ext.reference import evaluating
 from pyvene_ext.runs import write_csv
+from pyvene_ext.visits import split_heads, visit
 
 Occurrences = Literal["last", "all"]
 COLUMNS = ("scores", "layer", "head")
@@ -238,18 +239,20 @@ def attention_scores(
         rows = slice(0)  # of the batch that is running
 
         def at_pattern(layer: int, pattern: Tensor) -> None:
-            scores = pattern_scores(pattern, period, first, occurrences)
+            by_head = split_heads(pattern, "attention_pattern", model)
+            scores = pattern_scores(by_head, period, first, occurrences)
             found[:3, rows, layer] = torch.stack(scores).double().cpu().numpy()
 
         def at_values(layer: int, values: Tensor) -> None:
             assert writes is not None
-            found[3, rows, layer] = writes.share(layer, values[:, :, first:], rows).cpu().numpy()
+            by_head = split_heads(values, "head_value_output", model)
+            found[3, rows, layer] = writes.share(layer, by_head[:, :, first:], rows).cpu().numpy()
 
         hooks.enter_context(Taps(model, card, [("attention_pattern", layer) for layer in layers]))
         for layer in layers:
-            hooks.enter_context(reading(model, card, "attention_pattern", layer, at_pattern))
+            visit(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
             if copying:
-                hooks.enter_context(reading(model, card, "head_value_output", layer, at_values))
+                visit(model, ("head_value_output", layer), partial(at_values, layer), hooks)
         for start in range(0, len(ids), batch_size):
             rows = slice(start, min(start + batch_size, len(ids)))
             model.base_model(input_ids=ids[rows].to(input_device(model)), use_cache=False)

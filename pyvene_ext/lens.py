@@ -13,16 +13,16 @@ Neither is causal: a part that later parts would make up for, or that acts throu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
-from pyvene.models.constants import CONST_INPUT_HOOK
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -33,7 +33,8 @@ from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.norms import TOLERANCE, FrozenNorm
 from pyvene_ext.reference import evaluating, token_indices
 from pyvene_ext.sweep.replay import Replay
-from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.tokenized import Batch, TokenizedPrompts, check_tokenized
+from pyvene_ext.visits import visit
 
 Place = tuple[str, int]  # component, layer
 
@@ -266,45 +267,21 @@ def _run(
 ) -> dict[Place, Float[Tensor, "batch d"]]:
     """One clean forward pass up to the final norm; what there is at the places, at one token of each prompt."""
     first = torch.tensor(batch.last_columns) - torch.tensor(batch.lengths) + 1
-    with _reading(replay, places, first + torch.tensor(tokens)) as seen:
-        replay.bare(**batch.inputs(input_device(replay.model)), use_cache=False)
-    return seen
-
-
-@contextmanager
-def _reading(
-    replay: Replay, places: Iterable[Place], columns: Int[Tensor, " batch"]
-) -> Iterator[dict[Place, Float[Tensor, "batch d"]]]:
-    """While this lasts, a copy is kept of what passes the places, at one column of each row."""
-    mapping = replay.card.mapping(type(replay.model))
-    seen: dict[Place, Tensor] = {}
+    columns, seen = first + torch.tensor(tokens), dict[Place, Tensor]()
 
     def keep(place: Place, x: Tensor) -> None:
         seen[place] = x[torch.arange(len(x), device=x.device), columns.to(x.device)]
 
     with ExitStack() as hooks:
         for place in places:
-            module = replay.module(*place)
-
-            def at_input(_: nn.Module, args: tuple, kwargs: dict[str, Any], place: Place = place) -> None:
-                keep(place, args[0] if args else kwargs["hidden_states"])
-
-            def at_output(_: nn.Module, args: tuple, output: Any, place: Place = place) -> None:
-                keep(place, output[0] if isinstance(output, tuple) else output)
-
-            if mapping[place[0]][1] == CONST_INPUT_HOOK:
-                hooks.callback(module.register_forward_pre_hook(at_input, with_kwargs=True).remove)
-            else:
-                hooks.callback(module.register_forward_hook(at_output).remove)
-        yield seen
+            visit(replay.model, place, partial(keep, place), hooks)
+        replay.bare(**batch.inputs(input_device(replay.model)), use_cache=False)
+    return seen
 
 
 def _check(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int) -> None:
     """Raise ValueError for what can be told to be wrong before the model runs."""
-    if not isinstance(prompts, TokenizedPrompts):
-        raise ValueError(
-            f"prompts must be tokenised, not a {type(prompts).__name__}: call .tokenize(tokenizer) on the set."
-        )
+    check_tokenized(prompts)
     if not prompts.input_ids:
         raise ValueError("nothing to run: give at least one prompt.")
     if batch_size < 1:

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, dimensions, n_heads, n_layers
 from pyvene_ext.devices import no_gradients
-from pyvene_ext.direct import check_weights
 from pyvene_ext.norms import FrozenNorm
 from pyvene_ext.patterns import read_patterns
 from pyvene_ext.prompts import Prompt, PromptSet
 from pyvene_ext.reference import Place, Reference, evaluating
 from pyvene_ext.sweep.replay import Replay
 from pyvene_ext.tokenized import Batch, TokenizedPrompts, encode, held_tokens
+from pyvene_ext.visits import check_projections
 
 KINDS = ("io", "s", "s1", "s2")
 QUERIES = (-1, -2)  # END and END-1
@@ -209,7 +209,7 @@ def head_projections(
         raise ValueError(
             f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
         )
-    check_weights(model)
+    check_projections(model)
     if ids.ndim != 2 or ids.shape[1] != len(prompts) or not 0 <= ids.min() <= ids.max() < len(head.weight):
         raise ValueError(f"ids must be [kind {len(prompts)}] tokens of the model, one for each prompt.")
     card, replay, layers = card_of(model), Replay(model), range(n_layers(model.config))

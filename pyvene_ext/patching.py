@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers
 from pyvene_ext.devices import input_device, no_gradients
-from pyvene_ext.direct import check_weights, run_direct_paths
+from pyvene_ext.direct import run_direct_paths
 from pyvene_ext.graph import Node, reaches, senders
 from pyvene_ext.metrics import last_logits
 from pyvene_ext.paths import PathPatch, PlainPaths
@@ -34,6 +34,7 @@ from pyvene_ext.subspace import check_directions, concept_directions
 from pyvene_ext.sweep.engine import plan_sweep, sweep
 from pyvene_ext.sweep.paths import sweep_paths
 from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.visits import check_projections
 
 Patch = Spec | PathPatch
 
@@ -253,7 +254,7 @@ def _check(
             if edit.path is not None:
                 raise ValueError(f"{edit.name}: path is set by path patching alone; give a PathPatch.")
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
-        check_weights(model)
+        check_projections(model)
     activations = _activations(specs)
     if directions is not None:
         check_directions(directions, activations, model)

@@ -9,19 +9,22 @@ read_patterns(model, prompts, see)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import Card, Taps, card_of, dimensions, n_layers
+from modelcards import Taps, card_of, n_layers
+from pyvene_ext.continuous_thought import drafting
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.reference import evaluating
-from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.tokenized import Batch, TokenizedPrompts, check_tokenized
+from pyvene_ext.visits import split_heads, visit
 
 See = Callable[[int, Batch, Float[Tensor, "batch head query key"]], None]
 
@@ -60,46 +63,21 @@ def read_patterns(
         running: list[Batch] = []
 
         def at_pattern(layer: int, pattern: Tensor) -> None:
-            see(layer, running[0], pattern)
+            if not drafting(model):
+                see(layer, running[0], split_heads(pattern, "attention_pattern", model))
 
         hooks.enter_context(Taps(model, card, [("attention_pattern", layer) for layer in layers]))
         for layer in layers:
-            hooks.enter_context(reading(model, card, "attention_pattern", layer, at_pattern))
+            visit(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
         for batch in batches:
             running[:] = [batch]
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             bar.update(len(batch.index))
 
 
-@contextmanager
-def reading(
-    model: PreTrainedModel, card: Card, component: str, layer: int, read: Callable[[int, Tensor], None]
-) -> Iterator[None]:
-    """While this lasts, `read` is called with the layer and what leaves a component, split as its card says.
-
-    Components inside attention are there within `modelcards.Taps` only.
-    """
-    sizes = dimensions(model.config)
-    _, _, *splits = card.mapping(type(model))[component]
-
-    def hook(_: nn.Module, args: tuple, x: Tensor) -> None:
-        for split, part in splits:
-            x = split(x, sizes.get(part, part))
-        read(layer, x)
-
-    handle = card.module(model, component, layer).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def check_prompts(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
     """Raise ValueError for prompts that the model cannot be run on."""
-    if not isinstance(prompts, TokenizedPrompts):
-        raise ValueError(
-            f"prompts must be tokenised, not a {type(prompts).__name__}: call .tokenize(tokenizer) on the set."
-        )
+    check_tokenized(prompts)
     if not len(prompts):
         raise ValueError("there are no prompts to look at; give at least one.")
     embeddings: Any = model.get_input_embeddings()

@@ -22,7 +22,7 @@ from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.intervenable import IntervenableModel
 from pyvene_ext.reference import Reference, evaluating
 from pyvene_ext.specs import OneSpec, Spec, as_specs, members, needs, spec_name
-from pyvene_ext.tokenized import Batch, PaddingSide, TokenizedPrompts
+from pyvene_ext.tokenized import Batch, PaddingSide, TokenizedPrompts, check_tokenized
 
 # Each takes the answer position's logits, [batch vocab], the batch and the clean logits.
 METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
@@ -156,10 +156,7 @@ def check_run(
     of_tokens: bool = False,
 ) -> None:
     """Raise ValueError for anything that would go wrong in a run, before the model is run; `of_tokens` allows `TOKEN_METRICS`."""
-    if not isinstance(prompts, TokenizedPrompts):
-        raise ValueError(
-            f"prompts must be tokenised, not a {type(prompts).__name__}: call .tokenize(tokenizer) on the set."
-        )
+    check_tokenized(prompts)
     if metric in TOKEN_METRICS and not of_tokens:
         raise ValueError(f"{metric} is a number for each token; here choose among {', '.join(METRICS)}.")
     if metric not in METRICS | TOKEN_METRICS:

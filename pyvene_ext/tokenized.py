@@ -91,6 +91,15 @@ class TokenizedPrompts:
             )
 
 
+def check_tokenized(*prompts: TokenizedPrompts) -> None:
+    """Raise ValueError for a prompt set that has not been tokenised."""
+    for some in prompts:
+        if not isinstance(some, TokenizedPrompts):
+            raise ValueError(
+                f"prompts must be tokenised, not a {type(some).__name__}: call .tokenize(tokenizer) on the set."
+            )
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some prompts, padded on one side.

@@ -26,8 +26,9 @@ from pyvene_ext.specs import ActivationPatch, Spec
 from pyvene_ext.sweep.engine import sweep
 from pyvene_ext.sweep.execute import Executor, Frozen
 from pyvene_ext.sweep.plan import default_budget, make_plan
-from pyvene_ext.sweep.replay import Replay, on_input
+from pyvene_ext.sweep.replay import Replay
 from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.visits import on_input
 
 
 def sweep_paths(

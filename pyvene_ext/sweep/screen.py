@@ -9,16 +9,14 @@ screen sets aside, what share of the interventions that matter it has caught.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
-from pyvene.models.constants import CONST_INPUT_HOOK
 from scipy.stats import hypergeom
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,8 +25,8 @@ from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, dimensions
 from pyvene_ext.compile import replacements_of
-from pyvene_ext.devices import from_first, input_device
-from pyvene_ext.gradients import check_gradient
+from pyvene_ext.devices import from_first
+from pyvene_ext.gradients import answer_logits, check_gradient
 from pyvene_ext.interventions import DirectionIntervention, NormMatchedIntervention
 from pyvene_ext.reference import Place, Reference, evaluating, token_indices
 from pyvene_ext.runner import METRICS, Result, check_run, reference_for
@@ -37,7 +35,9 @@ from pyvene_ext.specs import Ablation, ActivationPatch, OneSpec, Spec, as_specs,
 from pyvene_ext.stats import Interval
 from pyvene_ext.sweep.engine import sweep as fast_sweep
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.visits import keep_places, split_heads
 
+BESIDE = ("attention_scores", "head_value_output")  # of which uniform attention is made
 DIFFERENTIABLE = ("logit_diff", "probability", "logit")
 SIDE_BY_SIDE = {"q": "query_output", "k": "key_output", "v": "value_output", "z": "attention_value_output"}
 LEAST_CHECKED = 20  # of what is set aside: fewer say next to nothing about the recall
@@ -122,47 +122,17 @@ def _linear_place(ablation: OneSpec) -> Place:
 def _linearise(model: PreTrainedModel, ablations: list[OneSpec], batch: Batch, metric: str) -> _Line:
     """One forward and one backward pass."""
     card, sizes = card_of(model), dimensions(model.config)
-    mapping = card.mapping(type(model))
     places = dict.fromkeys(_linear_place(a) for a in ablations)
     uniform = dict.fromkeys(a.layer or 0 for a in ablations if (a.site, a.kind) == ("scores", "mean"))
-    seen: dict[tuple[str, int], Tensor] = {}
-
-    def read(component: str, layer: int, *, wants_gradient: bool) -> None:
-        _, hook, *splits = mapping[component]
-
-        def keep(x: Tensor) -> None:
-            if wants_gradient and not x.requires_grad:
-                x.requires_grad_()  # itself, no copy: the residual stream also goes on beside the module that is hooked
-            seen[component, layer] = x
-
-        def at_input(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            keep(args[0] if args else kwargs["hidden_states"])
-
-        def at_output(_: Any, args: tuple, output: Any) -> None:
-            x = output[0] if isinstance(output, tuple) else output
-            keep(x if wants_gradient else _split(x, splits, sizes))
-
-        module = card.module(model, component, layer)
-        if hook == CONST_INPUT_HOOK:
-            hooks.callback(module.register_forward_pre_hook(at_input, with_kwargs=True).remove)
-        else:
-            hooks.callback(module.register_forward_hook(at_output).remove)
-
     with ExitStack() as hooks, torch.enable_grad():
         # Which keys a query may see is read where the edit itself would read it.
         hooks.enter_context(Taps(model, card, [("attention_scores", layer) for layer in uniform]))
-        for layer in uniform:
-            read("attention_scores", layer, wants_gradient=False)
-            read("head_value_output", layer, wants_gradient=False)
+        beside = [(component, layer) for component in BESIDE for layer in uniform]
+        seen_beside = keep_places(model, beside, hooks)
         # All heads side by side: a part of a tensor would be no part of the graph.
         named = {place: SIDE_BY_SIDE.get(place[0], FIELD_NAMES[place[0]]) for place in places}
-        for place, component in named.items():
-            read(component, place[1] or 0, wants_gradient=True)
-        last = torch.tensor(batch.last_columns)
-        # A number and not the columns themselves, which accelerate would bring to another device than what they index.
-        keep = batch.input_ids.shape[1] - int(last.min())
-        logits = model(**batch.inputs(input_device(model)), use_cache=False, logits_to_keep=keep).logits
-        total = METRICS[metric](logits[torch.arange(len(last)), last - last.min()], batch, None).sum()
+        seen = keep_places(model, [(component, place[1] or 0) for place, component in named.items()], hooks, graph=True)
+        total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
     old = [seen[named[place], place[1] or 0] for place in named]
     gradient = torch.autograd.grad(total, old)
 
@@ -170,23 +140,16 @@ def _linearise(model: PreTrainedModel, ablations: list[OneSpec], batch: Batch, m
         return x.unflatten(-1, (-1, sizes["d_head"]))
 
     def uniform_z(layer: int) -> Tensor:
-        visible = (seen["attention_scores", layer][:, 0] > -torch.inf).float()  # the same for every head
-        values = seen["head_value_output", layer].detach().float()
+        scores, values = (split_heads(seen_beside[where, layer].detach(), where, model) for where in BESIDE)
+        visible, values = (scores[:, 0] > -torch.inf).float(), values.float()  # visible: the same for every head
         mean = torch.einsum("bqk,bhkd->bqhd", visible / visible.sum(-1, keepdim=True), values)
         return mean.repeat_interleave(sizes["n_head"] // sizes["n_kv_head"], dim=2)
 
     def by_place(tensors: Iterable[Tensor]) -> dict[Place, Tensor]:
-        parts = {p: _split(x.detach(), mapping[named[p]][2:], sizes) for p, x in zip(named, tensors, strict=True)}
+        parts = {p: split_heads(x.detach(), named[p], model) for p, x in zip(named, tensors, strict=True)}
         return {p: by_head(x) if p[0] in SIDE_BY_SIDE else x for p, x in parts.items()}
 
     return _Line(by_place(old), by_place(gradient), {layer: uniform_z(layer) for layer in uniform})
-
-
-def _split(x: Tensor, splits: Sequence[tuple], sizes: dict[str, int]) -> Tensor:
-    """A component out of what its module gives."""
-    for split, part in splits:
-        x = split(x, sizes.get(part, part))
-    return x
 
 
 def _first_order(
