@@ -97,6 +97,8 @@ class Config:
     """of --width: prompts between two looks at the intervals"""
     memory: float | None = None
     """GiB of working memory besides the weights; by default half of what the weights take, at least 0.25"""
+    compile: bool = False
+    """let torch.compile fuse the MLPs: a minute at the start, for long runs on a GPU"""
     batch_size: int = 16
     """prompts a forward pass, of reference statistics and of --screen's estimates; the ablations' batches follow from --memory"""
     dry_run: bool = False
@@ -130,7 +132,7 @@ def main(config: Config) -> None:
 
     # Every head by itself: on all prompts, or as far as a screen or narrow intervals ask for.
     found: Screen | Sequential | None = None
-    with unfinished_in(folder / "unfinished", model, specs, prompts, memory=memory) as sweep:
+    with unfinished_in(folder / "unfinished", model, specs, prompts, memory=memory, compile=config.compile) as sweep:
         reference = reference_for(
             specs, model, prompts, batch_size=config.batch_size, cache_dir=cache_folder(), progress=shown
         )

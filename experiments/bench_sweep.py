@@ -128,6 +128,8 @@ class Config:
     """about how long all may take; what does not fit is cut to a random part, (c) and (d) first"""
     memory: float | None = None
     """working memory of the sweep engine in GiB, besides the weights; by default its own choice"""
+    compile: bool = False
+    """let torch.compile fuse the MLPs of the sweep engine's calls"""
     threads: int | None = None
     """of torch; by default torch's choice"""
     growth: bool = False
@@ -630,7 +632,7 @@ def swept(
 ) -> Float[np.ndarray, "spec prompt"]:
     """The sweep engine's results, everything included."""
     memory = None if config.memory is None else int(config.memory * 2**30)
-    return sweep(case.model, specs, case.prompts, memory=memory, progress=progress).intervened
+    return sweep(case.model, specs, case.prompts, memory=memory, compile=config.compile, progress=progress).intervened
 
 
 def time_sweep(case: Case, specs: list[Ablation], config: Config) -> dict[str, Any]:

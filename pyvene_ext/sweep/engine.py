@@ -52,6 +52,7 @@ def sweep(
     memory: int | None = None,
     store: str | Path | None = None,
     subset: Sequence[int] | None = None,
+    compile: bool = False,
     progress: bool = True,
 ) -> Result:
     """Run every spec on every prompt and read one metric at each prompt's last token.
@@ -64,12 +65,15 @@ def sweep(
             belongs to other specs, prompts, weights or metric is refused, and so is one that another process is writing to.
             The batches of the first call are kept to, so that the result is the same to the last bit.
         subset: indices of the prompts to run, the columns of the result. Reference set and donors remain those of all prompts.
+        compile: let torch.compile fuse the MLPs, of a model on one device. It takes a minute, and only long sweeps win by it.
         progress: show the plan, a bar, and where the results are.
 
     Raises ValueError, before the model runs, for what `run` refuses, too little memory, or a store of something else.
     """
     specs = as_specs(specs)
     check_run(model, specs, prompts, metric, reference, of_tokens=True)
+    if compile and getattr(model, "hf_device_map", None):
+        raise ValueError("compile is for a model on one device; this one is spread over several (hf_device_map).")
     which = _which(subset, prompts)
     plan = make_plan(model, specs, prompts, which, default_budget(model, memory))
     group = processes()
@@ -78,7 +82,9 @@ def sweep(
         kept: Store | None = None
         finished: dict[int, dict[str, np.ndarray]] = {}
         if store is not None:
-            facts = store_facts(model, specs, prompts, metric, reference, which)
+            facts = store_facts(model, specs, prompts, metric, reference, which) | (
+                {"compiled": True} if compile else {}
+            )
             kept = held = stack.enter_context(open_together(store, facts, _remembered(plan)))
             # Read before anyone adds a wave, and by one process, so that all share out the same ones.
             whole, remembered, finished = from_first(lambda: (held.result, held.plan, held.finished))
@@ -97,7 +103,9 @@ def sweep(
         engine = Executor(model, specs, metric, reference, plan)
         started = time.monotonic()
         made: list[tuple[int, dict[str, np.ndarray]]] = []
-        with evaluating(model), no_gradients(model), _Bar(plan, mine, progress) as bar:
+        with evaluating(model), no_gradients(model), ExitStack() as compiled, _Bar(plan, mine, progress) as bar:
+            if compile:
+                compiled.enter_context(engine.replay.compiled_mlps())
             for number in mine:
                 clean, intervened = engine.run(plan.waves[number], bar.advance)
                 made.append((number, {"clean": clean, "intervened": intervened}))

@@ -26,6 +26,7 @@ from modelcards import card_of, n_layers
 from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, output_weight
 from modelcards.shared_past import shared_past
 from pyvene_ext.devices import input_device
+from pyvene_ext.visits import on_input, on_output
 
 Hidden = Float[Tensor, "row pos d_model"]
 PROJECTIONS = {"q": "query_output", "k": "key_output", "v": "value_output"}
@@ -234,6 +235,18 @@ class Replay:
             self._arguments[start, stop] = self._record(ids, start)
         return self._arguments[start, stop]
 
+    @contextmanager
+    def compiled_mlps(self) -> Iterator[None]:
+        """Let torch.compile fuse what the MLPs do, for a while; one graph serves all layers and numbers of rows.
+
+        The blocks as a whole do not compile: which rows run through attention, and over which keys, differs from call to call.
+        """
+        with ExitStack() as stack:
+            for layer in range(self.n_layers):
+                mlp = self.module("mlp_output", layer)
+                stack.enter_context(_forward(mlp, torch.compile(mlp.forward, dynamic=True)))
+            yield
+
     def _on_projection(self, site: str, layer: int, edit: Edit) -> AbstractContextManager[None]:
         """Edit q, k or v of all heads side by side, `row pos d`, where they leave their projection."""
         component = PROJECTIONS[site]
@@ -317,27 +330,3 @@ def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
-
-
-@contextmanager
-def on_input(module: nn.Module, edit: Edit) -> Iterator[None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        edit(args[0] if args else kwargs["hidden_states"])
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def on_output(module: nn.Module, edit: Edit) -> Iterator[None]:
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        edit(output[0] if isinstance(output, tuple) else output)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -27,6 +27,7 @@ def unfinished_in(
     metric: str = "logit_diff",
     *,
     memory: int | None = None,
+    compile: bool = False,
 ) -> Iterator[Callable[..., Result]]:
     """Gives a `sweep` that keeps what it has finished in `folder`, whatever of these specs and prompts it is called with.
 
@@ -47,7 +48,7 @@ def unfinished_in(
             **options: Any,
         ) -> Result:
             store = folder / data_hash([to_plain(specs), subset])
-            return sweep(model, specs, *args, subset=subset, memory=memory, store=store, **options)
+            return sweep(model, specs, *args, subset=subset, memory=memory, compile=compile, store=store, **options)
 
         yield kept
 

@@ -327,6 +327,37 @@ def test_nothing_is_left_on_the_model_after_a_sweep_or_an_error(family, monkeypa
             assert traces(model) == before, name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_mlps_give_the_same_numbers_and_are_gone_afterwards(family, monkeypatch):
+    compiled = []
+    make = torch.compile
+
+    def without_a_compiler(function, **options):  # the same graphs, run by torch itself: a real backend takes minutes
+        compiled.append(function)
+        return make(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    before = traces(_model(family))
+    _compare(family, _every_spec()[::40] + _joint_specs()[:4], compile=True)
+    assert len(compiled) == n_layers(_model(family).config)
+    assert traces(_model(family)) == before
+
+
+def test_a_store_of_compiled_numbers_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    specs = _every_spec()[:2]
+    sweep(_model("gpt2"), specs, PROMPTS, store=tmp_path, compile=True, progress=False)
+    with pytest.raises(ValueError, match="compiled"):
+        sweep(_model("gpt2"), specs, PROMPTS, store=tmp_path, progress=False)
+
+
+def test_a_model_on_several_devices_is_not_compiled():
+    model = random_model("gpt2")
+    model.hf_device_map = {"": "cpu"}
+    with pytest.raises(ValueError, match="several"):
+        sweep(model, _every_spec()[:1], PROMPTS, compile=True, progress=False)
+
+
 def _fail(*_):
     raise RuntimeError("in the middle")
 
