@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -158,10 +158,13 @@ class Transcripts:
         wanted = needs(specs)
         if not wanted["places"]:
             return None
-        rows = [(*ids, *new) for ids, new in zip(questions.prompts.input_ids, clean.ids, strict=True)]
-        prompts = TokenizedPrompts(
-            tuple(rows), ((0, 0),) * len(rows), ({"end": -1, "last": -1},) * len(rows), questions.prompts.pad_id
+        given = questions.prompts
+        rows = [(*ids, *new) for ids, new in zip(given.input_ids, clean.ids, strict=True)]
+        positions = tuple(
+            {**{name: at - len(new) for name, at in named.items()}, "end": -1, "last": -1}
+            for named, new in zip(given.positions, clean.ids, strict=True)
         )
+        prompts = TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), positions, given.pad_id)
         bank = ("all",) if wanted["bank"] else ()
         reference = Reference.compute(
             model, prompts, wanted["places"], bank=bank, batch_size=batch_size, progress=progress
@@ -301,7 +304,7 @@ def _compiled(
     if callable(spec):
         return spec(batch)
     held = reference.reference if isinstance(reference, Transcripts) else reference
-    if scope == "prompt":
+    if scope == "prompt" and held is reference:
         return compile_specs(spec, batch, questions.prompts, model, held)
     # The mean's compilation has the right shape for resampling, which puts other rows in.
     edits = tuple(
@@ -317,7 +320,7 @@ def _compiled(
                 assert isinstance(reference, Transcripts)  # `check` has seen to it
                 values = _resampled(edit, batch, questions, reference, new).to(values)
             if scope != "both":
-                values = values[..., -new:, :]
+                values = values[..., :-new, :] if scope == "prompt" else values[..., -new:, :]
         replacements.append(values)
     return Compiled(compiled.config, compiled.unit_locations, tuple(replacements))
 
@@ -355,6 +358,7 @@ class _Reader:
         self.model, self.tokenizer = model, tokenizer
         ends = getattr(model.generation_config, "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.never = list(getattr(model.generation_config, "suppress_tokens", None) or ())
         vocabulary = tokenizer.get_vocab()
         self.marks = {at for token, at in vocabulary.items() if "#" in token}
         self.new_lines = {at for token, at in vocabulary.items() if any(line in token for line in NEW_LINES)}
@@ -393,7 +397,9 @@ class _Writing:
 
     def take(self, logits: Float[Tensor, "batch vocab"]) -> Tensor:
         """The next token of every row."""
-        best, tokens = logits.float().log_softmax(-1).max(-1)
+        logits = logits.float()
+        logits[:, self.reader.never] = -torch.inf
+        best, tokens = logits.log_softmax(-1).max(-1)
         for row, (token, log_probability) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True)):
             if not self.ended[row]:
                 self.add(row, token, log_probability)
@@ -452,8 +458,20 @@ def _collect(
 # -- kept between runs -------------------------------------------------------------------------------------------------
 
 
+class Kept(Protocol):
+    """What can be kept: as plain data and back."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Self: ...
+
+
+K = TypeVar("K", bound=Kept)
+
+
 class Results:
-    """Evaluations in a folder, one file a condition, each written whole or not at all: a run that is repeated computes the rest.
+    """Evaluations or the like in a folder, one file a condition, each written whole or not at all: a repeated run does the rest.
 
     Args:
         folder: made when the first one is kept.
@@ -463,8 +481,8 @@ class Results:
     def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
         self.folder, self.facts = Path(folder), dict(facts)
 
-    def get(self, condition: Mapping[str, Any], measure: Callable[[], Evaluation]) -> Evaluation:
-        """What was kept for a condition, else what `measure` gives, which is then kept.
+    def get(self, condition: Mapping[str, Any], measure: Callable[[], K], kind: type[K] = Evaluation) -> K:  # type: ignore[assignment]
+        """What was kept for a condition, else what `measure` gives, an instance of `kind`, which is then kept.
 
         A file that is damaged, or of a run with other facts, is measured again.
         """
@@ -473,12 +491,12 @@ class Results:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["facts"] == facts and record["hash"] == data_hash(record["results"]):
-                return Evaluation.from_dict(record["results"])
+                return kind.from_dict(record["results"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
         results = json.loads(json.dumps(measure().as_dict()))
         write_json(path, {"facts": facts, "hash": data_hash(results), "results": results})
-        return Evaluation.from_dict(results)
+        return kind.from_dict(results)
 
 
 def facts_of(model: PreTrainedModel, questions: Questions, max_new_tokens: int) -> dict[str, Any]:

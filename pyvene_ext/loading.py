@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from modelcards import CARDS
+from pyvene_ext.continuous_thought import restore
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 TINY_MODELS = tuple(sorted(path.parent.name for path in TINY_FOLDER.glob("*/config.json")))
@@ -90,6 +91,7 @@ def load_model(
             f"{name} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]} ...), which would be random; "
             "get the complete checkpoint of a causal language model."
         )
+    restore(model, name, source, revision)
     try:
         tokenizer = _tokenizer(source, revision)
     except Exception as error:

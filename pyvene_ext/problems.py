@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyvene_ext.continuous_thought import format_of
 from pyvene_ext.runs import data_hash
 from pyvene_ext.tokenized import TokenizedPrompts, encode
 
 MARK = "####"
 GSM8K = "openai/gsm8k"
 TEMPLATE = "Question: {question}\nAnswer:"  # white space apart, what the shipped tiny models were trained on
+CHAT_TEMPLATE = "{question}\nSolve this step by step, and end with #### and the answer as a number."
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 STEP = re.compile(r"<<.*?>>")
 
@@ -206,27 +208,50 @@ def tokenize_problems(
     tokenizer: PreTrainedTokenizerBase,
     template: str = TEMPLATE,
     context: int | None = None,
+    *,
+    examples: Sequence[Problem] = (),
+    shots: int = 0,
+    chat: bool = False,
 ) -> Questions:
     """Every question in its template, as tokens.
 
     Args:
-        template: a text with `{question}` in it once; solved examples may stand before it.
+        template: a text with `{question}` in it once.
         context: how many tokens the model takes (`room` gives it less what is to be generated).
+        examples, shots: so many solved problems stand before each question: the first examples that are not that very problem,
+            in the same template with their solutions, an empty line behind each.
+        chat: questions are what a user says and solutions what the assistant does, in the tokenizer's chat template, where the
+            assistant is to go on.
 
     Raises:
         ValueError: no problems, a template without `{question}`, words that the tokenizer does not know, a prompt longer than the
-            context.
+            context, too few examples, no chat template.
     """
     if not problems:
         raise ValueError("there are no problems; give at least one.")
     if template.count("{question}") != 1:
         raise ValueError("the template must hold {question} exactly once.")
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template; ask without one.")
     rows = []
     for number, problem in enumerate(problems):
-        ids = encode(tokenizer, template.replace("{question}", problem.question), f"problem {number}").ids
-        if context is not None and len(ids) > context:
+        before = [example for example in examples if example.question.split() != problem.question.split()][:shots]
+        if len(before) < shots:
             raise ValueError(
-                f"problem {number} has {len(ids)} tokens and there is room for {context} before what is generated; leave it out, "
+                f"problem {number} is to have {shots} solved examples and there are {len(before)} besides itself; give more "
+                "of them, or ask for fewer."
+            )
+        turns = [(template.replace("{question}", example.question), example.solution.strip()) for example in before]
+        asked = template.replace("{question}", problem.question)
+        if chat:
+            ids = _as_chat(turns, asked, tokenizer)
+        else:
+            text = "".join(f"{question} {solution}\n\n" for question, solution in turns) + asked
+            ids = encode(tokenizer, text, f"problem {number}").ids
+        if context is not None and len(ids) > context:
+            remedy = "ask for fewer solved examples" if shots else "leave it out"
+            raise ValueError(
+                f"problem {number} has {len(ids)} tokens and there is room for {context} before what is generated; {remedy}, "
                 "generate fewer tokens, or use a model with a longer context."
             )
         rows.append(tuple(ids))
@@ -240,6 +265,18 @@ def tokenize_problems(
     return Questions(
         tuple(problems), prompts, tuple(map(len, rows)), (range(0),) * len(rows), tuple(range(len(problems)))
     )
+
+
+def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A conversation up to where the assistant is to speak; the chat template says itself which special tokens there are."""
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    messages.append({"role": "user", "content": asked})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def room(model: PreTrainedModel, max_new_tokens: int) -> int:
@@ -292,6 +329,36 @@ def with_reasoning(
         some,
         prompts=replace(some.prompts, input_ids=tuple(rows), positions=positions),
         blocks=tuple(blocks),
+    )
+
+
+def with_latents(questions: Questions, model: PreTrainedModel) -> Questions:
+    """The questions with the latent steps of a model of continuous thoughts: only the answer is left to be generated.
+
+    The block is the latent steps, which are the positions "latent_0", "latent_1" ... too; the token that begins the thought is
+    "bot" and the one that ends it "eot".
+
+    Args:
+        questions: without reasoning, in the template of `continuous_thought.format_of(model)`.
+
+    Raises:
+        ValueError: the model has no latent steps, or batches would be padded with the token that stands for them.
+    """
+    form = format_of(model)
+    if form is None:
+        raise ValueError("the model has no latent steps; let it reason in words, and use with_reasoning.")
+    if questions.prompts.pad_id == form.latent:
+        raise ValueError(
+            f"the tokenizer pads with token {form.latent}, which stands for latent steps; give it another pad_token."
+        )
+    first = -len(form.closing) - form.steps
+    named = {"end": -1, "last": -1, "bot": first - 1, "eot": -len(form.closing), "block_first": first}
+    named |= {"block_last": first + form.steps - 1, **{f"latent_{step}": first + step for step in range(form.steps)}}
+    rows = tuple((*ids, *form.tokens) for ids in questions.prompts.input_ids)
+    return replace(
+        questions,
+        prompts=replace(questions.prompts, input_ids=rows, positions=(named,) * len(rows)),
+        blocks=tuple(range(len(row) + first, len(row) + first + form.steps) for row in rows),
     )
 
 

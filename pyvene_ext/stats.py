@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -353,6 +353,71 @@ def verdict(drop: Interval) -> str:
             return "redundant"
         return f"redundant by its size, but the interval goes up to {drop.high:.1f}: not established"
     return "neither causal nor redundant" + (", and the interval holds 0" if drop.low <= 0 else "")
+
+
+def cluster_shares(
+    groups: Int[np.ndarray, " item"], rng: np.random.Generator, n_resamples: int
+) -> Float[np.ndarray, "resample item"]:
+    """How often each item is in a bootstrap resample of whole groups: items of a group are not independent draws."""
+    _, group = np.unique(groups, return_inverse=True)
+    n = int(group.max()) + 1
+    return rng.multinomial(n, np.full(n, 1 / n), n_resamples)[:, group].astype(np.float64)
+
+
+def r_squared(
+    y: Float[np.ndarray, "item column"],
+    predicted: Float[np.ndarray, "*model item column"],
+    shares: Float[np.ndarray, "resample item"] | None = None,
+) -> Float[np.ndarray, "*model"] | Float[np.ndarray, "*model resample"]:
+    """The share of the variance about the items' own mean that predictions explain, over all columns; or of each resample.
+
+    It is 0 for one that is the mean everywhere and below 0 for a worse one; NaN where all items are alike.
+    """
+    weights = np.ones((1, len(y))) if shares is None else shares
+    missed = ((y - predicted) ** 2).sum(-1) @ weights.T
+    mean = weights @ y / weights.sum(1, keepdims=True)
+    there = (weights @ y**2 - weights.sum(1, keepdims=True) * mean**2).sum(1)
+    # A sum of squares that is rounding only is none.
+    there = np.where(there > 1e-12 * (weights @ y**2).sum(1), there, np.nan)
+    found = 1 - missed / there
+    return found[..., 0] if shares is None else found
+
+
+class StrataTest(NamedTuple):
+    """Whether means differ between strata.
+
+    Attributes:
+        p: that of all strata together.
+        each: by stratum, that of its mean against the mean of all, two-sided.
+    """
+
+    p: float
+    each: dict[Any, float]
+
+
+def strata_test(
+    values: Num[np.ndarray, " item"], strata: Sequence[Any], rng: np.random.Generator, n_resamples: int = 10_000
+) -> StrataTest:
+    """Permutation test of strata: each item's stratum is given to another item, and the strata keep their sizes.
+
+    What counts for all together is the variance between strata (the sum over strata of n (mean - mean of all)^2). p is the share
+    of permutations that are as far apart, (1 + count) / (1 + n_resamples); of one stratum alone it is 1. Several strata are
+    several tests: see `q_values`.
+    """
+    values = np.asarray(values, np.float64)
+    names = list(dict.fromkeys(strata))
+    member = np.array([[name == stratum for stratum in strata] for name in names], np.float64)
+    sizes, centred = member.sum(1), values - values.mean()
+    observed, as_far, each = member @ centred / sizes, 0, np.zeros(len(names))
+    step = max(1, _BOOTSTRAP_CELLS // values.size)
+    for start in range(0, n_resamples, step):
+        count = min(step, n_resamples - start)
+        permuted = rng.permuted(np.tile(centred, (count, 1)), axis=1) @ member.T / sizes
+        # Sums of one set of numbers in another order differ by rounding.
+        each += (np.abs(permuted) >= np.abs(observed) - 1e-9 * np.abs(centred).max()).sum(0)
+        as_far += int((permuted**2 @ sizes >= observed**2 @ sizes - 1e-9 * (centred**2).sum()).sum())
+    p = (1 + each) / (1 + n_resamples)
+    return StrataTest((1 + as_far) / (1 + n_resamples), dict(zip(names, p.tolist(), strict=True)))
 
 
 def layer_matched_random_heads(

@@ -9,8 +9,9 @@
 Method. The model solves each problem by itself, greedily, with the outputs z of the first heads of a ranking replaced: by
 nothing (zero), by their means (mean), or by another problem's (resample). Scopes: reasoning, each generated token before `####`;
 new, those and the answer's; both, the question's tokens too. A token's own z is replaced, so the token after it is the first to
-change. Means and other problems' activations are of the untouched model on the first --donors problems, with what it wrote for
-them; resampling takes the token at the same distance from the question's end, of a problem that is not the same.
+change. The reasoning of a model of continuous thoughts is its latent steps; those behind an ablated one are thought anew. Means
+and other problems' activations are of the untouched model on the first --donors problems, with what it wrote for them; resampling
+takes the token at the same distance from the question's end, of a problem that is not the same.
 
 The ranking is one of rank_heads.py, computed here where no file is given. Larger sets hold the smaller ones. The control is
 many random sets (ours): of the same layers, head for head, and none of the ranked heads; draws that are the same set count once.
@@ -51,11 +52,14 @@ from modelcards import n_heads, n_layers
 from pyvene_ext import figures
 from pyvene_ext.block_scores import Score, block_scores
 from pyvene_ext.cli import run as run_study
+from pyvene_ext.continuous_thought import format_of
 from pyvene_ext.evaluate import Evaluation, Results, Transcripts, condition_of, evaluate, facts_of
+from pyvene_ext.evaluate import Scope as ScopeOfSpec
 from pyvene_ext.head_scores import read_head_scores
 from pyvene_ext.lag import random_rankings, rank_heads
 from pyvene_ext.loading import load_model
-from pyvene_ext.problems import Problem, Questions, room, tokenize_problems, with_reasoning
+from pyvene_ext.problems import Problem, Questions, with_reasoning
+from pyvene_ext.reference import Positions
 from pyvene_ext.runs import (
     choose_device,
     metadata,
@@ -120,7 +124,14 @@ class Model:
         """The solutions of the untouched model."""
         return self.run(None)
 
-    def run(self, spec: Spec | None, scope: Scope = "both", reference: Transcripts | None = None) -> Evaluation:
+    def places(self, scope: Scope) -> tuple[Positions, ScopeOfSpec]:
+        """A scope as positions of the prompt, and as what `evaluate` is told."""
+        form = format_of(self.model)
+        if form is None or scope == "both":
+            return "all", scope
+        return tuple(f"latent_{step}" for step in range(form.steps)), "prompt" if scope == "reasoning" else "both"
+
+    def run(self, spec: Spec | None, scope: ScopeOfSpec = "both", reference: Transcripts | None = None) -> Evaluation:
         """The solutions with a spec in place; kept between runs."""
         return self.results.get(
             condition_of(spec, scope, reference),
@@ -233,12 +244,12 @@ def prepare(
     scores = None if path is None else read_head_scores(path, model.config)
     if scores is not None:
         rank_heads(scores, "full", sizes[0], most)
-    questions = tokenize_problems(problems, tokenizer, context=room(model, config.max_new_tokens))
+    questions = common.ask(config, model, tokenizer, problems, config.max_new_tokens)
     results = Results(folder / "unfinished", facts_of(model, questions, config.max_new_tokens))
     study = Model(Path(name).name, model, tokenizer, questions, results, config)
     print(f"{study.name}: {len(questions)} problems", file=sys.stderr)
     if scores is None:
-        reasoned = with_reasoning(questions, study.clean.ids, tokenizer)
+        reasoned = questions if format_of(model) else with_reasoning(questions, study.clean.ids, tokenizer)
         found = block_scores(model, reasoned, batch_size=config.batch_size)
         matrix = found.of(config.by)
         scores = sorted(((float(x), *at) for at, x in np.ndenumerate(matrix)), key=lambda row: (-row[0], row[1:]))
@@ -254,13 +265,13 @@ def prepare(
     return study, ranked, table, controls
 
 
-def ablate(heads: Iterable[Head], kind: Kind, seed: int) -> Spec:
+def ablate(heads: Iterable[Head], kind: Kind, seed: int, positions: Positions = "all") -> Spec:
     """One joint ablation of these heads."""
     by_layer: dict[int, list[int]] = defaultdict(list)
     for layer, head in heads:
         by_layer[layer].append(head)
     return tuple(
-        Ablation(kind=kind, site="z", layer=layer, heads=tuple(here), seed=seed)
+        Ablation(kind=kind, site="z", layer=layer, heads=tuple(here), positions=positions, seed=seed)
         for layer, here in sorted(by_layer.items())
     )
 
@@ -279,12 +290,13 @@ def ablated(study: Model, ranked: tuple[Head, ...], controls: list[tuple[Head, .
         for kind in config.kind:
             reference = transcripts(study, kind, [ranked, *controls])
             for scope in config.scope:
+                at = study.places(scope)
 
                 def run(
-                    heads: tuple[Head, ...], kind: Kind = kind, scope: Scope = scope, given: Any = reference
+                    heads: tuple[Head, ...], kind: Kind = kind, at: tuple = at, given: Any = reference
                 ) -> Evaluation:
                     bar.update()
-                    return study.run(ablate(heads, kind, config.seed), scope, given)
+                    return study.run(ablate(heads, kind, config.seed, at[0]), at[1], given)
 
                 found.add(row_of(study, kind, scope, 0, study.clean, []), study.clean)
                 for n in config.n_heads:

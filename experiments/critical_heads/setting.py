@@ -2,7 +2,8 @@
 
 A block is the reasoning that the untouched model itself wrote for a problem, all of it before `####`. It is given again, up to
 and with the `####`, under each condition, and what the model then writes is its answer. Problems for which it wrote no reasoning,
-or no `####`, have no block; they are left out and counted.
+or no `####`, have no block; they are left out and counted. The block of a model of continuous thoughts is its latent steps
+(`pyvene_ext.continuous_thought`), and every problem has one; behind it such a model writes its answer right away.
 """
 
 from __future__ import annotations
@@ -19,9 +20,20 @@ from jaxtyping import Bool, Num
 from tiny_tasks import draw
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyvene_ext.continuous_thought import format_of
 from pyvene_ext.evaluate import Evaluation, Results, evaluate, facts_of
 from pyvene_ext.loading import load_model
-from pyvene_ext.problems import Problem, Questions, load_problems, room, tokenize_problems, with_reasoning
+from pyvene_ext.problems import (
+    CHAT_TEMPLATE,
+    TEMPLATE,
+    Problem,
+    Questions,
+    load_problems,
+    room,
+    tokenize_problems,
+    with_latents,
+    with_reasoning,
+)
 from pyvene_ext.reference import Reference
 from pyvene_ext.runs import choose_device, output_path, rng
 from pyvene_ext.spec_files import to_plain
@@ -42,6 +54,12 @@ class Flags:
     """tiny (held-out word problems of the tiny models), gsm8k, or a .jsonl or .json file in GSM8K's form"""
     out: Path | None = None
     """the folder of what is written; by default outputs/critical_heads/STUDY/PROBLEMS_MODELS"""
+    shots: int = 0
+    """so many solved problems are put before each question, for models that are no instruct models"""
+    shots_from: str | None = None
+    """where they are taken from, as in --problems; by default problems that tiny or gsm8k train on, or a file's other problems"""
+    chat: bool = False
+    """ask in the chat template of the model's tokenizer, for instruct models"""
     limit: int | None = None
     """only the first so many problems"""
     max_new_tokens: int = 32
@@ -64,9 +82,10 @@ class Setting:
 
     Attributes:
         name: in tables.
-        questions: with the model's reasoning up to the `####`; positions "block_first" and "block_last".
+        questions: with the model's reasoning up to the `####`, or with its latent steps; positions "block_first" and
+            "block_last".
         first: the untouched run that wrote it, on all problems.
-        clean: the untouched run from the `####` on.
+        clean: the untouched run from the `####` on (or behind the latent steps, which is then the first run too).
         results: what is kept of an interrupted study.
     """
 
@@ -127,6 +146,8 @@ def check_flags(flags: Flags) -> None:
         value = getattr(flags, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag} must be 1 or more, not {value}.")
+    if flags.shots < 0:
+        raise ValueError(f"--shots must be 0 or more, not {flags.shots}.")
     if not flags.models or len({Path(name).name for name in flags.models}) < len(flags.models):
         raise ValueError("--models names one or more models, each once.")
 
@@ -141,9 +162,27 @@ def find_problems(flags: Flags) -> tuple[Problem, ...]:
     """The problems that --problems names."""
     if flags.problems != TINY:
         return load_problems(flags.problems, flags.limit)
-    generator, found = rng(0, "word problems"), []
-    for _ in range(flags.limit or N_TINY):
-        example = draw("arithmetic", generator, held_out=True)
+    return tiny_problems(flags.limit or N_TINY, rng(0, "word problems"), held_out=True)
+
+
+def find_examples(flags: Flags) -> tuple[Problem, ...]:
+    """Solved problems for --shots, one more than asked for; the problem that is asked must not be among those shown."""
+    if not flags.shots:
+        return ()
+    draw_examples = rng(flags.seed, "solved examples")
+    source = flags.shots_from or flags.problems
+    if source == TINY:
+        return tiny_problems(flags.shots + 1, draw_examples, held_out=False)
+    every = load_problems(source, split="train")
+    few = draw_examples.permutation(len(every))[: flags.shots + 1]
+    return tuple(every[i] for i in few)
+
+
+def tiny_problems(count: int, generator: np.random.Generator, held_out: bool) -> tuple[Problem, ...]:
+    """Word problems of the tiny models."""
+    found = []
+    for _ in range(count):
+        example = draw("arithmetic", generator, held_out=held_out)
         found.append(
             Problem(
                 question=example.prompt.removeprefix("Question: ").removesuffix(" Answer:"),
@@ -169,8 +208,9 @@ def prepare(
     """
     model, tokenizer = load_model(name, dtype=flags.dtype, device=choose_device(flags.device))
     check(Path(name).name, model)
-    tokens = flags.max_new_tokens + flags.answer_tokens
-    questions = tokenize_problems(problems, tokenizer, context=room(model, tokens))
+    latent = format_of(model) is not None
+    tokens = flags.answer_tokens + (0 if latent else flags.max_new_tokens)
+    questions = ask(flags, model, tokenizer, problems, tokens)
     results = Results(folder / "unfinished", facts_of(model, questions, tokens))
 
     def wrote(questions: Questions, new: int) -> Evaluation:
@@ -180,12 +220,34 @@ def prepare(
         )
 
     print(f"{Path(name).name}: {len(questions)} problems", file=sys.stderr)
-    first = wrote(questions, flags.max_new_tokens)
-    reasoned = with_reasoning(questions, first.ids, tokenizer)
+    first = wrote(questions, flags.answer_tokens if latent else flags.max_new_tokens)
+    reasoned = questions if latent else with_reasoning(questions, first.ids, tokenizer)
     if len(reasoned) < 2:
         raise ValueError(f"{name} reasons about {len(reasoned)} of {len(questions)} problems; an interval needs two.")
-    clean = wrote(reasoned, flags.answer_tokens)
+    clean = first if latent else wrote(reasoned, flags.answer_tokens)
     return Setting(Path(name).name, model, tokenizer, reasoned, first, clean, results, flags)
+
+
+def ask(
+    flags: Flags,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    new_tokens: int,
+) -> Questions:
+    """The problems as this model is to be given them, with room for what it writes; with latent steps if it thinks in them."""
+    context, form = room(model, new_tokens), format_of(model)
+    if form is None:
+        template = CHAT_TEMPLATE if flags.chat else TEMPLATE
+        examples = find_examples(flags)
+        return tokenize_problems(
+            problems, tokenizer, template, context, examples=examples, shots=flags.shots, chat=flags.chat
+        )
+    if flags.shots or flags.chat:
+        raise ValueError(
+            "a model of continuous thoughts is asked as it was trained to be; leave out --shots and --chat."
+        )
+    return with_latents(tokenize_problems(problems, tokenizer, form.template, context - len(form.tokens)), model)
 
 
 def accuracy(correct: Bool[np.ndarray, " problem"]) -> Interval:

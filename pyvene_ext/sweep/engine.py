@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pyvene_ext.continuous_thought import refuse_latent_steps
 from pyvene_ext.devices import agreed, from_first, gathered, input_device, no_gradients, processes
 from pyvene_ext.reference import Reference, evaluating
 from pyvene_ext.runner import Result, check_run, reference_for
@@ -39,6 +40,7 @@ def plan_sweep(
     """What `sweep` would do with the same arguments; everything is checked and nothing is run."""
     specs = as_specs(specs)
     check_run(model, specs, prompts, metric, reference, of_tokens=True)
+    refuse_latent_steps(model, prompts.input_ids)
     return make_plan(model, specs, prompts, _which(subset, prompts), default_budget(model, memory))
 
 
@@ -72,6 +74,7 @@ def sweep(
     """
     specs = as_specs(specs)
     check_run(model, specs, prompts, metric, reference, of_tokens=True)
+    refuse_latent_steps(model, prompts.input_ids)
     if compile and getattr(model, "hf_device_map", None):
         raise ValueError("compile is for a model on one device; this one is spread over several (hf_device_map).")
     which = _which(subset, prompts)

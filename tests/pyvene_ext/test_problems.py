@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,46 @@ def tokenizer() -> Any:
 
 def problem(question: str = STORY, answer: float = 12) -> Problem:
     return Problem(question=question, solution=f"#### {answer}", answer=answer, steps=1)
+
+
+# -- solved examples and chats -------------------------------------------------------------------------------------------
+
+
+def test_solved_examples_stand_before_the_question_that_is_never_one_of_them(tokenizer: Any) -> None:
+    others = [
+        Problem(
+            question=STORY.replace("5", str(n)), solution=f"<<7+{n}={7 + n}>> #### {7 + n}\n", answer=7 + n, steps=1
+        )
+        for n in (3, 5, 9)
+    ]
+    questions = tokenize_problems([problem(), others[2]], tokenizer, examples=others, shots=2)
+    for ids, shown, asked in zip(
+        questions.prompts.input_ids, ((0, 2), (0, 1)), (STORY, others[2].question), strict=True
+    ):
+        before = [f"Question: {others[n].question}\nAnswer: {others[n].solution.strip()}\n\n" for n in shown]
+        assert list(ids) == tokenizer("".join(before) + f"Question: {asked}\nAnswer:")["input_ids"]
+    assert questions.lengths == tuple(map(len, questions.prompts.input_ids))
+    assert questions.given(0) == ()
+    none = tokenize_problems([problem()], tokenizer, examples=others)
+    assert none.prompts.input_ids == tokenize_problems([problem()], tokenizer).prompts.input_ids
+    with pytest.raises(ValueError, match="problem 0 is to have 3 solved examples and there are 2 besides itself"):
+        tokenize_problems([problem()], tokenizer, examples=others, shots=3)
+    with pytest.raises(ValueError, match="ask for fewer solved examples"):
+        tokenize_problems([problem()], tokenizer, context=60, examples=others, shots=2)
+
+
+def test_a_chat_is_in_the_words_of_the_tokenizers_template(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenize_problems([problem()], tokenizer, chat=True)
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ ' EN:' if m.role == 'user' else ' FR:' }} {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} FR:{% endif %}"
+    )
+    other = Problem(question=STORY.replace("5", "3"), solution="<<7+3=10>> #### 10", answer=10, steps=1)
+    questions = tokenize_problems([problem()], chatting, "{question}", examples=[other], shots=1, chat=True)
+    text = f"<bos> EN: {other.question} FR: {other.solution} EN: {STORY} FR:"
+    assert list(questions.prompts.input_ids[0]) == chatting(text, add_special_tokens=False)["input_ids"]
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

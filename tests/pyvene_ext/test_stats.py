@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from pyvene_ext import stats
+from pyvene_ext import runs, stats
 
 
 @pytest.fixture(autouse=True)
@@ -430,3 +430,58 @@ def test_head_overlap_is_that_of_all_random_sets_counted_one_by_one() -> None:
         assert found.p == pytest.approx(np.mean([n >= found.shared for n in shared]))
     nothing = stats.head_overlap([], [], 8)
     assert nothing.shared == 0 and math.isnan(nothing.jaccard) and nothing.p == 1
+
+
+# -- predictions, and strata -------------------------------------------------------------------------------------------
+
+
+def test_r_squared_of_a_case_worked_by_hand() -> None:
+    y = np.array([[1.0, 0.0], [3.0, 0.0], [5.0, 6.0]])
+    assert stats.r_squared(y, y) == 1 and stats.r_squared(y, np.broadcast_to(y.mean(0), y.shape)) == 0
+    # About the means 3 and 2: 4 + 0 + 4 and 4 + 4 + 16 are 32 in all. Missed: 1 and 4.
+    off = y + np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    both = np.stack([off, y])
+    np.testing.assert_allclose(stats.r_squared(y, both), [1 - 5 / 32, 1])
+    # The second item twice, the first not: means 11/3 and 2.
+    found = stats.r_squared(y, both, np.array([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]]))
+    there = 2 * (3 - 11 / 3) ** 2 + (5 - 11 / 3) ** 2 + 4 + 4 + 16
+    np.testing.assert_allclose(found, np.array([[1 - 8 / there, 1 - 5 / 32], [1.0, 1.0]]))
+    assert np.isnan(stats.r_squared(np.full((3, 1), 0.1), y[:, :1]))
+
+
+def test_cluster_shares_take_whole_groups() -> None:
+    groups = np.array([4, 7, 4, 9, 7, 4])
+    shares = stats.cluster_shares(groups, runs.rng(0, "shares"), 500)
+    assert shares.shape == (500, 6)
+    assert (shares[:, groups == 4] == shares[:, :1]).all() and (shares[:, groups == 7] == shares[:, 1:2]).all()
+    assert (shares[:, 0] + shares[:, 1] + shares[:, 3] == 3).all()
+    assert shares[:, 3].mean() == pytest.approx(1, abs=0.1) and set(shares[:, 3]) == {0, 1, 2, 3}
+
+
+def test_the_strata_test_is_that_of_all_permutations() -> None:
+    values, strata = np.array([1.0, 0.0, 3.0, 1.0, 0.0, 2.0]), ["a", "a", "b", "b", "b", "c"]
+
+    def distances(x: np.ndarray) -> list[float]:
+        means = [x[:2].mean(), x[2:5].mean(), x[5:].mean()]
+        each = [abs(mean - x.mean()) for mean in means]
+        return [*each, sum(n * distance**2 for n, distance in zip((2, 3, 1), each, strict=True))]
+
+    observed = distances(values)
+    every = np.array([distances(np.array(order)) for order in itertools.permutations(values)])
+    exact = (every >= np.array(observed) - 1e-12).mean(0)
+    found = stats.strata_test(values, strata, runs.rng(0, "strata"), 20_000)
+    assert list(found.each) == ["a", "b", "c"]
+    np.testing.assert_allclose(np.array([*found.each.values(), found.p]), exact, atol=0.015)
+
+
+def test_strata_that_differ_are_told_from_those_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    strata = ["low"] * 60 + ["high"] * 60
+    other = (generator.random(120) < np.repeat([0.9, 0.3], 60)).astype(float)
+    found = stats.strata_test(other, strata, runs.rng(0, "strata"), 999)
+    assert found.p == found.each["low"] == found.each["high"] == 0.001
+    alike = [stats.strata_test((generator.random(120) < 0.5), strata, runs.rng(n, "strata"), 199).p for n in range(60)]
+    assert 0.3 < np.mean(alike) < 0.75 and np.mean(np.array(alike) <= 0.05) < 0.15
+    assert stats.strata_test(other, ["all"] * 120, runs.rng(0, "strata"), 99).p == 1
+    monkeypatch.setattr(stats, "_BOOTSTRAP_CELLS", 240)  # in many small blocks
+    assert stats.strata_test(other, strata, runs.rng(0, "strata"), 99).p == 0.01
