@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -55,7 +55,7 @@ def parse_languages(pair: str) -> Languages:
 
 
 def load_pairs(source: str | Path, languages: Languages, split: str | None = None) -> list[SentencePair]:
-    """The sentences of two languages, in their order; pairs with an empty side are left out.
+    """The sentences of two languages, in their order; a side may be empty, which `filter_pairs` drops and counts.
 
     Args:
         source: a .tsv or .jsonl file, or the name of a data set on the hub.
@@ -83,8 +83,7 @@ def load_pairs(source: str | Path, languages: Languages, split: str | None = Non
     else:
         rows = _from_hub(str(source), languages, split)
     pairs = [_pair(where, row, languages) for where, row in rows]
-    pairs = [pair for pair in pairs if pair.source and pair.target]
-    if not pairs:
+    if not any(pair.source and pair.target for pair in pairs):
         raise ValueError(f"{source} holds no sentences in {' and '.join(languages)}; give at least one pair.")
     return pairs
 
@@ -151,13 +150,15 @@ def filter_pairs(
 ) -> tuple[list[SentencePair], Counter[str]]:
     """The pairs that the study of translation heads keeps, and how many are dropped for which reason (the first that holds).
 
-    Kept are pairs with 3 to 50 words in the source, no digit and none of `% - _ \\ / * &`, U+3000 or a note of music on either
-    side, and numbers of tokens that differ by 5 at most.
+    Kept are pairs with something on both sides, 3 to 50 words in the source, no digit and none of `% - _ \\ / * &`, U+3000 or a
+    note of music on either side, and numbers of tokens that differ by 5 at most.
     """
     kept, dropped = [], Counter[str]()
     for pair in pairs:
         both = pair.source + pair.target
-        if not WORDS[0] <= len(word_spans(pair.source)) <= WORDS[1]:
+        if not (pair.source and pair.target):
+            dropped["one side is empty"] += 1
+        elif not WORDS[0] <= len(word_spans(pair.source)) <= WORDS[1]:
             dropped[f"not {WORDS[0]} to {WORDS[1]} words"] += 1
         elif any(character.isdigit() for character in both):
             dropped["digits"] += 1
@@ -289,6 +290,26 @@ class WordPrompts:
     minus: dict[Minus, TokenizedPrompts]
     words: tuple[str, ...]
     dropped: Counter[str]
+
+    def __add__(self, other: WordPrompts) -> WordPrompts:
+        """The prompts of both, those of another word behind the ones of the first."""
+        plus, *minus = (
+            replace(
+                mine,
+                input_ids=mine.input_ids + theirs.input_ids,
+                answer_ids=mine.answer_ids + theirs.answer_ids,
+                positions=mine.positions + theirs.positions,
+            )
+            for mine, theirs in ((self.plus, other.plus), *((self.minus[of], other.minus[of]) for of in self.minus))
+        )
+        of_minus = dict(zip(self.minus, minus, strict=True))
+        return WordPrompts(plus, of_minus, self.words + other.words, self.dropped + other.dropped)
+
+    def first(self, n: int) -> WordPrompts:
+        """At most so many prompts, whole swaps."""
+        kept = range(min(len(self.words), n // 2 * 2))
+        minus = {what: prompts.take(kept) for what, prompts in self.minus.items()}
+        return replace(self, plus=self.plus.take(kept), minus=minus, words=self.words[: len(kept)])
 
 
 def word_prompts(

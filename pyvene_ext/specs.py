@@ -322,6 +322,17 @@ def all_heads(config: Any, kind: Kind = "zero", site: str = "z", **fields: Any) 
     ]
 
 
+def heads_together(heads: Iterable[tuple[int, int]], kind: Kind = "zero", site: str = "z", **fields: Any) -> Spec:
+    """One joint ablation of these heads, given as (layer, head)."""
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in heads:
+        by_layer.setdefault(layer, []).append(head)
+    return tuple(
+        Ablation(kind=kind, site=site, layer=layer, heads=tuple(here), **fields)
+        for layer, here in sorted(by_layer.items())
+    )
+
+
 def one_sentence(error: ValidationError) -> str:
     """What pydantic found, without its line breaks, codes and links: "heads.0: Input should be a valid integer"."""
     found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]

@@ -8,7 +8,7 @@ Along it all pairs differ by the same amount, as nearly as one direction can hav
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ def concept_directions(
     source: TokenizedPrompts,
     *,
     rank: int = RANK,
+    missing: Literal["refuse", "zeros"] = "refuse",
     batch_size: int = 8,
     progress: bool = True,
 ) -> Directions:
@@ -38,7 +39,10 @@ def concept_directions(
     They are found on these pairs, with every token of `positions` as a difference of its own. To choose directions and measure
     their effect on different prompts, call this with some pairs and give the result to `patching.patch` with the others.
 
-    Raises ValueError for a rank below 0, pairs that do not correspond, and a place at which differences have nothing in common.
+    Where differences have nothing in common there is no direction: with `missing="zeros"` zeros stand for it, and a patch along
+    them changes nothing.
+
+    Raises ValueError for a rank below 0, pairs that do not correspond, and, unless told otherwise, a place without a direction.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
         raise ValueError(f"rank must be a whole number from 0 on, not {rank!r}.")
@@ -69,7 +73,8 @@ def concept_directions(
             try:
                 found[head] = concept_direction(differences[:, head], rank, noise[head].item())
             except ValueError as error:
-                raise ValueError(f"{patch.name}: {error}") from None
+                if missing == "refuse":
+                    raise ValueError(f"{patch.name}: {error}") from None
     return directions
 
 

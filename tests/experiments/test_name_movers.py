@@ -221,13 +221,18 @@ def test_name_movers_of_tiny_gemma2_copy_look_at_io_and_have_a_direct_effect() -
 
 
 @pytest.mark.parametrize("model", ["tiny-qwen2.5", "tiny-llama3.1"])
-def test_in_the_other_models_high_copy_scores_come_without_direct_effect(model: str) -> None:
+def test_in_the_other_models_heads_with_high_copy_scores_raise_both_names(model: str) -> None:
     """They copy both names alike and write against S: no head of theirs is a name mover, whatever its copy score."""
     assert command("--model", model, "--dataset", "ioi.json", "--out", "x", "--no_path_patching") == 0
     rows, roles = heads_in("x").values(), facts_in("x")["roles"]
     total = np.load("x/attribution.npy").mean(-1)
     copying = [row for row in rows if row["copy"] >= 0.8]
-    assert len(copying) > 8 and not roles["name mover"] and len(roles["copies to no effect"]) > 12
+    assert len(copying) > 8 and not roles["name mover"] and len(roles["raises both names"]) > 10
+    rest = [row for row in rows if max(row["copy"], row["copy_negative"]) < 0.5]
+    both = [row for row in rows if f"{row['layer']:.0f}.{row['head']:.0f}" in roles["raises both names"]]
+    for name in ("attribution_io", "attribution_s"):  # of the two names alike, and clearly above the rest
+        assert np.mean([row[name] for row in both]) > 0.3 + np.mean([row[name] for row in rest])
+        assert all(row[f"{name}_low"] > 0 for row in both)
     assert max(abs(row["attribution"]) for row in copying) < 0.02 * total.sum() * 2
     against = [row for row in rows if f"{row['layer']:.0f}.{row['head']:.0f}" in roles["writes against S"]]
     assert len(against) > 4 and all(row["copy_negative"] > 0.8 and row["attribution_low"] > 0.2 for row in against)
@@ -254,7 +259,10 @@ def test_roles_join_copy_scores_and_direct_effects() -> None:
     base = {
         "copy": 0.9, "copy_negative": 0.0, "attention_io": 0.8, "attention_s": 0.1, "attribution": 1.0, "attribution_low": 0.5,
         "attribution_high": 1.5, "path_effect_low": 0.2, "path_effect_high": 0.9,
+        "attribution_io": 0.1, "attribution_io_low": 0.05, "attribution_s": 0.1, "attribution_s_low": 0.05,
     }  # fmt: skip
+    none = {"attribution": 0.1, "attribution_low": -0.05}
+    of_io, of_s = ({f"attribution_{name}": 0.3, f"attribution_{name}_low": 0.2} for name in ("io", "s"))
     negative = {"copy": 0.0, "copy_negative": 0.9}
     below = {"attribution": -1.0, "attribution_low": -1.5, "attribution_high": -0.5} | {
         "path_effect_low": -0.9,
@@ -276,6 +284,12 @@ def test_roles_join_copy_scores_and_direct_effects() -> None:
         (below | {"path_effect_high": 0.1}, "copies to no effect"),
         (below | {"attribution_high": 0.1}, "copies to no effect"),
         (negative | {"attribution": 0.1}, "copies to no effect"),
+        (none | of_io | of_s, "raises both names"),
+        (none | of_io | of_s | {"attribution_s": 0.19}, "copies to no effect"),
+        (none | of_io | of_s | {"attribution_io_low": -0.1}, "copies to no effect"),
+        (none | of_io, "copies to no effect"),
+        (negative | none | of_io | of_s, "copies to no effect"),
+        (of_io | of_s, "name mover"),
     ):
         assert study.role({**base, **changes}, 10.0) == wanted, changes
     without = {name: value for name, value in base.items() if not name.startswith("path")}

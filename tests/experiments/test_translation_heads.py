@@ -143,7 +143,8 @@ def test_check_known_prints_precision_and_recall(folder: Path, capsys: pytest.Ca
     (row,) = table(folder / "run/known.csv")
     assert (row["pair"], float(row["precision"]), float(row["recall"])) == ("en-fr", 2 / len(found), 0.4)
     assert row["both"].split() == sorted(found[:2]) and row["only_published"].split() == ["0.0", "5.4", "5.6"]
-    assert "0.40" in capsys.readouterr().out.split("against published heads")[1]
+    told = capsys.readouterr().out.split("against published heads")[1]
+    assert "0.40" in told and told.splitlines()[2] == "no list is published for fr-en"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,10 @@ def test_check_known_prints_precision_and_recall(folder: Path, capsys: pytest.Ca
         (("--template", "{source_label}: {source} {target}"), "the template"),
         (("--thresholds", "fr"), "--thresholds fr: write a language and a number"),
         (("--threshold", 1.5), "makes no sense"),
-        (("--check_known",), "no heads of tiny-gemma2 are known"),
+        (
+            ("--check_known",),
+            "no list of heads is published for en-fr, fr-en of tiny-gemma2; there are only those of Qwen2.5-3B (en-fr",
+        ),
         (("--show_heads", "9.1"), "layer 9 is out of range"),
         (("--show_heads", "4"), "'4' is no head"),
         (("--show_sentences", 7), "en-fr has 7 sentences"),

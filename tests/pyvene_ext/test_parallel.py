@@ -44,9 +44,9 @@ def test_tsv_and_jsonl_give_the_same_pairs_in_either_direction(tmp_path: Path) -
     rows = [{"en": "a b", "fr": "c d"}, {"translation": {"en": "e", "fr": "f"}}, {"en": "g", "fr": " "}]
     jsonl = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
     for path in (tsv, jsonl):
-        assert load_pairs(path, EN_FR) == [("a b", "c d"), ("e", "f")]
-        assert load_pairs(path, ("fr", "en")) == [("c d", "a b"), ("f", "e")]
-    assert load_pairs(tsv, ("fr", "de")) == [("c d", "x"), ("f", "x")]  # a pair without English
+        assert load_pairs(path, EN_FR) == [("a b", "c d"), ("e", "f"), ("g", "")]
+        assert load_pairs(path, ("fr", "en")) == [("c d", "a b"), ("f", "e"), ("", "g")]
+    assert load_pairs(tsv, ("fr", "de")) == [("c d", "x"), ("f", "x"), ("", "x")]  # a pair without English
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def test_tsv_and_jsonl_give_the_same_pairs_in_either_direction(tmp_path: Path) -
         ("a.tsv", "en\tfr\na\tb\nc\n", "a.tsv, line 3 has 1 columns"),
         ("a.tsv", "en\tde\na\tb\n", "a.tsv, line 2 has no text in 'fr'; it has 'en', 'de'"),
         ("a.tsv", "en\tfr\n", "a.tsv holds no sentences in en and fr"),
+        ("a.tsv", "en\tfr\na\t \n\tb\n", "a.tsv holds no sentences in en and fr"),
         ("a.tsv", "", "a.tsv holds no sentences"),
         ("a.jsonl", '{"en": "a", "fr": "b"}\n{"en": "a"\n', "a.jsonl, line 2 is not one JSON object"),
         ("a.jsonl", '["a", "b"]\n', "a.jsonl, line 1: should be an object"),
@@ -142,6 +143,8 @@ def test_the_published_filters() -> None:
                 continue
             kept, dropped = filter_pairs([pair], WORDS)
             assert (kept, dropped) == (([pair], Counter()) if outcome == source else ([], Counter({outcome: 1}))), pair
+    for empty in (SentencePair("", "the cat sees"), SentencePair("the cat sees", "")):
+        assert filter_pairs([empty, CAT], WORDS) == ([CAT], {"one side is empty": 1})
     # The other side counts for characters, not for words.
     assert filter_pairs([SentencePair("the cat sees", "chat 3")], WORDS)[1] == {"digits": 1}
     assert filter_pairs([SentencePair("the cat sees", "le & chat")], WORDS)[1] == {"unwanted characters": 1}
@@ -267,6 +270,19 @@ def test_swaps_agree_up_to_the_word_and_differ_in_it() -> None:
     first = word_prompts(WORDS, PAIRS, EN_FR, 0)
     assert all(WORDS.decode(list(ids)).endswith("FR:") for ids in first.plus.input_ids)
     assert sorted(first.words) == ["le", "une"]
+
+
+def test_prompts_of_several_words_are_put_together_in_whole_swaps() -> None:
+    one, two = (word_prompts(WORDS, PAIRS, EN_FR, word) for word in (0, 1))
+    both = one.first(3) + two
+    assert both.words == one.words[:2] + two.words and both.dropped == one.dropped + two.dropped
+    for mine, first, second in (
+        (both.plus, one.plus, two.plus),
+        *((both.minus[of], one.minus[of], two.minus[of]) for of in both.minus),
+    ):
+        for name in ("input_ids", "answer_ids", "positions"):
+            assert getattr(mine, name) == getattr(first, name)[:2] + getattr(second, name)
+    assert len(one.first(1).words) == 0 and one.first(100) == one
 
 
 def test_tokens_that_both_words_begin_with_join_the_prompt() -> None:
