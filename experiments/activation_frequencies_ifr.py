@@ -21,7 +21,7 @@ most W wide; such frequencies lean to the nearer of 0 and 1 a little, so that a 
 What was not run is NaN in arrays, an empty cell in tables, grey in figures, and in no mean.
 
 Written: OUT.npy, float32 [layer head]; OUT.json, what was run; and in the folder OUT: config.yaml (running it again gives the
-same), deltas.npy [layer head prompt], clean.npy [prompt], heads.csv, frequency_vs_tau.csv, figures, and with `--screen`
+same), deltas.npy [layer head prompt], clean.npy [prompt], prompts.json, heads.csv, frequency_vs_tau.csv, figures, and with `--screen`
 estimates.npy [layer head prompt]. A run that was interrupted goes on where it stopped when the same command is given again.
 """
 
@@ -184,6 +184,7 @@ def main(config: Config) -> None:
     write_csv(folder / "frequency_vs_tau.csv", curve_table(taus, curve))
     write_npy(folder / "deltas.npy", deltas)
     write_npy(folder / "clean.npy", clean)
+    write_json(folder / "prompts.json", [prompt.clean for prompt in prompt_set.prompts])
     (folder / "estimates.npy").unlink(missing_ok=True)  # of an earlier run with a screen
     if isinstance(found, Screen):
         write_npy(folder / "estimates.npy", found.estimates.reshape(shape))

@@ -5,7 +5,8 @@
 
 A run is the folder that a study has written: config.yaml, JSON files of facts, CSV tables, figures. Every table with the columns
 layer and head is also shown as a map, one number at a time. Where tables of two runs have the same numbers for the same heads, a
-table gives their rank correlation (Spearman).
+table gives their rank correlation (Spearman). Where a run has kept the effect of each head on each prompt (deltas.npy,
+prompts.json), that is shown prompt by prompt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 import yaml
 from scipy.stats import spearmanr
@@ -132,6 +134,7 @@ def _of_run(run: Run, home: Path) -> Iterator[str]:
         columns = {column: of_head for column, of_head in columns.items() if len(set(of_head.values())) > 1}
         if columns:
             yield _map(name, columns, _heads(run.tables[name]))
+    yield from _by_prompt(run)
     for path in _files(run.folder, "figures/*.png"):
         data = base64.b64encode(path.read_bytes()).decode()
         yield f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(path.stem)}"></figure>'
@@ -200,18 +203,56 @@ def _map(name: str, columns: Mapping[str, Mapping[tuple[int, int], float]], rows
         )
         shown = [i == number for i in range(len(columns))]
         buttons.append({"label": column, "method": "update", "args": [{"visible": shown}]})
-    axis = {"dtick": 1, "constrain": "domain"}
-    figure = plotly.Figure(
-        traces,
-        {
-            "title": name,
-            "xaxis": {"title": "head", **axis},
-            "yaxis": {"title": "layer", "scaleanchor": "x", "autorange": "reversed", **axis},
-            "updatemenus": [{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.15}],
-            "height": 200 + 34 * n_layers,
-        },
-    )
+    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.15}
+    figure = plotly.Figure(traces, _axes(n_layers) | {"title": name, "updatemenus": [menu]})
     return figure.to_html(full_html=False, include_plotlyjs=False)
+
+
+def _by_prompt(run: Run) -> Iterator[str]:
+    """The effect of each head on one prompt at a time, with a slider over the prompts."""
+    import plotly.graph_objects as plotly
+
+    texts, path = run.facts.get("prompts.json"), run.folder / "deltas.npy"
+    if texts is None or not path.is_file():
+        return
+    try:
+        deltas = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is no array of numbers: {error}") from None
+    if deltas.ndim != 3 or deltas.dtype.kind != "f" or not isinstance(texts, list) or len(texts) != deltas.shape[2]:
+        raise ValueError(f"{path} must be [layer head prompt], with a text of prompts.json for each prompt.")
+    texts = [html.escape(str(text)) for text in texts[:SHOWN]]
+    most = float(np.nanmax(np.abs(deltas), initial=0))
+    # Rounded, because a page of many prompts is large; None where a head was not run.
+    shown = [
+        [[None if np.isnan(x) else float(f"{x:.3g}") for x in row] for row in deltas[..., i]] for i in range(len(texts))
+    ]
+    traces = [
+        plotly.Heatmap(z=z, zmin=-most, zmax=most, colorscale="RdBu", colorbar={"title": "delta"}, visible=i == 0)
+        for i, z in enumerate(shown)
+    ]
+    steps = [
+        {
+            "label": str(i),
+            "method": "update",
+            "args": [{"visible": [j == i for j in range(len(texts))]}, {"title.text": text}],
+        }
+        for i, text in enumerate(texts)
+    ]
+    layout = _axes(deltas.shape[0]) | {
+        "title": texts[0],
+        "sliders": [{"steps": steps, "currentvalue": {"prefix": "prompt "}}],
+    }
+    yield plotly.Figure(traces, layout).to_html(full_html=False, include_plotlyjs=False)
+
+
+def _axes(n_layers: int) -> dict[str, Any]:
+    axis = {"dtick": 1, "constrain": "domain"}
+    return {
+        "xaxis": {"title": "head", **axis},
+        "yaxis": {"title": "layer", "scaleanchor": "x", "autorange": "reversed", **axis},
+        "height": 200 + 34 * n_layers,
+    }
 
 
 def _table(rows: Sequence[Row]) -> str:

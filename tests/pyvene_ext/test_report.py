@@ -100,6 +100,21 @@ def test_the_page_needs_no_network_and_shows_nothing_as_code(tmp_path):
     )
 
 
+def test_every_effect_is_shown_prompt_by_prompt(tmp_path):
+    _run(tmp_path / "a")
+    deltas = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    deltas[1, 2, 1] = np.nan
+    np.save(tmp_path / "a/deltas.npy", deltas)
+    write_json(tmp_path / "a/prompts.json", ["first", HOSTILE])
+    write_report([tmp_path / "a"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "[[1.0,3.0,5.0],[7.0,9.0,null]]" in page and "prompt " in page and HOSTILE not in page
+    for wrong in (deltas[0], deltas[..., :1], deltas.astype(object)):
+        np.save(tmp_path / "a/deltas.npy", wrong)
+        with pytest.raises(ValueError, match=r"deltas.npy (must be|is no array)"):
+            write_report([tmp_path / "a"], tmp_path / "page.html")
+
+
 def test_of_several_runs_the_same_heads_are_correlated(tmp_path):
     a, b = _run(tmp_path / "a", 0), _run(tmp_path / "b", 1)
     write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html")
