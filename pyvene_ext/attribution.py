@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_layers
+from pyvene_ext.continuous_thought import refuse_latent_steps
 from pyvene_ext.gradients import ADDS, answer_logits, check_metric
 from pyvene_ext.reference import Place, Positions, Reference, evaluating, token_indices
 from pyvene_ext.runner import METRICS, check_run
@@ -254,6 +255,7 @@ def check_patches(
         if patch.subspace:
             raise ValueError(f"{patch.name}: attribution patching takes whole activations; leave subspace out.")
     check_tokenized(base, source)
+    refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
     check_metric(metric, DIFFERENTIABLE, model.dtype)
     wanted: dict[str, Any] = needs(specs)
     # What the source prompts' statistics will be, without any yet.

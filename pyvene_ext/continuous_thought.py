@@ -77,12 +77,12 @@ def drafting(model: nn.Module) -> bool:
 
 
 def refuse_latent_steps(model: nn.Module, prompts: Iterable[Sequence[int]]) -> None:
-    """Raise ValueError for prompts with latent steps, which cannot be run a few layers or tokens at a time."""
+    """Raise ValueError for prompts with latent steps: for what runs a few layers at a time, or asks for one run's gradients."""
     form = format_of(model)
     if form is not None and any(form.latent in ids for ids in prompts):
         raise ValueError(
-            "these prompts have latent steps, and what happens at one of them changes what enters at the next, which a sweep "
-            "does not compute; use pyvene_ext.run or pyvene_ext.evaluate."
+            "these prompts have latent steps, and what happens at one of them changes what enters at the next; only "
+            "pyvene_ext.run and pyvene_ext.evaluate compute that."
         )
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Taps, card_of, n_heads, n_layers
+from pyvene_ext.continuous_thought import refuse_latent_steps
 from pyvene_ext.devices import input_device
 from pyvene_ext.gradients import check_gradient
 from pyvene_ext.patterns import check_prompts
@@ -250,6 +251,7 @@ def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, bas
     """Raise ValueError for what `integrated_gradients` refuses; runs nothing."""
     check_model(model)
     check_prompts(model, prompts)
+    refuse_latent_steps(model, prompts.input_ids)
     if steps < 1:
         raise ValueError(f"integrated gradients take 1 step or more, not {steps}; 50 are usual.")
     if baseline not in ("mean", "zero", "pad"):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers
+from pyvene_ext.continuous_thought import refuse_latent_steps
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.direct import run_direct_paths
 from pyvene_ext.graph import Node, reaches, senders
@@ -247,6 +248,7 @@ def _check(
     for spec in specs:
         if isinstance(spec, PathPatch):
             spec.check(model)
+            refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
             continue
         for edit in members(as_specs([spec])[0]):
             if not isinstance(edit, ActivationPatch):

@@ -12,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pyvene_ext import ActivationPatch, PathPatch, patch
+from pyvene_ext.attribution import atp
 from pyvene_ext.compile import compile_specs, donors
 from pyvene_ext.continuous_thought import Format, attach, drafting, format_of, projection, save
+from pyvene_ext.edges import edge_attribution
 from pyvene_ext.evaluate import Transcripts, evaluate
 from pyvene_ext.flow import flow_routes
+from pyvene_ext.input_attribution import Target, integrated_gradients
 from pyvene_ext.intervenable import IntervenableModel
+from pyvene_ext.lens import logit_lens
 from pyvene_ext.loading import load_model
 from pyvene_ext.patterns import read_patterns
 from pyvene_ext.problems import Problem, Questions, with_latents
@@ -488,3 +493,22 @@ def test_the_fast_engine_refuses_latent_steps_and_the_plain_one_runs_them() -> N
         made = edits_of(questions, which, [("z", 1, (0,), zeros, "latent_2")])
         right = by_hand(plain, weights, questions, which, made)[0][-1].softmax(-1)[io]
         assert found.intervened[0, which] == pytest.approx(float(right), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda model, prompts: atp(model, ActivationPatch(site="z", layer=0, heads=(0,)), prompts, prompts),
+        lambda model, prompts: edge_attribution(model, prompts, prompts),
+        lambda model, prompts: logit_lens(model, prompts),
+        lambda model, prompts: integrated_gradients(model, prompts, Target(0, 0, [[0]] * len(prompts))),
+        lambda model, prompts: patch(
+            model, [PathPatch(sender="z.0.1", receivers=("logits",))], prompts, prompts, engine="plain"
+        ),
+    ],
+    ids=["atp", "edges", "lens", "integrated gradients", "paths"],
+)
+def test_what_asks_for_one_run_refuses_prompts_that_take_several(method: Any) -> None:
+    model, _, _ = thinking("gpt2")
+    with pytest.raises(ValueError, match="these prompts have latent steps"):
+        method(model, asked(model).prompts)
