@@ -1,4 +1,4 @@
-"""Model cards for pyvene: what Qwen2.5, Gemma 2, Llama 3.1, Mistral and GPT-2 look like to it.
+"""Model cards for pyvene: what the families of `modelcards.CARDS` look like to it.
 
 import modelcards
 modelcards.register()      # pyvene.IntervenableModel now knows every component of `modelcards.COMPONENTS`
@@ -12,6 +12,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     import pyvene  # noqa: F401
 
 from modelcards.attention_taps import Taps, head_shares
+from modelcards.card import Card
 from modelcards.components import (
     COMPONENTS,
     FIELD_NAMES,
@@ -23,7 +24,7 @@ from modelcards.components import (
     n_layers,
     window,
 )
-from modelcards.register import CARDS, Card, card_of, register
+from modelcards.register import CARDS, card_of, register
 
 __all__ = [
     "CARDS",

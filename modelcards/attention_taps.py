@@ -1,8 +1,10 @@
 """Taps: places that no module of a transformers model computes, made visible while a `with Taps(...)` lasts.
 
 Rotated queries and keys, attention scores and pattern live inside one attention function; per-head contributions are summed
-inside one matrix product; Gemma 2's logits are soft-capped in the model's own forward. For each such place that a config names,
-`Taps` puts an `nn.Identity` child where the card says, so that an ordinary hook on an ordinary module reads and edits it.
+inside one matrix product; what Granite adds to the residual is multiplied, and Gemma 2's logits are soft-capped, in the model's
+own forward; one projection may make queries, keys and values; experts see tokens without their batch. For each such place that a
+config names, `Taps` puts an `nn.Identity` child where the card says, so that an ordinary hook on an ordinary module reads and
+edits it.
 
     with Taps(model, card_of(model), [("attention_pattern", 3), ("head_contribution", 5)]):
         model.model.layers[3].self_attn.tap_pattern.register_forward_hook(...)
@@ -18,6 +20,7 @@ n_head*n_key]), because that is the layout pyvene splits into heads, gathers and
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,14 +29,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from modelcards.components import dimensions
+
 if TYPE_CHECKING:
-    from modelcards.register import Card
+    from modelcards.card import Card
 
 IMPLEMENTATION = "pyvene_taps"
 MASKS_UNDERSTOOD = ("eager", "sdpa")
 PREFIX = "tap_"
+FUSED = "tap_fused_"
 INSIDE_ATTENTION = ("tap_query", "tap_key", "tap_scores", "tap_pattern")
 
 
@@ -130,9 +137,11 @@ class Taps:
 
     def __init__(self, model: Any, card: Card, places: Iterable[tuple[str, int]]) -> None:
         self.model = model
-        self._post_norm_scale = card.post_norm_scale
+        self._post_norm_scale, self._split = card.post_norm_scale, card.fused
+        self._multiplier = card.times(model.config)
         self._taps: dict[str, tuple[nn.Module, str, nn.Identity]] = {}
         self._contributions: list[tuple[nn.Identity, nn.Module, nn.Module]] = []
+        self._rows: dict[str, _Rows] = {}
         self._undo: list[Callable[[], object]] = []
         mapping = card.mapping(type(model))
         for component, layer in places:
@@ -141,15 +150,24 @@ class Taps:
             if not name.startswith(PREFIX) or path in self._taps:
                 continue
             tap = nn.Identity()
-            self._taps[path] = (model.get_submodule(parent_path), name, tap)
+            try:
+                parent = model.get_submodule(parent_path)
+            except AttributeError:
+                raise ValueError(f"layer {layer} of this model has no {component}: it has no {parent_path}.") from None
+            self._taps[path] = (parent, name, tap)
+            if name in ("tap_router", "tap_experts", "tap_rows_in", "tap_rows_out"):
+                block = model.get_submodule(at_layer(mapping["block_output"][0], layer))
+                self._rows[path] = _Rows(parent, tap, block)
             if component == "head_contribution":
                 projection = model.get_submodule(at_layer(mapping["attention_value_output"][0], layer))
-                adder = model.get_submodule(at_layer(mapping["attention_contribution"][0], layer))
+                adder = projection
+                if card.post_norm_scale is not None:
+                    adder = model.get_submodule(at_layer(mapping["attention_contribution"][0], layer))
                 self._contributions.append((tap, projection, adder))
 
     def __enter__(self) -> Taps:
         try:
-            for parent, name, tap in self._taps.values():
+            for path, (parent, name, tap) in self._taps.items():
                 if hasattr(parent, name):
                     raise RuntimeError(
                         f"{name} is already on this model: finish the other intervened run before starting one."
@@ -160,6 +178,12 @@ class Taps:
                     self._redirect(parent)
                 elif name == "tap_logits":
                     self._undo.append(parent.register_forward_hook(_logits_through_tap).remove)
+                elif name == "tap_added":
+                    self._undo.append(parent.register_forward_hook(partial(_added, tap, self._multiplier)).remove)
+                elif name.startswith(FUSED):
+                    self._undo.append(parent.register_forward_hook(partial(self._fused, tap, name)).remove)
+                elif path in self._rows:
+                    self._undo += self._rows[path].hook(name)
             for wires in self._contributions:
                 self._wire_contribution(*wires)
         except BaseException:
@@ -176,26 +200,41 @@ class Taps:
         if attention.config._attn_implementation != IMPLEMENTATION:
             self._undo.append(partial(setattr, attention, "config", redirect(attention, IMPLEMENTATION)))
 
+    def _fused(self, tap: nn.Identity, name: str, _: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
+        """Pass queries, keys or values through a tap, heads side by side, out of the output that holds all three."""
+        assert self._split is not None
+        sizes = dimensions(self.model.config)
+        index = ("query", "key", "value").index(name.removeprefix(FUSED))
+        own = self._split(output, sizes)[index].flatten(2)
+        edited = tap(own)
+        if edited is own:
+            return None
+        output = output.clone()
+        part = self._split(output, sizes)[index]
+        part.copy_(edited.view(part.shape))
+        return output
+
     def _wire_contribution(self, tap: nn.Identity, projection: nn.Module, adder: nn.Module) -> None:
         """Show `tap` what each head adds to the residual stream, and add to the sum what an edit changed.
 
-        Without a post-norm that is z_h W_O^h, added where the output projection sums it. With one (Gemma 2) each share is scaled
-        as this very forward pass scaled the sum (the norm's scale frozen), and the edit is added behind the norm.
+        Without a post-norm that is z_h W_O^h, times what the residual multiplies it with, added where the output projection sums
+        it. With one (Gemma 2) each share is scaled as this very forward pass scaled the sum (the norm's scale frozen), and the
+        edit is added behind the norm.
         """
         post_norm_scale = self._post_norm_scale
         seen: dict[str, Tensor] = {}
 
-        def add_what_changed(shares: Tensor, total: Tensor) -> Tensor | None:
-            flat = shares.flatten(2)
+        def add_what_changed(shares: Tensor, total: Tensor, multiplier: float = 1.0) -> Tensor | None:
+            flat = shares.flatten(2) * multiplier
             edited = tap(flat)
             if edited is flat:  # nobody edited: keep the model's own sum, to the last bit
                 return None
-            return total + (edited - flat).view_as(shares).sum(2)
+            return total + (edited - flat).view_as(shares).sum(2) / multiplier
 
         def at_projection(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
             shares = head_shares(args[0], module, self.model.config.num_attention_heads)
             if post_norm_scale is None:
-                return add_what_changed(shares, output)
+                return add_what_changed(shares, output, self._multiplier)
             seen["shares"] = shares
             return None
 
@@ -207,6 +246,74 @@ class Taps:
         self._undo.append(projection.register_forward_hook(at_projection).remove)
         if post_norm_scale is not None:
             self._undo.append(adder.register_forward_hook(at_post_norm).remove)
+
+
+class _Rows:
+    """A tap on a module that is given tokens as rows, without their batch: router, experts, and the MLP of some families.
+
+    The tap sees `batch pos d`; the batch is that of the block the module is in.
+    """
+
+    def __init__(self, module: nn.Module, tap: nn.Identity, block: nn.Module) -> None:
+        self.module, self.tap, self.block = module, tap, block
+        self.shape: torch.Size = torch.Size()
+
+    def hook(self, name: str) -> list[Callable[[], None]]:
+        """Start; returns what ends it."""
+
+        def entering(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.shape = (args[0] if args else kwargs["hidden_states"]).shape[:-1]
+
+        handles = [self.block.register_forward_pre_hook(entering, with_kwargs=True)]
+        if name == "tap_rows_in":
+            handles.append(self.module.register_forward_pre_hook(lambda _, args: self._through(args[0])))
+        else:
+            see: Any = {"tap_router": self._router, "tap_experts": self._experts}.get(name, self._out)
+            handles.append(self.module.register_forward_hook(see))
+        return [handle.remove for handle in handles]
+
+    def _through(self, rows: Tensor) -> Tensor | None:
+        """What the tap makes of rows, which may already have their batch; None if nobody edited."""
+        seen = rows if rows.ndim > 2 else rows.view(*self.shape, -1)
+        edited = self.tap(seen)
+        return None if edited is seen else edited.view_as(rows)
+
+    def _out(self, _: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
+        return self._through(output)
+
+    def _router(self, router: Any, _: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        edited = self._through(output[0])
+        if edited is None:
+            return None
+        # The model's own softmax and choice, of logits that are given: its router, with the identity for a weight.
+        twin = copy.copy(router)
+        twin._parameters = {"weight": torch.eye(edited.shape[-1], dtype=edited.dtype, device=edited.device)}
+        twin.hidden_dim = edited.shape[-1]
+        return twin.forward(edited)
+
+    def _experts(self, experts: Any, args: tuple[Tensor, Tensor, Tensor], output: Tensor) -> Tensor | None:
+        rows, chosen, weights = args
+        nobody = torch.full_like(chosen, experts.num_experts)
+        one_by_one = inspect.unwrap(type(experts).forward)  # and not all in one product, which takes no `nobody`
+        parts = [
+            one_by_one(experts, rows, torch.where(chosen == expert, chosen, nobody), weights)
+            for expert in range(experts.num_experts)
+        ]
+        flat = torch.stack(parts, 1).flatten(1)
+        edited = self._through(flat)
+        if edited is None:
+            return None
+        return output + (edited - flat).unflatten(1, (experts.num_experts, -1)).sum(1)
+
+
+def _added(tap: nn.Identity, multiplier: float, _: nn.Module, __: tuple, output: Any) -> Any:
+    """Pass what a module adds to the residual, which the block multiplies, through a tap."""
+    first, *rest = output if isinstance(output, tuple) else (output,)
+    seen = first * multiplier
+    edited = tap(seen)
+    if edited is seen:
+        return None
+    return (edited / multiplier, *rest) if isinstance(output, tuple) else edited / multiplier
 
 
 def redirect(attention: Any, implementation: str) -> Any:
@@ -228,7 +335,7 @@ def redirect(attention: Any, implementation: str) -> Any:
 def output_weight(projection: Any) -> Tensor | None:
     """The weight of a plain projection as `d_in d_out`; None if it is quantised, adapted or offloaded and cannot be sliced."""
     weight = projection.weight
-    if type(projection) not in (nn.Linear, Conv1D) or not weight.is_floating_point() or weight.is_meta:
+    if type(projection) not in (nn.Linear, Conv1D, FalconLinear) or not weight.is_floating_point() or weight.is_meta:
         return None
     return weight if isinstance(projection, Conv1D) else weight.T
 

@@ -4,7 +4,8 @@ A component is what the `component` field of a pyvene `RepresentationConfig` nam
 meaning; the others fill its gaps. `field` is the name the literature uses (TransformerLens' where it has one).
 
 Dimension names: `d_model` hidden size, `d_head` head size, `d_mlp` inner size of the MLP, `n_head` query heads, `n_kv_head`
-key/value heads, `n_query` and `n_key` positions on the two sides of attention, `n_out` vocabulary or number of labels.
+key/value heads, `n_expert` experts, `n_query` and `n_key` positions on the two sides of attention, `n_out` vocabulary or
+number of labels.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from typing import Any, Literal
 
 PER_POSITION = ("pos",)
 PER_HEAD = ("h", "h.pos")
+D_MLP = (
+    "intermediate_size",
+    "ffn_hidden_size",
+    "ffn_dim",
+    "n_inner",
+)  # what configs call it; otherwise it is four hidden sizes
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Component:
         name: what a `RepresentationConfig` calls it.
         meaning: one line for tables and messages.
         width: size of the last axis an intervention sees, in dimension names; None where it varies with the prompt.
-        heads: which head count an `h` location indexes; None for a component without a head axis (its unit is `pos`).
+        heads: what an `h` location indexes, heads or experts; None for a component without such an axis (its unit is `pos`).
         field: the literature's name, used by `pyvene_ext.specs`; None for the names kept for pyvene's sake only.
         per_layer: False for the places that exist once.
     """
@@ -32,7 +39,7 @@ class Component:
     name: str
     meaning: str
     width: str | None
-    heads: Literal["n_head", "n_kv_head"] | None = None
+    heads: Literal["n_head", "n_kv_head", "n_expert"] | None = None
     field: str | None = None
     per_layer: bool = True
 
@@ -84,6 +91,11 @@ _LIST = (
     Component("mlp_activation", "output of the activation: act(gate) alone where there is a gate", "d_mlp"),
     Component("mlp_neurons", "neurons: input of the down projection", "d_mlp", field="mlp_neurons"),
     Component("mlp_output", "output of the MLP, before any post-norm", "d_model"),
+    # Experts.
+    Component("router_logits", "what the router thinks of each expert, before the softmax", "n_expert", field="router"),
+    Component(
+        "expert_contribution", "what one expert adds to the MLP's output, weighted", "d_model", "n_expert", "expert"
+    ),
     # The end.
     Component("final_norm", "output of the final norm", "d_model", field="final_norm", per_layer=False),
     Component("logits", "logits, after any soft-cap", "n_out", field="logits", per_layer=False),
@@ -105,6 +117,8 @@ def n_heads(config: Any) -> int:
 
 def n_kv_heads(config: Any) -> int:
     """Number of key/value heads; the query heads share them in equal groups."""
+    if getattr(config, "multi_query", False):
+        return 1
     return getattr(config, "num_key_value_heads", None) or n_heads(config)
 
 
@@ -124,11 +138,12 @@ def window(config: Any, layer: int) -> int | None:
 def dimensions(config: Any) -> dict[str, int]:
     """The named dimensions of a model, from its config."""
     hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    inner = next((size for name in D_MLP if (size := getattr(config, name, None))), 4 * hidden)
     return {
         "d_model": hidden,
         "d_head": head_dim(config),
         "d_mlp": inner,
         "n_head": n_heads(config),
         "n_kv_head": n_kv_heads(config),
+        "n_expert": getattr(config, "num_experts", None) or 0,
     }

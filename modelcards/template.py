@@ -1,4 +1,4 @@
-"""The decoder that Qwen2.5, Gemma 2, Llama 3.1 and Mistral share, as a pyvene module mapping; a card says what differs.
+"""The decoder that the rotary families share, as a pyvene module mapping; a card says what differs.
 
 An entry is (path of the module, hook, split functions ...) in pyvene's format; `%s` is the layer. Paths ending in `tap_...` are
 places that `modelcards.attention_taps` makes visible during a run.
@@ -6,16 +6,44 @@ places that `modelcards.attention_taps` makes visible during a run.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK, split_head_and_permute
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
 Mapping = dict[str, tuple]
 
+
+# -- parts of what a module puts out, as views ---------------------------------------------------------------------------
+
+
+def first_of_two(x: Tensor, _: int) -> Tensor:
+    """The first half of the last axis."""
+    return x.chunk(2, -1)[0]
+
+
+def second_of_two(x: Tensor, _: int) -> Tensor:
+    """The second half of the last axis."""
+    return x.chunk(2, -1)[1]
+
+
+# -- queries, keys and values that one projection makes: views `batch pos head d_head` of what it puts out ------------------
+
+
+def side_by_side(x: Tensor, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    """All queries, all keys, all values."""
+    counts = [sizes[name] for name in ("n_head", "n_kv_head", "n_kv_head")]
+    return x.unflatten(-1, (sum(counts), -1)).split(counts, 2)
+
+
+def head_by_head(x: Tensor, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    """Each head's query, key and value."""
+    return x.unflatten(-1, (sizes["n_head"], 3, -1)).unbind(3)
+
+
 BY_HEAD = (split_head_and_permute, "n_head")
 BY_KV_HEAD = (split_head_and_permute, "n_kv_head")
+BY_EXPERT = (split_head_and_permute, "n_expert")
+
+# -- where components live -----------------------------------------------------------------------------------------------
 
 rotary_decoder_type_to_module_mapping: Mapping = {
     "embeddings": ("embed_tokens", CONST_OUTPUT_HOOK),
@@ -73,23 +101,68 @@ AS_WIDE_AS_HEAD = (
     "head_attention_value_output",
 )
 
-rotary_decoder_type_to_dimension_mapping: Mapping = {
-    "n_head": ("num_attention_heads",),
-    "n_kv_head": ("num_key_value_heads",),
-    **dict.fromkeys(AS_WIDE_AS_MODEL, ("hidden_size",)),
-    **dict.fromkeys(AS_WIDE_AS_MLP, ("intermediate_size",)),
-    **dict.fromkeys(AS_WIDE_AS_HEAD, ("head_dim", "hidden_size/num_attention_heads")),
-}
+ATTENTION_INSIDE = (
+    "query_rotated",
+    "key_rotated",
+    "head_query_rotated",
+    "head_key_rotated",
+    "attention_scores",
+    "attention_pattern",
+)
+QKV = ("query_output", "key_output", "value_output")
+MLP_INSIDE = ("mlp_gate", "mlp_up", "mlp_activation", "mlp_neurons")
+
+# Why a family lacks components that others have: ends of sentences that begin with the family.
+PARALLEL = {"resid_mid": "has none, as its blocks run attention and MLP side by side"}
+WRITTEN_OUT = dict.fromkeys(ATTENTION_INSIDE, "has none, as transformers does not let its attention be looked into")
+EXPERTS = dict.fromkeys(MLP_INSIDE, "has none, as its MLP is many experts; name router_logits or expert_contribution")
+
+
+def decoder(
+    *without: str, blocks: str = "layers", attention: str = "self_attn", fused: str = "", **differs: tuple
+) -> Mapping:
+    """The rotary decoder's module mapping but for some components, with others elsewhere.
+
+    Args:
+        blocks, attention: what the decoder calls its blocks, and a block its attention.
+        fused: path of the projection that makes queries, keys and values, if one does; the card says how they lie in it.
+        **differs: entries that replace the template's or are new.
+    """
+
+    def own(path: str) -> str:
+        return path.replace("layers[", f"{blocks}[").replace(".self_attn", f".{attention}")
+
+    mapping = {
+        name: (own(path), *rest)
+        for name, (path, *rest) in rotary_decoder_type_to_module_mapping.items()
+        if name not in without
+    }
+    for name, split in (("query", BY_HEAD), ("key", BY_KV_HEAD), ("value", BY_KV_HEAD)):
+        if fused:
+            mapping[f"{name}_output"] = (f"{fused}.tap_fused_{name}", CONST_OUTPUT_HOOK)
+            mapping[f"head_{name}_output"] = (f"{fused}.tap_fused_{name}", CONST_OUTPUT_HOOK, split)
+    return {**mapping, **differs}
+
+
+def widths(
+    d_model: str = "hidden_size",
+    d_mlp: tuple[str, ...] = ("intermediate_size",),
+    d_head: tuple[str, ...] = ("head_dim", "hidden_size/num_attention_heads"),
+    n_head: str = "num_attention_heads",
+    n_kv_head: str = "num_key_value_heads",
+    **more: tuple[str, ...],
+) -> Mapping:
+    """pyvene's dimension mapping, from what a config calls the sizes; without `d_mlp` or `d_head` these are left out."""
+    return {
+        "n_head": (n_head,),
+        "n_kv_head": (n_kv_head,),
+        **dict.fromkeys(AS_WIDE_AS_MODEL, (d_model,)),
+        **(dict.fromkeys(AS_WIDE_AS_MLP, d_mlp) if d_mlp else {}),
+        **(dict.fromkeys(AS_WIDE_AS_HEAD, d_head) if d_head else {}),
+        **more,
+    }
 
 
 def within(prefix: str, mapping: Mapping) -> Mapping:
     """The same places, for a class that holds the bare model as `prefix`."""
     return {component: (f"{prefix}.{path}", *rest) for component, (path, *rest) in mapping.items()}
-
-
-def create(name: str, cache_dir: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """Load (config, tokenizer, model) of a causal language model from the hub or a folder, without remote code."""
-    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-    tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, cache_dir=cache_dir, dtype=dtype)
-    return config, tokenizer, model

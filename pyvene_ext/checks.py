@@ -271,11 +271,13 @@ def _head(head: int, place: Place, config: Any) -> int:
     if 0 <= head < count:
         return head
     shared = ""
-    if sizes["n_kv_head"] < sizes["n_head"]:
+    if component.heads != "n_expert" and sizes["n_kv_head"] < sizes["n_head"]:
         group = sizes["n_head"] // sizes["n_kv_head"]
         shared = f" ({sizes['n_head']} query heads share {sizes['n_kv_head']} K/V heads, {group} each)"
-    kind = "K/V head" if component.heads == "n_kv_head" else "query head"
-    raise ValueError(f"{kind} {head} of {place} is out of range: there are heads 0 to {count - 1}{shared}.")
+    kind = {"n_head": "query head", "n_kv_head": "K/V head", "n_expert": "expert"}[component.heads]
+    raise ValueError(
+        f"{kind} {head} of {place} is out of range: there are {kind.split()[-1]}s 0 to {count - 1}{shared}."
+    )
 
 
 def _columns(row: list[int], example: int, place: Place, inputs: Inputs) -> list[int]:

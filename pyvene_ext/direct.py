@@ -178,7 +178,7 @@ class Terms:
         if (post_norm_scale := card_of(self.model).post_norm_scale) is not None:
             attention = self.replay.module("attention_value_output", layer)(old.flatten(1).to(weight))
             change = change * post_norm_scale(self.replay.module("attention_contribution", layer), attention)
-        return change
+        return change * card_of(self.model).times(self.model.config)
 
     def _stands(self, node: Node) -> Place:
         """Where the stream is read: in front of a receiver's norm, or the receiver's own place in the stream."""
@@ -189,11 +189,12 @@ class Terms:
         if site == "logits":
             return FrozenNorm(self.replay.module("final_norm"), width, "the final norm")
         assert layer is not None
-        return FrozenNorm(
-            self.replay.module("resid_mid", layer) if site == "mlp_in" else _attention_norm(self.replay, layer),
-            width,
-            of,
-        )
+        norm = _attention_norm(self.replay, layer)
+        if site == "mlp_in":
+            norm = self.replay.module("resid_mid", layer)
+            if norm is self.replay.module("mlp_input", layer):
+                norm = nn.Identity()  # OLMo 2: the MLP reads the stream as it is
+        return FrozenNorm(norm, width, of)
 
 
 def _attention_norm(replay: Replay, layer: int) -> nn.Module:

@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import FIELD_NAMES, card_of, head_shares, n_heads, n_layers
+from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layers
+from pyvene_ext.continuous_thought import refuse_latent_steps
 from pyvene_ext.devices import input_device
 from pyvene_ext.gradients import ADDS, answer_logits, check_metric
 from pyvene_ext.graph import Node, reaches, receivers, senders
@@ -202,6 +203,7 @@ class _Run:
         self.model, self.inlets = model, list(_inlets(model))
         with ExitStack() as hooks, torch.enable_grad():
             if stage is not None:
+                hooks.enter_context(Taps(model, card_of(model), [stage.where]))
                 shift = share * changes[:, stage.senders].sum(1)
                 visit(model, stage.where, lambda x: (x.float() + shift.to(x.device)).to(x.dtype), hooks)
             places = {where for inlet in self.inlets for where in (inlet.reads, inlet.stream)}
@@ -273,6 +275,7 @@ def _contributions(
             if card.post_norm_scale is not None:
                 norm = card.module(model, "attention_contribution", layer)
                 hooks.enter_context(on_input(norm, partial(normed.__setitem__, layer)))
+        hooks.enter_context(Taps(model, card, places))
         seen = keep_places(model, places, hooks)
         logits = answer_logits(model, batch)
     added = [seen["block_input", 0].float()[:, None]]
@@ -282,6 +285,7 @@ def _contributions(
         if card.post_norm_scale is not None:
             norm = card.module(model, "attention_contribution", layer)
             shares = shares * card.post_norm_scale(norm, normed[layer].float())[:, :, None]
+        shares = shares * card.times(model.config)
         added += [shares.transpose(1, 2), seen["mlp_contribution", layer].float()[:, None]]
     return torch.cat([part.to(device) for part in added], 1), logits
 
@@ -295,12 +299,19 @@ def check_edges(
     model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts, metric: str, method: str, steps: int
 ) -> None:
     """Raise ValueError for whatever `edge_attribution` refuses; nothing is run."""
-    card_of(model)  # raises for a model without one
+    card = card_of(model)
+    for name in (*_STREAM.values(), *_READS.values()):
+        card.component(model, name)
+        if card.is_tap(model, name):
+            raise ValueError(
+                f"{name} of {card.family} is a part of what a module puts out or is given: no gradient can be taken there."
+            )
     if method not in get_args(EdgeMethod):
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number from 1 on, not {steps!r}.")
     check_tokenized(base, source)
+    refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
     check_metric(metric, DIFFERENTIABLE if method == "eap" or steps == 1 else (*DIFFERENTIABLE, "kl"), model.dtype)
     if model.get_output_embeddings() is None:
         raise ValueError(

@@ -202,10 +202,11 @@ def flow_routes(
             bias do not add up to the node to 1e-4 of its L1 norm (dtypes below float32: 8 rounding errors).
     """
     card = card_of(model)
-    _check(model, card, prompts)
+    _check(prompts)
+    check_model(model)
     arrays = [_Importances(*_empty(model, len(ids))) for ids in prompts.input_ids]
     batches = prompts.batches(batch_size, padding_side)
-    places = [("attention_pattern", layer) for layer in range(n_layers(model.config))]
+    places = [(name, layer) for name in READ for layer in range(n_layers(model.config))]
     bar = tqdm(total=len(prompts), desc="routes", unit="prompt", disable=not progress)
     with bar, evaluating(model), Taps(model, card, places), no_gradients(model):
         for batch in batches:
@@ -223,13 +224,19 @@ def check_tau(tau: float) -> None:
         raise ValueError(f"tau must be at least 0 and below 1, as importances are shares of a node, not {tau}.")
 
 
-def _check(model: PreTrainedModel, card: Card, prompts: TokenizedPrompts) -> None:
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose routes cannot be followed; runs nothing."""
+    for name in READ:
+        card_of(model).component(model, name)
+    check_projections(model)
+
+
+def _check(prompts: TokenizedPrompts) -> None:
     check_tokenized(prompts)
     if not len(prompts):
         raise ValueError("there are no prompts to follow; give at least one.")
     if empty := [i for i, ids in enumerate(prompts.input_ids) if not ids]:
         raise ValueError(f"prompt {empty[0]} has no tokens; give it some text.")
-    check_projections(model)
 
 
 def _empty(model: PreTrainedModel, length: int) -> Iterator[Float32[np.ndarray, "layer *"]]:
@@ -279,6 +286,8 @@ class _Block:
         if card.post_norm_scale is not None:
             norm = card.module(model, "attention_contribution", layer)
             self.scale = card.post_norm_scale(norm, seen["attention_contribution"].float())
+        elif card.residual_multiplier is not None:
+            self.scale = torch.full_like(self.resid_mid, card.times(model.config), dtype=torch.float32)
 
 
 def _measure(block: _Block, layer: int, batch: Batch, arrays: list[_Importances]) -> None:

@@ -248,7 +248,11 @@ def attention_scores(
             by_head = split_heads(values, "head_value_output", model)
             found[3, rows, layer] = writes.share(layer, by_head[:, :, first:], rows).cpu().numpy()
 
-        hooks.enter_context(Taps(model, card, [("attention_pattern", layer) for layer in layers]))
+        hooks.enter_context(
+            Taps(
+                model, card, [(name, layer) for name in ("attention_pattern", "head_value_output") for layer in layers]
+            )
+        )
         for layer in layers:
             visit(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
             if copying:

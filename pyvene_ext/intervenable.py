@@ -40,6 +40,7 @@ from pyvene_ext.checks import (
     is_collect,
     resolve_locations,
 )
+from pyvene_ext.continuous_thought import drafting
 from pyvene_ext.generation import Generation, own_copy, positions_of
 
 # The residual stream between attention and MLP is an argument of a norm and, behind it, of the sum: no hook can hand both a new
@@ -313,10 +314,13 @@ class IntervenableModel(pyvene.IntervenableModel):
                 raise ValueError(
                     "logits_to_keep cuts the positions an intervention on the logits counts: leave it out."
                 )
-            capped = getattr(self.model_config, "final_logit_softcapping", None) is not None
-            if capped and (labels is not None or base.get("labels") is not None):
+            by_itself = card_of(self.model).is_tap(
+                self.model, "logits"
+            )  # soft-capped or scaled by the model's own forward
+            if by_itself and (labels is not None or base.get("labels") is not None):
                 raise ValueError(
-                    "the loss of this model is computed before its soft-capped logits can be edited: leave labels out."
+                    "the loss of this model is computed before its soft-capped or scaled logits can be edited: leave labels "
+                    "out."
                 )
 
     def _resolved(self, inputs: Inputs, sources: list[Any], unit_locations: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -444,6 +448,8 @@ class IntervenableModel(pyvene.IntervenableModel):
             self._attached.add(use)
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
+                if reads and drafting(self.model):
+                    return None
                 tensor, put_back = _first_tensor((args, kwargs) if before_module else output, before_module)
                 self._hook_device = tensor.device
                 if reads and self._generation is None:

@@ -13,7 +13,7 @@ Neither is causal: a part that later parts would make up for, or that acts throu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import card_of, dimensions, n_heads, n_layers
+from modelcards import Taps, card_of, dimensions, n_heads, n_layers
 from modelcards.attention_taps import output_weight
 from pyvene_ext import metrics
+from pyvene_ext.continuous_thought import refuse_latent_steps
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.norms import TOLERANCE, FrozenNorm
 from pyvene_ext.reference import evaluating, token_indices
@@ -182,6 +183,7 @@ class _Split:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.card, self.replay = model, card_of(model), Replay(model)
         self.layers, self.n_heads = range(n_layers(model.config)), n_heads(model.config)
+        self.times = self.card.times(model.config)
         self.head: Any = model.get_output_embeddings()
         projections = {
             f"layer {i}'s output projection": self.replay.module("attention_value_output", i) for i in self.layers
@@ -218,7 +220,7 @@ class _Split:
         heads = []
         for layer in self.layers:
             projection: Any = self.replay.module("attention_value_output", layer)
-            behind = direction * self._post_norm(layer, at["attention_output", layer])[:, None]
+            behind = direction * self._post_norm(layer, at["attention_output", layer])[:, None] * self.times
             by_input = behind @ self._weight(layer).to(device).float().T * at["attention_value_output", layer][:, None]
             heads.append(by_input.unflatten(-1, (self.n_heads, -1)).sum(-1))
             if projection.bias is not None:
@@ -263,7 +265,7 @@ def _dot(directions: Float[Tensor, "batch answer d"], x: Float[Tensor, "batch d"
 
 
 def _run(
-    replay: Replay, batch: Batch, places: Iterable[Place], tokens: list[int]
+    replay: Replay, batch: Batch, places: Sequence[Place], tokens: list[int]
 ) -> dict[Place, Float[Tensor, "batch d"]]:
     """One clean forward pass up to the final norm; what there is at the places, at one token of each prompt."""
     first = torch.tensor(batch.last_columns) - torch.tensor(batch.lengths) + 1
@@ -273,6 +275,7 @@ def _run(
         seen[place] = x[torch.arange(len(x), device=x.device), columns.to(x.device)]
 
     with ExitStack() as hooks:
+        hooks.enter_context(Taps(replay.model, replay.card, places))
         for place in places:
             visit(replay.model, place, partial(keep, place), hooks)
         replay.bare(**batch.inputs(input_device(replay.model)), use_cache=False)
@@ -284,6 +287,7 @@ def _check(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int) -
     check_tokenized(prompts)
     if not prompts.input_ids:
         raise ValueError("nothing to run: give at least one prompt.")
+    refuse_latent_steps(model, prompts.input_ids)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
     card_of(model)

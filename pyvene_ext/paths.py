@@ -22,7 +22,7 @@ from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, dimensions, n_layers
+from modelcards import COMPONENTS, FIELD_NAMES, card_of, dimensions, n_layers
 from pyvene_ext.compile import replacements_of
 from pyvene_ext.graph import RECEIVERS, SENDERS, Node, reaches
 from pyvene_ext.intervenable import IntervenableModel
@@ -153,6 +153,15 @@ class PathPatch(BaseModel):
         """Raise ValueError if the model has no such nodes."""
         for node in (self.sender_node, *self.nodes):
             node.check(model.config)
+        card = card_of(model)
+        for node in self.nodes:
+            if card.parallel and node.site in ("mlp_in", "resid_mid"):
+                raise ValueError(
+                    f"{self.name}: blocks of {card.family} run attention and MLP side by side, so that no head of a layer is on "
+                    f"the way to {node}; name another receiver."
+                )
+            if node.site != "logits":
+                card.component(model, FIELD_NAMES[node.site])
 
 
 def new_value(

@@ -7,7 +7,7 @@ place, runs eager attention, and recomputes attention's inner places from the fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,17 +25,20 @@ class Truth:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.decoder: Any = model.base_model
+        self.decoder: Any = getattr(model.base_model, "decoder", model.base_model)
         self.blocks: Any = _first(self.decoder, "layers", "h")
         self.sizes = dimensions(model.config)
 
     def run(self, inputs: dict[str, Tensor], component: str = "", layer: int = 0, edit: Edit | None = None) -> Tensor:
         """The model's outputs (logits or last hidden states) with `edit` applied at the place."""
-        with _eager(self.model), torch.no_grad():
-            if edit is None:
-                return first_tensor(self.model(**inputs))
-            with self._place(component, layer, edit):
-                return first_tensor(self.model(**inputs))
+        return self.run_with(inputs, [] if edit is None else [(component, layer, edit)])
+
+    def run_with(self, inputs: dict[str, Tensor], edits: Iterable[tuple[str, int, Edit]]) -> Tensor:
+        """The same with several edits, each at a component of a layer; of one place the last named comes last."""
+        with _eager(self.model), torch.no_grad(), ExitStack() as stack:
+            for component, layer, edit in edits:
+                stack.enter_context(self._place(component, layer, edit, inputs["input_ids"].shape))
+            return first_tensor(self.model(**inputs))
 
     def read(self, inputs: dict[str, Tensor], component: str, layer: int) -> Tensor:
         """What the place holds in an untouched run."""
@@ -49,19 +52,28 @@ class Truth:
         return seen[-1]
 
     @contextmanager
-    def _place(self, component: str, layer: int, edit: Edit) -> Iterator[None]:
+    def _place(self, component: str, layer: int, edit: Edit, shape: torch.Size) -> Iterator[None]:
         block: Any = self.blocks[layer]
-        attention: Any = _first(block, "self_attn", "attn")
-        mlp: Any = block.mlp
-        projection: Any = _first(attention, "o_proj", "c_proj")
+        attention: Any = _first(block, "self_attn", "attn", "attention", "self_attention")
+        mlp: Any = getattr(block, "mlp", block)  # OPT's blocks have the MLP's parts themselves
+        projection: Any = _first(attention, "o_proj", "c_proj", "dense", "out_proj")
+        down: Any = (
+            None if hasattr(mlp, "experts") else _first(mlp, "down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2")
+        )
+        bloom = self.model.config.model_type == "bloom"  # whose attention and MLP add to the residual themselves
+        output, mlp_output = (projection, down) if bloom else (attention, down if mlp is block else mlp)
         post_norms = hasattr(block, "post_feedforward_layernorm")
-        adds_attention = block.post_attention_layernorm if post_norms else attention
+        adds_attention = block.post_attention_layernorm if post_norms else output
+        adds_mlp = block.post_feedforward_layernorm if post_norms else mlp_output
+        times = getattr(block, "residual_multiplier", 1.0)
         by_head = partial(_by_head, edit, self.sizes["n_head"])
-        by_kv_head = partial(_by_head, edit, self.sizes["n_kv_head"])
         with ExitStack() as stack:
 
             def at(module: nn.Module, side: str, change: Edit) -> None:
-                stack.callback(_hook(module, side, change).remove)
+                def seen(x: Tensor) -> Tensor:  # some modules see all tokens of a batch one after the other
+                    return change(x.view(*shape, -1)).view_as(x) if x.ndim == 2 else change(x)
+
+                stack.callback(_hook(module, side, seen).remove)
 
             match component:
                 case "embeddings":
@@ -73,64 +85,100 @@ class Truth:
                 case "resid_mid":
                     before: list[Tensor] = []
                     at(block, "in", lambda x: before.append(x) or x)  # type: ignore[func-returns-value]
-                    at(adds_attention, "out", lambda x: edit(before[-1] + x) - before[-1])
+                    if (
+                        times != 1.0
+                    ):  # multiplied here instead, so that what is added next gives the edit to the last bit
+                        block.residual_multiplier = 1.0
+                        stack.callback(setattr, block, "residual_multiplier", times)
+                        at(adds_mlp, "out", lambda x: times * x)
+                    at(adds_attention, "out", lambda x: edit(before[-1] + times * x) - before[-1])
                 case "attention_contribution":
-                    at(adds_attention, "out", edit)
+                    at(adds_attention, "out", lambda x: edit(times * x) / times)
                 case "mlp_contribution":
-                    at(block.post_feedforward_layernorm if post_norms else mlp, "out", edit)
+                    at(adds_mlp, "out", lambda x: edit(times * x) / times)
                 case "head_contribution":
                     self._head_contribution(
-                        at, projection, block.post_attention_layernorm if post_norms else None, edit
+                        at, projection, block.post_attention_layernorm if post_norms else None, edit, times
                     )
                 case "attention_input":
                     at(attention, "in", edit)
                 case "query_output" | "key_output" | "value_output":
-                    self._projected(at, attention, component.removesuffix("_output"), edit)
-                case "head_query_output":
-                    self._projected(at, attention, "query", by_head)
-                case "head_key_output" | "head_value_output":
+                    self._projected(at, attention, component.removesuffix("_output"), edit, by_head=False)
+                case "head_query_output" | "head_key_output" | "head_value_output":
                     name = component.removeprefix("head_").removesuffix("_output")
-                    self._projected(at, attention, name, by_kv_head)
+                    self._projected(at, attention, name, edit, by_head=True)
                 case "attention_value_output":
                     at(projection, "in", edit)
                 case "head_attention_value_output":
                     at(projection, "in", by_head)
                 case "attention_output":
-                    at(attention, "out", edit)
+                    at(output, "out", edit)
                 case "mlp_input":
-                    at(mlp, "in", edit)
+                    at(mlp.fc1 if mlp is block else mlp, "in", edit)
+                case "mlp_gate" if hasattr(mlp, "gate_up_proj"):
+                    at(
+                        mlp.gate_up_proj,
+                        "out",
+                        lambda x: torch.cat([edit(x[..., : x.shape[-1] // 2]), x[..., x.shape[-1] // 2 :]], -1),
+                    )
+                case "mlp_up" if hasattr(mlp, "gate_up_proj"):
+                    at(
+                        mlp.gate_up_proj,
+                        "out",
+                        lambda x: torch.cat([x[..., : x.shape[-1] // 2], edit(x[..., x.shape[-1] // 2 :])], -1),
+                    )
                 case "mlp_gate":
                     at(mlp.gate_proj, "out", edit)
                 case "mlp_up":
-                    at(_first(mlp, "up_proj", "c_fc"), "out", edit)
+                    at(_first(mlp, "up_proj", "c_fc", "dense_h_to_4h", "fc_in", "fc1"), "out", edit)
                 case "mlp_activation":
-                    at(_first(mlp, "act_fn", "act"), "out", edit)
+                    at(_first(mlp, "act_fn", "act", "activation_fn", "gelu_impl"), "out", edit)
                 case "mlp_neurons":
-                    at(_first(mlp, "down_proj", "c_proj"), "in", edit)
+                    at(down, "in", edit)
                 case "mlp_output":
-                    at(mlp, "out", edit)
+                    at(mlp_output, "out", edit)
+                case "router_logits":
+                    stack.callback(_route(mlp, edit, shape))
+                case "expert_contribution":
+                    stack.callback(_mix(mlp, edit, shape))
                 case "final_norm":
-                    at(_first(self.decoder, "norm", "ln_f"), "out", edit)
+                    at(_first(self.decoder, "norm", "ln_f", "final_layer_norm"), "out", edit)
                 case "logits":
                     at(self.model if self.model.get_output_embeddings() is not None else self.model.score, "out", edit)
                 case _:
                     stack.enter_context(_attention_written_out(attention, component, edit))
             yield
 
-    def _projected(self, at: Callable[..., None], attention: Any, name: str, edit: Edit) -> None:
-        if hasattr(attention, "c_attn"):  # query, key and value side by side
-            index = ("query", "key", "value").index(name)
-
-            def change(x: Tensor) -> Tensor:
-                thirds = list(x.split(x.shape[-1] // 3, dim=-1))
-                thirds[index] = edit(thirds[index])
-                return torch.cat(thirds, dim=-1)
-
-            at(attention.c_attn, "out", change)
+    def _projected(self, at: Callable[..., None], attention: Any, name: str, edit: Edit, by_head: bool) -> None:
+        """Edit queries, keys or values, wherever the columns of each head lie in what a projection puts out."""
+        heads, groups, width = self.sizes["n_head"], self.sizes["n_kv_head"], self.sizes["d_head"]
+        index, count = ("query", "key", "value").index(name), heads if name == "query" else groups
+        starts = [head * width for head in range(count)]
+        if hasattr(attention, "query_key_value") and groups == heads:  # each head's three together
+            fused, starts = attention.query_key_value, [(3 * head + index) * width for head in range(count)]
+        elif (
+            fused := getattr(attention, "c_attn", None)
+            or getattr(attention, "qkv_proj", None)
+            or getattr(attention, "query_key_value", None)
+        ):
+            first = (0, heads, heads + groups)[index] * width
+            starts = [first + start for start in starts]
         else:
-            at(getattr(attention, f"{name[0]}_proj"), "out", edit)
+            fused = getattr(attention, f"{name[0]}_proj")
 
-    def _head_contribution(self, at: Callable[..., None], projection: Any, post_norm: Any, edit: Edit) -> None:
+        def change(x: Tensor) -> Tensor:
+            mine = torch.stack([x[..., start : start + width] for start in starts], 1)
+            mine = edit(mine) if by_head else torch.stack(edit(torch.cat(list(mine.unbind(1)), -1)).chunk(count, -1), 1)
+            x = x.clone()
+            for head, start in enumerate(starts):
+                x[..., start : start + width] = mine[:, head]
+            return x
+
+        at(fused, "out", change)
+
+    def _head_contribution(
+        self, at: Callable[..., None], projection: Any, post_norm: Any, edit: Edit, times: float
+    ) -> None:
         heads, width = self.sizes["n_head"], self.sizes["d_head"]
         shares: list[Tensor] = []
 
@@ -140,8 +188,8 @@ class Truth:
             return z
 
         def replace(total: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-            parts = torch.stack([share * scale for share in shares], dim=1)  # batch head pos d_model
-            return total - parts.sum(1) + edit(parts).sum(1)
+            parts = torch.stack([share * scale for share in shares], dim=1) * times  # batch head pos d_model
+            return total - parts.sum(1) / times + edit(parts).sum(1) / times
 
         at(projection, "in", split)
         if post_norm is None:
@@ -150,6 +198,38 @@ class Truth:
             entering: list[Tensor] = []
             at(post_norm, "in", lambda x: entering.append(x) or x)  # type: ignore[func-returns-value]
             at(post_norm, "out", lambda x: replace(x, x / entering[-1]))  # the norm's scale, frozen
+
+
+def _route(mlp: Any, edit: Edit, shape: torch.Size) -> Callable[[], None]:
+    """Edit the router's logits; then softmax, each token's best experts, and their weights, which some families make sum to 1."""
+    router = mlp.gate
+
+    def routed(_: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits = edit(output[0].view(*shape, -1)).flatten(0, 1)
+        likely = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+        weights, chosen = likely.topk(router.top_k)  # of equal ones whichever topk takes
+        if getattr(router, "norm_topk_prob", True):
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, chosen
+
+    return router.register_forward_hook(routed).remove
+
+
+def _mix(mlp: Any, edit: Edit, shape: torch.Size) -> Callable[[], None]:
+    """Edit what each expert adds, `batch expert pos d_model`: its weight times down(act(gate) * up), 0 where not chosen."""
+    experts = mlp.experts
+
+    def mixed(_: nn.Module, args: tuple[Tensor, Tensor, Tensor], total: Tensor) -> Tensor:
+        rows, chosen, weights = args
+        parts = []
+        for expert in range(len(experts.down_proj)):
+            gate, up = (rows @ experts.gate_up_proj[expert].T).chunk(2, -1)
+            mine = (weights * (chosen == expert)).sum(-1, keepdim=True)
+            parts.append(mine * ((experts.act_fn(gate) * up) @ experts.down_proj[expert].T))
+        by_expert = torch.stack(parts, 1).view(*shape, len(parts), -1).transpose(1, 2)
+        return total + (edit(by_expert) - by_expert).sum(1).flatten(0, 1)
+
+    return experts.register_forward_hook(mixed).remove
 
 
 def _by_head(edit: Edit, heads: int, x: Tensor) -> Tensor:

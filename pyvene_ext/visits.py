@@ -16,6 +16,7 @@ from modelcards import card_of, dimensions, n_layers
 from modelcards.attention_taps import output_weight
 
 Where = tuple[str, int]  # a component and its layer
+OWN_INPUT = ("attention_input", "mlp_input")
 See = Callable[[Tensor], Tensor | None]  # what it returns goes on in place of what it was given
 
 
@@ -59,6 +60,7 @@ def visit(model: PreTrainedModel, where: Where, see: See, hooks: ExitStack) -> N
     """
     component, layer = where
     card = card_of(model)
+    card.component(model, component)  # raises for what a family lacks
     at_input = card.mapping(type(model))[component][1] == CONST_INPUT_HOOK
     hooks.enter_context((on_input if at_input else on_output)(card.module(model, component, layer), see))
 
@@ -69,11 +71,17 @@ def keep_places(
     """What a run will show at these places; with `graph` it can be asked for gradients there."""
     seen: dict[Where, Tensor] = {}
 
-    def keep(where: Where) -> Callable[[Tensor], None]:
-        def kept(x: Tensor) -> None:
+    def keep(where: Where) -> See:
+        def kept(x: Tensor) -> Tensor | None:
             if graph and not x.requires_grad:
                 x.requires_grad_()  # itself, no copy: the residual stream also goes on beside the module that is hooked
+            if graph and where[0] in OWN_INPUT:
+                # A view for this module alone: in some families others are given the same tensor (the stream itself in OLMo 2).
+                seen[where] = x.view_as(x)
+                return seen[where]
             seen[where] = x
+            # Falcon adds attention's output to the MLP's in place.
+            return x.clone() if where[0] == "mlp_contribution" else None
 
         return kept
 

@@ -1,12 +1,18 @@
 """Tiny random models, one per family, with awkward shapes on purpose.
 
+`FAMILIES` are those on which everything is tested. `MORE_FAMILIES` share most of their code with them and have tests of their
+own: `tests/modelcards` proves their cards, `tests/pyvene_ext/test_every_family.py` what is built on these.
+
 head_dim x heads differs from the hidden size wherever the family allows it, key/value heads are grouped (one of them in
 Gemma 2), sizes are odd or not powers of two, windows are shorter than the prompts.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import transformers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -60,9 +66,131 @@ CLASSES: dict[str, dict[str, type[PreTrainedModel]]] = {
 }
 FAMILIES = tuple(CLASSES)
 
+_GROUPED = {
+    "hidden_size": 42,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "intermediate_size": 53,
+}
+_WHOLE = {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 53}  # heads x head size is the hidden size
+_EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+# The bare class (the others are named after it unless they are given), and the config's values beside the common ones.
+_MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Model", {**_GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "gemma": ("GemmaModel", {**_GROUPED, "num_key_value_heads": 1}),
+    "gemma3": (
+        "Gemma3TextModel",
+        {
+            **_GROUPED,
+            "query_pre_attn_scalar": 11,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "phi3": ("Phi3Model", {**_GROUPED, "sliding_window": 4, "bos_token_id": 1, "eos_token_id": 2}),
+    "ministral": ("MinistralModel", {**_GROUPED, "sliding_window": 4}),
+    "olmo2": ("Olmo2Model", {**_GROUPED, "attention_bias": True, "bos_token_id": 1, "eos_token_id": 2}),
+    "granite": (
+        "GraniteModel",
+        {
+            **_GROUPED,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 0.7,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.5,
+        },
+    ),
+    "smollm3": ("SmolLM3Model", {**_GROUPED, "no_rope_layers": [1, 0], "bos_token_id": 1, "eos_token_id": 2}),
+    "cohere": (
+        "CohereModel",
+        {**_GROUPED, "logit_scale": 0.6, "use_qk_norm": True, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "stablelm": (
+        "StableLmModel",
+        {
+            **_WHOLE,
+            "num_key_value_heads": 2,
+            "use_qkv_bias": True,
+            "qk_layernorm": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "starcoder2": ("Starcoder2Model", {**_GROUPED, "sliding_window": 4, "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt_neox": ("GPTNeoXModel", {**_WHOLE, "bos_token_id": 1, "eos_token_id": 2}),
+    "mixtral": (
+        "MixtralModel",
+        {
+            **_GROUPED,
+            **_EXPERTS,
+            "hidden_size": 44,
+            "intermediate_size": 52,
+            "num_local_experts": 5,
+            "sliding_window": 4,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeModel",
+        {
+            **_GROUPED,
+            **_EXPERTS,
+            "hidden_size": 44,
+            "num_experts": 5,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": False,
+        },
+    ),
+    "gptj": ("GPTJModel", {"n_embd": 40, "n_head": 5, "n_layer": 2, "n_inner": 49, "rotary_dim": 4, "n_positions": 64}),
+    "opt": (
+        "OPTModel",
+        {
+            "hidden_size": 42,
+            "word_embed_proj_dim": 42,
+            "num_attention_heads": 6,
+            "ffn_dim": 53,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "falcon": (
+        "FalconModel",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "ffn_hidden_size": 53,
+            "bias": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "bloom": ("BloomModel", {"hidden_size": 42, "n_head": 6, "n_layer": 2, "bos_token_id": 1, "eos_token_id": 2}),
+}
+_OWN_CLASSES = {"gemma3": {"causal_lm": "Gemma3ForCausalLM", "classifier": "Gemma3TextForSequenceClassification"}}
+MORE_FAMILIES = tuple(_MORE)
+for _family, (_bare, _) in _MORE.items():
+    _named = {
+        cls: _bare.removesuffix("Model") + end
+        for cls, end in (("causal_lm", "ForCausalLM"), ("classifier", "ForSequenceClassification"))
+    }
+    _named |= _OWN_CLASSES.get(_family, {})
+    CLASSES[_family] = {
+        cls: getattr(transformers, name)
+        for cls, name in {"bare": _bare, **_named}.items()
+        if hasattr(transformers, name)
+    }
+
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """A config of `family` with 3 layers and shapes that hide no mistake."""
+    """A config of `family` with 3 layers (2 of `MORE_FAMILIES`) and shapes that hide no mistake."""
+    if family in _MORE:
+        more = {"vocab_size": VOCAB, "pad_token_id": PAD, "num_labels": 3, **_MORE[family][1]}
+        if "n_layer" not in more:
+            more |= {"num_hidden_layers": 2, "max_position_embeddings": 64}
+        return CLASSES[family]["bare"].config_class(**more)
     common = {"vocab_size": VOCAB, "num_hidden_layers": 3, "pad_token_id": PAD, "num_labels": 3}
     match family:
         case "qwen2_5":  # Qwen 2.5 has no head_dim in its config; sliding window on the last layer only

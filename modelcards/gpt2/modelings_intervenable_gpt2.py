@@ -1,4 +1,4 @@
-"""GPT-2 for pyvene: where each component lives, for the bare, language-model and classifier classes.
+"""GPT-2 for pyvene.
 
 One fused projection makes query, key and value; there is no rotary embedding and no gate. `embeddings` is the sum of token and
 position embeddings.
@@ -6,22 +6,13 @@ position embeddings.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK, split_three
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
-from modelcards.template import (
-    AS_WIDE_AS_HEAD,
-    AS_WIDE_AS_MLP,
-    AS_WIDE_AS_MODEL,
-    BY_HEAD,
-    Mapping,
-    create,
-    within,
-)
+from modelcards.card import Card
+from modelcards.template import BY_HEAD, QKV, Mapping, widths
 
-gpt2_type_to_module_mapping: Mapping = {
+places: Mapping = {
     "embeddings": ("drop", CONST_OUTPUT_HOOK),
     "block_input": ("h[%s]", CONST_INPUT_HOOK),
     "resid_mid": ("h[%s].ln_2", CONST_INPUT_HOOK),
@@ -49,32 +40,15 @@ gpt2_type_to_module_mapping: Mapping = {
     "mlp_output": ("h[%s].mlp", CONST_OUTPUT_HOOK),
     "final_norm": ("ln_f", CONST_OUTPUT_HOOK),
 }
-gpt2_type_to_dimension_mapping: Mapping = {
-    "n_head": ("n_head",),
-    "n_kv_head": ("n_head",),
-    **dict.fromkeys(AS_WIDE_AS_MODEL, ("n_embd",)),
-    **dict.fromkeys(("query_output", "key_output", "value_output", "attention_value_output"), ("n_embd",)),
-    **dict.fromkeys(AS_WIDE_AS_MLP, ("n_inner", "n_embd*4")),
-    **dict.fromkeys(AS_WIDE_AS_HEAD, ("n_embd/n_head",)),
-}
-
-"""GPT-2 with language-model head"""
-gpt2_lm_type_to_module_mapping: Mapping = {
-    **within("transformer", gpt2_type_to_module_mapping),
-    "logits": ("lm_head", CONST_OUTPUT_HOOK),
-}
-gpt2_lm_type_to_dimension_mapping: Mapping = dict(gpt2_type_to_dimension_mapping)
-
-"""GPT-2 with classifier head: logits at every position, of which the model returns the last real one's"""
-gpt2_classifier_type_to_module_mapping: Mapping = {
-    **within("transformer", gpt2_type_to_module_mapping),
-    "logits": ("score", CONST_OUTPUT_HOOK),
-}
-gpt2_classifier_type_to_dimension_mapping: Mapping = dict(gpt2_type_to_dimension_mapping)
-
-
-def create_gpt2(
-    name: str = "openai-community/gpt2", cache_dir: str | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Any, Any, Any]:
-    """Creates config, tokenizer and causal language model from the given name"""
-    return create(name, cache_dir, dtype)
+card = Card.of(
+    "gpt2",
+    "gpt2",
+    (GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification),
+    places,
+    {
+        **widths("n_embd", ("n_inner", "n_embd*4"), ("n_embd/n_head",), "n_head", "n_head"),
+        **dict.fromkeys((*QKV, "attention_value_output"), ("n_embd",)),
+    },
+    prefix="transformer",
+    checkpoint="openai-community/gpt2",
+)

@@ -135,7 +135,7 @@ class Recorder:
     def during(self, layer: int, column: int, rows: list[tuple[int, int]]) -> Iterator[None]:
         """What the MLP is given, and the stream in the middle of a block."""
         with ExitStack() as stack:
-            for site, component in (("mlp_in", "mlp_output"), ("resid_mid", "resid_mid")):
+            for site, component in (("mlp_in", "mlp_input"), ("resid_mid", "resid_mid")):
                 if (site, layer) in self.wanted:
                     keep = partial(self._keep, site, layer, column=column, rows=rows)
                     stack.enter_context(on_input(self.replay.module(component, layer), keep))

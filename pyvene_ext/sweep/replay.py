@@ -22,19 +22,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from modelcards import card_of, n_layers
-from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, output_weight
+from modelcards import card_of, dimensions, n_layers
+from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, at_layer, output_weight
 from modelcards.shared_past import shared_past
 from pyvene_ext.devices import input_device
-from pyvene_ext.visits import on_input, on_output
+from pyvene_ext.visits import See, on_input, on_output
 
 Hidden = Float[Tensor, "row pos d_model"]
+ADDED = {"attn_out": "attention_contribution", "mlp_in": "mlp_input", "mlp_out": "mlp_contribution"}
 PROJECTIONS = {"q": "query_output", "k": "key_output", "v": "value_output"}
 Edit = Callable[[Tensor], None]  # changes an activation in place
 
 
 class _Made(Exception):
-    """Keys and values are there and nothing else was wanted."""
+    """What was wanted is there."""
 
 
 @dataclass
@@ -87,7 +88,8 @@ class Replay:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.card = model, card_of(model)
-        self.bare = getattr(model, model.base_model_prefix)
+        bare = getattr(model, model.base_model_prefix)
+        self.bare = getattr(bare, "decoder", bare)  # OPT's language model calls what its bare model consists of
         self.n_layers = n_layers(model.config)
         self.dtype = model.dtype
         self.device = input_device(model)
@@ -126,7 +128,8 @@ class Replay:
         """One block on rows that stand at `columns` (first, one behind the last).
 
         Args:
-            attention: outputs of the attention module for the last rows, which then is not run on them.
+            attention: outputs of the attention module for the last rows, which then is not run on them; less the residual, where
+                the module adds it.
             mlp: outputs of the MLP for the last rows, likewise.
             edits: by site (q, k, v, scores, pattern, z, attn_out, resid_mid, mlp_in, mlp_out): changes `row pos d` in place, of
                 all rows at attn_out and behind it, of those whose attention runs before.
@@ -134,42 +137,63 @@ class Replay:
         """
         edits = edits or {}
         inside = [(f"attention_{site}", edits[site]) for site in ("scores", "pattern") if site in edits]
-        attention_module, mlp_module = self.module("attention_input", layer), self.module("mlp_output", layer)
+        # What no module of the model puts out, or is given, is edited where taps show it.
+        shown: list[tuple[str, See]] = [*inside]
+        shown += [(name, _on_a_copy(edits[at])) for at, name in ADDED.items() if at in edits and self._is_tap(name)]
+        if "resid_mid" in edits and self._is_tap("resid_mid"):
+            shown.append(("resid_mid", edits["resid_mid"]))
+        attention_module = self.module("attention_input", layer)
         with ExitStack() as stack:
+            if self.arguments(*columns)[layer][1].get("alibi") is not None:
+                stack.enter_context(_forward(attention_module, _with_alibi(attention_module.forward)))
             if attention is not None and len(attention):
+                if self.card.sums_inside:
+                    attention = attention + hidden[len(hidden) - len(attention) :]
                 partly = _partly(attention_module.forward, attention)
                 stack.enter_context(_forward(attention_module, lambda *a, **k: _with_pattern(partly(*a, **k))))
             if mlp is not None and len(mlp):
-                stack.enter_context(_forward(mlp_module, _partly(mlp_module.forward, mlp)))
+                if self._is_tap("mlp_output"):
+                    known = mlp
+                    shown.insert(0, ("mlp_output", lambda x: torch.cat([x[: len(x) - len(known)], known.to(x)])))
+                else:
+                    mlp_module = self.module("mlp_output", layer)
+                    stack.enter_context(_forward(mlp_module, _partly(mlp_module.forward, mlp)))
             if past.shared is not None:
-                if inside or self.model.config._attn_implementation not in MASKS_UNDERSTOOD:
+                if inside or not self._is_shared_past_understood:
                     past.spread(len(hidden) - (0 if attention is None else len(attention)))
                 else:
                     stack.enter_context(shared_past(attention_module, *past.shared))
             for site in ("q", "k", "v"):
                 if site in edits:
                     stack.enter_context(self._on_projection(site, layer, edits[site]))
-            if inside:
-                stack.enter_context(Taps(self.model, self.card, [(component, layer) for component, _ in inside]))
-            for component, edit in inside:
-                stack.enter_context(on_output(self.card.module(self.model, component, layer), edit))
+            if seen is not None and self._is_tap("mlp_output"):
+                shown.append(("mlp_output", lambda x: seen.__setitem__("mlp", x.clone())))
+            if shown:
+                stack.enter_context(Taps(self.model, self.card, [(component, layer) for component, _ in shown]))
+            for component, see in shown:
+                stack.enter_context(on_output(self.card.module(self.model, component, layer), see))
             if "z" in edits:
                 stack.enter_context(on_input(self.module("attention_value_output", layer), edits["z"]))
-            if "attn_out" in edits:
-                stack.enter_context(on_output(self._behind_attention(layer), edits["attn_out"]))
-            if "resid_mid" in edits:
+            if "attn_out" in edits and not self._is_tap("attention_contribution"):
+                edit = edits["attn_out"]
+                of_sum = _less(hidden, edit) if self.card.sums_inside else edit
+                stack.enter_context(on_output(self._behind_attention(layer), of_sum))
+            if "resid_mid" in edits and not self._is_tap("resid_mid"):
                 stack.enter_context(on_input(self.module("resid_mid", layer), edits["resid_mid"]))
-            if "mlp_in" in edits:
-                stack.enter_context(on_input(mlp_module, edits["mlp_in"]))
-            if "mlp_out" in edits:
+            if "mlp_in" in edits and not self._is_tap("mlp_input"):
+                # The MLP's own: others may be given the same tensor.
+                stack.enter_context(on_input(self.module("mlp_input", layer), _on_a_copy(edits["mlp_in"])))
+            if "mlp_out" in edits and not self._is_tap("mlp_contribution"):
                 stack.enter_context(on_output(self.module("mlp_contribution", layer), edits["mlp_out"]))
             if seen is not None:
                 keep = seen.__setitem__
                 stack.enter_context(
                     on_input(self.module("attention_value_output", layer), lambda x: keep("z", x.clone()))
                 )
-                stack.enter_context(on_output(attention_module, lambda x: keep("attention", x.clone())))
-                stack.enter_context(on_output(mlp_module, lambda x: keep("mlp", x.clone())))
+                adds = self.module("attention_contribution", layer) if self.card.sums_inside else attention_module
+                stack.enter_context(on_output(adds, lambda x: keep("attention", x.clone())))
+                if not self._is_tap("mlp_output"):
+                    stack.enter_context(on_output(self.module("mlp_output", layer), lambda x: keep("mlp", x.clone())))
             return _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], past)
 
     def keys_values(
@@ -198,6 +222,8 @@ class Replay:
     def projected(self, site: str, layer: int, normed: Hidden) -> Float[Tensor, "row pos d"]:
         """q, k or v of all heads side by side, of what `attention_input` gives."""
         component = PROJECTIONS[site]
+        if self.card.fused is not None:
+            return self._out_of_fused(site, self._fused(layer)(normed)).flatten(2)
         x = self.module(component, layer)(normed)
         for split, which in self.card.mapping(type(self.model))[component][2:]:  # GPT-2 projects all three at once
             x = split(x, which)
@@ -215,7 +241,8 @@ class Replay:
         head = self.model.get_output_embeddings()
         weight = output_weight(head)
         with ExitStack() as stack:
-            done = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normed[:, None])
+            done: Any = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normed[:, None])
+            done.router_logits = None  # which models with experts ask for
             stack.enter_context(_forward(self.bare, lambda *_, **__: done))
             if ids is not None and weight is not None:
                 chosen = ids.to(weight.device)
@@ -250,6 +277,16 @@ class Replay:
     def _on_projection(self, site: str, layer: int, edit: Edit) -> AbstractContextManager[None]:
         """Edit q, k or v of all heads side by side, `row pos d`, where they leave their projection."""
         component = PROJECTIONS[site]
+        if self.card.fused is not None:
+
+            def of_fused(x: Tensor) -> None:
+                own = self._out_of_fused(site, x)
+                flat = own.flatten(2)  # a copy where heads do not lie side by side
+                edit(flat)
+                if flat.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
+                    own.copy_(flat.view(own.shape))
+
+            return on_output(self._fused(layer), of_fused)
         _, _, *splits = self.card.mapping(type(self.model))[component]
 
         def part(x: Tensor) -> None:
@@ -258,6 +295,25 @@ class Replay:
             edit(x)
 
         return on_output(self.module(component, layer), part)
+
+    def _fused(self, layer: int) -> nn.Module:
+        """The module that makes q, k and v at once."""
+        path, _, _ = self.card.mapping(type(self.model))["query_output"][0].rpartition(".")
+        return self.model.get_submodule(at_layer(path, layer))
+
+    def _out_of_fused(self, site: str, x: Tensor) -> Float[Tensor, "row pos head d_head"]:
+        assert self.card.fused is not None
+        return self.card.fused(x, dimensions(self.model.config))[tuple(PROJECTIONS).index(site)]
+
+    def _is_tap(self, component: str) -> bool:
+        return self.card.is_tap(self.model, component)
+
+    @property
+    def _is_shared_past_understood(self) -> bool:
+        by_interface = "attention_scores" in self.card.mapping(
+            type(self.model)
+        )  # the one that `shared_past` is put into
+        return by_interface and self.model.config._attn_implementation in MASKS_UNDERSTOOD
 
     def _behind_attention(self, layer: int) -> nn.Module:
         """The module whose output attention adds to the residual."""
@@ -275,13 +331,16 @@ class Replay:
             cache.update(nothing, nothing, 0)
         calls: list[tuple[tuple, dict]] = []
 
-        def left_out(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def left_out(given: Tensor | tuple[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor]:
+            (hidden_states,) = given if isinstance(given, tuple) else (given,)
             swap = {id(cache): Past}
             args = tuple(swap.get(id(value), value) for value in args)
             calls.append(((hidden_states, *args), {name: swap.get(id(v), v) for name, v in kwargs.items()}))
-            return hidden_states
+            if len(calls) == self.n_layers:
+                raise _Made
+            return (hidden_states,)  # of which some models take the first, and the others hand it on as it is
 
-        with ExitStack() as stack:
+        with ExitStack() as stack, suppress(_Made):
             for layer in range(self.n_layers):
                 stack.enter_context(_forward(self.module("block_output", layer), left_out))
             self.bare(input_ids=ids, past_key_values=cache, use_cache=False)
@@ -305,12 +364,45 @@ def _partly(forward: Callable[..., Any], known: Tensor) -> Callable[..., Any]:
         here, first = known.to(x.device), x[: len(x) - len(known)]
         if not len(first):
             return here
-        output = forward(**{name: first}, **kwargs) if name else forward(first, *args[1:], **kwargs)
+        # What else has these rows: the residual, where attention adds it.
+        others = [a[: len(first)] if isinstance(a, Tensor) and a.shape == x.shape else a for a in args[1:]]
+        output = forward(**{name: first}, **kwargs) if name else forward(first, *others, **kwargs)
         if isinstance(output, tuple):
             return torch.cat([output[0], here]), *output[1:]
         return torch.cat([output, here])
 
     return partly
+
+
+def _with_alibi(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of an attention that is given its bias, recorded for one row, for as many as it is called with."""
+
+    def repeated(*args: Any, alibi: Tensor, **kwargs: Any) -> Any:
+        return forward(*args, alibi=alibi.repeat(len(args[0]), 1, 1), **kwargs)
+
+    return repeated
+
+
+def _on_a_copy(edit: Edit) -> See:
+    """An edit in place that leaves what it was given as it is."""
+
+    def edited(x: Tensor) -> Tensor:
+        x = x.clone()
+        edit(x)
+        return x
+
+    return edited
+
+
+def _less(residual: Tensor, edit: Edit) -> See:
+    """An edit of what is added to the residual, for a module that returns the sum."""
+
+    def edited(x: Tensor) -> Tensor:
+        added = x - residual
+        edit(added)
+        return residual + added
+
+    return edited
 
 
 def _with_pattern(output: Any) -> tuple:

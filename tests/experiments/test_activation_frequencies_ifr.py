@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from prompt_sets import PROMPTS
-from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
 
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.loading import TINY_FOLDER, TINY_MODELS, load_model
@@ -134,7 +134,7 @@ def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert meta["n"] == N
     written = {str(path.relative_to(tmp_path / "f")) for path in (tmp_path / "f").rglob("*") if path.is_file()}
     assert written == {
-        "clean.npy", "config.yaml", "deltas.npy", "frequency_vs_tau.csv", "heads.csv",
+        "clean.npy", "config.yaml", "deltas.npy", "frequency_vs_tau.csv", "heads.csv", "prompts.json",
         "figures/frequency.png", "figures/mean_delta.png", "figures/frequency_vs_tau.png", "figures/abs_delta.png",
     }  # fmt: skip
     shown = capsys.readouterr().out
@@ -445,10 +445,10 @@ def test_bad_flags_are_one_sentence(
 
 
 def test_an_unsupported_model_type_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
-    OPTForCausalLM(OPTConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "opt")
-    assert command("--model", tmp_path / "opt", "--out", tmp_path / "f.npy") == 2
-    assert "opt" in capsys.readouterr().err
+    config = CodeGenConfig(vocab_size=50, n_embd=16, n_layer=1, n_head=4, rotary_dim=2, bos_token_id=1, eos_token_id=2)
+    CodeGenForCausalLM(config).save_pretrained(tmp_path / "other")
+    assert command("--model", tmp_path / "other", "--out", tmp_path / "f.npy") == 2
+    assert "codegen" in capsys.readouterr().err
 
 
 def test_the_same_weights_under_another_config_do_not_resume(

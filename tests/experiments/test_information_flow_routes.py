@@ -11,7 +11,7 @@ from typing import Any
 import information_flow_routes as study
 import numpy as np
 import pytest
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import CodeGenConfig, CodeGenForCausalLM
 
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.flow import Edge, Flow, Node
@@ -226,7 +226,7 @@ def test_the_drawing_names_no_heads_where_they_would_cover_it() -> None:
         (("--compare", "other.npy"), "--compare other.npy is (4, 4) and tiny-qwen2.5 has (6, 8) layers and heads"),
         (("--out", "text.npy"), "text.npy is not a folder one may write in"),
         (("--out", "text.npy/deeper"), "text.npy is not a folder one may write in"),
-        (("--model", "opt"), "opt has model type 'opt'; use a model of one of the types"),
+        (("--model", "other"), "other has model type 'codegen'; use a model of one of the types"),
     ],
 )
 def test_bad_input_gives_one_sentence_and_writes_nothing(
@@ -243,10 +243,9 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(
     np.save("vector.npy", np.ones(4))
     np.save("words.npy", np.array([["a"]]))
     np.save("other.npy", np.ones((4, 4)))
-    if "opt" in flags:
-        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
-        config = OPTConfig(vocab_size=len(shipped_tokenizer()), word_embed_proj_dim=8, **sizes)
-        save_with_random_weights(OPTForCausalLM(config), tmp_path / "opt")
+    if "other" in flags:
+        config = CodeGenConfig(vocab_size=len(shipped_tokenizer()), n_embd=8, n_layer=1, n_head=4, rotary_dim=2)
+        save_with_random_weights(CodeGenForCausalLM(config), tmp_path / "other")
         capsys.readouterr()
     before = sorted(os.listdir())
     first = () if "--dataset" in flags else ("--dataset", dataset)

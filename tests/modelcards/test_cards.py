@@ -15,11 +15,13 @@ from transformers import Gemma2ForCausalLM, LlamaForCausalLM, LlamaModel, Qwen2C
 import modelcards
 from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of
 from pyvene_ext import IntervenableModel, verify, verify_card
+from pyvene_ext.truth import Truth
 from tests.conftest import PLAIN_MODULES
-from tests.tiny_random import CLASSES, FAMILIES, random_inputs, random_model
+from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
 
 Z = "head_attention_value_output"
 EVERY_CLASS = [(family, cls) for family in FAMILIES for cls in CLASSES[family]]
+MORE_CLASSES = [(family, cls) for family in MORE_FAMILIES for cls in CLASSES[family] if cls != "causal_lm"]
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY_CLASS, ids=[f"{f}-{c}" for f, c in EVERY_CLASS])
@@ -28,6 +30,36 @@ def test_every_component_is_exact(family: str, cls: str) -> None:
     report = verify_card(random_model(family, cls), layers="all" if cls == "causal_lm" else [1])
     assert report.failures == 0, report.table()
     assert {row.component for row in report.rows} == set(card_of(CLASSES[family][cls]).mapping(CLASSES[family][cls]))
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_more_families_are_exact(family: str) -> None:
+    # One layer, padding side and implementation, not the same ones for all; the READMEs count them all.
+    number, model = MORE_FAMILIES.index(family), random_model(family)
+    implementation = ["eager", "sdpa"][number % 2] if model._supports_sdpa else "eager"
+    report = verify_card(
+        model, layers=[number // 2 % 2], implementations=[implementation], padding_sides=[["left", "right"][number % 2]]
+    )
+    assert report.failures == 0, report.table()
+    assert {row.component for row in report.rows} == set(card_of(model).mapping(type(model)))
+
+
+@pytest.mark.parametrize(("family", "cls"), MORE_CLASSES, ids=[f"{f}-{c}" for f, c in MORE_CLASSES])
+def test_other_classes_of_more_families_have_the_same_places(family: str, cls: str) -> None:
+    model, inputs, truth = random_model(family, cls), random_inputs(), Truth(random_model(family, cls))
+    card, real = card_of(model), inputs["attention_mask"].bool()
+    whole = set(card.mapping(CLASSES[family]["causal_lm"])) - {"logits"}
+    assert set(card.mapping(type(model))) == whole | ({"logits"} if cls == "classifier" else set())
+    for component in {"block_output", "attention_value_output", "final_norm", "logits"} & set(
+        card.mapping(type(model))
+    ):
+        layer = 1 if COMPONENTS[component].per_layer else 0
+        config = IntervenableConfig([RepresentationConfig(layer, component, "pos", intervention_type=ZeroIntervention)])
+        found = IntervenableModel(config, model)(inputs, unit_locations={"base": [[[-1]] * 3]})[1][0]
+        last = real.sum(-1) - 1 + (~real).sum(-1)  # of left-padded rows
+        expected = truth.run(inputs, component, layer, lambda x, at=last: x.index_fill(1, at[:1], 0.0))
+        found, expected = (x[real] if x.ndim == 3 else x for x in (found, expected))
+        assert torch.allclose(found, expected, atol=1e-5), component
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,6 +102,43 @@ class MyLlama(LlamaForCausalLM):
 def test_subclasses_of_a_covered_class_work() -> None:
     report = verify_card(MyLlama(random_model("llama3_1").config).eval(), layers=[0], implementations=["sdpa"])
     assert report.failures == 0, report.table()
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "sentence"),
+    [
+        ("stablelm", {"use_parallel_residual": True}, "covers models with use_parallel_residual=False"),
+        ("gpt_neox", {"use_parallel_residual": False}, "covers models with use_parallel_residual=True"),
+        ("opt", {"do_layer_norm_before": False}, "covers models with do_layer_norm_before=True"),
+        ("opt", {"word_embed_proj_dim": 24}, "word_embed_proj_dim equal to hidden_size"),
+        ("falcon", {"new_decoder_architecture": True}, "and no new_decoder_architecture"),
+        ("falcon", {"multi_query": False}, "covers models with parallel_attn and multi_query"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=False"),
+    ],
+)
+def test_models_built_in_another_way_are_refused(family: str, setting: dict[str, Any], sentence: str) -> None:
+    config = tiny_config(family)
+    for name, value in setting.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"the card of {family} .*{sentence}"):
+        card_of(CLASSES[family]["causal_lm"](config))
+
+
+def test_experts_are_counted_as_experts() -> None:
+    config = IntervenableConfig(
+        [RepresentationConfig(0, "expert_contribution", "h", intervention_type=ZeroIntervention)]
+    )
+    with pytest.raises(ValueError, match=r"expert 5 of .* is out of range: there are experts 0 to 4\.$"):
+        IntervenableModel(config, random_model("mixtral"))(random_inputs(), unit_locations={"base": [[[5]] * 3]})
+
+
+def test_a_layer_without_experts_says_so() -> None:
+    config = tiny_config("qwen3_moe")
+    config.mlp_only_layers = [0]
+    model = CLASSES["qwen3_moe"]["causal_lm"](config)
+    item = RepresentationConfig(0, "router_logits", "pos", intervention_type=ZeroIntervention)
+    with pytest.raises(ValueError, match="layer 0 of this model has no router_logits"):
+        IntervenableModel(IntervenableConfig([item]), model)
 
 
 def test_a_model_without_a_card_is_named() -> None:
@@ -120,7 +189,7 @@ def test_5_two_positions_come_back_as_pieces_of_one_in_plain_pyvene_only() -> No
     assert torch.equal(ours, model(**random_inputs(), output_hidden_states=True).hidden_states[2][:, 7:])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *MORE_FAMILIES))
 def test_widths_in_pyvenes_dimension_mapping_are_whole_vectors(family: str) -> None:
     model = random_model(family)
     card = card_of(model)

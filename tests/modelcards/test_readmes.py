@@ -16,8 +16,9 @@ from torch import Tensor
 
 import pyvene_ext
 from modelcards import CARDS, COMPONENTS, Card, n_layers
+from modelcards.template import first_of_two, second_of_two
 from pyvene_ext.verify import OPERATIONS, Report, verify_card
-from tests.tiny_random import CLASSES, FAMILIES, random_inputs, random_model, tiny_config
+from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("modelcards", "pyvene_ext", "experiments")
@@ -52,18 +53,33 @@ def place(path: str, hook: str, *splits: tuple) -> str:
     side = "input" if hook == CONST_INPUT_HOOK else "output"
     part = next((part for split, part in splits if split is split_three), None)
     third = "" if part is None else f", {('first', 'middle', 'last')[part]} third"
-    return f"`{path.replace('%s', 'L')}` {side}{third}"
+    halves = {first_of_two: ", first half", second_of_two: ", second half"}
+    half = "".join(halves.get(split, "") for split, _ in splits)
+    return f"`{path.replace('%s', 'L')}` {side}{third}{half}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *MORE_FAMILIES))
 def test_the_table_of_components_is_the_cards(family: str) -> None:
     table = component_table(family)
     assert table in readme(family), f"modelcards/{family}/README.md needs exactly this table:\n\n{table}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_a_short_readme_names_classes_checkpoint_and_what_there_is_not(family: str) -> None:
+    card, text = card_named(family), readme(family)
+    assert all(f"`{cls.__name__}`" in text for cls in CLASSES[family].values())
+    assert f"`{card.checkpoint}`" in text
+    assert all(f"`{name}`" in text.split("## What it lacks")[1] for name in card.absent)
+    assert ("## What it lacks" in text) == bool(card.absent or card.covers)
+    if card.covers is not None:
+        assert card.covered in text
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, *MORE_FAMILIES))
 def test_the_counts_of_checks_are_what_verify_makes(family: str) -> None:
-    for cls in CLASSES[family].values():
+    for name, cls in CLASSES[family].items():
+        if family in MORE_FAMILIES and name != "causal_lm":
+            continue
         components = [COMPONENTS[name] for name in card_named(family).mapping(cls)]
         layers = n_layers(tiny_config(family))
         places = sum(len(c.units) * (layers if c.per_layer else 1) for c in components)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import CodeGenConfig, CodeGenForCausalLM, PreTrainedModel
 
 from pyvene_ext import flow as flow_module
 from pyvene_ext.flow import Edge, Flow, Node, flow_routes, importances, proximity, renormalise
@@ -419,11 +419,9 @@ def test_bad_arguments_are_refused_before_the_model_runs() -> None:
 
 
 def test_a_model_without_a_card_is_refused() -> None:
-    config = OPTConfig(
-        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, word_embed_proj_dim=8
-    )
-    with pytest.raises(ValueError, match="no model card covers OPTForCausalLM"):
-        routes(OPTForCausalLM(config))
+    config = CodeGenConfig(vocab_size=9, n_embd=8, n_layer=1, n_head=4, rotary_dim=2, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(ValueError, match="no model card covers CodeGenForCausalLM"):
+        routes(CodeGenForCausalLM(config))
 
 
 def test_a_projection_that_cannot_be_split_is_refused() -> None:

@@ -1,0 +1,1 @@
+"""Cards and fixes written into a checkout of pyvene; see `python -m modelcards.export --help`."""

@@ -1,0 +1,150 @@
+"""Write our cards, or fixes of pyvene, into a checkout of pyvene, ready for a pull request.
+
+    python -m modelcards.export --to ~/pyvene > cards.md                    # every card
+    python -m modelcards.export --to ~/pyvene --family qwen3 olmo2 > cards.md
+    python -m modelcards.export --to ~/pyvene --fixes 9 > fix.md            # one fix; without a number all of them
+
+Files are changed in the checkout; nothing is committed, and nothing else is touched. Standard output is the text of the pull
+request, with what the checks gave; standard error says what was written. Doing it twice changes nothing.
+
+Everything is made from what is committed in the checkout, and its new unit tests are run on a copy with the pyvene that it will
+stand in before anything is written; a test that fails stops the export. A checkout with other uncommitted changes is refused, so
+commit one pull request before making the next.
+
+Cards go into `pyvene/models/<family>/`, the lines that register them into `intervenable_modelcard.py`, tests into
+`tests/integration_tests`. What upstream has of a family keeps its names and functions; entries are added and corrected. The files
+need nothing but pyvene. Left out, and named in the file and the text, is what no module of transformers puts out: attention's
+inside, contributions of heads, capped logits. To have them, pyvene would have to put modules into a model while it runs, as our
+`Taps` do; that is a new part of pyvene and no card.
+
+Two fixes matter to cards, and are best merged first. With fix 2, cards name the width of projections whose heads x head size is
+not the hidden size, which trainable interventions need. With fix 15, edits are made on a copy, and cards have inputs of attention
+and MLP that something else reads as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from modelcards import CARDS, Card
+from modelcards.export.cards import Exported, export
+from modelcards.export.checkout import Checkout, Files
+from modelcards.export.fixes import FIXES, chosen, fixed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    asked = _parser().parse_args(arguments)
+    try:
+        checkout = Checkout(asked.to)
+        if asked.fixes is None:
+            exported, files = export(checkout, _cards(asked.family))
+            checkout.check_clean(files)
+            text = card_text(checkout, exported, checkout.try_out(files, [one.test for one in exported]))
+        else:
+            fixes = chosen(asked.fixes)
+            files = fixed(checkout, fixes)
+            checkout.check_clean(files)
+            checkout.try_out(files, [path for path in files if path.startswith("tests/")])
+            text = "\n\n".join(f"{fix.title}\n\n{fix.text}" for fix in fixes)
+        _say(checkout, files)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    fixes = "\n".join(f"  {' and '.join(map(str, fix.numbers))}: {fix.title}" for fix in FIXES)
+    parser = argparse.ArgumentParser(
+        prog="python -m modelcards.export",
+        description=__doc__,
+        epilog=f"fixes:\n{fixes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a checkout of pyvene")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--family", nargs="+", metavar="NAME", help="cards of these families; all if not given")
+    what.add_argument("--fixes", nargs="*", type=int, metavar="N", help="fixes instead of cards; all if none is named")
+    return parser
+
+
+def _cards(families: list[str] | None) -> list[Card]:
+    known = {card.family: card for card in CARDS}
+    if unknown := [family for family in families or () if family not in known]:
+        raise ValueError(f"there is no card of {unknown[0]}; there are {', '.join(known)}.")
+    return [known[family] for family in dict.fromkeys(families or known)]
+
+
+def _say(checkout: Checkout, files: Files) -> None:
+    written = checkout.write(files)
+    for path in written:
+        print(f"written: {path}", file=sys.stderr)
+    if not written:
+        print(f"{checkout.root} has all of it already: nothing written.", file=sys.stderr)
+
+
+def card_text(checkout: Checkout, exported: list[Exported], checks: list[list[Any]]) -> str:
+    """The title and text of a pull request of cards, with what the checks gave."""
+    names = ", ".join(one.name for one in exported)
+    rows = ["| class | components | checks | largest difference |", "|---|---|---|---|"]
+    for one in exported:
+        for model_class in one.names:
+            of_class = [check for check in checks if check[0] == model_class.__name__]
+            streams = {check[1] for check in of_class}
+            rows.append(
+                f"| `{model_class.__name__}` | {len(streams)} | {len(of_class)} | {max(check[4] for check in of_class):.1e} |"
+            )
+    notes = [note for one in exported for note in _notes(one)]
+    return "\n".join(
+        [
+            f"[P1] Model cards: {names}",
+            "",
+            "**Descriptions**:",
+            "",
+            f"Model cards of {names}: where each component of the model is, for the bare, the language-model and, where there is",
+            "one, the classifier class. What was there keeps its name.",
+            "",
+            *notes,
+            *([""] if notes else []),
+            "**Testing Done**:",
+            "",
+            "Every component was read, set to zero and interchanged, at other positions and heads in every example, on tiny",
+            "random models, and compared with plain torch hooks; blocks were checked to be the sum of their parts. No test",
+            "needs a hub.",
+            f"`python -m unittest discover -p '*ModelCardTestCase.py'` at {checkout.commit}, Python {platform.python_version()},",
+            f"torch {torch.__version__}, transformers {transformers.__version__}:",
+            "",
+            *rows,
+        ]
+    )
+
+
+def _notes(one: Exported) -> list[str]:
+    """What a card does not have, and why."""
+    notes = []
+    for why in dict.fromkeys(one.left_out.values()):
+        components = [f"`{component}`" for component, reason in one.left_out.items() if reason == why]
+        notes.append(f"- {one.name}: left out, as {why}: {', '.join(components)}.")
+    if one.kept:
+        notes.append(f"- {one.name}: as they were, and not checked: {', '.join(f'`{name}`' for name in one.kept)}.")
+    if one.no_width:
+        components = [f"`{component}`" for component in one.no_width]
+        notes.append(
+            f"- {one.name}: without a width, as pyvene cannot say heads x head size, and so whole but not for trainable "
+            f"interventions: {', '.join(components)}."
+        )
+    return notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

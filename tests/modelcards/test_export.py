@@ -1,0 +1,438 @@
+"""Cards and fixes on copies of the installed pyvene laid out as checkouts: what is written, exact there, and refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pyvene
+from pyvene.models import constants
+
+from modelcards import CARDS, COMPONENTS, Card
+from modelcards.export.__main__ import main
+from modelcards.export.cards import export
+from modelcards.export.checkout import REGISTRY, Checkout
+from modelcards.export.fixes import FIXES, chosen, fixed
+
+FAMILIES = ("gpt2", "llama3_1", "phi3", "cohere")  # two that upstream has, two that it has not
+DEFECTS = {1, 2, 3, 7, 9, 11, 12, 15}
+
+# Imports what is slow once, then in each folder runs the tests whose files match, in a process of its own that has the pyvene of
+# that folder and nothing of this project.
+SERVER = """
+import json, os, sys, unittest
+sys.path = [path for path in sys.path if path != os.getcwd()]
+sys.modules.update(dict.fromkeys(("modelcards", "pyvene_ext")))
+import pyvene
+for name in [name for name in sys.modules if name.split(".")[0] == "pyvene"]:
+    del sys.modules[name]
+outcomes = {}
+for name, (folder, pattern, extra) in json.loads(sys.argv[1]).items():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        os.dup2(2, 1)
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        suite = unittest.TestLoader().discover(".", pattern=pattern)
+        result = unittest.TextTestRunner(verbosity=0).run(suite)
+        failed = [case.id().split(".")[-2] for case, _ in result.errors + result.failures]
+        said = {"run": result.testsRun, "failed": failed, "said": [text for _, text in result.errors + result.failures]}
+        names = {}
+        exec(extra, names)
+        said["extra"] = names.get("answer")
+        os.write(writing, json.dumps(said).encode())
+        os.close(writing)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        outcomes[name] = json.loads(pipe.read())
+    os.waitpid(child, 0)
+print("\\n" + json.dumps(outcomes))
+"""
+
+# What the mappings of a checkout hold, by class, and whose names are still there.
+MAPPINGS = """
+import pyvene
+from pyvene.models import intervenable_modelcard as cards
+def spelled(entry):
+    return [getattr(part, "__name__", part) if not isinstance(part, tuple) else
+            [next((name for name, value in vars(cards).items() if value is part[0]), None), part[1]] for part in entry]
+answer = {
+    "file": pyvene.__file__,
+    "places": {cls.__name__: {name: spelled(entry) for name, entry in mapping.items()}
+               for cls, mapping in cards.type_to_module_mapping.items()},
+    "widths": {cls.__name__: mapping for cls, mapping in cards.type_to_dimension_mapping.items()},
+    "names": sorted(vars(cards)),
+}
+"""
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "all")
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes checkouts of the installed pyvene, with empty packages of tests as upstream has them."""
+    first = tmp_path_factory.mktemp("upstream") / "pyvene"
+    installed = Path(pyvene.__file__).parent
+    shutil.copytree(installed, first / "pyvene", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("tests", "tests/unit_tests", "tests/integration_tests"):
+        (first / folder).mkdir(exist_ok=True)
+        (first / folder / "__init__.py").touch()
+    git(first, "init", "-q")
+    git(first, "config", "core.autocrlf", "false")
+    commit(first)
+
+    def copy() -> Path:
+        folder = tmp_path_factory.mktemp("copy") / "pyvene"
+        shutil.copytree(first, folder)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def trees(make: Callable[[], Path]) -> dict[str, Path]:
+    """The clean tree, each fix alone, and all fixes with cards on top."""
+    trees = {"before": make()}
+    for fix in FIXES:
+        git(trees["before"], "apply", "--include=tests/*", str(fix.path))
+        name = str(fix.numbers)
+        trees[name] = make()
+        checkout = Checkout(trees[name])
+        checkout.write(fixed(checkout, [fix]))
+    trees["all"] = make()
+    checkout = Checkout(trees["all"])
+    checkout.write(fixed(checkout, list(FIXES)))
+    commit(trees["all"])
+    checkout = Checkout(trees["all"])
+    checkout.write(export(checkout, [card_of(family) for family in FAMILIES])[1])
+    return trees
+
+
+@pytest.fixture(scope="module")
+def sent(make: Callable[[], Path]) -> tuple[Path, str, list[list[Any]]]:
+    """A checkout to which cards were exported by the command, what it printed, and what the checks gave."""
+    folder = make()
+    checks: list[list[Any]] = []
+    try_out = Checkout.try_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkout, "try_out", lambda *a: checks.extend(try_out(*a)) or checks)  # type: ignore[func-returns-value]
+        code, printed, _ = called("--to", str(folder), "--family", *FAMILIES)
+    assert code == 0
+    return folder, printed, checks
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    trees: dict[str, Path], sent: tuple[Path, str, list], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What unittest says in every tree, and what mappings these have."""
+    asked = {name: (str(folder), "*TestCase.py", MAPPINGS) for name, folder in trees.items()}
+    asked["cards"] = (str(sent[0]), "Phi3ModelCardTestCase.py", MAPPINGS)  # the command has run the others
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-B", "-c", SERVER, json.dumps(asked)],
+        cwd=tmp_path_factory.mktemp("empty"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def called(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the command, run here."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+def card_of(family: str) -> Card:
+    return next(card for card in CARDS if card.family == family)
+
+
+def changed(folder: Path) -> set[str]:
+    return {line[3:] for line in git(folder, "status", "--porcelain", "--untracked-files=all").splitlines()}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# -- cards -------------------------------------------------------------------------------------------------------------
+
+
+def test_only_cards_registry_and_tests_are_written(sent: tuple[Path, str, list]) -> None:
+    new = {"phi3", "cohere"}
+    expected = {f"pyvene/models/{name}/modelings_intervenable_{name}.py" for name in ("gpt2", "llama", *new)}
+    expected |= {f"pyvene/models/{name}/__init__.py" for name in new} | {REGISTRY, "tests/modelcard_utils.py"}
+    expected |= {f"tests/integration_tests/{name}ModelCardTestCase.py" for name in ("Gpt2", "Llama", "Phi3", "Cohere")}
+    assert changed(sent[0]) == expected
+    for path in expected:
+        text = (sent[0] / path).read_text(encoding="utf-8")
+        assert not re.search("modelcards|pyvene_ext|tap_", text), path
+        assert "Left out, as no module" in text or not path.startswith("pyvene/models/") or "modelings" not in path
+    removed = git(sent[0], "diff", "--stat", "--", REGISTRY)
+    assert "-" not in removed.splitlines()[-1], "lines of the registry were changed or removed"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_process_finds_what_our_card_says(family: str, outcomes: dict[str, Any], sent: tuple) -> None:
+    outcome = outcomes["cards"]
+    there = outcome["extra"]
+    assert Path(there["file"]).is_relative_to(sent[0])
+    own = {value: name for name, value in vars(constants).items() if callable(value)}
+    hooks = (constants.CONST_INPUT_HOOK, constants.CONST_OUTPUT_HOOK)
+    for model_class, mapping in card_of(family).mappings.items():
+        places = there["places"][model_class.__name__]
+        for component, (path, hook, *splits) in mapping.items():
+            assert hook in hooks
+            if "tap_" in path or (family == "cohere" and component == "attention_input"):
+                assert component not in places or component == "attention_weight"
+                continue
+            spelled = [[own[split], param] for split, param in splits if split in own]
+            if component in ("mlp_gate", "mlp_up") and family == "phi3":
+                spelled = [["split_half", ("mlp_gate", "mlp_up").index(component)]]
+            assert places.pop(component) == [path, hook, *spelled]
+        assert set(places) <= {"attention_weight"}, "entries that no card has"
+
+
+def test_names_of_upstream_stay_and_new_ones_follow_them(outcomes: dict[str, Any]) -> None:
+    before, after = (set(outcomes[tree]["extra"]["names"]) for tree in ("before", "cards"))
+    assert before <= after
+    kinds = ("type_to_module_mapping", "type_to_dimension_mapping")
+    new = {f"{name}{role}_{kind}" for name in ("phi3", "cohere") for role in ("", "_lm") for kind in kinds}
+    new |= {f"phi3_classifier_{kind}" for kind in kinds} | {"create_phi3", "create_cohere"}
+    assert after - before == new
+    places = [outcomes[tree]["extra"]["places"]["GPT2Model"]["attention_weight"] for tree in ("before", "cards")]
+    assert places[0] == places[1], "what cannot be carried stays as it was"
+
+
+def test_exported_tests_pass_as_upstream_runs_them(outcomes: dict[str, Any]) -> None:
+    assert outcomes["cards"]["failed"] == [], outcomes["cards"]["said"]
+    assert outcomes["cards"]["run"] == 5
+
+
+def test_the_table_says_what_was_checked(sent: tuple[Path, str, list]) -> None:
+    _, printed, checks = sent
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\S+) \|$", printed, re.MULTILINE)
+    classes = [cls.__name__ for family in FAMILIES for cls in card_of(family).mappings]
+    assert [row[0] for row in rows] == classes
+    for name, components, number, largest in rows:
+        own = [check for check in checks if check[0] == name]
+        assert (int(components), int(number)) == (len({check[1] for check in own}), len(own))
+        assert float(largest) == pytest.approx(max(check[4] for check in own), rel=0.1)
+        assert float(largest) < 1e-5 < float(number)
+        mapping = next(m for f in FAMILIES for cls, m in card_of(f).mappings.items() if cls.__name__ == name)
+        carried = {component for component, (path, *_) in mapping.items() if "tap_" not in path}
+        carried -= {"attention_input"} if "Cohere" in name else set()
+        assert int(number) == n_checks(carried)
+        for component in carried:
+            assert {"collect", "zero", "vanilla"} <= {check[3] for check in own if check[1] == component}, component
+    assert printed.startswith("[P1] ")
+    assert "**Descriptions**:" in printed and "**Testing Done**:" in printed
+    assert re.search(r"phi3: left out, as no module .*`attention_pattern`", printed)
+    assert re.search(r"gpt2: as they were, and not checked: `attention_weight`", printed)
+    assert re.search(r"cohere: left out, as their tensors are read elsewhere .*`attention_input`", printed)
+    assert re.search(r"llama: without a width.*`query_output`", printed)
+
+
+def n_checks(components: set[str]) -> int:
+    """Every unit in each of two layers read, in one of them set to zero and interchanged; every sum of the residual stream."""
+    units = {component: len(COMPONENTS[component].units) for component in components}
+    read = sum(number * (2 if COMPONENTS[component].per_layer else 1) for component, number in units.items())
+    sums = 2 * (2 if "resid_mid" in components else 1) + 1
+    return read + 2 * sum(units.values()) + sums
+
+
+def test_a_second_export_changes_nothing(sent: tuple[Path, str, list], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, printed, checks = sent
+    monkeypatch.setattr(Checkout, "try_out", lambda *_: checks)
+    before = snapshot(folder)
+    again = called("--to", str(folder), "--family", *FAMILIES)
+    assert again[:2] == (0, printed) and "nothing written" in again[2]
+    assert snapshot(folder) == before
+    merged = folder.parent / "merged"
+    shutil.copytree(folder, merged)
+    commit(merged)
+    assert called("--to", str(merged), "--family", *FAMILIES)[0] == 0
+    assert snapshot(merged) == before and not changed(merged)
+    assert called("--to", str(merged), "--family", "phi3")[0] == 0, "a part of what is there"
+    assert not changed(merged)
+
+
+def test_every_card_goes_out(make: Callable[[], Path]) -> None:
+    checkout = Checkout(make())
+    exported, files = export(checkout, list(CARDS))
+    assert [one.card.family for one in exported] == [card.family for card in CARDS]
+    assert len({one.name for one in exported}) == len(CARDS)
+    for one in exported:
+        assert {one.test, f"pyvene/models/{one.module.replace('.', '/')}.py"} <= set(files)
+        for names in one.names.values():
+            assert all(name in files[REGISTRY] for name in names)
+    for path, text in files.items():
+        compile(text, path, "exec")
+    written = [path for path in files if path.startswith("pyvene/models/mistral/")]
+    assert written == ["pyvene/models/mistral/modellings_intervenable_mistral.py"], "upstream's own spelling"
+
+
+# -- fixes -------------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_fix_for_every_defect_that_belongs_upstream() -> None:
+    assert sorted(number for fix in FIXES for number in fix.numbers) == sorted(DEFECTS)
+    for fix in FIXES:
+        assert re.match(r"\[(P[0-2]|Minor)\] \S", fix.title)
+        assert "**Descriptions**:" in fix.text and "**Testing Done**:" in fix.text
+        assert fix.tests and fix.tests != fix.paths
+
+
+@pytest.mark.parametrize("fix", FIXES, ids=lambda fix: fix.path.stem)
+def test_a_fix_alone_mends_what_its_test_shows(fix: Any, outcomes: dict[str, Any]) -> None:
+    alone = outcomes[str(fix.numbers)]
+    (case,) = (Path(path).stem for path in fix.tests)
+    assert case in outcomes["before"]["failed"]
+    assert alone["failed"] == [] and alone["run"] > 0, alone["said"]
+
+
+def test_all_fixes_and_cards_live_together(outcomes: dict[str, Any], trees: dict[str, Path]) -> None:
+    assert outcomes["all"]["failed"] == [], outcomes["all"]["said"]
+    assert outcomes["all"]["run"] >= 5 * len(FAMILIES) + len(FIXES)
+    there = outcomes["all"]["extra"]
+    assert there["widths"]["LlamaForCausalLM"]["query_output"] == ["num_attention_heads*head_dim", "hidden_size"]
+    assert set(there["places"]["LlamaForCausalLM"]) <= set(there["widths"]["LlamaForCausalLM"]) | {"logits"}
+    assert "attention_input" in there["places"]["CohereModel"], "edits are made on copies now"
+    assert "attention_input" in (trees["all"] / "tests/integration_tests/CohereModelCardTestCase.py").read_text()
+    assert "reorder_and_upcast_attn" in (trees["all"] / "pyvene/models/gpt2/modelings_intervenable_gpt2.py").read_text()
+
+
+def test_the_command_writes_fixes_and_says_what_for(make: Callable[[], Path]) -> None:
+    folder = make()
+    code, printed, said = called("--to", str(folder), "--fixes", "3", "11")
+    assert code == 0, said
+    fixes = chosen([3, 11])
+    assert changed(folder) == {path for fix in fixes for path in fix.paths}
+    assert all(fix.title in printed and fix.text.strip() in printed for fix in fixes) and printed.count("[P") == 2
+    before = snapshot(folder)
+    commit(folder)
+    code, _, said = called("--to", str(folder), "--fixes", "2", "3", "11")
+    assert code == 0 and "nothing written" in said
+    assert snapshot(folder) == before
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, *arguments: str, saying: str) -> None:
+    """The command ends with code 2 and one sentence, and the folder stays as it is."""
+    before = snapshot(folder)
+    code, printed, said = called("--to", str(folder), *arguments)
+    assert (code, printed) == (2, "")
+    assert re.search(saying, said), said
+    assert len(said.strip().splitlines()) == 1 and "Traceback" not in said
+    assert snapshot(folder) == before
+
+
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused without running anything."""
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("tests were run")
+
+    monkeypatch.setattr(Checkout, "try_out", never)
+
+
+@pytest.mark.parametrize("path", ["pyvene/models/constants.py", "notes.txt", REGISTRY, "tests/modelcard_utils.py"])
+@pytest.mark.parametrize("what", [("--family", "llama3_1"), ("--fixes", "9")])
+def test_uncommitted_changes_are_refused(make: Callable, untried: None, path: str, what: tuple[str, ...]) -> None:
+    folder = make()
+    with (folder / path).open("a", encoding="utf-8") as file:
+        file.write("\n# mine\n")
+    refused(folder, *what, saying=rf"uncommitted changes \({path}\): commit or stash")
+
+
+def test_a_folder_that_is_no_checkout_is_refused(make: Callable, untried: None, tmp_path: Path) -> None:
+    refused(tmp_path, "--family", "llama3_1", saying="git finds there no")
+    refused(tmp_path / "nowhere", saying="git finds there no")
+    git(tmp_path, "init", "-q")
+    refused(tmp_path, saying="git finds there no a commit|git finds there no commit")
+    (tmp_path / "other.py").touch()
+    commit(tmp_path)
+    refused(tmp_path, saying="no checkout of pyvene.*it has no pyvene/models/intervenable_modelcard.py")
+    refused(make() / "pyvene", saying="is not the top folder")
+
+
+def change(folder: Path, path: str, old: str, new: str) -> None:
+    text = (folder / path).read_text(encoding="utf-8")
+    assert old in text
+    (folder / path).write_text(text.replace(old, new), encoding="utf-8")
+    commit(folder)
+
+
+LLAMA = "pyvene/models/llama/modelings_intervenable_llama.py"
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "saying"),
+    [
+        (REGISTRY, "type_to_dimension_mapping = {", "widths_by_type = {", "is not as it is known here"),
+        (REGISTRY, "global type_to", "global global type_to", "is no Python"),
+        (
+            LLAMA,
+            "import torch",
+            "import torch\nif torch.cuda.is_available():\n    print('fast')",
+            "cannot tell what line 13 is for",
+        ),
+        (LLAMA, "import torch", "import torch\nllama_lm_type_to_module_mapping['gate'] = 0", "gate would be lost"),
+        (LLAMA, "import torch", "import torch\nllama_extra_type_to_module_mapping = {}", "llama_extra.* would be lost"),
+    ],
+)
+def test_files_not_as_known_are_refused(
+    make: Callable, untried: None, path: str, old: str, new: str, saying: str
+) -> None:
+    folder = make()
+    change(folder, path, old, new)
+    refused(folder, "--family", "llama3_1", saying=saying)
+
+
+def test_a_fix_that_does_not_apply_is_refused(make: Callable, untried: None) -> None:
+    folder = make()
+    change(folder, "pyvene/models/intervenable_base.py", "self.use_fast = kwargs", "self.fast = kwargs")
+    refused(folder, "--fixes", "11", saying=r"fix 11, made for pyvene 0\.1\.8, does not apply to .*patch failed")
+    refused(folder, "--fixes", saying="fix 11")
+    refused(folder, "--fixes", "8", saying="there is no fix 8; there are 1, 2, 3, 7, 9, 11, 12, 15")
+    refused(folder, "--family", "gpt5", saying="there is no card of gpt5; there are qwen2_5")
+
+
+def test_cards_that_are_not_exact_there_are_refused(make: Callable) -> None:
+    folder = make()
+    change(
+        folder, "pyvene/models/constants.py", "torch.chunk(x, 2, dim=-1)[selct_index]", "torch.chunk(x, 2, dim=-1)[0]"
+    )
+    refused(folder, "--family", "phi3", saying=r"Phi3ModelCardTestCase.* fails with the pyvene of .*mlp_up")
