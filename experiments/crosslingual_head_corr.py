@@ -17,7 +17,6 @@ Written: the numbers (JSON), a scatter plot of heads and a plot of the layers' c
 from __future__ import annotations
 
 import hashlib
-import io
 import platform
 import re
 import shlex
@@ -32,7 +31,7 @@ import scipy
 
 from pyvene_ext import figures
 from pyvene_ext.cli import run
-from pyvene_ext.runs import write_json
+from pyvene_ext.runs import read_npy, write_json
 from pyvene_ext.stats import Coefficient, Correlation, correlate_heads, correlate_layers, q_values
 
 
@@ -144,17 +143,12 @@ def read_matrix(path: Path) -> tuple[np.ndarray, str]:
         OSError: the file cannot be read.
         ValueError: it is not a .npy file of real numbers with two axes and at least one head.
     """
-    content = path.read_bytes()
-    try:
-        # Not np.load, which takes every other file for a pickle and says so.
-        matrix = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a complete .npy file of numbers ({error}).") from error
+    matrix = read_npy(path)
     if not np.issubdtype(matrix.dtype, np.integer) and not np.issubdtype(matrix.dtype, np.floating):
         raise ValueError(f"{path} holds {matrix.dtype}, not real numbers; save it as float32 or float64.")
     if matrix.ndim != 2 or not matrix.size:
         raise ValueError(f"{path} has shape {matrix.shape}; a [layer head] matrix with at least one head is needed.")
-    return matrix.astype(np.float64), hashlib.sha256(content).hexdigest()
+    return matrix.astype(np.float64), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def layer_range(text: str, n_layers: int) -> range:

@@ -7,13 +7,12 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 import tyro
-import yaml
 
+from pyvene_ext.runs import read_yaml
 from pyvene_ext.specs import one_sentence
 
 Config = TypeVar("Config")
@@ -59,10 +58,7 @@ def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config
     rest = args[place + (1 if equals else 2) :]
     if not equals:
         name = next(iter(args[place + 1 :]), "")
-    try:
-        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {error}") from None
+    values = read_yaml(name)
     if not isinstance(values, dict):
         raise ValueError(f"{name} must hold one flag a line, as 'name: value'.")
     known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]

@@ -569,11 +569,17 @@ class IntervenableModel(pyvene.IntervenableModel):
 def _intervention_class(name: str) -> type:
     """The class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
     module, _, cls = name.removeprefix("<class '").removesuffix("'>").rpartition(".")
-    if module.split(".")[0] not in ("pyvene", "pyvene_ext"):
+    try:
+        found = (
+            getattr(importlib.import_module(module), cls) if module.split(".")[0] in ("pyvene", "pyvene_ext") else None
+        )
+    except (ImportError, AttributeError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, pyvene.Intervention)):
         raise ValueError(
             f"{name} is not an intervention of pyvene or pyvene_ext: rebuild this model from its config in code."
         )
-    return getattr(importlib.import_module(module), cls)
+    return found
 
 
 def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from pyvene_ext.runs import parse_json
 from pyvene_ext.tokenized import TokenizedPrompt, TokenizedPrompts, encode, held_tokens, tokenize_prompt
 
 Languages = tuple[str, str]
@@ -103,7 +104,7 @@ def _from_tsv(path: Path, lines: list[tuple[int, str]]) -> Iterable[tuple[str, d
 def _from_jsonl(path: Path, lines: list[tuple[int, str]]) -> Iterable[tuple[str, dict[str, Any]]]:
     for number, line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not one JSON object ({error.msg}).") from None
         yield f"{path}, line {number}", row

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from pyvene_ext.runs import atomic_path, data_hash, write_json
+from pyvene_ext.runs import atomic_path, data_hash, parse_json, write_json
 from pyvene_ext.tokenized import Answers, Batch, PaddingSide, TokenizedPrompts, tokenize_prompt
 
 __all__ = ["Answers", "Batch", "PaddingSide", "Prompt", "PromptSet", "Text", "TokenizedPrompts"]
@@ -296,7 +296,7 @@ def _from_file(path: Path) -> PromptSet:
 
 def _parse(text: str, path: Path, line: int | None = None) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         at = f"{error.msg}, line {line or error.lineno} column {error.colno}"
         raise ValueError(f"{path} is not {'JSON' if line is None else 'one JSON object a line'} ({at}).") from None

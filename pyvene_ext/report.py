@@ -30,7 +30,7 @@ import yaml
 from scipy.stats import spearmanr
 
 from pyvene_ext.cli import run as run_command
-from pyvene_ext.runs import atomic_path
+from pyvene_ext.runs import atomic_path, parse_json, read_npy, read_yaml
 
 Row = dict[str, str]
 SHOWN = 500  # rows of a table; the file has them all
@@ -58,7 +58,7 @@ class Run:
         folder = Path(folder)
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"{folder} has no config.yaml, so that it is no folder of a finished run.")
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(folder / "config.yaml")
         beside = folder.with_suffix(".json")  # some studies write an array, NAME.npy, and their facts beside it
         facts = {
             path.name: _json(path) for path in (*_files(folder, "*.json"), *([beside] if beside.is_file() else []))
@@ -72,7 +72,8 @@ class Run:
     @property
     def verdicts(self) -> list[str]:
         """The study's own words on what it found."""
-        return [line for facts in self.facts.values() if isinstance(facts, dict) for line in facts.get("verdicts", ())]
+        said = [facts.get("verdicts") for facts in self.facts.values() if isinstance(facts, dict)]
+        return [str(line) for lines in said if isinstance(lines, list) for line in lines]
 
     @property
     def commands(self) -> list[str]:
@@ -215,10 +216,7 @@ def _by_prompt(run: Run) -> Iterator[str]:
     texts, path = run.facts.get("prompts.json"), run.folder / "deltas.npy"
     if texts is None or not path.is_file():
         return
-    try:
-        deltas = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is no array of numbers: {error}") from None
+    deltas = read_npy(path)
     if deltas.ndim != 3 or deltas.dtype.kind != "f" or not isinstance(texts, list) or len(texts) != deltas.shape[2]:
         raise ValueError(f"{path} must be [layer head prompt], with a text of prompts.json for each prompt.")
     texts = [html.escape(str(text)) for text in texts[:SHOWN]]
@@ -257,7 +255,7 @@ def _axes(n_layers: int) -> dict[str, Any]:
 
 def _table(rows: Sequence[Row]) -> str:
     """A table that is sorted by a click on a column."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in (rows[0] if rows else ()))
     body = "".join(
         f"<tr>{''.join(f'<td>{html.escape(_rounded(value))}</td>' for value in row.values())}</tr>" for row in rows
     )
@@ -274,14 +272,17 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
 
 
 def _csv(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file: {error}.") from None
     if any(None in row or None in row.values() for row in rows):
         raise ValueError(f"{path} has rows of unequal length.")
     return rows

@@ -11,9 +11,11 @@ import csv
 import dataclasses
 import glob
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -111,6 +113,68 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says. Raises JSONDecodeError for whatever cannot be read, and for text that is not Unicode (half an emoji)."""
+    try:
+        return _in_unicode(json.loads(text), text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        reason = "nested too deeply"
+    except UnicodeError:
+        reason = "not Unicode text"
+    except ValueError:  # Python's limit to the digits of a number
+        reason = "a number too long to read"
+    raise json.JSONDecodeError(reason, "", 0)
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML says, of plain data only: no tag runs anything. Raises ValueError, in one line, for whatever cannot be read."""
+    if re.search(r"[\da-fA-F_:]{3000}", text):  # of base 16 it would be read, but could not be written or shown
+        raise ValueError("not valid YAML: a number too long to read")
+    try:
+        return _in_unicode(yaml.safe_load(text), text)
+    except RecursionError:
+        reason = "nested too deeply"
+    except UnicodeError:
+        reason = "not Unicode text"
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+    except (
+        Exception
+    ) as error:  # PyYAML's readers of single values have no error of their own: !!bool maybe is a KeyError
+        reason = f"a value that its tag does not fit, {type(error).__name__}"
+    raise ValueError(f"not valid YAML: {reason}")
+
+
+def _in_unicode(value: Any, text: str | bytes) -> Any:
+    r"""The data that a text holds; UnicodeError if it has half of a character, which can only be written as \uD800 to \uDFFF."""
+    if re.search(rb"\\u[dD][89a-fA-F]", text if isinstance(text, bytes) else text.encode()):
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    return value
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file says. Raises ValueError, naming the file, if it cannot be read."""
+    try:
+        return parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it in that encoding.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
+
+
+def read_npy(path: str | Path) -> np.ndarray:
+    """The array in a .npy file, never one of objects. Raises ValueError, naming the file, for anything else."""
+    content = Path(path).read_bytes()
+    try:
+        # Not np.load, which takes every other file for a pickle and says so.
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # its header is Python, of which NumPy, ast and tokenize have errors of their own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a complete .npy file of numbers ({reason}).") from None
 
 
 def data_hash(value: Any) -> str:

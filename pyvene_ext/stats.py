@@ -232,7 +232,7 @@ def frequency_interval(
     active = np.asarray(active)
     if not ((active == 0) | (active == 1)).all():
         raise ValueError("a frequency is a mean of zeros and ones; these values hold something else.")
-    if active.shape[axis] == 0:
+    if not -active.ndim <= axis < active.ndim or active.shape[axis] == 0:
         raise ValueError(f"no values along axis {axis} (shape {active.shape}); a frequency needs at least one.")
     counted = np.ones(active.shape, bool) if counted is None else counted
     n = counted.sum(axis=axis, dtype=np.float64)

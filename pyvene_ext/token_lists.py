@@ -6,10 +6,11 @@ numbers are followed, and any other ends it.
 
 from __future__ import annotations
 
-import json
 import pickletools
 from pathlib import Path
 from typing import Any
+
+from pyvene_ext.runs import parse_json
 
 PICKLES = (".pkl", ".pickle")
 WHOLE_NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4")
@@ -30,8 +31,8 @@ def read_token_list(path: str | Path) -> list[int]:
         value = _unpickled(content, path)
     else:
         try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(content)
+        except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}); give a list of token ids.") from None
     lists = [entry if isinstance(entry, list) else [entry] for entry in value] if isinstance(value, list) else [[value]]
     ids = [number for numbers in lists for number in numbers]

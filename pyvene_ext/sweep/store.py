@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from pyvene_ext.runs import atomic_path, data_hash
+from pyvene_ext.runs import atomic_path, data_hash, parse_json
 
 FORMAT = 1
 SHOWN = 24  # characters; a longer fact, such as a hash, is named without its values
@@ -81,7 +81,7 @@ class Store:
         """The manifest on disk, if there is one; ValueError if it is damaged or of a run with other facts."""
         path = self.folder / "manifest.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_bytes())
         except FileNotFoundError:
             if foreign := sorted(self.folder.glob("*.npy")):
                 raise ValueError(

@@ -495,7 +495,7 @@ def test_gradient_checkpointing_in_train_mode_is_refused(model: Any, base: Any) 
 
 def test_gemma_logits_and_labels_are_refused_together(base: Any) -> None:
     intervenable = IntervenableModel(config(zero("logits")), random_model("gemma2"))
-    with pytest.raises(ValueError, match="computed before its soft-capped logits"):
+    with pytest.raises(ValueError, match="computed before its soft-capped or scaled logits"):
         intervenable(base, unit_locations={"base": 8}, labels=base["input_ids"])
 
 

@@ -111,7 +111,7 @@ def test_every_effect_is_shown_prompt_by_prompt(tmp_path):
     assert "[[1.0,3.0,5.0],[7.0,9.0,null]]" in page and "prompt " in page and HOSTILE not in page
     for wrong in (deltas[0], deltas[..., :1], deltas.astype(object)):
         np.save(tmp_path / "a/deltas.npy", wrong)
-        with pytest.raises(ValueError, match=r"deltas.npy (must be|is no array)"):
+        with pytest.raises(ValueError, match=r"deltas.npy (must be|is not a complete)"):
             write_report([tmp_path / "a"], tmp_path / "page.html")
 
 

@@ -1,0 +1,180 @@
+"""Specs with any fields: refused in one sentence, or kept in files without loss and run by both engines to the same numbers."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from pyvene_ext.patching import patch
+from pyvene_ext.paths import PathPatch
+from pyvene_ext.runner import run
+from pyvene_ext.spec_files import from_plain, from_yaml, load_specs, save_specs, to_plain, to_yaml
+from pyvene_ext.specs import ActivationPatch, members, spec_name
+from pyvene_ext.sweep import sweep
+from tests.fuzz.outcomes import few, outcome
+from tests.random_prompts import random_prompts
+from tests.tiny_random import FAMILIES, random_model
+
+PROMPTS = random_prompts((8, 6, 8))
+SOURCE = random_prompts((8, 6, 8), seed=1)
+
+
+@cache
+def _model(family: str) -> PreTrainedModel:
+    return random_model(family)
+
+
+# -- fields: mostly of the right kind, now and then of any -------------------------------------------------------------
+
+SITES = [
+    "z",
+    "q",
+    "k",
+    "v",
+    "attn_out",
+    "mlp_in",
+    "mlp_out",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "embed",
+    "scores",
+    "pattern",
+]
+POSITION = st.one_of(st.integers(-9, 9), st.sampled_from(["s1", "s2", "last", "end"]))
+POSITIONS = st.one_of(st.sampled_from(["all", "last", "s1"]), st.lists(POSITION, min_size=1, max_size=3))
+WRONG = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=4),
+    st.lists(st.integers(-2, 9), max_size=3),
+)
+NODE = st.one_of(
+    st.sampled_from(
+        ["embed", "logits", "z.0.1", "mlp_out.0", "q.2.3", "k.1.0", "v.2.0", "mlp_in.1", "resid_post.2", "z.2.0"]
+    ),
+    st.builds(lambda *of: ".".join(map(str, of)), st.sampled_from(SITES), st.integers(-1, 4), st.integers(-1, 7)),
+    st.text(alphabet="zqkv.012 _", max_size=6),
+)
+PLAUSIBLE: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "ablation": {
+        "kind": st.sampled_from(["zero", "mean", "resample", "noise"]),
+        "site": st.sampled_from(SITES),
+        "layer": st.integers(0, 3),
+        "heads": st.lists(st.integers(0, 5), min_size=1, max_size=3),
+        "positions": POSITIONS,
+        "mean": st.sampled_from(["over_tokens", "per_position"]),
+        "noise": st.sampled_from(["gaussian", "norm_matched"]),
+        "seed": st.integers(0, 2**40),
+    },
+    "patch": {
+        "kind": st.just("patch"),
+        "site": st.sampled_from(SITES),
+        "layer": st.integers(0, 3),
+        "heads": st.lists(st.integers(0, 5), min_size=1, max_size=3),
+        "positions": POSITIONS,
+        "subspace": st.booleans(),
+    },
+    "force": {
+        "kind": st.just("force"),
+        "shape": st.sampled_from(["hub", "uniform", "sequential"]),
+        "layer": st.integers(0, 2),
+        "heads": st.lists(st.integers(0, 4), min_size=1, max_size=3),
+        "block": st.tuples(POSITION, POSITION).map(list),
+        "hub": POSITION,
+        "hard": st.booleans(),
+    },
+    "path": {
+        "kind": st.just("path"),
+        "sender": NODE,
+        "receivers": st.lists(NODE, min_size=1, max_size=2),
+        "positions": POSITIONS,
+        "freeze_mlps": st.booleans(),
+        "direct": st.booleans(),
+        "subspace": st.booleans(),
+    },
+}
+# Without these nothing is valid; the others are left out as often as not.
+NEEDED = {"kind", "site", "layer", "heads", "shape", "block", "sender", "receivers"}
+HEADLESS = ("attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
+
+
+@st.composite
+def edits(draw: st.DrawFn, kind: str, wrong: bool) -> dict[str, Any]:
+    plausible = PLAUSIBLE[kind]
+    fields = {name: draw(of) for name, of in plausible.items() if name in NEEDED or draw(st.integers(0, 3)) == 0}
+    if fields.get("site") in HEADLESS:
+        fields.pop("heads", None)
+    if fields.get("site") == "embed":
+        fields.pop("layer", None)
+    if fields.get("shape") == "hub":
+        fields.setdefault("hub", draw(POSITION))
+    if wrong:
+        name = draw(st.sampled_from([*fields, "head", "extra"]))
+        fields[name] = draw(WRONG)
+        if draw(st.booleans()):
+            del fields[draw(st.sampled_from(sorted(fields)))]
+    return fields
+
+
+KIND = st.sampled_from(sorted(PLAUSIBLE))
+FIELDS = KIND.flatmap(lambda kind: st.booleans().flatmap(lambda wrong: edits(kind, wrong)))
+ENTRY = st.one_of(FIELDS, FIELDS, st.lists(FIELDS, max_size=2), WRONG)
+
+
+@given(values=st.lists(ENTRY, max_size=3))
+@example(values=[{"kind": "zero", "site": "mlp_out", "layer": 1, "positions": "\U0001f600"}])
+@example(values=[{"kind": "path", "sender": "z.0.1" + "0" * 5000, "receivers": ["logits"]}])
+@example(values=[{"kind": "path", "sender": "z.0.²", "receivers": ["logits"]}])
+@example(values=[{"kind": "zero", "site": "z", "layer": 1, "heads": [0], "positions": ["²"]}])
+@example(values=[{"kind": "zero", "site": "\ud800", "layer": 1}])
+def test_specs_are_refused_or_survive_a_file(values: list[Any]) -> None:
+    specs = outcome(from_plain, values, names=None)
+    if specs is None:
+        return
+    assert from_plain(to_plain(specs)) == specs
+    assert from_yaml(to_yaml(specs)) == specs
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in ("yaml", "json"):
+            save_specs(Path(folder) / f"specs.{suffix}", specs)
+            assert load_specs(Path(folder) / f"specs.{suffix}") == specs
+    for spec in specs:
+        assert spec_name(spec) if not isinstance(spec, PathPatch) else spec.name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(values=st.lists(st.one_of(FIELDS, st.lists(FIELDS, min_size=1, max_size=2)), min_size=1, max_size=1))
+@few(2)
+def test_engines_agree_or_refuse_alike(family: str, values: list[Any]) -> None:
+    specs = outcome(from_plain, values)
+    if specs is None:
+        return
+    model = _model(family)
+    edits = [edit for spec in specs for edit in ((spec,) if isinstance(spec, PathPatch) else members(spec))]
+    if any(isinstance(edit, PathPatch | ActivationPatch) for edit in edits):
+
+        def at(engine: str) -> Any:
+            return patch(model, specs, PROMPTS, SOURCE, engine=engine, progress=False)
+
+        plain, fast = (outcome(at, engine) for engine in ("plain", "sweep"))
+    else:
+        plain, fast = (
+            outcome(lambda: run(model, specs, PROMPTS)),
+            outcome(lambda: sweep(model, specs, PROMPTS, progress=False)),
+        )
+    assert (plain is None) == (fast is None)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    if plain is not None:
+        np.testing.assert_allclose(fast.clean, plain.clean, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(fast.intervened, plain.intervened, rtol=1e-4, atol=1e-4)
+        assert np.isfinite(plain.intervened).all()
