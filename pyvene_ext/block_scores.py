@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_layers
+from pyvene_ext.flow import check_model as check_routes
 from pyvene_ext.flow import flow_routes
 from pyvene_ext.patterns import read_patterns
 from pyvene_ext.problems import Questions
@@ -67,6 +68,15 @@ class BlockScores:
         n_prompts, layers, heads = self.hub_at.shape
         columns = self.hub_at.reshape(n_prompts, -1).T
         return np.array([np.bincount(column).argmax() for column in columns]).reshape(layers, heads)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose heads cannot be scored; runs nothing."""
+    try:
+        check_routes(model)
+    except ValueError as error:
+        why = str(error).partition(";")[0]
+        raise ValueError(f"heads cannot be ranked here: {why}; give heads, or a ranking from elsewhere.") from None
 
 
 def earlier_in_block(

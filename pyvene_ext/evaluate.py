@@ -35,12 +35,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelcards import n_positions
 from pyvene_ext.compile import Compiled, check_specs, compile_specs, donors
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.intervenable import IntervenableModel
 from pyvene_ext.problems import MARK, Questions, as_text, find_answer, tokens_for
 from pyvene_ext.reference import Reference, evaluating, token_indices
-from pyvene_ext.runs import config_hash, data_hash, weight_hash, write_json
+from pyvene_ext.runs import config_hash, data_hash, parse_json, weight_hash, write_json
 from pyvene_ext.spec_files import to_plain
 from pyvene_ext.specs import Ablation, OneSpec, Spec, as_specs, members, needs
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
@@ -256,7 +257,7 @@ def check(
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
     if max_new_tokens == 1 and spec is not None and scope in ("new", "reasoning"):
         raise ValueError("the one new token follows from the prompt alone; generate more, or choose the scope prompt.")
-    context = model.config.max_position_embeddings
+    context = n_positions(model.config)
     for number, ids in enumerate(questions.prompts.input_ids):
         if len(ids) + max_new_tokens > context:
             raise ValueError(
@@ -489,7 +490,7 @@ class Results:
         facts = json.loads(json.dumps({"format": FORMAT, **self.facts, **condition}))
         path = self.folder / f"{data_hash(facts)}.json"
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_bytes())
             if record["facts"] == facts and record["hash"] == data_hash(record["results"]):
                 return kind.from_dict(record["results"])
         except (OSError, ValueError, KeyError, TypeError):

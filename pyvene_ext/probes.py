@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import dimensions, n_layers
+from modelcards import Taps, card_of, dimensions, n_layers
 from pyvene_ext.continuous_thought import drafting
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.reference import evaluating
@@ -72,20 +72,13 @@ def read_residuals(
         mid: between attention and MLP too.
 
     Raises:
-        ValueError: before the model runs, for a token outside its prompt and an empty question.
+        ValueError: before the model runs, for a token outside its prompt, an empty question, and a place the model has not.
     """
     for prompt, (ids, question) in enumerate(zip(prompts.input_ids, questions, strict=True)):
         wanted = [at for named in tokens.values() if (at := named[prompt]) is not None]
         if not question or not all(0 <= at < len(ids) for at in [*wanted, question[0], question[-1]]):
             raise ValueError(f"prompt {prompt} has {len(ids)} tokens; its question or a token to be read lies outside.")
-    last = n_layers(model.config) - 1
-    where: dict[str, Where] = {}
-    for layer in range(last + 1):
-        where[f"resid_pre.{layer}"] = ("block_input", layer)
-        if mid:
-            where[f"resid_mid.{layer}"] = ("resid_mid", layer)
-    where[f"resid_post.{last}"] = ("block_output", last)
-
+    where = places_of(model, mid)
     shape = len(where), len(prompts), dimensions(model.config)["d_model"]
     found = {name: np.full(shape, np.nan, np.float32) for name in tokens}
     mean = np.empty(shape, np.float32)
@@ -105,12 +98,26 @@ def read_residuals(
                         if (at := tokens[name][prompt]) is not None:
                             array[place, prompt] = row[start + at].float().cpu().numpy()
 
-            with ExitStack() as hooks:
+            with ExitStack() as hooks, Taps(model, card_of(model), where.values()):
                 for number, place in enumerate(where.values()):
                     visit(model, place, partial(keep, number), hooks)
                 model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             bar.update(len(batch.index))
     return Residuals(tuple(where), found, mean)
+
+
+def places_of(model: PreTrainedModel, mid: bool = False) -> dict[str, Where]:
+    """What `read_residuals` reads, by name; ValueError for a model without a residual stream between attention and MLP."""
+    last = n_layers(model.config) - 1
+    where: dict[str, Where] = {}
+    for layer in range(last + 1):
+        where[f"resid_pre.{layer}"] = ("block_input", layer)
+        if mid:
+            where[f"resid_mid.{layer}"] = ("resid_mid", layer)
+    where[f"resid_post.{last}"] = ("block_output", last)
+    for component, _ in where.values():
+        card_of(model).component(model, component)
+    return where
 
 
 # -- probes ------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelcards import n_positions
 from pyvene_ext.continuous_thought import format_of
-from pyvene_ext.runs import data_hash
+from pyvene_ext.runs import data_hash, parse_json
 from pyvene_ext.tokenized import TokenizedPrompts, encode
 
 MARK = "####"
@@ -129,8 +130,8 @@ def _from_file(path: Path) -> list[tuple[str, Any]]:
     try:
         if path.suffix.lower() == ".jsonl":
             lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-            return [(f"{path}, line {i}", json.loads(line)) for i, line in lines]
-        content = json.loads(text) if text.strip() else []
+            return [(f"{path}, line {i}", parse_json(line)) for i, line in lines]
+        content = parse_json(text) if text.strip() else []
     except json.JSONDecodeError as error:
         form = "one JSON object a line" if path.suffix.lower() == ".jsonl" else "JSON"
         raise ValueError(f"{path} is not {form} ({error.msg}).") from None
@@ -281,7 +282,7 @@ def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrained
 
 def room(model: PreTrainedModel, max_new_tokens: int) -> int:
     """How many tokens a prompt may have; ValueError if there is no room for any."""
-    longest = model.config.max_position_embeddings
+    longest = n_positions(model.config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
     if longest <= max_new_tokens:

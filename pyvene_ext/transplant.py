@@ -14,8 +14,9 @@ which belongs to no head, and behind Gemma 2's post-norm with the norm's scale a
 Gemma 2 host the other heads' contributions stay what they are.
 
 A is affine and B linear: a contribution is a difference of streams, in which an offset cancels. A is fitted on what enters the
-two blocks, B on what stands behind their attention, where the head's output goes. Without maps (the donor's streams being of the
-host's kind) x and the output are taken as they are, and a head transplanted into its own place changes nothing.
+two blocks, B on what stands behind their attention, where the head's output goes; behind the block, where attention and MLP run
+side by side. Without maps (the donor's streams being of the host's kind) x and the output are taken as they are, and a head
+transplanted into its own place changes nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelcards import Taps, card_of, dimensions, head_dim, n_heads, n_layers
+from modelcards import Taps, card_of, dimensions, head_dim, n_heads, n_layers, n_positions
 from modelcards.attention_taps import output_weight
+from pyvene_ext.continuous_thought import drafting
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.reference import evaluating
 from pyvene_ext.runs import rng
@@ -187,7 +189,7 @@ def fit_maps(
     return {
         (a, b): Maps(
             _fitted(streams[0]["block_input", a], streams[1]["block_input", b], train, method, ridge),
-            _fitted(streams[1]["resid_mid", b], streams[0]["resid_mid", a], train, method, ridge),
+            _fitted(streams[1][_behind(donor), b], streams[0][_behind(host), a], train, method, ridge),
         )
         for a, b in layers
     }
@@ -217,6 +219,11 @@ def _check_fit(
         )
 
 
+def _behind(model: PreTrainedModel) -> str:
+    """Where the residual stream first holds what heads of a block have written."""
+    return "block_output" if card_of(model).parallel else "resid_mid"
+
+
 def _contexts(paired: Paired, train: Sequence[int], test: Sequence[int]) -> tuple[list[list[int]], Tensor]:
     """Which tokens of each text count, from its last one (-1) back; and which of all of them are for training, text by text."""
     kept: list[list[int]] = [[] for _ in paired.host.input_ids]
@@ -240,9 +247,10 @@ def _streams(
     model: PreTrainedModel, prompts: TokenizedPrompts, kept: Sequence[list[int]], layers: Iterable[int], batch_size: int
 ) -> dict[Where, Float32[Tensor, "token d_model"]]:
     """The residual stream before and behind attention of some layers, at the tokens that count."""
-    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", "resid_mid")]
+    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _behind(model))]
     rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
     with evaluating(model), no_gradients(model), ExitStack() as hooks:
+        hooks.enter_context(Taps(model, card_of(model), places))
         seen = keep_places(model, places, hooks)
         for batch in prompts.batches(batch_size, padding_side="left"):
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)
@@ -373,9 +381,9 @@ def head_output(
 
     Within `modelcards.Taps` for the head's layer only. Raises ValueError for more positions than the model takes.
     """
-    if stream.shape[1] > model.config.max_position_embeddings:
+    if stream.shape[1] > n_positions(model.config):
         raise ValueError(
-            f"the donor takes {model.config.max_position_embeddings} tokens and is given {stream.shape[1]}; leave out long "
+            f"the donor takes {n_positions(model.config)} tokens and is given {stream.shape[1]}; leave out long "
             "prompts, or use another donor."
         )
     layer, number = head
@@ -391,7 +399,8 @@ def head_output(
             hooks.enter_context(_forward(block, lambda hidden_states, *_, **__: hidden_states))
         visit(model, ("block_input", layer), lambda _: stream, hooks)
         visit(model, ("head_contribution", layer), at_contributions, hooks)
-        model.base_model(
+        # Not the decoder's own hooks: the host's, if that is it, are about the run that this is part of.
+        model.base_model.forward(
             inputs_embeds=stream, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
     return found[0]
@@ -459,12 +468,12 @@ class _Host:
         for layer in self.by_layer:
             visit(self.model, ("block_input", layer), lambda x, layer=layer: self.ask(layer, x), hooks)  # type: ignore[misc]
             visit(self.model, ("head_contribution", layer), lambda x, layer=layer: self.replace(layer, x), hooks)  # type: ignore[misc]
-        hooks.callback(self.model.base_model.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
+        # First of all, so that latent steps are thought with the new heads.
+        begin = self.model.base_model.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True)
+        hooks.callback(begin.remove)
 
     def begin(self, bare: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a forward pass: which positions it covers."""
-        if self.donor_runs:
-            return
         given = inspect.signature(bare.forward).bind(*args, **kwargs).arguments
         cache, mask, positions = (given.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
         ids = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
@@ -486,7 +495,7 @@ class _Host:
         if not self.at_work or self.donor_runs:
             return
         whole = stream
-        if self.new_tokens:
+        if self.new_tokens and not drafting(self.model):
             before = self.streams.get(layer)
             whole = stream if before is None else torch.cat([before, stream], 1)
             self.streams[layer] = whole

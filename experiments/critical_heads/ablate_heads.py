@@ -50,7 +50,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_heads, n_layers
 from pyvene_ext import figures
-from pyvene_ext.block_scores import Score, block_scores
+from pyvene_ext.block_scores import Score, block_scores, check_model
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.continuous_thought import format_of
 from pyvene_ext.evaluate import Evaluation, Results, Transcripts, condition_of, evaluate, facts_of
@@ -218,17 +218,14 @@ def check_flags(config: Config) -> None:
     levels = list(config.n_heads)
     if not levels or levels[0] < 1 or levels != sorted(set(levels)):
         raise ValueError(f"--n_heads takes ascending numbers of heads from 1 on, not {' '.join(map(str, levels))}.")
-    for flag, least in (("random_sets", 0), ("donors", 2), ("seed", 0)):
+    for flag, least in (("random_sets", 0), ("donors", 2)):
         if (value := getattr(config, flag)) < least:
             raise ValueError(f"--{flag} must be {least} or more, not {value}.")
     for flag in ("kind", "scope"):
         chosen = getattr(config, flag)
         if not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(f"--{flag} names one or more, each once.")
-    if config.rankings and len(config.rankings) != len(config.models):
-        raise ValueError(
-            f"--rankings names {len(config.rankings)} files for {len(config.models)} models; give one each."
-        )
+    common.check_rankings(config.rankings, config)
     if config.max_new_tokens < 2:
         raise ValueError("--max_new_tokens must be 2 or more: the first new token follows from the question alone.")
 
@@ -242,7 +239,9 @@ def prepare(
     if most > sizes[0] * sizes[1]:
         raise ValueError(f"--n_heads asks for {most} heads and {name} has {sizes[0] * sizes[1]}; ask for fewer.")
     scores = None if path is None else read_head_scores(path, model.config)
-    if scores is not None:
+    if scores is None:
+        check_model(model)
+    else:
         rank_heads(scores, "full", sizes[0], most)
     questions = common.ask(config, model, tokenizer, problems, config.max_new_tokens)
     results = Results(folder / "unfinished", facts_of(model, questions, config.max_new_tokens))
@@ -254,15 +253,20 @@ def prepare(
         matrix = found.of(config.by)
         scores = sorted(((float(x), *at) for at, x in np.ndenumerate(matrix)), key=lambda row: (-row[0], row[1:]))
     ranked = rank_heads(scores, "full", sizes[0], most)
-    controls: list[tuple[Head, ...]] = []
-    if config.random_sets:
-        try:
-            draw = rng(config.seed, "random heads")
-            controls = random_rankings(ranked, most, *sizes, config.random_sets, draw)
-        except ValueError as error:
-            raise ValueError(f"{str(error).removesuffix('.')}, or take --random_sets 0 for no control.") from None
+    controls = random_sets(config, ranked, model)
     table = [dict(zip(("scores", "layer", "head"), row, strict=True)) for row in scores]
     return study, ranked, table, controls
+
+
+def random_sets(config: Config, ranked: tuple[Head, ...], model: PreTrainedModel) -> list[tuple[Head, ...]]:
+    """Random rankings of other heads, layer by layer those of the ranked ones; none if none are asked for."""
+    if not config.random_sets:
+        return []
+    sizes, draw = (n_layers(model.config), n_heads(model.config)), rng(config.seed, "random heads")
+    try:
+        return random_rankings(ranked, len(ranked), *sizes, config.random_sets, draw)
+    except ValueError as error:
+        raise ValueError(f"{str(error).removesuffix('.')}, or take --random_sets 0 for no control.") from None
 
 
 def ablate(heads: Iterable[Head], kind: Kind, seed: int, positions: Positions = "all") -> Spec:

@@ -34,7 +34,6 @@ what was run, with the verdicts and the incomplete problems. A run that was inte
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,10 +51,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from transformers import PreTrainedModel
 
-from modelcards import n_heads, n_layers
+from modelcards import card_of, n_heads, n_layers
 from pyvene_ext import figures
 from pyvene_ext.block_scores import Score, block_scores
+from pyvene_ext.block_scores import check_model as check_scores
 from pyvene_ext.cli import run as run_study
+from pyvene_ext.continuous_thought import format_of, refuse_latent_steps
 from pyvene_ext.head_scores import read_head_scores
 from pyvene_ext.input_attribution import Baseline, InputAttribution, Target, check_model, integrated_gradients
 from pyvene_ext.lag import rank_heads
@@ -110,7 +111,8 @@ class Found(NamedTuple):
     Attributes:
         controls: the same number of random heads of the layer.
         hub: which token of the block; None for a projection.
-        prompts: the tokens of each problem, tags of those that are attributed ("special" for the others), their texts.
+        problems: which ones, by their numbers in the set.
+        tags: of the tokens of each problem, of those that are attributed ("special" for the others).
     """
 
     model: str
@@ -119,7 +121,7 @@ class Found(NamedTuple):
     controls: dict[Head, InputAttribution]
     hub: int | None
     target: Target
-    index: tuple[int, ...]
+    problems: tuple[int, ...]
     tags: list[list[str]]
     texts: list[list[str]]
 
@@ -135,9 +137,9 @@ def main(config: Config) -> None:
     facts: Row = {}
     for number, name in enumerate(config.models):
         setting = common.prepare(config, name, problems, folder, partial(check_heads, config, number))
-        heads = heads_and_hubs(setting, config, number)
-        mine = [attributed(setting, config, head, hub, [head for head, _ in heads]) for head, hub in heads]
-        incomplete = {named(one.head): np.array(one.index)[~one.own.complete].tolist() for one in mine}
+        chosen = heads_and_hubs(setting, config, number)
+        mine = [attributed(setting, config, head, hub, [head for head, _ in chosen]) for head, hub in chosen]
+        incomplete = {common.in_short(one.head): np.array(one.problems)[~one.own.complete].tolist() for one in mine}
         facts[setting.name] = metadata(setting.model, **setting.facts, incomplete=incomplete)
         found += mine
         del setting  # two models need not fit in memory together
@@ -153,7 +155,7 @@ def main(config: Config) -> None:
     tags = [row for one in found for row in tag_rows(one, config.seed)]
     verdicts = verdicts_of(heads, tags, config)
     for one in found:
-        figures.save(token_figure(one, config), folder / f"figures/{one.model}_{named(one.head)}.png")
+        figures.save(token_figure(one, config), folder / f"figures/{one.model}_{common.in_short(one.head)}.png")
     figures.save(tag_figure(tags), folder / "figures/by_tag.png")
     write_csv(folder / "tokens.csv", [row for one in found for row in token_rows(one)])
     write_csv(folder / "problems.csv", [row for one in found for row in problem_rows(one)])
@@ -177,17 +179,10 @@ def check_flags(config: Config) -> None:
     for flag, least in (("n_heads", 1), ("steps", 1), ("sample", 2), ("random_heads", 0), ("shown", 1)):
         if (value := getattr(config, flag)) < least:
             raise ValueError(f"--{flag} must be {least} or more, not {value}.")
-    for head in config.heads:
-        if not re.fullmatch(r"\d+\.\d+", head):
-            raise ValueError(f"--heads names heads as layer.head, such as 2.5, not {head!r}.")
-    if len(set(config.heads)) < len(config.heads):
-        raise ValueError("--heads names each head once.")
+    common.check_heads(config.heads)
     if config.heads and config.rankings:
         raise ValueError("--heads and --rankings both say which heads; give one of them.")
-    if config.rankings and len(config.rankings) != len(config.models):
-        raise ValueError(
-            f"--rankings names {len(config.rankings)} files for {len(config.models)} models; give one each."
-        )
+    common.check_rankings(config.rankings, config)
     if config.target == "projection" and config.hub is not None:
         raise ValueError("--hub is a token that heads look at; leave it out for --target projection.")
     if config.target == "attention" and config.direction != "own":
@@ -195,20 +190,20 @@ def check_flags(config: Config) -> None:
 
 
 def check_heads(config: Config, number: int, name: str, model: PreTrainedModel) -> None:
-    """Raise ValueError for a model that has no gradients or not these heads; runs nothing."""
+    """Raise ValueError for a model that has no gradients, not these heads, or none that could be ranked; runs nothing."""
     check_model(model)
-    given_heads(config, number, name, model)
+    if (form := format_of(model)) is not None:
+        refuse_latent_steps(model, [form.tokens])
+    if config.target == "attention":
+        card_of(model).component(model, "attention_pattern")
+    if not given_heads(config, number, name, model) or wants_hub(config):
+        check_scores(model)
 
 
 def given_heads(config: Config, number: int, name: str, model: PreTrainedModel) -> list[Head]:
     """The heads that flags name for a model; none where they are to be ranked here."""
     layers, heads = n_layers(model.config), n_heads(model.config)
-    chosen = [(int(layer), int(head)) for layer, head in (head.split(".") for head in config.heads)]
-    for layer, head in chosen:
-        if layer >= layers or head >= heads:
-            raise ValueError(
-                f"--heads {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
-            )
+    chosen = list(common.heads_of(config.heads, name, model))
     if not chosen and config.n_heads > layers * heads:
         raise ValueError(f"--n_heads asks for {config.n_heads} heads and {name} has {layers * heads}; ask for fewer.")
     if config.rankings:
@@ -217,6 +212,11 @@ def given_heads(config: Config, number: int, name: str, model: PreTrainedModel) 
     for head in chosen:
         random_heads(config, model, head, chosen)
     return chosen
+
+
+def wants_hub(config: Config) -> bool:
+    """Whether the hub is still to be found."""
+    return config.target == "attention" and config.hub is None
 
 
 def random_heads(config: Config, model: PreTrainedModel, head: Head, chosen: Sequence[Head]) -> list[Head]:
@@ -232,15 +232,13 @@ def random_heads(config: Config, model: PreTrainedModel, head: Head, chosen: Seq
 def heads_and_hubs(setting: common.Setting, config: Config, number: int) -> list[tuple[Head, int | None]]:
     """The heads, and the token of the block that each of them is asked about."""
     chosen = given_heads(config, number, setting.name, setting.model)
-    wants_hub = config.target == "attention" and config.hub is None
-    if chosen and not wants_hub:
+    if chosen and not wants_hub(config):
         return [(head, config.hub) for head in chosen]
     found = block_scores(setting.model, setting.questions, batch_size=config.batch_size)
     if not chosen:
-        order = np.argsort(-found.of(config.by), axis=None, kind="stable")[: config.n_heads]
-        chosen = [divmod(int(at), n_heads(setting.model.config)) for at in order]
+        chosen = list(common.top_heads(found.of(config.by), config.n_heads))
     hubs = found.usual_hub()
-    return [(head, int(hubs[head]) if wants_hub else config.hub) for head in chosen]
+    return [(head, int(hubs[head]) if wants_hub(config) else config.hub) for head in chosen]
 
 
 # -- what is found -----------------------------------------------------------------------------------------------------
@@ -356,20 +354,16 @@ def tag_rows(found: Found, seed: int) -> list[Row]:
             "random_share": random[:, number],
             "more_than_random": (own - random)[:, number],
         }
-        row: Row = {"model": found.model, "head": named(found.head), "hub": found.hub, "tag": tag}
+        row: Row = {"model": found.model, "head": common.in_short(found.head), "hub": found.hub, "tag": tag}
         row["problems"] = int(np.isfinite(own[:, number]).sum())
         row["token_share"] = (
             float(of_tokens[np.isfinite(own[:, number]), number].mean()) if row["problems"] else math.nan
         )
         for name, values in columns.items():
             # The same draws of problems for every tag and difference.
-            row |= spread(name, mean_of(values, seed, "shares"))
+            row |= common.of_interval(name, mean_of(values, seed, "shares"))
         rows.append(row)
     return rows
-
-
-def spread(name: str, interval: Interval) -> Row:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def head_rows(found: Found, seed: int) -> list[Row]:
@@ -380,8 +374,8 @@ def head_rows(found: Found, seed: int) -> list[Row]:
         rows.append(
             {
                 "model": found.model,
-                "head": named(head),
-                "control_of": "" if head == found.head else named(found.head),
+                "head": common.in_short(head),
+                "control_of": "" if head == found.head else common.in_short(found.head),
                 "hub": found.hub,
                 "problems": len(some.value),
                 "complete": int(some.complete.sum()),
@@ -389,7 +383,7 @@ def head_rows(found: Found, seed: int) -> list[Row]:
                 "largest_error": float(finite.max()) if len(finite) else math.nan,
                 "value": float(some.value.mean()),
                 "at_baseline": float(some.at_baseline.mean()),
-                **spread("change", mean_of(some.value - some.at_baseline, seed, "change")),
+                **common.of_interval("change", mean_of(some.value - some.at_baseline, seed, "change")),
                 "hub_share": hub_share(found, some),
             }
         )
@@ -410,9 +404,9 @@ def problem_rows(found: Found) -> list[Row]:
     return [
         {
             "model": found.model,
-            "head": named(head),
-            "control_of": "" if head == found.head else named(found.head),
-            "problem": found.index[number],
+            "head": common.in_short(head),
+            "control_of": "" if head == found.head else common.in_short(found.head),
+            "problem": found.problems[number],
             "value": float(some.value[number]),
             "at_baseline": float(some.at_baseline[number]),
             "attributed": float(some.tokens[number].sum()),
@@ -420,7 +414,7 @@ def problem_rows(found: Found) -> list[Row]:
             "complete": bool(some.complete[number]),
         }
         for head, some in ((found.head, found.own), *found.controls.items())
-        for number in range(len(found.index))
+        for number in range(len(found.problems))
     ]
 
 
@@ -429,7 +423,7 @@ def token_rows(found: Found) -> list[Row]:
     return [
         {
             "model": found.model,
-            "head": named(found.head),
+            "head": common.in_short(found.head),
             "problem": problem,
             "token": token,
             "text": text,
@@ -438,14 +432,10 @@ def token_rows(found: Found) -> list[Row]:
             "complete": bool(complete),
         }
         for problem, texts, tags, values, complete in zip(
-            found.index, found.texts, found.tags, found.own.tokens, found.own.complete, strict=True
+            found.problems, found.texts, found.tags, found.own.tokens, found.own.complete, strict=True
         )
         for token, (text, tag, value) in enumerate(zip(texts, tags, values, strict=True))
     ]
-
-
-def named(head: Head) -> str:
-    return f"{head[0]}.{head[1]}"
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -494,7 +484,7 @@ def tag_figure(rows: Sequence[Row]) -> Figure:
     """Shares by tag, a panel a head: beside random heads, and against the share of tokens."""
     panels = list(dict.fromkeys((row["model"], row["head"]) for row in rows))
     columns = min(4, len(panels))
-    figure = Figure(figsize=(1 + 2.9 * columns, 0.6 + 2.7 * math.ceil(len(panels) / columns)))
+    figure = Figure(figsize=(max(1 + 2.9 * columns, 5.5), 0.6 + 2.7 * math.ceil(len(panels) / columns)))
     grid = figure.subplots(math.ceil(len(panels) / columns), columns, sharey=True, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
@@ -524,7 +514,9 @@ def tag_figure(rows: Sequence[Row]) -> Figure:
 @matplotlib.rc_context(figures.STYLE)
 def token_figure(found: Found, config: Config) -> Figure:
     """Some problems' tokens, coloured by their attributions; the hub in a box, what is read underlined."""
-    which = list(np.flatnonzero(found.own.complete)[: config.shown]) or list(range(min(config.shown, len(found.index))))
+    which = list(np.flatnonzero(found.own.complete)[: config.shown]) or list(
+        range(min(config.shown, len(found.problems)))
+    )
     cells, line = [], 0.0  # cells: problem, token, line, column, text
     headings: list[tuple[float, int]] = []
     for problem in which:
@@ -538,7 +530,7 @@ def token_figure(found: Found, config: Config) -> Figure:
             cells.append((problem, token, line, column, text))
             column += len(text)
         line += 2
-    figure = Figure(figsize=(0.072 * WIDTH + 0.4, 0.17 * line + 1.1), layout="none")
+    figure = Figure(figsize=(0.072 * WIDTH + 0.4, 0.17 * line + 1.1), layout="none")  # type: ignore[arg-type]
     height = figure.get_size_inches()[1]
     axes = figure.add_axes((0.02, 0.6 / height, 0.96, 1 - 1.1 / height))
     axes.set(xlim=(0, WIDTH), ylim=(line, -0.3))
@@ -546,7 +538,8 @@ def token_figure(found: Found, config: Config) -> Figure:
     colours = ScalarMappable(Normalize(-1, 1), figures.DIVERGING)
     for start, problem in headings:
         value, base, error = (float(x[problem]) for x in (found.own.value, found.own.at_baseline, found.own.error))
-        words = f"problem {found.index[problem]}: {value:.3f}, {base:.3f} with baselines; completeness error {100 * error:.1f}%"
+        words = f"problem {found.problems[problem]}: {value:.3f}, {base:.3f} with baselines; "
+        words += f"completeness error {100 * error:.1f}%"
         axes.text(0, start + 0.5, words, va="center", fontsize=8, color=figures.GREY)
     for problem, token, at, column, text in cells:
         values = found.own.tokens[problem]
@@ -573,7 +566,7 @@ def token_figure(found: Found, config: Config) -> Figure:
 
 
 def title_of(found: Found, config: Config) -> str:
-    head = f"{found.model}, head {named(found.head)}"
+    head = f"{found.model}, head {common.in_short(found.head)}"
     if config.target == "attention":
         return f"{head}: attention to token {found.hub} of the block (boxed) from what is underlined"
     along = "its own direction" if config.direction == "own" else "the answer's unembedding"

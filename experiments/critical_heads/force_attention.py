@@ -28,7 +28,6 @@ same); and summary.json, what was run, with the verdicts. A run that was interru
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -45,7 +44,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import n_heads, n_layers
+from modelcards import card_of, n_heads, n_layers
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.evaluate import Evaluation
@@ -137,27 +136,19 @@ def check_flags(config: Config) -> None:
         raise ValueError(f"--random_sets must be 0 or more, not {config.random_sets}.")
     if config.min_problems < 2:
         raise ValueError(f"--min_problems must be 2 or more, not {config.min_problems}: an interval needs two.")
-    for head in config.heads:
-        if not re.fullmatch(r"\d+\.\d+", head):
-            raise ValueError(f"--heads names heads as layer.head, such as 2.5, not {head!r}.")
-    if len(set(config.heads)) < len(config.heads):
-        raise ValueError("--heads names each head once.")
+    common.check_heads(config.heads)
 
 
 def forced_heads(config: Config, name: str, model: PreTrainedModel) -> tuple[Heads, list[Heads]]:
     """The heads to force, and the random sets beside them: as many other heads of each layer; none where all heads are forced.
 
-    Raises ValueError for a head that the model has not, and for layers with too few other heads.
+    Raises ValueError for a model whose attention cannot be seen, a head that it has not, and layers with too few other heads.
     """
+    card_of(model).component(model, "attention_pattern")
     layers, heads = n_layers(model.config), n_heads(model.config)
     if not config.heads:
         return dict.fromkeys(range(layers), tuple(range(heads))), []
-    chosen = sorted((int(layer), int(head)) for layer, head in (named.split(".") for named in config.heads))
-    for layer, head in chosen:
-        if layer >= layers or head >= heads:
-            raise ValueError(
-                f"--heads {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
-            )
+    chosen = sorted(common.heads_of(config.heads, name, model))
     draw = rng(config.seed, "random heads")
     sets = layer_matched_random_heads(chosen, layers, heads, config.random_sets, draw) if config.random_sets else []
     return by_layer(chosen), [by_layer(some) for some in sets]

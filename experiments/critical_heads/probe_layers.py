@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
-from pyvene_ext.probes import Fit, cross_validated, deal_folds, read_residuals, shuffled
+from pyvene_ext.probes import Fit, cross_validated, deal_folds, places_of, read_residuals, shuffled
 from pyvene_ext.problems import NUMBER, STEP, Problem
 from pyvene_ext.runs import is_main_process, metadata, remove_leftovers, rng, write_config, write_csv, write_json
 from pyvene_ext.stats import Interval, cluster_shares, q_values, r_squared
@@ -67,6 +67,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from critical_heads import setting as common
 
+FEWEST = 19  # shuffles; with fewer no p is 0.05, and nothing could be found
 N_TINY = 1200  # problems of the tiny models, where no --limit is given
 RESAMPLES = 2000
 CLASSES = ("last_digit", "correct")
@@ -77,6 +78,7 @@ LINES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("question", {"color": figures.ORANGE, "marker": "s", "markersize": 3}, "mean of the question at this layer"),
     ("shuffled", {"color": figures.GREY, "linestyle": "--"}, "labels shuffled: mean and range"),
 )
+OPERAND = re.compile(r"-?(\d+(\.\d+)?|\.\d+)")  # calculations may leave the 0 of 0.5 out
 Row = dict[str, Any]
 
 
@@ -97,7 +99,7 @@ class Config(common.Flags):
     folds: int = 5
     """folds of the cross-validation"""
     shuffles: int = 50
-    """times that the labels are shuffled"""
+    """times that the labels are shuffled, 19 or more"""
     min_problems: int = 50
     """a target or a token of the block that fewer problems have is left out"""
 
@@ -129,7 +131,7 @@ def main(config: Config) -> None:
     rows: list[Row] = []
     facts: Row = {}
     for name in config.models:
-        setting = common.prepare(config, name, problems, folder)
+        setting = common.prepare(config, name, problems, folder, lambda _, model: places_of(model, config.mid))
         found, left_out = probed(setting, config)
         rows += found
         facts[setting.name] = metadata(setting.model, **setting.facts, left_out=left_out)
@@ -165,7 +167,7 @@ def main(config: Config) -> None:
 def check_flags(config: Config) -> None:
     """Raise ValueError for flags that make no sense."""
     common.check_flags(config)
-    for flag, least in (("folds", 3), ("shuffles", 1), ("min_problems", 10)):
+    for flag, least in (("folds", 3), ("shuffles", FEWEST), ("min_problems", 10)):
         if (value := getattr(config, flag)) < least:
             raise ValueError(f"--{flag} must be {least} or more, not {value}.")
     for flag in ("positions", "targets"):
@@ -220,7 +222,7 @@ def value_of(problem: Problem, target: str) -> float:
     if number >= len(steps):
         return math.nan
     first, equals, result = steps[number].partition("=")
-    found = NUMBER.search(first if target == "first_operand" else result)
+    found = OPERAND.search(first if target == "first_operand" else result)
     return float(found.group()) if found and equals else math.nan
 
 
@@ -441,7 +443,7 @@ def summary(facts: Row, rows: Sequence[Row], verdicts: Sequence[str]) -> str:
 def figure(model: str, rows: Sequence[Row]) -> Figure:
     """R^2 by depth with its baselines; a row of panels a target, a column a position."""
     positions, targets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("position", "target"))
-    drawing = Figure(figsize=(1.0 + 2.5 * len(positions), 1.4 + 1.7 * len(targets)))
+    drawing = Figure(figsize=(max(1.0 + 2.5 * len(positions), 7), 1.4 + 1.7 * len(targets)))
     panels = drawing.subplots(len(targets), len(positions), sharex=True, sharey=True, squeeze=False)
     labels = list(dict.fromkeys(row["place"] for row in rows))
     for (i, target), (j, position) in itertools.product(enumerate(targets), enumerate(positions)):

@@ -30,7 +30,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from pyvene_ext import figures
-from pyvene_ext.block_scores import SCORES, BlockScores, Score, block_scores
+from pyvene_ext.block_scores import SCORES, BlockScores, Score, block_scores, check_model
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.head_scores import write_head_scores
 from pyvene_ext.runs import metadata, remove_leftovers, write_config, write_csv, write_json
@@ -58,9 +58,7 @@ class Config(common.Flags):
 
 def main(config: Config) -> None:
     # What is run.
-    common.check_flags(config)
-    if config.top < 1:
-        raise ValueError(f"--top must be 1 or more, not {config.top}.")
+    check_flags(config)
     folder = common.folder_of(config, "rank_heads")
     problems = common.find_problems(config)
 
@@ -68,7 +66,7 @@ def main(config: Config) -> None:
     found: dict[str, BlockScores] = {}
     facts: Row = {}
     for name in config.models:
-        setting = common.prepare(config, name, problems, folder)
+        setting = common.prepare(config, name, problems, folder, lambda _, model: check_model(model))
         found[setting.name] = block_scores(
             setting.model, setting.questions, batch_size=config.batch_size, progress=True
         )
@@ -94,6 +92,13 @@ def main(config: Config) -> None:
     print(f"written:\n  {folder}/ (heads, scores, figures, config, summary)")
 
 
+def check_flags(config: Config) -> None:
+    """Raise ValueError for flags that make no sense."""
+    common.check_flags(config)
+    if config.top < 1:
+        raise ValueError(f"--top must be 1 or more, not {config.top}.")
+
+
 def rows_of(model: str, scores: BlockScores) -> list[Row]:
     """One row a head."""
     values = {score: scores.of(score) for score in SCORES}
@@ -115,9 +120,9 @@ def table(scores: BlockScores, top: int) -> str:
     columns: list[Sequence[str]] = []
     for score in SCORES:
         values = scores.of(score)
-        order = np.argsort(-values, axis=None, kind="stable")[:top]
-        heads = [divmod(int(at), values.shape[1]) for at in order]
-        columns.append([score, *(f"{layer}.{head} {values[layer, head]:.3f}" for layer, head in heads)])
+        columns.append(
+            [score, *(f"{common.in_short(head)} {values[head]:.3f}" for head in common.top_heads(values, top))]
+        )
     lines = ["".join(f"{cell:>16}" for cell in row) for row in zip(*columns, strict=True)]
     pairs = [("flow", "hub"), ("flow", "skip"), ("hub", "skip")]
     agree = [f"{a} and {b} {spearmanr(scores.of(a), scores.of(b), axis=None).statistic:.2f}" for a, b in pairs]  # type: ignore[arg-type]

@@ -31,12 +31,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pydantic
-import yaml
 
 from pyvene_ext.block_scores import Score
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.report import write_report
-from pyvene_ext.runs import data_hash, is_main_process, remove_leftovers, write_config, write_csv, write_json
+from pyvene_ext.runs import (
+    data_hash,
+    is_main_process,
+    parse_json,
+    read_yaml,
+    remove_leftovers,
+    write_config,
+    write_csv,
+    write_json,
+)
 from pyvene_ext.specs import one_sentence
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
@@ -87,11 +95,11 @@ def main(config: Config) -> None:
     # What is run, and with which flags; what is wrong with them is said before anything runs.
     check_flags(config)
     folder = common.folder_of(config, "all")
+    problems = common.find_problems(config)
     parts = planned(config, folder)
-    done, done_file = set[str](), folder / "unfinished.json"
-    facts = data_hash([[part.study, _plain(part.flags)] for part in parts])
-    if done_file.exists() and (kept := json.loads(done_file.read_text(encoding="utf-8")))["facts"] == facts:
-        done = set(kept["done"])
+    done_file = folder / "unfinished.json"
+    facts = data_hash([[part.study, _plain(part.flags)] for part in parts] + [one.model_dump() for one in problems])
+    done = done_before(done_file, facts)
 
     # One study after the other.
     failed: dict[str, str] = {}
@@ -136,6 +144,16 @@ def main(config: Config) -> None:
     for study, why in failed.items():
         print(f"{study}: not done: {why}")
     print(f"\nwritten:\n  {folder / 'report.html'}\n  {folder}/ (a folder each study, verdicts, config, summary)")
+
+
+def done_before(path: Path, facts: str) -> set[str]:
+    """The studies that an interrupted run has done; none if it was another one, or its file is damaged."""
+    try:
+        kept = parse_json(path.read_bytes())
+        done = set(map(str, kept["done"])) if kept["facts"] == facts else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in done if (path.parent / name / "summary.json").exists()}
 
 
 def check_flags(config: Config) -> None:
@@ -185,10 +203,7 @@ def read_settings(path: Path | None) -> dict[str, dict[str, Any]]:
     """Flags of single studies; ValueError for a file that holds something else."""
     if path is None:
         return {}
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    values = read_yaml(path)
     known = get_args(Study)
     if not isinstance(values, dict) or not all(name in known and isinstance(v, dict) for name, v in values.items()):
         raise ValueError(

@@ -9,6 +9,7 @@ or no `####`, have no block; they are left out and counted. The block of a model
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Num
+from jaxtyping import Bool, Float, Num
 from tiny_tasks import draw
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelcards import n_heads, n_layers
 from pyvene_ext.continuous_thought import format_of
 from pyvene_ext.evaluate import Evaluation, Results, evaluate, facts_of
 from pyvene_ext.loading import load_model
@@ -38,7 +40,7 @@ from pyvene_ext.reference import Reference
 from pyvene_ext.runs import choose_device, output_path, rng
 from pyvene_ext.spec_files import to_plain
 from pyvene_ext.specs import Spec
-from pyvene_ext.stats import Interval, frequency_interval, paired_bootstrap
+from pyvene_ext.stats import Head, Interval, frequency_interval, paired_bootstrap
 
 TINY = "tiny"
 N_TINY = 400  # problems that a study of the tiny models has by default
@@ -150,6 +152,46 @@ def check_flags(flags: Flags) -> None:
         raise ValueError(f"--shots must be 0 or more, not {flags.shots}.")
     if not flags.models or len({Path(name).name for name in flags.models}) < len(flags.models):
         raise ValueError("--models names one or more models, each once.")
+    if flags.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, not {flags.seed}.")
+
+
+def check_rankings(rankings: Sequence[str], flags: Flags) -> None:
+    """Raise ValueError unless there is a ranking for each model, or none at all."""
+    if rankings and len(rankings) != len(flags.models):
+        raise ValueError(f"--rankings names {len(rankings)} files for {len(flags.models)} models; give one each.")
+
+
+def check_heads(named: Sequence[str], flag: str = "heads", once: bool = True) -> None:
+    """Raise ValueError for what is no layer.head, and for a head named twice."""
+    for head in named:
+        if not re.fullmatch(r"\d+\.\d+", head):
+            raise ValueError(f"--{flag} names heads as layer.head, such as 2.5, not {head!r}.")
+    if once and len(set(named)) < len(named):
+        raise ValueError(f"--{flag} names each head once.")
+
+
+def heads_of(named: Sequence[str], name: str, model: PreTrainedModel, flag: str = "heads") -> tuple[Head, ...]:
+    """The heads that a flag names; ValueError for one that the model has not."""
+    layers, heads = n_layers(model.config), n_heads(model.config)
+    chosen = tuple((int(layer), int(head)) for layer, head in (one.split(".") for one in named))
+    for layer, head in chosen:
+        if layer >= layers or head >= heads:
+            raise ValueError(
+                f"--{flag} {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
+            )
+    return chosen
+
+
+def top_heads(scores: Float[np.ndarray, "layer head"], wanted: int) -> tuple[Head, ...]:
+    """Those with the highest scores, highest first."""
+    order = np.argsort(-scores, axis=None, kind="stable")[:wanted]
+    return tuple((int(layer), int(head)) for layer, head in (divmod(at, scores.shape[1]) for at in order))
+
+
+def in_short(head: Head) -> str:
+    """A head as flags and tables name it."""
+    return f"{head[0]}.{head[1]}"
 
 
 def folder_of(flags: Flags, study: str) -> Path:
@@ -269,6 +311,11 @@ def drop_of(
     reach = 100 * float(frequency_interval(np.zeros(len(clean))).high)
     low, high = min(drop.low, drop.mean - reach), max(drop.high, drop.mean + reach)
     return Interval(drop.mean, max(low, -100.0), min(high, 100.0))
+
+
+def of_interval(name: str, interval: Interval) -> dict[str, Any]:
+    """The cells of a table that hold a mean with its interval."""
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def in_words(drop: Interval) -> str:

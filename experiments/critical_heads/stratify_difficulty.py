@@ -52,12 +52,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
-from modelcards import n_heads, n_layers
 from pyvene_ext import figures
 from pyvene_ext.block_scores import Score
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.evaluate import Evaluation, Results, facts_of
-from pyvene_ext.lag import random_rankings
 from pyvene_ext.loading import load_model
 from pyvene_ext.problems import Problem
 from pyvene_ext.runner import reference_for
@@ -212,21 +210,13 @@ def check_flags(config: Config) -> None:
         ("noise_seeds", 1),
         ("quantiles", 2),
         ("min_problems", 2),
-        ("seed", 0),
     ):
         if (value := getattr(config, flag)) < least:
             raise ValueError(f"--{flag} must be {least} or more, not {value}.")
     if bool(config.heads) + bool(config.rankings) + (config.hub is not None) > 1:
         raise ValueError("--heads, --rankings and --hub are different interventions; give one of them.")
-    if config.rankings and len(config.rankings) != len(config.models):
-        raise ValueError(
-            f"--rankings names {len(config.rankings)} files for {len(config.models)} models; give one each."
-        )
-    for head in config.heads:
-        if not re.fullmatch(r"\d+\.\d+", head):
-            raise ValueError(f"--heads names heads as layer.head, such as 2.5, not {head!r}.")
-    if len(set(config.heads)) < len(config.heads):
-        raise ValueError("--heads names each head once.")
+    common.check_rankings(config.rankings, config)
+    common.check_heads(config.heads)
     if config.max_new_tokens < 2:
         raise ValueError("--max_new_tokens must be 2 or more: the first new token follows from the question alone.")
 
@@ -298,17 +288,9 @@ def with_named_heads(
     settings: ablation.Config, named: Sequence[str], name: str, problems: Sequence[Problem], folder: Path
 ) -> tuple[ablation.Model, tuple[Head, ...], list[tuple[Head, ...]]]:
     """One model, the heads that were named, and as many random sets as are asked for."""
-    heads = tuple((int(layer), int(head)) for layer, head in (one.split(".") for one in named))
     model, tokenizer = load_model(name, dtype=settings.dtype, device=choose_device(settings.device))
-    sizes = n_layers(model.config), n_heads(model.config)
-    for layer, head in heads:
-        if layer >= sizes[0] or head >= sizes[1]:
-            raise ValueError(
-                f"--heads {layer}.{head}: {name} has layers 0 to {sizes[0] - 1}, each with heads 0 to {sizes[1] - 1}."
-            )
-    draw = rng(settings.seed, "random heads")
-    wanted = settings.random_sets
-    controls = random_rankings(heads, len(heads), *sizes, wanted, draw) if wanted else []
+    heads = common.heads_of(named, name, model)
+    controls = ablation.random_sets(settings, heads, model)
     questions = common.ask(settings, model, tokenizer, problems, settings.max_new_tokens)
     results = Results(folder / "unfinished", facts_of(model, questions, settings.max_new_tokens))
     return ablation.Model(Path(name).name, model, tokenizer, questions, results, settings), heads, controls
@@ -456,7 +438,7 @@ def verdicts_of(rows: Sequence[Row], tests: Sequence[Row], facts: Row) -> list[s
             most, least = (choose(judged, key=lambda row: row["drop"]) for choose in (max, min))
             line += f"{words.count('causal')} of {len(judged)} strata causal, {words.count('redundant')} redundant; "
             parts = []
-            for what, row in (("most", most), ("least", least))[: len(judged)]:
+            for what, row in (("most", most), ("least", least))[: 1 + (least is not most)]:
                 about = f"{row['stratum']} ({row['problems']} problems)"
                 parts.append(f"{what} in {about}: {common.in_words(drop_in(row))}: {row['verdict']}")
                 if not math.isnan(row["random_drop"]):

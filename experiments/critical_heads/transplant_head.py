@@ -34,7 +34,6 @@ the verdicts. A run that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -48,10 +47,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelcards import dimensions, n_heads, n_layers
+from modelcards import dimensions, n_heads, n_layers, n_positions
 from pyvene_ext import figures
 from pyvene_ext.block_scores import Score, block_scores
+from pyvene_ext.block_scores import check_model as check_scores
 from pyvene_ext.cli import run as run_study
+from pyvene_ext.continuous_thought import format_of
 from pyvene_ext.evaluate import Evaluation, evaluate
 from pyvene_ext.head_scores import read_head_scores
 from pyvene_ext.lag import rank_heads
@@ -163,7 +164,7 @@ def main(config: Config) -> None:
     folder = common.folder_of(config, f"transplant_head/{Path(config.donor).name}")
     problems = common.find_problems(config)
     donor, tokenizer = load_model(config.donor, dtype=config.dtype, device=choose_device(config.device))
-    donor_heads(config, donor)
+    check_model(donor, donor_heads(config, donor))
 
     # One host after the other.
     rows: list[Row] = []
@@ -172,14 +173,19 @@ def main(config: Config) -> None:
     facts: Row = {}
     for number, name in enumerate(config.models):
 
-        def check(_: str, model: PreTrainedModel, number: int = number) -> Heads | None:
-            return host_heads(config, number, model)
+        def check(_: str, model: PreTrainedModel, number: int = number) -> None:
+            check_model(model, host_heads(config, number, model))
+            if (form := format_of(model)) is not None and format_of(donor) != form:
+                raise ValueError(
+                    f"{Path(config.models[number]).name} thinks in latent steps that {Path(config.donor).name} does not know; "
+                    "use a donor with the same ones."
+                )
 
         setting = common.prepare(config, name, problems, folder, check)
         study = prepare(config, number, setting, donor, tokenizer)
         found, of_random = transplants(study)
         rows, randoms, fits = rows + found, randoms + of_random, fits + fits_of(study)
-        pairs = [f"{named(place)} <- {named(head)}" for place, head in study.pairs]
+        pairs = [f"{common.in_short(place)} <- {common.in_short(head)}" for place, head in study.pairs]
         counted = {**setting.facts, "solved": len(study.setting.questions), "heads": pairs}
         facts[setting.name] = metadata(setting.model, **counted, **study.depends_on)
         del setting, study  # more than two models need not fit in memory together
@@ -214,20 +220,13 @@ def main(config: Config) -> None:
 def check_flags(config: Config) -> None:
     """Raise ValueError for flags that make no sense."""
     common.check_flags(config)
-    for flag in ("heads", "donor_heads"):
-        for head in getattr(config, flag):
-            if not re.fullmatch(r"\d+\.\d+", head):
-                raise ValueError(f"--{flag} names heads as layer.head, such as 2.5, not {head!r}.")
-    if len(set(config.heads)) < len(config.heads):
-        raise ValueError("--heads names each head once.")
+    common.check_heads(config.heads)
+    common.check_heads(config.donor_heads, "donor_heads", once=False)
     if config.heads and config.rankings:
         raise ValueError("--heads and --rankings were both given; give one of them.")
     if config.donor_heads and config.donor_ranking:
         raise ValueError("--donor_heads and --donor_ranking were both given; give one of them.")
-    if config.rankings and len(config.rankings) != len(config.models):
-        raise ValueError(
-            f"--rankings names {len(config.rankings)} files for {len(config.models)} models; give one each."
-        )
+    common.check_rankings(config.rankings, config)
     if config.heads and config.donor_heads and len(config.heads) != len(config.donor_heads):
         raise ValueError(
             f"--heads names {len(config.heads)} heads and --donor_heads {len(config.donor_heads)}; give each place its head."
@@ -238,13 +237,19 @@ def check_flags(config: Config) -> None:
     for flag in ("heads", "donor_heads"):
         if 0 < len(getattr(config, flag)) < levels[-1]:
             raise ValueError(f"--n_heads asks for {levels[-1]} heads and --{flag} names {len(getattr(config, flag))}.")
-    for flag, least in (("fit_problems", 2), ("random_sets", 0), ("seed", 0)):
+    for flag, least in (("fit_problems", 2), ("random_sets", 0)):
         if (value := getattr(config, flag)) < least:
             raise ValueError(f"--{flag} must be {least} or more, not {value}.")
     if not 0 < config.test_share < 1:
         raise ValueError(f"--test_share must lie between 0 and 1, not be {config.test_share}.")
     if config.alpha is not None and not 0 < config.alpha < math.inf:
         raise ValueError(f"--alpha must be above 0, not {config.alpha}.")
+
+
+def check_model(model: PreTrainedModel, heads: Heads | None) -> None:
+    """Raise ValueError for heads that are to be ranked and cannot be."""
+    if heads is None:
+        check_scores(model)
 
 
 def numbers(config: Config) -> tuple[int, ...]:
@@ -275,13 +280,7 @@ def given_heads(
         raise ValueError(f"--n_heads asks for {most} heads and {name} has {layers * heads}; ask for fewer.")
     if path is not None:
         return rank_heads(read_head_scores(path, model.config), "full", layers, most)
-    chosen = tuple((int(layer), int(head)) for layer, head in (one.split(".") for one in getattr(config, flag)))
-    for layer, head in chosen:
-        if layer >= layers or head >= heads:
-            raise ValueError(
-                f"--{flag} {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
-            )
-    return chosen[:most] or None
+    return common.heads_of(getattr(config, flag), name, model, flag)[:most] or None
 
 
 def prepare(
@@ -295,7 +294,7 @@ def prepare(
             "the two that an interval needs."
         )
     same = tokenizer.get_vocab() == setting.tokenizer.get_vocab()
-    longest, context = max(map(len, everything.prompts.input_ids)), donor.config.max_position_embeddings
+    longest, context = max(map(len, everything.prompts.input_ids)), n_positions(donor.config)
     if longest > context:
         raise ValueError(
             f"a problem with its reasoning has {longest} tokens and {config.donor} takes {context}; use another donor, or a "
@@ -341,9 +340,8 @@ def prepare(
 
 def top(model: PreTrainedModel, questions: Questions, config: Config) -> Heads:
     """The first heads by their scores inside the block of reasoning."""
-    scores = block_scores(model, questions, batch_size=config.batch_size).of(config.by)
-    order = np.argsort(-scores, axis=None, kind="stable")[: numbers(config)[-1]]
-    return tuple((int(layer), int(head)) for layer, head in (divmod(at, scores.shape[1]) for at in order))
+    scores = block_scores(model, questions, batch_size=config.batch_size)
+    return common.top_heads(scores.of(config.by), numbers(config)[-1])
 
 
 def random_heads(config: Config, pairs: Sequence[tuple[Head, Head]], heads: int) -> list[Heads]:
@@ -401,7 +399,7 @@ def transplants(study: Study) -> tuple[list[Row], list[Row]]:
                 rows.append(row_of(study, n, condition, answers, zero, controls))
             for some, answers in others.items():
                 drop = 100 * (setting.clean.accuracy - answers.accuracy)
-                names = " ".join(map(named, some))
+                names = " ".join(map(common.in_short, some))
                 about = {"model": setting.name, "n_heads": n, "donor_heads": names, "drop": drop}
                 randoms.append({**about, "unparsed": int((~answers.parsed).sum())})
     return rows, randoms
@@ -426,8 +424,8 @@ def row_of(
         "donor": Path(study.config.donor).name,
         "n_heads": n,
         "condition": condition,
-        "heads": " ".join(named(place) for place, _ in study.pairs[:n]),
-        "donor_heads": " ".join(named(head) for _, head in study.pairs[:n]),
+        "heads": " ".join(common.in_short(place) for place, _ in study.pairs[:n]),
+        "donor_heads": " ".join(common.in_short(head) for _, head in study.pairs[:n]),
         "problems": len(answers),
         "accuracy": accuracy.mean,
         "low": accuracy.low,
@@ -435,9 +433,9 @@ def row_of(
         "unparsed": int((~answers.parsed).sum()),
         "changed": sum(a != b for a, b in zip(answers.ids, clean.ids, strict=True)),
         "clean_accuracy": 100 * clean.accuracy,
-        **of_interval("drop", drop),
+        **common.of_interval("drop", drop),
         "mcnemar_p": mcnemar_p(clean.correct, answers.correct),
-        **of_interval("gain", gain),
+        **common.of_interval("gain", gain),
         "random_sets": len(others),
     }
     names = (
@@ -457,14 +455,6 @@ def row_of(
         values = (of_random.mean(), of_random.min(), of_random.max(), *excess, share)
         row |= {name: float(value) for name, value in zip(names, values, strict=True)}
     return row
-
-
-def named(head: Head) -> str:
-    return f"{head[0]}.{head[1]}"
-
-
-def of_interval(name: str, interval: Interval) -> Row:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def interval_in(row: Row, name: str) -> Interval:

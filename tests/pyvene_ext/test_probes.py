@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modelcards import card_of
-from pyvene_ext.probes import ALPHAS, Ridge, cross_validated, deal_folds, read_residuals, shuffled
+from pyvene_ext.probes import ALPHAS, Ridge, cross_validated, deal_folds, places_of, read_residuals, shuffled
 from pyvene_ext.runs import rng
 from pyvene_ext.stats import r_squared
 from tests.ground_truth import ablations as slow
@@ -95,6 +95,14 @@ def test_tokens_outside_a_prompt_are_refused_before_the_model_runs(
     monkeypatch.setattr(type(model.base_model), "forward", None)
     with pytest.raises(ValueError, match="prompt 0 has 9 tokens; its question or a token to be read lies outside"):
         read_residuals(model, PROMPTS, {"x": tokens}, questions)
+
+
+def test_a_place_that_a_model_lacks_is_refused_before_it_runs() -> None:
+    model = random_model("gpt_neox")
+    assert list(places_of(model)) == ["resid_pre.0", "resid_pre.1", "resid_post.1"]
+    model.base_model.forward = None
+    with pytest.raises(ValueError, match="run attention and MLP side by side"):
+        read_residuals(model, PROMPTS, TOKENS, QUESTIONS, mid=True)
 
 
 def test_an_error_in_the_model_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:

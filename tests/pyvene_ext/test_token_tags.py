@@ -29,6 +29,7 @@ def tagged(text: str, tag: str) -> list[str]:
         ("a six-pack at 5 km/h, twenty-five oneself", ["six", "5", "twenty", "five"], [], ["km", "oneself"]),
         ("Question: How many 3 of 7   red cars did She see?\nAnswer: 4\nReds", ["3", "7", "4"], [], ["red", "Reds"]),
         ("7, pens. 8 pen", ["7,", "8"], [], ["pens", "pen"]),
+        ("3 eggs: an egg breaks. Two more", ["3", "Two"], [], ["eggs", "egg"]),
         ("", [], [], []),
     ],
 )  # fmt: skip

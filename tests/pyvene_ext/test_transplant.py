@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvene_ext import transplant as module
+from pyvene_ext.continuous_thought import Format, attach, projection
 from pyvene_ext.transplant import Fit, Maps, Paired, StreamMap, Transplant, fit_maps, pair_texts, transplanted
 from tests.ground_truth import transplant as slow
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
@@ -259,6 +260,44 @@ def test_transplants_that_do_not_fit_are_refused_in_one_sentence() -> None:
     assert not hooks_of(host) and not hooks_of(donor)
 
 
+@pytest.mark.parametrize("new_tokens", [False, True])
+@pytest.mark.parametrize("own", [True, False])
+def test_latent_steps_are_thought_with_the_new_head(own: bool, new_tokens: bool) -> None:
+    """Head 2 in place of head 1, against hooks that are there whenever the block runs; batches of other shapes follow."""
+    host = random_model("llama3_1")
+    form = Format(opening=(50,), latent=51, closing=(52,), steps=3, projection=True)
+    torch.manual_seed(2)
+    attach(host, form, projection(host.config.hidden_size, 30))
+    donor = host if own else deepcopy(host)
+    output = host.model.layers[1].self_attn.o_proj
+    size = host.config.head_dim
+
+    def by_hand(_: Any, args: Any, out: Tensor) -> Tensor:
+        parts = args[0].unflatten(-1, (-1, size))
+        weight = output.weight.unflatten(-1, (-1, size))
+        return out + parts[:, :, 2] @ weight[:, 2].T - parts[:, :, 1] @ weight[:, 1].T
+
+    batches = []
+    for lengths in ((4, 7), (5,), (9, 3, 3)):
+        batch = random_inputs(lengths)
+        thoughts = torch.tensor(form.tokens).expand(len(lengths), -1)
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(thoughts)], 1)
+        ids = torch.cat([batch["input_ids"].clamp(max=49), thoughts], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        batches.append({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    with torch.no_grad():
+        with transplanted(host, [Transplant((1, 1), donor, (1, 2))], new_tokens=new_tokens):
+            found = [host(**batch, use_cache=True).logits for batch in batches]
+        hook = output.register_forward_hook(by_hand)
+        wanted = [host(**batch).logits for batch in batches]
+        hook.remove()
+        clean = [host(**batch).logits for batch in batches]
+    for batch, got, right, without in zip(batches, found, wanted, clean, strict=True):
+        real = batch["attention_mask"].bool()
+        assert torch.allclose(got[real], right[real], atol=1e-5)
+        assert (got[:, -1] - without[:, -1]).abs().max() > 1e-3
+
+
 # -- maps --------------------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +436,45 @@ def test_maps_that_cannot_be_fitted_are_refused(changes: dict[str, Any], message
     with pytest.raises(ValueError, match=message) as error:
         fit_maps(host, donor, Paired(prompts, prompts), **arguments)
     assert str(error.value).count(". ") == 0
+
+
+def test_behind_blocks_that_run_attention_and_mlp_side_by_side_the_stream_is_that_behind_the_block() -> None:
+    """There is none between the two; what a head writes is in the block's output."""
+    host, donor = random_model("llama3_1"), random_model("gpt_neox", seed=1)
+    prompts = random_prompts((9,) * 12)
+    maps = fit_maps(host, donor, Paired(prompts, prompts), [(1, 0)], alpha=0.1)[1, 0]
+    back = fit_maps(donor, host, Paired(prompts, prompts), [(0, 1)], alpha=0.1)[0, 1]
+    train, _ = slow.split(list(prompts.input_ids), 3)
+    behind: list[Tensor] = []
+    hook = donor.gpt_neox.layers[0].register_forward_hook(lambda *given: behind.append(given[2][0]))
+    middle = [slow.streams(host, ids, 1)[1] for ids in prompts.input_ids]
+    with hook, torch.no_grad():
+        for ids in prompts.input_ids:
+            donor(torch.tensor([ids]))
+    its, own = (torch.stack([x[prompt].reshape(9, -1)[at] for prompt, at in train]) for x in (behind, middle))
+    for fitted, x, y in ((maps.back, its, own), (back.back, own, its)):
+        assert torch.allclose(fitted(x.float()).mean(0), y.float().mean(0), atol=1e-4)
+        x = x.double() - x.double().mean(0)
+        gram = x.T @ x + 0.1 * x.square().sum() / x.shape[1] * torch.eye(x.shape[1])
+        weight = torch.linalg.solve(gram, x.T @ (y.double() - y.double().mean(0)))
+        assert torch.allclose(fitted.weight, weight.float(), atol=1e-3)
+
+
+def test_the_stream_behind_attention_is_found_where_a_norm_is_given_tokens_without_their_batch() -> None:
+    host, donor = random_model("opt"), random_model("mistral")
+    prompts = random_prompts((9,) * 12)
+    maps = fit_maps(host, donor, Paired(prompts, prompts), [(0, 0)], alpha=0.1)[0, 0]
+    train, _ = slow.split(list(prompts.input_ids), 3)
+    behind: list[Tensor] = []
+    hook = host.model.decoder.layers[0].final_layer_norm.register_forward_pre_hook(
+        lambda _, args: behind.append(args[0].reshape(9, -1))
+    )
+    with hook, torch.no_grad():
+        for ids in prompts.input_ids:
+            host(torch.tensor([ids]))
+    its = torch.stack([slow.streams(donor, prompts.input_ids[prompt], 0)[1].reshape(9, -1)[at] for prompt, at in train])
+    own = torch.stack([behind[prompt][at] for prompt, at in train])
+    assert torch.allclose(maps.back(its.float()).mean(0), own.mean(0), atol=1e-4)
 
 
 def test_with_an_alpha_few_tokens_do_and_it_is_said() -> None:

@@ -294,3 +294,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert code == 2
     assert message in capsys.readouterr().err
     assert not [path for path in (folder / "x").rglob("*") if path.is_file() and "unfinished" not in path.parts]
+
+
+def test_a_figure_of_one_head_holds_its_legend() -> None:
+    numbers = dict.fromkeys(
+        [f"{name}{end}" for name in ("share", "random_share") for end in ("", "_low", "_high")] + ["token_share"], 0.2
+    )
+    drawing = study.tag_figure([{"model": "m", "head": "0.1", "tag": tag, **numbers} for tag in ("number", "other")])
+    drawing.draw_without_rendering()
+    box = drawing.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= drawing.bbox.width

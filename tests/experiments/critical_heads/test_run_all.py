@@ -20,7 +20,13 @@ FEW = {
     "patch_hub": {"sites": ["embed"], "seeds": 1, "places": 2, "min_problems": 2},
     "force_attention": {"shapes": ["uniform"], "sweep": False},
     "transplant_head": {"n_heads": [1], "random_sets": 1, "fit_problems": 12, "alpha": 1.0},
-    "probe_layers": {"positions": ["block_last"], "targets": ["answer"], "shuffles": 2, "min_problems": 10, "folds": 3},
+    "probe_layers": {
+        "positions": ["block_last"],
+        "targets": ["answer"],
+        "shuffles": 19,
+        "min_problems": 10,
+        "folds": 3,
+    },
     "attribute_inputs": {"n_heads": 1, "random_heads": 0, "sample": 2, "shown": 1, "steps": 50},
     "stratify_difficulty": {"random_sets": 1, "quantiles": 2, "min_problems": 2},
 }
@@ -148,6 +154,43 @@ def test_what_is_left_of_a_run_with_other_flags_is_not_taken(pretended, monkeypa
     monkeypatch.setattr(study.Part, "run", whole)
     pretended.clear()
     assert command("--limit", 31) == 0
+    assert pretended == NAMES
+
+
+def test_what_is_left_of_a_run_on_other_problems_or_lost_is_not_taken(pretended, monkeypatch):
+    whole = study.Part.run
+
+    def until(last: str) -> None:
+        monkeypatch.setattr(study.Part, "run", lambda part: _stop() if part.study == last else whole(part))
+
+    one, other = ({"question": f"Ann has {n} pens?", "answer": f"#### {n}"} for n in (3, 4))
+    Path("p.jsonl").write_text(json.dumps(one) + "\n")
+    until("patch_hub")
+    assert command("--problems", "p.jsonl") == 130
+    Path("p.jsonl").write_text(json.dumps(other) + "\n")
+    assert command("--problems", "p.jsonl") == 130
+    assert pretended == 2 * NAMES[:2]
+    Path("out/ablate_heads/summary.json").unlink()
+    until("force_attention")
+    assert command("--problems", "p.jsonl") == 130
+    assert pretended == [*NAMES[:2], *NAMES[:2], "ablate_heads", "patch_hub"]
+
+
+def test_problems_that_cannot_be_read_are_said_once_before_anything_runs(pretended, capsys):
+    Path("p.jsonl").write_text('{"question": "Ann has 3 pens?", "answer": "3"}\n')
+    assert command("--problems", "p.jsonl") == 2
+    assert "p.jsonl, line 1: the answer has no ####" in capsys.readouterr().err
+    assert not pretended and not Path("out/rank_heads").exists()
+    Path("own.yaml").write_text("rank_heads: {top: 0}\n")
+    assert command("--settings", "own.yaml") == 2
+    assert "--top must be 1 or more, not 0." in capsys.readouterr().err and not pretended
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"facts": 1}', '{"done": 3, "facts": "x"}', "[" * 9999])
+def test_what_is_left_of_a_run_may_be_damaged(pretended, text):
+    Path("out").mkdir()
+    Path("out/unfinished.json").write_text(text)
+    assert command() == 0
     assert pretended == NAMES
 
 

@@ -244,6 +244,8 @@ def test_verdict_lines_name_the_strata_with_most_and_least() -> None:
         "between strata (p = 0.001, q = 0.002); the excess over random heads is not shown to differ between strata (p = 0.2, "
         "q = 0.3); 1 strata with few problems"
     )
+    (said,) = study.verdicts_of([{**row, **low}, {**row, **low, "stratum": "2"}], tests, facts)
+    assert "; most in 1 (50 problems)" in said and "least in" not in said  # all are alike
     (said,) = study.verdicts_of([{**row, **few}], [{**tests[0], "p": np.nan, "excess_p": np.nan}], facts)
     assert said == "m, something, by steps: no stratum has enough problems; 1 strata with few problems"
 
@@ -352,7 +354,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
     ("flags", "message"),
     [
         (("--heads", "9.0"), "--heads 9.0: tiny-llama3.1 has layers 0 to 3, each with heads 0 to"),
-        (("--heads", *(f"0.{head}" for head in range(8))), "heads left for a control of 8"),
+        (("--heads", *(f"0.{head}" for head in range(8))), "or take --random_sets 0 for no control"),
         (("--rankings", "none.csv"), "none.csv"),
         (("--hub", 90), "--hub 90: 0 problems of tiny-llama3.1 have a token there in their block."),
     ],

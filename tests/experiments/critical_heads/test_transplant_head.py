@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from critical_heads import setting as common
 from critical_heads import transplant_head as study
 
 from pyvene_ext.cli import run as run_study
+from pyvene_ext.evaluate import Evaluation
 from pyvene_ext.loading import load_model
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import transplant as slow
@@ -215,6 +217,21 @@ def test_what_the_verdicts_say() -> None:
     assert said(1.0, -1.0, 0.2).endswith("and so may random heads")
     assert said(1.0, 1.0, 0.4).endswith("and so may random heads") and "1 of 4 sets" in said(1, 1, 0.4)
     assert said(1.0, 1.0, 0.2, 3).endswith("the self-transplant changed 3 of 9 answers, which rounding should not")
+
+
+def test_a_random_set_that_is_just_as_good_counts_as_that() -> None:
+    def solved(*right: int) -> Any:
+        n = len(right)
+        answers = tuple(1.0 if one else None for one in right)
+        return Evaluation(((),) * n, ("",) * n, answers, (1.0,) * n, np.ones(n, bool), np.full(n, np.nan))
+
+    clean = solved(1, 1, 1, 1, 1, 1, 1)
+    setting: Any = SimpleNamespace(name="m", clean=clean)
+    moved: Any = SimpleNamespace(config=study.Config(), setting=setting, pairs=(((0, 1), (2, 3)),))
+    others = [solved(*(i < right for i in range(7))) for right in (2, 3, 3, 5)]
+    row = study.row_of(moved, 1, "transplant", solved(0, 0, 1, 0, 1, 1, 0), solved(*[0] * 7), others)
+    assert row["share_as_good"] == pytest.approx((1 + 3) / 5)
+    assert (row["heads"], row["donor_heads"], row["unparsed"], row["random_sets"]) == ("0.1", "2.3", 4, 4)
 
 
 def test_within_a_model_there_is_a_transplant_without_maps(folder: Path) -> None:
