@@ -21,8 +21,9 @@ most W wide; such frequencies lean to the nearer of 0 and 1 a little, so that a 
 What was not run is NaN in arrays, an empty cell in tables, grey in figures, and in no mean.
 
 Written: OUT.npy, float32 [layer head]; OUT.json, what was run; and in the folder OUT: config.yaml (running it again gives the
-same), deltas.npy [layer head prompt], clean.npy [prompt], prompts.json, heads.csv, frequency_vs_tau.csv, figures, and with `--screen`
-estimates.npy [layer head prompt]. A run that was interrupted goes on where it stopped when the same command is given again.
+same), deltas.npy [layer head prompt], clean.npy [prompt], prompts.json, heads.csv, frequency_vs_tau.csv, figures, and with
+`--screen` estimates.npy [layer head prompt]. A run that was interrupted goes on where it stopped when the same command is given
+again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from prompt_sets import find_prompts
 
-from modelcards import n_heads, n_layers
+from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.loading import load_model
@@ -117,7 +118,7 @@ def main(config: Config) -> None:
     out, meta, folder = files(config)
     prompt_set = PromptSet.load(find_prompts(config.dataset))
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=choose_device(config.device))
-    prompts = prompt_set.tokenize(tokenizer, answers=config.answers, max_length=model.config.max_position_embeddings)
+    prompts = prompt_set.tokenize(tokenizer, answers=config.answers, max_length=n_positions(model.config))
     which_mean: dict[str, Any] = {"mean": config.mean} if config.kind == "mean" else {}
     specs = all_heads(model.config, config.kind, positions=config.positions, seed=config.seed, **which_mean)
     memory = None if config.memory is None else int(config.memory * 2**30)

@@ -118,7 +118,7 @@ def main(config: Config) -> None:
         raise ValueError(f"no pair of {config.dataset} has prompts of equal length in tokens; edges need such pairs.")
     base, source = (some.take(kept) for some in (clean, corrupt)[:: 1 if config.direction == "noise" else -1])
     patches = [spec for site in SITES for spec in all_patches(model.config, site)]
-    check_patches(model, patches, base, source, config.metric)
+    check_patches(model, patches, base, source, config.metric, qk_fix=True)
     for method in config.edges:
         check_edges(model, base, source, config.metric, method, config.steps)
 

@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from prompt_sets import find_prompts
 
-from modelcards import n_heads, n_layers
+from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.flow import Edge, Flow, Node, check_tau, flow_routes
@@ -46,6 +46,7 @@ from pyvene_ext.runs import (
     is_main_process,
     metadata,
     output_path,
+    read_npy,
     remove_leftovers,
     write_config,
     write_csv,
@@ -107,7 +108,7 @@ def main(config: Config) -> None:
             f"--compare {config.compare} is {causal.shape} and {config.model} has {heads} layers and heads; "
             "give frequencies of the same model."
         )
-    prompts = prompt_set.tokenize(tokenizer, answers=config.answers, max_length=model.config.max_position_embeddings)
+    prompts = prompt_set.tokenize(tokenizer, answers=config.answers, max_length=n_positions(model.config))
 
     # One pass over the prompts, and the heads that the routes to each prediction go through.
     flow = flow_routes(model, prompts, batch_size=config.batch_size)
@@ -215,10 +216,10 @@ def folder_of(config: Config) -> Path:
 def read_frequencies(path: Path) -> Float[np.ndarray, "layer head"]:
     """A matrix of real numbers from a .npy file; OSError or ValueError if it is none."""
     try:
-        matrix = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"--compare {path} is not a complete .npy file of numbers ({error}).") from error
-    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind not in "iuf":
+        matrix = read_npy(path)
+    except ValueError as error:
+        raise ValueError(f"--compare {error}") from None
+    if matrix.ndim != 2 or matrix.dtype.kind not in "iuf":
         raise ValueError(f"--compare {path} does not hold one real number a head, [layer head].")
     return matrix.astype(np.float64)
 

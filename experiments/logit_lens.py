@@ -39,6 +39,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from prompt_sets import find_prompts
 
+from modelcards import n_positions
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.lens import Lens, Parts, direct_logit_attribution, logit_lens
@@ -98,7 +99,7 @@ def main(config: Config) -> None:
     folder = output_folder(config)
     prompt_set = PromptSet.load(find_prompts(config.dataset))
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=choose_device(config.device))
-    prompts = prompt_set.tokenize(tokenizer, answers=config.answers, max_length=model.config.max_position_embeddings)
+    prompts = prompt_set.tokenize(tokenizer, answers=config.answers, max_length=n_positions(model.config))
     if len(prompts) < 2:
         raise ValueError(f"{config.dataset} has one prompt; a mean with an interval over prompts needs at least two.")
     others = with_answers_of_others(prompts, config.seed)

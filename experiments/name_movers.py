@@ -72,7 +72,7 @@ from jaxtyping import Float, Float64, Int
 from matplotlib.figure import Figure
 from prompt_sets import find_prompts
 
-from modelcards import n_heads, n_layers
+from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.copying import INPUTS, SIGNS, copy_ranks, copy_scores
@@ -173,7 +173,7 @@ def main(config: Config) -> None:
             f"one of the {len(prompt_set)} prompts of {prompt_set.name} has only names of one token; a mean with an interval "
             "over prompts needs at least two."
         )
-    limit = model.config.max_position_embeddings
+    limit = n_positions(model.config)
     prompts = names.prompts.tokenize(tokenizer, max_length=limit)
     corrupt = names.prompts.tokenize(tokenizer, "corrupt", max_length=limit) if config.path_patching else None
 

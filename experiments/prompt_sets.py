@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelcards import n_positions
 from pyvene_ext.patching import corresponding
 from pyvene_ext.prompts import PromptSet
 from pyvene_ext.tokenized import Answers, TokenizedPrompts
@@ -28,7 +29,7 @@ def both_texts(
     prompt_set: PromptSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers = "first_token"
 ) -> tuple[TokenizedPrompts, TokenizedPrompts]:
     """The clean and the corrupt texts as tokens."""
-    longest = model.config.max_position_embeddings
+    longest = n_positions(model.config)
     clean, corrupt = (prompt_set.tokenize(tokenizer, text, answers, longest) for text in ("clean", "corrupt"))
     return clean, corrupt
 

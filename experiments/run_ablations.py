@@ -59,7 +59,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelcards import n_heads, n_layers
+from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.devices import from_first
@@ -205,7 +205,7 @@ def main(config: Config) -> None:
         check_count(len(np.unique(listed)), n_tokens, str(config.tokens_path))
     source = config.model_name if Path(config.model_name).is_dir() else KNOWN.get(config.model_name, config.model_name)
     model, tokenizer = load_model(source, dtype=config.dtype, device=choose_device(config.device))
-    longest = model.config.max_position_embeddings
+    longest = n_positions(model.config)
     if n_tokens + 1 > longest:
         raise ValueError(
             f"--n_tokens {n_tokens} makes prompts of {n_tokens + 1} tokens and {config.model_name} takes {longest}; take fewer."

@@ -79,7 +79,7 @@ from translation_heads import (
     threshold_of,
 )
 
-from modelcards import n_heads, n_layers
+from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext import figures
 from pyvene_ext.attribution import atp
 from pyvene_ext.cli import run as run_study
@@ -194,7 +194,7 @@ def main(config: Config) -> None:
     asked, words = asked_of(sentences, tokenizer, model, config)
     other = None
     if others is not None and "sets" in config.parts:
-        other = others.tokenize(tokenizer, max_length=model.config.max_position_embeddings)
+        other = others.tokenize(tokenizer, max_length=n_positions(model.config))
         other = other.take(range(min(config.limit, len(other))))
 
     # The heads, and what is asked of them.
@@ -287,7 +287,7 @@ def asked_of(
     sentences: Sentences, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, config: Config
 ) -> tuple[WordPrompts, list[str]]:
     """The prompts for the words, whole swaps of them, and some of the words."""
-    options: dict[str, Any] = {"template": config.template, "max_length": model.config.max_position_embeddings}
+    options: dict[str, Any] = {"template": config.template, "max_length": n_positions(model.config)}
     languages = parse_languages(config.pair)
     of_words = (word_prompts(tokenizer, sentences.kept, languages, word, **options) for word in config.words)
     asked = reduce(add, (of_word.first(config.limit) for of_word in of_words))

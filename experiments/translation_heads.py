@@ -35,17 +35,18 @@ found.json, what `translation_causes.py --heads` takes; known.csv, precision and
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from prompt_sets import find_prompts
+from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelcards import n_positions
 from pyvene_ext import figures
 from pyvene_ext.attention_view import View, attention_page
 from pyvene_ext.cli import run as run_study
@@ -71,12 +72,14 @@ from pyvene_ext.runs import (
     is_main_process,
     metadata,
     output_path,
+    parse_json,
     remove_leftovers,
     write_config,
     write_csv,
     write_json,
     write_npy,
 )
+from pyvene_ext.specs import one_sentence
 from pyvene_ext.stats import Head, head_overlap
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.translation import found_heads, translation_scores
@@ -245,15 +248,39 @@ def criterion_of(config: Config) -> Criterion:
 
 def published(config: Config) -> dict[str, Any]:
     """Heads and thresholds that are known of the model, nothing if none are; ValueError if it is to be checked and is not."""
-    models = json.loads(config.known.read_text(encoding="utf-8"))["models"]
+    models = read_known(config.known)
     found = {name.lower(): known for name, known in models.items()}.get(Path(config.model).name.lower(), {})
     if config.check_known and not any(found.get("heads", {}).get(pair.lower()) for pair in config.pairs):
-        lists = "; ".join(f"{name} ({', '.join(known['heads'])})" for name, known in models.items())
+        lists = "; ".join(f"{name} ({', '.join(known.get('heads', ()))})" for name, known in models.items())
         raise ValueError(
             f"--check_known: no list of heads is published for {', '.join(config.pairs)} of {config.model}; there are only those "
             f"of {lists}: choose among these --pairs, or give lists of your own with --known."
         )
     return found
+
+
+class KnownModel(BaseModel):
+    """What a file of published heads says of one model."""
+
+    threshold: float = 0
+    thresholds: dict[str, float] = {}
+    heads: dict[str, list[Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]]] = {}
+
+
+class Known(BaseModel):
+    """A file of published heads."""
+
+    models: dict[str, KnownModel]
+
+
+def read_known(path: Path) -> dict[str, dict[str, Any]]:
+    """The models of a file of published heads by name; ValueError if it is none."""
+    try:
+        return Known.model_validate(parse_json(path.read_bytes())).model_dump(exclude_unset=True)["models"]
+    except ValidationError as error:
+        raise ValueError(f"--known {path}: {one_sentence(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"--known {path} is not JSON ({error}).") from None
 
 
 def threshold_of(languages: Languages, config: Config, known: dict[str, Any]) -> float:
@@ -308,7 +335,7 @@ def sentences_of(
     swapped = swap_neighbours(kept, tokenizer)
     if not swapped:
         raise ValueError(f"all {pair} sentences have the same translation, so that there is no control; give others.")
-    longest = model.config.max_position_embeddings
+    longest = n_positions(model.config)
     prompts, control = (
         tokenize_pairs(tokenizer, pairs, languages, config.template, longest) for pairs in (kept, swapped)
     )
@@ -371,7 +398,7 @@ def compared(scores: dict[str, Scores], known: dict[str, Any]) -> list[dict[str,
         return " ".join(sorted(heads, key=lambda head: [int(number) for number in head.split(".")]))
 
     for pair, of_pair in scores.items():
-        if wanted := set(known["heads"].get(pair.lower(), [])):
+        if wanted := set(known.get("heads", {}).get(pair.lower(), [])):
             found = {head_name(head) for head in of_pair.found}
             rows.append(
                 {

@@ -22,6 +22,7 @@ from modelcards.components import (
     n_heads,
     n_kv_heads,
     n_layers,
+    n_positions,
     window,
 )
 from modelcards.register import CARDS, card_of, register
@@ -40,6 +41,7 @@ __all__ = [
     "n_heads",
     "n_kv_heads",
     "n_layers",
+    "n_positions",
     "register",
     "window",
 ]

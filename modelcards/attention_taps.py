@@ -209,10 +209,8 @@ class Taps:
         edited = tap(own)
         if edited is own:
             return None
-        output = output.clone()
-        part = self._split(output, sizes)[index]
-        part.copy_(edited.view(part.shape))
-        return output
+        entries = torch.arange(output.shape[-1], device=output.device)[None, None]
+        return output.index_copy(-1, self._split(entries, sizes)[index].flatten(), edited)
 
     def _wire_contribution(self, tap: nn.Identity, projection: nn.Module, adder: nn.Module) -> None:
         """Show `tap` what each head adds to the residual stream, and add to the sum what an edit changed.

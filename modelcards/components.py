@@ -10,6 +10,7 @@ number of labels.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,6 +109,11 @@ FIELD_NAMES: dict[str, str] = {component.field: component.name for component in 
 def n_layers(config: Any) -> int:
     """Number of blocks."""
     return config.num_hidden_layers
+
+
+def n_positions(config: Any) -> int:
+    """How many tokens the model takes; without end where a distance costs attention and no position is learnt (BLOOM)."""
+    return getattr(config, "max_position_embeddings", sys.maxsize)
 
 
 def n_heads(config: Any) -> int:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_layers
 from pyvene_ext.continuous_thought import refuse_latent_steps
-from pyvene_ext.gradients import ADDS, answer_logits, check_metric
+from pyvene_ext.gradients import ADDS, answer_logits, check_metric, check_places
 from pyvene_ext.reference import Place, Positions, Reference, evaluating, token_indices
 from pyvene_ext.runner import METRICS, check_run
 from pyvene_ext.specs import ActivationPatch, Spec, as_specs, members, needs
@@ -91,13 +91,16 @@ def atp_star(
     Raises ValueError, before the model runs, for what `atp` refuses; for QK-fix in a model whose attention cannot be seen (not
     eager or sdpa), and GradDrop in one of a single layer.
     """
-    specs = check_patches(model, patches, base, source, metric)
+    specs = check_patches(model, patches, base, source, metric, qk_fix=qk_fix)
     base.batches(batch_size)
     layers = n_layers(model.config)
     if grad_drop and layers == 1:
         raise ValueError("GradDrop drops one layer of several, and the model has a single one; pass grad_drop=False.")
     edits = dict.fromkeys(_Edit.of(patch, qk_fix) for spec in specs for patch in members(spec))
-    taps = Taps(model, card_of(model), [edit.reads for edit in edits if edit.recomputes])
+    places = [where for edit in edits for where in (edit.edits, edit.reads)]
+    if grad_drop:
+        places += [(component, layer) for component in ADDS for layer in range(layers)]
+    taps = Taps(model, card_of(model), places)
     with taps:  # raises now, not after the source prompts have run, where attention cannot be seen
         pass
     wanted: dict[str, Any] = needs(specs)
@@ -244,14 +247,18 @@ def check_patches(
     base: TokenizedPrompts,
     source: TokenizedPrompts,
     metric: str = "logit_diff",
+    *,
+    qk_fix: bool = False,
 ) -> list[Spec]:
-    """The patches as a list; raises ValueError for whatever `atp` refuses, and runs nothing."""
+    """The patches as a list; raises ValueError for whatever `atp` refuses (or `atp_star` with `qk_fix`), and runs nothing."""
     specs = as_specs(patches)
     for patch in (patch for spec in specs for patch in members(spec)):
         if not isinstance(patch, ActivationPatch):
             raise ValueError(
                 f"{patch.name} is no patch; attribution patching takes ActivationPatch (sweep.estimate ablations too)."
             )
+        if qk_fix and patch.site in ("q", "k"):
+            card_of(model).component(model, "attention_pattern")
         if patch.subspace:
             raise ValueError(f"{patch.name}: attribution patching takes whole activations; leave subspace out.")
     check_tokenized(base, source)
@@ -260,4 +267,5 @@ def check_patches(
     wanted: dict[str, Any] = needs(specs)
     # What the source prompts' statistics will be, without any yet.
     check_run(model, specs, base, metric, Reference.planned(model, source, **wanted))
+    check_places(model, specs)
     return specs

@@ -27,6 +27,7 @@ receiver reads what it reads in the source prompts' run, with the full one what 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -39,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import head_shares, n_heads
+from modelcards import Taps, head_shares, n_heads
 from pyvene_ext.devices import no_gradients
 from pyvene_ext.edges import check_edges
 from pyvene_ext.graph import SENDERS, Node, query_heads, reaches, receivers, senders
@@ -47,7 +48,7 @@ from pyvene_ext.reference import evaluating
 from pyvene_ext.runner import METRICS
 from pyvene_ext.sweep.replay import Past, Replay
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
-from pyvene_ext.visits import on_input
+from pyvene_ext.visits import visit
 
 Edges = Bool[np.ndarray, "sender receiver"]
 Scale = Literal["log", "linear"]
@@ -507,7 +508,9 @@ class _ByEdge:
             missed, _ = carried.missed(self._readers["mlp_in", layer])
             return carried.moved(stream, missed)[:, 0]
 
-        with on_input(self.replay.module("resid_mid", layer), read_by_mlp):
+        at, card = ("resid_mid", layer), self.replay.card
+        with Taps(self.replay.model, card, [at]), ExitStack() as hooks:
+            visit(self.replay.model, at, read_by_mlp, hooks)
             hidden = self.replay.block(layer, hidden, (0, hidden.shape[1]), Past(), edits=edits, seen=seen)
         carried.write(seen["mlp_out"][:, None])
         return hidden

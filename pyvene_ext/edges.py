@@ -202,11 +202,11 @@ class _Run:
     ) -> None:
         self.model, self.inlets = model, list(_inlets(model))
         with ExitStack() as hooks, torch.enable_grad():
+            places = {where for inlet in self.inlets for where in (inlet.reads, inlet.stream)}
+            hooks.enter_context(Taps(model, card_of(model), [*places, *([stage.where] if stage else ())]))
             if stage is not None:
-                hooks.enter_context(Taps(model, card_of(model), [stage.where]))
                 shift = share * changes[:, stage.senders].sum(1)
                 visit(model, stage.where, lambda x: (x.float() + shift.to(x.device)).to(x.dtype), hooks)
-            places = {where for inlet in self.inlets for where in (inlet.reads, inlet.stream)}
             self.seen = keep_places(model, places, hooks, graph=True)
             self.total = METRICS[metric](answer_logits(model, batch), batch, clean).sum()
 
@@ -302,10 +302,6 @@ def check_edges(
     card = card_of(model)
     for name in (*_STREAM.values(), *_READS.values()):
         card.component(model, name)
-        if card.is_tap(model, name):
-            raise ValueError(
-                f"{name} of {card.family} is a part of what a module puts out or is given: no gradient can be taken there."
-            )
     if method not in get_args(EdgeMethod):
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modelcards import card_of
 from pyvene_ext.devices import input_device
 from pyvene_ext.runner import ANSWERS_ONLY, METRICS
+from pyvene_ext.specs import Spec, members
 from pyvene_ext.tokenized import Batch
 
 ADDS = ("attention_contribution", "mlp_contribution")  # what a block adds to the residual stream
@@ -29,6 +33,17 @@ def check_gradient(metric: str, dtype: torch.dtype) -> None:
     """Raise ValueError for a metric whose gradients float16 rounds to 0."""
     if dtype == torch.float16 and metric not in ANSWERS_ONLY:
         raise ValueError(f"gradients of {metric} are too small for float16; load the model in bfloat16 or float32.")
+
+
+def check_places(model: PreTrainedModel, specs: Iterable[Spec]) -> None:
+    """Raise ValueError for the stream between attention and MLP where no module is given it whole (OPT)."""
+    card = card_of(model)
+    for edit in (edit for spec in specs for edit in members(spec)):
+        if edit.site == "resid_mid" and card.is_tap(model, "resid_mid"):
+            raise ValueError(
+                f"{edit.name}: the MLP of {card.family} and the stream beside it are given tensors of their own, so that no "
+                "gradient can be taken there; choose another site."
+            )
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch vocab"]:

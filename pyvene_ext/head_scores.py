@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelcards import Card, Taps, card_of, n_heads, n_layers
+from modelcards import Card, Taps, card_of, n_heads, n_layers, n_positions
 from modelcards.attention_taps import output_weight
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.reference import evaluating
@@ -371,7 +371,7 @@ def _check(model: PreTrainedModel, ids: Tensor, period: int, first: int, occurre
             f"{tuple(ids.shape)}; repeat the block at least once."
         )
     embeddings: Any = model.get_input_embeddings()
-    context, n_vocab = model.config.max_position_embeddings, embeddings.weight.shape[0]
+    context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     if ids.shape[1] > context:
         raise ValueError(
             f"the sequences are {ids.shape[1]} tokens long but the model has {context} positions; take a shorter block or fewer "

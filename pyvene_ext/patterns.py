@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import Taps, card_of, n_layers
+from modelcards import Taps, card_of, n_layers, n_positions
 from pyvene_ext.continuous_thought import drafting
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.reference import evaluating
@@ -81,7 +81,7 @@ def check_prompts(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
     if not len(prompts):
         raise ValueError("there are no prompts to look at; give at least one.")
     embeddings: Any = model.get_input_embeddings()
-    context, n_vocab = model.config.max_position_embeddings, embeddings.weight.shape[0]
+    context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     for prompt, ids in enumerate(prompts.input_ids):
         if not ids:
             raise ValueError(f"prompt {prompt} has no tokens; give it some text.")

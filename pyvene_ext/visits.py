@@ -70,13 +70,15 @@ def keep_places(
 ) -> dict[Where, Tensor]:
     """What a run will show at these places; with `graph` it can be asked for gradients there."""
     seen: dict[Where, Tensor] = {}
+    card = card_of(model)
 
     def keep(where: Where) -> See:
         def kept(x: Tensor) -> Tensor | None:
             if graph and not x.requires_grad:
                 x.requires_grad_()  # itself, no copy: the residual stream also goes on beside the module that is hooked
-            if graph and where[0] in OWN_INPUT:
-                # A view for this module alone: in some families others are given the same tensor (the stream itself in OLMo 2).
+            if graph and (where[0] in OWN_INPUT or card.is_tap(model, where[0])):
+                # A view for this module alone: in some families others are given the same tensor (the stream itself in OLMo 2);
+                # and a tap's tensor is part of the graph only where it goes on as another one.
                 seen[where] = x.view_as(x)
                 return seen[where]
             seen[where] = x

@@ -17,9 +17,15 @@ def shipped_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=file, pad_token="<pad>", bos_token="<bos>")
 
 
-def save_random_model(family: str, folder: Path) -> Any:
-    """A family's tiny language model as it is read back; its weights are large enough that every head matters."""
+def save_random_model(family: str, folder: Path, positions: int | None = None) -> Any:
+    """A family's tiny language model as it is read back; its weights are large enough that every head matters.
+
+    Args:
+        positions: how many tokens it takes, where a family has a limit; by default that of `tiny_config`.
+    """
     config = tiny_config(family)
+    if positions is not None and hasattr(config, "max_position_embeddings"):
+        config.max_position_embeddings = positions
     config.vocab_size = len(shipped_tokenizer())
     save_with_random_weights(CLASSES[family]["causal_lm"](config), folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()

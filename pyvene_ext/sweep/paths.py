@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import dimensions
+from modelcards import FIELD_NAMES, Taps, dimensions
 from pyvene_ext.devices import no_gradients
 from pyvene_ext.graph import Node
 from pyvene_ext.paths import PathPatch, Recorded
@@ -28,7 +28,7 @@ from pyvene_ext.sweep.execute import Executor, Frozen
 from pyvene_ext.sweep.plan import default_budget, make_plan
 from pyvene_ext.sweep.replay import Replay
 from pyvene_ext.tokenized import TokenizedPrompts
-from pyvene_ext.visits import on_input
+from pyvene_ext.visits import visit
 
 
 def sweep_paths(
@@ -134,11 +134,12 @@ class Recorder:
     @contextmanager
     def during(self, layer: int, column: int, rows: list[tuple[int, int]]) -> Iterator[None]:
         """What the MLP is given, and the stream in the middle of a block."""
-        with ExitStack() as stack:
-            for site, component in (("mlp_in", "mlp_input"), ("resid_mid", "resid_mid")):
-                if (site, layer) in self.wanted:
-                    keep = partial(self._keep, site, layer, column=column, rows=rows)
-                    stack.enter_context(on_input(self.replay.module(component, layer), keep))
+        sites = [site for site in ("mlp_in", "resid_mid") if (site, layer) in self.wanted]
+        model, card = self.replay.model, self.replay.card
+        with ExitStack() as stack, Taps(model, card, [(FIELD_NAMES[site], layer) for site in sites]):
+            for site in sites:
+                keep = partial(self._keep, site, layer, column=column, rows=rows)
+                visit(model, (FIELD_NAMES[site], layer), keep, stack)
             yield
 
     def behind(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:

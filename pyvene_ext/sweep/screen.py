@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from modelcards import FIELD_NAMES, Taps, card_of, dimensions
 from pyvene_ext.compile import replacements_of
 from pyvene_ext.devices import from_first
-from pyvene_ext.gradients import answer_logits, check_gradient
+from pyvene_ext.gradients import answer_logits, check_gradient, check_places
 from pyvene_ext.interventions import DirectionIntervention, NormMatchedIntervention
 from pyvene_ext.reference import Place, Reference, evaluating, token_indices
 from pyvene_ext.runner import METRICS, Result, check_run, reference_for
@@ -100,6 +100,7 @@ def _checked(
         raise ValueError(f"{forced[0]}: forced attention has no first-order estimate; run it with sweep.")
     check_run(model, specs, prompts, metric, reference)
     check_gradient(metric, model.dtype)
+    check_places(model, specs)
     if reference is None:
         reference = reference_for(specs, model, prompts, batch_size=batch_size, progress=progress)
     return specs, reference
@@ -124,14 +125,15 @@ def _linearise(model: PreTrainedModel, ablations: list[OneSpec], batch: Batch, m
     card, sizes = card_of(model), dimensions(model.config)
     places = dict.fromkeys(_linear_place(a) for a in ablations)
     uniform = dict.fromkeys(a.layer or 0 for a in ablations if (a.site, a.kind) == ("scores", "mean"))
+    # All heads side by side: a part of a tensor would be no part of the graph.
+    named = {place: SIDE_BY_SIDE.get(place[0], FIELD_NAMES[place[0]]) for place in places}
+    kept = [(component, place[1] or 0) for place, component in named.items()]
     with ExitStack() as hooks, torch.enable_grad():
         # Which keys a query may see is read where the edit itself would read it.
-        hooks.enter_context(Taps(model, card, [("attention_scores", layer) for layer in uniform]))
         beside = [(component, layer) for component in BESIDE for layer in uniform]
+        hooks.enter_context(Taps(model, card, [*kept, *beside]))
         seen_beside = keep_places(model, beside, hooks)
-        # All heads side by side: a part of a tensor would be no part of the graph.
-        named = {place: SIDE_BY_SIDE.get(place[0], FIELD_NAMES[place[0]]) for place in places}
-        seen = keep_places(model, [(component, place[1] or 0) for place, component in named.items()], hooks, graph=True)
+        seen = keep_places(model, kept, hooks, graph=True)
         total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
     old = [seen[named[place], place[1] or 0] for place in named]
     gradient = torch.autograd.grad(total, old)
