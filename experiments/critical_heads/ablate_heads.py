@@ -20,8 +20,8 @@ A drop is the loss of accuracy against the untouched run on the same problems, i
 in percent of the untouched accuracy, and McNemar's exact p. excess is the drop beyond the mean of the random sets;
 share_as_large is (1 + sets that cost as much) / (1 + sets). Answers that cannot be parsed are no correct ones, and are counted
 apart; so are texts that do not end. Verdict, for the largest set: a drop above 10 points is causal and one below 2 redundant, by
-its mean and by its whole interval. It is specific to the heads if the whole interval of the excess is above 0 and no random set
-costs as much.
+its mean and by its whole interval. It is specific to the heads if the whole interval of the excess is above 0, no random set
+costs as much, and there are 19 sets or more (share_as_large 0.05).
 
 Written to the folder OUT: accuracy_KIND_SCOPE.csv (n_heads, MODEL_acc); ablations.csv, every number; random_sets.csv, the drop of
 each random set; correct/MODEL.npy, the problems that each of the model's rows of ablations.csv got right, [row problem];
@@ -372,9 +372,12 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
         )
         if row["random_sets"]:
             as_much = round(row["share_as_large"] * (1 + row["random_sets"])) - 1
-            specific = (
-                "specific to these heads" if row["excess_low"] > 0 and not as_much else "not specific to these heads"
-            )
+            specific = "not specific to these heads"
+            if row["excess_low"] > 0 and not as_much:
+                few = row["share_as_large"] > 0.05
+                specific = (
+                    "more than all random sets, too few to call it specific" if few else "specific to these heads"
+                )
             line += (
                 f", {specific}: {row['random_sets']} random sets of the same layers cost {row['random_drop']:.1f} "
                 f"[{row['random_lowest']:.1f} to {row['random_highest']:.1f}], {as_much} of them as much; excess "

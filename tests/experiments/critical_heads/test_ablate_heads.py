@@ -178,7 +178,10 @@ def test_flow_finds_heads_that_arithmetic_needs_and_late_heads_are_redundant(fol
     assert float(one["drop"]) > 10 and float(two["drop"]) > 60 and float(two["drop_low"]) > 10
     assert float(two["excess_low"]) > 0 and float(two["mcnemar_p"]) < 1e-6 and int(two["unparsed"]) == 0
     (said,) = json.loads((folder / "flow/summary.json").read_text())["verdicts"]
-    assert ": causal, specific to these heads: " in said and ", 0 of them as much; excess " in said
+    assert (
+        ": causal, more than all random sets, too few to call it specific: 3 random" in said
+        and ", 0 of them as much; excess " in said
+    )
     ranking = by_hand.table(folder / f"flow/heads/{MODEL}.csv")
     assert len(ranking) == 48 and {row["layer"] for row in ranking[:3]} == {"0"}
 
@@ -204,6 +207,7 @@ def test_what_random_heads_do_as_well_is_not_specific() -> None:
             "specific": {},
             "one as much": {"share_as_large": 0.1},
             "excess": {"excess_low": -1.0},
+            "few": {"random_sets": 18, "share_as_large": 1 / 19},
         }.items()
     }
     assert "m, zero, reasoning and answer: the first 4 heads (flow) cost 30.0 points [20.0, 40.0]" in said["specific"]
@@ -211,6 +215,7 @@ def test_what_random_heads_do_as_well_is_not_specific() -> None:
     assert "0 of them as much" in said["specific"] and said["specific"].endswith("3 of 50 answers unparsed")
     assert ": causal, not specific" in said["one as much"] and "1 of them as much" in said["one as much"]
     assert ": causal, not specific" in said["excess"]
+    assert ": causal, more than all random sets, too few to call it specific: 18 random sets" in said["few"]
     assert not study.verdicts_of([{**row, "n_heads": 3}], study.Config()), "of the largest set"
 
 
