@@ -109,7 +109,7 @@ ROLES = (
     "raises both names",
     "copies to no effect",
 )
-COLOURS = (figures.BLUE, figures.ORANGE, "#009e73", "#cc79a7")  # Okabe and Ito's
+COLOURS = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK)
 Head = tuple[int, int]
 
 

@@ -126,7 +126,7 @@ TO_ABL, TINY_TO_ABL = "0-1-5-10-20-50", "0-1-2-3-4"
 # that look at several earlier occurrences would score low.
 BLOCK, REPEATS, EXAMPLES = 25, 2, 10
 ZOOM = 10  # lags on either side in the second panel of a figure
-COLOURS = ("black", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")  # Okabe and Ito (2008)
+COLOURS = ("black", figures.BLUE, figures.SKY, figures.GREEN, figures.AMBER, figures.ORANGE, figures.PINK)
 Type = Literal["induction", "random"]
 Setting = tuple[Mode, Layers]
 

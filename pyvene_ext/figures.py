@@ -61,6 +61,7 @@ DIVERGING = "RdBu_r"
 LAYERS = "cividis"
 # Okabe and Ito's colours (2008).
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#6b6b6b"
+GREEN, PINK, SKY, AMBER = "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
 
 _styled = matplotlib.rc_context(STYLE)
 

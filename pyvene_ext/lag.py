@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from pyvene_ext.specs import Ablation, Spec
+from pyvene_ext.specs import Spec, heads_together
 from pyvene_ext.stats import Head, layer_matched_random_heads
 from pyvene_ext.tokenized import TokenizedPrompts
 
@@ -142,9 +142,4 @@ def random_rankings(
 
 def ablate_attention(heads: Iterable[Head], mode: Mode) -> Spec:
     """One joint intervention on the attention scores of these heads: none (zero) or uniform attention (mean)."""
-    by_layer: dict[int, list[int]] = defaultdict(list)
-    for layer, head in heads:
-        by_layer[layer].append(head)
-    return tuple(
-        Ablation(kind=mode, site="scores", layer=layer, heads=tuple(here)) for layer, here in sorted(by_layer.items())
-    )
+    return heads_together(heads, mode, "scores")

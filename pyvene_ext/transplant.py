@@ -40,9 +40,8 @@ from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.reference import evaluating
 from pyvene_ext.runs import rng
 from pyvene_ext.stats import Head
-from pyvene_ext.sweep.replay import _forward
 from pyvene_ext.tokenized import TokenizedPrompts, encode
-from pyvene_ext.visits import Where, keep_places, visit
+from pyvene_ext.visits import Where, keep_places, run_instead, visit
 
 Method = Literal["ridge", "procrustes"]
 Layers = tuple[int, int]  # of the host and of the donor
@@ -396,7 +395,7 @@ def head_output(
     with ExitStack() as hooks, suppress(_Seen):
         for earlier in range(layer):
             block = card_of(model).module(model, "block_output", earlier)
-            hooks.enter_context(_forward(block, lambda hidden_states, *_, **__: hidden_states))
+            hooks.enter_context(run_instead(block, lambda hidden_states, *_, **__: hidden_states))
         visit(model, ("block_input", layer), lambda _: stream, hooks)
         visit(model, ("head_contribution", layer), at_contributions, hooks)
         # Not the decoder's own hooks: the host's, if that is it, are about the run that this is part of.

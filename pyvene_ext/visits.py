@@ -53,6 +53,20 @@ def on_output(module: nn.Module, see: See) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def run_instead(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Call `function` in place of a module's forward, for a while; its hooks stay."""
+    own = module.__dict__.get("forward")  # accelerate puts one there
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
 def visit(model: PreTrainedModel, where: Where, see: See, hooks: ExitStack) -> None:
     """`see` what a component's module gets or gives, as its card says, all heads side by side, until `hooks` are closed.
 

@@ -32,7 +32,6 @@ what was run, with the verdicts. A run that was interrupted goes on where it sto
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,17 +61,14 @@ from pyvene_ext.problems import Problem, Questions, with_reasoning
 from pyvene_ext.reference import Positions
 from pyvene_ext.runs import (
     choose_device,
+    is_main_process,
     metadata,
-    remove_leftovers,
     rng,
-    write_config,
     write_csv,
-    write_json,
     write_npy,
 )
-from pyvene_ext.specs import Ablation, Spec
+from pyvene_ext.specs import Spec, heads_together
 from pyvene_ext.stats import Head, Interval, mcnemar_p, verdict
-from pyvene_ext.sweep.unfinished import discard
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -83,7 +79,7 @@ Kind = Literal["zero", "mean", "resample"]
 Scope = Literal["reasoning", "new", "both"]
 Row = dict[str, Any]
 SCOPES: dict[Scope, str] = {"reasoning": "reasoning", "new": "reasoning and answer", "both": "all tokens"}
-COLOURS = (figures.BLUE, figures.ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito (2008)
+COLOURS = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK, figures.AMBER, figures.SKY)
 
 
 def _listed(value: Any) -> Any:
@@ -183,26 +179,25 @@ def main(config: Config) -> None:
         heads = [list(head) for head in ranked]
         facts[study.name] = metadata(study.model, clean=study.clean.summary(), heads=heads, seed=config.seed)
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in folder.glob("*.csv"):
-        earlier.unlink()
+    if not is_main_process():
+        return
+
+    # The files.
     verdicts = verdicts_of(rows, config)
-    for kind in config.kind:
-        for scope in config.scope:
-            some = [row for row in rows if (row["kind"], row["scope"]) == (kind, scope)]
-            write_csv(folder / f"accuracy_{kind}_{scope}.csv", common.side_by_side(some, "n_heads", "acc", "accuracy"))
-            figures.save(draw(some, kind, scope), folder / f"figures/accuracy_{kind}_{scope}.png")
-    write_csv(folder / "ablations.csv", rows)
-    if randoms:
-        write_csv(folder / "random_sets.csv", randoms)
-    for model, matrix in rankings.items():
-        write_csv(folder / f"heads/{model}.csv", matrix)
-        write_npy(folder / f"correct/{model}.npy", correct[model])
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"models": facts, "verdicts": verdicts})
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}):
+        for kind in config.kind:
+            for scope in config.scope:
+                some = [row for row in rows if (row["kind"], row["scope"]) == (kind, scope)]
+                write_csv(
+                    folder / f"accuracy_{kind}_{scope}.csv", common.side_by_side(some, "n_heads", "acc", "accuracy")
+                )
+                figures.save(draw(some, kind, scope), folder / f"figures/accuracy_{kind}_{scope}.png")
+        write_csv(folder / "ablations.csv", rows)
+        if randoms:
+            write_csv(folder / "random_sets.csv", randoms)
+        for model, matrix in rankings.items():
+            write_csv(folder / f"heads/{model}.csv", matrix)
+            write_npy(folder / f"correct/{model}.npy", correct[model])
 
     print(table(rows, facts))
     print("\n".join(["\nverdicts (drop above 10 points: causal, below 2: redundant)", *verdicts]))
@@ -269,17 +264,6 @@ def random_sets(config: Config, ranked: tuple[Head, ...], model: PreTrainedModel
         raise ValueError(f"{str(error).removesuffix('.')}, or take --random_sets 0 for no control.") from None
 
 
-def ablate(heads: Iterable[Head], kind: Kind, seed: int, positions: Positions = "all") -> Spec:
-    """One joint ablation of these heads."""
-    by_layer: dict[int, list[int]] = defaultdict(list)
-    for layer, head in heads:
-        by_layer[layer].append(head)
-    return tuple(
-        Ablation(kind=kind, site="z", layer=layer, heads=tuple(here), positions=positions, seed=seed)
-        for layer, here in sorted(by_layer.items())
-    )
-
-
 # -- what is found -----------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +284,7 @@ def ablated(study: Model, ranked: tuple[Head, ...], controls: list[tuple[Head, .
                     heads: tuple[Head, ...], kind: Kind = kind, at: tuple = at, given: Any = reference
                 ) -> Evaluation:
                     bar.update()
-                    return study.run(ablate(heads, kind, config.seed, at[0]), at[1], given)
+                    return study.run(heads_together(heads, kind, positions=at[0], seed=config.seed), at[1], given)
 
                 found.add(row_of(study, kind, scope, 0, study.clean, []), study.clean)
                 for n in config.n_heads:
@@ -318,7 +302,7 @@ def transcripts(study: Model, kind: Kind, rankings: Iterable[tuple[Head, ...]]) 
     """What ablations of these heads put in their place."""
     few = range(min(study.config.donors, len(study.questions)))
     clean = study.clean.take(few)
-    specs = [ablate(ranking, kind, study.config.seed) for ranking in rankings]
+    specs = [heads_together(ranking, kind, seed=study.config.seed) for ranking in rankings]
     return Transcripts.compute(study.model, study.questions.take(few), clean, specs, batch_size=study.config.batch_size)
 
 

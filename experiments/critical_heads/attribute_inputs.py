@@ -61,9 +61,8 @@ from pyvene_ext.head_scores import read_head_scores
 from pyvene_ext.input_attribution import Baseline, InputAttribution, Target, check_model, integrated_gradients
 from pyvene_ext.lag import rank_heads
 from pyvene_ext.problems import Questions
-from pyvene_ext.runs import is_main_process, metadata, remove_leftovers, rng, write_config, write_csv, write_json
+from pyvene_ext.runs import is_main_process, metadata, rng, write_csv
 from pyvene_ext.stats import Head, Interval, layer_matched_random_heads, paired_bootstrap
-from pyvene_ext.sweep.unfinished import discard
 from pyvene_ext.token_tags import TAGS, tag_tokens
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
@@ -147,24 +146,18 @@ def main(config: Config) -> None:
     if not is_main_process():
         return
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in folder.glob("*.csv"):
-        earlier.unlink()
+    # The files.
     heads = [row for one in found for row in head_rows(one, config.seed)]
     tags = [row for one in found for row in tag_rows(one, config.seed)]
     verdicts = verdicts_of(heads, tags, config)
-    for one in found:
-        figures.save(token_figure(one, config), folder / f"figures/{one.model}_{common.in_short(one.head)}.png")
-    figures.save(tag_figure(tags), folder / "figures/by_tag.png")
-    write_csv(folder / "tokens.csv", [row for one in found for row in token_rows(one)])
-    write_csv(folder / "problems.csv", [row for one in found for row in problem_rows(one)])
-    write_csv(folder / "heads.csv", heads)
-    write_csv(folder / "tags.csv", tags)
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"models": facts, "verdicts": verdicts})
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}):
+        for one in found:
+            figures.save(token_figure(one, config), folder / f"figures/{one.model}_{common.in_short(one.head)}.png")
+        figures.save(tag_figure(tags), folder / "figures/by_tag.png")
+        write_csv(folder / "tokens.csv", [row for one in found for row in token_rows(one)])
+        write_csv(folder / "problems.csv", [row for one in found for row in problem_rows(one)])
+        write_csv(folder / "heads.csv", heads)
+        write_csv(folder / "tags.csv", tags)
 
     print(summary(facts, heads, tags, verdicts))
     print(f"\nwritten:\n  {folder}/ (tables, figures, config, summary)")

@@ -49,10 +49,9 @@ from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.evaluate import Evaluation
 from pyvene_ext.problems import Questions
-from pyvene_ext.runs import is_main_process, metadata, remove_leftovers, rng, write_config, write_csv, write_json
+from pyvene_ext.runs import is_main_process, metadata, rng, write_csv
 from pyvene_ext.specs import ForcedAttention
 from pyvene_ext.stats import Interval, layer_matched_random_heads, mcnemar_p, verdict
-from pyvene_ext.sweep.unfinished import discard
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -105,23 +104,17 @@ def main(config: Config) -> None:
     if not is_main_process():
         return
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in folder.glob("*.csv"):
-        earlier.unlink()
+    # The files.
     verdicts = verdicts_of(patterns, hubs)
-    figures.save(pattern_figure(patterns, config), folder / "figures/accuracy_by_pattern.png")
-    write_csv(folder / "patterns.csv", patterns)
-    write_csv(folder / "accuracy_by_pattern.csv", common.side_by_side(patterns, "pattern", "acc", "accuracy"))
-    if hubs:
-        figures.save(hub_figure(hubs, config), folder / "figures/hub_sweep.png")
-        write_csv(folder / "hubs.csv", hubs)
-        named = [{**row, "model": f"{row['model']}_{'hard' if row['hard'] else 'soft'}"} for row in hubs]
-        write_csv(folder / "hub_sweep.csv", common.side_by_side(named, "position", "acc", "accuracy"))
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"models": facts, "verdicts": verdicts})
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}):
+        figures.save(pattern_figure(patterns, config), folder / "figures/accuracy_by_pattern.png")
+        write_csv(folder / "patterns.csv", patterns)
+        write_csv(folder / "accuracy_by_pattern.csv", common.side_by_side(patterns, "pattern", "acc", "accuracy"))
+        if hubs:
+            figures.save(hub_figure(hubs, config), folder / "figures/hub_sweep.png")
+            write_csv(folder / "hubs.csv", hubs)
+            named = [{**row, "model": f"{row['model']}_{'hard' if row['hard'] else 'soft'}"} for row in hubs]
+            write_csv(folder / "hub_sweep.csv", common.side_by_side(named, "position", "acc", "accuracy"))
 
     print(summary(config, facts, patterns, verdicts))
     print(f"\nwritten:\n  {folder}/ (tables, figures, config, summary)")

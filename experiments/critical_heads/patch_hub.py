@@ -47,10 +47,9 @@ from modelcards import n_kv_heads, n_layers
 from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.runner import reference_for
-from pyvene_ext.runs import is_main_process, metadata, remove_leftovers, write_config, write_csv, write_json
+from pyvene_ext.runs import is_main_process, metadata, write_csv
 from pyvene_ext.specs import Ablation, Spec
 from pyvene_ext.stats import Interval, mcnemar_p, q_values, verdict
-from pyvene_ext.sweep.unfinished import discard
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -59,7 +58,7 @@ from critical_heads import setting as common
 
 Site = Literal["embed", "resid", "kv"]
 Row = dict[str, Any]
-COLOURS = (figures.GREY, figures.ORANGE, figures.BLUE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's
+COLOURS = (figures.GREY, figures.ORANGE, figures.BLUE, figures.GREEN, figures.PINK, figures.SKY, figures.AMBER)
 
 
 @dataclass(frozen=True)
@@ -98,20 +97,14 @@ def main(config: Config) -> None:
     if not is_main_process():
         return
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in folder.glob("*.csv"):
-        earlier.unlink()
+    # The files.
     verdicts = verdicts_of(rows)
-    figures.save(figure(rows), folder / "figures/drop_by_position.png")
-    for site in dict.fromkeys(row["site"] for row in rows):
-        of_site = [row for row in rows if row["site"] == site]
-        write_csv(folder / f"drop_{site}.csv", common.side_by_side(of_site, "position", "drop", "drop"))
-    write_csv(folder / "positions.csv", rows)
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"models": facts, "verdicts": verdicts})
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}):
+        figures.save(figure(rows), folder / "figures/drop_by_position.png")
+        for site in dict.fromkeys(row["site"] for row in rows):
+            of_site = [row for row in rows if row["site"] == site]
+            write_csv(folder / f"drop_{site}.csv", common.side_by_side(of_site, "position", "drop", "drop"))
+        write_csv(folder / "positions.csv", rows)
 
     print(summary(facts, rows, verdicts))
     print(f"\nwritten:\n  {folder}/ (tables, figure, config, summary)")

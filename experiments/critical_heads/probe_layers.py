@@ -58,9 +58,8 @@ from pyvene_ext import figures
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.probes import Fit, cross_validated, deal_folds, places_of, read_residuals, shuffled
 from pyvene_ext.problems import NUMBER, STEP, Problem
-from pyvene_ext.runs import is_main_process, metadata, remove_leftovers, rng, write_config, write_csv, write_json
+from pyvene_ext.runs import is_main_process, metadata, rng, write_csv
 from pyvene_ext.stats import Interval, cluster_shares, q_values, r_squared
-from pyvene_ext.sweep.unfinished import discard
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -140,22 +139,16 @@ def main(config: Config) -> None:
     if not is_main_process():
         return
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in (*folder.glob("*.csv"), *folder.glob("figures/*.png")):
-        earlier.unlink()
+    # The files.
     verdicts = verdicts_of(rows)
-    for position, target in dict.fromkeys((row["position"], row["target"]) for row in rows):
-        some = [row for row in rows if (row["position"], row["target"]) == (position, target)]
-        table = common.side_by_side(some, "place", "r2", "r2")
-        write_csv(folder / f"probe_{position}_{target}.csv", table)
-    write_csv(folder / "probes.csv", rows)
-    for model in facts:
-        figures.save(figure(model, [row for row in rows if row["model"] == model]), folder / f"figures/{model}.png")
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"models": facts, "verdicts": verdicts})
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}, "figures/*.png"):
+        for position, target in dict.fromkeys((row["position"], row["target"]) for row in rows):
+            some = [row for row in rows if (row["position"], row["target"]) == (position, target)]
+            table = common.side_by_side(some, "place", "r2", "r2")
+            write_csv(folder / f"probe_{position}_{target}.csv", table)
+        write_csv(folder / "probes.csv", rows)
+        for model in facts:
+            figures.save(figure(model, [row for row in rows if row["model"] == model]), folder / f"figures/{model}.png")
 
     print(summary(facts, rows, verdicts))
     print(f"\nwritten:\n  {folder}/ (tables, figures, config, summary)")

@@ -33,8 +33,7 @@ from pyvene_ext import figures
 from pyvene_ext.block_scores import SCORES, BlockScores, Score, block_scores, check_model
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.head_scores import write_head_scores
-from pyvene_ext.runs import metadata, remove_leftovers, write_config, write_csv, write_json
-from pyvene_ext.sweep.unfinished import discard
+from pyvene_ext.runs import is_main_process, metadata, write_csv
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -72,19 +71,18 @@ def main(config: Config) -> None:
         )
         facts[setting.name] = metadata(setting.model, **setting.facts)
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for model, scores in found.items():
-        for score in SCORES:
-            write_head_scores(folder / f"heads/{model}_{score}.csv", scores.of(score))
-            title = f"{model}: {score}, {len(scores.flow)} problems"
-            figure = figures.head_heatmap(scores.of(score), title, LABELS[score])
-            figures.save(figure, folder / f"figures/{model}_{score}.png")
-    write_csv(folder / "scores.csv", [row for model, scores in found.items() for row in rows_of(model, scores)])
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"models": facts})
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
+    if not is_main_process():
+        return
+
+    # The files.
+    with common.written(folder, config, {"models": facts}):
+        for model, scores in found.items():
+            for score in SCORES:
+                write_head_scores(folder / f"heads/{model}_{score}.csv", scores.of(score))
+                title = f"{model}: {score}, {len(scores.flow)} problems"
+                figure = figures.head_heatmap(scores.of(score), title, LABELS[score])
+                figures.save(figure, folder / f"figures/{model}_{score}.png")
+        write_csv(folder / "scores.csv", [row for model, scores in found.items() for row in rows_of(model, scores)])
 
     for model, scores in found.items():
         print(common.counts(model, facts[model]))

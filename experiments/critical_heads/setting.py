@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,11 @@ from pyvene_ext.problems import (
     with_reasoning,
 )
 from pyvene_ext.reference import Reference
-from pyvene_ext.runs import choose_device, output_path, rng
+from pyvene_ext.runs import choose_device, output_path, remove_leftovers, rng, write_config, write_json
 from pyvene_ext.spec_files import to_plain
 from pyvene_ext.specs import Spec
 from pyvene_ext.stats import Head, Interval, frequency_interval, paired_bootstrap
+from pyvene_ext.sweep.unfinished import discard
 
 TINY = "tiny"
 N_TINY = 400  # problems that a study of the tiny models has by default
@@ -290,6 +292,22 @@ def ask(
             "a model of continuous thoughts is asked as it was trained to be; leave out --shots and --chat."
         )
     return with_latents(tokenize_problems(problems, tokenizer, form.template, context - len(form.tokens)), model)
+
+
+@contextmanager
+def written(folder: Path, config: Flags, summary: dict[str, Any], *earlier: str) -> Iterator[None]:
+    """Around the writing of a study's own files: those of an earlier run go first (`earlier`: more than its tables), and the
+    summary comes last, so that where it is, the rest is, and of this run.
+    """
+    (folder / "summary.json").unlink(missing_ok=True)
+    for pattern in ("*.csv", *earlier):
+        for path in folder.glob(pattern):
+            path.unlink()
+    yield
+    write_config(folder / "config.yaml", config)
+    write_json(folder / "summary.json", summary)
+    remove_leftovers(*folder.rglob("*"))
+    discard(folder / "unfinished")
 
 
 def accuracy(correct: Bool[np.ndarray, " problem"]) -> Interval:

@@ -63,14 +63,11 @@ from pyvene_ext.runs import (
     choose_device,
     is_main_process,
     metadata,
-    remove_leftovers,
     rng,
-    write_config,
     write_csv,
-    write_json,
 )
+from pyvene_ext.specs import heads_together
 from pyvene_ext.stats import Head, Interval, q_values, strata_test, verdict
-from pyvene_ext.sweep.unfinished import discard
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -172,26 +169,20 @@ def main(config: Config) -> None:
     if not is_main_process():
         return
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in (*folder.rglob("*.csv"), *folder.glob("figures/*.png")):
-        earlier.unlink()
+    # The files.
     verdicts = verdicts_of(rows, tests, facts)
-    for split in SPLITS:
-        some = sorted((row for row in rows if row["split"] == split), key=lambda row: order(row["stratum"]))
-        write_csv(folder / f"drop_by_{split}.csv", common.side_by_side(some, "stratum", "drop", "drop"))
-    write_csv(folder / "strata.csv", rows)
-    write_csv(folder / "tests.csv", tests)
-    for model, table in tables.items():
-        write_csv(folder / f"problems/{model}.csv", table)
-        mine = [row for row in rows if row["model"] == model]
-        title = f"{model}: {facts[model]['intervention']}"
-        figures.save(bars(title, mine), folder / f"figures/{model}.png")
-        figures.save(crossed(title, mine), folder / f"figures/{model}_both.png")
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"models": facts, "verdicts": verdicts})
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}, "*/*.csv", "figures/*.png"):
+        for split in SPLITS:
+            some = sorted((row for row in rows if row["split"] == split), key=lambda row: order(row["stratum"]))
+            write_csv(folder / f"drop_by_{split}.csv", common.side_by_side(some, "stratum", "drop", "drop"))
+        write_csv(folder / "strata.csv", rows)
+        write_csv(folder / "tests.csv", tests)
+        for model, table in tables.items():
+            write_csv(folder / f"problems/{model}.csv", table)
+            mine = [row for row in rows if row["model"] == model]
+            title = f"{model}: {facts[model]['intervention']}"
+            figures.save(bars(title, mine), folder / f"figures/{model}.png")
+            figures.save(crossed(title, mine), folder / f"figures/{model}_both.png")
 
     print(summary(rows, facts, verdicts))
     print(f"\nwritten:\n  {folder}/ (tables, figures, problems, config, summary)")
@@ -269,7 +260,9 @@ def with_heads_ablated(config: Config, name: str, number: int, problems: Sequenc
     reference = ablation.transcripts(study, config.kind, [heads, *sets])
     (positions, scope), runs = study.places(config.scope), []
     for some in tqdm([heads, *sets], desc=study.name, unit="set", disable=not is_main_process()):
-        runs.append(study.run(ablation.ablate(some, config.kind, config.seed, positions), scope, reference))
+        runs.append(
+            study.run(heads_together(some, config.kind, positions=positions, seed=config.seed), scope, reference)
+        )
     words = " ".join(f"{layer}.{head}" for layer, head in heads)
     return Measured(
         name=study.name,

@@ -63,15 +63,11 @@ from pyvene_ext.runs import (
     config_hash,
     is_main_process,
     metadata,
-    remove_leftovers,
     rng,
     weight_hash,
-    write_config,
     write_csv,
-    write_json,
 )
 from pyvene_ext.stats import Head, Interval, mcnemar_p, verdict
-from pyvene_ext.sweep.unfinished import discard
 from pyvene_ext.transplant import Layers, Maps, Method, Paired, Transplant, fit_maps, pair_texts, transplanted
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
@@ -81,7 +77,7 @@ from critical_heads import setting as common
 
 Row = dict[str, Any]
 Heads = tuple[Head, ...]
-COLOURS = {"zero": figures.GREY, "transplant": figures.BLUE, "without_maps": "#009e73", "self": "#cc79a7"}
+COLOURS = {"zero": figures.GREY, "transplant": figures.BLUE, "without_maps": figures.GREEN, "self": figures.PINK}
 LABELS = {"zero": "nothing in their place", "transplant": "the donor's heads", "self": "their own heads (control)"}
 LABELS |= {"without_maps": "the donor's heads without maps"}
 
@@ -193,22 +189,16 @@ def main(config: Config) -> None:
     if not is_main_process():
         return
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in folder.glob("*.csv"):
-        earlier.unlink()
+    # The files.
     verdicts = verdicts_of(rows, config)
-    figures.save(figure(rows, config), folder / "figures/accuracy.png")
-    write_csv(folder / "transplants.csv", rows)
-    wide = [{**row, "model": f"{row['model']}_{row['condition']}"} for row in rows]
-    write_csv(folder / "accuracy.csv", common.side_by_side(wide, "n_heads", "acc", "accuracy"))
-    write_csv(folder / "maps.csv", fits)
-    if randoms:
-        write_csv(folder / "random_sets.csv", randoms)
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"models": facts, "verdicts": verdicts})
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}):
+        figures.save(figure(rows, config), folder / "figures/accuracy.png")
+        write_csv(folder / "transplants.csv", rows)
+        wide = [{**row, "model": f"{row['model']}_{row['condition']}"} for row in rows]
+        write_csv(folder / "accuracy.csv", common.side_by_side(wide, "n_heads", "acc", "accuracy"))
+        write_csv(folder / "maps.csv", fits)
+        if randoms:
+            write_csv(folder / "random_sets.csv", randoms)
 
     print(summary(config, facts, fits, rows, verdicts))
     print(f"\nwritten:\n  {folder}/ (tables, figure, config, summary)")

@@ -26,7 +26,7 @@ from modelcards import card_of, dimensions, n_layers
 from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, at_layer, output_weight
 from modelcards.shared_past import shared_past
 from pyvene_ext.devices import input_device
-from pyvene_ext.visits import See, on_input, on_output
+from pyvene_ext.visits import See, on_input, on_output, run_instead
 
 Hidden = Float[Tensor, "row pos d_model"]
 ADDED = {"attn_out": "attention_contribution", "mlp_in": "mlp_input", "mlp_out": "mlp_contribution"}
@@ -145,19 +145,19 @@ class Replay:
         attention_module = self.module("attention_input", layer)
         with ExitStack() as stack:
             if self.arguments(*columns)[layer][1].get("alibi") is not None:
-                stack.enter_context(_forward(attention_module, _with_alibi(attention_module.forward)))
+                stack.enter_context(run_instead(attention_module, _with_alibi(attention_module.forward)))
             if attention is not None and len(attention):
                 if self.card.sums_inside:
                     attention = attention + hidden[len(hidden) - len(attention) :]
                 partly = _partly(attention_module.forward, attention)
-                stack.enter_context(_forward(attention_module, lambda *a, **k: _with_pattern(partly(*a, **k))))
+                stack.enter_context(run_instead(attention_module, lambda *a, **k: _with_pattern(partly(*a, **k))))
             if mlp is not None and len(mlp):
                 if self._is_tap("mlp_output"):
                     known = mlp
                     shown.insert(0, ("mlp_output", lambda x: torch.cat([x[: len(x) - len(known)], known.to(x)])))
                 else:
                     mlp_module = self.module("mlp_output", layer)
-                    stack.enter_context(_forward(mlp_module, _partly(mlp_module.forward, mlp)))
+                    stack.enter_context(run_instead(mlp_module, _partly(mlp_module.forward, mlp)))
             if past.shared is not None:
                 if inside or not self._is_shared_past_understood:
                     past.spread(len(hidden) - (0 if attention is None else len(attention)))
@@ -215,7 +215,7 @@ class Replay:
             found.append(args[0] if args else kwargs["hidden_states"])
             raise _Made
 
-        with _forward(self.module("attention_input", layer), stop), suppress(_Made):
+        with run_instead(self.module("attention_input", layer), stop), suppress(_Made):
             _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], Past())
         return found[0]
 
@@ -243,7 +243,7 @@ class Replay:
         with ExitStack() as stack:
             done: Any = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normed[:, None])
             done.router_logits = None  # which models with experts ask for
-            stack.enter_context(_forward(self.bare, lambda *_, **__: done))
+            stack.enter_context(run_instead(self.bare, lambda *_, **__: done))
             if ids is not None and weight is not None:
                 chosen = ids.to(weight.device)
 
@@ -251,7 +251,7 @@ class Replay:
                     logits = torch.einsum("rd,rkd->rk", x[:, 0].to(weight.device).float(), head.weight[chosen].float())
                     return (logits if head.bias is None else logits + head.bias[chosen].float())[:, None]
 
-                stack.enter_context(_forward(head, unembed))
+                stack.enter_context(run_instead(head, unembed))
             logits = self.model(input_ids=torch.full((1, 1), self._token, device=self.device)).logits[:, 0]
         return logits if ids is None or weight is not None else logits.gather(1, ids.to(logits.device))
 
@@ -271,7 +271,7 @@ class Replay:
         with ExitStack() as stack:
             for layer in range(self.n_layers):
                 mlp = self.module("mlp_output", layer)
-                stack.enter_context(_forward(mlp, torch.compile(mlp.forward, dynamic=True)))
+                stack.enter_context(run_instead(mlp, torch.compile(mlp.forward, dynamic=True)))
             yield
 
     def _on_projection(self, site: str, layer: int, edit: Edit) -> AbstractContextManager[None]:
@@ -342,7 +342,7 @@ class Replay:
 
         with ExitStack() as stack, suppress(_Made):
             for layer in range(self.n_layers):
-                stack.enter_context(_forward(self.module("block_output", layer), left_out))
+                stack.enter_context(run_instead(self.module("block_output", layer), left_out))
             self.bare(input_ids=ids, past_key_values=cache, use_cache=False)
         return calls
 
@@ -408,17 +408,3 @@ def _less(residual: Tensor, edit: Edit) -> See:
 def _with_pattern(output: Any) -> tuple:
     """What an attention module returns: its output and, where it has one, the pattern."""
     return output if isinstance(output, tuple) else (output, None)
-
-
-@contextmanager
-def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Call `function` in place of a module's forward, for a while; its hooks stay."""
-    own = module.__dict__.get("forward")  # accelerate puts one there
-    module.forward = function
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

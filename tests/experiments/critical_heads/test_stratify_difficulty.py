@@ -118,13 +118,13 @@ def test_every_stratum_is_that_of_each_problem_by_itself(folder: Path, capsys: p
 def test_random_heads_are_of_the_same_layers_and_none_of_the_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, own = [], ablation.ablate
+    asked, own = [], study.heads_together
 
-    def seen(heads: Any, *more: Any) -> Any:
+    def seen(heads: Any, *more: Any, **named: Any) -> Any:
         asked.append(tuple(heads))
-        return own(heads, *more)
+        return own(heads, *more, **named)
 
-    monkeypatch.setattr(ablation, "ablate", seen)
+    monkeypatch.setattr(study, "heads_together", seen)
     assert command(*FEW, "--heads", "0.1", "1.2", "--random_sets", 3, "--limit", 3) == 0
     named, *random = dict.fromkeys(asked)
     assert named == HEADS and len(random) == 3
