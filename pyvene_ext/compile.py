@@ -24,7 +24,7 @@ from pyvene_ext.interventions import (
 )
 from pyvene_ext.reference import Positions, Reference, check_reference_prompts, token_indices
 from pyvene_ext.runs import rng
-from pyvene_ext.specs import ActivationPatch, ForcedAttention, OneSpec, Spec, members, needs
+from pyvene_ext.specs import ActivationPatch, Extent, ForcedAttention, OneSpec, Spec, members, needs
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
 
 
@@ -75,8 +75,9 @@ def check_specs(
     if wanted["places"]:
         check_reference_prompts(reference_prompts, wanted["position_means"], wanted["bank"])
     seen: set[tuple] = set()
+    extent = Extent.of(model)
     for ablation in (a for spec in specs for a in members(spec)):
-        ablation.check(model)
+        ablation.check(extent)
         if isinstance(ablation, ActivationPatch):
             if (ablation.positions, "patch") not in seen:
                 _check_pairs(ablation, prompts, reference_prompts)

@@ -612,10 +612,12 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in training:
-            module.training = training[module]
+        for module, mode in training.items():
+            if module.training != mode:  # few do, and setting what is set takes its time
+                module.training = mode
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
+            if parameter.requires_grad != wanted.get(name, parameter.requires_grad):
+                parameter.requires_grad_(wanted[name])
 
 
 def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card) -> IntervenableConfig:

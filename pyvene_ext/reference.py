@@ -40,7 +40,8 @@ FORMAT = 1  # of the cache files
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode for a while; every module's own mode afterwards."""
     with flags_kept(model):
-        model.eval()
+        if any(module.training for module in model.modules()):
+            model.eval()
         yield
 
 

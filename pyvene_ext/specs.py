@@ -11,8 +11,8 @@ name one edit in one layer. Several at once are a tuple of them. `pyvene_ext.spe
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Collection, Iterable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -35,6 +35,21 @@ KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*VECTORS, "k", "v"), ("zero", "mean", "resample", "noise")),
     "scores": ("zero", "mean"),
 }
+
+
+class Extent(NamedTuple):
+    """What of a model a spec is checked against, read once for many specs."""
+
+    name: str
+    components: Collection[str]
+    layers: int
+    heads: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Extent:
+        components, config = card_of(model).mapping(type(model)), model.config
+        return cls(type(model).__name__, components, n_layers(config), n_heads(config), n_kv_heads(config))
 
 
 class SiteEdit(BaseModel):
@@ -129,12 +144,11 @@ class SiteEdit(BaseModel):
         """A short name, different for different edits."""
         return self.where
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel | Extent) -> None:
         """Raise ValueError, naming what the model has, if this cannot be done in it."""
-        card = card_of(model)
-        if self.component.name not in card.mapping(type(model)):
-            raise ValueError(f"{self.name}: the card of {type(model).__name__} has no {self.site}.")
-        layers, heads, kv_heads = n_layers(model.config), n_heads(model.config), n_kv_heads(model.config)
+        name, components, layers, heads, kv_heads = model if isinstance(model, Extent) else Extent.of(model)
+        if self.component.name not in components:
+            raise ValueError(f"{self.name}: the card of {name} has no {self.site}.")
         if self.layer is not None and self.layer >= layers:
             raise ValueError(
                 f"{self.name}: layer {self.layer} is out of range, the model has layers 0 to {layers - 1}."
@@ -286,7 +300,9 @@ Spec = OneSpec | tuple[OneSpec, ...]
 
 def members(spec: Spec) -> tuple[OneSpec, ...]:
     """The edits of one spec: itself, or those of a joint one, which must not edit one place twice."""
-    edits = (spec,) if isinstance(spec, SiteEdit) else tuple(spec)
+    if isinstance(spec, SiteEdit):
+        return (spec,)
+    edits = tuple(spec)
     edited = [(a.place, head, a.positions) for a in edits for head in a.heads or (None,)]
     if not edits or len(set(edited)) < len(edited):
         raise ValueError(f"a joint intervention names one or more places, each once, not [{spec_name(edits)}].")

@@ -90,14 +90,20 @@ class Batch:
     _heads: list[np.ndarray] = field(default_factory=list)
 
     def add(
-        self, rows: np.ndarray, columns: np.ndarray, ablation: OneSpec, prompts: list[int], kept: np.ndarray | None
+        self,
+        rows: np.ndarray,
+        columns: np.ndarray,
+        ablations: list[OneSpec],
+        prompts: list[int],
+        kept: np.ndarray | None,
     ) -> None:
-        """Add one ablation on some rows: `columns` is [row pos]."""
-        heads = ablation.heads or (-1,)
-        self._rows.append(np.repeat(rows, columns.shape[1] * len(heads)))
-        self._columns.append(np.repeat(columns.ravel(), len(heads)))
-        self._heads.append(np.tile(heads, columns.size))
-        self.sources.append((ablation, prompts, kept))
+        """Add ablations of equally many heads at the same places: `rows` is [ablation prompt], `columns` [prompt pos]."""
+        heads = np.array([ablation.heads or (-1,) for ablation in ablations])
+        shape = *rows.shape, columns.shape[1], heads.shape[1]
+        self._rows.append(np.broadcast_to(rows[:, :, None, None], shape).ravel())
+        self._columns.append(np.broadcast_to(columns[:, :, None], shape).ravel())
+        self._heads.append(np.broadcast_to(heads[:, None, None], shape).ravel())
+        self.sources += [(ablation, prompts, kept) for ablation in ablations]
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -168,14 +174,14 @@ def wave_groups(wave: Wave, edits: Sequence[list[Edit]], prompts: TokenizedPromp
         for (start, layer, entry), mine in at.entries(placed).items():
             if len(mine) > 1 and shared - start >= WORTH_SHARING and _alike(placed, mine, shared):
                 trunk, branch = _cut(placed, mine, 0, shared), _cut(placed, mine, shared, at.length)
-                places = [place.edit.place for place in trunk]
-                entering[start, shared, (mine[0],), -1].append(_Entering(*min(places), number, trunk))
+                places = [edit.place for edit, _ in trunk]
+                entering[start, shared, (int(mine[0]),), -1].append(_Entering(*min(places), number, trunk))
                 # What is edited before a row's own columns reaches them through keys and values: a layer later, if not at once.
                 places = [(at, WHOLE) if at_entry == WHOLE else (at + 1, WHOLE) for at, at_entry in places]
-                places += [place.edit.place for place in branch]
-                entering[shared, at.length, tuple(mine), start].append(_Entering(*min(places), number, branch))
+                places += [edit.place for edit, _ in branch]
+                entering[shared, at.length, tuple(mine.tolist()), start].append(_Entering(*min(places), number, branch))
             else:
-                entering[start, at.length, tuple(mine), -1].append(_Entering(layer, entry, number, placed))
+                entering[start, at.length, tuple(mine.tolist()), -1].append(_Entering(layer, entry, number, placed))
     groups: dict[tuple, Group] = {}
     for key, rows in sorted(entering.items(), key=lambda item: (item[0][3] >= 0, item[0])):
         start, stop, which, trunk_start = key
@@ -189,8 +195,8 @@ def wave_groups(wave: Wave, edits: Sequence[list[Edit]], prompts: TokenizedPromp
 
 def _alike(placed: list[_Placed], mine: np.ndarray, shared: int) -> bool:
     """Whether all of these prompts are edited in the same way before the column `shared`."""
-    for edit, columns, *_ in placed:
-        before = np.minimum(columns[mine], shared)
+    for edit, places in placed:
+        before = np.minimum(places.columns[mine], shared)
         if (before < shared).any() and (edit.ablation.kind not in ("zero", "mean") or (before != before[0]).any()):
             return False
     return True
@@ -199,34 +205,41 @@ def _alike(placed: list[_Placed], mine: np.ndarray, shared: int) -> bool:
 def _cut(placed: list[_Placed], mine: np.ndarray, start: int, stop: int) -> list[_Placed]:
     """What is edited in the columns `[start, stop)`, of the prompts `mine`, which are alike before and behind them."""
     found = []
-    for edit, columns, kept, alive in placed:
+    for edit, (columns, kept, alive) in placed:
         inside = np.flatnonzero((start <= columns[mine[0]]) & (columns[mine[0]] < stop))
         if inside.size:
             own = np.broadcast_to(inside, (len(columns), inside.size)) if kept is None else kept[:, inside]
-            found.append(_Placed(edit, columns[:, inside], own, alive))
+            found.append((edit, Places(columns[:, inside], own, alive)))
     return found
 
 
 def _group(start: int, stop: int, mine: np.ndarray, entering: list[_Entering], wave: Wave, layers: int) -> Group:
     """Number the rows in the order in which they enter, all prompts of a spec together, and collect their edits."""
     counts = np.zeros((layers + 1, 3), int)
-    batches: dict[tuple[int, Stage, int, str], Batch] = {}
+    # Runs of edits with equally many heads at the same places: the number of the first row's spec and the edit, for each of them.
+    runs: dict[tuple[int, Stage, int, Kind], list[tuple[Places, int, list[tuple[int, OneSpec]]]]] = defaultdict(list)
     for number, (layer, entry, _, placed) in enumerate(entering):
         counts[layer, entry] += len(mine)
         rounds: dict[tuple[int, Stage], int] = defaultdict(int)  # edits of one place by one spec, one after the other
-        for edit, columns, kept, alive in placed:
-            key = edit.layer, edit.stage
-            own = alive[mine]
-            if own.any():
-                which = mine[own]
-                batch = batches.setdefault((*key, rounds[key], edit.kind), Batch(edit.kind, rounds[key]))
-                rows = number * len(mine) + np.flatnonzero(own)
-                ids = [wave.prompts[i] for i in which]
-                batch.add(rows, columns[which], edit.ablation, ids, None if kept is None else kept[which])
+        for edit, places in placed:
+            key, ablation = (edit.layer, edit.stage), edit.ablation
+            of_batch, heads = runs[*key, rounds[key], edit.kind], len(ablation.heads or ())
+            if not of_batch or of_batch[-1][0] is not places or of_batch[-1][1] != heads:
+                of_batch.append((places, heads, []))
+            of_batch[-1][2].append((number, ablation))
             rounds[key] += 1
     edits: dict[tuple[int, Stage], list[Batch]] = defaultdict(list)
-    for (layer, stage, *_), batch in sorted(batches.items(), key=lambda item: item[0]):
-        edits[layer, stage].append(batch)
+    for (layer, stage, round_, kind), of_batch in sorted(runs.items(), key=lambda item: item[0]):
+        batch = Batch(kind, round_)
+        for (columns, kept, alive), _, run in of_batch:
+            own = alive[mine]
+            if own.any():
+                which, numbers = mine[own], np.array([number for number, _ in run])
+                rows = numbers[:, None] * len(mine) + np.flatnonzero(own)
+                ids = [wave.prompts[i] for i in which]
+                batch.add(rows, columns[which], [a for _, a in run], ids, None if kept is None else kept[which])
+        if batch.sources:
+            edits[layer, stage].append(batch)
     ends = counts.ravel().cumsum().reshape(counts.shape)
     bounds = [(int(at[-1] - n.sum()), *map(int, at)) for at, n in zip(ends, counts, strict=True)]
     specs = np.array([row.spec for row in entering])
@@ -242,14 +255,16 @@ class _Entering(NamedTuple):
     placed: list[_Placed]
 
 
-class _Placed(NamedTuple):
-    """An edit on the prompts of a wave: `columns[prompt pos]`, which of the ablation's positions they are (None: all), and on
-    which prompts it can change anything."""
+class Places(NamedTuple):
+    """Where an edit is made on the prompts of a wave: `columns[prompt pos]`, which of the ablation's positions they are (None:
+    all), and on which prompts it can change anything. One object serves all edits at these places."""
 
-    edit: Edit
     columns: np.ndarray
     kept: np.ndarray | None
     alive: np.ndarray
+
+
+_Placed = tuple[Edit, Places]
 
 
 class Columns:
@@ -258,48 +273,38 @@ class Columns:
     def __init__(self, which: Sequence[int], prompts: TokenizedPrompts, layers: int) -> None:
         self.which, self.prompts, self.layers = which, prompts, layers
         self.length = len(prompts.input_ids[which[0]])
-        self._columns: dict[Positions, np.ndarray] = {}
-        self._entries: dict[tuple[Positions, bool], list[tuple[int, np.ndarray]]] = {}
+        self._places: dict[tuple[Positions, bool], tuple[Places, list[tuple[int, np.ndarray]]]] = {}
 
     def placed(self, edits: list[Edit]) -> list[_Placed]:
         """Every edit of a spec; behind the last block's keys and values only those of the last token, which the metric reads."""
-        found = []
-        for edit in edits:
-            columns = self.columns(edit.ablation.positions)
-            if not self.only_last(edit):
-                found.append(_Placed(edit, columns, None, np.ones(len(columns), bool)))
-                continue
-            last = columns == self.length - 1
-            kept = last.argmax(1)[:, None]
-            found.append(_Placed(edit, np.full_like(kept, self.length - 1), kept, last.any(1)))
-        return found
-
-    def only_last(self, edit: Edit) -> bool:
-        reaches_others = edit.stage in ("resid_pre", "k", "v")  # through keys and values
-        return edit.layer == self.layers or (edit.layer == self.layers - 1 and not reaches_others)
-
-    def columns(self, positions: Positions) -> np.ndarray:
-        """`prompt pos`."""
-        if positions not in self._columns:
-            rows = [token_indices(self.prompts, prompt, positions) for prompt in self.which]
-            self._columns[positions] = np.array(rows)
-        return self._columns[positions]
+        return [(edit, self._at(edit)[0]) for edit in edits]
 
     def entries(self, placed: list[_Placed]) -> dict[tuple[int, int, int], np.ndarray]:
         """The prompts by (first column, layer, place of entry); prompts on which nothing can change are left out."""
-        if len(placed) == 1:  # nearly always: the same for all specs at one position
-            edit, columns, _, alive = placed[0]
-            key = edit.ablation.positions, self.only_last(edit)
-            if key not in self._entries:
-                starts = columns.min(1)
-                self._entries[key] = [
-                    (int(start), np.flatnonzero(alive & (starts == start))) for start in np.unique(starts[alive])
-                ]
-            return {(start, *edit.place): mine for start, mine in self._entries[key]}
+        if len(placed) == 1:  # nearly always
+            edit, _ = placed[0]
+            return {(start, *edit.place): mine for start, mine in self._at(edit)[1]}
         found: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for prompt in range(len(self.which)):
-            mine = [place for place in placed if place.alive[prompt]]
+            mine = [(edit, places) for edit, places in placed if places.alive[prompt]]
             if mine:
-                start = min(int(place.columns[prompt].min()) for place in mine)
-                found[start, *min(place.edit.place for place in mine)].append(prompt)
+                start = min(int(places.columns[prompt].min()) for _, places in mine)
+                found[start, *min(edit.place for edit, _ in mine)].append(prompt)
         return {key: np.array(rows) for key, rows in found.items()}
+
+    def _at(self, edit: Edit) -> tuple[Places, list[tuple[int, np.ndarray]]]:
+        """An edit's places, and the prompts by the first of their columns; the same for all edits at one position."""
+        reaches_others = edit.stage in ("resid_pre", "k", "v")  # through keys and values
+        only_last = edit.layer == self.layers or (edit.layer == self.layers - 1 and not reaches_others)
+        key = edit.ablation.positions, only_last
+        if key not in self._places:
+            columns = np.array([token_indices(self.prompts, prompt, key[0]) for prompt in self.which])
+            places = Places(columns, None, np.ones(len(columns), bool))
+            if only_last:
+                last = columns == self.length - 1
+                kept = last.argmax(1)[:, None]
+                places = Places(np.full_like(kept, self.length - 1), kept, last.any(1))
+            starts = places.columns.min(1)
+            alive = np.unique(starts[places.alive])
+            self._places[key] = places, [(int(s), np.flatnonzero(places.alive & (starts == s))) for s in alive]
+        return self._places[key]
