@@ -261,7 +261,7 @@ def check_patches(
             card_of(model).component(model, "attention_pattern")
         if patch.subspace:
             raise ValueError(f"{patch.name}: attribution patching takes whole activations; leave subspace out.")
-    check_tokenized(base, source)
+    check_tokenized(model, base, source)
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
     check_metric(metric, DIFFERENTIABLE, model.dtype)
     wanted: dict[str, Any] = needs(specs)

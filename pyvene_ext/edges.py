@@ -108,12 +108,14 @@ def edge_attribution(
         base, source: pairs of prompts of equal length.
         metric: logit_diff or probability; for EAP-IG also kl, to the base run (with eap its gradient is 0).
         method: where gradients are taken.
-            eap (Syed et al. 2023): in the base run.
-            eap_ig_inputs (Hanna et al. 2024): the mean over k = 1 ... `steps` of runs whose embedding is
-                source + k/steps (base - source).
-            eap_ig_activations (after Marks et al. 2024): the same, but what is interpolated is what one stage adds to the
-                stream of the base run, for the edges of its senders: the embedding, then layer by layer all heads together
-                and the MLP. 2L + 1 times as many passes; with many steps a stage's edges add up to the effect of patching it.
+
+            * eap (Syed et al. 2023): in the base run.
+            * eap_ig_inputs (Hanna et al. 2024): the mean over k = 1 ... `steps` of runs whose embedding is
+              source + k/steps (base - source).
+            * eap_ig_activations (after Marks et al. 2024): the same, but what is interpolated is what one stage adds to the
+              stream of the base run, for the edges of its senders: the embedding, then layer by layer all heads together
+              and the MLP. 2L + 1 times as many passes; with many steps a stage's edges add up to the effect of patching it.
+
         steps: of the two integrated gradients; 1 is eap.
 
     Two forward passes without a graph, and one forward and backward pass a step; further, for every receiver, one backward pass
@@ -306,7 +308,7 @@ def check_edges(
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number from 1 on, not {steps!r}.")
-    check_tokenized(base, source)
+    check_tokenized(model, base, source)
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
     check_metric(metric, DIFFERENTIABLE if method == "eap" or steps == 1 else (*DIFFERENTIABLE, "kl"), model.dtype)
     if model.get_output_embeddings() is None:

@@ -44,7 +44,7 @@ from pyvene_ext.reference import Reference, evaluating, token_indices
 from pyvene_ext.runs import config_hash, data_hash, parse_json, weight_hash, write_json
 from pyvene_ext.spec_files import to_plain
 from pyvene_ext.specs import Ablation, OneSpec, Spec, as_specs, members, needs
-from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.tokenized import Batch, TokenizedPrompts, check_tokenized
 
 Scope = Literal["prompt", "new", "reasoning", "both"]
 FORMAT = 1  # of the files of results
@@ -264,6 +264,7 @@ def check(
                 f"problem {number} has {len(ids)} tokens, and with {max_new_tokens} new ones that is more than the {context} "
                 "that the model takes; leave it out, or generate fewer."
             )
+    check_tokenized(model, questions.prompts)
     if spec is None or callable(spec):
         return
     (spec,) = as_specs([spec])

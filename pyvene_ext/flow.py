@@ -202,7 +202,7 @@ def flow_routes(
             bias do not add up to the node to 1e-4 of its L1 norm (dtypes below float32: 8 rounding errors).
     """
     card = card_of(model)
-    _check(prompts)
+    _check(model, prompts)
     check_model(model)
     arrays = [_Importances(*_empty(model, len(ids))) for ids in prompts.input_ids]
     batches = prompts.batches(batch_size, padding_side)
@@ -231,12 +231,10 @@ def check_model(model: PreTrainedModel) -> None:
     check_projections(model)
 
 
-def _check(prompts: TokenizedPrompts) -> None:
-    check_tokenized(prompts)
+def _check(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
+    check_tokenized(model, prompts)
     if not len(prompts):
         raise ValueError("there are no prompts to follow; give at least one.")
-    if empty := [i for i, ids in enumerate(prompts.input_ids) if not ids]:
-        raise ValueError(f"prompt {empty[0]} has no tokens; give it some text.")
 
 
 def _empty(model: PreTrainedModel, length: int) -> Iterator[Float32[np.ndarray, "layer *"]]:

@@ -284,13 +284,12 @@ def _run(
 
 def _check(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int) -> None:
     """Raise ValueError for what can be told to be wrong before the model runs."""
-    check_tokenized(prompts)
+    check_tokenized(model, prompts)
     if not prompts.input_ids:
         raise ValueError("nothing to run: give at least one prompt.")
     refuse_latent_steps(model, prompts.input_ids)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-    card_of(model)
     head: Any = model.get_output_embeddings()
     if head is None:
         raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassFieldValidationError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,13 +32,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modelcards import CARDS
+from modelcards import CARDS, n_positions
 from pyvene_ext.continuous_thought import restore
+from pyvene_ext.devices import input_device
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
 TINY_MODELS = tuple(sorted(path.parent.name for path in TINY_FOLDER.glob("*/config.json")))
 NO_TOKENIZER = "has no tokenizer that can be read; its tokenizer.json belongs beside config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+# Transformers makes an object for each of these, however many a config asks for.
+MOST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 1000),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), 10_000),
+    "num_labels": 1_000_000,
+}
+SMALL = 2**22  # numbers, which may be asked for whatever the size of the weights' files
+TRIED = 8  # tokens
 
 
 def load_model(
@@ -48,7 +61,9 @@ def load_model(
     """A causal language model of a family that has a card, in eval mode, and its tokenizer.
 
     Weights are read from safetensors only and code from a repository is never run, so that loading a model runs nothing that came
-    with it. Where the tokenizer has no padding token, the one returned uses its end token (the model's config is left alone).
+    with it. Files that contradict one another are refused, and so is a model that does not run (a few tokens are tried, unless a
+    part of it is left on the disk). Where the tokenizer has no padding token, the one returned uses its end token (the model's
+    config is left alone).
 
     Args:
         name_or_path: one of `TINY_MODELS`, else a local folder, else a repository on the hub.
@@ -60,8 +75,8 @@ def load_model(
         revision: branch, tag or commit on the hub.
 
     Raises, in one sentence: ValueError for arguments and for checkpoints that cannot be used (no card, own code, no safetensors,
-    missing or broken weights, no tokenizer), FileNotFoundError for a name that leads nowhere, PermissionError for a gated model
-    without access, ConnectionError without network, other OSError as the hub reports it.
+    missing, broken or surplus weights, no tokenizer or another model's), FileNotFoundError for a name that leads nowhere,
+    PermissionError for a gated model without access, ConnectionError without network, other OSError as the hub reports it.
     """
     _check_arguments(dtype, device, attn_implementation, device_map)
     name, source = str(name_or_path), _source(name_or_path)
@@ -69,10 +84,15 @@ def load_model(
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
     except Exception as error:
         raise _explained(error, name, revision, "has no config.json that can be read") from error
     _check_type(config, name)
+    _check_counts(config, name)
     try:
+        if Path(source).is_dir():
+            _check_files(Path(source), name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -91,14 +111,24 @@ def load_model(
             f"{name} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]} ...), which would be random; "
             "get the complete checkpoint of a causal language model."
         )
+    _check_layers(model, report["unexpected_keys"], name)
+    _check_runs(model, name)
     restore(model, name, source, revision)
     try:
         tokenizer = _tokenizer(source, revision)
+        tokenizer("a b")  # some of what its files say is only looked at then
     except Exception as error:
         raise _explained(error, name, revision, NO_TOKENIZER) from error
     # Without files, transformers makes up an empty tokenizer for some families.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"{name} {NO_TOKENIZER}.")
+    # Some tokens that were added later are not embedded, and are then never met.
+    last = max(set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values()), default=0)
+    if last >= _vocabulary(model):
+        raise ValueError(
+            f"the tokenizer of {name} has ids up to {last} and the model embeds {_vocabulary(model)} tokens; get files that "
+            "belong together."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if device not in (None, "auto"):
@@ -184,6 +214,124 @@ def _check_type(config: dict[str, Any], name: str) -> None:
     raise ValueError(f"{name} has {its_type}{own_code}; use a model of one of the types {_list(supported)}.")
 
 
+def _check_counts(config: dict[str, Any], name: str) -> None:
+    """Raise ValueError for a config that asks for more parts than any model has, or for no layers or heads."""
+    for key, most in MOST.items():
+        least = 0 if key == "num_labels" else 1
+        value = config.get(key, least)
+        if type(value) is int and not least <= value <= most:
+            raise ValueError(
+                f"{name}: {key} in config.json is {_short(value)}, and not from {least} to {most}; copy or download it again."
+            )
+    if "transformers_weights" in config:
+        raise ValueError(
+            f"{name} names a file of its own for its weights (transformers_weights in config.json), which is never read; get a "
+            "checkpoint with model.safetensors."
+        )
+
+
+def _check_files(folder: Path, name: str) -> None:
+    """Raise ValueError for weights outside of the folder or not in safetensors, and for a config that does not fit them.
+
+    What transformers finds missing or of another size it makes up first, in memory, however large it is; and it casts anything.
+    """
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not files[0].is_file() and index.is_file():
+        try:
+            shards = sorted({str(shard) for shard in json.loads(index.read_bytes())["weight_map"].values()})
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{name}: {index.name} cannot be read; copy or download it again.") from None
+        for shard in shards:
+            if Path(shard).name != shard or Path(shard).suffix != ".safetensors":
+                raise ValueError(
+                    f"{name}: {index.name} names {_short(shard)!r}, which is no safetensors file of that folder; copy or "
+                    "download it again."
+                )
+        files = [folder / shard for shard in shards]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    files = [file for file in files if file.is_file()]
+    quantised = hasattr(config, "quantization_config")
+    asked = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
+    there = sum(file.stat().st_size for file in files)
+    # A byte is a number or, of weights that are quantised, at most eight.
+    if files and asked > max(SMALL, there * (8 if quantised else 1)):
+        raise ValueError(
+            f"{name}: config.json asks for {asked:.3g} numbers and the weights are {there:.3g} bytes; get files that belong "
+            "together."
+        )
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for file in () if quantised else files:
+        with safe_open(file, "pt") as weights:
+            for key in own.keys() & set(weights.keys()):
+                found = weights.get_slice(key)
+                if not found.get_dtype().startswith(("F", "BF")):
+                    raise ValueError(
+                        f"{name}: {key} is of {found.get_dtype()} in {file.name}, and weights are floating point; copy or "
+                        "download it again."
+                    )
+                if (shape := found.get_shape()) != list(own[key].shape):
+                    raise ValueError(
+                        f"{name}: {key} is {shape} in {file.name} and {list(own[key].shape)} by config.json; get files that "
+                        "belong together."
+                    )
+
+
+def _check_layers(model: PreTrainedModel, unexpected: Iterable[str], name: str) -> None:
+    """Raise ValueError for weights of layers that the config does not count; other surplus is common and does no harm."""
+    own = {*model.state_dict(), *model.base_model.state_dict()}
+    if surplus := [key for key in sorted(unexpected) if re.sub(r"\.\d+\.", ".0.", f".{key}", count=1)[1:] in own]:
+        raise ValueError(
+            f"{name} has weights of more layers ({surplus[0]} ...) than its config.json counts; get files that belong together."
+        )
+
+
+@torch.no_grad()
+def _check_runs(model: PreTrainedModel, name: str) -> None:
+    """Raise ValueError for weights that are not numbers, and for a model that fails on its first tokens."""
+    parameters = dict(model.named_parameters())
+    if any(parameter.is_meta for parameter in parameters.values()):
+        return
+    for key, parameter in parameters.items():
+        if (
+            parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            and not parameter.isfinite().all()
+        ):
+            raise ValueError(f"the weights of {name} are broken ({key} is not finite); copy or download them again.")
+    try:
+        vocabulary = _vocabulary(model)
+        ids = torch.arange(min(TRIED, n_positions(model.config)), device=input_device(model)) % vocabulary
+        logits = model.eval()(ids[None], use_cache=True).logits  # as in generation, which asks more of a config
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be run ({_first_line(error)}); its config.json and weights do not belong together."
+        ) from error
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"the logits of {name} are not finite; "
+            + (
+                "load it in bfloat16 or float32."
+                if model.dtype is torch.float16
+                else "its config.json or its weights are broken: copy or download them again."
+            )
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model embeds."""
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.weight.shape[0]
+
+
+def _short(value: object) -> str:
+    """A value for a sentence."""
+    if isinstance(value, int) and abs(value) >= 10**12:
+        return "a huge number"
+    return str(value)[:60]
+
+
 def _explained(error: Exception, name: str, revision: str | None, otherwise: str) -> Exception:
     """The one sentence that says what to do about an error of transformers or the hub; `otherwise` if it is of no known kind."""
     causes: list[BaseException] = [error]
@@ -218,6 +366,10 @@ def _explained(error: Exception, name: str, revision: str | None, otherwise: str
         return ConnectionError(
             f"{name} is not in the local cache and the hub cannot be reached; go online (and unset HF_HUB_OFFLINE), or {instead}."
         )
+    if "ignore_mismatched_sizes" in str(error):
+        return ValueError(
+            f"{name} has weights of other shapes than its config.json says; get files that belong together."
+        )
     if reason := caused_by(SafetensorError):
         return ValueError(f"the weights of {name} are broken ({reason}); copy or download them again.")
     kind = OSError if isinstance(error, OSError) else ValueError
@@ -225,7 +377,11 @@ def _explained(error: Exception, name: str, revision: str | None, otherwise: str
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(" .:") or type(error).__name__
+    if isinstance(error, StrictDataclassFieldValidationError):  # its first line says which, the second what
+        return " ".join(str(error).split())
+    line = str(error).strip().split("\n")[0].rstrip(" .:")
+    # The text of a KeyError is the key.
+    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) and line else line or type(error).__name__
 
 
 def _list(words: tuple[str, ...] | list[str]) -> str:

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import Taps, card_of, n_layers, n_positions
+from modelcards import Taps, card_of, n_layers
+from modelcards.attention_taps import MASKS_UNDERSTOOD
 from pyvene_ext.continuous_thought import drafting
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.reference import evaluating
@@ -75,20 +75,14 @@ def read_patterns(
             bar.update(len(batch.index))
 
 
+def can_be_seen(model: PreTrainedModel) -> bool:
+    """Whether `read_patterns` has anything to show: the family lets its attention be looked into, and it is eager or sdpa."""
+    seen = "attention_pattern" in card_of(model).mapping(type(model))
+    return seen and model.config._attn_implementation in MASKS_UNDERSTOOD
+
+
 def check_prompts(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
     """Raise ValueError for prompts that the model cannot be run on."""
-    check_tokenized(prompts)
+    check_tokenized(model, prompts)
     if not len(prompts):
         raise ValueError("there are no prompts to look at; give at least one.")
-    embeddings: Any = model.get_input_embeddings()
-    context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
-    for prompt, ids in enumerate(prompts.input_ids):
-        if not ids:
-            raise ValueError(f"prompt {prompt} has no tokens; give it some text.")
-        if len(ids) > context:
-            raise ValueError(f"prompt {prompt} has {len(ids)} tokens and the model takes {context}; shorten it.")
-        if not 0 <= min(ids) <= max(ids) < n_vocab:
-            raise ValueError(
-                f"the ids of prompt {prompt} go from {min(ids)} to {max(ids)} but the model embeds {n_vocab} tokens; use its own "
-                "tokenizer."
-            )

@@ -276,8 +276,12 @@ def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrained
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
     messages.append({"role": "user", "content": asked})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # a template is a program, in a sandbox, which may fail in any way
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer's chat template fails ({reason}); ask without one.") from None
 
 
 def room(model: PreTrainedModel, max_new_tokens: int) -> int:

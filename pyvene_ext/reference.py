@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from modelcards import COMPONENTS, FIELD_NAMES, dimensions
 from pyvene_ext.devices import input_device, no_gradients
 from pyvene_ext.intervenable import IntervenableModel, flags_kept
-from pyvene_ext.runs import atomic_path, config_hash, data_hash, weight_hash
+from pyvene_ext.runs import atomic_path, config_hash, data_hash, tensors_hash, weight_hash
 from pyvene_ext.tokenized import TokenizedPrompts
 
 Place = tuple[str, int | None]
@@ -108,7 +108,7 @@ class Reference:
     ) -> Reference:
         """Collect the statistics, or read them from `cache_dir` if the same were kept there for these weights and prompts.
 
-        A cache file that is half-written or belongs to something else is computed again. Raises ValueError for an empty set, a
+        A cache file that is damaged or belongs to something else is computed again. Raises ValueError for an empty set, a
         position that some prompt lacks, unequal lengths with "all" in `position_means`, and activations that are not finite.
         """
         wanted = cls(prompts, tuple(places), tuple(position_means), tuple(bank))
@@ -122,7 +122,7 @@ class Reference:
         if tensors is None:
             tensors = wanted._collect(model, batch_size, progress)
             with atomic_path(path) as temporary:
-                save_file(tensors, temporary, metadata={"key": json.dumps(key)})
+                save_file(tensors, temporary, metadata={"key": _seal(key, tensors)})
         return replace(wanted, tensors=tensors)
 
     @classmethod
@@ -294,12 +294,17 @@ def check_reference_prompts(
             )
 
 
+def _seal(key: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """What a cache file of this key with these tensors says of itself."""
+    return json.dumps([key, tensors_hash(sorted(tensors.items()))])
+
+
 def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor] | None:
     """The tensors of a whole cache file of exactly this key, else None."""
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") != json.dumps(key):
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            seal = (file.metadata() or {}).get("key")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors if seal == _seal(key, tensors) else None
     except (OSError, SafetensorError):
         return None

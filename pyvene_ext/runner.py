@@ -156,7 +156,7 @@ def check_run(
     of_tokens: bool = False,
 ) -> None:
     """Raise ValueError for anything that would go wrong in a run, before the model is run; `of_tokens` allows `TOKEN_METRICS`."""
-    check_tokenized(prompts)
+    check_tokenized(model, prompts, *([] if reference is None else [reference.prompts]))
     if metric in TOKEN_METRICS and not of_tokens:
         raise ValueError(f"{metric} is a number for each token; here choose among {', '.join(METRICS)}.")
     if metric not in METRICS | TOKEN_METRICS:

@@ -19,7 +19,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import xxhash
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from pyvene_ext.devices import input_device, on_cpu, processes
 
@@ -188,10 +188,15 @@ def weight_hash(model: nn.Module) -> str:
 
     It is the same wherever the weights are, and reads them one by one, so that offloaded ones need not fit in memory together.
     """
+    return tensors_hash((name, on_cpu(model, name, tensor)) for name, tensor in sorted(model.state_dict().items()))
+
+
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of named tensors on the CPU in their order: name, shape, dtype and bytes."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(on_cpu(model, name, tensor).contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -233,13 +238,14 @@ def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:
         "weight_hash": weight_hash(model),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(input_device(model)),
-        "versions": {name: _version(name) for name in REPORTED_PACKAGES},
+        "versions": {name: version_of(name) for name in REPORTED_PACKAGES},
         "python": platform.python_version(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """What is installed, as its metadata say; None for what is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -375,8 +375,9 @@ def r_squared(
     """
     weights = np.ones((1, len(y))) if shares is None else shares
     missed = ((y - predicted) ** 2).sum(-1) @ weights.T
-    mean = weights @ y / weights.sum(1, keepdims=True)
-    there = (weights @ y**2 - weights.sum(1, keepdims=True) * mean**2).sum(1)
+    centred = y - y.mean(0)  # else the variance of numbers far from 0 is a small difference of large sums
+    mean = weights @ centred / weights.sum(1, keepdims=True)
+    there = (weights @ centred**2 - weights.sum(1, keepdims=True) * mean**2).sum(1)
     # A sum of squares that is rounding only is none.
     there = np.where(there > 1e-12 * (weights @ y**2).sum(1), there, np.nan)
     found = 1 - missed / there

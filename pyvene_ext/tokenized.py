@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelcards import card_of, n_positions
 from pyvene_ext.runs import data_hash
 
 Answers = Literal["first_token", "first_difference"]
@@ -91,13 +92,26 @@ class TokenizedPrompts:
             )
 
 
-def check_tokenized(*prompts: TokenizedPrompts) -> None:
-    """Raise ValueError for a prompt set that has not been tokenised."""
+def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
+    """Raise ValueError for prompt sets that have not been tokenised, or not for this model, and for prompts too long for it."""
+    card_of(model)
+    embeddings: Any = model.get_input_embeddings()
+    context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     for some in prompts:
         if not isinstance(some, TokenizedPrompts):
             raise ValueError(
                 f"prompts must be tokenised, not a {type(some).__name__}: call .tokenize(tokenizer) on the set."
             )
+        for prompt, ids in enumerate(some.input_ids):
+            if not ids:
+                raise ValueError(f"prompt {prompt} has no tokens; give it some text.")
+            if len(ids) > context:
+                raise ValueError(f"prompt {prompt} has {len(ids)} tokens and the model takes {context}; shorten it.")
+            if not 0 <= min(ids) <= max(ids) < n_vocab:
+                raise ValueError(
+                    f"the ids of prompt {prompt} go from {min(ids)} to {max(ids)} but the model embeds {n_vocab} tokens; use "
+                    "its own tokenizer."
+                )
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def fit_maps(
 
     Raises:
         ValueError: unknown method, alpha or test_share out of range, a layer that is not there, fewer than two texts, too few
-            tokens to fit the maps or none to test them, streams that are not finite.
+            tokens to fit the maps or none to test them, streams that are not finite or the same at every token.
     """
     layers = list(dict.fromkeys(layers))
     _check_fit(host, donor, paired, layers, method, alpha, test_share)
@@ -276,6 +276,10 @@ def _fitted(
     x, y = x.double(), y.double()
     centre_x, centre_y = x[train].mean(0), y[train].mean(0)
     from_, to = x[train] - centre_x, y[train] - centre_y
+    if not (from_.any() and to.any()):
+        raise ValueError(
+            "a residual stream is the same at every token that the maps are fitted on; give more texts, or another model."
+        )
     if method == "ridge":
         gram = from_.T @ from_
         gram.diagonal().add_(alpha * gram.trace() / len(gram))

@@ -29,6 +29,7 @@ from pyvene_ext.stats import frequency_interval, layer_matched_random_heads
 from pyvene_ext.sweep import engine
 from pyvene_ext.sweep.execute import Executor
 from pyvene_ext.sweep.store import Store
+from tests.interrupted import stop_at
 from tests.processes import start
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES
@@ -134,8 +135,9 @@ def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert meta["n"] == N
     written = {str(path.relative_to(tmp_path / "f")) for path in (tmp_path / "f").rglob("*") if path.is_file()}
     assert written == {
-        "clean.npy", "config.yaml", "deltas.npy", "frequency_vs_tau.csv", "heads.csv", "prompts.json",
-        "figures/frequency.png", "figures/mean_delta.png", "figures/frequency_vs_tau.png", "figures/abs_delta.png",
+        "clean.npy", "config.yaml", "deltas.npy", "frequency_vs_tau.csv", "heads.csv", "prompts.json", "attention.json",
+        *(f"figures/{name}.{ending}" for name in ("frequency", "mean_delta", "frequency_vs_tau", "abs_delta")
+          for ending in ("png", "pdf")),
     }  # fmt: skip
     shown = capsys.readouterr().out
     assert "IO above S on" in shown and str(out) in shown
@@ -259,22 +261,6 @@ def test_a_head_takes_no_more_prompts_once_its_interval_is_narrow(
 # -- interrupted, killed, refused --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What was run, by the prompts of each batch."""
-    seen: list[Any] = []
-    original = Executor.run
-
-    def noted(executor: Executor, wave: Any, *args: Any) -> Any:
-        seen.append((wave.prompts, wave.specs))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return original(executor, wave, *args)
-
-    monkeypatch.setattr(Executor, "run", noted)
-    return seen
-
-
 MODES: dict[str, list[Any]] = {
     "all": [],
     "screen": ["--tau", 4, "--screen", "atp"],
@@ -289,9 +275,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     mode: str,
     dataset: Path,
     tmp_path: Path,
-    batches: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    calls = stop_at(monkeypatch, 3, Executor, "run")
     flags = ["--dataset", dataset, "--kind", kind, "--memory", MEMORY, *MODES[mode]]
     assert command(*flags, "--out", tmp_path / "stopped.npy") == 130
     assert not (tmp_path / "stopped.npy").exists() and not (tmp_path / "stopped.json").exists()
@@ -299,7 +286,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert command(*flags, "--positions", "last", "--out", tmp_path / "stopped.npy") == 2
     assert "unfinished run that differs in specs" in capsys.readouterr().err
     assert command(*flags, "--out", tmp_path / "stopped.npy") == 0
-    assert batches[3] == batches[2] and not set(batches[:2]) & set(batches[3:]), "finished batches are not run again"
+    waves = [wave for _, wave, *_ in calls]
+    assert waves[3] == waves[2] and not set(waves[:2]) & set(waves[3:]), "finished batches are not run again"
     assert command(*flags, "--out", tmp_path / "whole.npy") == 0
     assert written(tmp_path / "stopped.npy") == written(tmp_path / "whole.npy")
 
@@ -309,7 +297,8 @@ def written(out: Path) -> dict[str, bytes]:
     folder = out.with_suffix("")
     paths = {path.name.replace(out.stem, "OUT"): path for path in out.parent.glob(f"*{out.stem}*") if path.is_file()}
     paths |= {str(path.relative_to(folder)): path for path in folder.rglob("*")}
-    return {name: path.read_bytes() if path.suffix in (".npy", ".csv", ".png") else b"" for name, path in paths.items()}
+    told = ("attention.json", ".npy", ".csv", ".png", ".pdf")
+    return {name: path.read_bytes() if path.name.endswith(told) else b"" for name, path in paths.items()}
 
 
 def run_as_process(flags: list[Any]) -> None:
@@ -452,9 +441,14 @@ def test_an_unsupported_model_type_is_named(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_same_weights_under_another_config_do_not_resume(
-    random_folder: Any, dataset: Path, tmp_path: Path, batches: list[Any], capsys: pytest.CaptureFixture[str]
+    random_folder: Any,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A soft-cap is no weight: batches computed without it must not be mixed with batches computed with it."""
+    stop_at(monkeypatch, 3, Executor, "run")
     folder = random_folder("gemma2")
     flags = ["--model", folder, "--dataset", dataset, "--memory", 0.0004, "--out", tmp_path / "f.npy"]
     assert command(*flags) == 130

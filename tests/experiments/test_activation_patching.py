@@ -20,6 +20,7 @@ from pyvene_ext.cli import run as run_study
 from pyvene_ext.loading import load_model
 from pyvene_ext.runs import rng, write_config
 from pyvene_ext.sweep.execute import Executor
+from tests.interrupted import stop_at
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES
 
@@ -170,7 +171,7 @@ def test_each_is_every_named_position_by_itself(folder: Path, monkeypatch: pytes
     positions = facts_in(folder / "each")["positions"]
     assert positions == ["s1", "io", "s2", "end"], "by place; subject is s2, last is end"
     assert {path.name for path in (folder / "each/figures").iterdir()} == {
-        "resid_pre.png", "k_io.png", "k_s1.png", "k_s2.png", "k_end.png",
+        f"{name}.{ending}" for name in ("resid_pre", "k_io", "k_s1", "k_s2", "k_end") for ending in ("png", "pdf")
     }  # fmt: skip
     monkeypatch.setattr(study, "draw", lambda *_: None)
     patched = np.load("each/patched.npy")
@@ -234,7 +235,8 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
     out = folder / "outputs/activation_patching/tiny-qwen2.5_equal"
     written = {
         "config.yaml", "summary.json", "patches.csv", "patched.npy", "scores.npy", "base.npy", "source.npy",
-        "z.npy", "mlp_out.npy", "resid_pre.npy", "figures/z.png", "figures/layers.png",
+        "z.npy", "mlp_out.npy", "resid_pre.npy", "attention.json",
+        "figures/z.png", "figures/z.pdf", "figures/layers.png", "figures/layers.pdf",
     }  # fmt: skip
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == written
     facts = facts_in(out)
@@ -254,7 +256,8 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
 
     # Another run into the same folder leaves nothing of this one.
     assert command("--dataset", "equal.json", "--site", "attn_out") == 0
-    assert not (out / "z.npy").exists() and not (out / "figures/layers.png").exists()
+    assert not (out / "z.npy").exists() and not list(out.glob("figures/layers.*"))
+    assert not (out / "attention.json").exists()
     assert (out / "attn_out.npy").exists()
 
 
@@ -263,22 +266,14 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 ) -> None:
     flags = ["--dataset", "equal.json", "--memory", 0.001, "--site", "v", "--positions", "s2"]
     monkeypatch.setattr(study, "draw", lambda *_: None)
-    seen: list[Any] = []
-    original = Executor.run
-
-    def noted(executor: Executor, wave: Any, *args: Any) -> Any:
-        seen.append((wave.prompts, wave.specs))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return original(executor, wave, *args)
-
-    monkeypatch.setattr(Executor, "run", noted)
+    calls = stop_at(monkeypatch, 3, Executor, "run")
     assert command(*flags, "--out", "stopped") == 130
     assert not (folder / "stopped/summary.json").exists()
     assert command(*flags, "--out", "stopped", "--direction", "noise") == 2
     assert "unfinished" in capsys.readouterr().err
     assert command(*flags, "--out", "stopped") == 0
-    assert seen[3] == seen[2] and not set(map(str, seen[:2])) & set(map(str, seen[3:])), "finished batches stay done"
+    waves = [wave for _, wave, *_ in calls]
+    assert waves[3] == waves[2] and not set(waves[:2]) & set(waves[3:]), "finished batches stay done"
     assert command(*flags, "--out", "whole") == 0
     for path in (folder / "whole").glob("*.npy"):
         assert np.array_equal(np.load(path), np.load(folder / "stopped" / path.name)), path.name

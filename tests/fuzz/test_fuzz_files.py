@@ -379,6 +379,11 @@ def deltas() -> bytes:
     return buffer.getvalue()
 
 
+ATTENTION = {"prompts": [{"name": "one", "tokens": ["a", "b"], "heads": {"0.1": [[1.0], [0.25, 0.75]]}}]}
+EDGE = {"source": "resid_pre.0@0", "target": "resid_mid.0@1", "via": "0.1", "importance": 0.5}
+ROUTES = {"prompt": 0, "tokens": ["a", "b"], "tau": 0.04, "renormalised": False, "edges": [EDGE]}
+
+
 def run_folder(folder: Path) -> dict[str, bytes]:
     folder.mkdir(exist_ok=True)
     files = {
@@ -387,6 +392,8 @@ def run_folder(folder: Path) -> dict[str, bytes]:
         "prompts.json": b'["one", "two"]',
         "heads.csv": TABLE.encode(),
         "deltas.npy": deltas(),
+        "attention.json": json.dumps(ATTENTION).encode(),
+        "routes.json": json.dumps(ROUTES).encode(),
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -399,8 +406,9 @@ def test_a_run_with_a_damaged_file_is_shown_or_named(data: st.DataObject, tmp_pa
     files = run_folder(tmp_path / "run")
     name = data.draw(st.sampled_from(sorted(files)))
     content = files[name]
-    if name == "summary.json" and data.draw(st.booleans()):
-        content = json.dumps(data.draw(changed(FACTS))).encode()
+    plain = {"summary.json": FACTS, "attention.json": ATTENTION, "routes.json": ROUTES}
+    if name in plain and data.draw(st.booleans()):
+        content = json.dumps(data.draw(changed(plain[name]))).encode()
     else:
         content = data.draw(damaged(content))
     (tmp_path / "run" / name).write_bytes(content)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,15 @@ from hypothesis import strategies as st
 
 from pyvene_ext import runs
 from pyvene_ext.evaluate import Results
+from pyvene_ext.graph import Node, reaches, receivers, senders
+from pyvene_ext.patching import patch
+from pyvene_ext.paths import PathPatch
+from pyvene_ext.reference import Reference
 from pyvene_ext.runner import Result
 from pyvene_ext.runs import write_json
-from pyvene_ext.specs import Ablation, all_heads
-from pyvene_ext.sweep import store, sweep
+from pyvene_ext.specs import Ablation, ActivationPatch, all_heads
+from pyvene_ext.sweep import frequencies, screened, store, sweep
+from pyvene_ext.sweep.unfinished import unfinished_in
 from tests.fuzz.outcomes import command, few, outcome
 from tests.random_prompts import random_prompts
 from tests.saved_models import save_random_model
@@ -170,6 +176,99 @@ def test_a_finished_store_that_is_damaged_is_refused_or_right(data: st.DataObjec
 def test_a_manifest_of_anything_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     assert outcome(store.Store, tmp_path, {}, {}, names=tmp_path / "manifest.json") is None
+
+
+# -- patches and paths, and runs of several sweeps ---------------------------------------------------------------------
+
+SOURCE = replace(random_prompts((9, 6, 9, 6), seed=1), answer_ids=PROMPTS.answer_ids)
+KILLS = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=3)
+
+
+def ends_in_the_same_bits(run: Callable[[Path], tuple[np.ndarray, ...]], kills: list[tuple[int, bool]]) -> None:
+    """Killed at these operations, and damaged nowhere, a run ends as it does undisturbed."""
+    with tempfile.TemporaryDirectory() as name:
+        expected = [array.tobytes() for array in run(Path(name) / "undisturbed")]
+        for operation, after in kills:
+            with contextlib.suppress(Killed), killed_at(operation, after):
+                assert [array.tobytes() for array in run(Path(name) / "store")] == expected
+        for _ in range(2):  # as it is resumed, and as it is read again
+            assert [array.tobytes() for array in run(Path(name) / "store")] == expected
+
+
+@st.composite
+def paths(draw: st.DrawFn) -> PathPatch:
+    config = _model().config
+    sender = draw(st.sampled_from([node for node in senders(config) if node.layer != 2]))
+    streams = [Node(site, layer) for site in ("resid_pre", "resid_mid", "resid_post") for layer in range(3)]
+    reached = [node for node in (*receivers(config), *streams) if reaches(sender, node) and node.site != "logits"]
+    chosen = (
+        [Node("logits")]
+        if draw(st.integers(0, 4)) == 0
+        else draw(st.lists(st.sampled_from(reached), min_size=1, max_size=2, unique=True))
+    )
+    direct = draw(st.booleans())
+    return PathPatch(
+        sender=str(sender),
+        receivers=tuple(map(str, chosen)),
+        positions=draw(st.sampled_from(["all", "all", "last", ("s1", -2)])),
+        freeze_mlps=not direct and draw(st.booleans()),
+        direct=direct,
+        subspace=draw(st.integers(0, 3)) == 0,
+    )
+
+
+@given(specs=st.lists(paths(), min_size=1, max_size=4), kills=KILLS, places=st.booleans())
+@few(4)
+def test_paths_killed_anywhere_end_in_the_same_bits(specs: list[PathPatch], kills: Any, places: bool) -> None:
+    also = [ActivationPatch(site="z", layer=layer, heads=(1,), positions="last") for layer in range(3)] * places
+
+    def patched(folder: Path) -> tuple[np.ndarray, ...]:
+        found = patch(_model(), [*specs, *also], PROMPTS, SOURCE, memory=MEMORY, store=folder, progress=False)
+        return found.clean, found.intervened, found.source
+
+    ends_in_the_same_bits(patched, kills)
+
+
+@given(kills=KILLS, tau=st.sampled_from([0.0, 0.01, 0.1]), seed=st.integers(0, 9))
+@few(6)
+def test_a_screen_killed_anywhere_ends_in_the_same_bits(kills: Any, tau: float, seed: int) -> None:
+    def run(folder: Path) -> tuple[np.ndarray, ...]:
+        options = {"memory": MEMORY}
+        with unfinished_in(folder, _model(), SPECS, PROMPTS, **options) as kept:
+            found = screened(_model(), SPECS, PROMPTS, tau, check=0.2, seed=seed, progress=False, sweep=kept)
+        return found.result.clean, found.result.intervened, found.estimates, found.checked
+
+    ends_in_the_same_bits(run, kills)
+
+
+@given(kills=KILLS, tau=st.sampled_from([0.01, 0.1]), width=st.sampled_from([0.5, 0.8]), block=st.integers(1, 3))
+@few(6)
+def test_a_run_that_stops_early_killed_anywhere_ends_in_the_same_bits(
+    kills: Any, tau: float, width: float, block: int
+) -> None:
+    def run(folder: Path) -> tuple[np.ndarray, ...]:
+        with unfinished_in(folder, _model(), SPECS, PROMPTS, memory=MEMORY) as kept:
+            found = frequencies(_model(), SPECS, PROMPTS, tau, width=width, block=block, progress=False, sweep=kept)
+        return found.result.clean, found.result.intervened, found.frequency, found.n_prompts
+
+    ends_in_the_same_bits(run, kills)
+
+
+# -- statistics kept between runs --------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+@few(2)
+def test_damaged_statistics_are_computed_again(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+
+        def computed() -> list[bytes]:
+            found = Reference.compute(_model(), PROMPTS, [("z", 1), ("mlp_out", 0)], bank=("last",), cache_dir=name)
+            return [tensor.numpy().tobytes() for _, tensor in sorted(found.tensors.items())]
+
+        first = computed()
+        damage(data, Path(name))
+        assert computed() == first
 
 
 # -- results of single conditions --------------------------------------------------------------------------------------

@@ -25,20 +25,23 @@ import yaml
 from critical_heads import run_all
 from pyvene import IntervenableConfig, RepresentationConfig, ZeroIntervention
 
+from pyvene_ext import codi
 from pyvene_ext.codi import read_checkpoint
-from pyvene_ext.continuous_thought import PROJECTION, read_projection
+from pyvene_ext.continuous_thought import FIELD, PROJECTION, read_projection
 from pyvene_ext.evaluate import Results
 from pyvene_ext.head_scores import read_head_scores
 from pyvene_ext.intervenable import IntervenableModel
 from pyvene_ext.loading import load_model
 from pyvene_ext.parallel import load_pairs
-from pyvene_ext.problems import load_problems
+from pyvene_ext.problems import Problem, load_problems, tokenize_problems
 from pyvene_ext.prompts import PromptSet
+from pyvene_ext.reference import Reference
 from pyvene_ext.report import Run, write_report
 from pyvene_ext.spec_files import load_specs
 from pyvene_ext.sweep.store import Store
 from pyvene_ext.token_lists import read_token_list
 from tests.fuzz.outcomes import command, outcome
+from tests.random_prompts import random_prompts
 from tests.saved_models import save_random_model
 from tests.tiny_random import random_model, tiny_config
 
@@ -218,6 +221,8 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
             CONFIG_YAML | {"prompts.json": '["a"]'},
         ),
     ),
+    "attention of a run": ("attention.json", in_folder("attention.json", Run.read, CONFIG_YAML)),
+    "routes of a run": ("routes.json", in_folder("routes.json", Run.read, CONFIG_YAML)),
     "CODI checkpoint": ("w.bin", in_folder("pytorch_model.bin", read_checkpoint)),
     "CODI safetensors": ("w.safetensors", in_folder("model.safetensors", read_checkpoint)),
     "projection": ("p.safetensors", in_folder(PROJECTION, projection)),
@@ -322,6 +327,73 @@ def test_pickled_weights_are_not_loaded(kind: str, name: str, saved: Path, tmp_p
     (folder / name).write_bytes(content)
     assert outcome(load_model, folder, names=folder) is None
     assert not mark.exists()
+
+
+LATENT = {"opening": [3], "latent": 4, "closing": [5]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_projection_is_not_unpickled(kind: str, saved: Path, tmp_path: Path) -> None:
+    folder, mark = hostile(saved, tmp_path, config={FIELD: LATENT})
+    content, _ = traps(mark)[kind]
+    (folder / PROJECTION).write_bytes(content)
+    assert outcome(load_model, folder, names=folder) is None
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_checkpoint_is_converted_without_running_it(kind: str, name: str, saved: Path, tmp_path: Path) -> None:
+    content, _ = traps(tmp_path / "mark")[kind]
+    (tmp_path / name).write_bytes(content)
+    flags = ["--checkpoint", str(tmp_path), "--base", str(saved), "--out", str(tmp_path / "out")]
+    assert not command(codi.main, codi.Config, flags, names=tmp_path)
+    assert not (tmp_path / "mark").exists() and not (tmp_path / "out").exists()
+
+
+# What templates of chats may say, which are programs: none gets out of its sandbox, and each that fails is named.
+TEMPLATES = {
+    "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.mkdir(MARK) }}",
+    "globals of a function": "{{ raise_exception.__globals__['__builtins__']['__import__']('os').mkdir(MARK) }}",
+    "globals by filter": "{{ (messages|attr('__class__')).__mro__[-1].__subclasses__() }}",
+    "format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "import": "{% import 'os' as os %}{{ os.mkdir(MARK) }}",
+    "include": "{% include MARK %}",
+    "range": "{% for i in range(10**10) %}x{% endfor %}",
+    "power": "{{ 'x' * 10**14 }}",
+    "self": "{{ self.__init__.__globals__ }}",
+    "exception": "{{ raise_exception('no, this will not be') }}",
+    "nothing known": "{{ nothing.at.all }}",
+    "syntax": "{% for %}",
+    "half a character": "{{ '\ud800' }}",
+    "division": "{{ 1 // 0 }}",
+    "type": "{{ messages + 1 }}",
+}
+
+
+PROBLEM = Problem(question="Anna has 2 cakes. How many?", solution="2\n#### 2", answer=2, steps=0)
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_chat_templates_stay_in_their_sandbox(case: str, saved: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    _, tokenizer = load_model(saved)
+    tokenizer.chat_template = TEMPLATES[case].replace("MARK", repr(str(mark)))
+    found = outcome(lambda: tokenize_problems([PROBLEM], tokenizer, chat=True), names="chat template")
+    assert found is None or case in ("format", "self")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_is_not_unpickled(kind: str, tmp_path: Path) -> None:
+    model, place = random_model("gpt2"), [("z", 1)]
+    first = Reference.compute(model, random_prompts((5, 6)), place, cache_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    content, _ = traps(tmp_path / "mark")[kind]
+    file.write_bytes(content)
+    again = Reference.compute(model, random_prompts((5, 6)), place, cache_dir=tmp_path)
+    assert torch.equal(first.mean(place[0]), again.mean(place[0])) and not (tmp_path / "mark").exists()
 
 
 # -- saved intervenable models -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from modelcards import n_heads, n_kv_heads, n_layers
+from pyvene_ext.attribution import atp
+from pyvene_ext.edges import edge_attribution
+from pyvene_ext.flow import flow_routes
+from pyvene_ext.lens import logit_lens
 from pyvene_ext.patching import patch
 from pyvene_ext.paths import PathPatch
 from pyvene_ext.runner import run
 from pyvene_ext.spec_files import from_plain, from_yaml, load_specs, save_specs, to_plain, to_yaml
-from pyvene_ext.specs import ActivationPatch, members, spec_name
+from pyvene_ext.specs import Ablation, ActivationPatch, members, spec_name
 from pyvene_ext.sweep import sweep
+from pyvene_ext.tokenized import TokenizedPrompts
 from tests.fuzz.outcomes import few, outcome
 from tests.random_prompts import random_prompts
-from tests.tiny_random import FAMILIES, random_model
+from tests.tiny_random import FAMILIES, MORE_FAMILIES, VOCAB, random_model
 
 PROMPTS = random_prompts((8, 6, 8))
-SOURCE = random_prompts((8, 6, 8), seed=1)
+SOURCE = replace(random_prompts((8, 6, 8), seed=1), answer_ids=PROMPTS.answer_ids)
 
 
 @cache
@@ -157,9 +164,12 @@ def test_specs_are_refused_or_survive_a_file(values: list[Any]) -> None:
 @few(2)
 def test_engines_agree_or_refuse_alike(family: str, values: list[Any]) -> None:
     specs = outcome(from_plain, values)
-    if specs is None:
-        return
-    model = _model(family)
+    if specs is not None:
+        agree(_model(family), specs)
+
+
+def agree(model: PreTrainedModel, specs: list[Any]) -> bool:
+    """Whether both engines run these specs, and then to the same numbers, rather than refuse them."""
     edits = [edit for spec in specs for edit in ((spec,) if isinstance(spec, PathPatch) else members(spec))]
     if any(isinstance(edit, PathPatch | ActivationPatch) for edit in edits):
 
@@ -174,7 +184,113 @@ def test_engines_agree_or_refuse_alike(family: str, values: list[Any]) -> None:
         )
     assert (plain is None) == (fast is None)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    if plain is not None:
-        np.testing.assert_allclose(fast.clean, plain.clean, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(fast.intervened, plain.intervened, rtol=1e-4, atol=1e-4)
-        assert np.isfinite(plain.intervened).all()
+    if plain is None:
+        return False
+    np.testing.assert_allclose(fast.clean, plain.clean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(fast.intervened, plain.intervened, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(plain.intervened).all()
+    return True
+
+
+# -- specs that fit a model, alone and together ------------------------------------------------------------------------
+
+ABLATED = ["z", "z", "k", "v", *HEADLESS[:1], *HEADLESS[2:]]
+EACH = [["last"], ["s1", "end"], [-2, 0], ["s1", -6], [1, "s2"]]
+
+
+@st.composite
+def fitting(draw: st.DrawFn, config: Any, patches: bool) -> dict[str, Any]:
+    """An edit that a model of this config takes, on these prompts."""
+    kind = draw(st.sampled_from(["patch"] if patches else ["zero", "mean", "resample", "noise", "scores", "force"]))
+    fields: dict[str, Any] = {"kind": kind, "layer": draw(st.integers(0, n_layers(config) - 1))}
+    positions = draw(st.sampled_from(["all", "all", *EACH]))
+    count = n_heads(config)
+    match kind:
+        case "force":
+            block = draw(st.sampled_from([["s1", "s2"], [1, -2], [0, "end"], [-5, -1], ["s1", "s1"]]))
+            shape = draw(st.sampled_from(["hub", "uniform", "sequential"]))
+            fields |= {"shape": shape, "block": block, "hard": draw(st.booleans())}
+            fields |= {"hub": block[0]} if shape == "hub" else {}
+        case "scores":
+            fields |= {"kind": draw(st.sampled_from(["zero", "mean"])), "site": "scores", "positions": positions}
+        case _:
+            site = draw(st.sampled_from([*HEADLESS, "z", "z", "q", "k", "v"] if patches else ABLATED))
+            if kind == "resample":  # no other prompt is as long as the second
+                positions = draw(st.sampled_from(EACH))
+            fields |= {"site": site, "positions": positions}
+            count = n_kv_heads(config) if site in ("k", "v") else count if site in ("z", "q") else 0
+            if site == "embed":
+                del fields["layer"]
+            if kind == "mean" and positions != "all":
+                fields["mean"] = draw(st.sampled_from(["over_tokens", "per_position"]))
+            if kind == "noise":
+                fields |= {
+                    "noise": draw(st.sampled_from(["gaussian", "norm_matched"])),
+                    "seed": draw(st.integers(0, 9)),
+                }
+            if kind == "patch":
+                fields["subspace"] = draw(st.integers(0, 3)) == 0
+    if count:
+        fields["heads"] = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=2, unique=True))
+    return fields
+
+
+def together(config: Any) -> st.SearchStrategy[list[Any]]:
+    """One joint spec."""
+
+    def of_kind(patches: bool) -> st.SearchStrategy[list[Any]]:
+        each_once = {"unique_by": lambda fields: (fields.get("site"), fields.get("layer"))}
+        return st.lists(fitting(config, patches), min_size=1, max_size=3, **each_once)
+
+    return st.booleans().flatmap(of_kind)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "others"])
+def test_joint_specs_are_run_alike(family: str) -> None:
+    ran: list[bool] = []
+
+    @given(data=st.data())
+    @few(3)
+    def one(data: st.DataObject) -> None:
+        model = _model(data.draw(st.sampled_from(MORE_FAMILIES)) if family == "others" else family)
+        specs = outcome(from_plain, [data.draw(together(model.config))])
+        ran.append(specs is not None and agree(model, specs))
+
+    one()
+    assert sum(ran) > len(ran) * 0.8, "most fit"
+
+
+# -- prompts that do not fit a model -----------------------------------------------------------------------------------
+
+
+@given(
+    data=st.data(),
+    ids=st.lists(st.integers(-2, VOCAB + 1), min_size=1, max_size=6),
+    length=st.sampled_from([0, 0, 0, 65, 80]),
+)
+@few(2)
+@example(data=None, ids=[VOCAB], length=0)
+@example(data=None, ids=[-1], length=0)
+@example(data=None, ids=[3], length=65)
+def test_prompts_are_run_alike_or_refused(data: Any, ids: list[int], length: int) -> None:
+    """Ids that the model does not embed, and more tokens than it takes."""
+    model = _model("gpt2")
+    row = (*ids, *(5,) * (length - len(ids)))
+    prompts = TokenizedPrompts((row, (3, 4)), ((0, 1),) * 2, ({"end": -1, "last": -1},) * 2, pad_id=0)
+    fits = len(row) <= 64 and 0 <= min(row) <= max(row) < VOCAB
+    spec, moved = Ablation(kind="zero", site="mlp_out", layer=1), ActivationPatch(site="mlp_out", layer=1)
+    given = [
+        outcome(study)
+        for study in (
+            lambda: run(model, spec, prompts, progress=False).intervened,
+            lambda: sweep(model, spec, prompts, progress=False).intervened,
+            lambda: patch(model, moved, prompts, prompts, progress=False).intervened,
+            lambda: atp(model, moved, prompts, prompts, progress=False),
+            lambda: edge_attribution(model, prompts, prompts, progress=False),
+            lambda: logit_lens(model, prompts, progress=False),
+            lambda: flow_routes(model, prompts, progress=False),
+        )
+    ]
+    assert [found is not None for found in given] == [fits] * len(given)
+    if fits:
+        np.testing.assert_allclose(given[0], given[1], rtol=1e-4, atol=1e-4)

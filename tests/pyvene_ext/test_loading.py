@@ -262,7 +262,9 @@ def test_broken_and_incomplete_weights_are_refused(folder: Path) -> None:
     assert "lacks 6 of the weights of a LlamaForCausalLM (model.layers.1.mlp" in message
     weights["model.norm.weight"] = torch.zeros(5)
     save_file(weights, path, metadata={"format": "pt"})
-    assert f"{folder} cannot be loaded (" in refusal(ValueError, folder)
+    assert f"{folder}: model.norm.weight is [5] in model.safetensors and [42] by config.json" in refusal(
+        ValueError, folder
+    )
 
 
 def test_a_classifier_is_refused_for_want_of_a_language_model_head(tmp_path: Path) -> None:
@@ -335,7 +337,8 @@ def test_an_error_of_the_hub_is_explained_at_every_step(
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *_, **__: (config, {}))
     if part == "tokenizer":
         model = random_model("llama3_1")
-        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, {"missing_keys": set()}))
+        report: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set()}
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, report))
 
     def hub(*_: Any, **__: Any) -> None:
         raise OSError("wrapped") from http_error(GatedRepoError)

@@ -22,6 +22,7 @@ from pyvene_ext.runs import rng
 from pyvene_ext.stats import mcnemar_p
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
+from tests.interrupted import stop_at
 
 N = 6
 MODEL = "tiny-qwen2.5"
@@ -224,16 +225,8 @@ def test_what_was_interrupted_goes_on_and_gives_the_same(folder: Path, monkeypat
     assert command(*flags) == 0
     whole = files(folder / "out")
     assert not any("unfinished" in name for name in whole)
-    measure, calls = study.evaluate, []
-
-    def interrupted(*given: Any, **more: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return measure(*given, **more)
-
     (folder / "out").rename(folder / "before")
-    monkeypatch.setattr(study, "evaluate", interrupted)
+    calls = stop_at(monkeypatch, 5, study, "evaluate")
     assert command(*flags) == 130
     assert set(files(folder / "out")) == {name for name in files(folder / "out") if name.startswith("unfinished/")}
     assert len(files(folder / "out")) == 4
@@ -241,7 +234,7 @@ def test_what_was_interrupted_goes_on_and_gives_the_same(folder: Path, monkeypat
     assert len(calls) == 5 + (1 + 2 * 2 * 2 - 4)
     again = files(folder / "out")
     assert set(again) == set(whole)
-    same = [name for name in whole if not name.endswith((".json", ".png"))]
+    same = [name for name in whole if not name.endswith(".json")]
     assert all(again[name] == whole[name] for name in same) and len(same) >= 7
     # And from its own config.
     config = yaml.safe_load(whole["config.yaml"])

@@ -18,6 +18,7 @@ from pyvene_ext.input_attribution import InputAttribution, Target
 from pyvene_ext.runs import write_csv
 from pyvene_ext.token_tags import tag_tokens
 from tests.experiments.critical_heads import by_hand
+from tests.interrupted import stop_at
 
 N = 4
 MODEL = "tiny-llama3.1"
@@ -237,15 +238,7 @@ def test_the_same_command_gives_the_same_and_goes_on_where_it_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--out", "x", "--heads", "1.3", "2.1", "--hub", 2, "--random_heads", 1)
-    made, own = [], study.integrated_gradients
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        made.append(1)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(study, "integrated_gradients", stops)
+    made = stop_at(monkeypatch, 3, study, "integrated_gradients")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0

@@ -17,6 +17,7 @@ from pyvene_ext.runs import rng
 from pyvene_ext.stats import Interval
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import forced_attention as slow
+from tests.interrupted import stop_at
 
 N = 6
 MODEL = "tiny-llama3.1"
@@ -167,15 +168,7 @@ def test_several_models_stand_side_by_side(folder: Path) -> None:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--out", "x", "--shapes", "uniform", "sequential", "--no_sweep")
-    made, own = [], common.evaluate
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        made.append(1)
-        if len(made) == 5:
-            raise KeyboardInterrupt
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(common, "evaluate", stops)
+    made = stop_at(monkeypatch, 5, common, "evaluate")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0

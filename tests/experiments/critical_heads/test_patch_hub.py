@@ -17,6 +17,7 @@ from pyvene_ext.cli import run as run_study
 from pyvene_ext.runs import rng
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
+from tests.interrupted import stop_at
 
 N = 6
 MODEL = "tiny-qwen2.5"
@@ -131,15 +132,7 @@ def test_the_verdicts_name_the_worst_token_of_every_site(folder: Path, capsys: p
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--sites", "embed", "--seeds", 2, "--places", 2)
-    made, own = [], common.evaluate
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        made.append(1)
-        if len(made) == 5:
-            raise KeyboardInterrupt
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(common, "evaluate", stops)
+    made = stop_at(monkeypatch, 5, common, "evaluate")
     assert command("--out", "x", *flags) == 130
     assert command("--out", "x", *flags) == 0
     assert len(made) == 4 + 1 + 2  # two untouched runs, and four with noise

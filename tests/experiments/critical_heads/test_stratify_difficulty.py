@@ -23,6 +23,7 @@ from pyvene_ext.problems import Problem
 from pyvene_ext.runs import rng
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
+from tests.interrupted import stop_at
 
 N = 8
 MODEL = "tiny-llama3.1"
@@ -280,16 +281,8 @@ def test_the_figures_show_few_problems_as_such() -> None:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, own = [], ablation.evaluate
-
-    def stops(*given: Any, **more: Any) -> Any:
-        made.append(1)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return own(*given, **more)
-
     flags = (*FEW, "--heads", "0.1", "--random_sets", 2)
-    monkeypatch.setattr(ablation, "evaluate", stops)
+    made = stop_at(monkeypatch, 3, ablation, "evaluate")
     assert command(*flags) == 130
     assert all("unfinished" in path.parts for path in (folder / "x").rglob("*") if path.is_file())
     assert command(*flags) == 0 and len(made) == 3 + 2

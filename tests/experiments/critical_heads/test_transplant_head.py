@@ -19,6 +19,7 @@ from pyvene_ext.evaluate import Evaluation
 from pyvene_ext.loading import load_model
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import transplant as slow
+from tests.interrupted import stop_at
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer
 from tests.saved_models import save_random_model
 
@@ -269,16 +270,7 @@ def test_a_donor_of_another_vocabulary_needs_equal_pieces(folder: Path, capsys: 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--out", "x", *NAMED, "--n_heads", 1, 2, "--random_sets", 1)
-    made: list[int] = []
-    own = study.evaluate
-
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        made.append(1)
-        if len(made) == 4:
-            raise KeyboardInterrupt
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(study, "evaluate", stops)
+    made = stop_at(monkeypatch, 4, study, "evaluate")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0
