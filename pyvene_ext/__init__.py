@@ -15,8 +15,11 @@ from pyvene_ext.paths import PathPatch  # noqa: E402
 from pyvene_ext.prompts import Prompt, PromptSet  # noqa: E402
 from pyvene_ext.reference import Reference  # noqa: E402
 from pyvene_ext.runner import Result, reference_for, run  # noqa: E402
+from pyvene_ext.runs import version_of  # noqa: E402
 from pyvene_ext.spec_files import load_specs, save_specs  # noqa: E402
 from pyvene_ext.specs import Ablation, ActivationPatch, ForcedAttention, all_heads  # noqa: E402
+
+__version__ = version_of("pyvene-ext") or "unknown"  # of a source tree that is not installed
 
 __all__ = [
     "TINY_MODELS",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pydantic
 import tyro
 
+from pyvene_ext.extras import MissingExtra
 from pyvene_ext.runs import read_yaml
 from pyvene_ext.specs import one_sentence
 
@@ -26,9 +27,9 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
     """Read the flags into a `config`, call `study` with it, and return the exit code: `sys.exit(run(main, Config))`.
 
     The exit code is what `study` returns if that is a number, else 0. Flags may be written with underscores or dashes. `--help`
-    opens with the docstring of the study's module. What users can mend (ValueError, OSError) becomes one line on stderr and exit
-    code 2, as for an unknown flag; any other exception is a defect of ours and keeps its traceback. Ctrl-C gives 130, as in a
-    shell.
+    opens with the docstring of the study's module. What users can mend (ValueError, OSError, MissingExtra) becomes one line on
+    stderr and exit code 2, as for an unknown flag; any other exception is a defect of ours and keeps its traceback. Ctrl-C gives
+    130, as in a shell.
 
     Args:
         study: called with the config.
@@ -40,7 +41,7 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
         description = f"{inspect.getdoc(inspect.getmodule(study)) or ''}\n\n{CONFIG_HELP}"
         options: dict[str, Any] = {} if default is None else {"default": default}
         outcome = study(tyro.cli(config, args=flags, description=description, use_underscores=True, **options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtra) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -74,7 +75,7 @@ def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config
         raise ValueError(f"{name}: {one_sentence(error)}") from None
 
 
-def _one_line(error: ValueError | OSError) -> str:
+def _one_line(error: ValueError | OSError | MissingExtra) -> str:
     if isinstance(error, pydantic.ValidationError):
         return one_sentence(error)
     if isinstance(error, OSError) and error.filename and error.strerror:

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from captum.attr import IntegratedGradients
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from tqdm import tqdm
@@ -31,6 +30,7 @@ from transformers import PreTrainedModel
 from modelcards import Taps, card_of, n_heads, n_layers
 from pyvene_ext.continuous_thought import refuse_latent_steps
 from pyvene_ext.devices import input_device
+from pyvene_ext.extras import need
 from pyvene_ext.gradients import check_gradient
 from pyvene_ext.patterns import check_prompts
 from pyvene_ext.reference import evaluating
@@ -132,7 +132,11 @@ def integrated_gradients(
     Raises:
         ValueError: before the model runs, for steps below 1, a head that the model has not, tokens that a prompt has not, a hub
             that a query comes before, a model in float16 or with quantised weights, whose gradients are none.
+        MissingExtra: without Captum.
     """
+    need("input-attribution")
+    from captum.attr import IntegratedGradients
+
     check(model, prompts, target, baseline, steps)
     batches = prompts.batches(batch_size, "right")  # so that no row of attention is empty
     tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)

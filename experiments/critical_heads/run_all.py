@@ -34,6 +34,7 @@ import pydantic
 
 from pyvene_ext.block_scores import Score
 from pyvene_ext.cli import run as run_study
+from pyvene_ext.extras import need
 from pyvene_ext.report import write_report
 from pyvene_ext.runs import (
     data_hash,
@@ -157,7 +158,8 @@ def done_before(path: Path, facts: str) -> set[str]:
 
 
 def check_flags(config: Config) -> None:
-    """Raise ValueError for flags that make no sense."""
+    """Raise ValueError for flags that make no sense; MissingExtra without plotly."""
+    need("report")
     common.check_flags(config)
     if len(config.models) != 2:
         raise ValueError(f"--models names two models, which are compared, not {len(config.models)}.")

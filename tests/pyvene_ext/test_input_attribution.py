@@ -179,7 +179,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(monkeypatch: pytest.Mon
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(module.IntegratedGradients, "attribute", broken)
+    monkeypatch.setattr("captum.attr.IntegratedGradients.attribute", broken)
     for kind in ("attention", "own"):
         with pytest.raises(RuntimeError, match="broken"):
             integrated_gradients(model, prompts, target(kind, model), steps=2)
