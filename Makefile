@@ -1,7 +1,11 @@
 # make demo     a head-importance study on a shipped model, from nothing
-# make test     style, types and tests
+# make test     style, types, documentation and tests
+# make docs     the documentation, in docs/_build/html; runs the tutorial
+# make figures  the README's figures again
 # make lint     style and types only
 # make format   let ruff rewrite the files
+# make package  wheel and source archive, and the wheel at work in an empty environment (needs a package index)
+# make licences write THIRD_PARTY_LICENSES.md again
 # make clean    remove the environment and what runs wrote
 
 PYTHON ?= python3
@@ -11,7 +15,7 @@ DEMO := outputs/demo
 # Each head's output at the last token, where the answer is read, replaced by its mean there over the prompts.
 ABLATION := --kind mean --mean per_position --positions last --tau 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo docs figures test lint format package licences clean
 
 demo: $(VENV)/installed
 	$(BIN)/python experiments/activation_frequencies_ifr.py $(ABLATION) --dataset ioi_en --out $(DEMO)/ioi_en.npy
@@ -20,7 +24,21 @@ demo: $(VENV)/installed
 		--name_a English --name_b Chinese --out_json $(DEMO)/correlation.json \
 		--scatter_png $(DEMO)/scatter.png --layer_png $(DEMO)/layers.png
 
-test: lint
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
+
+# Of the whole of a study, one figure.
+figures: $(VENV)/installed
+	$(BIN)/python experiments/activation_frequencies_ifr.py $(ABLATION) --out outputs/figures/effects.npy
+	$(BIN)/python experiments/activation_patching.py --site resid_pre --out outputs/figures/patching
+	$(BIN)/python experiments/logit_lens.py --out outputs/figures/lens
+	$(BIN)/python experiments/run_ablations.py --output_dir outputs/figures/lag
+	cp outputs/figures/effects/figures/mean_delta.png docs/figures/head_effects.png
+	cp outputs/figures/patching/figures/resid_pre.png docs/figures/patching.png
+	cp outputs/figures/lens/figures/lens_logit_diff.png docs/figures/logit_lens.png
+	cp outputs/figures/lag/figures/tiny-gemma2_perm300_abl3_zero_induction_full.png docs/figures/lag.png
+
+test: lint docs
 	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/installed
@@ -32,12 +50,19 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+package:
+	PYTHON=$(PYTHON) .ci/package
+
+licences: $(VENV)/installed
+	$(BIN)/python .ci/licences.py
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs dist docs/_build docs/generated
 
 # The exact versions of constraints.txt; the ranges that should work are in pyproject.toml.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyvene-ext needs Python 3.11 or newer: make PYTHON=/path/to/python")'
 	$(PYTHON) -m venv $(VENV)
+	rm -rf pyvene_ext.egg-info  # left by a build, and maybe of another version
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -1,0 +1,27 @@
+"""What is stored of the documentation; `make docs` builds it, runs the tutorial, and fails on a warning."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_tutorial_is_stored_without_what_running_it_leaves() -> None:
+    text = (ROOT / "docs/tutorial.ipynb").read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in notebook["cells"])
+    assert notebook["metadata"]["kernelspec"] == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    assert not re.search(r"/(home|root|Users|tmp|work)/", text)
+
+
+def test_the_figures_of_the_readme_are_there_small_and_made_by_make() -> None:
+    shown = set(re.findall(r"\((docs/figures/\w+\.png)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert shown == {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/figures").iterdir()}
+    assert all((ROOT / path).stat().st_size < 80_000 for path in shown)
+    made = re.findall(r"^\tcp \S+ (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(made) == shown
