@@ -21,9 +21,9 @@ most W wide; such frequencies lean to the nearer of 0 and 1 a little, so that a 
 What was not run is NaN in arrays, an empty cell in tables, grey in figures, and in no mean.
 
 Written: OUT.npy, float32 [layer head]; OUT.json, what was run; and in the folder OUT: config.yaml (running it again gives the
-same), deltas.npy [layer head prompt], clean.npy [prompt], prompts.json, heads.csv, frequency_vs_tau.csv, figures, and with
-`--screen` estimates.npy [layer head prompt]. A run that was interrupted goes on where it stopped when the same command is given
-again.
+same), deltas.npy [layer head prompt], clean.npy [prompt], prompts.json, heads.csv, frequency_vs_tau.csv, figures, attention.json
+(where the most active heads look), and with `--screen` estimates.npy [layer head prompt]. A run that was interrupted goes on
+where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext import figures
+from pyvene_ext.attention_view import HEADS, look, write_views
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.loading import load_model
 from pyvene_ext.prompts import PromptSet
@@ -181,7 +182,8 @@ def main(config: Config) -> None:
             folder / "figures/frequency_vs_tau.png",
         )
         figures.save(figures.histogram_abs_delta(deltas, tau=config.tau), folder / "figures/abs_delta.png")
-    write_csv(folder / "heads.csv", head_table(frequency, deltas))
+    heads = head_table(frequency, deltas)
+    write_csv(folder / "heads.csv", heads)
     write_csv(folder / "frequency_vs_tau.csv", curve_table(taus, curve))
     write_npy(folder / "deltas.npy", deltas)
     write_npy(folder / "clean.npy", clean)
@@ -189,6 +191,8 @@ def main(config: Config) -> None:
     (folder / "estimates.npy").unlink(missing_ok=True)  # of an earlier run with a screen
     if isinstance(found, Screen):
         write_npy(folder / "estimates.npy", found.estimates.reshape(shape))
+    most_active = [(int(row["layer"]), int(row["head"])) for row in heads[:HEADS]]
+    write_views(folder, look(model, tokenizer, prompts.input_ids, most_active))
     write_config(folder / "config.yaml", config)
     facts = metadata(
         model,

@@ -22,8 +22,9 @@ residual stream then scores 1, whatever the model); pairs whose texts differ in 
 Written to the folder OUT: patched.npy and scores.npy [patch prompt] (of a single prompt; not finite where its base and source
 are equal), base.npy and source.npy [prompt]; patches.csv, the mean scores, largest effect first, `row` being the row of the
 arrays; of every site of heads SITE.npy, its mean scores [layer head], with `each` SITE_POSITION.npy, of every other site
-SITE.npy [layer position]; figures; config.yaml (running it again gives the same); and summary.json, what was run. A run that was
-interrupted goes on where it stopped when the same command is given again.
+SITE.npy [layer position]; figures; with site z attention.json, where the heads of the largest effects look in the clean texts;
+config.yaml (running it again gives the same); and summary.json, what was run. A run that was interrupted goes on where it stopped
+when the same command is given again.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from prompt_sets import both_texts, find_prompts, patchable
 
 from modelcards import COMPONENTS, FIELD_NAMES, n_layers
 from pyvene_ext import figures
+from pyvene_ext.attention_view import HEADS, look, write_views
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.compile import check_specs
 from pyvene_ext.loading import load_model
@@ -154,7 +156,7 @@ def main(config: Config) -> None:
 
     # The files. The summary comes last: where it is, the rest is, and of this run.
     (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in (*folder.glob("*.npy"), *folder.glob("figures/*.png")):
+    for earlier in (*folder.glob("*.npy"), *folder.glob("figures/*")):
         earlier.unlink()
     draw(folder, config, positions, maps)
     write_csv(folder / "patches.csv", rows)
@@ -164,6 +166,9 @@ def main(config: Config) -> None:
     write_npy(folder / "scores.npy", result.score.astype(np.float32))
     write_npy(folder / "base.npy", result.clean)
     write_npy(folder / "source.npy", result.source)
+    heads = dict.fromkeys((row["layer"], row["head"]) for row in rows if row["site"] == "z")
+    pairs = [f"pair {pair}" for pair in kept]
+    write_views(folder, look(model, tokenizer, clean.input_ids, list(heads)[:HEADS], names=pairs))
     write_config(folder / "config.yaml", config)
     facts = metadata(
         model,

@@ -145,7 +145,7 @@ def main(config: Config) -> None:
 
     # The files. The summary comes last: where it is, the rest is, and of this run.
     (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in (*folder.glob("eap*.npy"), *folder.glob("figures/*.png")):
+    for earlier in (*folder.glob("eap*.npy"), *folder.glob("figures/*")):
         earlier.unlink()
     for method, found in edges.items():
         write_npy(folder / f"{method}.npy", found.per_prompt)

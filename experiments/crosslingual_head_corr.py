@@ -54,7 +54,7 @@ class Config:
     out_json: Path | None = None
     """where the numbers go; by default outputs/crosslingual_head_corr/A_vs_B/correlation.json"""
     scatter_png: Path | None = None
-    """where the scatter plot goes (.png, .pdf or .svg); by default beside the default JSON"""
+    """where the scatter plot goes (.png, with a .pdf beside it, .pdf or .svg); by default beside the default JSON"""
     layer_png: Path | None = None
     """where the plot of the layers goes; by default beside the default JSON"""
     n_resamples: int = 10_000
@@ -72,6 +72,8 @@ def main(config: Config) -> None:
     layer_png = config.layer_png or folder / "layers.png"
     figures.check_path(scatter_png)
     figures.check_path(layer_png)
+    if config.layerwise and scatter_png.with_suffix("") == layer_png.with_suffix(""):
+        raise ValueError(f"--scatter_png and --layer_png are both {scatter_png.with_suffix('')}; give two names.")
     if config.layer_png and not config.layerwise:
         raise ValueError("--layer_png asks for the plot that --no_layerwise leaves out; give one of the two.")
     a, hash_a = read_matrix(config.a)
@@ -101,11 +103,9 @@ def main(config: Config) -> None:
         title=title,
         first_layer=layers.start,
     )
-    figures.save(scatter, scatter_png)
-    written = [scatter_png]
+    written = figures.save(scatter, scatter_png)
     if per_layer:
-        figures.save(figures.layer_lines(layers, per_layer, title=f"{title}, layer by layer"), layer_png)
-        written.append(layer_png)
+        written += figures.save(figures.layer_lines(layers, per_layer, title=f"{title}, layer by layer"), layer_png)
     record = {
         "a": {"name": name_a, "file": str(config.a), "sha256": hash_a},
         "b": {"name": name_b, "file": str(config.b), "sha256": hash_b},

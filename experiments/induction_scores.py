@@ -27,7 +27,8 @@ or `--occurrences all` it does not, and the scores are those that `run_ablations
 Written to the folder OUTPUT_DIR, for KIND in induction, previous_token, duplicate_token and copying: KIND_scores.csv, the means
 as `scores,layer,head`, the highest first; KIND.npy and KIND_se.npy, means and standard errors [layer head]; KIND_sequences.npy
 [seed example layer head]; KIND_control.npy (not of copying), the control's means [layer head]; figures/KIND.png. Also heads.csv,
-all of that by head; config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the rest is.
+all of that by head; attention.json, where the first two heads of each kind look; config.yaml (running it again gives the same);
+and last summary.json, what was run: where it is, the rest is.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pyvene_ext import figures
+from pyvene_ext.attention_view import look, write_views
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.head_scores import (
     HeadScores,
@@ -161,6 +163,8 @@ def main(config: Config) -> None:
         if kind.control is not None:
             write_npy(folder / f"{name}_control.npy", kind.control)
     write_csv(folder / "heads.csv", heads)
+    first = [(row["layer"], row["head"]) for name in kinds for row in ranked(heads, name)[:2]]
+    write_views(folder, look(model, tokenizer, repeated.tolist(), first))
     write_config(folder / "config.yaml", config)
     facts = metadata(
         model,

@@ -16,7 +16,8 @@ the answer loses without a head. `--compare` plots one against the other, head b
 
 Written to the folder OUT: frequency.npy and importance.npy, float32 [layer head] (a head's share of resid_mid, mean over tokens
 and prompts); active.npy and importances.npy [prompt layer head]; heads.csv, prompts.csv, frequency_vs_tau.csv; routes.json, the
-edges of one prompt (`--prompt`); figures; config.yaml (running it again gives the same); and summary.json, what was run.
+edges of one prompt (`--prompt`); attention.json, where the most active heads look; figures; config.yaml (running it again gives
+the same); and summary.json, what was run.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext import figures
+from pyvene_ext.attention_view import HEADS, look, write_views
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.flow import Edge, Flow, Node, check_tau, flow_routes
 from pyvene_ext.loading import load_model
@@ -157,7 +159,8 @@ def main(config: Config) -> None:
         ),
     ):
         figures.save(drawing, folder / f"figures/{file}.png")
-    (folder / "figures/compare.png").unlink(missing_ok=True)  # of an earlier run
+    for earlier in folder.glob("figures/compare.*"):
+        earlier.unlink()
     if causal is not None and correlation is not None:
         scatter = figures.scatter_heads(
             frequency.mean,
@@ -169,7 +172,8 @@ def main(config: Config) -> None:
             title=f"Two estimators of activation frequency: {name}",
         )
         figures.save(scatter, folder / "figures/compare.png")
-    write_csv(folder / "heads.csv", head_table(frequency, flow, causal))
+    rows = head_table(frequency, flow, causal)
+    write_csv(folder / "heads.csv", rows)
     write_csv(folder / "prompts.csv", prompt_table(flow, active, config.tau))
     write_csv(folder / "frequency_vs_tau.csv", curve_table(taus, curve))
     write_npy(folder / "active.npy", active)
@@ -186,6 +190,8 @@ def main(config: Config) -> None:
             "edges": [edge.as_dict() for edge in routes],
         },
     )
+    most_active = [(int(row["layer"]), int(row["head"])) for row in rows[:HEADS]]
+    write_views(folder, look(model, tokenizer, prompts.input_ids, most_active))
     write_config(folder / "config.yaml", config)
     facts = metadata(
         model,
@@ -290,7 +296,7 @@ def draw_routes(edges: tuple[Edge, ...], tokens: list[str], layers: int, title: 
         figure = Figure(figsize=(min(18.0, 1.8 + 0.5 * len(tokens)), min(16.0, 1.9 + 0.75 * layers)))
         axes = figure.add_subplot()
         for pair, importance in residual.items():
-            axes.plot(*bow(*pair, 0), color="#b5b5b5", linewidth=0.4 + 3 * importance, zorder=1)
+            axes.plot(*bow(*pair, 0), color=figures.LIGHT, linewidth=0.4 + 3 * importance, zorder=1)
         for pair, importance in mlp.items():
             axes.plot(*bow(*pair, 0.22), color=figures.ORANGE, linewidth=0.4 + 3 * importance, zorder=2)
         for pair, parts in attention.items():
@@ -318,7 +324,7 @@ def draw_routes(edges: tuple[Edge, ...], tokens: list[str], layers: int, title: 
         axes.set_yticks([0, *range(1, layers + 1, step)], ["embed", *map(str, range(0, layers, step))])
         axes.set_ylim(-0.3, layers + 0.3)
         heads = "attention (heads named where there is room)" if named else "attention (heads: routes.json)"
-        kinds = (("residual", "#b5b5b5"), ("MLP", figures.ORANGE), (heads, figures.BLUE))
+        kinds = (("residual", figures.LIGHT), ("MLP", figures.ORANGE), (heads, figures.BLUE))
         lines = [Line2D([], [], color=colour, linewidth=2, label=label) for label, colour in kinds]
         figure.legend(handles=lines, loc="outside lower center", ncols=3)
     return figure

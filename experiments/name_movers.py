@@ -53,8 +53,9 @@ permutes prompts within each kind of name: what is left if heads merely attend t
 Written to the folder OUT: attention.npy and projection.npy [kind layer head prompt]; looks.npy [query place layer head prompt];
 copy_ranks.npy [input sign asked layer head place prompt], 1 being the top; attribution.npy, attribution_io.npy (of logit(IO)
 alone) and path_effect.npy [layer head prompt]; logit_diff.npy and logit_diff_before_cap.npy [prompt]; heads.csv, all of a head in
-one row, largest attribution first; correlations.csv; looks.csv; figures; config.yaml (running it again gives the same); and last
-summary.json, what was run and what the entries of every axis are called: where it is, the rest is.
+one row, largest attribution first; correlations.csv; looks.csv; figures; attention.json, where the first heads shown look;
+config.yaml (running it again gives the same); and last summary.json, what was run and what the entries of every axis are called:
+where it is, the rest is.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext import figures
+from pyvene_ext.attention_view import HEADS, look, write_views
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.copying import INPUTS, SIGNS, copy_ranks, copy_scores
 from pyvene_ext.lens import direct_logit_attribution
@@ -214,7 +216,7 @@ def main(config: Config) -> None:
     # The files. The summary goes first and comes last: where it is, the rest is.
     (folder / "summary.json").unlink(missing_ok=True)
     name = f"{Path(config.model).name}, {Path(config.dataset).stem}"
-    for old in folder.glob("figures/scatter_*.png"):  # of an earlier run, with other heads
+    for old in folder.glob("figures/scatter_*"):  # of an earlier run, with other heads
         old.unlink()
     for layer, head in shown:
         figure = scatter(found, names, (layer, head), pooled[layer, head], name, config.fold_norm)
@@ -233,6 +235,8 @@ def main(config: Config) -> None:
     for measure, array in vars(found).items():
         if array is not None:
             write_npy(folder / f"{measure}.npy", array)
+    kept = [f"prompt {index}" for index in range(len(prompt_set)) if index not in names.dropped]
+    write_views(folder, look(model, tokenizer, prompts.input_ids, shown[:HEADS], names=kept))
     write_config(folder / "config.yaml", config)
     facts = metadata(
         model,
@@ -513,7 +517,7 @@ def where_heads_look(found: Measured, places: Sequence[str], shown: Sequence[Hea
         image = axes.imshow(mean, cmap=figures.SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(places)), places, rotation=45, ha="right")
         axes.set_yticks(range(len(shown)), [f"{layer}.{head}" for layer, head in shown])
-        axes.set_title(f"from {query}")
+        axes.set(title=f"from {query}", xlabel="looked at")
         axes.spines[:].set_visible(False)
     panels[0].set_ylabel("head")
     figure.suptitle(textwrap.fill(f"Where heads look: {name}", 60), x=0.01, ha="left", fontsize=10)

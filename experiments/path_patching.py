@@ -162,7 +162,7 @@ def main(config: Config) -> None:
 
     # The files. The summary comes last: where it is, the rest is, and of this run.
     (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in (*folder.glob("*.npy"), *folder.glob("*.csv"), *folder.glob("figures/*.png")):
+    for earlier in (*folder.glob("*.npy"), *folder.glob("*.csv"), *folder.glob("figures/*")):
         earlier.unlink()
     name = f"{Path(config.model).name}, {Path(config.dataset).stem}"
     how = f"positions: {config.positions}{told_how(config)}: {name}"

@@ -27,9 +27,10 @@ for random sets of the same sizes, and the probability that these share as many.
 
 Written to the folder OUT, for each PAIR: PAIR_translation.npy and PAIR_control.npy [sentence layer head], NaN where skipped;
 figures/PAIR.png, translation, control and difference; figures/PAIR_attention.html, to be looked at in a browser: the heads of
---show_heads (by default the highest) on the sentences of --show_sentences. Also heads.csv, all of that by head; overlaps.csv;
-found.json, what `translation_causes.py --heads` takes; known.csv, precision and recall against published lists, with
---check_known; config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the rest is.
+--show_heads (by default the five highest) on the sentences of --show_sentences. Also attention.json, the same for the report;
+heads.csv, all scores by head; overlaps.csv; found.json, what `translation_causes.py --heads` takes; known.csv, precision and
+recall against published lists, with --check_known; config.yaml (running it again gives the same); and last summary.json, what was
+run: where it is, the rest is.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
 from pyvene_ext import figures
-from pyvene_ext.attention_view import View, attention_page
+from pyvene_ext.attention_view import HEADS, View, attention_page, look, write_views
 from pyvene_ext.cli import run as run_study
+from pyvene_ext.extras import need
 from pyvene_ext.graph import Node
 from pyvene_ext.loading import TINY_MODELS, load_model
 from pyvene_ext.parallel import (
@@ -64,7 +66,7 @@ from pyvene_ext.parallel import (
     swap_neighbours,
     tokenize_pairs,
 )
-from pyvene_ext.patterns import check_prompts, read_patterns
+from pyvene_ext.patterns import check_prompts
 from pyvene_ext.runs import (
     atomic_path,
     choose_device,
@@ -81,7 +83,7 @@ from pyvene_ext.runs import (
 )
 from pyvene_ext.specs import one_sentence
 from pyvene_ext.stats import Head, head_overlap
-from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.tokenized import TokenizedPrompts
 from pyvene_ext.translation import found_heads, translation_scores
 
 KNOWN = Path(__file__).parent / "known_heads.json"
@@ -117,7 +119,7 @@ class Config:
     known: Path = KNOWN
     """the file of published heads and thresholds"""
     show_heads: tuple[str, ...] = ()
-    """heads to look at, as in 4.5; by default the highest of each pair"""
+    """heads to look at, as in 4.5; by default the five highest of each pair"""
     show_sentences: tuple[int, ...] = ()
     """sentences to look at, by their place among those that are kept; by default the first three"""
     batch_size: int = 8
@@ -156,6 +158,7 @@ def main(config: Config) -> None:
     if not is_main_process():
         return  # a few forward passes are no work to share
     # What is run. Everything that can be wrong is found before the first forward pass.
+    need("report")
     check_flags(config)
     known = published(config)
     thresholds = {pair: threshold_of(parse_languages(pair), config, known) for pair in config.pairs}
@@ -176,11 +179,13 @@ def main(config: Config) -> None:
         for a, b in itertools.combinations(scores, 2)
     ]
     against = compared(scores, known) if config.check_known else []
-    pages = {}
+    views: dict[str, list[View]] = {}
     for pair, these in sentences.items():
-        shown = wanted_heads or [best(heads, pair)]
-        views = looked_at(model, tokenizer, these.prompts, shown, config)
-        pages[pair] = attention_page(views, f"{name}, {pair}: attention of {', '.join(map(head_name, shown))}")
+        shown = config.show_sentences or range(min(3, len(these.prompts)))
+        names = [f"{pair}, sentence {number}" for number in range(len(these.prompts))]
+        views[pair] = look(
+            model, tokenizer, these.prompts.input_ids, wanted_heads or best(heads, pair), which=shown, names=names
+        )
 
     # The files. The summary goes first and comes last: where it is, the rest is, and of this run.
     (folder / "summary.json").unlink(missing_ok=True)
@@ -197,7 +202,8 @@ def main(config: Config) -> None:
         )
         figures.save(panels, folder / f"figures/{pair}.png")
         with atomic_path(folder / f"figures/{pair}_attention.html") as temporary:
-            temporary.write_text(pages[pair], encoding="utf-8")
+            temporary.write_text(attention_page(views[pair], f"{name}, {pair}: attention"), encoding="utf-8")
+    write_views(folder, [view for pair in views for view in views[pair]])
     write_csv(folder / "heads.csv", heads)
     for table_name, rows in (("overlaps", overlaps), ("known", against)):
         if rows:
@@ -384,10 +390,9 @@ def table(scores: dict[str, Scores], criterion: Criterion) -> list[dict[str, Any
     return rows
 
 
-def best(heads: list[dict[str, Any]], pair: str) -> Head:
-    """The highest head of a pair."""
-    row = next(row for row in heads if row["pair"] == pair)
-    return row["layer"], row["head"]
+def best(heads: list[dict[str, Any]], pair: str) -> list[Head]:
+    """The highest heads of a pair."""
+    return [(row["layer"], row["head"]) for row in heads if row["pair"] == pair][:HEADS]
 
 
 def compared(scores: dict[str, Scores], known: dict[str, Any]) -> list[dict[str, Any]]:
@@ -411,33 +416,6 @@ def compared(scores: dict[str, Scores], known: dict[str, Any]) -> list[dict[str,
                 }
             )
     return rows
-
-
-def looked_at(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: TokenizedPrompts,
-    heads: list[Head],
-    config: Config,
-) -> list[View]:
-    """The patterns of some heads on the chosen sentences."""
-    wanted = config.show_sentences or range(min(3, len(prompts)))
-    some = prompts.take(wanted)
-    patterns: dict[tuple[int, Head], np.ndarray] = {}
-
-    def see(layer: int, batch: Batch, pattern: Any) -> None:
-        for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
-            for head in heads:
-                if head[0] == layer:
-                    patterns[prompt, head] = pattern[row, head[1], -length:, -length:].float().cpu().numpy()
-
-    read_patterns(model, some, see, batch_size=config.batch_size, progress=False)
-    tokens = [[str(tokenizer.decode([token])) for token in ids] for ids in some.input_ids]
-    return [
-        View(f"head {head_name(head)}, sentence {sentence}", tokens[number], patterns[number, head])
-        for head in heads
-        for number, sentence in enumerate(wanted)
-    ]
 
 
 def head_name(head: Head) -> str:

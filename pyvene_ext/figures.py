@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,13 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "pdf.fonttype": 42,  # text stays text: searchable, and editable in a drawing program
     "svg.fonttype": "none",
+    "svg.hashsalt": "pyvene-ext",  # its ids are random otherwise
 }
 SEQUENTIAL = "viridis"
 DIVERGING = "RdBu_r"
 LAYERS = "cividis"
-# Okabe and Ito's colours (2008).
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#6b6b6b"
+# Okabe and Ito's colours (2008), and two greys.
+BLUE, ORANGE, GREY, LIGHT = "#0072b2", "#d55e00", "#6b6b6b", "#b5b5b5"
 GREEN, PINK, SKY, AMBER = "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
 
 _styled = matplotlib.rc_context(STYLE)
@@ -77,15 +79,35 @@ def _characters() -> frozenset[int]:
 
 
 @_styled
-def save(figure: Figure, path: str | Path, dpi: int = 200) -> None:
-    """Write `figure` to exactly `path`, complete or not at all; the ending chooses the format (.png, .pdf, .svg).
+def save(figure: Figure, path: str | Path, dpi: int = 200) -> list[Path]:
+    """Write `figure` to `path`, complete or not at all; the ending chooses the format (.png, .pdf, .svg). Returns what it wrote.
+
+    Beside a .png its .pdf is written, for papers: the same drawing, without a limit to its resolution. Equal figures give equal
+    files of these three formats, byte for byte.
 
     Raises:
         ValueError: the path's ending is not a format that matplotlib writes.
     """
     check_path(path)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=dpi)
+    path = Path(path)
+    ending = path.suffix.lower()
+    # Without the style's layout: matplotlib would give it to a figure that has none, once that is drawn.
+    with matplotlib.rc_context({"figure.constrained_layout.use": False}), atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, metadata=UNDATED.get(ending))
+        if ending != ".png":
+            return [path]
+        # Inside, so that where the PNG is, the PDF is; and laid out as it is, because every drawing moves things a little.
+        pdf, engine = path.with_suffix(".pdf"), figure.get_layout_engine()
+        with atomic_path(pdf) as beside, ExitStack() as after:
+            if engine is not None:
+                figure.set_layout_engine("none")
+                after.callback(figure.set_layout_engine, engine)
+            figure.savefig(beside, metadata=UNDATED[".pdf"])
+    return [pdf, path]
+
+
+# What would say when a file was written.
+UNDATED: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
 def check_path(path: str | Path) -> None:

@@ -57,6 +57,7 @@ from pyvene_ext.block_scores import Score, block_scores
 from pyvene_ext.block_scores import check_model as check_scores
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.continuous_thought import format_of, refuse_latent_steps
+from pyvene_ext.extras import need
 from pyvene_ext.head_scores import read_head_scores
 from pyvene_ext.input_attribution import Baseline, InputAttribution, Target, check_model, integrated_gradients
 from pyvene_ext.lag import rank_heads
@@ -167,7 +168,8 @@ def main(config: Config) -> None:
 
 
 def check_flags(config: Config) -> None:
-    """Raise ValueError for flags that make no sense."""
+    """Raise ValueError for flags that make no sense; MissingExtra without captum."""
+    need("input-attribution")
     common.check_flags(config)
     for flag, least in (("n_heads", 1), ("steps", 1), ("sample", 2), ("random_heads", 0), ("shown", 1)):
         if (value := getattr(config, flag)) < least:
@@ -486,7 +488,7 @@ def tag_figure(rows: Sequence[Row]) -> Figure:
         x = np.arange(len(mine))
         for name, label, colour, shift in (
             ("share", "the head", figures.BLUE, -0.2),
-            ("random_share", "random heads of its layer", "#b5b5b5", 0.2),
+            ("random_share", "random heads of its layer", figures.LIGHT, 0.2),
         ):
             height, low, high = (np.array([100 * row[name + end] for row in mine]) for end in ("", "_low", "_high"))
             axes.bar(x + shift, height, 0.38, color=colour, label=label)
@@ -496,7 +498,7 @@ def tag_figure(rows: Sequence[Row]) -> Figure:
         tokens = [100 * row["token_share"] for row in mine]
         axes.hlines(tokens, x - 0.42, x + 0.42, color=figures.ORANGE, linewidth=2, label="share of the tokens")
         axes.set_xticks(x, [row["tag"] for row in mine])
-        axes.set_title(f"{model}, {head}")
+        axes.set(title=f"{model}, {head}", xlabel="kind of token")
         axes.grid(axis="y")
     for row in grid:
         row[0].set_ylabel("share of |attribution| (%, 95%)")

@@ -141,7 +141,7 @@ def main(config: Config) -> None:
 
     # The files.
     verdicts = verdicts_of(rows)
-    with common.written(folder, config, {"models": facts, "verdicts": verdicts}, "figures/*.png"):
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}, "figures/*"):
         for position, target in dict.fromkeys((row["position"], row["target"]) for row in rows):
             some = [row for row in rows if (row["position"], row["target"]) == (position, target)]
             table = common.side_by_side(some, "place", "r2", "r2")
@@ -463,6 +463,7 @@ def figure(model: str, rows: Sequence[Row]) -> Figure:
     shown = range(0, len(labels), math.ceil(len(labels) / 14))
     for axes in panels[-1]:
         axes.set_xticks(shown, [labels[depth] for depth in shown], rotation=90)
+        axes.set_xlabel("place in the residual stream")
     for axes in panels[:, 0]:
         axes.set_ylabel("R²")
     drawing.suptitle(f"{model}: what a linear probe reads off the residual stream (in brackets: problems)", fontsize=10)

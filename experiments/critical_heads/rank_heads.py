@@ -14,8 +14,9 @@ out. composite: the mean of the three ranks. They say where a head looks and wha
 ablate_heads.py tells.
 
 Written to the folder OUT: heads/MODEL_SCORE.csv for each score (scores,layer,head, highest first; what ablate_heads.py takes);
-scores.csv, all scores of all heads with the token of the block that most often is the hub; figures/MODEL_SCORE.png; config.yaml
-(running it again gives the same); and summary.json, what was run. A run that was interrupted goes on where it stopped.
+scores.csv, all scores of all heads with the token of the block that most often is the hub; figures/MODEL_SCORE.png;
+attention.json, where the first heads by composite look; config.yaml (running it again gives the same); and summary.json, what was
+run. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from pyvene_ext import figures
+from pyvene_ext.attention_view import HEADS, View, look, write_views
 from pyvene_ext.block_scores import SCORES, BlockScores, Score, block_scores, check_model
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.head_scores import write_head_scores
@@ -63,12 +65,17 @@ def main(config: Config) -> None:
 
     # One model after the other.
     found: dict[str, BlockScores] = {}
+    views: list[View] = []
     facts: Row = {}
     for name in config.models:
         setting = common.prepare(config, name, problems, folder, lambda _, model: check_model(model))
         found[setting.name] = block_scores(
             setting.model, setting.questions, batch_size=config.batch_size, progress=True
         )
+        ids = setting.questions.prompts.input_ids
+        heads = common.top_heads(found[setting.name].of("composite"), HEADS)
+        names = [f"{setting.name}, problem {index}" for index in setting.questions.index]
+        views += look(setting.model, setting.tokenizer, ids, heads, names=names)
         facts[setting.name] = metadata(setting.model, **setting.facts)
 
     if not is_main_process():
@@ -82,6 +89,7 @@ def main(config: Config) -> None:
                 title = f"{model}: {score}, {len(scores.flow)} problems"
                 figure = figures.head_heatmap(scores.of(score), title, LABELS[score])
                 figures.save(figure, folder / f"figures/{model}_{score}.png")
+        write_views(folder, views)
         write_csv(folder / "scores.csv", [row for model, scores in found.items() for row in rows_of(model, scores)])
 
     for model, scores in found.items():

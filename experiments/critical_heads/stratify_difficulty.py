@@ -171,7 +171,7 @@ def main(config: Config) -> None:
 
     # The files.
     verdicts = verdicts_of(rows, tests, facts)
-    with common.written(folder, config, {"models": facts, "verdicts": verdicts}, "*/*.csv", "figures/*.png"):
+    with common.written(folder, config, {"models": facts, "verdicts": verdicts}, "*/*.csv", "figures/*"):
         for split in SPLITS:
             some = sorted((row for row in rows if row["split"] == split), key=lambda row: order(row["stratum"]))
             write_csv(folder / f"drop_by_{split}.csv", common.side_by_side(some, "stratum", "drop", "drop"))

@@ -53,10 +53,12 @@ def as_plain(correlation):
     return json.loads(json.dumps(correlation.as_dict()))
 
 
-def test_defaults_write_three_files_and_the_right_numbers(capsys):
+def test_defaults_write_numbers_and_figures_and_the_right_numbers(capsys):
     assert correlate() == 0
     out = "outputs/crosslingual_head_corr/en_vs_zh/"
-    assert files() == [out + "correlation.json", out + "layers.png", out + "scatter.png"]
+    assert files() == [
+        out + name for name in ("correlation.json", "layers.pdf", "layers.png", "scatter.pdf", "scatter.png")
+    ]
     record = json.loads(Path(out + "correlation.json").read_text())
     assert record["overall"] == as_plain(stats.correlate_heads(A, B, 0, 50))
     layers = stats.correlate_layers(A, B, 0, 50)
@@ -98,7 +100,7 @@ def test_every_known_flag_with_underscores_or_dashes(dash):
     flags = ["--out_json", "x/o.json", "--scatter_png", "y/s.png", "--layer_png", "l.png", "--layers", "2:5"]
     flags = [flag.replace("_", dash) if flag.startswith("--") else flag for flag in flags]
     assert correlate(*flags) == 0
-    assert files() == ["l.png", "x/o.json", "y/s.png"]
+    assert files() == ["l.pdf", "l.png", "x/o.json", "y/s.pdf", "y/s.png"]
     record = json.loads(Path("x/o.json").read_text())
     assert record["overall"] == as_plain(stats.correlate_heads(A[2:5], B[2:5], 0, 50))
     assert [row["layer"] for row in record["per_layer"]] == [2, 3, 4]
@@ -225,6 +227,7 @@ def test_layers_are_a_half_open_range():
         (("--scatter_png", "s.txt"), "s.txt does not end in a figure format"),
         (("--layer_png", "layers"), "layers does not end in a figure format"),
         (("--layer_png", "l.png", "--no_layerwise"), "give one of the two"),
+        (("--scatter_png", "x/s.pdf", "--layer_png", "x/s.png"), "are both x/s; give two names"),
         (("--n_resamples", "0"), "n_resamples is 0"),
         (("--scatter_png", "data/en.npy/s.png"), "data/en.npy"),
     ],
@@ -251,7 +254,7 @@ def test_the_script_runs_from_the_repository_root_and_gives_exit_codes(folder):
     outputs = [f"--{flag}={folder / name}" for flag, name in (("out_json", "o.json"), ("scatter_png", "s.png"))]
     good = script(f"--a={data / 'en.npy'}", f"--b={data / 'zh.npy'}", "--no_layerwise", *outputs)
     assert (good.returncode, good.stderr) == (0, "")
-    assert files() == ["o.json", "s.png"]
+    assert files() == ["o.json", "s.pdf", "s.png"]
     assert json.loads(Path("o.json").read_text())["command"].startswith(
         "python experiments/crosslingual_head_corr.py --a"
     )

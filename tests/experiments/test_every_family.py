@@ -8,7 +8,8 @@ Random models solve no word problem and write no `####`. The studies of critical
 solutions in place of what the model wrote: there is a block, and everything behind it is the study's. Their accuracies are
 those of models that know nothing.
 
-Figures are made but not drawn. Left out: crosslingual_head_corr.py, which takes arrays and no model.
+Figures are made and have a label on every axis, but are not drawn. Left out: crosslingual_head_corr.py, which takes arrays and
+no model.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import pytest
 import torch
 from critical_heads import ablate_heads
 from critical_heads import setting as common
+from matplotlib.figure import Figure
 from prompt_sets import PROMPTS
 
 from modelcards import n_heads, n_kv_heads, n_layers, window
@@ -33,6 +35,7 @@ from pyvene_ext import figures
 from pyvene_ext.circuits import exists
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.problems import Questions, with_reasoning
+from tests.labels import unlabelled
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES, MORE_FAMILIES
 
@@ -176,6 +179,17 @@ STUDIES: dict[str, Study] = {
     ),
 }
 
+# The studies that write where their heads look, if the family lets it be seen.
+SHOWING = (
+    "activation_frequencies_ifr",
+    "activation_patching",
+    "information_flow_routes",
+    "induction_scores",
+    "translation_heads",
+    "name_movers",
+    "critical_heads.rank_heads",
+)
+
 # What is refused: study, family, and what the sentence says. Everything else must run.
 LOOKING = (
     "attribution_patching",
@@ -227,11 +241,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lines = (PROMPTS / "en_fr.tsv").read_text(encoding="utf-8").splitlines()[: SENTENCES + 1]
     (tmp_path / "few.tsv").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "ranking.csv").write_text("scores,layer,head\n1.0,0,1\n", encoding="utf-8")
-    monkeypatch.setattr(figures, "save", lambda _, path: (path.parent.mkdir(parents=True, exist_ok=True), path.touch()))
+    monkeypatch.setattr(figures, "save", labelled)
     monkeypatch.setattr(common, "RESAMPLES", 20)
     for module in (common, ablate_heads):
         monkeypatch.setattr(module, "with_reasoning", with_solutions)
     return tmp_path
+
+
+def labelled(figure: Figure, path: Path) -> None:
+    """In place of drawing."""
+    assert not unlabelled(figure), f"{path}: {unlabelled(figure)}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
 
 
 def with_solutions(questions: Questions, _: Any, tokenizer: Any) -> Questions:
@@ -241,8 +262,9 @@ def with_solutions(questions: Questions, _: Any, tokenizer: Any) -> Questions:
 
 
 @pytest.fixture
-def ran() -> Iterator[list[str]]:
-    """Filled with the modules that run."""
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Filled with the modules that run, but for the few tokens that `load_model` tries."""
+    monkeypatch.setattr("pyvene_ext.loading._check_runs", lambda *_: None)
     seen: list[str] = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: seen.append(type(module).__name__)
@@ -278,6 +300,8 @@ def test_a_study_runs_on_a_family_or_refuses_it_as_the_table_says(
         return
     assert code == 0, said[-1:]
     assert not (folder / "x/unfinished").exists()
+    looks = [path.name for path in folder.glob("x/**/attention.json")]
+    assert looks == ["attention.json"] * (study.split(",")[0] in SHOWING and family not in WRITTEN_OUT)
     for name, shape in STUDIES[study].arrays.items():
         found = np.load(folder / "x" / name.format(model=family))
         assert found.shape == shape(sizes) and np.isfinite(found).all() and (found.any() or sizes.near), name

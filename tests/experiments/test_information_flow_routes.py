@@ -22,9 +22,21 @@ from tests.saved_models import save_random_model, save_with_random_weights, ship
 
 N = 3
 TAU = 0.05
-FOLDER = {"routes.json", "summary.json", "config.yaml", "heads.csv", "prompts.csv", "frequency_vs_tau.csv"}
+FOLDER = {
+    "routes.json",
+    "attention.json",
+    "summary.json",
+    "config.yaml",
+    "heads.csv",
+    "prompts.csv",
+    "frequency_vs_tau.csv",
+}
 ARRAY_FILES = {"active.npy", "importances.npy", "importance.npy", "frequency.npy"}
-FIGURES = {f"figures/{name}.png" for name in ("frequency", "importance", "frequency_vs_tau", "routes")}
+FIGURES = {
+    f"figures/{name}.{ending}"
+    for name in ("frequency", "importance", "frequency_vs_tau", "routes")
+    for ending in ("png", "pdf")
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +126,7 @@ def test_without_an_argument_it_runs_on_a_shipped_model_and_says_what_it_wrote(
 def test_the_same_config_gives_the_same_renormalised_routes(dataset: Path, tmp_path: Path) -> None:
     assert command("--dataset", dataset, "--out", tmp_path / "a", "--tau", 0.02, "--renormalise") == 0
     assert command("--config", tmp_path / "a/config.yaml", "--out", tmp_path / "b") == 0
-    for name in ARRAY_FILES | {"routes.json", "heads.csv"}:
+    for name in ARRAY_FILES | FIGURES | {"routes.json", "heads.csv", "attention.json"}:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     sums: dict[str, float] = {}
     routes = json.loads((tmp_path / "a/routes.json").read_text(encoding="utf-8"))
@@ -139,7 +151,7 @@ def test_compared_frequencies_are_correlated_head_by_head(
         assert found[name]["r"] == pytest.approx(getattr(expected, name).r)
     kept = np.isfinite(causal)
     assert found["pearson"]["r"] == pytest.approx(np.corrcoef(active[kept], causal[kept])[0, 1], abs=1e-6)
-    assert "figures/compare.png" in written(out)
+    assert {"figures/compare.png", "figures/compare.pdf"} <= written(out)
     assert f"Pearson {expected.pearson.r:.3f}" in capsys.readouterr().out
     rows = list(csv.DictReader((out / "heads.csv").open(encoding="utf-8")))
     for row in rows:

@@ -146,8 +146,8 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
         "config.yaml", "summary.json", "depths.csv", "heads.csv", "parts.csv",
         "lens_logits.npy", "lens_probability.npy", "lens_rank.npy",
         *(f"{name}_{kind}.npy" for name in ("logit_diff", "logit", "control") for kind in kinds),
-        *(f"figures/lens_{name}.png" for name in ("logit_diff", "probability", "rank")),
-        "figures/heads_logit_diff.png", "figures/heads_logit.png",
+        *(f"figures/{name}.{ending}" for ending in ("png", "pdf")
+          for name in ("lens_logit_diff", "lens_probability", "lens_rank", "heads_logit_diff", "heads_logit")),
     }  # fmt: skip
     facts = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert {"model", "revision", "n", "position", "dtype", "seed", "versions", "weight_hash", "prompts_hash"} <= set(

@@ -324,9 +324,10 @@ def test_what_is_written_and_that_its_config_repeats_the_run(
     )
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
         "config.yaml", "summary.json", "heads.csv", "correlations.csv", "looks.csv", "logit_diff_before_cap.npy",
+        "attention.json",
         *(f"{name}.npy" for name in arrays),
-        *(f"figures/{name}.png" for name in ("scatter_5.1", "scatter_0.7", "copies_and_effects", "looks", "copy")),
-        "figures/copy_negative.png",
+        *(f"figures/{name}.{ending}" for ending in ("png", "pdf")
+          for name in ("scatter_5.1", "scatter_0.7", "copies_and_effects", "looks", "copy", "copy_negative")),
     }  # fmt: skip
     facts = facts_in(out)
     assert facts["shown"] == ["5.1", "0.7"] and facts["dropped"] == []

@@ -235,7 +235,7 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
     out = folder / "outputs/path_patching/tiny-qwen2.5_few"
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
         "config.yaml", "summary.json", "paths.csv", "others.csv", "patched.npy", "effects.npy", "base.npy", "source.npy",
-        "heads.npy", "figures/heads.png",
+        "heads.npy", "figures/heads.png", "figures/heads.pdf",
     }  # fmt: skip
     facts = facts_in(out)
     assert {"model", "revision", "n", "positions", "dtype", "seed", "versions", "weight_hash", "base_hash"} <= set(

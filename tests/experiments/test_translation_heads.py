@@ -14,6 +14,7 @@ import translation_heads as study
 import yaml
 from prompt_sets import PROMPTS
 
+from pyvene_ext.attention_view import read_views
 from pyvene_ext.cli import run as run_study
 from tests.saved_models import save_random_model
 
@@ -83,7 +84,10 @@ def test_the_study_equals_a_recomputation_from_the_text(folder: Path, capsys: py
         assert (facts["pairs"][pair]["n_sentences"], facts["pairs"][pair]["skipped"]) == (N, 0)
         assert (folder / f"run/figures/{pair}.png").stat().st_size > 10_000
         page = (folder / f"run/figures/{pair}_attention.html").read_text(encoding="utf-8")
-        assert all(f"head {names[0]}, sentence {sentence}" in page for sentence in range(3))
+        assert (
+            all(f'"name":"{pair}, sentence {sentence}"' in page for sentence in range(3))
+            and f'"{names[0]}":[[1.0]' in page
+        )
     (overlap,) = table(folder / "run/overlaps.csv")
     a, b = map(set, found.values())
     assert float(overlap["jaccard"]) == pytest.approx(len(a & b) / len(a | b))
@@ -99,7 +103,10 @@ def test_chosen_heads_on_chosen_sentences_are_looked_at(folder: Path) -> None:
     flags = ("--dataset", "few.tsv", "--pairs", "en-fr", "--out", "run", "--show_heads", "4.5", "0.1")
     assert command(*flags, "--show_sentences", 6) == 0
     page = (folder / "run/figures/en-fr_attention.html").read_text(encoding="utf-8")
-    assert "head 4.5, sentence 6" in page and "head 0.1, sentence 6" in page and "sentence 0" not in page
+    assert "en-fr, sentence 6" in page and "sentence 0" not in page
+    assert [(view.name, list(view.patterns)) for view in read_views(folder / "run/attention.json")] == [
+        ("en-fr, sentence 6", ["4.5", "0.1"])
+    ]
     assert not (folder / "run/overlaps.csv").exists()
 
 

@@ -3,7 +3,10 @@
 import importlib
 import itertools
 import math
+import re
+import time
 import warnings
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -28,12 +31,12 @@ def correlated(a, b):
     return stats.correlate_heads(a, b, n_resamples=50)
 
 
-def every_figure():
+def every_figure(draw=RNG):
     taus = np.geomspace(0.01, 1, 7)
     yield figures.head_heatmap(A, "title", "frequency")
     yield figures.head_heatmap(A - B, "title", "difference (logits)", diverging=True)
     yield figures.compared_heads(A, B, names=("a", "b"), title="title", label="attention")
-    yield figures.frequency_curve(taus, RNG.random((7, 5, 8)), tau=0.1)
+    yield figures.frequency_curve(taus, draw.random((7, 5, 8)), tau=0.1)
     yield figures.histogram_abs_delta(A - B, tau=0.1)
     yield figures.scatter_heads(A, B, name_a="en", name_b="zh", quantity="q", correlation=correlated(A, B), title="t")
     yield figures.layer_lines(range(5), stats.correlate_layers(A, B, n_resamples=50), title="t")
@@ -70,10 +73,47 @@ def test_importing_making_and_saving_changes_no_global_style_and_opens_no_pyplot
 @pytest.mark.parametrize(
     ("name", "magic"), [("f.png", b"\x89PNG"), ("f.pdf", b"%PDF"), ("deep/er/f.svg", b"<?xml"), ("F.PNG", b"\x89PNG")]
 )
-def test_save_writes_exactly_the_path_asked(tmp_path, name, magic):
-    figures.save(figures.head_heatmap(A, "t", "l"), tmp_path / name)
+def test_save_writes_the_path_asked_and_beside_a_png_its_pdf(tmp_path, name, magic):
+    written = figures.save(figures.head_heatmap(A, "t", "l"), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(magic)
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / name]
+    expected = {tmp_path / name}
+    if magic == b"\x89PNG":
+        expected.add((tmp_path / name).with_suffix(".pdf"))
+        assert (tmp_path / name).with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == {*written} == expected and len(written) == len(expected)
+
+
+def test_equal_figures_are_equal_files_whenever_they_are_drawn(tmp_path, monkeypatch):
+    for number, moment in enumerate((0, 10**9)):
+        monkeypatch.setattr(time, "time", lambda moment=moment: moment)  # of what the files could say
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(moment))
+        for drawing, figure in enumerate([*every_figure(np.random.default_rng(1))][::3]):
+            for ending in ("png", "svg"):
+                figures.save(figure, tmp_path / f"{number}/{drawing}.{ending}")
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "01")
+    assert len(first) == 3 * 3 and first == second
+    assert not any(b"Date" in content for content in first.values())
+
+
+def test_the_pdf_is_laid_out_as_the_png_and_the_figure_is_left_as_it_was(tmp_path):
+    (alone,), (figure,) = ([f for f in every_figure(np.random.default_rng(1))][1:2] for _ in range(2))
+    with matplotlib.rc_context(figures.STYLE):
+        alone.savefig(tmp_path / "alone.png", dpi=200)
+    engine, places = figure.get_layout_engine(), []
+    original = figure.savefig
+
+    def noted(*given, **options):
+        original(*given, **options)
+        places.append([axes.get_position().bounds for axes in figure.axes])
+
+    figure.savefig = noted
+    figures.save(figure, tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+    assert len(places) == 2 and places[0] == places[1] and figure.get_layout_engine() is engine
+    bare = matplotlib.figure.Figure(layout="none")
+    axes = bare.add_axes((0.1, 0.1, 0.8, 0.8))
+    figures.save(bare, tmp_path / "bare.png")
+    assert bare.get_layout_engine() is None and axes.get_position().bounds == (0.1, 0.1, 0.8, 0.8)
 
 
 def test_save_uses_200_dots_per_inch(tmp_path):
@@ -307,3 +347,88 @@ def test_two_conditions_share_one_scale_and_their_difference_has_white_at_zero()
     assert images[2].get_clim() == (-farthest, farthest) and images[2].cmap.name == figures.DIVERGING
     with pytest.raises(ValueError, match="one shape"):
         figures.compared_heads(a, b[:2], names=("a", "b"), title="t", label="l")
+
+
+# -- colours -----------------------------------------------------------------------------------------------------------
+
+# What dichromats see, of linear RGB: Machado, Oliveira and Fernandes 2009 (IEEE TVCG 15(6)), severity 1.
+VISION = {
+    "full": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+# Of sRGB (IEC 61966-2-1), to CIE XYZ under D65.
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+APART = 12.0  # in CIELAB; 2.3 is just noticed (Mahy et al. 1994)
+# What is drawn together: all of the categorical palette with black, and the three kinds of edges in a drawing of routes.
+TOGETHER = {
+    "categories": (
+        "black",
+        *(getattr(figures, name) for name in ["BLUE", "ORANGE", "GREY", "GREEN", "PINK", "SKY", "AMBER"]),
+    ),
+    "routes": (figures.LIGHT, figures.BLUE, figures.ORANGE, "black"),
+}
+
+
+def lab(colours, vision):
+    """CIELAB of sRGB colours, [colour 3], as that vision has them."""
+    rgb = np.asarray(colours, float)
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = np.clip(linear @ VISION[vision].T, 0, 1) @ TO_XYZ.T / TO_XYZ.sum(1)
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+
+def closest(colours, vision):
+    """The smallest distance between two of some colours."""
+    seen = lab([matplotlib.colors.to_rgb(colour) for colour in colours], vision)
+    return min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_the_simulation_knows_what_colour_blind_people_confuse():
+    np.testing.assert_allclose(lab([(1, 0, 0)], "full"), [[53.24, 80.09, 67.20]], atol=0.05)  # as published of sRGB red
+    for vision in ("protanopia", "deuteranopia"):
+        assert closest(("#d62728", "#7a7a1e"), vision) < 0.5 * closest(("#d62728", "#7a7a1e"), "full")
+        np.testing.assert_allclose(VISION[vision].sum(1), 1, atol=2e-6)  # white stays white
+    assert closest(("#2ca02c", "#d62728"), "deuteranopia") < 0.4 * closest(("#2ca02c", "#d62728"), "full")
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("which", TOGETHER)
+def test_colours_of_one_figure_can_be_told_apart_by_everyone(which, vision):
+    assert len(set(TOGETHER[which])) == len(TOGETHER[which])
+    assert closest(TOGETHER[which], vision) > APART
+
+
+def test_every_colour_that_a_study_gives_a_category_is_of_the_palette():
+    known = {name for name in vars(figures) if name.isupper() and str(getattr(figures, name)).startswith("#")}
+    assert {getattr(figures, name) for name in known} == {*TOGETHER["categories"], *TOGETHER["routes"]} - {"black"}
+    for path in (Path(figures.__file__).parents[1] / "experiments").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"figures\.([A-Z]+)\b", text)) <= known | {"STYLE", "SEQUENTIAL", "DIVERGING", "LAYERS"}
+        greys = [tuple(code[i : i + 2] for i in (1, 3, 5)) for code in re.findall(r"#[0-9a-f]{6}", text)]
+        assert all(len(set(parts)) == 1 for parts in greys), f"{path.name} has a colour of its own"
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("name", ["SEQUENTIAL", "LAYERS"])
+def test_maps_of_one_sign_grow_lighter_all_the_way(name, vision):
+    lightness = lab(matplotlib.colormaps[getattr(figures, name)](np.linspace(0, 1, 33))[:, :3], vision)[:, 0]
+    assert (np.diff(lightness) > 0).all() and lightness[-1] - lightness[0] > 50
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_the_map_of_two_signs_is_light_in_the_middle_and_has_two_ends_that_differ(vision):
+    cmap = matplotlib.colormaps[figures.DIVERGING]
+    lightness = lab(cmap(np.linspace(0, 1, 33))[:, :3], vision)[:, 0]
+    assert (np.diff(lightness[:17]) > 0).all() and (np.diff(lightness[16:]) < 0).all()
+    assert closest([cmap(0.0), cmap(1.0)], vision) > APART and closest([cmap(0.2), cmap(0.8)], vision) > APART
+    red, blue = cmap(1.0)[0], cmap(0.0)[2]
+    assert red > cmap(1.0)[2] and blue > cmap(0.0)[0], "positive is red"

@@ -10,6 +10,7 @@ import pytest
 from critical_heads import rank_heads as study
 from critical_heads import setting as common
 
+from pyvene_ext.attention_view import read_views
 from pyvene_ext.block_scores import SCORES, block_scores
 from pyvene_ext.cli import run as run_study
 from pyvene_ext.head_scores import read_head_scores
@@ -62,6 +63,7 @@ def test_scores_are_those_of_the_reasoning_that_the_model_writes(
     first = read_head_scores(folder / f"out/heads/{MODEL}_flow.csv", model.config)[0]
     assert f"{first[1]}.{first[2]} {first[0]:.3f}" in shown
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "attention.json",
         "config.yaml",
         "figures",
         "heads",
@@ -70,7 +72,16 @@ def test_scores_are_those_of_the_reasoning_that_the_model_writes(
     ]
     # Of its own config the same.
     assert run_study(study.main, study.Config, ["--config", "out/config.yaml", "--out", "again"]) == 0
-    assert (folder / "again/scores.csv").read_bytes() == (folder / "out/scores.csv").read_bytes()
+    for name in ("scores.csv", "attention.json"):
+        assert (folder / "again" / name).read_bytes() == (folder / "out" / name).read_bytes()
+    # The first heads are looked at on the first problems, as the model was given them.
+    views = read_views(folder / "out/attention.json")
+    assert [view.name for view in views] == [
+        f"{name}, problem {i}" for name in (MODEL, "tiny-llama3.1") for i in range(5)
+    ]
+    assert [len(view.tokens) for view in views[:5]] == [len(ids) for ids, _, _ in problems][:5]
+    composite = read_head_scores(folder / f"out/heads/{MODEL}_composite.csv", model.config)
+    assert list(views[0].patterns) == [f"{layer}.{head}" for _, layer, head in composite[:5]]
 
 
 @pytest.mark.parametrize(

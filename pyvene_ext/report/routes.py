@@ -1,0 +1,195 @@
+"""The routes to one prediction, as `information_flow_routes.py` writes them: read again, and drawn with names under the mouse."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError
+
+from pyvene_ext.attention_view import shown_token
+from pyvene_ext.figures import BLUE, LIGHT, ORANGE
+from pyvene_ext.flow import Node
+from pyvene_ext.runs import parse_json
+from pyvene_ext.specs import one_sentence
+
+NODE = re.compile(r"(resid_pre|resid_mid|resid_post)\.(\d{1,6})@(\d{1,6})", re.ASCII)
+KINDS = {"residual": LIGHT, "MLP": ORANGE, "attention": BLUE}
+STEPS = 8  # of the widths of lines, and of the slider
+
+
+class Edge(BaseModel):
+    """One part of a state of the residual stream."""
+
+    source: Annotated[str, Field(pattern=f"^{NODE.pattern}$")]
+    target: Annotated[str, Field(pattern=f"^{NODE.pattern}$")]
+    via: Annotated[str, Field(pattern=r"^(residual|mlp|\d+\.\d+)$")]
+    importance: Annotated[float, Field(ge=0, le=1.001, allow_inf_nan=False)]
+
+    @property
+    def nodes(self) -> tuple[Node, Node]:
+        """Source and target."""
+        return _node(self.source), _node(self.target)
+
+    @property
+    def kind(self) -> str:
+        return {"residual": "residual", "mlp": "MLP"}.get(self.via, "attention")
+
+
+class Routes(BaseModel):
+    """The routes of one prompt: edges of an importance above `tau`."""
+
+    prompt: int
+    tokens: list[str]
+    tau: Annotated[float, Field(ge=0, lt=1)]
+    renormalised: bool
+    edges: list[Edge]
+
+    @classmethod
+    def read(cls, path: Path) -> Routes:
+        """Read a file; ValueError, naming it, if it holds no routes."""
+        try:
+            routes = cls.model_validate(parse_json(path.read_bytes()))
+        except ValidationError as error:
+            raise ValueError(f"{path}: {one_sentence(error).partition(';')[0]}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}.") from None
+        for edge in routes.edges:
+            if max(node.pos for node in edge.nodes) >= len(routes.tokens):
+                raise ValueError(
+                    f"{path}: an edge from {edge.source} to {edge.target}, but {len(routes.tokens)} tokens."
+                )
+        return routes
+
+
+class _Lines(NamedTuple):
+    """Lines of one kind and width, one behind the other, with gaps; and their middles, with what is told there."""
+
+    x: list[float | None]
+    y: list[float | None]
+    x_told: list[float]
+    y_told: list[float]
+    told: list[str]
+
+
+def draw_routes(routes: Routes) -> Any:
+    """Tokens from left to right, layers upwards, every edge as wide and as dark as it is important.
+
+    Names and importance of an edge are under the mouse in the middle of its line. Several heads between the same two states have
+    a line each, side by side. A slider hides what is of little importance.
+    """
+    import plotly.graph_objects as plotly
+
+    tokens = [html.escape(shown_token(token)) for token in routes.tokens]
+    most = max((edge.importance for edge in routes.edges), default=1.0)
+    limits = np.geomspace(max(routes.tau, most / 100), most, STEPS, endpoint=False) if most else np.zeros(1)
+    nodes = dict.fromkeys(node for edge in routes.edges for node in edge.nodes)
+    traces: list[Any] = []
+    levels: list[int] = []  # a trace is shown while the slider is at its level or below
+    for (level, kind), lines in sorted(_lines(routes, tokens, limits).items()):
+        share = (level + 1) / STEPS
+        common = {"name": kind, "legendgroup": kind, "showlegend": False}
+        line = {"color": KINDS[kind], "width": 1 + 6 * share}
+        traces.append(
+            plotly.Scatter(
+                x=lines.x, y=lines.y, mode="lines", line=line, opacity=0.35 + 0.6 * share, hoverinfo="skip", **common
+            )
+        )
+        # Unseen: plotly tells of points, and not of lines.
+        traces.append(_points(lines.x_told, lines.y_told, lines.told, {"size": 12, "opacity": 0}, **common))
+        levels += [level, level]
+    for kind, colour in KINDS.items():
+        line = {"color": colour, "width": 4}
+        traces.append(plotly.Scatter(x=[None], y=[None], mode="lines", line=line, name=kind, legendgroup=kind))
+    x, y = np.array([_place(node) for node in nodes] or np.empty((0, 2))).T
+    words = [f"{node}<br>{tokens[node.pos]}" for node in nodes]
+    traces.append(_points(x.tolist(), y.tolist(), words, {"size": 6, "color": "black"}, showlegend=False))
+    levels += [STEPS] * (len(traces) - len(levels))
+    steps = [
+        {"label": f"{limit:.2g}", "method": "restyle", "args": [{"visible": [level >= step for level in levels]}]}
+        for step, limit in enumerate(limits)
+    ]
+    layers = 1 + max((node.layer for node in nodes), default=0)
+    every = -(-layers // 20)
+    depths = [0, *range(1, layers + 1, every)]
+    axis = {"showgrid": False, "zeroline": False, "automargin": True}
+    return plotly.Figure(
+        traces,
+        {
+            "xaxis": {
+                "title": "token",
+                "tickvals": list(range(len(tokens))),
+                "ticktext": tokens,
+                "tickangle": -60,
+                **axis,
+            },
+            "yaxis": {
+                "title": "residual stream after layer",
+                "tickvals": depths,
+                "ticktext": ["embed", *(str(depth - 1) for depth in depths[1:])],
+                **axis,
+            },
+            "height": 320 + 60 * min(layers, 14),
+            "hovermode": "closest",
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+            "sliders": [
+                {"steps": steps, "currentvalue": {"prefix": "edges of an importance above "}, "pad": {"t": 90}}
+            ],
+            "margin": {"t": 40},
+        },
+    )
+
+
+def _lines(routes: Routes, tokens: list[str], limits: np.ndarray) -> dict[tuple[int, str], _Lines]:
+    """The lines by level of importance and kind."""
+    found: dict[tuple[int, str], _Lines] = defaultdict(lambda: _Lines([], [], [], [], []))
+    beside: Counter[tuple[Node, Node, str]] = Counter()
+    for edge in sorted(routes.edges, key=lambda edge: -edge.importance):
+        source, target = edge.nodes
+        key = source, target, edge.kind
+        x, y = _bow(source, target, edge.kind, beside[key])
+        beside[key] += 1
+        lines = found[max(int((limits <= edge.importance).sum()) - 1, 0), edge.kind]
+        lines.x.extend([*x.tolist(), None])
+        lines.y.extend([*y.tolist(), None])
+        middle = slice(6, 15, 4)
+        lines.x_told.extend(x[middle].tolist())
+        lines.y_told.extend(y[middle].tolist())
+        words = f"<b>{edge.kind if edge.via in ('residual', 'mlp') else f'head {edge.via}'}</b>"
+        words += f"<br>{tokens[source.pos]} → {tokens[target.pos]}<br>{edge.source} → {edge.target}"
+        lines.told.extend([f"{words}<br>importance {edge.importance:.3f}"] * 3)
+    return found
+
+
+def _points(x: list[float], y: list[float], words: list[str], marker: dict[str, Any], **more: Any) -> Any:
+    import plotly.graph_objects as plotly
+
+    told = "%{text}<extra></extra>"
+    return plotly.Scatter(x=x, y=y, text=words, mode="markers", marker=marker, hovertemplate=told, **more)
+
+
+def _bow(source: Node, target: Node, kind: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """A line from state to state, the first, second ... of its kind between the two; bent where it would hide another."""
+    (x0, y0), (x1, y1) = _place(source), _place(target)
+    if x0 == x1:
+        by = {"residual": 0.0, "MLP": 0.22, "attention": -0.22 - 0.09 * number}[kind]
+    else:
+        by = 0.12 * ((number + 1) // 2) * (-1) ** number
+    along = np.linspace(0, 1, 21)
+    x, y = x0 + (x1 - x0) * along + by * 4 * along * (1 - along), y0 + (y1 - y0) * along
+    return x.round(3), y.round(3)
+
+
+def _place(node: Node) -> tuple[float, float]:
+    """Where a state is drawn: resid_mid half-way up its layer, resid_post at its end."""
+    return node.pos, node.layer + {"resid_pre": 0.0, "resid_mid": 0.5, "resid_post": 1.0}[node.site]
+
+
+def _node(name: str) -> Node:
+    found = NODE.fullmatch(name)
+    assert found, name  # so says Edge
+    return Node(found[1], int(found[2]), int(found[3]))
