@@ -11,7 +11,8 @@ are percentile bootstraps over heads. Beside SciPy's p, which takes heads as ind
 heads within their layer only: association beyond what depth alone gives. The layers' permutation p-values are corrected
 for their number (q, Benjamini-Hochberg).
 
-Written: the numbers (JSON), a scatter plot of heads and a plot of the layers' correlations.
+Written: the numbers (JSON), beside them the config (YAML; running it again gives the same), a scatter plot of heads and a plot of
+the layers' correlations.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import scipy
 
 from pyvene_ext import figures
 from pyvene_ext.cli import run
-from pyvene_ext.runs import read_npy, write_json
+from pyvene_ext.runs import read_npy, write_config, write_json
 from pyvene_ext.stats import Coefficient, Correlation, correlate_heads, correlate_layers, q_values
 
 
@@ -70,6 +71,9 @@ def main(config: Config) -> None:
     out_json = config.out_json or folder / "correlation.json"
     scatter_png = config.scatter_png or folder / "scatter.png"
     layer_png = config.layer_png or folder / "layers.png"
+    config_file = out_json.with_suffix(".yaml")
+    if out_json == config_file:
+        raise ValueError(f"--out_json {out_json} is where the config goes; name it .json.")
     figures.check_path(scatter_png)
     figures.check_path(layer_png)
     if config.layerwise and scatter_png.with_suffix("") == layer_png.with_suffix(""):
@@ -120,8 +124,9 @@ def main(config: Config) -> None:
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    write_config(config_file, config)
     write_json(out_json, record)
-    written.append(out_json)
+    written += [config_file, out_json]
 
     print(f"{title}: {config.quantity}, layers {layers.start} to {layers.stop - 1}, {a.shape[1]} heads each\n")
     print(table([("all", overall), *((str(layer), row) for layer, row in zip(layers, per_layer, strict=False))]))

@@ -91,13 +91,13 @@ def _of_run(run: Run, home: Path, plots: Iterator[int]) -> Iterator[str]:
         yield f"<h3>Where heads look</h3>{attention_html(run.attention)}"
     if run.routes:
         yield f"<h3>Routes to the prediction of prompt {run.routes.prompt}</h3>{drawn(draw_routes(run.routes))}"
-    if figures := files(run.folder, "figures/*.png"):
+    if figures := files(run.folder, "figures/*.png") or files(run.folder, "*.png"):
         yield f'<h3>Figures</h3><div class="row">{"".join(_figure(path, home) for path in figures)}</div>'
     yield "<h3>Numbers and files</h3>"
     for name, rows in run.tables.items():
         yield _folded(f"{name} ({len(rows)} rows)", _table(rows[:SHOWN]))
     flags = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-    yield _folded("config.yaml", f"<pre>{html.escape(flags)}</pre>")
+    yield _folded("config", f"<pre>{html.escape(flags)}</pre>")
     for name, facts in run.facts.items():
         yield _folded(name, f"<pre>{html.escape(json.dumps(facts, indent=2, ensure_ascii=False))}</pre>")
     links = [

@@ -61,7 +61,7 @@ class Run:
     """What a study has left in its folder.
 
     Attributes:
-        config: the flags it was run with.
+        config: the flags it was run with; where the folder holds several runs, those of each by its name.
         facts: its JSON files by name, but for those below.
         tables: its CSV files by name, as text.
         attention: where some of its heads look.
@@ -79,9 +79,13 @@ class Run:
     def read(cls, folder: str | Path) -> Run:
         """Read a folder; ValueError if it is not one of a finished run."""
         folder = Path(folder)
-        if not (folder / "config.yaml").is_file():
+        # Some studies put the files of many runs in one folder, each under the run's name.
+        configs = files(folder, "config.yaml") or files(folder, "*.yaml")
+        if not configs:
             raise ValueError(f"{folder} has no config.yaml, so that it is no folder of a finished run.")
-        config = read_yaml(folder / "config.yaml")
+        config = {path.stem: read_yaml(path) for path in configs}
+        if len(config) == 1:
+            (config,) = config.values()
         beside = folder.parent / f"{folder.name}.json"  # of a study whose main file is an array, NAME.npy
         facts = {
             path.name: _json(path)
@@ -92,7 +96,10 @@ class Run:
             folder,
             config,
             facts,
-            {path.name: _csv(path) for path in files(folder, "*.csv")},
+            {
+                path.relative_to(folder).as_posix(): _csv(path)
+                for path in files(folder, "*.csv") or files(folder, "tables/*.csv")
+            },
             read_views(folder / ATTENTION) if (folder / ATTENTION).is_file() else [],
             Routes.read(folder / ROUTES) if (folder / ROUTES).is_file() else None,
         )

@@ -14,6 +14,7 @@ from crosslingual_head_corr import Config, layer_range, main
 
 from pyvene_ext import stats
 from pyvene_ext.cli import run
+from pyvene_ext.report import write_report
 
 ROOT = Path(__file__).parents[2]
 A, B = np.random.default_rng(0).random((2, 6, 8)).astype(np.float32)
@@ -49,6 +50,17 @@ def refused(capsys, *flags):
     return line
 
 
+def test_the_config_repeats_the_run_and_a_report_shows_it(capsys):
+    assert correlate("--seed", "3") == 0
+    out = Path("outputs/crosslingual_head_corr/en_vs_zh")
+    before = json.loads((out / "correlation.json").read_text())["overall"]
+    assert run(main, Config, ["--config", str(out / "correlation.yaml")]) == 0
+    assert json.loads((out / "correlation.json").read_text())["overall"] == before
+    write_report([out], "page.html")
+    page = Path("page.html").read_text()
+    assert "correlation.json" in page and page.count('<img src="data:image/png') == 2
+
+
 def as_plain(correlation):
     return json.loads(json.dumps(correlation.as_dict()))
 
@@ -57,7 +69,8 @@ def test_defaults_write_numbers_and_figures_and_the_right_numbers(capsys):
     assert correlate() == 0
     out = "outputs/crosslingual_head_corr/en_vs_zh/"
     assert files() == [
-        out + name for name in ("correlation.json", "layers.pdf", "layers.png", "scatter.pdf", "scatter.png")
+        out + name
+        for name in ("correlation.json", "correlation.yaml", "layers.pdf", "layers.png", "scatter.pdf", "scatter.png")
     ]
     record = json.loads(Path(out + "correlation.json").read_text())
     assert record["overall"] == as_plain(stats.correlate_heads(A, B, 0, 50))
@@ -100,7 +113,7 @@ def test_every_known_flag_with_underscores_or_dashes(dash):
     flags = ["--out_json", "x/o.json", "--scatter_png", "y/s.png", "--layer_png", "l.png", "--layers", "2:5"]
     flags = [flag.replace("_", dash) if flag.startswith("--") else flag for flag in flags]
     assert correlate(*flags) == 0
-    assert files() == ["l.pdf", "l.png", "x/o.json", "y/s.pdf", "y/s.png"]
+    assert files() == ["l.pdf", "l.png", "x/o.json", "x/o.yaml", "y/s.pdf", "y/s.png"]
     record = json.loads(Path("x/o.json").read_text())
     assert record["overall"] == as_plain(stats.correlate_heads(A[2:5], B[2:5], 0, 50))
     assert [row["layer"] for row in record["per_layer"]] == [2, 3, 4]
@@ -109,7 +122,7 @@ def test_every_known_flag_with_underscores_or_dashes(dash):
 @pytest.mark.parametrize("flag", ["--no_layerwise", "--no-layerwise"])
 def test_no_layerwise_leaves_out_the_layers(flag):
     assert correlate(flag, "--out_json", "o.json", "--scatter_png", "s.pdf") == 0
-    assert files() == ["o.json", "s.pdf"]
+    assert files() == ["o.json", "o.yaml", "s.pdf"]
     assert json.loads(Path("o.json").read_text())["per_layer"] is None
 
 
@@ -229,6 +242,7 @@ def test_layers_are_a_half_open_range():
         (("--layer_png", "l.png", "--no_layerwise"), "give one of the two"),
         (("--scatter_png", "x/s.pdf", "--layer_png", "x/s.png"), "are both x/s; give two names"),
         (("--n_resamples", "0"), "n_resamples is 0"),
+        (("--out_json", "o.yaml"), "o.yaml is where the config goes"),
         (("--scatter_png", "data/en.npy/s.png"), "data/en.npy"),
     ],
 )
@@ -254,7 +268,7 @@ def test_the_script_runs_from_the_repository_root_and_gives_exit_codes(folder):
     outputs = [f"--{flag}={folder / name}" for flag, name in (("out_json", "o.json"), ("scatter_png", "s.png"))]
     good = script(f"--a={data / 'en.npy'}", f"--b={data / 'zh.npy'}", "--no_layerwise", *outputs)
     assert (good.returncode, good.stderr) == (0, "")
-    assert files() == ["o.json", "s.pdf", "s.png"]
+    assert files() == ["o.json", "o.yaml", "s.pdf", "s.png"]
     assert json.loads(Path("o.json").read_text())["command"].startswith(
         "python experiments/crosslingual_head_corr.py --a"
     )

@@ -385,7 +385,7 @@ def test_the_script_of_the_published_grid_runs_on_a_tiny_model(folder: Path) -> 
     ran = subprocess.run(["bash", script, *flags], env={"LAUNCH": sys.executable, "PATH": "/usr/bin:/bin"}, check=False)
     assert ran.returncode == 0
     assert len(list((folder / "out/tables").glob("*_summary.csv"))) == 2
-    pictures = [path.read_bytes() for path in (folder / "out/figures").iterdir()]
+    pictures = [path.read_bytes() for path in (folder / "out/figures").glob("*.png")]
     assert len(pictures) == 6 and all(picture.startswith(b"\x89PNG") for picture in pictures)
 
 

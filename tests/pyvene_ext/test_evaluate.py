@@ -14,7 +14,7 @@ import torch
 from pyvene import RepresentationConfig, ZeroIntervention
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyvene_ext.compile import Compiled, compile_specs, donors
 from pyvene_ext.evaluate import Evaluation, Results, Scope, Transcripts, condition_of, evaluate, facts_of
@@ -292,15 +292,13 @@ def test_texts_that_end_at_once_and_batches_of_any_size() -> None:
 # -- what becomes of the texts -------------------------------------------------------------------------------------------
 
 
-class Writes(torch.nn.Module):
+class Writes(LlamaForCausalLM):
     """A model that writes given texts, with the probability 0.9 for even tokens and 0.6 for odd ones."""
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
-        super().__init__()
-        self.weight, self.texts = torch.nn.Parameter(torch.zeros(1)), texts
-        self.config = random_model("llama3_1").config
-        self.generation_config = type("G", (), {"eos_token_id": END})()
-        self.steps = 0
+        super().__init__(random_model("llama3_1").config)
+        self.texts, self.steps = texts, 0
+        self.generation_config.eos_token_id = END
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **_: Any) -> Any:
         logits = torch.full((len(self.texts), 1, VOCAB), -100.0)

@@ -384,6 +384,24 @@ def test_files_that_are_not_what_they_are_called_are_named(tmp_path: Path, file:
     assert not (tmp_path / "page.html").exists()
 
 
+def test_several_runs_that_share_a_folder_are_shown_with_their_tables(tmp_path: Path) -> None:
+    """As `run_ablations.py` leaves them: configs and facts under each run's name, tables in a folder of their own."""
+    for name, tau in (("one", 0.25), ("two", 0.75)):
+        write_yaml(tmp_path / f"x/{name}.yaml", {"tau": tau})
+        write_json(tmp_path / f"x/{name}.json", {"command": f"python {name}.py", "verdicts": [f"{name} matters"]})
+        write_csv(
+            tmp_path / f"x/tables/{name}.csv", [{"layer": 0, "head": head, name: tau * head} for head in range(3)]
+        )
+    run = Run.read(tmp_path / "x")
+    assert run.config == {"one": {"tau": 0.25}, "two": {"tau": 0.75}}
+    assert run.by_head()["tables/two.csv", "two"] == {(0, 0): 0, (0, 1): 0.75, (0, 2): 1.5}
+    assert run.verdicts == ["one matters", "two matters"]
+    write_report([tmp_path / "x"], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    for word in ("python one.py", "python two.py", "tables/one.csv (3 rows)", "two matters"):
+        assert word in text
+
+
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     _run(tmp_path / "a")
