@@ -112,8 +112,22 @@ def n_layers(config: Any) -> int:
 
 
 def n_positions(config: Any) -> int:
-    """How many tokens the model takes; without end where a distance costs attention and no position is learnt (BLOOM)."""
-    return getattr(config, "max_position_embeddings", sys.maxsize)
+    """How many tokens the model takes; without end where a distance costs attention and no position is learnt (BLOOM).
+
+    Where rotary positions are scaled, max_position_embeddings is in some configs the length before that (Qwen2.5 with YaRN), in
+    others the one behind it; taken is the larger.
+    """
+    if getattr(config, "alibi", False):
+        return sys.maxsize
+    most = getattr(config, "max_position_embeddings", sys.maxsize)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (
+        rope,
+        *(value for value in rope.values() if isinstance(value, dict)),
+    ):  # some have one for each type of layer
+        if one.get("rope_type") in ("linear", "dynamic", "yarn"):
+            most = max(most, int(one["factor"] * (one.get("original_max_position_embeddings") or most)))
+    return most
 
 
 def n_heads(config: Any) -> int:

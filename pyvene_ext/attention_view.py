@@ -169,6 +169,11 @@ def _plain(view: View) -> dict[str, Any]:
     return {"name": view.name, "tokens": list(view.tokens), "heads": heads}
 
 
+def escaped(text: str) -> str:
+    """Text for plotly, which reads tags but leaves quotation marks alone."""
+    return html.escape(text, quote=False)
+
+
 def shown_token(token: str) -> str:
     """A token for an axis: without the spaces around it, unless it has nothing else."""
     return token.strip() or repr(token)[1:-1].replace(" ", "␣")

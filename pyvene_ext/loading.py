@@ -47,7 +47,7 @@ MOST = {
     "num_labels": 1_000_000,
 }
 SMALL = 2**22  # numbers, which may be asked for whatever the size of the weights' files
-TRIED = 8  # tokens
+TEXT = "Lisa gave the book to"  # which a model is tried on
 
 
 def load_model(
@@ -112,8 +112,9 @@ def load_model(
             "get the complete checkpoint of a causal language model."
         )
     _check_layers(model, report["unexpected_keys"], name)
-    _check_runs(model, name)
     restore(model, name, source, revision)
+    if device not in (None, "auto"):
+        model.to(device)
     try:
         tokenizer = _tokenizer(source, revision)
         tokenizer("a b")  # some of what its files say is only looked at then
@@ -129,10 +130,9 @@ def load_model(
             f"the tokenizer of {name} has ids up to {last} and the model embeds {_vocabulary(model)} tokens; get files that "
             "belong together."
         )
+    _check_runs(model, tokenizer, name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if device not in (None, "auto"):
-        model.to(device)
     return model.eval(), tokenizer
 
 
@@ -223,7 +223,7 @@ def _check_counts(config: dict[str, Any], name: str) -> None:
             raise ValueError(
                 f"{name}: {key} in config.json is {_short(value)}, and not from {least} to {most}; copy or download it again."
             )
-    if "transformers_weights" in config:
+    if config.get("transformers_weights") is not None:
         raise ValueError(
             f"{name} names a file of its own for its weights (transformers_weights in config.json), which is never read; get a "
             "checkpoint with model.safetensors."
@@ -243,7 +243,7 @@ def _check_files(folder: Path, name: str) -> None:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{name}: {index.name} cannot be read; copy or download it again.") from None
         for shard in shards:
-            if Path(shard).name != shard or Path(shard).suffix != ".safetensors":
+            if Path(shard).is_absolute() or ".." in Path(shard).parts or Path(shard).suffix != ".safetensors":
                 raise ValueError(
                     f"{name}: {index.name} names {_short(shard)!r}, which is no safetensors file of that folder; copy or "
                     "download it again."
@@ -251,7 +251,8 @@ def _check_files(folder: Path, name: str) -> None:
         files = [folder / shard for shard in shards]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        # Of eager attention, which every machine has: this one is never run.
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     files = [file for file in files if file.is_file()]
     quantised = hasattr(config, "quantization_config")
     asked = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
@@ -289,26 +290,30 @@ def _check_layers(model: PreTrainedModel, unexpected: Iterable[str], name: str) 
 
 
 @torch.no_grad()
-def _check_runs(model: PreTrainedModel, name: str) -> None:
-    """Raise ValueError for weights that are not numbers, and for a model that fails on its first tokens."""
+def _check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ValueError for weights that are not numbers, and for a model that fails on a few words."""
     parameters = dict(model.named_parameters())
     if any(parameter.is_meta for parameter in parameters.values()):
         return
+    # Rows of tokens that nobody writes may hold anything.
+    words = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    spared = {id(parameter) for module in words for parameter in module.parameters()}
     for key, parameter in parameters.items():
         if (
-            parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            id(parameter) not in spared
+            and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             and not parameter.isfinite().all()
         ):
             raise ValueError(f"the weights of {name} are broken ({key} is not finite); copy or download them again.")
+    written = [i for i in tokenizer(TEXT, add_special_tokens=False)["input_ids"] if i < _vocabulary(model)] or [0]
+    ids = torch.tensor(written[: n_positions(model.config)], device=input_device(model))
     try:
-        vocabulary = _vocabulary(model)
-        ids = torch.arange(min(TRIED, n_positions(model.config)), device=input_device(model)) % vocabulary
         logits = model.eval()(ids[None], use_cache=True).logits  # as in generation, which asks more of a config
     except Exception as error:
         raise ValueError(
-            f"{name} cannot be run ({_first_line(error)}); its config.json and weights do not belong together."
+            f"{name} cannot be run here ({_first_line(error)}); look at its config.json, or load it in another dtype."
         ) from error
-    if not logits.isfinite().all():
+    if not logits[..., ids].isfinite().all():
         raise ValueError(
             f"the logits of {name} are not finite; "
             + (

@@ -7,6 +7,7 @@ import html
 import itertools
 import json
 import os
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def _figure(path: Path, home: Path) -> str:
 
 def _link(path: Path, home: Path, text: str) -> str:
     target = Path(os.path.relpath(path, home)).as_posix()
-    return f'<a href="{html.escape(target)}">{html.escape(text)}</a>'
+    return f'<a href="{urllib.parse.quote(target)}">{html.escape(text)}</a>'
 
 
 def _side_by_side(runs: Sequence[Run]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import textwrap
 from collections.abc import Sequence
@@ -11,10 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from pyvene_ext.attention_view import escaped
 from pyvene_ext.figures import BLUE, DIVERGING, SEQUENTIAL
 from pyvene_ext.report.run import Column, Head, Row, by_group, columns, in_group, number
 
 BARS = 20  # heads that are drawn with their intervals
+LINES = 12  # under the mouse
 
 
 def head_maps(rows: Sequence[Row]) -> Any | None:
@@ -77,11 +78,11 @@ def first_heads(rows: Sequence[Row]) -> Any | None:
     if not traces:
         return None
     changes: list[list[dict[str, Any]]] = [
-        [{"visible": _only(i, labels)}, {"yaxis.title.text": html.escape(label)}] for i, label in enumerate(labels)
+        [{"visible": _only(i, labels)}, {"yaxis.title.text": escaped(label)}] for i, label in enumerate(labels)
     ]
     layout = {
         "xaxis": {"title": "head, largest first", "type": "category", "tickangle": -60},
-        "yaxis": {"title": html.escape(labels[0]), "zerolinecolor": "#999", "gridcolor": "#eee"},
+        "yaxis": {"title": escaped(labels[0]), "zerolinecolor": "#999", "gridcolor": "#eee"},
         "width": 560,
         "height": 370,
         "margin": {"t": 60},
@@ -101,7 +102,7 @@ def prompt_by_prompt(texts: Sequence[str], deltas: Float[np.ndarray, "layer head
         )
         for i in range(len(texts))
     ]
-    titles = ["<br>".join(map(html.escape, textwrap.wrap(text, 80, max_lines=3, placeholder=" …"))) for text in texts]
+    titles = ["<br>".join(map(escaped, textwrap.wrap(text, 80, max_lines=3, placeholder=" …"))) for text in texts]
     steps = [
         {"label": str(i), "method": "update", "args": [{"visible": _only(i, texts)}, {"title.text": title}]}
         for i, title in enumerate(titles)
@@ -134,7 +135,7 @@ def _colours(values: Float[np.ndarray, "layer head"], most: float | None = None)
 
 
 def _bar(name: str) -> dict[str, Any]:
-    return {"title": {"text": html.escape(name), "side": "right"}, "thickness": 14, "outlinewidth": 0}
+    return {"title": {"text": escaped(name), "side": "right"}, "thickness": 14, "outlinewidth": 0}
 
 
 def _axes(layers: int, heads: int) -> dict[str, Any]:
@@ -155,8 +156,7 @@ def _axes(layers: int, heads: int) -> dict[str, Any]:
 def _menu(labels: Sequence[str], changes: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """A menu of what to show."""
     buttons = [
-        {"label": html.escape(label), "method": "update", "args": args}
-        for label, args in zip(labels, changes, strict=True)
+        {"label": escaped(label), "method": "update", "args": args} for label, args in zip(labels, changes, strict=True)
     ]
     return {"updatemenus": [{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom"}]}
 
@@ -168,7 +168,10 @@ def _only(which: int, of: Sequence[Any]) -> list[bool]:
 def _in_words(every: Sequence[Column], head: Head, row: Row) -> str:
     """A row of a table, numbers with their intervals."""
     cells = [(column.title, column.cell(row)) for column in every if column.name not in ("layer", "head")]
-    lines = [f"{html.escape(name)}: {html.escape(cell)}" for name, cell in cells]
+    words = [f"{escaped(name)}: {escaped(cell)}" for name, cell in cells]
+    # A label that is higher than the drawing is not shown at all.
+    each = math.ceil(len(words) / LINES)
+    lines = [" · ".join(words[start : start + each]) for start in range(0, len(words), each or 1)]
     return "<br>".join([f"<b>head {head[0]}.{head[1]}</b>", *lines])
 
 

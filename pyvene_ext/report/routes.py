@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from pyvene_ext.attention_view import shown_token
+from pyvene_ext.attention_view import escaped, shown_token
 from pyvene_ext.figures import BLUE, LIGHT, ORANGE
 from pyvene_ext.flow import Node
 from pyvene_ext.runs import parse_json
@@ -84,7 +83,7 @@ def draw_routes(routes: Routes) -> Any:
     """
     import plotly.graph_objects as plotly
 
-    tokens = [html.escape(shown_token(token)) for token in routes.tokens]
+    tokens = [escaped(shown_token(token)) for token in routes.tokens]
     most = max((edge.importance for edge in routes.edges), default=1.0)
     limits = np.geomspace(max(routes.tau, most / 100), most, STEPS, endpoint=False) if most else np.zeros(1)
     nodes = dict.fromkeys(node for edge in routes.edges for node in edge.nodes)

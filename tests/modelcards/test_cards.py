@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import pytest
@@ -10,10 +11,20 @@ import pyvene
 import torch
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, ZeroIntervention
 from pyvene.models.intervenable_modelcard import type_to_dimension_mapping, type_to_module_mapping
-from transformers import Gemma2ForCausalLM, LlamaForCausalLM, LlamaModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import modelcards
-from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of
+from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of, n_positions
 from pyvene_ext import IntervenableModel, verify, verify_card
 from pyvene_ext.truth import Truth
 from tests.conftest import PLAIN_MODULES
@@ -402,3 +413,40 @@ def test_other_attention_implementations_are_refused_for_taps_only() -> None:
 def test_the_bare_class_is_registered_apart() -> None:
     assert type_to_module_mapping[LlamaModel]["block_output"][0] == "layers[%s]"
     assert type_to_module_mapping[LlamaForCausalLM]["block_output"][0] == "model.layers[%s]"
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (LlamaConfig(max_position_embeddings=100), 100),
+        (
+            Qwen2Config(
+                max_position_embeddings=100, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+            ),
+            400,
+        ),
+        (
+            Qwen2Config(
+                max_position_embeddings=400,
+                rope_parameters={
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 100,
+                },
+            ),
+            400,
+        ),
+        (
+            LlamaConfig(
+                max_position_embeddings=100, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+            ),
+            200,
+        ),
+        (BloomConfig(), sys.maxsize),
+        (FalconConfig(alibi=True), sys.maxsize),
+        (GPT2Config(n_positions=30), 30),
+    ],
+)
+def test_scaled_rotary_positions_reach_further(config: Any, positions: int) -> None:
+    assert n_positions(config) == positions

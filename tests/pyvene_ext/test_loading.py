@@ -33,6 +33,7 @@ from transformers import (
 from pyvene_ext import loading
 from pyvene_ext.loading import load_model
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
+from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES, random_inputs, random_model
 
 TEXT = "When Lisa and Mark went to the store , Mark gave the book to"
@@ -354,3 +355,45 @@ def test_being_offline_is_explained_for_real(monkeypatch: pytest.MonkeyPatch, tm
     message = refusal(ConnectionError, "some-org/tiny-qwen2.5")
     assert "the hub cannot be reached; go online (and unset HF_HUB_OFFLINE)" in message
     assert "a shipped model (tiny-llama3.1, tiny-qwen2.5)" in message
+
+
+# -- what must not be refused ------------------------------------------------------------------------------------------
+
+
+def test_rows_of_unused_tokens_may_hold_anything(tmp_path: Path) -> None:
+    """Some checkpoints have NaN or -inf where no token is: padding of the vocabulary, tokens never trained."""
+    save_random_model("llama3_1", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in weights:
+            weights[name][3] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, tokenizer = load_model(tmp_path)
+    assert 3 not in tokenizer("Lisa gave the book to", add_special_tokens=False)["input_ids"]
+    assert model.get_input_embeddings().weight[3].isnan().all()
+
+
+def test_attention_of_another_machine_in_the_config_can_be_replaced(tmp_path: Path) -> None:
+    save_random_model("llama3_1", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    assert load_model(tmp_path, attn_implementation="eager")[0].config._attn_implementation == "eager"
+
+
+def test_shards_may_lie_in_a_folder_below(tmp_path: Path) -> None:
+    save_random_model("llama3_1", tmp_path)
+    (tmp_path / "w").mkdir()
+    (tmp_path / "model.safetensors").rename(tmp_path / "w/model-00001-of-00001.safetensors")
+    keys = load_file(tmp_path / "w/model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "w/model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_model(tmp_path)[0].config.num_hidden_layers
+
+
+def test_a_model_is_tried_where_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs a GPU must not be run on the CPU first."""
+    save_random_model("llama3_1", tmp_path)
+    tried: list[str] = []
+    monkeypatch.setattr("pyvene_ext.loading._check_runs", lambda model, *_: tried.append(model.device.type))
+    load_model(tmp_path, device="meta")
+    assert tried == ["meta"]

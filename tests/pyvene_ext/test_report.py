@@ -421,3 +421,24 @@ def test_the_command_writes_the_page_into_the_first_folder(tmp_path: Path, capsy
     assert "report.html" in capsys.readouterr().out
     main(ReportConfig((tmp_path / "a",)))
     assert (tmp_path / "a/report.html").read_bytes() == first
+
+
+def test_a_row_of_many_columns_is_shown_whole() -> None:
+    """Plotly leaves a label out that is higher than its drawing."""
+    rows = [{"layer": "0", "head": str(head), **{f"c{i}": str(i + head) for i in range(30)}} for head in range(2)]
+    figure = head_maps(rows)
+    assert figure is not None
+    words = figure.data[0].text[0][1]
+    assert words.count("<br>") <= 12 and all(f"c{i}: {i + 1}" in words for i in range(30))
+
+
+def test_quotation_marks_are_themselves_and_links_lead_to_odd_names(tmp_path: Path) -> None:
+    _run(tmp_path / "run #2 50%")
+    write_csv(tmp_path / "run #2 50%/heads.csv", [{"layer": 0, "head": h, 'say "x"': h} for h in range(3)])
+    (tmp_path / "run #2 50%/javascript:alert(1).txt").write_text("x")
+    write_report([tmp_path / "run #2 50%"], tmp_path / "run #2 50%/page.html")
+    text = (tmp_path / "run #2 50%/page.html").read_text()
+    assert 'href="javascript%3Aalert' in text and 'href="javascript:' not in text
+    assert 'say \\"x\\": 1' in text
+    write_report([tmp_path / "run #2 50%"], tmp_path / "page.html")
+    assert 'href="run%20%232%2050%25/heads.csv"' in (tmp_path / "page.html").read_text()
