@@ -152,14 +152,15 @@ def test_joint_ablations_give_what_the_plain_engine_gives(family):
     _compare(family, _joint_specs())
 
 
-def test_an_edit_of_a_joint_one_that_reaches_some_prompts_only():
-    """In the last layer an edit counts at the last token alone, which "here" is in the second and third of these prompts."""
+@pytest.mark.parametrize("not_in", range(3))
+def test_an_edit_of_a_joint_one_that_reaches_some_prompts_only(not_in):
+    """In the last layer an edit counts at the last token alone, which "here" is in two of these prompts."""
     prompts = random_prompts((9, 9, 9))
-    here = [{**positions, "here": at} for positions, at in zip(prompts.positions, (-3, -1, -1), strict=True)]
+    places = [{**of_prompt, "here": -3 if i == not_in else -1} for i, of_prompt in enumerate(prompts.positions)]
     everywhere = Ablation(kind="zero", site="z", layer=0, heads=(0,), positions="last")
     last = n_layers(_model("llama3_1").config) - 1
     specs = [(everywhere, Ablation(kind="zero", site="z", layer=last, heads=(1,), positions="here"))]
-    _compare("llama3_1", specs, prompts=replace(prompts, positions=tuple(here)))
+    _compare("llama3_1", specs, prompts=replace(prompts, positions=tuple(places)))
 
 
 @pytest.mark.parametrize("memory", [None, 500_000])
