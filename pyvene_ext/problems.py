@@ -78,12 +78,6 @@ def find_answer(text: str) -> Found | None:
     return Found(float(matches[-1].group()), kept[first], kept[last - 1] + 1)
 
 
-def parse_answer(text: str) -> float | None:
-    """The number of `find_answer`."""
-    found = find_answer(text)
-    return None if found is None else found.value
-
-
 def load_problems(name_or_path: str | Path, limit: int | None = None, split: str = "test") -> tuple[Problem, ...]:
     """Problems from a file or from GSM8K on the hub.
 

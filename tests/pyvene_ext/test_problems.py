@@ -16,7 +16,6 @@ from pyvene_ext.problems import (
     Problem,
     find_answer,
     load_problems,
-    parse_answer,
     room,
     tokenize_problems,
     tokens_for,
@@ -98,12 +97,13 @@ def test_a_chat_is_in_the_words_of_the_tokenizers_template(tokenizer: Any) -> No
     ],
 )
 def test_an_answer_is_the_number_behind_the_mark_or_the_last_one(text: str, answer: float) -> None:
-    assert parse_answer(text) == answer
+    found = find_answer(text)
+    assert found is not None and found.value == answer
 
 
 @pytest.mark.parametrize("text", ["", "no number", "<<7+5=12>> ####", "#### nine", "#### nine\n9", "12 ####  \n"])
 def test_where_there_is_no_answer_there_is_none_and_not_a_wrong_one(text: str) -> None:
-    assert parse_answer(text) is None and find_answer(text) is None
+    assert find_answer(text) is None
 
 
 def test_the_characters_of_an_answer_are_those_of_the_text_as_it_stands() -> None:
