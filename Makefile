@@ -38,7 +38,8 @@ figures: $(VENV)/installed
 	cp outputs/figures/lens/figures/lens_logit_diff.png docs/figures/logit_lens.png
 	cp outputs/figures/lag/figures/tiny-gemma2_perm300_abl3_zero_induction_full.png docs/figures/lag.png
 
-test: lint docs
+test: $(VENV)/installed
+	$(MAKE) --no-print-directory -j 2 lint docs
 	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/installed
