@@ -54,7 +54,13 @@ nitpicky = True
 # What other projects define (no inventory is fetched).
 nitpick_ignore_regex = [("py:.*", r"(?!pyvene_ext\.|modelcards\.).*")]
 nitpick_ignore = [
-    ("py:class", name) for name in ("pyvene_ext.cli.Config", "pyvene_ext.devices.T", "pyvene_ext.evaluate.K")
+    ("py:class", name)
+    for name in (
+        "pyvene_ext.cli.Config",
+        "pyvene_ext.devices.T",
+        "pyvene_ext.evaluate.K",
+        "pyvene_ext.specs.Model",
+    )
 ]
 
 myst_enable_extensions = ["dollarmath"]

@@ -20,15 +20,15 @@ from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyvene_ext.extras import need
 from pyvene_ext.figures import SEQUENTIAL
 from pyvene_ext.patterns import can_be_seen, read_patterns
-from pyvene_ext.runs import atomic_path, parse_json
-from pyvene_ext.specs import one_sentence
+from pyvene_ext.runs import atomic_path
+from pyvene_ext.specs import read_as
 from pyvene_ext.stats import Head
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
 
@@ -135,14 +135,8 @@ class _File(BaseModel):
 
 def read_views(path: str | Path) -> list[View]:
     """What `write_views` has written. Raises ValueError, naming the file, for anything else."""
-    try:
-        prompts = _File.model_validate(parse_json(Path(path).read_bytes())).prompts
-    except ValidationError as error:
-        raise ValueError(f"{path}: {one_sentence(error).partition(';')[0]}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
     views = []
-    for prompt in prompts:
+    for prompt in read_as(_File, path).prompts:
         patterns = {}
         for head, rows in prompt.heads.items():
             if [len(row) for row in rows] != list(range(1, len(prompt.tokens) + 1)):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -28,6 +29,9 @@ from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Component, card_of, n_heads, n_kv_heads, n_layers
 from pyvene_ext.reference import Place, label
+from pyvene_ext.runs import parse_json
+
+Model = TypeVar("Model", bound=BaseModel)
 
 Kind = Literal["zero", "mean", "resample", "noise"]
 VECTORS = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
@@ -353,6 +357,16 @@ def one_sentence(error: ValidationError) -> str:
     """What pydantic found, without its line breaks, codes and links: "heads.0: Input should be a valid integer"."""
     found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
     return "; ".join(f"{where}: {message}" if where else message for where, message in found)
+
+
+def read_as(kind: type[Model], path: str | Path) -> Model:
+    """A JSON file as one of pydantic's models. Raises ValueError, naming the file and what is wrong first, for any other."""
+    try:
+        return kind.model_validate(parse_json(Path(path).read_bytes()))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {one_sentence(error).partition(';')[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
 
 
 def needs(specs: Iterable[Spec]) -> dict[str, tuple]:

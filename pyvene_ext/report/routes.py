@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from pyvene_ext.attention_view import escaped, shown_token
 from pyvene_ext.figures import BLUE, LIGHT, ORANGE
 from pyvene_ext.flow import Node
-from pyvene_ext.runs import parse_json
-from pyvene_ext.specs import one_sentence
+from pyvene_ext.specs import read_as
 
 NODE = re.compile(r"(resid_pre|resid_mid|resid_post)\.(\d{1,6})@(\d{1,6})", re.ASCII)
 KINDS = {"residual": LIGHT, "MLP": ORANGE, "attention": BLUE}
@@ -51,12 +50,7 @@ class Routes(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Routes:
         """Read a file; ValueError, naming it, if it holds no routes."""
-        try:
-            routes = cls.model_validate(parse_json(path.read_bytes()))
-        except ValidationError as error:
-            raise ValueError(f"{path}: {one_sentence(error).partition(';')[0]}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from None
+        routes = read_as(cls, path)
         for edge in routes.edges:
             if max(node.pos for node in edge.nodes) >= len(routes.tokens):
                 raise ValueError(
