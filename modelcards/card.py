@@ -116,11 +116,11 @@ class Card:
 
     def component(self, model: nn.Module, name: str) -> Component:
         """The component called `name`; a ValueError says what there is if this model has none of that name."""
-        from modelcards.register import CARDS  # which imports the cards, and so this module
-
         mapping = self.mapping(type(model))
         if name in mapping:
             return COMPONENTS[name]
+        from modelcards.register import CARDS  # which imports the cards, and so this module
+
         elsewhere = list(dict.fromkeys(card.family for card in CARDS if name in card.components and card is not self))
         there = f"only {', '.join(elsewhere)} and not {self.family} has it" if elsewhere else "no card has it"
         if len(elsewhere) > 3:

@@ -80,7 +80,8 @@ def shared_past_attention(
         x = x.permute(2, 0, 1, 3, 4) if alternating else x.transpose(1, 2)
         return x.reshape(rows * groups, each * n_query, x.shape[-1])
 
-    query = query * (width**-0.5 if scaling is None else scaling)
+    scaling = width**-0.5 if scaling is None else scaling
+    key, past_keys = key * scaling, past_keys * scaling  # of which there are fewer than of queries
     query = query.reshape(rows * groups, each * n_query, width)
     key, value = key.reshape(rows * groups, own, width), value.reshape(rows * groups, own, width)
     past_keys, past_values = (x.reshape(prompts * groups, earlier, width) for x in (past_keys, past_values))

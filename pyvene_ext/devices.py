@@ -52,7 +52,7 @@ def weights_on_a_device(model: nn.Module) -> int:
     """Bytes of a model's weights on the device that holds most of them; what is offloaded is on none."""
     held: Counter[torch.device] = Counter()
     for parameter in model.parameters():
-        held[parameter.device] += parameter.numel() * parameter.element_size()
+        held[parameter.device] += parameter.nbytes
     return max((size for device, size in held.items() if device.type != "meta"), default=0)
 
 
@@ -61,7 +61,10 @@ def no_gradients(model: nn.Module) -> AbstractContextManager[Any]:
 
     Of inference mode, which is a little faster, accelerate would leave parameters that can never have a gradient again.
     """
-    return torch.no_grad() if any(map(has_offloaded_params, model.modules())) else torch.inference_mode()
+    hooked = (
+        module for module in model.modules() if "_hf_hook" in vars(module)
+    )  # hasattr takes long where there is none
+    return torch.no_grad() if any(map(has_offloaded_params, hooked)) else torch.inference_mode()
 
 
 def processes() -> PartialState:

@@ -606,18 +606,19 @@ def _with_entry(output: dict, name: str, new: Tensor) -> dict:
 @contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
     """Every module's train mode and every parameter's grad flag are afterwards as they were."""
-    training = {module: module.training for module in model.modules()}
+    modules = list(model.modules())
+    training = [module.training for module in modules]
     # By name: accelerate puts new parameters in place of those that it offloads.
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    wanted = [{name: p.requires_grad for name, p in module._parameters.items() if p is not None} for module in modules]
     try:
         yield
     finally:
-        for module, mode in training.items():
+        for module, mode, flags in zip(modules, training, wanted, strict=True):
             if module.training != mode:  # few do, and setting what is set takes its time
                 module.training = mode
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.requires_grad != wanted.get(name, parameter.requires_grad):
-                parameter.requires_grad_(wanted[name])
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad != flags.get(name, parameter.requires_grad):
+                    parameter.requires_grad_(flags[name])
 
 
 def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card) -> IntervenableConfig:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,12 +61,23 @@ class Ready:
     """A batch of edits with its indices and values as tensors on a device."""
 
     def __init__(self, batch: Batch, values: Tensor | None, device: torch.device) -> None:
-        self.kind, self.round, self.row_numbers, self.head_numbers = batch.kind, batch.round, batch.rows, batch.heads
-        self.rows, self.columns = (torch.from_numpy(a).to(device) for a in (batch.rows, batch.columns))
+        self.kind, self.round, self.device = batch.kind, batch.round, device
+        self.row_numbers, self.column_numbers, self.head_numbers = batch.rows, batch.columns, batch.heads
         self.most_heads = max(len(ablation.heads or ()) for ablation, *_ in batch.sources)
         self.first_column = batch.columns.min()
-        self.heads = torch.from_numpy(batch.heads).to(device) if batch.heads[0] >= 0 else None
         self.values = None if values is None else values.to(device)
+
+    @cached_property
+    def rows(self) -> Int[Tensor, " entry"]:
+        return torch.from_numpy(self.row_numbers).to(self.device)
+
+    @cached_property
+    def columns(self) -> Int[Tensor, " entry"]:
+        return torch.from_numpy(self.column_numbers).to(self.device)
+
+    @cached_property
+    def heads(self) -> Int[Tensor, " entry"] | None:
+        return torch.from_numpy(self.head_numbers).to(self.device) if self.head_numbers[0] >= 0 else None
 
     def part(self, first: int, stop: int) -> slice:
         """The entries whose rows are in `[first, stop)`."""
@@ -445,22 +457,23 @@ class State:
                 ready.apply(z, first, column, executor.heads)
             return executor.replay.module("attention_value_output", layer)(z)
         known = clean.attention[prompt, column - clean.first : self.group.stop - clean.first]
-        flat = known.view(-1, known.shape[-1])
-        z = clean.z.unflatten(-1, (executor.heads, -1))
+        flat, z = known.view(-1, known.shape[-1]), clean.z.reshape(-1, clean.z.shape[-1] // executor.heads)
         for ready, part in parts:
-            assert weight is not None and ready.heads is not None
-            by_head = weight.unflatten(0, (executor.heads, -1))
-            rows, columns, heads = ready.rows[part], ready.columns[part], ready.heads[part]
-            old = z[self.prompt[rows], columns - clean.first, heads]
-            change = ready.new(old, part) - old
+            assert weight is not None
+            order = np.argsort(ready.head_numbers[part], kind="stable") + part.start
+            rows, columns, heads = (x[order] for x in (ready.row_numbers, ready.column_numbers, ready.head_numbers))
+            counts = np.bincount(heads)
+            which, counts = np.flatnonzero(counts), counts[counts > 0]
+            prompts = self.group.prompts[rows % len(self.group.prompts)]
+            of_clean = (prompts * clean.z.shape[1] + columns - clean.first) * executor.heads + heads
             where = (rows - first) * known.shape[1] + columns - column
-            numbers = ready.head_numbers[part]
-            order = torch.from_numpy(np.argsort(numbers, kind="stable")).to(flat.device)
-            which, counts = np.unique(numbers, return_counts=True)
-            change, where = change[order], where[order]
+            of_clean, where, order = (torch.from_numpy(x).to(z.device) for x in (of_clean, where, order))
+            old = z[of_clean]
+            change = ready.new(old, order) - old
+            by_head = weight.view(executor.heads, -1, weight.shape[-1])
             if (counts == counts[0]).all():  # one product for all heads
-                made = change.view(len(which), -1, change.shape[-1]) @ by_head[torch.from_numpy(which).to(flat.device)]
-                flat.index_add_(0, where, made.flatten(0, 1))
+                own = by_head if len(which) == executor.heads else by_head[torch.from_numpy(which).to(z.device)]
+                flat.index_add_(0, where, (change.view(len(which), -1, change.shape[-1]) @ own).flatten(0, 1))
                 continue
             for head, some, at in zip(which, change.split(counts.tolist()), where.split(counts.tolist()), strict=True):
                 flat.index_add_(0, at, some @ by_head[head])

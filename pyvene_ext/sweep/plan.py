@@ -52,8 +52,12 @@ def default_budget(model: PreTrainedModel, memory: int | None) -> Budget:
     """
     if memory is not None and (type(memory) is not int or memory <= 0):
         raise ValueError(f"memory must be a whole number of bytes above 0, not {memory!r}.")
-    default = max(256 * MIB, weights_on_a_device(model) // 2)
-    return Budget(default if memory is None else memory, 2048 if input_device(model).type == "cpu" else 65536)
+    if memory is None:
+        memory = max(256 * MIB, weights_on_a_device(model) // 2)
+    if input_device(model).type != "cpu":
+        return Budget(memory, 65536)
+    # Of a small model the calls themselves take longest: more tokens in each, as long as the MLP's activations stay in cache.
+    return Budget(memory, max(2048, 2 * MIB // (dimensions(model.config)["d_mlp"] * model.dtype.itemsize)))
 
 
 @dataclass(frozen=True)
