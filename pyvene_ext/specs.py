@@ -15,8 +15,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
+import numpy as np
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictInt,
@@ -34,6 +36,16 @@ from pyvene_ext.runs import parse_json
 Model = TypeVar("Model", bound=BaseModel)
 
 Kind = Literal["zero", "mean", "resample", "noise"]
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's integers and arrays of them, as np.argsort gives them, are as good as Python's own."""
+    return value.tolist() if isinstance(value, np.integer | np.ndarray) else value
+
+
+Whole = Annotated[StrictInt, BeforeValidator(_plain)]
+Number = Annotated[Whole, Field(ge=0)]
+GivenPositions = StrictStr | Annotated[tuple[StrictStr | Whole, ...], BeforeValidator(_plain)]
 VECTORS = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
 KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*VECTORS, "k", "v"), ("zero", "mean", "resample", "noise")),
@@ -75,9 +87,9 @@ class SiteEdit(BaseModel):
     sites: ClassVar[tuple[str, ...]]
 
     site: StrictStr
-    layer: Annotated[StrictInt, Field(ge=0)] | None = None
-    heads: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
-    positions: StrictStr | tuple[StrictStr | StrictInt, ...] = "all"
+    layer: Number | None = None
+    heads: Annotated[tuple[Number, ...] | None, BeforeValidator(_plain)] = None
+    positions: GivenPositions = "all"
 
     @field_validator("site")
     @classmethod
@@ -190,7 +202,7 @@ class Ablation(SiteEdit):
     kind: Kind
     mean: Literal["over_tokens", "per_position"] = "over_tokens"
     noise: Literal["gaussian", "norm_matched"] = "gaussian"
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    seed: Number = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Ablation:
@@ -207,12 +219,12 @@ class Ablation(SiteEdit):
     @property
     def name(self) -> str:
         """A short name, different for different ablations: "z.2.5", "mlp_out.3@last:mean", "z.0.1,4:noise/norm_matched"."""
+        if self.kind == "zero" and not self.seed:  # to which mean and noise say nothing
+            return self.where
         default = type(self).model_fields
         variants = [str(getattr(self, f)) for f in ("mean", "noise") if getattr(self, f) != default[f].default]
         variants += [f"seed{self.seed}"] if self.seed else []
-        return (
-            self.where if (self.kind, variants) == ("zero", []) else "/".join([f"{self.where}:{self.kind}", *variants])
-        )
+        return "/".join([f"{self.where}:{self.kind}", *variants])
 
     @property
     def uses_reference(self) -> bool:
@@ -269,8 +281,8 @@ class ForcedAttention(SiteEdit):
     kind: Literal["force"] = "force"
     site: StrictStr = "pattern"
     shape: Literal["hub", "uniform", "sequential"]
-    block: tuple[StrictStr | StrictInt, StrictStr | StrictInt]
-    hub: StrictStr | StrictInt | None = None
+    block: tuple[StrictStr | Whole, StrictStr | Whole]
+    hub: StrictStr | Whole | None = None
     hard: bool = False
 
     @model_validator(mode="after")

@@ -3,14 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from pyvene_ext.paths import PathPatch
 from pyvene_ext.spec_files import from_yaml, load_specs, save_specs, to_yaml
 from pyvene_ext.specs import (
     Ablation,
+    ForcedAttention,
     Spec,
     all_heads,
+    heads_together,
     members,
     needs,
     one_sentence,
@@ -36,6 +40,25 @@ def test_specs_survive_a_file_unchanged(tmp_path: Path, suffix: str) -> None:
     save_specs(path, SPECS)
     assert load_specs(path) == SPECS
     assert from_yaml(to_yaml(SPECS)) == SPECS
+
+
+def test_numbers_as_numpy_gives_them_are_plain_numbers_in_a_spec() -> None:
+    chosen = np.argsort([0.1, 0.9, 0.5])[:0:-1]  # heads 1 and 2
+    given = {"kind": "noise", "site": "z", "layer": np.int64(2), "heads": chosen, "seed": np.int32(3)}
+    spec = Ablation(**given, positions=np.array([0, -1]))  # type: ignore[arg-type]
+    assert spec == Ablation(kind="noise", site="z", layer=2, heads=(1, 2), positions=(0, -1), seed=3)
+    assert from_yaml(to_yaml([spec])) == [spec]
+    assert heads_together(np.array([[2, 5], [2, 1]])) == (Ablation(kind="zero", site="z", layer=2, heads=(1, 5)),)
+    forced = {"shape": "hub", "layer": np.int64(1), "heads": chosen, "block": (np.int64(0), 3), "hub": np.int64(2)}
+    assert ForcedAttention(**forced) == ForcedAttention(shape="hub", layer=1, heads=(1, 2), block=(0, 3), hub=2)
+    path = {"sender": "z.0.1", "receivers": ("logits",)}
+    assert PathPatch(**path, positions=(np.int64(3),)) == PathPatch(**path, positions=(3,))
+
+
+@pytest.mark.parametrize("layer", [np.float64(2), np.bool_(True), np.array([2]), np.array(2.0), np.int64(-1)])
+def test_what_is_no_whole_number_in_numpy_is_none_in_a_spec(layer: Any) -> None:
+    with pytest.raises(ValidationError, match="layer"):
+        Ablation(kind="zero", site="z", layer=layer, heads=(1,))
 
 
 def test_yaml_is_short_and_readable() -> None:
