@@ -4,6 +4,7 @@
     circuit = top_edges(scores, 100, model.config)
     faithfulness(model, circuit, base=clean, source=corrupt)          # 1: the circuit does what the model does
     curve = faithfulness_curve(model, scores, clean, corrupt)         # curve.sizes, curve.values, curve.area()
+    chance = random_circuits(scores, 100, model.config, count=20)     # to set beside it
 
 The graph is that of `pyvene_ext.graph`: every sender that writes before a receiver reads has an edge to it, into each query
 head's q, each K/V head's k and v, each MLP and the logits. To run a circuit is to run the base prompts with every edge outside
@@ -46,12 +47,15 @@ from pyvene_ext.edges import check_edges
 from pyvene_ext.graph import SENDERS, Node, query_heads, reaches, receivers, senders
 from pyvene_ext.reference import evaluating
 from pyvene_ext.runner import METRICS
+from pyvene_ext.runs import rng
+from pyvene_ext.stats import Interval, ratio_of_means
 from pyvene_ext.sweep.replay import Past, Replay
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.visits import visit
 
 Edges = Bool[np.ndarray, "sender receiver"]
 Scale = Literal["log", "linear"]
+Within = Literal["layers", "anywhere"]
 
 
 # -- circuits ----------------------------------------------------------------------------------------------------------
@@ -136,6 +140,53 @@ def top_edges(scores: Float[np.ndarray, "sender receiver"], n: int, config: Any)
     Raises ValueError for another shape, an edge whose score is NaN, and an `n` that is not between 0 and the number of edges.
     """
     return Circuit.of(_on_paths(_top(_checked_scores(scores, config), n, config), config), config)
+
+
+def random_circuits(
+    scores: Float[np.ndarray, "sender receiver"],
+    n: int,
+    config: Any,
+    count: int,
+    *,
+    within: Within = "layers",
+    seed: int = 0,
+) -> list[Circuit]:
+    """What `top_edges` would make of scores dealt out anew at random: circuits to set beside the one that the scores chose.
+
+    Args:
+        scores, n, config: as for `top_edges`.
+        count: how many circuits.
+        within: layers: as many edges as the scores chose lead from each kind of sender in each layer (all heads of layer 3, say)
+            to each kind of receiver in each layer (all keys of layer 5), so that only the choice among them is random. anywhere:
+            any `n` edges of the model.
+        seed: of the draws; the first circuits of a larger `count` are those of a smaller one.
+
+    They too lose the edges on no path from the embedding to the logits, and mostly more than the chosen one does: compare `len`.
+
+    Raises ValueError for what `top_edges` refuses, another `within`, and a `count` below 1.
+    """
+    if within not in ("layers", "anywhere"):
+        raise ValueError(f"within must be 'layers' or 'anywhere', not {within!r}.")
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise ValueError(f"count must be a whole number of 1 or more, not {count!r}.")
+    chosen, there = _top(_checked_scores(scores, config), n, config), exists(config)
+    group = np.zeros(there.shape, int)
+    if within == "layers":
+        rows, columns = (
+            np.unique([f"{node.site}.{node.layer}" for node in nodes], return_inverse=True)[1]
+            for nodes in (senders(config), receivers(config))
+        )
+        group = rows[:, None] * (columns.max() + 1) + columns
+    group, kept = group[there], chosen[there]
+    by_group = np.argsort(group, kind="stable")
+    found = []
+    for number in range(count):
+        mixed, dealt = np.zeros_like(kept), np.zeros_like(there)
+        # Both orders go through the groups one after the other, this one at random within each.
+        mixed[np.lexsort((rng(seed, "random circuits", number).random(len(group)), group))] = kept[by_group]
+        dealt[there] = mixed
+        found.append(Circuit.of(_on_paths(dealt, config), config))
+    return found
 
 
 def _parse(edge: str) -> tuple[Node, Node]:
@@ -252,6 +303,17 @@ class CircuitRuns:
         if clean == source:
             return np.full_like(circuits, np.nan)
         return (circuits - source) / (clean - source)
+
+    def interval(self, seed: int = 0, n_resamples: int = 2000) -> Interval:
+        """Faithfulness with percentile bootstrap 95% intervals over prompts: arrays " circuit".
+
+        A resample takes the same prompts of all runs. The circuit stays the same: of prompts that chose it, these are not the
+        intervals for new ones.
+        """
+        if self.clean.mean(dtype=np.float64) == self.source.mean(dtype=np.float64):
+            return Interval(*np.full((3, len(self.circuits)), np.nan))
+        clean, source, circuits = (x.astype(np.float64) for x in (self.clean, self.source, self.circuits))
+        return ratio_of_means(circuits - source, clean - source, rng(seed, "faithfulness"), n_resamples)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,7 +29,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from pyvene_ext.runs import atomic_path
-from pyvene_ext.stats import Correlation, q_values
+from pyvene_ext.stats import Correlation, Interval, q_values
 
 # The first has no Chinese or Japanese; matplotlib looks for a missing character in the next, and complains of absent fonts.
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei")
@@ -377,6 +377,53 @@ def layer_lines(
     _whole_numbers(axes.xaxis, layers[0], len(layers))
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@_styled
+def faithfulness_curves(
+    curves: Mapping[str, tuple[Int[np.ndarray, " size"], Interval]],
+    random: Mapping[str, tuple[int, Float[np.ndarray, " circuit"]]] | None = None,
+    *,
+    title: str = "Faithfulness by size",
+) -> Figure:
+    """Faithfulness of circuits by the number of edges they were allowed, with 95% intervals, and of random ones beside them.
+
+    Args:
+        curves: by name, up to four: sizes in ascending order and the faithfulness of each (`Curve.sizes` and
+            `Curve.runs.interval()` of `pyvene_ext.circuits`).
+        random: by name, up to two: a size and the faithfulness of random circuits of that size, drawn as dashes.
+        title: above the figure.
+
+    Raises:
+        ValueError: more curves or kinds of random circuits than there are colours for; or a curve's arrays do not fit together.
+    """
+    random, colours, of_random = random or {}, (BLUE, SKY, GREEN, PINK), (ORANGE, GREY)
+    if not 1 <= len(curves) <= len(colours) or len(random) > len(of_random):
+        raise ValueError(
+            f"one figure takes 1 to {len(colours)} curves and up to {len(of_random)} kinds of random circuits, not "
+            f"{len(curves)} and {len(random)}."
+        )
+    figure = Figure(figsize=(5.6, 3.6))
+    axes = figure.add_subplot()
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    for (name, (sizes, interval)), colour in zip(curves.items(), colours, strict=False):
+        sizes, (mean, low, high) = np.asarray(sizes), (np.asarray(ends, dtype=np.float64) for ends in interval)
+        if not sizes.shape == mean.shape == low.shape == high.shape or sizes.ndim != 1:
+            raise ValueError(
+                f"curve {name!r} needs a faithfulness with its interval for each of its sizes, not arrays of shapes "
+                f"{sizes.shape}, {mean.shape}, {low.shape} and {high.shape}."
+            )
+        axes.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(sizes, mean, "o-", color=colour, markersize=4, label=name)
+    for (name, (size, values)), colour in zip(random.items(), of_random, strict=False):
+        label = f"{len(values)} random circuits: {name}"
+        axes.plot([size] * len(values), values, "_", color=colour, markersize=12, label=label)
+    if all(sizes[0] > 0 for sizes, _ in curves.values()):
+        _log_axis(axes)
+    _caption(figure, axes, title, "edges allowed", "faithfulness (1: the whole model)")
+    axes.grid()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from planted_circuits import ARCHITECTURES, Architecture, Planted, planted
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM
 
@@ -23,6 +25,7 @@ from pyvene_ext.circuits import (
     exists,
     faithfulness,
     faithfulness_curve,
+    random_circuits,
     run_circuit,
     run_circuits,
     top_edges,
@@ -396,6 +399,50 @@ def test_the_top_edges_are_those_with_the_largest_scores_by_size_less_dead_ends(
     assert top_edges(into_logits, 3, config).edges == {"embed->logits"}
 
 
+def kind_of(edge: str) -> tuple[str, ...]:
+    """From which sort of sender in which layer an edge leads to which sort of receiver in which layer."""
+    return tuple(".".join(node.split(".")[:2]) for node in edge.split("->"))
+
+
+def test_random_circuits_keep_how_many_edges_lead_from_where_to_where() -> None:
+    model = random_model("qwen2_5")
+    config, there = model.config, exists(model.config)
+    scores = np.random.default_rng(0).normal(size=there.shape)
+    every = Circuit.full(config).edges
+    # All edges but four, which is too few for dead ends: what is left out lies where the scores left it out.
+    n = len(every) - 4
+    left_out = Counter(map(kind_of, every - top_edges(scores, n, config).edges))
+    drawn = random_circuits(scores, n, config, 30)
+    assert all(Counter(map(kind_of, every - circuit.edges)) == left_out for circuit in drawn)
+    seen = Counter(edge for circuit in drawn for edge in every - circuit.edges)
+    for kind, count in left_out.items():  # each edge of a kind is as likely as any other
+        alike = [edge for edge in every if kind_of(edge) == kind]
+        p = binomtest(max(seen[edge] for edge in alike), 30, count / len(alike)).pvalue * len(alike)
+        assert p > 1e-3, kind
+    anywhere = random_circuits(scores, n, config, 30, within="anywhere")
+    assert min(len(every - circuit.edges) for circuit in anywhere) == 4  # more where one of them kept a node alive
+    assert len({frozenset(map(kind_of, every - circuit.edges)) for circuit in anywhere}) > 20
+
+
+def test_random_circuits_are_pruned_and_repeatable() -> None:
+    model = random_model("gemma2")
+    config, there = model.config, exists(model.config)
+    scores = np.random.default_rng(1).normal(size=there.shape)
+    drawn = random_circuits(scores, 60, config, 5)
+    assert all(circuit == circuit.pruned(config) for circuit in drawn)
+    assert 0 < min(map(len, drawn)) < 60 >= max(map(len, drawn))
+    assert len(set(drawn)) == 5
+    assert random_circuits(scores, 60, config, 3) == drawn[:3]
+    assert set(random_circuits(scores, 60, config, 5, seed=1)).isdisjoint(drawn)
+    for count in (0, True, 2.0):
+        with pytest.raises(ValueError, match=f"count must be a whole number of 1 or more, not {count!r}"):
+            random_circuits(scores, 60, config, count)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="within must be 'layers' or 'anywhere', not 'heads'"):
+        random_circuits(scores, 60, config, 1, within="heads")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"has 0 to \d+ edges, not -1"):
+        random_circuits(scores, -1, config, 1)
+
+
 # -- planted circuits --------------------------------------------------------------------------------------------------
 
 
@@ -460,6 +507,19 @@ def test_a_curve_has_the_faithfulness_of_each_top_circuit_and_of_what_it_leaves_
     np.testing.assert_allclose(curve.values, one_by_one, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(rest.values, left_out, rtol=1e-6, atol=1e-6)
     assert curve.values[0] == pytest.approx(0, abs=1e-5) and rest.values[0] == pytest.approx(1)
+
+
+def test_the_interval_of_faithfulness_is_that_of_prompts_drawn_again() -> None:
+    draw = np.random.default_rng(0)
+    clean, source = draw.normal(5, 1, 40).astype(np.float32), draw.normal(0, 1, 40).astype(np.float32)
+    circuits = (clean * np.array([[0.9], [0.2]]) + draw.normal(0, 0.5, (2, 40))).astype(np.float32)
+    runs = CircuitRuns("logit_diff", clean, source, circuits)
+    again = [CircuitRuns("logit_diff", clean[i], source[i], circuits[:, i]) for i in draw.integers(40, size=(4000, 40))]
+    mean, low, high = runs.interval(n_resamples=4000)
+    np.testing.assert_allclose(mean, runs.faithfulness, rtol=1e-6)
+    ends = np.quantile([some.faithfulness for some in again], (0.025, 0.975), axis=0)
+    np.testing.assert_allclose([low, high], ends, atol=0.006)
+    assert np.isnan(replace(runs, source=clean).interval()).all()
 
 
 def test_faithfulness_is_a_ratio_of_means_and_the_area_their_mean_along_either_axis() -> None:

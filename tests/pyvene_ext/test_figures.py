@@ -17,6 +17,7 @@ from pyvene_ext import figures, stats
 
 RNG = np.random.default_rng(0)
 A, B = RNG.random((2, 5, 8))
+CURVE = stats.Interval(np.array([0.5, 0.9]), np.array([0.4, 0.8]), np.array([0.7, 1.0]))
 LONG = "activation_frequency_of_a_model_with_a_rather_long_name_in_a_language"
 
 
@@ -40,6 +41,7 @@ def every_figure(draw=RNG):
     yield figures.histogram_abs_delta(A - B, tau=0.1)
     yield figures.scatter_heads(A, B, name_a="en", name_b="zh", quantity="q", correlation=correlated(A, B), title="t")
     yield figures.layer_lines(range(5), stats.correlate_layers(A, B, n_resamples=50), title="t")
+    yield figures.faithfulness_curves({"found": ([1, 9], CURVE)}, {"same layers": (9, [0.2, 0.4])}, title="t")
 
 
 def sticks_out(figure):
@@ -297,6 +299,29 @@ def test_the_line_y_equals_x_does_not_widen_the_view():
 def test_scatter_refuses_two_shapes():
     with pytest.raises(ValueError, match=r"\(5, 8\) and \(4, 8\)"):
         figures.scatter_heads(A, B[:4], name_a="", name_b="", quantity="", correlation=correlated(A, B), title="")
+
+
+def test_faithfulness_curves_draw_what_they_are_given():
+    curves = {"one": (np.array([1, 9]), CURVE), "other": (np.array([3, 5]), CURVE)}
+    axes = figures.faithfulness_curves(curves, {"same layers": (9, np.array([0.2, 0.4]))}).axes[0]
+    _, one, other, random = axes.lines
+    assert (list(one.get_xdata()), list(one.get_ydata())) == ([1, 9], [0.5, 0.9])
+    assert list(other.get_xdata()) == [3, 5] and one.get_color() != other.get_color() != random.get_color()
+    assert (list(random.get_xdata()), list(random.get_ydata())) == ([9, 9], [0.2, 0.4])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {(1, 0.4), (9, 0.8), (1, 0.7), (9, 1.0)} <= {(float(x), float(y)) for x, y in band}
+    assert axes.get_xscale() == "log"
+    labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert labels == ["one", "other", "2 random circuits: same layers"]
+    from_zero = figures.faithfulness_curves({"one": (np.array([0, 9]), CURVE)}).axes[0]
+    assert from_zero.get_xscale() == "linear"  # 0 has no logarithm
+
+
+def test_faithfulness_curves_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="1 to 4 curves and up to 2 kinds of random circuits, not 0 and 0"):
+        figures.faithfulness_curves({})
+    with pytest.raises(ValueError, match=r"curve 'one' needs .* not arrays of shapes \(3,\), \(2,\)"):
+        figures.faithfulness_curves({"one": (np.arange(3), CURVE)})
 
 
 def test_layer_lines_fill_what_is_significant_after_correction_and_skip_nan():
