@@ -15,17 +15,17 @@ SERVER = multiprocess.get_context("forkserver")
 SERVER.set_forkserver_preload(["accelerate", "matplotlib.pyplot", "pyvene_ext.sweep"])
 
 
-def start(target: Callable[..., Any], *args: Any) -> Any:
-    """A started process that runs `target(*args)` with this process's environment variables, on one thread."""
-    process = SERVER.Process(target=_run, args=(dict(os.environ), target, args))
+def start(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A started process that runs `target(*args, **kwargs)` with this process's environment variables, on one thread."""
+    process = SERVER.Process(target=_run, args=(dict(os.environ), target, args, kwargs))
     process.start()
     return process
 
 
-def _run(environ: dict[str, str], target: Callable[..., Any], args: tuple) -> None:
+def _run(environ: dict[str, str], target: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
     import torch
 
     os.environ.clear()
     os.environ.update(environ)
     torch.set_num_threads(1)
-    target(*args)
+    target(*args, **kwargs)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -269,13 +267,6 @@ def test_a_figure_has_a_line_a_model_with_the_range_of_its_random_sets(folder: P
     corners = [{tuple(v) for path in c.get_paths() for v in path.vertices.tolist()} for c in axes.collections]
     assert any({(0.0, 90.0), (1.0, 81.0), (1.0, 89.0)} <= some for some in corners), "the band"
     assert any({(1.0, 30.0), (1.0, 50.0)} <= some for some in corners), "the interval"
-
-
-@pytest.mark.parametrize("name", ["ablate_heads", "rank_heads"])
-def test_the_scripts_say_what_they_do_from_any_folder(name: str, folder: Path) -> None:
-    script = Path(study.__file__).with_name(f"{name}.py")
-    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
-    assert f"python experiments/critical_heads/{name}.py" in shown
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------------
