@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, StrictStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, field_validator, model_validator
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, VanillaIntervention
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ from pyvene_ext.intervenable import IntervenableModel
 from pyvene_ext.interventions import DirectionIntervention
 from pyvene_ext.metrics import last_logits
 from pyvene_ext.reference import Directions, Place, Positions, Reference, token_indices
-from pyvene_ext.specs import ActivationPatch, GivenPositions
+from pyvene_ext.specs import ActivationPatch, plain
 from pyvene_ext.tokenized import Batch, TokenizedPrompts
 
 
@@ -56,10 +56,12 @@ class PathPatch(BaseModel):
     kind: Literal["path"] = "path"
     sender: StrictStr
     receivers: tuple[StrictStr, ...]
-    positions: GivenPositions = "all"
+    positions: StrictStr | tuple[StrictStr | StrictInt, ...] = "all"
     freeze_mlps: bool = False
     direct: bool = False
     subspace: bool = False
+
+    _plain = field_validator("*", mode="before")(plain)
 
     @field_validator("sender")
     @classmethod

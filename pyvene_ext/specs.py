@@ -18,7 +18,6 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 import numpy as np
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StrictInt,
@@ -38,14 +37,13 @@ Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["zero", "mean", "resample", "noise"]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NumPy's integers and arrays of them, as np.argsort gives them, are as good as Python's own."""
+    if isinstance(value, tuple | list):
+        return tuple(int(number) if isinstance(number, np.integer) else number for number in value)
     return value.tolist() if isinstance(value, np.integer | np.ndarray) else value
 
 
-Whole = Annotated[StrictInt, BeforeValidator(_plain)]
-Number = Annotated[Whole, Field(ge=0)]
-GivenPositions = StrictStr | Annotated[tuple[StrictStr | Whole, ...], BeforeValidator(_plain)]
 VECTORS = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
 KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*VECTORS, "k", "v"), ("zero", "mean", "resample", "noise")),
@@ -87,9 +85,11 @@ class SiteEdit(BaseModel):
     sites: ClassVar[tuple[str, ...]]
 
     site: StrictStr
-    layer: Number | None = None
-    heads: Annotated[tuple[Number, ...] | None, BeforeValidator(_plain)] = None
-    positions: GivenPositions = "all"
+    layer: Annotated[StrictInt, Field(ge=0)] | None = None
+    heads: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
+    positions: StrictStr | tuple[StrictStr | StrictInt, ...] = "all"
+
+    _plain = field_validator("*", mode="before")(plain)
 
     @field_validator("site")
     @classmethod
@@ -202,7 +202,7 @@ class Ablation(SiteEdit):
     kind: Kind
     mean: Literal["over_tokens", "per_position"] = "over_tokens"
     noise: Literal["gaussian", "norm_matched"] = "gaussian"
-    seed: Number = 0
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Ablation:
@@ -281,8 +281,8 @@ class ForcedAttention(SiteEdit):
     kind: Literal["force"] = "force"
     site: StrictStr = "pattern"
     shape: Literal["hub", "uniform", "sequential"]
-    block: tuple[StrictStr | Whole, StrictStr | Whole]
-    hub: StrictStr | Whole | None = None
+    block: tuple[StrictStr | StrictInt, StrictStr | StrictInt]
+    hub: StrictStr | StrictInt | None = None
     hard: bool = False
 
     @model_validator(mode="after")
