@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
 
 import modelcards
 from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of, n_positions
-from pyvene_ext import IntervenableModel, verify, verify_card
+from pyvene_ext import IntervenableModel, load_model, verify, verify_card
 from pyvene_ext.truth import Truth
 from tests.conftest import PLAIN_MODULES
 from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
@@ -293,8 +294,13 @@ def test_verify_leaves_train_modes_alone_and_takes_half_precision() -> None:
     assert model.training and model.model.layers[1].training and not model.model.layers[0].training
 
 
-def test_the_command_proves_a_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify.main(verify.Options(model="tiny-qwen2.5")) == 0
+def test_the_command_proves_a_model_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_model("tiny-qwen2.5")
+    del model.model.layers[1:]  # of several layers it takes a minute
+    model.config.num_hidden_layers, model.config.layer_types = 1, model.config.layer_types[:1]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert verify.main(verify.Options(model=str(tmp_path))) == 0
     shown = capsys.readouterr().out
     assert "Qwen2ForCausalLM (qwen2_5)" in shown and "Qwen2Model (qwen2_5)" in shown and ", 0 failures" in shown
 
