@@ -268,8 +268,8 @@ MODES: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["zero", "mean", "noise"])
+# Every kind and every mode, not all of their pairs: what is kept of a run knows nothing of the kind.
+@pytest.mark.parametrize(("kind", "mode"), [("noise", "all"), ("mean", "screen"), ("mean", "width"), ("zero", "width")])
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     kind: str,
     mode: str,
@@ -307,7 +307,7 @@ def run_as_process(flags: list[Any]) -> None:
     os._exit(command(*flags))
 
 
-@pytest.mark.parametrize(("mode", "kills"), [("all", 20), ("screen", 6), ("width", 6)])
+@pytest.mark.parametrize(("mode", "kills"), [("all", 20), ("screen", 4), ("width", 4)])
 def test_kills_at_random_moments_end_in_the_same_files(mode: str, kills: int, tmp_path: Path) -> None:
     pairs = json.loads((PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][: 3 * N]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
