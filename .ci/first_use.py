@@ -17,16 +17,17 @@ import numpy as np
 import modelcards
 import pyvene_ext
 from pyvene_ext import Prompt, PromptSet, all_heads, all_patches, all_paths, load_model, patch, run
-from pyvene_ext.attribution import atp
-from pyvene_ext.circuits import faithfulness, top_edges
-from pyvene_ext.edges import edge_attribution
-from pyvene_ext.extras import EXTRAS, MissingExtra
-from pyvene_ext.figures import head_heatmap, save
-from pyvene_ext.input_attribution import Target, integrated_gradients
+from pyvene_ext.engine.sweep import sweep
+from pyvene_ext.io.files import write_csv, write_yaml
+from pyvene_ext.io.packages import EXTRAS, MissingExtra
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.attribution.atp import atp
+from pyvene_ext.methods.attribution.circuits import faithfulness, top_edges
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.attribution.inputs import Target, integrated_gradients
 from pyvene_ext.report import write_report
-from pyvene_ext.runs import rng, write_csv, write_yaml
-from pyvene_ext.stats import paired_bootstrap
-from pyvene_ext.sweep import sweep
+from pyvene_ext.runs.figures import head_heatmap, save
+from pyvene_ext.stats.intervals import paired_bootstrap
 
 for package in (modelcards, pyvene_ext):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

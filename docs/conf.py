@@ -56,10 +56,10 @@ nitpick_ignore_regex = [("py:.*", r"(?!pyvene_ext\.|modelcards\.).*")]
 nitpick_ignore = [
     ("py:class", name)
     for name in (
-        "pyvene_ext.cli.Config",
-        "pyvene_ext.devices.T",
-        "pyvene_ext.evaluate.K",
-        "pyvene_ext.specs.Model",
+        "pyvene_ext.io.cli.Config",
+        "pyvene_ext.models.devices.T",
+        "pyvene_ext.methods.reasoning.evaluate.K",
+        "pyvene_ext.io.files.Model",
     )
 ]
 

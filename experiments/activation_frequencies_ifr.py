@@ -40,27 +40,31 @@ from jaxtyping import Bool, Float
 from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
-from pyvene_ext import figures
-from pyvene_ext.attention_view import HEADS, look, write_views
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.loading import load_model
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runner import reference_for
-from pyvene_ext.runs import (
+from pyvene_ext.engine.plain import reference_for
+from pyvene_ext.engine.sweep import (
+    Sequential,
+    frequencies,
+    plan_sweep,
+)
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
     cache_folder,
-    choose_device,
-    is_main_process,
-    metadata,
     remove_leftovers,
-    write_config,
     write_csv,
     write_json,
     write_npy,
 )
-from pyvene_ext.specs import Kind, all_heads
-from pyvene_ext.stats import Interval, frequency_interval
-from pyvene_ext.sweep import Screen, Sequential, frequencies, plan_sweep, screened
-from pyvene_ext.sweep.unfinished import discard, unfinished_in
+from pyvene_ext.methods.attribution.screen import Screen, screened
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.report.attention import HEADS, look, write_views
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.sweeps import discard, unfinished_in
+from pyvene_ext.specs.ablation import Kind, all_heads
+from pyvene_ext.stats.intervals import Interval, frequency_interval
 
 SHOWN = 12  # heads in the table on the terminal
 

@@ -45,29 +45,28 @@ from matplotlib.ticker import MaxNLocator
 from prompt_sets import both_texts, find_prompts, patchable
 
 from modelcards import COMPONENTS, FIELD_NAMES, n_layers
-from pyvene_ext import figures
-from pyvene_ext.attention_view import HEADS, look, write_views
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.compile import check_specs
-from pyvene_ext.loading import load_model
-from pyvene_ext.patching import all_patches, patch
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
+from pyvene_ext.engine.compile import check_specs
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
     output_path,
     remove_leftovers,
-    rng,
-    write_config,
     write_csv,
     write_json,
     write_npy,
 )
-from pyvene_ext.specs import ActivationPatch
-from pyvene_ext.stats import Interval, paired_bootstrap, ratio_of_means
-from pyvene_ext.sweep.unfinished import discard
-from pyvene_ext.tokenized import Answers, TokenizedPrompts
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.patching.patch import all_patches, patch
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import Answers, TokenizedPrompts
+from pyvene_ext.report.attention import HEADS, look, write_views
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.sweeps import discard
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.stats.intervals import Interval, paired_bootstrap, ratio_of_means
 
 Site = Literal["z", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
 Maps = Mapping[Site, Float[np.ndarray, "position layer head"]]
@@ -91,7 +90,7 @@ class Config:
     positions: str = "each"
     """where: each named position of the prompts by itself, one of them (last, io, s1, s2, ...), or all tokens at once"""
     subspace: bool = False
-    """only the component along the concept direction is replaced (pyvene_ext.subspace)"""
+    """only the component along the concept direction is replaced (pyvene_ext.methods.patching.subspace)"""
     metric: Literal["logit_diff", "probability", "rank", "accuracy"] = "logit_diff"
     """what is read at the last token"""
     limit: int | None = None

@@ -8,7 +8,7 @@
 Method. Pairs of a clean and a corrupt prompt; those whose token lengths differ are left out and counted. `noise` puts corrupt
 activations into the clean run, `denoise` clean ones into the corrupt run; delta = M(base) - M(patched), M being the logit
 difference of the two answers. Every head's z, q, k and v and every MLP's output is patched by itself at all positions, exactly
-(`pyvene_ext.sweep`), and estimated three ways (`pyvene_ext.attribution`, `pyvene_ext.edges`): AtP (Nanda 2023), AtP with the
+(`sweep`), and estimated three ways (`atp`, `edges`): AtP (Nanda 2023), AtP with the
 softmax recomputed for q and k (QK-fix), and AtP* (Kramar et al. 2024), which adds GradDrop and has no sign. Estimates are held
 to the exact values by rank over nodes: signed means over prompts, and means of the absolute values. The edges of the graph have
 scores by EAP (Syed et al. 2023) and EAP-IG (Hanna et al. 2024); their sums over receivers are held to the exact values of the
@@ -35,30 +35,35 @@ from matplotlib.figure import Figure
 from prompt_sets import both_texts, find_prompts
 
 from modelcards import n_layers
-from pyvene_ext import figures
-from pyvene_ext.attribution import atp, atp_star, check_patches
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.edges import EdgeMethod, EdgeScores, check_edges, edge_attribution
-from pyvene_ext.graph import Node
-from pyvene_ext.loading import load_model
-from pyvene_ext.patching import all_patches
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.reference import Reference
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
     output_path,
     remove_leftovers,
-    write_config,
     write_csv,
     write_json,
     write_npy,
 )
-from pyvene_ext.specs import ActivationPatch, needs
-from pyvene_ext.stats import correlate_heads
-from pyvene_ext.sweep.unfinished import discard, unfinished_in
-from pyvene_ext.tokenized import Answers
+from pyvene_ext.methods.attribution.atp import atp, atp_star, check_patches
+from pyvene_ext.methods.attribution.edges import (
+    EdgeMethod,
+    EdgeScores,
+    check_edges,
+    edge_attribution,
+)
+from pyvene_ext.methods.patching.patch import all_patches
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import Answers
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.sweeps import discard, unfinished_in
+from pyvene_ext.specs.graph import Node
+from pyvene_ext.specs.joint import needs
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.stats.correlations import correlate_heads
 
 SITES = ("z", "q", "k", "v", "mlp_out")
 ESTIMATES = ("atp", "qk_fix", "atp_star")

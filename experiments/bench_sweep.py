@@ -58,15 +58,17 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from modelcards import dimensions, n_heads, n_kv_heads, n_layers
-from pyvene_ext.cli import run
-from pyvene_ext.compile import check_specs, compile_specs, donors
-from pyvene_ext.loading import TINY_FOLDER, TINY_MODELS
-from pyvene_ext.metrics import logit_diff
-from pyvene_ext.runner import reference_for
-from pyvene_ext.runs import atomic_path, metadata, rng, write_json, write_yaml
-from pyvene_ext.specs import Ablation, all_heads
-from pyvene_ext.sweep import sweep
-from pyvene_ext.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.engine.compile import check_specs, compile_specs, donors
+from pyvene_ext.engine.metrics import logit_diff
+from pyvene_ext.engine.plain import reference_for
+from pyvene_ext.engine.sweep import sweep
+from pyvene_ext.io.cli import run
+from pyvene_ext.io.files import atomic_path, write_json, write_yaml
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.specs.ablation import Ablation, all_heads
 
 Letter = Literal["a", "b", "c", "d"]
 OURS, HOOKS = "pyvene-ext sweep", "bare hooks"

@@ -30,10 +30,16 @@ from typing import Any
 import numpy as np
 import scipy
 
-from pyvene_ext import figures
-from pyvene_ext.cli import run
-from pyvene_ext.runs import read_npy, write_config, write_json
-from pyvene_ext.stats import Coefficient, Correlation, correlate_heads, correlate_layers, q_values
+from pyvene_ext.io.cli import run, write_config
+from pyvene_ext.io.files import read_npy, write_json
+from pyvene_ext.runs import figures
+from pyvene_ext.stats.correlations import (
+    Coefficient,
+    Correlation,
+    correlate_heads,
+    correlate_layers,
+    q_values,
+)
 
 
 @dataclass(frozen=True)

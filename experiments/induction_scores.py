@@ -44,10 +44,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pyvene_ext import figures
-from pyvene_ext.attention_view import look, write_views
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.head_scores import (
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
+    output_path,
+    remove_leftovers,
+    write_csv,
+    write_json,
+    write_npy,
+)
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.scores import (
     HeadScores,
     Occurrences,
     attention_scores,
@@ -57,19 +64,11 @@ from pyvene_ext.head_scores import (
     usable_tokens,
     write_head_scores,
 )
-from pyvene_ext.loading import load_model
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
-    output_path,
-    remove_leftovers,
-    rng,
-    write_config,
-    write_csv,
-    write_json,
-    write_npy,
-)
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.report.attention import look, write_views
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
 
 SHOWN = 5  # heads of each kind on the terminal
 # Name in files, attribute of HeadScores, and what the colour of the figure means.

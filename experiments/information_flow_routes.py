@@ -6,7 +6,7 @@
     python experiments/information_flow_routes.py --compare outputs/activation_frequencies_ifr/tiny-qwen2.5_ioi_en.npy
 
 Method. Every state of the residual stream is a sum of parts: what was there before, what each head brings from each token, what
-the MLP adds. A part's importance is how much nearer it brings the sum, in L1 norm, as a share of all parts' (`pyvene_ext.flow`).
+the MLP adds. A part's importance is how much nearer it brings the sum, in L1 norm, as a share of all parts' (`flow`).
 From the last token's final state, edges with an importance above tau are followed down to the embeddings. A head is active on a
 prompt if one of these edges is its own; its activation frequency is the share of prompts, with its 95% Wilson interval. One tau
 says little, so the frequency is shown against tau too.
@@ -37,26 +37,32 @@ from matplotlib.lines import Line2D
 from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
-from pyvene_ext import figures
-from pyvene_ext.attention_view import HEADS, look, write_views
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.flow import Edge, Flow, Node, check_tau, flow_routes
-from pyvene_ext.loading import load_model
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
     output_path,
     read_npy,
     remove_leftovers,
-    write_config,
     write_csv,
     write_json,
     write_npy,
 )
-from pyvene_ext.stats import Correlation, Interval, correlate_heads, frequency_interval
-from pyvene_ext.tokenized import Answers
+from pyvene_ext.methods.heads.flow import (
+    Edge,
+    Flow,
+    Node,
+    check_tau,
+    flow_routes,
+)
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import Answers
+from pyvene_ext.report.attention import HEADS, look, write_views
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.stats.correlations import Correlation, correlate_heads
+from pyvene_ext.stats.intervals import Interval, frequency_interval
 
 SHOWN = 12  # heads in the table on the terminal
 NAMED = 60  # lines of attention between tokens that are named in a drawing, if there are no more

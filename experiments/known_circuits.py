@@ -33,25 +33,20 @@ from scipy.stats import rankdata, spearmanr
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pyvene_ext.attribution import atp, atp_star
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.edges import edge_attribution
-from pyvene_ext.graph import reaches, receivers, senders
-from pyvene_ext.loading import load_model
-from pyvene_ext.patching import all_patches, patch
-from pyvene_ext.paths import PathPatch
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
-    remove_leftovers,
-    write_config,
-    write_csv,
-    write_json,
-)
-from pyvene_ext.specs import ActivationPatch
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import remove_leftovers, write_csv, write_json
+from pyvene_ext.methods.attribution.atp import atp, atp_star
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.patching.patch import all_patches, patch
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.specs.graph import reaches, receivers, senders
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
 
 PROMPTS = "ioi_en"
 Scores = Float[np.ndarray, "edge prompt"]

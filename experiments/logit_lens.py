@@ -40,25 +40,29 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from prompt_sets import find_prompts
 
 from modelcards import n_positions
-from pyvene_ext import figures
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.lens import Lens, Parts, direct_logit_attribution, logit_lens
-from pyvene_ext.loading import load_model
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
     output_path,
     remove_leftovers,
-    rng,
-    write_config,
     write_csv,
     write_json,
     write_npy,
 )
-from pyvene_ext.stats import Interval, paired_bootstrap
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.lens import (
+    Lens,
+    Parts,
+    direct_logit_attribution,
+    logit_lens,
+)
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.stats.intervals import Interval, paired_bootstrap
 
 SHOWN = 10  # heads in the table on the terminal
 RESAMPLES = 2000

@@ -23,8 +23,9 @@ from typing import Any
 from prompt_sets import PROMPTS
 from tiny_tasks import NAMES_EN, ioi_pair, is_held_out, sentence_pair
 
-from pyvene_ext.cli import run
-from pyvene_ext.runs import atomic_path, rng, write_json
+from pyvene_ext.io.cli import run
+from pyvene_ext.io.files import atomic_path, write_json
+from pyvene_ext.io.seeds import rng
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 RECENT = {

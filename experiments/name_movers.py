@@ -74,28 +74,39 @@ from matplotlib.figure import Figure
 from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
-from pyvene_ext import figures
-from pyvene_ext.attention_view import HEADS, look, write_views
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.copying import INPUTS, SIGNS, copy_ranks, copy_scores
-from pyvene_ext.lens import direct_logit_attribution
-from pyvene_ext.loading import load_model
-from pyvene_ext.name_movers import Names, attention_to, find_names, head_projections, named_places
-from pyvene_ext.patching import all_paths, patch
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
     output_path,
     remove_leftovers,
-    rng,
-    write_config,
     write_csv,
     write_json,
     write_npy,
 )
-from pyvene_ext.stats import Correlation, Interval, correlate_heads, paired_bootstrap
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.copying import (
+    INPUTS,
+    SIGNS,
+    copy_ranks,
+    copy_scores,
+)
+from pyvene_ext.methods.heads.lens import direct_logit_attribution
+from pyvene_ext.methods.heads.name_movers import (
+    Names,
+    attention_to,
+    find_names,
+    head_projections,
+    named_places,
+)
+from pyvene_ext.methods.patching.patch import all_paths, patch
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.report.attention import HEADS, look, write_views
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.stats.correlations import Correlation, correlate_heads
+from pyvene_ext.stats.intervals import Interval, paired_bootstrap
 
 SHOWN = 8  # heads in the tables on the terminal and in figures
 LABELLED = 4  # heads in the figure of copy scores and attributions

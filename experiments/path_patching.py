@@ -51,28 +51,27 @@ from matplotlib.figure import Figure
 from prompt_sets import both_texts, find_prompts, patchable
 
 from modelcards import n_heads, n_layers
-from pyvene_ext import figures
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.graph import Node, receivers, senders
-from pyvene_ext.loading import load_model
-from pyvene_ext.patching import Patched, all_paths, patch
-from pyvene_ext.paths import PathPatch
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
     output_path,
     remove_leftovers,
-    rng,
-    write_config,
     write_csv,
     write_json,
     write_npy,
 )
-from pyvene_ext.stats import Interval, paired_bootstrap, ratio_of_means
-from pyvene_ext.sweep.unfinished import discard
-from pyvene_ext.tokenized import Answers
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.patching.patch import Patched, all_paths, patch
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import Answers
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.sweeps import discard
+from pyvene_ext.specs.graph import Node, receivers, senders
+from pyvene_ext.specs.path import PathPatch
+from pyvene_ext.stats.intervals import Interval, paired_bootstrap, ratio_of_means
 
 SHOWN = 12  # paths in the table on the terminal
 NAMED = 10  # pairs left out that the terminal names
@@ -99,7 +98,7 @@ class Config:
     direct: bool = False
     """the direct term alone: no MLPs, and the scales of norms frozen"""
     subspace: bool = False
-    """senders change along the concept direction only (pyvene_ext.subspace)"""
+    """senders change along the concept direction only (pyvene_ext.methods.patching.subspace)"""
     metric: Literal["logit_diff", "probability"] = "logit_diff"
     """what is read at the last token"""
     limit: int | None = None

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 Architecture = Literal["llama", "gemma2"]
 ARCHITECTURES: tuple[Architecture, ...] = ("llama", "gemma2")

@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
-from pyvene_ext.patching import corresponding
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.tokenized import Answers, TokenizedPrompts
+from pyvene_ext.methods.patching.patch import corresponding
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import Answers, TokenizedPrompts
 
 PROMPTS = Path(__file__).parent / "prompts"
 

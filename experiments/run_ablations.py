@@ -60,18 +60,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_heads, n_layers, n_positions
-from pyvene_ext import figures
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.devices import from_first
-from pyvene_ext.head_scores import (
-    attention_scores,
-    leading_bos,
-    random_tokens,
-    read_head_scores,
-    usable_tokens,
-    write_head_scores,
+from pyvene_ext.engine.sweep import sweep
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
+    output_path,
+    remove_leftovers,
+    write_csv,
+    write_json,
+    write_npy,
 )
-from pyvene_ext.lag import (
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.lag import (
     FEWEST,
     Layers,
     Mode,
@@ -86,24 +86,23 @@ from pyvene_ext.lag import (
     rank_heads,
     recalled,
 )
-from pyvene_ext.loading import TINY_MODELS, load_model
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
-    output_path,
-    remove_leftovers,
-    rng,
-    write_config,
-    write_csv,
-    write_json,
-    write_npy,
+from pyvene_ext.methods.heads.scores import (
+    attention_scores,
+    leading_bos,
+    random_tokens,
+    read_head_scores,
+    usable_tokens,
+    write_head_scores,
 )
-from pyvene_ext.specs import Spec
-from pyvene_ext.stats import Head, paired_bootstrap, ratio_of_means
-from pyvene_ext.sweep import sweep
-from pyvene_ext.sweep.unfinished import discard
-from pyvene_ext.token_lists import read_token_list
+from pyvene_ext.models.devices import choose_device, from_first, is_main_process
+from pyvene_ext.models.loading import TINY_MODELS, load_model
+from pyvene_ext.prompts.token_lists import read_token_list
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.sweeps import discard
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.intervals import paired_bootstrap, ratio_of_means
 
 # Short for their names on the hub; any other hub id, folder or shipped tiny model is given as it is.
 KNOWN = {

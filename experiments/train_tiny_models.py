@@ -44,7 +44,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from pyvene_ext.runs import rng, write_json
+from pyvene_ext.io.files import write_json
+from pyvene_ext.io.seeds import rng
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -9,7 +9,7 @@ comes right behind them. The loss is that of the answer, and of each step's numb
 unembedding, as in step-supervised training (SIM-CoT, arXiv 2509.20317). (What teaches the thoughts in CODI, arXiv 2502.21074, is
 that the states before the answer are to be those of the model that reasons in words.) Gradients go through all steps.
 
-Written to OUT: a folder that `load_model`, and so every study, takes (`pyvene_ext.continuous_thought`), with training.csv, the
+Written to OUT: a folder that `load_model`, and so every study, takes (`pyvene_ext.models.latent_steps`), with training.csv, the
 loss and the share of held-out problems solved on the way.
 """
 
@@ -29,12 +29,19 @@ from torch import Tensor
 from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyvene_ext.cli import run
-from pyvene_ext.continuous_thought import Format, attach, format_of, projection, save
-from pyvene_ext.evaluate import evaluate
-from pyvene_ext.loading import load_model
-from pyvene_ext.problems import tokenize_problems, with_latents
-from pyvene_ext.runs import output_path, rng, write_csv
+from pyvene_ext.io.cli import run
+from pyvene_ext.io.files import output_path, write_csv
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.evaluate import evaluate
+from pyvene_ext.models.latent_steps import (
+    Format,
+    attach,
+    format_of,
+    projection,
+    save,
+)
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.problems import tokenize_problems, with_latents
 
 STEPS = 6
 TEMPLATE = "Question: {question} Answer:"

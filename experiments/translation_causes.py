@@ -80,13 +80,32 @@ from translation_heads import (
 )
 
 from modelcards import n_heads, n_layers, n_positions
-from pyvene_ext import figures
-from pyvene_ext.attribution import atp
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.compile import check_specs
-from pyvene_ext.lens import logit_lens
-from pyvene_ext.loading import load_model
-from pyvene_ext.parallel import (
+from pyvene_ext.engine.compile import check_specs
+from pyvene_ext.engine.sweep.run import sweep
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import (
+    output_path,
+    remove_leftovers,
+    write_csv,
+    write_json,
+    write_npy,
+)
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.attribution.atp import atp
+from pyvene_ext.methods.heads.lens import logit_lens
+from pyvene_ext.methods.heads.translation import (
+    Replacement,
+    control_sets,
+    of_swaps,
+    path_changes,
+    replaced_heads,
+    source_tokens,
+)
+from pyvene_ext.methods.patching.patch import all_patches
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.parallel import (
     TEMPLATE,
     Minus,
     WordPrompts,
@@ -95,26 +114,16 @@ from pyvene_ext.parallel import (
     tokenize_texts,
     word_prompts,
 )
-from pyvene_ext.patching import all_patches
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
-    output_path,
-    remove_leftovers,
-    rng,
-    write_config,
-    write_csv,
-    write_json,
-    write_npy,
-)
-from pyvene_ext.specs import Spec, heads_together
-from pyvene_ext.stats import Head, correlate_heads, head_overlap, paired_bootstrap, ratio_of_means
-from pyvene_ext.sweep.engine import sweep
-from pyvene_ext.sweep.unfinished import discard
-from pyvene_ext.tokenized import TokenizedPrompts
-from pyvene_ext.translation import Replacement, control_sets, of_swaps, path_changes, replaced_heads, source_tokens
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.sweeps import discard
+from pyvene_ext.specs.ablation import heads_together
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.controls import Head, head_overlap
+from pyvene_ext.stats.correlations import correlate_heads
+from pyvene_ext.stats.intervals import paired_bootstrap, ratio_of_means
 
 Part = Literal["sets", "paths", "lens", "each"]
 Kind = Literal["zero", "mean", "resample"]

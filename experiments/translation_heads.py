@@ -48,13 +48,25 @@ from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
-from pyvene_ext import figures
-from pyvene_ext.attention_view import HEADS, View, attention_page, look, write_views
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.extras import need
-from pyvene_ext.graph import Node
-from pyvene_ext.loading import TINY_MODELS, load_model
-from pyvene_ext.parallel import (
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.errors import one_sentence
+from pyvene_ext.io.files import (
+    atomic_path,
+    output_path,
+    parse_json,
+    remove_leftovers,
+    write_csv,
+    write_json,
+    write_npy,
+)
+from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.io.packages import need
+from pyvene_ext.methods.heads.patterns import check_prompts
+from pyvene_ext.methods.heads.translation import found_heads, translation_scores
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import TINY_MODELS, load_model
+from pyvene_ext.prompts.parallel import (
     OPUS_100,
     TEMPLATE,
     Languages,
@@ -66,25 +78,18 @@ from pyvene_ext.parallel import (
     swap_neighbours,
     tokenize_pairs,
 )
-from pyvene_ext.patterns import check_prompts
-from pyvene_ext.runs import (
-    atomic_path,
-    choose_device,
-    data_hash,
-    is_main_process,
-    metadata,
-    output_path,
-    parse_json,
-    remove_leftovers,
-    write_config,
-    write_csv,
-    write_json,
-    write_npy,
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.report.attention import (
+    HEADS,
+    View,
+    attention_page,
+    look,
+    write_views,
 )
-from pyvene_ext.specs import one_sentence
-from pyvene_ext.stats import Head, head_overlap
-from pyvene_ext.tokenized import TokenizedPrompts
-from pyvene_ext.translation import found_heads, translation_scores
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.specs.graph import Node
+from pyvene_ext.stats.controls import Head, head_overlap
 
 KNOWN = Path(__file__).parent / "known_heads.json"
 THRESHOLDS = {"difference": 0.05, "translation": 0.13}

@@ -1,56 +1,43 @@
 """pyvene-ext: causal interventions on open decoder language models that can be trusted.
 
-Importing it registers the model cards with pyvene.
+Rooms, in the order in which data flows; a room imports only those before it:
+
+    io            files, hashes, seeds, the command line
+    models        loading, devices, hooks, and the model's own blocks run piece by piece
+    prompts       prompt sets, tokenised prompts, named positions, word problems, parallel text
+    stats         intervals, correlations, controls
+    intervenable  IntervenableModel, its checks, generation, the intervention classes, statistics of activations
+    specs         interventions as data, one module a kind
+    engine        specs resolved on prompts, metrics, the plain engine, and the sweep engine
+    methods       patching, attribution, what heads do, reasoning
+    runs          what a study leaves behind: run folders, metadata, figures
+    report        one page for one run or several
+
+What a first program needs is here, and is imported when it is first used; `sweep`, `patching`, `attribution`, `edges`, `circuits`
+and `metrics` are short names of modules in the rooms. pyvene's mappings hold this project's cards as soon
+as both packages are imported, in whichever order.
 """
 
-import modelcards
+import importlib
+import sys
+from types import ModuleType
 
-modelcards.register()
+import lazy_loader
+import wrapt
 
-from pyvene_ext.forced_attention import force  # noqa: E402
-from pyvene_ext.intervenable import IntervenableModel  # noqa: E402
-from pyvene_ext.loading import TINY_MODELS, load_model  # noqa: E402
-from pyvene_ext.patching import Patched, all_patches, all_paths, patch  # noqa: E402
-from pyvene_ext.paths import PathPatch  # noqa: E402
-from pyvene_ext.prompts import Prompt, PromptSet  # noqa: E402
-from pyvene_ext.reference import Reference  # noqa: E402
-from pyvene_ext.runner import Result, reference_for, run  # noqa: E402
-from pyvene_ext.runs import version_of  # noqa: E402
-from pyvene_ext.spec_files import load_specs, save_specs  # noqa: E402
-from pyvene_ext.specs import Ablation, ActivationPatch, ForcedAttention, all_heads  # noqa: E402
+from pyvene_ext.io.packages import version_of
 
 __version__ = version_of("pyvene-ext") or "unknown"  # of a source tree that is not installed
 
-__all__ = [
-    "TINY_MODELS",
-    "Ablation",
-    "ActivationPatch",
-    "ForcedAttention",
-    "IntervenableModel",
-    "Patched",
-    "PathPatch",
-    "Prompt",
-    "PromptSet",
-    "Reference",
-    "Result",
-    "all_heads",
-    "all_patches",
-    "all_paths",
-    "force",
-    "load_model",
-    "load_specs",
-    "patch",
-    "reference_for",
-    "run",
-    "save_specs",
-    "verify_card",
-]
+
+def _bring_cards(_: ModuleType) -> None:
+    if "modelcards" not in sys.modules:  # if it is, it is what imports pyvene
+        importlib.import_module("modelcards")
 
 
-def __getattr__(name: str) -> object:
-    # Late, because Python warns when `python -m pyvene_ext.verify` finds its module imported already.
-    if name == "verify_card":
-        from pyvene_ext.verify import verify_card
+# pyvene takes five seconds to import; a command line that asks for its help alone does without it.
+wrapt.register_post_import_hook(lambda modelcards: modelcards.register(), "modelcards")
+wrapt.register_post_import_hook(_bring_cards, "pyvene")
 
-        return verify_card
-    raise AttributeError(f"module 'pyvene_ext' has no attribute {name!r}")
+# The public names are those of __init__.pyi, which type checkers read too.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -32,11 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modelcards import COMPONENTS, card_of, dimensions, n_layers
-from pyvene_ext.cli import run
-from pyvene_ext.intervenable import IntervenableModel
-from pyvene_ext.loading import load_model
-from pyvene_ext.reference import evaluating
-from pyvene_ext.truth import Truth, first_tensor
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.intervenable.truth import Truth, first_tensor
+from pyvene_ext.io.cli import run
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.models.modes import evaluating
 
 OPERATIONS: dict[str, type] = {"read": CollectIntervention, "zero": ZeroIntervention, "swap": VanillaIntervention}
 LENGTHS = (9, 6, 8)

@@ -12,7 +12,7 @@ from typing import Any
 import multiprocess
 
 SERVER = multiprocess.get_context("forkserver")
-SERVER.set_forkserver_preload(["accelerate", "matplotlib.pyplot", "pyvene_ext.sweep"])
+SERVER.set_forkserver_preload(["accelerate", "matplotlib.pyplot", "pyvene_ext.engine.sweep"])
 
 
 def start(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

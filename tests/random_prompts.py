@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from tests.tiny_random import PAD, VOCAB
 
 

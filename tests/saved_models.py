@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pyvene_ext.loading import TINY_FOLDER, TINY_MODELS
+from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS
 from tests.tiny_random import CLASSES, tiny_config
 
 

@@ -27,9 +27,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import pyvene_ext
-from pyvene_ext.cli import run
-from pyvene_ext.extras import EXTRAS
-from pyvene_ext.runs import metadata
+from pyvene_ext.io.cli import run
+from pyvene_ext.io.packages import EXTRAS
+from pyvene_ext.runs.metadata import metadata
 from tests.tiny_random import random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,7 +150,7 @@ def test_a_script_of_a_user_sees_types(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from modelcards import n_layers\n"
         "from pyvene_ext import TINY_MODELS\n"
-        "from pyvene_ext.sweep import sweep\n"
+        "from pyvene_ext.engine.sweep import sweep\n"
         "reveal_type(n_layers)\n"
         "reveal_type(TINY_MODELS)\n"
         "number: int = sweep\n"

@@ -48,27 +48,32 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_heads, n_layers
-from pyvene_ext import figures
-from pyvene_ext.block_scores import Score, block_scores, check_model
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.continuous_thought import format_of
-from pyvene_ext.evaluate import Evaluation, Results, Transcripts, condition_of, evaluate, facts_of
-from pyvene_ext.evaluate import Scope as ScopeOfSpec
-from pyvene_ext.head_scores import read_head_scores
-from pyvene_ext.lag import random_rankings, rank_heads
-from pyvene_ext.loading import load_model
-from pyvene_ext.problems import Problem, Questions, with_reasoning
-from pyvene_ext.reference import Positions
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
-    rng,
-    write_csv,
-    write_npy,
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv, write_npy
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.lag import random_rankings, rank_heads
+from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_model
+from pyvene_ext.methods.reasoning.evaluate import (
+    Evaluation,
+    Results,
+    Transcripts,
+    condition_of,
+    evaluate,
+    facts_of,
 )
-from pyvene_ext.specs import Spec, heads_together
-from pyvene_ext.stats import Head, Interval, mcnemar_p, verdict
+from pyvene_ext.methods.reasoning.evaluate import Scope as ScopeOfSpec
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.positions import Positions
+from pyvene_ext.prompts.problems import Problem, Questions, with_reasoning
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.specs.ablation import heads_together
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.controls import Head, mcnemar_p, verdict
+from pyvene_ext.stats.intervals import Interval
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

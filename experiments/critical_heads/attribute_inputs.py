@@ -14,13 +14,13 @@ final norm. The number is read at the block's last token, at the prompt's end, o
 attention those behind the hub, as in the hub score of rank_heads.py).
 
 The attributions are integrated gradients (Sundararajan et al. 2017) over the embeddings of the tokens, by Captum
-(`pyvene_ext.input_attribution`). The baseline of every token is the mean of all embeddings: from zero an RMSNorm changes all at
+(`inputs`). The baseline of every token is the mean of all embeddings: from zero an RMSNorm changes all at
 once, and 50 steps miss most of it; a pad token may be zero, too. Special tokens, such as a BOS that heads rest on, stay as they
 are. Attributions add up to what the number has with the tokens beyond what it has with the baselines; positions being the same in
 both, the rest is not the tokens' doing. How much they miss that is the completeness error; problems with 5% and more are in no
 mean, and are listed. More --steps mend it.
 
-Tokens are tagged number, operator, entity or other (`pyvene_ext.token_tags`). A tag's share is that of the sum of |attribution|
+Tokens are tagged number, operator, entity or other (`token_tags`). A tag's share is that of the sum of |attribution|
 over a problem's tokens up to the last query; beside it stand the share of these tokens that have the tag, and the share with
 random other heads of the same layer (ours), asked for the same number. All are means over problems with bootstrap 95% intervals,
 differences are paired.
@@ -52,19 +52,29 @@ from matplotlib.patches import Rectangle
 from transformers import PreTrainedModel
 
 from modelcards import card_of, n_heads, n_layers
-from pyvene_ext import figures
-from pyvene_ext.block_scores import Score, block_scores
-from pyvene_ext.block_scores import check_model as check_scores
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.continuous_thought import format_of, refuse_latent_steps
-from pyvene_ext.extras import need
-from pyvene_ext.head_scores import read_head_scores
-from pyvene_ext.input_attribution import Baseline, InputAttribution, Target, check_model, integrated_gradients
-from pyvene_ext.lag import rank_heads
-from pyvene_ext.problems import Questions
-from pyvene_ext.runs import is_main_process, metadata, rng, write_csv
-from pyvene_ext.stats import Head, Interval, layer_matched_random_heads, paired_bootstrap
-from pyvene_ext.token_tags import TAGS, tag_tokens
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.io.packages import need
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.attribution.inputs import (
+    Baseline,
+    InputAttribution,
+    Target,
+    check_model,
+    integrated_gradients,
+)
+from pyvene_ext.methods.heads.lag import rank_heads
+from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.methods.reasoning.block_scores import Score, block_scores
+from pyvene_ext.methods.reasoning.block_scores import check_model as check_scores
+from pyvene_ext.models.devices import is_main_process
+from pyvene_ext.models.latent_steps import format_of, refuse_latent_steps
+from pyvene_ext.prompts.problems import Questions
+from pyvene_ext.prompts.token_tags import TAGS, tag_tokens
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.stats.controls import Head, layer_matched_random_heads
+from pyvene_ext.stats.intervals import Interval, paired_bootstrap
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

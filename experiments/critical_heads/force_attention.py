@@ -9,7 +9,7 @@ Method. The model solves the problems untouched. The reasoning it wrote is the b
 answer behind `####` is generated while the queries of the block, in the chosen layers and heads, have a pattern that is given by
 hand. A query that gives the block's tokens a mass m of its attention shares it out anew: hub, 0.8 m to one token and 0.2 m evenly
 to the others that it may see; uniform, m evenly; sequential, m to the token before. Attention to the question is kept, or with a
-`hard` pattern moved into the block too (`pyvene_ext.specs.ForcedAttention` has the details). The block's tokens stay what they
+`hard` pattern moved into the block too (`forced_attention.ForcedAttention` has the details). The block's tokens stay what they
 are; what changes is the keys and values that the answer is read from.
 
 Then the hub is put at every token of the block in turn. Token i of a block is there in problems whose blocks are longer than i;
@@ -45,13 +45,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import card_of, n_heads, n_layers
-from pyvene_ext import figures
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.evaluate import Evaluation
-from pyvene_ext.problems import Questions
-from pyvene_ext.runs import is_main_process, metadata, rng, write_csv
-from pyvene_ext.specs import ForcedAttention
-from pyvene_ext.stats import Interval, layer_matched_random_heads, mcnemar_p, verdict
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.evaluate import Evaluation
+from pyvene_ext.models.devices import is_main_process
+from pyvene_ext.prompts.problems import Questions
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.specs.forced_attention import ForcedAttention
+from pyvene_ext.stats.controls import layer_matched_random_heads, mcnemar_p, verdict
+from pyvene_ext.stats.intervals import Interval
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -44,12 +44,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import n_kv_heads, n_layers
-from pyvene_ext import figures
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.runner import reference_for
-from pyvene_ext.runs import is_main_process, metadata, write_csv
-from pyvene_ext.specs import Ablation, Spec
-from pyvene_ext.stats import Interval, mcnemar_p, q_values, verdict
+from pyvene_ext.engine.plain import reference_for
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.models.devices import is_main_process
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.controls import mcnemar_p, verdict
+from pyvene_ext.stats.correlations import q_values
+from pyvene_ext.stats.intervals import Interval
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

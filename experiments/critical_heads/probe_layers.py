@@ -15,7 +15,7 @@ the residual stream a ridge regression tells
     last_digit      its last digit, a class                  result_1 ...    the result of the first (second ...) calculation
     correct         whether the model will be right, a class
 
-of the problem's own solution. Probes are cross-validated, the penalty chosen inside the training folds (`pyvene_ext.probes` has
+of the problem's own solution. Probes are cross-validated, the penalty chosen inside the training folds (`probes` has
 the details). Problems with the same numbers in the same order are in one fold (or, by --group question, those with the same text
 only), so that no probe is tested on what it has seen. R^2 is of all problems together, each predicted without its fold: 0 is
 what knowing only the mean gives, and a class is one number a class, 1 or 0. Its 95% interval is a bootstrap over these groups.
@@ -54,12 +54,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from pyvene_ext import figures
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.probes import Fit, cross_validated, deal_folds, places_of, read_residuals, shuffled
-from pyvene_ext.problems import NUMBER, STEP, Problem
-from pyvene_ext.runs import is_main_process, metadata, rng, write_csv
-from pyvene_ext.stats import Interval, cluster_shares, q_values, r_squared
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.probes import (
+    Fit,
+    cross_validated,
+    deal_folds,
+    places_of,
+    read_residuals,
+    shuffled,
+)
+from pyvene_ext.models.devices import is_main_process
+from pyvene_ext.prompts.problems import NUMBER, STEP, Problem
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.stats.correlations import cluster_shares, q_values, r_squared
+from pyvene_ext.stats.intervals import Interval
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

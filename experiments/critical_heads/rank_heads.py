@@ -7,7 +7,7 @@
 
 Method. The model solves the problems untouched; the reasoning it wrote is the block of a problem, and one forward pass over
 question, block and `####` gives the scores, each a mean over the block's later queries and then over problems
-(`pyvene_ext.block_scores` has the details). flow: the share of what enters the residual stream that the head brings from earlier
+(`block_scores` has the details). flow: the share of what enters the residual stream that the head brings from earlier
 tokens of the block (information flow routes, Ferrando and Voita 2024). hub: the attention that one token of the block gets from
 all later ones, for the token that gets most. skip: the attention that goes past the block to the question, its first token left
 out. composite: the mean of the three ranks. They say where a head looks and what it moves, not whether that matters:
@@ -30,12 +30,25 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from pyvene_ext import figures
-from pyvene_ext.attention_view import HEADS, View, look, write_views
-from pyvene_ext.block_scores import SCORES, BlockScores, Score, block_scores, check_model
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.head_scores import write_head_scores
-from pyvene_ext.runs import is_main_process, metadata, write_csv
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.methods.heads.scores import write_head_scores
+from pyvene_ext.methods.reasoning.block_scores import (
+    SCORES,
+    BlockScores,
+    Score,
+    block_scores,
+    check_model,
+)
+from pyvene_ext.models.devices import is_main_process
+from pyvene_ext.report.attention import (
+    HEADS,
+    View,
+    look,
+    write_views,
+)
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

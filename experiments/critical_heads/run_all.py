@@ -32,21 +32,21 @@ from typing import Any, Literal, get_args
 
 import pydantic
 
-from pyvene_ext.block_scores import Score
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.extras import need
-from pyvene_ext.report import write_report
-from pyvene_ext.runs import (
-    data_hash,
-    is_main_process,
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.errors import one_sentence
+from pyvene_ext.io.files import (
     parse_json,
     read_yaml,
     remove_leftovers,
-    write_config,
     write_csv,
     write_json,
 )
-from pyvene_ext.specs import one_sentence
+from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.io.packages import need
+from pyvene_ext.methods.reasoning.block_scores import Score
+from pyvene_ext.models.devices import is_main_process
+from pyvene_ext.report import write_report
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -3,7 +3,7 @@
 A block is the reasoning that the untouched model itself wrote for a problem, all of it before `####`. It is given again, up to
 and with the `####`, under each condition, and what the model then writes is its answer. Problems for which it wrote no reasoning,
 or no `####`, have no block; they are left out and counted. The block of a model of continuous thoughts is its latent steps
-(`pyvene_ext.continuous_thought`), and every problem has one; behind it such a model writes its answer right away.
+(`pyvene_ext.models.latent_steps`), and every problem has one; behind it such a model writes its answer right away.
 """
 
 from __future__ import annotations
@@ -23,10 +23,20 @@ from tiny_tasks import draw
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_heads, n_layers
-from pyvene_ext.continuous_thought import format_of
-from pyvene_ext.evaluate import Evaluation, Results, evaluate, facts_of
-from pyvene_ext.loading import load_model
-from pyvene_ext.problems import (
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import output_path, remove_leftovers, write_json
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.evaluate import (
+    Evaluation,
+    Results,
+    evaluate,
+    facts_of,
+)
+from pyvene_ext.models.devices import choose_device
+from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.problems import (
     CHAT_TEMPLATE,
     TEMPLATE,
     Problem,
@@ -37,12 +47,11 @@ from pyvene_ext.problems import (
     with_latents,
     with_reasoning,
 )
-from pyvene_ext.reference import Reference
-from pyvene_ext.runs import choose_device, output_path, remove_leftovers, rng, write_config, write_json
-from pyvene_ext.spec_files import to_plain
-from pyvene_ext.specs import Spec
-from pyvene_ext.stats import Head, Interval, frequency_interval, paired_bootstrap
-from pyvene_ext.sweep.unfinished import discard
+from pyvene_ext.runs.sweeps import discard
+from pyvene_ext.specs.files import to_plain
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.intervals import Interval, frequency_interval, paired_bootstrap
 
 TINY = "tiny"
 N_TINY = 400  # problems that a study of the tiny models has by default

@@ -52,22 +52,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
-from pyvene_ext import figures
-from pyvene_ext.block_scores import Score
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.evaluate import Evaluation, Results, facts_of
-from pyvene_ext.loading import load_model
-from pyvene_ext.problems import Problem
-from pyvene_ext.runner import reference_for
-from pyvene_ext.runs import (
-    choose_device,
-    is_main_process,
-    metadata,
-    rng,
-    write_csv,
-)
-from pyvene_ext.specs import heads_together
-from pyvene_ext.stats import Head, Interval, q_values, strata_test, verdict
+from pyvene_ext.engine.plain import reference_for
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.block_scores import Score
+from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, facts_of
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.problems import Problem
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.specs.ablation import heads_together
+from pyvene_ext.stats.controls import Head, strata_test, verdict
+from pyvene_ext.stats.correlations import q_values
+from pyvene_ext.stats.intervals import Interval
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

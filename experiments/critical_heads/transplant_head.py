@@ -11,7 +11,7 @@ Method. The host solves the problems untouched. The reasoning it wrote is given 
 while the first n heads of a ranking work no more at the tokens of question and reasoning, and in the place of each stands the
 donor's head of the same rank. A transplanted head is given x A, where x is the host's residual stream before the block; its
 queries, its own keys and values, its rotary embedding, scale and window are the donor's; what it would add to the donor's stream
-goes through B into the host's (`pyvene_ext.transplant` has the details). A and B are fitted on paired residual streams of
+goes through B into the host's (`transplant` has the details). A and B are fitted on paired residual streams of
 --fit_problems problems, which are then left out of everything else: ridge regression, or a Procrustes rotation with a scale. R2
 is of problems kept out of the fit, at contexts that no fitted problem has. The donor must cut texts into the same tokens.
 
@@ -48,27 +48,33 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import dimensions, n_heads, n_layers, n_positions
-from pyvene_ext import figures
-from pyvene_ext.block_scores import Score, block_scores
-from pyvene_ext.block_scores import check_model as check_scores
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.continuous_thought import format_of
-from pyvene_ext.evaluate import Evaluation, evaluate
-from pyvene_ext.head_scores import read_head_scores
-from pyvene_ext.lag import rank_heads
-from pyvene_ext.loading import load_model
-from pyvene_ext.problems import Questions, as_text
-from pyvene_ext.runs import (
-    choose_device,
-    config_hash,
-    is_main_process,
-    metadata,
-    rng,
-    weight_hash,
-    write_csv,
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.lag import rank_heads
+from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.methods.reasoning.block_scores import Score, block_scores
+from pyvene_ext.methods.reasoning.block_scores import check_model as check_scores
+from pyvene_ext.methods.reasoning.evaluate import Evaluation, evaluate
+from pyvene_ext.methods.reasoning.transplant import (
+    Layers,
+    Maps,
+    Method,
+    Paired,
+    Transplant,
+    fit_maps,
+    pair_texts,
+    transplanted,
 )
-from pyvene_ext.stats import Head, Interval, mcnemar_p, verdict
-from pyvene_ext.transplant import Layers, Maps, Method, Paired, Transplant, fit_maps, pair_texts, transplanted
+from pyvene_ext.models.devices import choose_device, is_main_process
+from pyvene_ext.models.identity import config_hash, weight_hash
+from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.problems import Questions, as_text
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.stats.controls import Head, mcnemar_p, verdict
+from pyvene_ext.stats.intervals import Interval
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

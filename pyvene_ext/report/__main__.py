@@ -6,7 +6,7 @@
 A run is the folder that a study has written: config.yaml, JSON files of facts, CSV tables, figures. On the page stand command,
 model, data, hashes, versions and flags; the study's verdicts; of every table with the columns layer and head a map, one column of
 numbers at a time, and the first heads with their intervals; the effect of each head prompt by prompt, where the run has kept it
-(deltas.npy, prompts.json); where heads look (attention.json, `pyvene_ext.attention_view`); routes to a prediction (routes.json);
+(deltas.npy, prompts.json); where heads look (attention.json, `attention`); routes to a prediction (routes.json);
 the figures, with links to their PDFs; tables to sort; and links to all files. Where tables of two runs have the same numbers for
 the same heads, a table gives their rank correlation (Spearman).
 """
@@ -20,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from pyvene_ext.cli import run
+from pyvene_ext.io.cli import run
 from pyvene_ext.report import write_report
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 from scipy.stats import spearmanr
 
-from pyvene_ext.attention_view import SCRIPT as SHOW_ATTENTION
-from pyvene_ext.attention_view import attention_html
-from pyvene_ext.extras import need
+from pyvene_ext.io.files import atomic_path
+from pyvene_ext.io.packages import need
+from pyvene_ext.report.attention import SCRIPT as SHOW_ATTENTION
+from pyvene_ext.report.attention import attention_html
 from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
 from pyvene_ext.report.routes import draw_routes
 from pyvene_ext.report.run import Row, Run, columns, files, rounded
-from pyvene_ext.runs import atomic_path
 
 SHOWN = 500  # rows of a table, prompts of a slider; the files have them all
 AT_LEAST = 5  # heads, for a correlation

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from pyvene_ext.attention_view import escaped
-from pyvene_ext.figures import BLUE, DIVERGING, SEQUENTIAL
+from pyvene_ext.report.attention import escaped
 from pyvene_ext.report.run import Column, Head, Row, by_group, columns, in_group, number
+from pyvene_ext.runs.figures import BLUE, DIVERGING, SEQUENTIAL
 
 BARS = 20  # heads that are drawn with their intervals
 LINES = 12  # under the mouse

@@ -10,10 +10,10 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field
 
-from pyvene_ext.attention_view import escaped, shown_token
-from pyvene_ext.figures import BLUE, LIGHT, ORANGE
-from pyvene_ext.flow import Node
-from pyvene_ext.specs import read_as
+from pyvene_ext.io.files import read_as
+from pyvene_ext.methods.heads.flow import Node
+from pyvene_ext.report.attention import escaped, shown_token
+from pyvene_ext.runs.figures import BLUE, LIGHT, ORANGE
 
 NODE = re.compile(r"(resid_pre|resid_mid|resid_post)\.(\d{1,6})@(\d{1,6})", re.ASCII)
 KINDS = {"residual": LIGHT, "MLP": ORANGE, "attention": BLUE}

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pyvene_ext.attention_view import FILE as ATTENTION
-from pyvene_ext.attention_view import View, read_views
+from pyvene_ext.io.files import parse_json, read_npy, read_yaml
+from pyvene_ext.report.attention import FILE as ATTENTION
+from pyvene_ext.report.attention import View, read_views
 from pyvene_ext.report.routes import Routes
-from pyvene_ext.runs import parse_json, read_npy, read_yaml
 
 Row = dict[str, str]
 Head = tuple[int, int]

@@ -19,16 +19,18 @@ import yaml
 from prompt_sets import PROMPTS
 from transformers import AutoConfig, AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.loading import TINY_FOLDER, TINY_MODELS, load_model
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runner import run
-from pyvene_ext.runs import rng, write_json
-from pyvene_ext.specs import Ablation, all_heads
-from pyvene_ext.stats import frequency_interval, layer_matched_random_heads
-from pyvene_ext.sweep import engine
-from pyvene_ext.sweep.execute import Executor
-from pyvene_ext.sweep.store import Store
+from pyvene_ext.engine.plain import run
+from pyvene_ext.engine.sweep import sweep as engine
+from pyvene_ext.engine.sweep.execute import Executor
+from pyvene_ext.engine.sweep.store import Store
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_json
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS, load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.stats.controls import layer_matched_random_heads
+from pyvene_ext.stats.intervals import frequency_interval
 from tests.interrupted import stop_at
 from tests.processes import start
 from tests.saved_models import save_random_model

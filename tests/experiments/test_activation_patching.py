@@ -16,10 +16,11 @@ from prompt_sets import PROMPTS
 from transformers import AutoModelForCausalLM
 
 from modelcards import head_dim, n_heads, n_kv_heads, n_layers
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.loading import load_model
-from pyvene_ext.runs import rng, write_config
-from pyvene_ext.sweep.execute import Executor
+from pyvene_ext.engine.sweep.execute import Executor
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.models.loading import load_model
 from tests.interrupted import stop_at
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from pyvene_ext import figures
-from pyvene_ext.attribution import atp, atp_star
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.edges import edge_attribution
-from pyvene_ext.loading import load_model
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.reference import Reference
-from pyvene_ext.runner import run
-from pyvene_ext.specs import ActivationPatch, needs
+from pyvene_ext.engine.plain import run
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.attribution.atp import atp, atp_star
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.runs import figures
+from pyvene_ext.specs.joint import needs
+from pyvene_ext.specs.patch import ActivationPatch
 from tests.saved_models import save_random_model
 
 ARRAYS = {f"{name}.npy" for name in ("exact", "atp", "qk_fix", "atp_star", "eap", "eap_ig_inputs")}

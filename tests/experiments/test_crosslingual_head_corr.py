@@ -13,7 +13,7 @@ import pytest
 from crosslingual_head_corr import Config, layer_range, main
 
 from pyvene_ext import stats
-from pyvene_ext.cli import run
+from pyvene_ext.io.cli import run
 from pyvene_ext.report import write_report
 
 ROOT = Path(__file__).parents[2]

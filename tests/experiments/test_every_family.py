@@ -31,10 +31,10 @@ from matplotlib.figure import Figure
 from prompt_sets import PROMPTS
 
 from modelcards import n_heads, n_kv_heads, n_layers, window
-from pyvene_ext import figures
-from pyvene_ext.circuits import exists
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.problems import Questions, with_reasoning
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.attribution.circuits import exists
+from pyvene_ext.prompts.problems import Questions, with_reasoning
+from pyvene_ext.runs import figures
 from tests.labels import unlabelled
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES, MORE_FAMILIES
@@ -264,7 +264,7 @@ def with_solutions(questions: Questions, _: Any, tokenizer: Any) -> Questions:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Filled with the modules that run, but for the few tokens that `load_model` tries."""
-    monkeypatch.setattr("pyvene_ext.loading._check_runs", lambda *_: None)
+    monkeypatch.setattr("pyvene_ext.models.loading._check_runs", lambda *_: None)
     seen: list[str] = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: seen.append(type(module).__name__)

@@ -14,10 +14,10 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.head_scores import read_head_scores
-from pyvene_ext.loading import TINY_FOLDER, load_model
-from pyvene_ext.runs import write_config
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.models.loading import TINY_FOLDER, load_model
 from tests.pyvene_ext.tokenizers_for_tests import word_tokenizer
 from tests.tiny_random import random_model
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from transformers import CodeGenConfig, CodeGenForCausalLM
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.flow import Edge, Flow, Node
-from pyvene_ext.loading import load_model
-from pyvene_ext.stats import correlate_heads, frequency_interval
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.heads.flow import Edge, Flow, Node
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.stats.correlations import correlate_heads
+from pyvene_ext.stats.intervals import frequency_interval
 from tests.pyvene_ext.test_flow import ARRAYS, by_hand, searched
 from tests.saved_models import save_random_model, save_with_random_weights, shipped_tokenizer
 

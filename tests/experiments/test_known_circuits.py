@@ -11,7 +11,7 @@ import known_circuits as study
 import numpy as np
 import pytest
 
-from pyvene_ext.cli import run as run_study
+from pyvene_ext.io.cli import run as run_study
 
 
 def command(*flags: Any) -> int:

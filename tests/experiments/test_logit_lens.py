@@ -14,12 +14,12 @@ import torch
 import yaml
 from prompt_sets import PROMPTS
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.lens import direct_logit_attribution
-from pyvene_ext.loading import load_model
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import write_config
-from pyvene_ext.stats import Interval
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.methods.heads.lens import direct_logit_attribution
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.stats.intervals import Interval
 
 N = 6
 

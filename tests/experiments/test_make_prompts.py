@@ -7,7 +7,7 @@ from make_prompts import LANGUAGES, PROMPTS, RECENT, Settings, main, prompt_set,
 from tiny_tasks import NAMES_EN, NAMES_ZH, is_held_out
 from train_tiny_models import build_tokenizer
 
-from pyvene_ext.prompts import PromptSet
+from pyvene_ext.prompts.sets import PromptSet
 
 TOKENIZER = build_tokenizer()
 NAMES = {"en": NAMES_EN, "zh": NAMES_ZH}

@@ -15,14 +15,14 @@ import yaml
 from prompt_sets import PROMPTS
 from scipy.stats import pearsonr
 
-from pyvene_ext import figures
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.lens import direct_logit_attribution
-from pyvene_ext.loading import load_model
-from pyvene_ext.patching import patch
-from pyvene_ext.paths import PathPatch
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import write_config
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.methods.heads.lens import direct_logit_attribution
+from pyvene_ext.methods.patching.patch import patch
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.runs import figures
+from pyvene_ext.specs.path import PathPatch
 
 N = 6
 NAMED = 40  # prompts on which the shipped models' heads are judged

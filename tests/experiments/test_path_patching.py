@@ -15,12 +15,13 @@ import yaml
 from prompt_sets import PROMPTS
 from transformers import PreTrainedTokenizerFast
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.graph import Node
-from pyvene_ext.loading import load_model
-from pyvene_ext.patching import all_paths, corresponding, patch
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runs import rng, write_config
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.patching.patch import all_paths, corresponding, patch
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.specs.graph import Node
 from tests.ground_truth.paths import every_path_by_hooks, path_patch_by_hooks, precedes, run_by_hooks, senders
 from tests.ground_truth.paths import receivers as all_receivers
 from tests.saved_models import save_random_model
@@ -286,7 +287,7 @@ def test_a_run_cut_short_has_no_summary_and_goes_on(folder: Path, monkeypatch: p
         with pytest.raises(KeyboardInterrupt):
             study.main(study.Config(dataset="equal.json", receivers=("q.4.0",), limit=2, out=folder / "cut"))
     assert (folder / "cut/unfinished").exists() and not (folder / "cut/summary.json").exists()
-    monkeypatch.setattr("pyvene_ext.sweep.engine.Executor", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr("pyvene_ext.engine.sweep.run.Executor", lambda *_: pytest.fail("run again"))
     assert command(*flags, "--out", "cut") == 0
     for name in ("patched", "base", "source"):
         assert (folder / f"cut/{name}.npy").read_bytes() == (folder / f"whole/{name}.npy").read_bytes()

@@ -12,7 +12,7 @@ import torch
 from planted_circuits import ARCHITECTURES, CASES, NOISY, Architecture, Planted, planted
 from torch import Tensor, nn
 
-from pyvene_ext.truth import Truth
+from pyvene_ext.intervenable.truth import Truth
 from tests.ground_truth.paths import (
     every_path_by_hooks,
     path_patch_by_hooks,

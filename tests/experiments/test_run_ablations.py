@@ -18,9 +18,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from modelcards import n_heads, n_layers
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.loading import load_model
-from pyvene_ext.sweep.execute import Executor
+from pyvene_ext.engine.sweep.execute import Executor
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.models.loading import load_model
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at
 from tests.saved_models import save_random_model

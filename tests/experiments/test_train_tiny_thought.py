@@ -11,9 +11,9 @@ import torch
 import train_tiny_thought as recipe
 from tiny_tasks import Example
 
-from pyvene_ext.cli import run
-from pyvene_ext.continuous_thought import format_of
-from pyvene_ext.loading import load_model
+from pyvene_ext.io.cli import run
+from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.models.loading import load_model
 
 EXAMPLES = [
     Example(

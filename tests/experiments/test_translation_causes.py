@@ -14,12 +14,12 @@ import translation_causes as study
 from prompt_sets import PROMPTS
 
 from modelcards import n_heads
-from pyvene_ext import translation
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.loading import TINY_MODELS, load_model
-from pyvene_ext.parallel import word_prompts
-from pyvene_ext.patching import patch
-from pyvene_ext.paths import PathPatch
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.heads import translation
+from pyvene_ext.methods.patching.patch import patch
+from pyvene_ext.models.loading import TINY_MODELS, load_model
+from pyvene_ext.prompts.parallel import word_prompts
+from pyvene_ext.specs.path import PathPatch
 from tests.saved_models import save_random_model
 
 ROOT = Path(study.__file__).parent

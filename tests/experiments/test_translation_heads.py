@@ -14,8 +14,8 @@ import translation_heads as study
 import yaml
 from prompt_sets import PROMPTS
 
-from pyvene_ext.attention_view import read_views
-from pyvene_ext.cli import run as run_study
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.report.attention import read_views
 from tests.saved_models import save_random_model
 
 N = 7  # sentences; an odd number, so that three go round in the control

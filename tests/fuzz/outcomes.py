@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import settings
 
-from pyvene_ext.cli import run
+from pyvene_ext.io.cli import run
 
 
 @dataclass

@@ -21,13 +21,13 @@ from critical_heads import run_all
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyvene_ext.head_scores import read_head_scores
-from pyvene_ext.parallel import load_pairs
-from pyvene_ext.problems import load_problems
-from pyvene_ext.prompts import PromptSet
+from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.prompts.parallel import load_pairs
+from pyvene_ext.prompts.problems import load_problems
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.token_lists import read_token_list
 from pyvene_ext.report import Run, write_report
-from pyvene_ext.spec_files import from_plain, load_specs, to_plain
-from pyvene_ext.token_lists import read_token_list
+from pyvene_ext.specs.files import from_plain, load_specs, to_plain
 from tests.fuzz.outcomes import command, few, outcome
 from tests.tiny_random import tiny_config
 

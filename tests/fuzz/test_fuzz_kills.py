@@ -18,16 +18,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvene_ext import runs
-from pyvene_ext.evaluate import Results
-from pyvene_ext.graph import Node, reaches, receivers, senders
-from pyvene_ext.patching import patch
-from pyvene_ext.paths import PathPatch
-from pyvene_ext.reference import Reference
-from pyvene_ext.runner import Result
-from pyvene_ext.runs import write_json
-from pyvene_ext.specs import Ablation, ActivationPatch, all_heads
-from pyvene_ext.sweep import frequencies, screened, store, sweep
-from pyvene_ext.sweep.unfinished import unfinished_in
+from pyvene_ext.engine.plain import Result
+from pyvene_ext.engine.sweep import (
+    frequencies,
+    store,
+    sweep,
+)
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.files import write_json
+from pyvene_ext.methods.attribution.screen import screened
+from pyvene_ext.methods.patching.patch import patch
+from pyvene_ext.methods.reasoning.evaluate import Results
+from pyvene_ext.runs.sweeps import unfinished_in
+from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.specs.graph import (
+    Node,
+    reaches,
+    receivers,
+    senders,
+)
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
 from tests.fuzz.outcomes import command, few, outcome
 from tests.random_prompts import random_prompts
 from tests.saved_models import save_random_model

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyvene_ext.loading import load_model
-from pyvene_ext.runner import run
-from pyvene_ext.specs import Ablation
-from pyvene_ext.sweep import sweep
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.engine.plain import run
+from pyvene_ext.engine.sweep import sweep
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.ablation import Ablation
 from tests.fuzz.outcomes import few, outcome
 from tests.fuzz.test_fuzz_files import changed, damaged
 from tests.fuzz.test_fuzz_no_code import KINDS, traps

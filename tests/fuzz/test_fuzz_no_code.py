@@ -25,21 +25,21 @@ import yaml
 from critical_heads import run_all
 from pyvene import IntervenableConfig, RepresentationConfig, ZeroIntervention
 
-from pyvene_ext import codi
-from pyvene_ext.codi import read_checkpoint
-from pyvene_ext.continuous_thought import FIELD, PROJECTION, read_projection
-from pyvene_ext.evaluate import Results
-from pyvene_ext.head_scores import read_head_scores
-from pyvene_ext.intervenable import IntervenableModel
-from pyvene_ext.loading import load_model
-from pyvene_ext.parallel import load_pairs
-from pyvene_ext.problems import Problem, load_problems, tokenize_problems
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.reference import Reference
+from pyvene_ext.engine.sweep.store import Store
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.methods.reasoning.evaluate import Results
+from pyvene_ext.models import codi
+from pyvene_ext.models.codi import read_checkpoint
+from pyvene_ext.models.latent_steps import FIELD, PROJECTION, read_projection
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.parallel import load_pairs
+from pyvene_ext.prompts.problems import Problem, load_problems, tokenize_problems
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.token_lists import read_token_list
 from pyvene_ext.report import Run, write_report
-from pyvene_ext.spec_files import load_specs
-from pyvene_ext.sweep.store import Store
-from pyvene_ext.token_lists import read_token_list
+from pyvene_ext.specs.files import load_specs
 from tests.fuzz.outcomes import command, outcome
 from tests.random_prompts import random_prompts
 from tests.saved_models import save_random_model
@@ -420,7 +420,7 @@ def test_saved_interventions_are_not_unpickled(kind: str, name: str, tmp_path: P
     [
         "os.mkdir",
         "evil.Evil",
-        "pyvene_ext.runs.os",
+        "pyvene_ext.io.files.os",
         "pyvene.models.interventions.torch",
         "pyvene.evil.Evil",
         "builtins.exec",

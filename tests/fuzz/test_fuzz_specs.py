@@ -15,17 +15,26 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_kv_heads, n_layers
-from pyvene_ext.attribution import atp
-from pyvene_ext.edges import edge_attribution
-from pyvene_ext.flow import flow_routes
-from pyvene_ext.lens import logit_lens
-from pyvene_ext.patching import patch
-from pyvene_ext.paths import PathPatch
-from pyvene_ext.runner import run
-from pyvene_ext.spec_files import from_plain, from_yaml, load_specs, save_specs, to_plain, to_yaml
-from pyvene_ext.specs import Ablation, ActivationPatch, members, spec_name
-from pyvene_ext.sweep import sweep
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.engine.plain import run
+from pyvene_ext.engine.sweep import sweep
+from pyvene_ext.methods.attribution.atp import atp
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.heads.flow import flow_routes
+from pyvene_ext.methods.heads.lens import logit_lens
+from pyvene_ext.methods.patching.patch import patch
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.files import (
+    from_plain,
+    from_yaml,
+    load_specs,
+    save_specs,
+    to_plain,
+    to_yaml,
+)
+from pyvene_ext.specs.joint import members, spec_name
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
 from tests.fuzz.outcomes import few, outcome
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, MORE_FAMILIES, VOCAB, random_model

@@ -16,19 +16,29 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pyvene_ext import stats
-from pyvene_ext.circuits import Circuit, exists, run_circuits, top_edges
-from pyvene_ext.head_scores import read_head_scores, write_head_scores
-from pyvene_ext.parallel import (
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.attribution.circuits import (
+    Circuit,
+    exists,
+    run_circuits,
+    top_edges,
+)
+from pyvene_ext.methods.heads.scores import read_head_scores, write_head_scores
+from pyvene_ext.methods.reasoning.probes import cross_validated, deal_folds, shuffled
+from pyvene_ext.methods.reasoning.transplant import Paired, fit_maps
+from pyvene_ext.prompts.parallel import (
     SentencePair,
     filter_pairs,
     swap_neighbours,
     tokenize_pairs,
     word_prompts,
 )
-from pyvene_ext.probes import cross_validated, deal_folds, shuffled
-from pyvene_ext.runs import rng
-from pyvene_ext.token_tags import TAGS, spans_of, tag_tokens, tags_of
-from pyvene_ext.transplant import Paired, fit_maps
+from pyvene_ext.prompts.token_tags import (
+    TAGS,
+    spans_of,
+    tag_tokens,
+    tags_of,
+)
 from tests.fuzz.outcomes import few, outcome
 from tests.random_prompts import random_prompts
 from tests.saved_models import shipped_tokenizer

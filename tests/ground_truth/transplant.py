@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyvene_ext.runs import rng
+from pyvene_ext.io.seeds import rng
 
 
 class Move(NamedTuple):

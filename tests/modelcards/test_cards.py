@@ -27,7 +27,7 @@ from transformers import (
 import modelcards
 from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of, n_positions
 from pyvene_ext import IntervenableModel, load_model, verify, verify_card
-from pyvene_ext.truth import Truth
+from pyvene_ext.intervenable.truth import Truth
 from tests.conftest import PLAIN_MODULES
 from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
 
@@ -273,7 +273,7 @@ def test_verify_finds_a_wrong_card(component: str, wrong: tuple, monkeypatch: py
 
 def test_verify_notices_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # What plain pyvene does: freeze the user's model at construction.
-    monkeypatch.setattr("pyvene_ext.intervenable.flags_kept", contextlib.nullcontext)
+    monkeypatch.setattr("pyvene_ext.models.modes.flags_kept", contextlib.nullcontext)
     report = verify_card(random_model("llama3_1"), layers=[1], implementations=["sdpa"], padding_sides=["left"])
     assert any("not what it was" in problem for problem in report.problems)
     assert report.failures == 1

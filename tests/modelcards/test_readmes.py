@@ -1,8 +1,7 @@
-"""The READMEs of the cards and CONTRIBUTING.md say what the code says: tables, counts, examples, traps, the map of modules."""
+"""The READMEs of the cards and CONTRIBUTING.md say what the code says: tables, counts, examples, traps."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import re
@@ -167,46 +166,3 @@ def test_mlp_activation_is_not_the_neurons(family: str) -> None:
     assert torch.equal(activation, mlp.act_fn(gate))
     assert torch.equal(neurons[0], activation * up)
     assert not torch.allclose(neurons[0], activation, atol=1e-2)
-
-
-# -- CONTRIBUTING.md ---------------------------------------------------------------------------------------------------
-
-
-def module_map() -> dict[str, set[str]]:
-    """The .py files that the map in CONTRIBUTING.md names, by package."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    drawn = re.search(r"^```text\n(.*?)```", text, re.DOTALL | re.MULTILINE)
-    assert drawn, "CONTRIBUTING.md has no ```text block with the map"
-    named: dict[str, set[str]] = {}
-    package = ""
-    for line in drawn[1].splitlines():
-        first = line.split()[0] if line.strip() else ""
-        if not line.startswith(" "):
-            package = first.rstrip("/")
-            named[package] = set()
-        elif first.endswith(".py"):
-            named[package].add(first)
-    return named
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_the_map_names_every_module_and_no_other(package: str) -> None:
-    there = {path.name for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"}
-    cards = {name for name in there if name.startswith("modelings_intervenable_")}
-    expected = there - cards | ({"modelings_intervenable_<family>.py"} if cards else set())
-    assert module_map()[package] == expected
-
-
-def test_the_map_names_every_family() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert all(card.family in text for card in CARDS)
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_point_one_way(package: str) -> None:
-    above = PACKAGES[PACKAGES.index(package) + 1 :]
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not any(name.split(".")[0] in above for name in names), f"{path.name} imports {names}"

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from modelcards import n_heads, n_kv_heads
-from pyvene_ext.attribution import atp, atp_star
-from pyvene_ext.edges import EdgeScores, edge_attribution
-from pyvene_ext.graph import Node
-from pyvene_ext.reference import Reference, token_indices
-from pyvene_ext.runner import run
-from pyvene_ext.specs import Ablation, ActivationPatch, needs
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.engine.plain import run
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.attribution.atp import atp, atp_star
+from pyvene_ext.methods.attribution.edges import EdgeScores, edge_attribution
+from pyvene_ext.prompts.positions import token_indices
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.graph import Node
+from pyvene_ext.specs.joint import needs
+from pyvene_ext.specs.patch import ActivationPatch
 from tests.ground_truth import ablations as slow
 from tests.ground_truth import paths
 from tests.random_prompts import random_prompts

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from pyvene_ext.block_scores import BlockScores, block_scores, pattern_scores
-from pyvene_ext.flow import flow_routes
-from pyvene_ext.problems import Problem, Questions
+from pyvene_ext.methods.heads.flow import flow_routes
+from pyvene_ext.methods.reasoning.block_scores import BlockScores, block_scores, pattern_scores
+from pyvene_ext.prompts.problems import Problem, Questions
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 

@@ -17,7 +17,8 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM
 
-from pyvene_ext.circuits import (
+from pyvene_ext.engine.plain import METRICS, run
+from pyvene_ext.methods.attribution.circuits import (
     Circuit,
     CircuitRuns,
     Curve,
@@ -30,13 +31,12 @@ from pyvene_ext.circuits import (
     run_circuits,
     top_edges,
 )
-from pyvene_ext.edges import edge_attribution
-from pyvene_ext.graph import Node
-from pyvene_ext.graph import receivers as receiver_nodes
-from pyvene_ext.graph import senders as sender_nodes
-from pyvene_ext.runner import METRICS, run
-from pyvene_ext.specs import Ablation
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.graph import Node
+from pyvene_ext.specs.graph import receivers as receiver_nodes
+from pyvene_ext.specs.graph import senders as sender_nodes
 from tests.ground_truth.paths import place, precedes, receivers, run_by_hooks, senders
 from tests.pretended_devices import PretendedDevices, spread
 from tests.random_prompts import random_prompts

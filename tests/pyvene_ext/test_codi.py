@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyvene_ext import codi
-from pyvene_ext.cli import run
-from pyvene_ext.continuous_thought import Format, format_of, projection
-from pyvene_ext.loading import load_model
+from pyvene_ext.io.cli import run
+from pyvene_ext.models import codi
+from pyvene_ext.models.latent_steps import Format, format_of, projection
+from pyvene_ext.models.loading import load_model
 from tests.ground_truth.continuous_thought import thought
 from tests.saved_models import save_random_model
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from modelcards import n_kv_heads
-from pyvene_ext.compile import check_specs, compile_specs, donors
-from pyvene_ext.intervenable import IntervenableModel
-from pyvene_ext.reference import Reference, token_indices
-from pyvene_ext.runner import reference_for
-from pyvene_ext.runs import rng
-from pyvene_ext.specs import Ablation, Spec, members, spec_name
-from pyvene_ext.tokenized import PaddingSide
+from pyvene_ext.engine.compile import check_specs, compile_specs, donors
+from pyvene_ext.engine.plain import reference_for
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.prompts.positions import token_indices
+from pyvene_ext.prompts.tokenized import PaddingSide
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.joint import Spec, members, spec_name
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model

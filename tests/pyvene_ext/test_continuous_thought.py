@@ -13,22 +13,31 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyvene_ext import ActivationPatch, PathPatch, patch
-from pyvene_ext.attribution import atp
-from pyvene_ext.compile import compile_specs, donors
-from pyvene_ext.continuous_thought import Format, attach, drafting, format_of, projection, save
-from pyvene_ext.edges import edge_attribution
-from pyvene_ext.evaluate import Transcripts, evaluate
-from pyvene_ext.flow import flow_routes
-from pyvene_ext.input_attribution import Target, integrated_gradients
-from pyvene_ext.intervenable import IntervenableModel
-from pyvene_ext.lens import logit_lens
-from pyvene_ext.loading import load_model
-from pyvene_ext.patterns import read_patterns
-from pyvene_ext.problems import Problem, Questions, with_latents
-from pyvene_ext.runner import reference_for, run
-from pyvene_ext.runs import rng, weight_hash
-from pyvene_ext.specs import Ablation, ForcedAttention
-from pyvene_ext.sweep import plan_sweep, sweep
+from pyvene_ext.engine.compile import compile_specs, donors
+from pyvene_ext.engine.plain import reference_for, run
+from pyvene_ext.engine.sweep import plan_sweep, sweep
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.attribution.atp import atp
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.attribution.inputs import Target, integrated_gradients
+from pyvene_ext.methods.heads.flow import flow_routes
+from pyvene_ext.methods.heads.lens import logit_lens
+from pyvene_ext.methods.heads.patterns import read_patterns
+from pyvene_ext.methods.reasoning.evaluate import Transcripts, evaluate
+from pyvene_ext.models.identity import weight_hash
+from pyvene_ext.models.latent_steps import (
+    Format,
+    attach,
+    drafting,
+    format_of,
+    projection,
+    save,
+)
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.problems import Problem, Questions, with_latents
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.forced_attention import ForcedAttention
 from tests.ground_truth.ablations import statistics
 from tests.ground_truth.continuous_thought import At, thought, written
 from tests.ground_truth.forced_attention import Forced

@@ -10,8 +10,8 @@ import torch
 from planted_circuits import ARCHITECTURES, LENGTH, SYMBOLS, planted, token
 from torch import Tensor, nn
 
-from pyvene_ext import copying
-from pyvene_ext.copying import copy_ranks, copy_scores
+from pyvene_ext.methods.heads import copying
+from pyvene_ext.methods.heads.copying import copy_ranks, copy_scores
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, VOCAB, random_model

@@ -15,13 +15,22 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pyvene_ext.devices import input_device, weights_on_a_device
-from pyvene_ext.loading import load_model
-from pyvene_ext.runner import Result, reference_for, run
-from pyvene_ext.runs import metadata, weight_hash
-from pyvene_ext.specs import Ablation, Spec, all_heads
-from pyvene_ext.sweep import estimate, plan_sweep, sweep
-from pyvene_ext.sweep.plan import MIB, Budget, Sizes, default_budget, make_plan
+from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.engine.sweep import plan_sweep, sweep
+from pyvene_ext.engine.sweep.plan import (
+    MIB,
+    Budget,
+    Sizes,
+    default_budget,
+    make_plan,
+)
+from pyvene_ext.methods.attribution.screen import estimate
+from pyvene_ext.models.devices import input_device, weights_on_a_device
+from pyvene_ext.models.identity import weight_hash
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.specs.joint import Spec
 from tests.pretended_devices import PretendedDevices, spread
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model

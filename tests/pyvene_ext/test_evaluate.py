@@ -16,13 +16,27 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pyvene_ext.compile import Compiled, compile_specs, donors
-from pyvene_ext.evaluate import Evaluation, Results, Scope, Transcripts, condition_of, evaluate, facts_of
-from pyvene_ext.intervenable import IntervenableModel
-from pyvene_ext.loading import load_model
-from pyvene_ext.problems import Problem, Questions, tokenize_problems, with_reasoning
-from pyvene_ext.reference import Reference
-from pyvene_ext.specs import Ablation, Spec, members
+from pyvene_ext.engine.compile import Compiled, compile_specs, donors
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.reasoning.evaluate import (
+    Evaluation,
+    Results,
+    Scope,
+    Transcripts,
+    condition_of,
+    evaluate,
+    facts_of,
+)
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.problems import (
+    Problem,
+    Questions,
+    tokenize_problems,
+    with_reasoning,
+)
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.joint import Spec, members
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, VOCAB, random_model
@@ -495,7 +509,7 @@ def test_after_an_exception_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPat
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyvene_ext.evaluate._Writing.take", interrupted)
+    monkeypatch.setattr("pyvene_ext.methods.reasoning.evaluate._Writing.take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tokenizer(), questions, SPECS["joint"], max_new_tokens=4)
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,6 +1,6 @@
 """Every family through everything that stands on its card: right to 1e-5 against plain hooks, or refused as the table says.
 
-The truth is `pyvene_ext.truth`, which knows no card: one prompt at a time, unpadded, plain hooks.
+The truth is `pyvene_ext.intervenable.truth`, which knows no card: one prompt at a time, unpadded, plain hooks.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from modelcards import FIELD_NAMES, card_of, dimensions
 from pyvene_ext import Ablation, ActivationPatch, PathPatch, patch, run
-from pyvene_ext.attribution import atp, atp_star
-from pyvene_ext.circuits import Circuit, exists, run_circuits
-from pyvene_ext.edges import edge_attribution
-from pyvene_ext.flow import flow_routes
-from pyvene_ext.lens import direct_logit_attribution, logit_lens
-from pyvene_ext.runner import reference_for
-from pyvene_ext.sweep import sweep
-from pyvene_ext.truth import Truth
+from pyvene_ext.engine.plain import reference_for
+from pyvene_ext.engine.sweep import sweep
+from pyvene_ext.intervenable.truth import Truth
+from pyvene_ext.methods.attribution.atp import atp, atp_star
+from pyvene_ext.methods.attribution.circuits import Circuit, exists, run_circuits
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.heads.flow import flow_routes
+from pyvene_ext.methods.heads.lens import direct_logit_attribution, logit_lens
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, MORE_FAMILIES, random_model
 

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from pyvene_ext import figures, stats
+from pyvene_ext import stats
+from pyvene_ext.runs import figures
 
 RNG = np.random.default_rng(0)
 A, B = RNG.random((2, 5, 8))

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from transformers import CodeGenConfig, CodeGenForCausalLM, PreTrainedModel
 
-from pyvene_ext import flow as flow_module
-from pyvene_ext.flow import Edge, Flow, Node, flow_routes, importances, proximity, renormalise
-from pyvene_ext.tokenized import TokenizedPrompts
-from pyvene_ext.truth import Truth
+from pyvene_ext.intervenable.truth import Truth
+from pyvene_ext.methods.heads import flow as flow_module
+from pyvene_ext.methods.heads.flow import (
+    Edge,
+    Flow,
+    Node,
+    flow_routes,
+    importances,
+    proximity,
+    renormalise,
+)
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from tests.pretended_devices import PretendedDevices, spread
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model

@@ -12,18 +12,20 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pyvene_ext.compile import check_specs, compile_specs
-from pyvene_ext.forced_attention import force
-from pyvene_ext.intervenable import IntervenableModel
-from pyvene_ext.interventions import ForcedRowsIntervention
-from pyvene_ext.patterns import read_patterns
-from pyvene_ext.reference import token_indices
-from pyvene_ext.runner import run
-from pyvene_ext.spec_files import from_yaml, load_specs, save_specs
-from pyvene_ext.specs import Ablation, ForcedAttention, Spec, members, one_sentence, spec_name
-from pyvene_ext.sweep import sweep
-from pyvene_ext.sweep.screen import estimate
-from pyvene_ext.tokenized import PaddingSide, TokenizedPrompts
+from pyvene_ext.engine.compile import check_specs, compile_specs
+from pyvene_ext.engine.plain import run
+from pyvene_ext.engine.sweep import sweep
+from pyvene_ext.intervenable.interventions import ForcedRowsIntervention
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.io.errors import one_sentence
+from pyvene_ext.methods.attribution.screen import estimate
+from pyvene_ext.methods.heads.patterns import read_patterns
+from pyvene_ext.prompts.positions import token_indices
+from pyvene_ext.prompts.tokenized import PaddingSide, TokenizedPrompts
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.files import from_yaml, load_specs, save_specs
+from pyvene_ext.specs.forced_attention import ForcedAttention, force
+from pyvene_ext.specs.joint import Spec, members, spec_name
 from tests.ground_truth import forced_attention as slow
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model

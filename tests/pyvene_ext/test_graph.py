@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from modelcards import n_heads, n_kv_heads
-from pyvene_ext import graph
-from pyvene_ext.graph import Node, query_heads, reaches
+from pyvene_ext.specs import graph
+from pyvene_ext.specs.graph import Node, query_heads, reaches
 from tests.ground_truth import paths as truth
 from tests.tiny_random import FAMILIES, VOCAB, random_model, tiny_config
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modelcards import n_heads, n_kv_heads, n_layers
-from pyvene_ext.head_scores import (
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.scores import (
     attention_scores,
     leading_bos,
     pattern_scores,
@@ -22,8 +23,7 @@ from pyvene_ext.head_scores import (
     usable_tokens,
     write_head_scores,
 )
-from pyvene_ext.loading import load_model
-from pyvene_ext.runs import rng
+from pyvene_ext.models.loading import load_model
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
 from tests.tiny_random import FAMILIES, VOCAB, random_model, tiny_config
 
@@ -150,7 +150,7 @@ def test_one_forward_pass_a_batch_and_no_pattern_is_kept(monkeypatch: pytest.Mon
         assert sum(ref() is not None for ref in alive) <= 2  # this layer's, and the last one's at most
         return pattern_scores(pattern, *args)
 
-    monkeypatch.setattr("pyvene_ext.head_scores.pattern_scores", watched)
+    monkeypatch.setattr("pyvene_ext.methods.heads.scores.pattern_scores", watched)
     attention_scores(model, repeated(examples=6), PERIOD, first=1, batch_size=2, copying=True, progress=False)
     assert len(calls) == 3 and len(alive) == 9
 

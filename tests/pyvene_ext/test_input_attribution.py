@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pyvene_ext import input_attribution as module
-from pyvene_ext.input_attribution import InputAttribution, Target, integrated_gradients
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.methods.attribution import inputs as module
+from pyvene_ext.methods.attribution.inputs import InputAttribution, Target, integrated_gradients
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, PAD, random_model
 

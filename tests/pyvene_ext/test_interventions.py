@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import torch
 
-from pyvene_ext.interventions import MaskScoresIntervention, NormMatchedIntervention, UniformScoresIntervention
+from pyvene_ext.intervenable.interventions import (
+    MaskScoresIntervention,
+    NormMatchedIntervention,
+    UniformScoresIntervention,
+)
 
 NOTHING = -torch.inf
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pyvene_ext.lag import (
+from pyvene_ext.methods.heads.lag import (
     ablate_attention,
     curves_of,
     lag_crp,
@@ -20,7 +20,8 @@ from pyvene_ext.lag import (
     rank_heads,
     recalled,
 )
-from pyvene_ext.specs import Ablation, members
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.joint import members
 
 POOL = np.arange(100, 160)
 

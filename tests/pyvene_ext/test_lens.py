@@ -15,11 +15,17 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM
 
-from pyvene_ext.lens import Attribution, Lens, Parts, direct_logit_attribution, logit_lens
-from pyvene_ext.loading import load_model
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runner import run
-from pyvene_ext.specs import Ablation
+from pyvene_ext.engine.plain import run
+from pyvene_ext.methods.heads.lens import (
+    Attribution,
+    Lens,
+    Parts,
+    direct_logit_attribution,
+    logit_lens,
+)
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.specs.ablation import Ablation
 from tests.ground_truth import ablations as slow
 from tests.pretended_devices import PretendedDevices, spread
 from tests.random_prompts import random_prompts

@@ -30,8 +30,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from pyvene_ext import loading
-from pyvene_ext.loading import load_model
+from pyvene_ext.models import loading
+from pyvene_ext.models.loading import load_model
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES, random_inputs, random_model
@@ -394,6 +394,6 @@ def test_a_model_is_tried_where_it_was_asked_for(tmp_path: Path, monkeypatch: py
     """What needs a GPU must not be run on the CPU first."""
     save_random_model("llama3_1", tmp_path)
     tried: list[str] = []
-    monkeypatch.setattr("pyvene_ext.loading._check_runs", lambda model, *_: tried.append(model.device.type))
+    monkeypatch.setattr("pyvene_ext.models.loading._check_runs", lambda model, *_: tried.append(model.device.type))
     load_model(tmp_path, device="meta")
     assert tried == ["meta"]

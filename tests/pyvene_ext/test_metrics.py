@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyvene_ext import metrics
-from pyvene_ext.prompts import TokenizedPrompts
+from pyvene_ext.engine import metrics
+from pyvene_ext.prompts.sets import TokenizedPrompts
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -11,9 +11,14 @@ import torch
 from planted_circuits import planted
 from torch import Tensor, nn
 
-from pyvene_ext.loading import load_model
-from pyvene_ext.name_movers import attention_to, find_names, head_projections, named_places
-from pyvene_ext.prompts import Prompt, PromptSet
+from pyvene_ext.methods.heads.name_movers import (
+    attention_to,
+    find_names,
+    head_projections,
+    named_places,
+)
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import Prompt, PromptSet
 from tests.ground_truth import ablations as slow
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
 from tests.random_prompts import random_prompts

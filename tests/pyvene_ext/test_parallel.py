@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from pyvene_ext.loading import TINY_FOLDER
-from pyvene_ext.parallel import (
+from pyvene_ext.models.loading import TINY_FOLDER
+from pyvene_ext.prompts.parallel import (
     SentencePair,
     check_template,
     filter_pairs,

@@ -15,21 +15,34 @@ from planted_circuits import ARCHITECTURES, CASES, Architecture, planted
 from torch import Tensor, nn
 
 from modelcards import n_heads, n_kv_heads, n_layers
-from pyvene_ext import graph
-from pyvene_ext.compile import check_specs
-from pyvene_ext.graph import Node, query_heads, reaches
-from pyvene_ext.intervenable import IntervenableModel
-from pyvene_ext.patching import Patch, Patched, all_patches, all_paths, patch
-from pyvene_ext.paths import PathPatch
-from pyvene_ext.reference import Reference
-from pyvene_ext.runner import METRICS, run
-from pyvene_ext.spec_files import from_yaml, to_yaml
-from pyvene_ext.specs import Ablation, ActivationPatch, Spec, members, needs, spec_name
-from pyvene_ext.subspace import RANK, concept_direction, concept_directions
-from pyvene_ext.sweep import paths as sweep_paths_module
-from pyvene_ext.sweep import sweep
-from pyvene_ext.sweep.replay import Replay
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.engine.compile import check_specs
+from pyvene_ext.engine.plain import METRICS, run
+from pyvene_ext.engine.sweep import sweep
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.patching import sweep_paths as sweep_paths_module
+from pyvene_ext.methods.patching.patch import (
+    Patch,
+    Patched,
+    all_patches,
+    all_paths,
+    patch,
+)
+from pyvene_ext.methods.patching.subspace import RANK, concept_direction, concept_directions
+from pyvene_ext.models.replay import Replay
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs import graph
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.files import from_yaml, to_yaml
+from pyvene_ext.specs.graph import Node, query_heads, reaches
+from pyvene_ext.specs.joint import (
+    Spec,
+    members,
+    needs,
+    spec_name,
+)
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
 from tests.ground_truth.paths import every_path_by_hooks, path_patch_by_hooks
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
@@ -498,7 +511,7 @@ def test_a_concept_direction_does_not_hang_on_rounding_where_few_differences_rep
     spec = ActivationPatch(site="z", layer=1, heads=(2,), positions="last", subspace=True)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            "pyvene_ext.subspace.concept_direction",
+            "pyvene_ext.methods.patching.subspace.concept_direction",
             lambda x, rank, noise: told.append(noise) or torch.zeros(x.shape[1]),
         )
         concept_directions(_model("gemma2"), [spec], BASE, SOURCE, progress=False)
@@ -747,7 +760,9 @@ def test_receivers_in_several_places_are_set_throughout_and_run_plainly_at_some_
     assert not any(path.one_place for path in some) and all(path.one_place for path in everywhere)
     expected = _by_hand(family, [*some, *everywhere])
     np.testing.assert_allclose(_patch(family, [*some, *everywhere]).intervened, expected, **CLOSE)
-    monkeypatch.setattr("pyvene_ext.patching.sweep_paths", lambda *_, **__: pytest.fail("not on this engine"))
+    monkeypatch.setattr(
+        "pyvene_ext.methods.patching.patch.sweep_paths", lambda *_, **__: pytest.fail("not on this engine")
+    )
     np.testing.assert_allclose(_patch(family, some).intervened, expected[: len(some)], **CLOSE)
 
 
@@ -1192,7 +1207,7 @@ STORED: list[Patch] = [
 def test_what_is_finished_is_kept_and_not_run_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _patch("gemma2", STORED, store=tmp_path / "kept")
     np.testing.assert_allclose(first.intervened, _by_hand("gemma2", STORED), **CLOSE)
-    monkeypatch.setattr("pyvene_ext.sweep.engine.Executor", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr("pyvene_ext.engine.sweep.run.Executor", lambda *_: pytest.fail("run again"))
     again = _patch("gemma2", STORED, store=tmp_path / "kept")
     np.testing.assert_array_equal(again.intervened, first.intervened)
 

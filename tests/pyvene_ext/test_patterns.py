@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from modelcards import n_heads, n_layers
-from pyvene_ext.patterns import read_patterns
-from pyvene_ext.tokenized import Batch
+from pyvene_ext.methods.heads.patterns import read_patterns
+from pyvene_ext.prompts.tokenized import Batch
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 from tests.traces import traces

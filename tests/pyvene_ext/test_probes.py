@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from modelcards import card_of
-from pyvene_ext.probes import ALPHAS, Ridge, cross_validated, deal_folds, places_of, read_residuals, shuffled
-from pyvene_ext.runs import rng
-from pyvene_ext.stats import r_squared
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.probes import (
+    ALPHAS,
+    Ridge,
+    cross_validated,
+    deal_folds,
+    places_of,
+    read_residuals,
+    shuffled,
+)
+from pyvene_ext.stats.correlations import r_squared
 from tests.ground_truth import ablations as slow
 from tests.ground_truth import probes as by_hand
 from tests.pyvene_ext.test_continuous_thought import asked, thinking

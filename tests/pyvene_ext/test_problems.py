@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pyvene_ext import problems as module
-from pyvene_ext.loading import load_model
-from pyvene_ext.problems import (
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts import problems as module
+from pyvene_ext.prompts.problems import (
     Problem,
     find_answer,
     load_problems,

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from pyvene_ext.prompts import Prompt, PromptSet
+from pyvene_ext.prompts.sets import Prompt, PromptSet
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
 from tests.tiny_random import FAMILIES, VOCAB, random_model
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyvene_ext.reference import Reference, label, token_indices
+from pyvene_ext.intervenable.statistics import Reference, label
+from pyvene_ext.prompts.positions import token_indices
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model

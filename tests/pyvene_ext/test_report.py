@@ -15,15 +15,15 @@ from matplotlib.colors import to_rgb
 from plotly.offline import get_plotlyjs
 from scipy.stats import spearmanr
 
-from pyvene_ext import figures
-from pyvene_ext.attention_view import View, write_views
+from pyvene_ext.io.files import write_csv, write_json, write_yaml
 from pyvene_ext.report import Run, write_report
 from pyvene_ext.report.__main__ import Config as ReportConfig
 from pyvene_ext.report.__main__ import main
+from pyvene_ext.report.attention import View, write_views
 from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
 from pyvene_ext.report.routes import Routes, draw_routes
 from pyvene_ext.report.run import by_group, columns
-from pyvene_ext.runs import write_csv, write_json, write_yaml
+from pyvene_ext.runs import figures
 from tests.browser import in_browser, needs_browser
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

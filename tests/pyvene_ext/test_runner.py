@@ -7,10 +7,11 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from pyvene_ext import metrics
-from pyvene_ext.reference import Reference
-from pyvene_ext.runner import METRICS, reference_for, run
-from pyvene_ext.specs import Ablation, Spec, all_heads
+from pyvene_ext.engine import metrics
+from pyvene_ext.engine.plain import METRICS, reference_for, run
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.specs.joint import Spec
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model

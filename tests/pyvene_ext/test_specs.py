@@ -7,19 +7,22 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pyvene_ext.paths import PathPatch
-from pyvene_ext.spec_files import from_yaml, load_specs, save_specs, to_yaml
-from pyvene_ext.specs import (
-    Ablation,
-    ForcedAttention,
+from pyvene_ext.io.errors import one_sentence
+from pyvene_ext.specs.ablation import Ablation, all_heads, heads_together
+from pyvene_ext.specs.files import (
+    from_yaml,
+    load_specs,
+    save_specs,
+    to_yaml,
+)
+from pyvene_ext.specs.forced_attention import ForcedAttention
+from pyvene_ext.specs.joint import (
     Spec,
-    all_heads,
-    heads_together,
     members,
     needs,
-    one_sentence,
     spec_name,
 )
+from pyvene_ext.specs.path import PathPatch
 from tests.tiny_random import random_model, tiny_config
 
 HEAD: dict[str, Any] = {"kind": "zero", "site": "z", "layer": 2, "heads": (5,)}

@@ -10,15 +10,21 @@ import pytest
 import torch
 
 from modelcards import n_heads, n_layers
-from pyvene_ext import loading
-from pyvene_ext.prompts import PromptSet
-from pyvene_ext.runner import METRICS, Result, reference_for, run
-from pyvene_ext.specs import Ablation, Spec, all_heads
-from pyvene_ext.sweep import plan_sweep, sweep
-from pyvene_ext.sweep.execute import State
-from pyvene_ext.sweep.replay import Past, Replay
-from pyvene_ext.sweep.store import Store
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.engine.plain import (
+    METRICS,
+    Result,
+    reference_for,
+    run,
+)
+from pyvene_ext.engine.sweep import plan_sweep, sweep
+from pyvene_ext.engine.sweep.execute import State
+from pyvene_ext.engine.sweep.store import Store
+from pyvene_ext.models import loading
+from pyvene_ext.models.replay import Past, Replay
+from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.specs.joint import Spec
 from tests.pyvene_ext.test_compile import EDITS, SITES, kv_specs
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
@@ -301,7 +307,7 @@ def test_not_even_one_row_fits_is_said_in_one_sentence(monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_projection_that_cannot_be_taken_apart_is_run_as_it_is(family, monkeypatch):
-    monkeypatch.setattr("pyvene_ext.sweep.replay.output_weight", lambda projection: None)
+    monkeypatch.setattr("pyvene_ext.models.replay.output_weight", lambda projection: None)
     _compare(family, [*_every_spec()[::5], *_joint_specs()])
 
 
@@ -468,6 +474,6 @@ def test_a_store_of_another_version_s_batches_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sweep(model, specs, PROMPTS, store=tmp_path, progress=False)
-    monkeypatch.setattr("pyvene_ext.sweep.plan.CLEAN_TOKENS", 9)
+    monkeypatch.setattr("pyvene_ext.engine.sweep.plan.CLEAN_TOKENS", 9)
     with pytest.raises(ValueError, match="was begun by a version that cut the work otherwise; delete the folder"):
         sweep(model, specs, PROMPTS, store=tmp_path, progress=False)

@@ -25,13 +25,19 @@ import prompt_sets
 import pytest
 from accelerate import PartialState
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.devices import agreed, from_first, gathered, processes
-from pyvene_ext.runs import is_main_process
-from pyvene_ext.specs import Spec, all_heads
-from pyvene_ext.sweep import plan_sweep, sweep
-from pyvene_ext.sweep.execute import Executor
-from pyvene_ext.sweep.store import Store
+from pyvene_ext.engine.sweep import plan_sweep, sweep
+from pyvene_ext.engine.sweep.execute import Executor
+from pyvene_ext.engine.sweep.store import Store
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.models.devices import (
+    agreed,
+    from_first,
+    gathered,
+    is_main_process,
+    processes,
+)
+from pyvene_ext.specs.ablation import all_heads
+from pyvene_ext.specs.joint import Spec
 from tests.processes import start
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model

@@ -12,11 +12,17 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
-from pyvene_ext.compile import donors
-from pyvene_ext.reference import Reference
-from pyvene_ext.runner import Result, reference_for, run
-from pyvene_ext.specs import Ablation, Spec, all_heads, members, spec_name
-from pyvene_ext.sweep.screen import Screen, _count, estimate, screened
+from pyvene_ext.engine.compile import donors
+from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.attribution.screen import (
+    Screen,
+    _count,
+    estimate,
+    screened,
+)
+from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.specs.joint import Spec, members, spec_name
 from tests.ground_truth import ablations as slow
 from tests.pyvene_ext.test_compile import PROMPTS, SETS, SITES, _change, _model, _specs, kv_specs
 from tests.random_prompts import random_prompts

@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from pyvene_ext.runner import Result, reference_for, run
-from pyvene_ext.specs import Ablation, Spec, all_heads, spec_name
-from pyvene_ext.stats import frequency_interval
-from pyvene_ext.sweep.sequential import Sequential, frequencies
+from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.engine.sweep.sequential import Sequential, frequencies
+from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.specs.joint import Spec, spec_name
+from pyvene_ext.stats.intervals import frequency_interval
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
 

@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from pyvene_ext.runs import data_hash
-from pyvene_ext.sweep.store import Store
+from pyvene_ext.engine.sweep.store import Store
+from pyvene_ext.io.hashes import data_hash
 
 FACTS = {"weights": "0123456789abcdef" * 2, "dtype": "float32", "metric": "logit_diff", "prompts": "fedcba98" * 4}
 PLAN = {"waves": [[0, 4], [4, 7]], "memory": 1 << 20}

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from pyvene_ext.runner import Result, run
-from pyvene_ext.specs import all_heads
-from pyvene_ext.sweep.execute import Executor
-from pyvene_ext.sweep.unfinished import discard, unfinished_in
+from pyvene_ext.engine.plain import Result, run
+from pyvene_ext.engine.sweep.execute import Executor
+from pyvene_ext.runs.sweeps import discard, unfinished_in
+from pyvene_ext.specs.ablation import all_heads
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyvene_ext.token_lists import read_token_list
+from pyvene_ext.prompts.token_lists import read_token_list
 
 IDS = [128000, 0, 255, 256, 65535, 65536, 2**31 - 1]
 

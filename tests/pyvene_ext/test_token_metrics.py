@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from pyvene_ext import metrics
-from pyvene_ext.patching import all_patches, patch
-from pyvene_ext.runner import TOKEN_METRICS, run
-from pyvene_ext.specs import Ablation, Spec, all_heads
-from pyvene_ext.sweep import plan_sweep, sweep
-from pyvene_ext.sweep.execute import Executor
-from pyvene_ext.sweep.screen import estimate
-from pyvene_ext.sweep.sequential import frequencies
+from pyvene_ext.engine import metrics
+from pyvene_ext.engine.plain import TOKEN_METRICS, run
+from pyvene_ext.engine.sweep import plan_sweep, sweep
+from pyvene_ext.engine.sweep.execute import Executor
+from pyvene_ext.engine.sweep.sequential import frequencies
+from pyvene_ext.methods.attribution.screen import estimate
+from pyvene_ext.methods.patching.patch import all_patches, patch
+from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.specs.joint import Spec
 from tests.ground_truth import ablations as slow
 from tests.pyvene_ext.test_sweep_processes import Launch, assert_same_bits
 from tests.random_prompts import random_prompts

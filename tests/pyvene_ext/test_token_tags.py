@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pyvene_ext.token_tags import spans_of, tag_tokens, tags_of
+from pyvene_ext.prompts.token_tags import spans_of, tag_tokens, tags_of
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer
 from tests.saved_models import shipped_tokenizer
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from modelcards import n_heads
-from pyvene_ext.reference import Reference
-from pyvene_ext.runner import run
-from pyvene_ext.specs import Ablation
-from pyvene_ext.tokenized import TokenizedPrompts
-from pyvene_ext.translation import (
+from pyvene_ext.engine.plain import run
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.heads.translation import (
     control_sets,
     diagonal_score,
     extreme_of,
@@ -22,6 +20,8 @@ from pyvene_ext.translation import (
     source_tokens,
     translation_scores,
 )
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.ablation import Ablation
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 from tests.traces import traces

@@ -12,9 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyvene_ext import transplant as module
-from pyvene_ext.continuous_thought import Format, attach, projection
-from pyvene_ext.transplant import Fit, Maps, Paired, StreamMap, Transplant, fit_maps, pair_texts, transplanted
+from pyvene_ext.methods.reasoning import transplant as module
+from pyvene_ext.methods.reasoning.transplant import (
+    Fit,
+    Maps,
+    Paired,
+    StreamMap,
+    Transplant,
+    fit_maps,
+    pair_texts,
+    transplanted,
+)
+from pyvene_ext.models.latent_steps import Format, attach, projection
 from tests.ground_truth import transplant as slow
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
 from tests.random_prompts import random_prompts

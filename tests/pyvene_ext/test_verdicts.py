@@ -7,7 +7,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from pyvene_ext.stats import Interval, mcnemar_p, verdict
+from pyvene_ext.stats.controls import mcnemar_p, verdict
+from pyvene_ext.stats.intervals import Interval
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (6, 1), (3, 3), (2, 9), (20, 4)])

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tiny_tasks import draw
 
-from pyvene_ext.loading import load_model
-from pyvene_ext.runs import rng
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.models.loading import load_model
 
 Logits = Callable[[Sequence[int]], torch.Tensor]  # ids of a problem -> logits [vocab] behind them
 

@@ -13,10 +13,10 @@ import yaml
 from critical_heads import attribute_inputs as study
 from critical_heads import setting as common
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.input_attribution import InputAttribution, Target
-from pyvene_ext.runs import write_csv
-from pyvene_ext.token_tags import tag_tokens
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.methods.attribution.inputs import InputAttribution, Target
+from pyvene_ext.prompts.token_tags import tag_tokens
 from tests.experiments.critical_heads import by_hand
 from tests.interrupted import stop_at
 

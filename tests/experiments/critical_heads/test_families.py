@@ -10,8 +10,8 @@ import pytest
 from critical_heads import ablate_heads, attribute_inputs, patch_hub, transplant_head
 from critical_heads import setting as common
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.continuous_thought import Format, attach, save
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.models.latent_steps import Format, attach, save
 from tests.saved_models import save_with_random_weights, shipped_tokenizer
 from tests.tiny_random import CLASSES, tiny_config
 

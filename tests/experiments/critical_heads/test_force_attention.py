@@ -12,9 +12,9 @@ import yaml
 from critical_heads import force_attention as study
 from critical_heads import setting as common
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.runs import rng
-from pyvene_ext.stats import Interval
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.stats.intervals import Interval
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import forced_attention as slow
 from tests.interrupted import stop_at

@@ -16,10 +16,15 @@ from safetensors.torch import load_file
 from tiny_tasks import draw
 from transformers import LlamaForCausalLM
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.continuous_thought import Format, attach, projection, save
-from pyvene_ext.loading import load_model
-from pyvene_ext.runs import rng
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.models.latent_steps import (
+    Format,
+    attach,
+    projection,
+    save,
+)
+from pyvene_ext.models.loading import load_model
 from tests.experiments.critical_heads.by_hand import table
 from tests.ground_truth.ablations import statistics
 from tests.ground_truth.continuous_thought import At, thought, written

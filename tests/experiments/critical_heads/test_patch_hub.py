@@ -13,8 +13,8 @@ import torch
 from critical_heads import patch_hub as study
 from critical_heads import setting as common
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.runs import rng
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.seeds import rng
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at

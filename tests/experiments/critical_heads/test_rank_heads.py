@@ -10,12 +10,12 @@ import pytest
 from critical_heads import rank_heads as study
 from critical_heads import setting as common
 
-from pyvene_ext.attention_view import read_views
-from pyvene_ext.block_scores import SCORES, block_scores
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.head_scores import read_head_scores
-from pyvene_ext.problems import Problem, Questions
-from pyvene_ext.tokenized import TokenizedPrompts
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.methods.reasoning.block_scores import SCORES, block_scores
+from pyvene_ext.prompts.problems import Problem, Questions
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.report.attention import read_views
 from tests.experiments.critical_heads import by_hand
 
 MODEL = "tiny-qwen2.5"

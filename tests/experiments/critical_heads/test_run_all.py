@@ -12,8 +12,9 @@ import yaml
 from critical_heads import run_all as study
 from critical_heads import setting as common
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.runs import write_config, write_json
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.files import write_json
 
 FEW = {
     "ablate_heads": {"n_heads": [1], "scope": ["reasoning"], "random_sets": 1},

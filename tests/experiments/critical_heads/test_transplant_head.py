@@ -14,9 +14,9 @@ import yaml
 from critical_heads import setting as common
 from critical_heads import transplant_head as study
 
-from pyvene_ext.cli import run as run_study
-from pyvene_ext.evaluate import Evaluation
-from pyvene_ext.loading import load_model
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.reasoning.evaluate import Evaluation
+from pyvene_ext.models.loading import load_model
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import transplant as slow
 from tests.interrupted import stop_at

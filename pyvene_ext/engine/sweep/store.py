@@ -1,0 +1,224 @@
+"""A folder that keeps the finished waves of a sweep while it runs, and the merged arrays after it.
+
+A wave is written whole or not at all, so killing the process at any moment loses no more than the wave in flight. While the sweep
+runs the folder holds `manifest.json`, `lock` and one `.npz` a wave; when it is complete, the manifest and one `.npy` an array.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from pyvene_ext.io.files import atomic_path, parse_json
+from pyvene_ext.io.hashes import data_hash
+
+FORMAT = 1
+SHOWN = 24  # characters; a longer fact, such as a hash, is named without its values
+DIGEST = xxhash.xxh3_128().digest_size
+
+
+class Store:
+    """The waves of one sweep on disk, for one process or one launched group at a time; use it in a `with` block.
+
+    Args:
+        folder: made if it is not there.
+        facts: what the numbers depend on, as JSON-able data: hashes of weights, config, prompts, specs; metric, dtype ...
+        plan: how the work is cut into waves, as JSON-able data. A store that exists keeps the plan it was made with: other
+            batches may round otherwise, and a resumed run should end in the same bits.
+        member: this process is another rank of the group whose first rank holds the store; it only adds waves and takes no lock.
+
+    Raises:
+        ValueError: the folder holds a run with other facts, is in use by another process, or cannot hold a store.
+    """
+
+    def __init__(
+        self, folder: str | Path, facts: Mapping[str, Any], plan: Mapping[str, Any], *, member: bool = False
+    ) -> None:
+        self.folder = Path(folder)
+        self._lock: IO[str] | None = None
+        new = {"format": FORMAT, "complete": False, "facts": dict(facts), "plan": dict(plan), "arrays": {}}
+        # As JSON gives it back, so that the first run sees what a resumed one will see.
+        self._manifest: dict[str, Any] = json.loads(json.dumps(new, allow_nan=False))
+        try:
+            self._open(member)
+        except OSError as error:
+            self.close()
+            reason = error.strerror or error
+            raise ValueError(f"{folder} cannot hold a store: {reason}; choose another folder.") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, member: bool) -> None:
+        found = self._found()
+        if member and not found:
+            raise ValueError(f"{self.folder} holds no store yet; the first rank must open it before the others.")
+        if not member and not (found and found["complete"]):
+            self._take_lock()
+            found = self._found()  # again, because the last holder may have finished in between
+        self._manifest = found or self._manifest
+        if self._manifest["complete"]:  # nobody writes any more: no lock is needed, and the folder may be read-only
+            self.close()
+            self._tidy()
+        elif not member:
+            for pattern in (".manifest-????????.json", ".*-????????.npy", f"{self._waves.name}/.*"):
+                for leftover in sorted(self.folder.glob(pattern)):  # of a killed writer
+                    leftover.unlink(missing_ok=True)
+            if not found:
+                self._write_manifest(self._manifest)
+
+    def _found(self) -> dict[str, Any] | None:
+        """The manifest on disk, if there is one; ValueError if it is damaged or of a run with other facts."""
+        path = self.folder / "manifest.json"
+        try:
+            found = parse_json(path.read_bytes())
+        except FileNotFoundError:
+            if foreign := sorted(self.folder.glob("*.npy")):
+                raise ValueError(
+                    f"{foreign[0]} is no store's, and a store could overwrite it; choose another folder."
+                ) from None
+            return None
+        except ValueError:
+            found = None
+        intact = isinstance(found, dict) and found.pop("hash", None) == data_hash(found)
+        if not intact or found.keys() != self._manifest.keys() or found["format"] != FORMAT:
+            raise ValueError(
+                f"{path} is damaged, or not of format {FORMAT}; choose another folder, or delete {self.folder}."
+            )
+        old, new = found["facts"], self._manifest["facts"]
+        names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        if names:
+            state, finish = ("a finished", "") if found["complete"] else ("an unfinished", "finish that run, ")
+            different = ", ".join(_difference(name, old.get(name), new.get(name)) for name in names)
+            raise ValueError(
+                f"{self.folder} holds {state} run that differs in {different}; {finish}choose another folder, or delete this one."
+            )
+        return found
+
+    def _take_lock(self) -> None:
+        """One process at a time; the kernel lets go of the lock when the process dies, however it dies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "just started"
+            raise ValueError(
+                f"{self.folder} is in use by another process ({owner}); wait for its end, or choose another folder."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The plan that the store was made with."""
+        return self._manifest["plan"]
+
+    @property
+    def _waves(self) -> Path:
+        # Named by what the waves belong to, so that no wave of another run can ever be read as one of this.
+        return self.folder / f"waves-{data_hash([self._manifest['facts'], self.plan])}"
+
+    @property
+    def finished(self) -> dict[int, dict[str, np.ndarray]]:
+        """The waves on disk by number, those of other ranks too; read anew each time. A damaged wave counts as absent."""
+        waves = {}
+        for path in sorted(self._waves.glob("[0-9]*.npz")):
+            content = path.read_bytes()
+            number = int(path.stem) if path.stem.isdecimal() else -1
+            if xxhash.xxh3_128_digest(content[:-DIGEST], seed=max(number, 0)) == content[-DIGEST:] and number >= 0:
+                with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                    waves[number] = dict(arrays)
+        return waves
+
+    def add(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a finished wave, such as clean [n_prompts] and intervened [n_specs n_prompts]: on disk when this returns."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # mypy thinks of savez's own flag
+        content = buffer.getvalue()
+        # The digest stands last because a zip file may have a tail: np.load reads the file as it is.
+        _write(self._waves / f"{number:06d}.npz", content + xxhash.xxh3_128_digest(content, seed=number))
+
+    def complete(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the merged arrays, then the manifest that says so; then remove what only an unfinished run needs."""
+        about = {}
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array, allow_pickle=False)
+            content = buffer.getvalue()
+            _write(self.folder / f"{name}.npy", content)
+            about[name] = {"shape": list(array.shape), "hash": xxhash.xxh3_128_hexdigest(content)}
+        complete = self._manifest | {"complete": True, "arrays": about}
+        self._write_manifest(complete)
+        self._manifest = complete
+        self._tidy()
+
+    @property
+    def result(self) -> dict[str, np.ndarray] | None:
+        """The merged arrays of a complete store, None of an unfinished one; ValueError if a file is missing or damaged."""
+        if not self._manifest["complete"]:
+            return None
+        arrays = {}
+        for name, about in self._manifest["arrays"].items():
+            path = self.folder / f"{name}.npy"
+            content = path.read_bytes() if path.exists() else b""
+            if xxhash.xxh3_128_hexdigest(content) != about["hash"]:
+                raise ValueError(f"{path} is missing or damaged; delete {self.folder} and run again.")
+            arrays[name] = np.load(io.BytesIO(content), allow_pickle=False)
+        return arrays
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        text = json.dumps(manifest | {"hash": data_hash(manifest)}, indent=2, ensure_ascii=False, allow_nan=False)
+        _write(self.folder / "manifest.json", (text + "\n").encode())
+
+    def _tidy(self) -> None:
+        """Remove what a complete store does not need. What cannot be removed does no harm."""
+        shutil.rmtree(self._waves, ignore_errors=True)
+        # Whoever still gets hold of the removed lock reads the manifest next, and finds it complete.
+        with contextlib.suppress(OSError):
+            (self.folder / "lock").unlink()
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):  # of a file system without locks
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # said aloud: a forked process may still have the file open
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """The name of a fact that differs, with both values where they are short."""
+    before, now = (json.dumps(value, ensure_ascii=False) for value in (old, new))
+    return f"{name} ({before} there, {now} now)" if max(len(before), len(now)) <= SHOWN else name
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and through to the disk: what is written first survives a power cut first."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+        os.fsync(folder)
+    os.close(folder)

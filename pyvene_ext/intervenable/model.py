@@ -1,0 +1,628 @@
+"""An IntervenableModel that can be trusted: pyvene's own, with its signature, minus its silent failures.
+
+What differs from `pyvene.IntervenableModel`:
+
+* Locations, units, heads, layers, groups and sources are checked before anything runs (`checks`); afterwards, that
+  every intervention really fired.
+* Edits are made on a copy and returned, so that they never reach the caller's tensors, other outputs or autograd's saved values.
+* Only its own hooks are removed. After construction and after every call, also one that raised, the model is as it was: hooks,
+  train mode, grad flags, config, attention implementation.
+* Negative positions count back from each example's last real token (attention mask), under either padding side.
+* `generate` intervenes on the prompt, on new tokens or on both, by position, the same with and without a cache.
+* Trainable interventions get the component's exact width, whatever the head size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyvene
+import torch
+from huggingface_hub import snapshot_download
+from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
+from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
+from torch import Tensor, nn
+
+from modelcards import COMPONENTS, Card, Taps, card_of, register
+from pyvene_ext.intervenable.checks import (
+    Inputs,
+    Place,
+    all_of,
+    check_config,
+    check_subspaces,
+    check_unit_counts,
+    is_collect,
+    resolve_locations,
+)
+from pyvene_ext.intervenable.generation import Generation, own_copy, positions_of
+from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.modes import flags_kept
+
+# The residual stream between attention and MLP is an argument of a norm and, behind it, of the sum: no hook can hand both a new
+# tensor. It is a fresh sum that nothing else holds and autograd does not save, so here, and only here, the edit is in place.
+EDITED_IN_PLACE = frozenset({"resid_mid"})
+
+
+class IntervenableModel(pyvene.IntervenableModel):
+    """pyvene's IntervenableModel for models with a card, checked and exact.
+
+    Args:
+        config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it.
+        model: a transformers model of a class that `modelcards` covers, or a subclass of one.
+        **kwargs: pyvene's. `use_fast` is accepted and has no effect: the general path is as fast and never wrong.
+
+    Raises:
+        ValueError: for anything in `config` that this model does not have or that pyvene would misread.
+    """
+
+    intervention_hooks: dict[str, Callable[..., Any]]
+
+    def __init__(self, config: Any, model: nn.Module, **kwargs: Any) -> None:
+        card = card_of(model)
+        register(type(model))
+        if not isinstance(config, IntervenableConfig):
+            config = IntervenableConfig(representations=config)
+        check_config(config, model, card)
+        taps = Taps(model, card, [(item.component, item.layer) for item in config.representations])
+        kwargs.pop("use_fast", None)
+        with taps, flags_kept(model):
+            super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
+        self.config = config
+        self.config.model_type = str(type(model))
+        self._taps = taps
+        self._handles: list[Any] = []
+        self._attached: set[tuple[str, str]] = set()
+        self._fired: set[tuple[str, str]] = set()
+        self._active = False
+        self._reading = False
+        self._hook_device: torch.device | None = None
+        self._generation: Generation | None = None
+        self.intervention_hooks = {
+            key: self._hook_type(key, register_hook) for key, register_hook in self.intervention_hooks.items()
+        }
+
+    # -- running ----------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        base: Mapping[str, Any],
+        sources: Any = None,
+        unit_locations: Mapping[str, Any] | None = None,
+        source_representations: Any = None,
+        subspaces: Any = None,
+        labels: Tensor | None = None,
+        output_original_output: bool | None = False,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        intervention_additional_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the model on `base` with the interventions; arguments and result are pyvene's.
+
+        `unit_locations=None` means every position (and head). Returns `(original or None, intervened)`, or
+        `((original or None, collected), intervened)` if the config collects.
+
+        Raises:
+            ValueError: for locations that do not exist or are ambiguous, a missing source, an intervention that never fired.
+        """
+        sources = self._checked_sources(sources, source_representations)
+        inputs = Inputs.of(base, "base")
+        locations = self._resolved(inputs, sources, unit_locations)
+        self._check_inputs(base, sources, output_original_output, labels)
+        check_subspaces(subspaces, self.interventions, inputs.batch)
+        # Run here and not by pyvene, because it is to be the user's own model, without taps.
+        original = self.model(**base) if output_original_output else None
+        with self._running():
+            outcome = super().forward(
+                base,
+                sources,
+                locations,
+                source_representations,
+                subspaces,
+                labels,
+                False,
+                return_dict,
+                use_cache,
+                intervention_additional_kwargs,
+            )
+        if return_dict:
+            outcome.original_outputs = original
+            return outcome
+        first, intervened = outcome
+        return ((original, first[1]), intervened) if self.return_collect_activations else (original, intervened)
+
+    def generate(
+        self,
+        base: Mapping[str, Any],
+        sources: Any = None,
+        unit_locations: Mapping[str, Any] | None = None,
+        source_representations: Any = None,
+        intervene_on_prompt: bool = False,
+        subspaces: Any = None,
+        output_original_output: bool | None = False,
+        intervention_additional_kwargs: dict[str, Any] | None = None,
+        *,
+        intervene_on_new_tokens: bool | None = None,
+        new_token_rows: Callable[[int], Tensor] | None = None,
+        decode: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate with the interventions on the prompt, on the new tokens, or on both.
+
+        Args:
+            unit_locations: heads, and positions of the prompt. None: every position and head.
+            intervene_on_prompt: intervene at the prompt's positions in `unit_locations`.
+            intervene_on_new_tokens: intervene at the position of every token generated so far; heads are taken from
+                `unit_locations`, its positions do not matter. Default: the opposite of `intervene_on_prompt`, as pyvene has it.
+                The first new token follows from the prompt alone, so it changes only with the prompt.
+            new_token_rows: given a new token's number, 0 being the first, the examples to intervene on there (booleans, one an
+                example); by default all.
+            decode: called in place of the model's `generate`, with the same arguments; it runs the model step by step.
+            **kwargs: for the model's own `generate`.
+
+        An intervention stands at a position, not at a step: the same tokens come out with and without a cache. New tokens take
+        a source of exactly one position; or, behind the positions for the prompt, one for each new token.
+
+        Returns:
+            `(original or None, intervened)` as pyvene does; with collects, `((original or None, collected), intervened)`, where
+            every forward pass adds its activations, which with a cache are those of the new columns alone.
+        """
+        if intervene_on_new_tokens is None:
+            intervene_on_new_tokens = not intervene_on_prompt
+        if not (intervene_on_prompt or intervene_on_new_tokens):
+            raise ValueError("nothing to intervene on: set intervene_on_prompt or intervene_on_new_tokens.")
+        if self.mode != "parallel":
+            raise ValueError("generate needs mode='parallel'.")
+        if kwargs.get("prefill_chunk_size"):
+            raise ValueError("generate with interventions cannot split the prompt: leave out prefill_chunk_size.")
+        if self.as_adaptor or self._intervention_pointers:
+            raise ValueError("generate takes no as_adaptor and no intervention_link_key: intervene in forward passes.")
+        sources = self._checked_sources(sources, source_representations)
+        inputs = Inputs.of(base, "base")
+        locations = self._resolved(inputs, sources, unit_locations)
+        self._check_inputs(base, sources, output_original_output, None)
+        check_subspaces(subspaces, self.interventions, inputs.batch)
+        self._cleanup_states()
+        self.full_intervention_outputs.clear()
+        original = self.model.generate(**base, **kwargs) if output_original_output else None
+        try:
+            with self._running():
+                self._wait_for_forward_with_parallel_intervention(
+                    sources,
+                    self._broadcast_unit_locations(inputs.batch, locations),
+                    self._broadcast_source_representations(source_representations),
+                    self._broadcast_subspaces(inputs.batch, subspaces),
+                    intervention_additional_kwargs,
+                )
+                self._generation = Generation(
+                    inputs.length, inputs.batch, intervene_on_prompt, intervene_on_new_tokens, new_token_rows
+                )
+                self._check_new_token_sources(locations["sources->base"][1])
+                self._handles.append(self.model.register_forward_pre_hook(self._generation.count, with_kwargs=True))
+                intervened = (decode or self.model.generate)(**base, **kwargs)
+            collected = [
+                activation
+                for key in self.sorted_keys
+                if isinstance(self.interventions[key], CollectIntervention)
+                for activation in self.activations[key]
+            ]
+        finally:
+            self._generation = None
+            self._cleanup_states(skip_activation_gc=True)
+        return ((original, collected), intervened) if self.return_collect_activations else (original, intervened)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Taps in place, hooks watched; nothing left on the model afterwards."""
+        if self._active:
+            raise RuntimeError(
+                "this intervenable model is running already: finish that call first, or build a second one."
+            )
+        self._active = True
+        self._attached.clear()
+        self._fired.clear()
+        try:
+            with self._taps:
+                yield
+                silent = sorted({key for _, key in self._attached - self._fired})
+                if silent:
+                    raise ValueError(
+                        f"the intervention {', '.join(silent)} never fired: the model did not run that module on this input "
+                        "(embeddings are skipped when inputs_embeds is given; one new token needs no step on new tokens)."
+                    )
+        finally:
+            self._active = False
+            self._remove_forward_hooks()
+
+    # -- before a run -----------------------------------------------------------------------------------------------------
+
+    def _needs_source(self, key: str) -> bool:
+        intervention = self.interventions[key]
+        if isinstance(intervention, LambdaIntervention | CollectIntervention):
+            return False
+        return not intervention.is_source_constant
+
+    def _checked_sources(self, sources: Any, representations: Any) -> list[Any]:
+        """One source a group, in a list of our own; every intervention that needs one has one."""
+        groups = self._intervention_group
+        sources = list(sources) if isinstance(sources, list | tuple) else [sources]
+        if len(sources) == 1:
+            sources = sources * len(groups)
+        if len(sources) != len(groups):
+            raise ValueError(
+                f"{len(sources)} sources were given for {len(groups)} groups of interventions: give one each."
+            )
+        if isinstance(representations, list) and len(representations) != len(self.sorted_keys):
+            raise ValueError(
+                f"source_representations lists {len(representations)} tensors for {len(self.sorted_keys)} interventions; "
+                "give one each (None for one that needs none), or a dict."
+            )
+        given = set(self._broadcast_source_representations(representations) or {})
+        if unknown := given - set(self.sorted_keys):
+            raise ValueError(
+                f"source_representations names {', '.join(sorted(unknown))}; the keys are {', '.join(self.sorted_keys)}."
+            )
+        for source, keys in zip(sources, groups.values(), strict=True):
+            for key in keys:
+                if self._needs_source(key) and source is None and key not in given:
+                    raise ValueError(
+                        f"{key} ({self.interventions[key]}) needs a source and has none: give sources, or "
+                        "source_representations for this key."
+                    )
+                if source is not None and isinstance(self.interventions[key], CollectIntervention):
+                    raise ValueError(
+                        f"{key} collects in a group that has a source: give it a group of its own (group_key on every "
+                        "representation) and None as that group's source, as in sources=[source, None]."
+                    )
+                constant = getattr(self.interventions[key], "is_source_constant", False)
+                if constant and key in given and not isinstance(representations, Tensor):
+                    raise ValueError(
+                        f"{key} ({self.interventions[key]}) takes no source, but source_representations has one for it."
+                    )
+                if source is None and self.mode == "serial":
+                    raise ValueError(
+                        f"{key} has no source, and serial mode skips such a group: use mode='parallel', or give it a source."
+                    )
+        if given and any(source is not None for source in sources):
+            raise ValueError("give sources or source_representations, not both: pyvene would ignore the sources.")
+        return sources
+
+    def _check_inputs(self, base: Any, sources: list[Any], twice: bool | None, labels: Tensor | None) -> None:
+        """Refuse what would run and give something else than asked for."""
+        caches = [inputs["past_key_values"] for inputs in (base, *sources) if inputs and "past_key_values" in inputs]
+        caches = [id(cache) for cache in caches if cache is not None]
+        if twice and base.get("past_key_values") is not None:
+            raise ValueError(
+                "output_original_output runs base twice, and past_key_values would grow twice: run the original by itself, with "
+                "its own copy of the cache."
+            )
+        if len(set(caches)) < len(caches):
+            raise ValueError(
+                "two of the runs (base, sources) share one past_key_values, which each appends to: give each its own copy."
+            )
+        if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing computes blocks again without the interventions, and the gradients would be wrong: call "
+                "model.activation_checkpointing_disable() or model.eval()."
+            )
+        if any(item.component == "logits" for item in self.representations.values()):
+            if base.get("logits_to_keep"):
+                raise ValueError(
+                    "logits_to_keep cuts the positions an intervention on the logits counts: leave it out."
+                )
+            by_itself = card_of(self.model).is_tap(
+                self.model, "logits"
+            )  # soft-capped or scaled by the model's own forward
+            if by_itself and (labels is not None or base.get("labels") is not None):
+                raise ValueError(
+                    "the loss of this model is computed before its soft-capped or scaled logits can be edited: leave labels "
+                    "out."
+                )
+
+    def _resolved(self, inputs: Inputs, sources: list[Any], unit_locations: Mapping[str, Any] | None) -> dict[str, Any]:
+        groups = list(self._intervention_group.values())
+        source_of_key: dict[str, Inputs | None] = {}
+        for number, (source, keys) in enumerate(zip(sources, groups, strict=True)):
+            known = None if source is None else Inputs.of(source, f"source {number}")
+            if known is not None and known.batch != inputs.batch:
+                raise ValueError(
+                    f"{known.name} has {known.batch} examples and base {inputs.batch}: give as many of each."
+                )
+            source_of_key.update(dict.fromkeys(keys, known))
+        if unit_locations is None:
+            if self.mode == "serial":
+                raise ValueError("serial mode needs unit_locations for every step, such as 'source_0->base'.")
+            if any(known is not None and known.length != inputs.length for known in source_of_key.values()):
+                raise ValueError("without unit_locations everything is swapped, which needs sources as long as base.")
+            # Written out, because pyvene would not split what it is given no location for into heads.
+            places = [self._place(key) for key in self.sorted_keys]
+            everything = [all_of(place, self.model_config, inputs) for place in places]
+            has_source = any(known is not None for known in source_of_key.values())
+            return {"sources->base": (everything if has_source else None, everything)}
+        if not isinstance(unit_locations, Mapping) or len(unit_locations) != (
+            1 if self.mode == "parallel" else len(groups)
+        ):
+            raise ValueError(
+                "unit_locations must be a dict with the one entry 'base' or 'sources->base' (in serial mode: one entry a step)."
+            )
+        resolved: dict[str, Any] = {}
+        for entry, value in unit_locations.items():
+            keys, after = self.sorted_keys, inputs
+            if self.mode == "serial":
+                number, keys, after = self._serial_step(entry, sources, inputs)
+            elif entry not in ("base", "sources->base"):
+                raise ValueError(f"unit_locations has an entry {entry!r}; use 'base' or 'sources->base'.")
+            places = [self._place(key) for key in keys]
+            own_sources = [source_of_key[key] for key in keys]
+            source_side, base_side = resolve_locations(value, entry, places, self.model_config, after, own_sources)
+            for key, source in zip(keys, own_sources, strict=True):
+                if source is not None and source_side is None:
+                    raise ValueError(
+                        f"{key} has a source run, but only base locations are given: write "
+                        "{'sources->base': (source locations, base locations)}."
+                    )
+            check_unit_counts(keys, places, base_side, self.interventions, self.representations)
+            resolved["sources->base" if entry == "base" else entry] = (source_side, base_side)
+        return resolved
+
+    def _serial_step(self, entry: str, sources: list[Any], base: Inputs) -> tuple[int, list[str], Inputs]:
+        """Which keys a serial entry `source_0->source_1` speaks of, and the batch its right side indexes."""
+        groups = list(self._intervention_group.values())
+        last = len(groups) - 1
+        names = [f"source_{i}->{'base' if i == last else f'source_{i + 1}'}" for i in range(last + 1)]
+        if entry not in names:
+            raise ValueError(f"serial mode needs unit_locations {', '.join(names)}, not {entry!r}.")
+        number = names.index(entry)
+        after = base if number == last else Inputs.of(sources[number + 1], f"source {number + 1}")
+        return number, groups[number], after
+
+    def _place(self, key: str) -> Place:
+        representation = self.representations[key]
+        component = COMPONENTS.get(representation.component)
+        layer = representation.layer if component is None or component.per_layer else None
+        return Place(representation.component, representation.unit, layer, self._needs_source(key))
+
+    def _check_new_token_sources(self, locations: list[Any]) -> None:
+        assert self._generation is not None
+        if not self._generation.on_new_tokens:
+            return
+        given = dict(zip(self.sorted_keys, locations, strict=True))
+        for key, activation in self.activations.items():
+            of_prompt = self._generation.given_positions(given[key], self.representations[key].unit)
+            if 1 < positions_of(activation) <= of_prompt:
+                raise ValueError(
+                    f"{key} has a source of {activation.shape[-2]} positions, and every new token takes exactly one: give a "
+                    "source of one position (unit 'pos' or 'h.pos'), or intervene on the prompt alone."
+                )
+
+    # -- pyvene's own steps, mended ---------------------------------------------------------------------------------------
+
+    def _broadcast_unit_locations(self, batch_size: int, unit_locations: Any) -> Any:
+        """Resolved already: pyvene's version latches `use_fast`, which sends later calls to example 0's position."""
+        if unit_locations is not None:
+            return unit_locations
+        nowhere = [None] * len(self.interventions)
+        return {"sources->base": (nowhere, nowhere)}
+
+    def _broadcast_source_representations(self, source_representations: Any) -> Any:
+        """A dict of our own: pyvene empties the one it is given after the call."""
+        given = super()._broadcast_source_representations(source_representations)
+        return {key: value for key, value in given.items() if value is not None} if given is not None else None
+
+    def _remove_forward_hooks(self) -> None:
+        """Our own hooks only; pyvene's version strips the model of everybody's."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _intervention_getter(self, keys: list[str], unit_locations: Any) -> HandlerList:
+        self._reading = True
+        try:
+            return super()._intervention_getter(keys, [own_copy(item) for item in unit_locations])
+        finally:
+            self._reading = False
+
+    def _intervention_setter(self, keys: list[str], unit_locations_base: Any, *args: Any, **kwargs: Any) -> HandlerList:
+        # The callback pyvene makes holds this very list; during generation the hook refills it for each part of the sequence.
+        self._live = own_copy(unit_locations_base[0])
+        return super()._intervention_setter(keys, [self._live], *args, **kwargs)
+
+    def get_device(self) -> torch.device:
+        """Device of the module being intervened on (they may differ), else of the model."""
+        return self._hook_device or super().get_device()
+
+    def _hook_type(self, key: str, register_hook: Callable[..., Any]) -> Callable[..., Any]:
+        """What pyvene calls to hang `callback`, which edits a tensor in place, on a module: we hand it a copy and return that."""
+        before_module = "pre_hook" in register_hook.__name__
+        intervention = self.interventions[key]
+        in_place = self.representations[key].component in EDITED_IN_PLACE
+
+        def attach(callback: Callable[..., Any], with_kwargs: bool = True) -> Any:
+            reads = self._reading or isinstance(intervention, CollectIntervention)
+            use = ("get" if self._reading else "set", key)
+            live = None if self._reading else self._live
+            self._attached.add(use)
+
+            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
+                if reads and drafting(self.model):
+                    return None
+                tensor, put_back = _first_tensor((args, kwargs) if before_module else output, before_module)
+                self._hook_device = tensor.device
+                if reads and self._generation is None:
+                    edited = tensor.contiguous()
+                else:
+                    edited = tensor.clone(memory_format=torch.contiguous_format)
+                # pyvene's SkipIntervention looks for the module's input among the positional arguments.
+                inputs = args or tuple(kwargs.values())[:1]
+
+                def apply(part: Tensor) -> None:
+                    edits = self._intervention_state[key].setter_version()
+                    callback(module, inputs, kwargs, part)
+                    # A callback whose intervention returned None went home without an edit.
+                    if reads or self._intervention_state[key].setter_version() > edits:
+                        self._fired.add(use)
+                    self._intervention_state[key].reset()
+
+                try:
+                    if self._generation is None or use[0] == "get":
+                        apply(edited)
+                    else:
+                        self._generation.apply(
+                            apply, edited, live, self.representations[key].unit, self.activations, key
+                        )
+                finally:
+                    self._hook_device = None
+                if reads:
+                    return None
+                if in_place:
+                    tensor.copy_(edited)
+                    return None
+                return put_back(edited)
+
+            handle = register_hook(hook, with_kwargs=True)
+            self._handles.append(handle)
+            return handle
+
+        return attach
+
+    # -- what a user may call ---------------------------------------------------------------------------------------------
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the trainable interventions, and the model's own only after `enable_model_gradients()`.
+
+        Construction no longer freezes the user's model, so its flags do not say what is to be trained here.
+        """
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def named_parameters(self, recurse: bool = True) -> list[tuple[str, nn.Parameter]]:
+        """`get_trainable_parameters` with names, as pyvene returns them."""
+        trainable = {  # by identity: a linked intervention stands under several keys
+            id(intervention): (key, intervention)
+            for key, intervention in reversed(self.interventions.items())
+            if isinstance(intervention, TrainableIntervention)
+        }
+        named = [
+            (f"{key}.{name}", parameter)
+            for key, intervention in trainable.values()
+            for name, parameter in intervention.named_parameters()
+        ]
+        if self.model_has_grad:
+            named += [(f"model.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return named
+
+    @staticmethod
+    def load(
+        load_directory: str,
+        model: nn.Module,
+        local_directory: str | None = None,
+        from_huggingface_hub: bool = False,
+        include_model: bool = False,
+    ) -> IntervenableModel:
+        """An intervenable model that `save` wrote, as one of this class; arguments are pyvene's.
+
+        Only intervention classes of pyvene and of this package are made, and weights are read without running code.
+
+        Raises:
+            ValueError: for an intervention class from elsewhere.
+        """
+        if from_huggingface_hub or not Path(load_directory).exists():
+            load_directory = snapshot_download(load_directory, local_dir=local_directory)
+        saved = IntervenableConfig.from_pretrained(load_directory)
+        kinds = [_intervention_class(name) for name in saved.intervention_types]
+        representations = [RepresentationConfig(*item) for item in saved.representations]
+        config = IntervenableConfig(representations=representations, intervention_types=kinds, mode=saved.mode)
+        loaded = IntervenableModel(config, model)
+        constant = saved.intervention_constant_sources
+        for (key, intervention), is_constant in zip(loaded.interventions.items(), constant, strict=True):
+            intervention.is_source_constant = is_constant
+            weights = Path(load_directory) / f"intkey_{key}.bin"
+            if not weights.exists():
+                continue
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            if "source_representation" in state:
+                intervention.set_source_representation(state.pop("source_representation"))
+            intervention.load_state_dict(state, strict=False)
+        if include_model:
+            weights = Path(load_directory) / "pytorch_model.bin"
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
+        return loaded
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IntervenableModel:
+        raise TypeError("an intervenable model cannot be copied: copy the model and build a new one from the config.")
+
+    def __str__(self) -> str:
+        """What this model intervenes on, as JSON."""
+        return json.dumps(
+            {
+                "model_type": self.model_type.__name__,
+                "interventions": {key: str(intervention) for key, intervention in self.interventions.items()},
+                "mode": self.mode,
+            },
+            indent=4,
+        )
+
+
+def _intervention_class(name: str) -> type:
+    """The class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
+    module, _, cls = name.removeprefix("<class '").removesuffix("'>").rpartition(".")
+    try:
+        found = (
+            getattr(importlib.import_module(module), cls) if module.split(".")[0] in ("pyvene", "pyvene_ext") else None
+        )
+    except (ImportError, AttributeError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, pyvene.Intervention)):
+        raise ValueError(
+            f"{name} is not an intervention of pyvene or pyvene_ext: rebuild this model from its config in code."
+        )
+    return found
+
+
+def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor a hook sees, as pyvene picks it, and how to hand a changed one back."""
+    if before_module:
+        args, kwargs = value
+        if args:
+            return args[0], lambda new: ((new, *args[1:]), kwargs)
+        name = next(iter(kwargs))
+        return kwargs[name], lambda new: (args, {**kwargs, name: new})
+    if isinstance(value, tuple):
+        return value[0], lambda new: (new, *value[1:])
+    if isinstance(value, dict):
+        name = next(iter(value))
+        return value[name], partial(_with_entry, value, name)
+    return value, lambda new: new
+
+
+def _with_entry(output: dict, name: str, new: Tensor) -> dict:
+    output[name] = new  # a model output of this very call, which nobody else holds yet
+    return output
+
+
+def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card) -> IntervenableConfig:
+    """Make the interventions ourselves, because pyvene can only pass on a width that its dimension mapping can spell.
+
+    A collecting one gets none: pyvene would cut what it collects at one unit's width.
+    """
+    types = config.intervention_types
+    representations = []
+    for index, item in enumerate(config.representations):
+        kind = types[index] if isinstance(types, list) else types
+        if item.intervention is None and isinstance(kind, type):
+            width = None if "." in item.component or is_collect(item, kind) else card.width(model, item.component)
+            settings = {**item._asdict(), "embed_dim": width * int(item.max_number_of_units) if width else None}
+            if width is None and issubclass(kind, TrainableIntervention):
+                raise ValueError(
+                    f"{kind.__name__} needs a place of fixed width, which {item.component} has not: name a component of the card "
+                    "other than scores and pattern."
+                )
+            item = item._replace(intervention=kind(**settings), intervention_type=None)
+        elif item.intervention is not None:
+            item = item._replace(intervention_type=None)
+        representations.append(RepresentationConfig(*item))
+    return IntervenableConfig(representations=representations, mode=config.mode, sorted_keys=config.sorted_keys)

@@ -1,0 +1,281 @@
+"""What activations look like over a reference set of prompts: mean, spread, mean by position, and rows to resample from.
+
+Everything asked for is collected through the model's card in one streaming pass over the prompts: all sites and layers in the
+same forward passes, one batch of activations in memory at a time, sums in float64 whatever the model's dtype, padding left out.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from modelcards import COMPONENTS, FIELD_NAMES, dimensions
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.io.files import atomic_path
+from pyvene_ext.io.hashes import data_hash, tensors_hash
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.identity import config_hash, weight_hash
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.positions import Positions, token_indices
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+
+Place = tuple[str, int | None]
+Directions = Mapping[tuple[Place, Positions], Tensor]
+FORMAT = 1  # of the cache files
+
+
+def label(place: Place) -> str:
+    """A site and its layer as one word: "z.3", "embed"."""
+    return ".".join(str(part) for part in place if part is not None)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of a reference set at some places, on the CPU.
+
+    Attributes:
+        prompts: the reference set.
+        places: the (site, layer) pairs covered, `site` in the words of `pyvene_ext.specs`.
+        position_means: the positions whose mean over prompts is kept; "all": of every token, the prompts having equal lengths.
+        bank: the positions whose activations are kept prompt by prompt, in the model's dtype, to resample from.
+        weights: hash of the model they were computed on.
+        tensors: what was computed, by "mean/z.3", "std/z.3", "at/z.3/2" (the mean at `position_means[2]`) and "bank/z.3".
+        directions: of patches of one direction, by place and positions, `*head d` of length 1 (`subspace`).
+    """
+
+    prompts: TokenizedPrompts
+    places: tuple[Place, ...]
+    position_means: tuple[str | int, ...] = ()
+    bank: tuple[str | int, ...] = ()
+    weights: str = ""
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    directions: Directions = field(default_factory=dict, repr=False)
+    _model: Callable[[], PreTrainedModel | None] = field(default=lambda: None, repr=False, compare=False)
+
+    @classmethod
+    def compute(
+        cls,
+        model: PreTrainedModel,
+        prompts: TokenizedPrompts,
+        places: Iterable[Place],
+        *,
+        position_means: Iterable[str | int] = (),
+        bank: Iterable[str | int] = (),
+        batch_size: int = 8,
+        cache_dir: str | Path | None = None,
+        progress: bool = False,
+    ) -> Reference:
+        """Collect the statistics, or read them from `cache_dir` if the same were kept there for these weights and prompts.
+
+        A cache file that is damaged or belongs to something else is computed again. Raises ValueError for an empty set, a
+        position that some prompt lacks, unequal lengths with "all" in `position_means`, and activations that are not finite.
+        """
+        wanted = cls(prompts, tuple(places), tuple(position_means), tuple(bank))
+        check_reference_prompts(prompts, wanted.position_means, wanted.bank)
+        wanted = replace(wanted, weights=weight_hash(model), _model=weakref.ref(model))
+        if cache_dir is None:
+            return replace(wanted, tensors=wanted._collect(model, batch_size, progress))
+        key = wanted._key(model)
+        path = Path(cache_dir) / f"reference-{data_hash(key)}.safetensors"
+        tensors = _read(path, key)
+        if tensors is None:
+            tensors = wanted._collect(model, batch_size, progress)
+            with atomic_path(path) as temporary:
+                save_file(tensors, temporary, metadata={"key": _seal(key, tensors)})
+        return replace(wanted, tensors=tensors)
+
+    @classmethod
+    def planned(
+        cls, model: PreTrainedModel, prompts: TokenizedPrompts, places: Iterable[Place], **kept: Any
+    ) -> Reference:
+        """What `compute` will give, still without numbers: to check with before anything runs."""
+        return cls(prompts, tuple(places), **kept, _model=weakref.ref(model))
+
+    def mean(self, place: Place) -> Float[Tensor, "*head d"]:
+        """Mean over all real tokens of all prompts."""
+        return self.tensors[f"mean/{label(place)}"]
+
+    def std(self, place: Place) -> Float[Tensor, "*head d"]:
+        """Population standard deviation per dimension over all real tokens of all prompts."""
+        return self.tensors[f"std/{label(place)}"]
+
+    def position_mean(self, place: Place, position: str | int) -> Float[Tensor, "pos *head d"]:
+        """Mean over prompts at one position (one row), or with "all" at every token (one row a token)."""
+        return self.tensors[f"at/{label(place)}/{self.position_means.index(position)}"]
+
+    def rows(self, place: Place, prompt: int, positions: Positions) -> Float[Tensor, "pos *head d"]:
+        """The activations of one reference prompt at positions that are in the bank."""
+        kept = self._bank_rows[prompt]
+        tokens = token_indices(self.prompts, prompt, positions)
+        return self.tensors[f"bank/{label(place)}"][[kept[token] for token in tokens]]
+
+    def direction(self, place: Place, positions: Positions) -> Float[Tensor, "*head d"]:
+        """The direction of patches at a place and positions; ValueError if none was given."""
+        if (place, positions) not in self.directions:
+            raise ValueError(
+                f"there is no direction for {label(place)} at {positions!r}; call pyvene_ext.patch, which finds it."
+            )
+        return self.directions[place, positions]
+
+    def recorded(
+        self, path: str, place: Place, prompt: int, heads: tuple[int, ...] | None
+    ) -> Float[Tensor, "pos *head d"]:
+        """What path patching recorded at a place; statistics hold none."""
+        raise ValueError(f"nothing was recorded for the path {path}; path patching does that: pyvene_ext.patch.")
+
+    def require(self, places: Iterable[Place], position_means: Iterable[str | int], bank: Iterable[str | int]) -> None:
+        """Raise ValueError unless everything asked for is here."""
+        for what, wanted, there in (
+            ("places", places, self.places),
+            ("position_means", position_means, self.position_means),
+            ("bank", () if "all" in self.bank else bank, self.bank),
+        ):
+            if lacking := [
+                label(value) if isinstance(value, tuple) else str(value) for value in wanted if value not in there
+            ]:
+                raise ValueError(
+                    f"the reference statistics were computed without {', '.join(lacking)} in {what}; compute them with "
+                    "reference_for on the same specs."
+                )
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the statistics are of a model with other weights."""
+        if self._model() is not model and self.weights != weight_hash(model):
+            raise ValueError(
+                "the reference statistics belong to a model with other weights; compute them on this one with reference_for."
+            )
+
+    @cached_property
+    def _bank_rows(self) -> list[dict[int, int]]:
+        """For every prompt: which row of the bank holds which token."""
+        rows, count = [], 0
+        for prompt in range(len(self.prompts.input_ids)):
+            tokens = sorted(set(token_indices(self.prompts, prompt, self.bank)))
+            rows.append({token: count + offset for offset, token in enumerate(tokens)})
+            count += len(tokens)
+        return rows
+
+    def _key(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What the statistics depend on."""
+        return {
+            "format": FORMAT,
+            "weights": self.weights,
+            "config": config_hash(model),
+            "prompts": self.prompts.hash,
+            "places": self.places,
+            "position_means": self.position_means,
+            "bank": self.bank,
+        }
+
+    def _collect(self, model: PreTrainedModel, batch_size: int, progress: bool) -> dict[str, Tensor]:
+        """One pass over the prompts; every batch's activations are folded into sums and forgotten."""
+        components = [COMPONENTS[FIELD_NAMES[site]] for site, _ in self.places]
+        representations = [
+            RepresentationConfig(
+                layer or 0, component.name, component.units[0], intervention=CollectIntervention(keep_last_dim=True)
+            )
+            for component, (_, layer) in zip(components, self.places, strict=True)
+        ]
+        iv = IntervenableModel(IntervenableConfig(representations), model)
+        sizes = dimensions(model.config)
+        sums = [_Sums() for _ in self.places]
+        bar = tqdm(total=len(self.prompts.input_ids), desc="reference", unit="prompt", disable=not progress)
+        with bar, evaluating(model), no_gradients(model):
+            for batch in self.prompts.batches(batch_size):
+                width = batch.input_ids.shape[1]
+                where = [[list(range(sizes[c.heads] if c.heads else width))] * len(batch.index) for c in components]
+                inputs = {**batch.inputs(input_device(model)), "use_cache": False}
+                (_, collected), _ = iv(inputs, unit_locations={"base": where})
+                for place_sums, activation in zip(sums, collected, strict=True):
+                    by_token = activation.transpose(1, 2) if activation.ndim == 4 else activation
+                    real = by_token.cpu()[batch.attention_mask.cpu().bool()]
+                    for prompt, rows in zip(batch.index, real.split(batch.lengths), strict=True):
+                        at = [token_indices(self.prompts, prompt, p) for p in self.position_means]
+                        place_sums.add(prompt, rows, at, list(self._bank_rows[prompt]))
+                bar.update(len(batch.index))
+        tensors: dict[str, Tensor] = {}
+        for place, place_sums in zip(self.places, sums, strict=True):
+            tensors |= place_sums.tensors(label(place))
+        return tensors
+
+
+class _Sums:
+    """Sums of one place's activations over tokens and prompts, and the rows that resampling needs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+        self.at: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
+
+    def add(self, prompt: int, rows: Float[Tensor, "pos *head d"], at: list[list[int]], keep: list[int]) -> None:
+        """Fold in the real tokens of one prompt."""
+        wide = rows.double()
+        self.count += len(wide)
+        self.total = self.total + wide.sum(0)
+        self.squares = self.squares + wide.square().sum(0)
+        for which, tokens in enumerate(at):
+            self.at[which] = self.at[which] + wide[tokens] if which in self.at else wide[tokens]
+        self.kept[prompt] = rows[keep]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The statistics, named as in `Reference.tensors`."""
+        mean = torch.as_tensor(self.total) / self.count
+        variance = (torch.as_tensor(self.squares) / self.count - mean.square()).clamp(min=0.0)
+        if not variance.isfinite().all():
+            raise ValueError(
+                f"activations of {name} are not finite on the reference set; load the model in bfloat16 or float32."
+            )
+        found = {f"mean/{name}": mean.float(), f"std/{name}": variance.sqrt().float()}
+        found |= {f"at/{name}/{which}": (total / len(self.kept)).float() for which, total in self.at.items()}
+        return found | {f"bank/{name}": torch.cat([rows for _, rows in sorted(self.kept.items())])}
+
+
+def check_reference_prompts(
+    prompts: TokenizedPrompts, position_means: Iterable[str | int], bank: Iterable[str | int]
+) -> None:
+    """Raise ValueError where a reference set cannot give what is asked of it."""
+    if not prompts.input_ids:
+        raise ValueError("the reference set has no prompts; give at least one.")
+    position_means = tuple(position_means)
+    for prompt, ids in enumerate(prompts.input_ids):
+        try:
+            token_indices(prompts, prompt, (*position_means, *bank))
+        except ValueError as error:
+            raise ValueError(f"of the reference (source) prompts: {error}") from None
+        if "all" in position_means and len(ids) != len(prompts.input_ids[0]):
+            raise ValueError(
+                f"a mean per position over all positions needs prompts of equal length, but reference prompt {prompt} has "
+                f'{len(ids)} tokens and prompt 0 has {len(prompts.input_ids[0])}; use mean="over_tokens" or named positions.'
+            )
+
+
+def _seal(key: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """What a cache file of this key with these tensors says of itself."""
+    return json.dumps([key, tensors_hash(sorted(tensors.items()))])
+
+
+def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of a whole cache file of exactly this key, else None."""
+    try:
+        with safe_open(path, "pt") as file:
+            seal = (file.metadata() or {}).get("key")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors if seal == _seal(key, tensors) else None
+    except (OSError, SafetensorError):
+        return None

@@ -1,0 +1,299 @@
+"""Which tokens of a prompt make a head do what it does: integrated gradients over the tokens' embeddings, by Captum.
+
+    target = Target(layer=3, head=1, queries=queries, hubs=hubs)
+    found = integrated_gradients(model, prompts, target, fixed=tokenizer.all_special_ids)
+    found.tokens[0], found.error[0]
+
+A prompt's embeddings go from a baseline to what they are on a straight line. The gradients of a number f along the line, averaged
+and multiplied with the way (Sundararajan, Taly and Yan 2017), are what each token contributes to f(prompt) - f(baseline); the
+attribution of a token is the sum over its embedding. That they add up to the difference is called completeness, and by how much
+they miss it is the error of the average over steps, which are the nodes of Gauss-Legendre quadrature.
+
+What is attributed is what the embedding module gives, in Gemma with its scale. Positions are no part of it: they are the same at
+both ends, so that what a head does by position alone is in f(baseline). Sums are in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from modelcards import Taps, card_of, n_heads, n_layers
+from pyvene_ext.io.packages import need
+from pyvene_ext.methods.attribution.gradients import check_gradient
+from pyvene_ext.methods.heads.patterns import check_prompts
+from pyvene_ext.models.devices import input_device
+from pyvene_ext.models.hooks import (
+    Where,
+    check_projections,
+    split_heads,
+    visit,
+)
+from pyvene_ext.models.latent_steps import refuse_latent_steps
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
+
+Baseline = Literal["mean", "zero", "pad"]
+ROWS = 8192  # rows of the embedding that are averaged at once
+COMPLETE = 0.05  # the completeness error from which on attributions are not to be used
+
+
+@dataclass(frozen=True)
+class Target:
+    """The number of a head that is attributed, the mean over some queries of each prompt.
+
+    With `hubs` it is the attention that a query pays to one token; else the head's contribution to the residual stream at the
+    query, along `directions`, or along the direction (of length 1) that it has there in the prompt as it is.
+
+    Attributes:
+        layer, head: which head.
+        queries: of each prompt the tokens, counted from its first.
+        hubs: of each prompt the token that is looked at, counted from its first.
+        directions: one for each prompt.
+    """
+
+    layer: int
+    head: int
+    queries: Sequence[Sequence[int]]
+    hubs: Sequence[int] | None = None
+    directions: Float[Tensor, "prompt d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class InputAttribution:
+    """What each token contributes to a target.
+
+    Attributes:
+        tokens: of every prompt, one number a token; 0 for a token that is fixed.
+        value: f of each prompt.
+        at_baseline: f of its baseline.
+    """
+
+    tokens: tuple[Float64[np.ndarray, " token"], ...]
+    value: Float64[np.ndarray, " prompt"]
+    at_baseline: Float64[np.ndarray, " prompt"]
+
+    @property
+    def error(self) -> Float64[np.ndarray, " prompt"]:
+        """How far the sum over tokens is from f(prompt) - f(baseline), as a share of that; NaN where all three are equal."""
+        change = self.value - self.at_baseline
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.abs(np.array([some.sum() for some in self.tokens]) - change) / np.abs(change)
+
+    @property
+    def complete(self) -> np.ndarray:
+        """Whose error is below `COMPLETE`."""
+        return self.error < COMPLETE
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; `from_dict` gives it back."""
+        return {
+            "tokens": [some.tolist() for some in self.tokens],
+            "value": self.value.tolist(),
+            "at_baseline": self.at_baseline.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> InputAttribution:
+        tokens = tuple(np.array(some, np.float64) for some in record["tokens"])
+        return cls(tokens, np.array(record["value"]), np.array(record["at_baseline"]))
+
+
+def integrated_gradients(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    target: Target,
+    *,
+    baseline: Baseline = "mean",
+    steps: int = 50,
+    fixed: Collection[int] = (),
+    batch_size: int = 8,
+    progress: bool = False,
+) -> InputAttribution:
+    """Attribute a target to the tokens of each prompt.
+
+    Args:
+        model: with a card, and attention that can be seen (eager or sdpa); used in eval mode and left as it was, also after an
+            error.
+        prompts: of any lengths. Tokens behind the last query contribute nothing; leave them out.
+        target: whose queries and hubs are tokens of these prompts.
+        baseline: where the line begins, the same for every token: the mean of all embeddings, zero, or the embedding of
+            `prompts.pad_id` (which can be zero, too). From zero, an RMSNorm makes almost all that happens on the line happen next
+            to its first end, where few steps are: the error is large.
+        steps: points on the line.
+        fixed: ids that keep their embeddings at both ends, such as a BOS that heads rest on.
+        batch_size: points a forward and backward pass.
+        progress: show a bar.
+
+    Raises:
+        ValueError: before the model runs, for steps below 1, a head that the model has not, tokens that a prompt has not, a hub
+            that a query comes before, a model in float16 or with quantised weights, whose gradients are none.
+        MissingExtra: without Captum.
+    """
+    need("input-attribution")
+    from captum.attr import IntegratedGradients
+
+    check(model, prompts, target, baseline, steps)
+    batches = prompts.batches(batch_size, "right")  # so that no row of attention is empty
+    tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)
+    value, at_baseline = np.empty(len(prompts)), np.empty(len(prompts))
+    bar = tqdm(total=len(prompts), desc=f"{target.layer}.{target.head}", unit="prompt", disable=not progress)
+    with bar, evaluating(model), torch.inference_mode(False), _Head(model, target) as head:
+        model.requires_grad_(False)  # nothing is kept for parameters
+        start_point = baseline_embedding(model, baseline, prompts.pad_id)
+        for batch in batches:
+            end = _embed(model, batch.input_ids)
+            free = batch.attention_mask.bool() & ~torch.isin(
+                batch.input_ids, torch.tensor(list(fixed), dtype=torch.long)
+            )
+            start = torch.where(free[..., None].to(end.device), start_point.to(end), end)
+            number = head.on(batch, end)
+            rows = torch.arange(len(batch.index), device=end.device)
+            found = IntegratedGradients(number).attribute(
+                end,
+                start,
+                additional_forward_args=rows,
+                n_steps=steps,
+                internal_batch_size=max(batch_size, len(rows)),
+            )
+            by_token = found.double().sum(-1).cpu().numpy()
+            with torch.no_grad():
+                ends = [number(x, rows).double().cpu().numpy() for x in (end, start)]
+            for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
+                tokens[prompt] = by_token[row, :length]
+                value[prompt], at_baseline[prompt] = ends[0][row], ends[1][row]
+            bar.update(len(batch.index))
+    return InputAttribution(tuple(tokens), value, at_baseline)
+
+
+def baseline_embedding(model: PreTrainedModel, baseline: Baseline, pad_id: int) -> Float[Tensor, " d_model"]:
+    """What every token's embedding is at the beginning of the line."""
+    if baseline == "pad":
+        return _embed(model, torch.tensor([pad_id]))[0]
+    embeddings: Any = model.get_input_embeddings()
+    n_vocab, d_model = embeddings.weight.shape
+    total = torch.zeros(d_model, dtype=torch.float64, device=input_device(model))
+    for ids in torch.arange(n_vocab).split(ROWS) if baseline == "mean" else ():
+        total += _embed(model, ids).double().sum(0)
+    return total / n_vocab
+
+
+def _embed(model: PreTrainedModel, ids: Int[Tensor, "*some"]) -> Float[Tensor, "*some d_model"]:
+    embeddings: Any = model.get_input_embeddings()
+    with torch.no_grad():
+        return _wide(embeddings(ids.to(input_device(model))))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or in what is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Enough(Exception):
+    """No more of the model needs to run."""
+
+
+class _Head:
+    """A head's number, read while the model runs on embeddings; a context manager."""
+
+    def __init__(self, model: PreTrainedModel, target: Target) -> None:
+        self.model, self.target = model, target
+        self.where: Where = "head_contribution" if target.hubs is None else "attention_pattern", target.layer
+        self.hooks = ExitStack()
+
+    def __enter__(self) -> _Head:
+        with ExitStack() as hooks:
+            hooks.enter_context(Taps(self.model, card_of(self.model), [self.where]))
+            visit(self.model, self.where, self._see, hooks)
+            self.hooks = hooks.pop_all()
+        return self
+
+    def _see(self, x: Tensor) -> None:
+        self.seen = x
+        raise _Enough
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.close()
+
+    def on(self, batch: Batch, end: Float[Tensor, "batch pos d_model"]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The number of points on the lines of a batch's prompts, given their embeddings and which row of the batch each is."""
+        inputs = batch.inputs(end.device)
+        del inputs["input_ids"]
+        weight = torch.zeros(batch.input_ids.shape)  # of each token as a query
+        for row, prompt in enumerate(batch.index):
+            weight[row, list(self.target.queries[prompt])] = 1 / len(self.target.queries[prompt])
+
+        def read(points: Tensor, rows: Tensor) -> Float[Tensor, "point pos *key_or_d"]:
+            given = {name: x[rows] for name, x in inputs.items()}
+            with suppress(_Enough):
+                self.model.base_model(inputs_embeds=points.to(self.model.dtype), use_cache=False, **given)
+            return _wide(split_heads(self.seen, self.where[0], self.model)[:, self.target.head])
+
+        if self.target.hubs is not None:
+            along = torch.nn.functional.one_hot(
+                torch.tensor([self.target.hubs[prompt] for prompt in batch.index]), batch.input_ids.shape[1]
+            )[:, None]
+        elif self.target.directions is not None:
+            along = self.target.directions[batch.index][:, None]
+        else:
+            with torch.no_grad():
+                along = torch.nn.functional.normalize(read(end, torch.arange(len(end), device=end.device)), dim=-1)
+
+        def number(points: Tensor, rows: Tensor) -> Float[Tensor, " point"]:
+            seen = read(points, rows)
+            at, by_query = (x.to(seen)[rows.to(seen.device)] for x in (along, weight))
+            return ((seen * at).sum(-1) * by_query).sum(-1)
+
+        return number
+
+
+def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, baseline: str, steps: int) -> None:
+    """Raise ValueError for what `integrated_gradients` refuses; runs nothing."""
+    check_model(model)
+    check_prompts(model, prompts)
+    refuse_latent_steps(model, prompts.input_ids)
+    if steps < 1:
+        raise ValueError(f"integrated gradients take 1 step or more, not {steps}; 50 are usual.")
+    if baseline not in ("mean", "zero", "pad"):
+        raise ValueError(f"unknown baseline {baseline!r}; choose among mean, zero, pad.")
+    layers, heads = n_layers(model.config), n_heads(model.config)
+    if not (0 <= target.layer < layers and 0 <= target.head < heads):
+        raise ValueError(
+            f"there is no head {target.layer}.{target.head}; the model has layers 0 to {layers - 1}, each with heads 0 to "
+            f"{heads - 1}."
+        )
+    if target.hubs is None:
+        check_projections(model)
+    for what, some in (("queries", target.queries), ("hubs", target.hubs), ("directions", target.directions)):
+        if some is not None and len(some) != len(prompts):
+            raise ValueError(
+                f"the target has {what} of {len(some)} prompts and there are {len(prompts)}; give one each."
+            )
+    for prompt, (ids, queries) in enumerate(zip(prompts.input_ids, target.queries, strict=True)):
+        if not queries or not 0 <= min(queries) <= max(queries) < len(ids):
+            raise ValueError(f"the queries of prompt {prompt} must be one or more of its {len(ids)} tokens.")
+        if target.hubs is not None and not 0 <= target.hubs[prompt] <= min(queries):
+            raise ValueError(
+                f"token {target.hubs[prompt]} of prompt {prompt} is no hub of the query at token {min(queries)}: queries see "
+                "themselves and what comes before."
+            )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model through which no gradient goes that is one."""
+    check_gradient("attention and of outputs of heads", model.dtype)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and no gradient goes through rounded weights; load "
+                "the model without quantisation."
+            )

@@ -1,0 +1,1 @@
+"""What heads look at, write and copy: patterns, scores, name movers, translation heads, the logit lens, information flow."""

@@ -1,0 +1,391 @@
+"""Information flow routes (Ferrando and Voita 2024): which parts of a node carry it, read from one forward pass.
+
+Nodes are the states of the residual stream: resid_mid after attention, resid_post after the MLP. A node y is a sum of parts z_j
+and, in places, a bias. A part is important as far as it brings y nearer (L1 norm), relative to the other parts:
+
+    proximity(z_j, y) = max(|y| - |y - z_j|, 0)        importance_j = proximity_j / sum of proximities
+
+At resid_mid_i the parts are resid_pre_i and, for every head h and source j <= i, f^h_ij = A^h_ij v^h_j W_O^h, all normalised
+together; v has the value bias in it, and the output projection's bias is in the node and in no part. At resid_post_i they are
+resid_mid_i and what the MLP adds. Where a norm stands behind attention or MLP (Gemma 2), its scale is frozen and every part has
+it. Nothing is ablated: what a route carries is another question than what a head's absence does (`pyvene_ext.engine.sweep`).
+
+Importances of one node add up to 1, or are all 0 where every part leads away from it (large parts that cancel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from modelcards import Card, Taps, card_of, n_heads, n_layers
+from modelcards.attention_taps import output_weight
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.hooks import (
+    check_projections,
+    on_input,
+    on_output,
+    split_heads,
+    visit,
+)
+from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import (
+    Batch,
+    PaddingSide,
+    TokenizedPrompts,
+    check_tokenized,
+)
+
+TAU = 0.04  # of the published tool
+# Numbers of f^h_ij held at once: on a CPU what stays in its cache (four times as fast as eight million), else 64 MiB.
+CELLS = {"cpu": 2**18}
+CELLS_ELSEWHERE = 2**24
+READ = ("block_input", "head_value_output", "attention_pattern", "resid_mid", "mlp_contribution", "block_output")
+
+
+def proximity(
+    parts: Float[Tensor, "*parts d_model"], node: Float[Tensor, "*#parts d_model"]
+) -> Float[Tensor, "*parts"]:
+    """How much nearer each part alone brings its node, in L1 norm; 0 where it leads away."""
+    # Differenced before the sum: rounding is relative to the part, not to the node, and a part of 0 has exactly 0.
+    return (node.abs() - (node - parts).abs()).sum(-1).clamp(min=0)
+
+
+def importances(parts: Float[Tensor, "part d_model"], node: Float[Tensor, " d_model"]) -> Float[Tensor, " part"]:
+    """Each part's share of the proximities to one node; all 0 where no part is near it."""
+    found = proximity(parts, node)
+    return _share(found, found.sum())
+
+
+def renormalise(
+    blocks: Float[np.ndarray, "*node part"], residual: Float[np.ndarray, "*node"], tau: float
+) -> tuple[Float[np.ndarray, "*node part"], Float[np.ndarray, "*node"]]:
+    """The importances above `tau` divided by their sum, node by node; the others, and all of a node without any, are 0.
+
+    Raises:
+        ValueError: `tau` is not in [0, 1).
+    """
+    check_tau(tau)
+    blocks, residual = _above(np.asarray(blocks), tau), _above(np.asarray(residual), tau)
+    total = blocks.sum(-1) + residual
+    total = np.where(total > 0, total, 1)
+    return blocks / total[..., None], residual / total
+
+
+class Node(NamedTuple):
+    """A state of the residual stream: resid_pre (of layer 0 only), resid_mid or resid_post; `pos` 0 is the first token."""
+
+    site: str
+    layer: int
+    pos: int
+
+    def __str__(self) -> str:
+        return f"{self.site}.{self.layer}@{self.pos}"
+
+
+class Edge(NamedTuple):
+    """One part of the node `target`: what `source` brings there, via "residual", "mlp" or a head ("layer.head")."""
+
+    source: Node
+    target: Node
+    via: str
+    importance: float
+
+    def as_dict(self) -> dict[str, str | float]:
+        """Plain data for a JSON file."""
+        return {"source": str(self.source), "target": str(self.target), "via": self.via, "importance": self.importance}
+
+
+class _Importances(NamedTuple):
+    """One prompt's importances, 0 where there is no part."""
+
+    attention: Float32[np.ndarray, "layer head target source"]
+    attn_residual: Float32[np.ndarray, "layer target"]
+    mlp: Float32[np.ndarray, "layer target"]
+    mlp_residual: Float32[np.ndarray, "layer target"]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Importances of every part of every node, one array a prompt, because prompts differ in length.
+
+    Attributes:
+        attention: of f^h_ij at resid_mid.
+        attn_residual: of resid_pre at resid_mid.
+        mlp: of what the MLP adds at resid_post.
+        mlp_residual: of resid_mid at resid_post.
+    """
+
+    attention: tuple[Float32[np.ndarray, "layer head target source"], ...]
+    attn_residual: tuple[Float32[np.ndarray, "layer target"], ...]
+    mlp: tuple[Float32[np.ndarray, "layer target"], ...]
+    mlp_residual: tuple[Float32[np.ndarray, "layer target"], ...]
+
+    def __len__(self) -> int:
+        return len(self.attention)
+
+    def graph(self, prompt: int, tau: float = TAU, renormalise: bool = False) -> tuple[Edge, ...]:
+        """The edges of one prompt above `tau` through which its last token's final state can be reached, last layer first.
+
+        Args:
+            prompt: which one, 0 being the first.
+            tau: an edge is kept if its importance is larger.
+            renormalise: divide the importances that are kept by their sum at the node. The same edges are kept.
+
+        Raises:
+            ValueError: there is no such prompt, or `tau` is not in [0, 1).
+        """
+        if not 0 <= prompt < len(self):
+            raise ValueError(f"there is no prompt {prompt}; the flow has {len(self)}, of which the first is 0.")
+        kept = self._kept(prompt, tau)
+        if renormalise:
+            kept = _renormalised(kept, tau)
+        edges: list[Edge] = []
+        for layer, post, mid in _reached(kept):
+            below = ("resid_post", layer - 1) if layer else ("resid_pre", 0)
+            for pos in np.flatnonzero(post).tolist():
+                source, target = Node("resid_mid", layer, pos), Node("resid_post", layer, pos)
+                edges += _present(source, target, "residual", kept.mlp_residual[layer, pos])
+                edges += _present(source, target, "mlp", kept.mlp[layer, pos])
+            for pos in np.flatnonzero(mid).tolist():
+                target = Node("resid_mid", layer, pos)
+                edges += _present(Node(*below, pos), target, "residual", kept.attn_residual[layer, pos])
+                here = kept.attention[layer, :, pos]
+                for head, source_pos in np.argwhere(here).tolist():
+                    edges += _present(Node(*below, source_pos), target, f"{layer}.{head}", here[head, source_pos])
+        return tuple(edges)
+
+    def active_heads(self, tau: float = TAU) -> Bool[np.ndarray, "prompt layer head"]:
+        """Whether some f^h_ij is above `tau` at a node that the prediction's last token reaches (the heads of `graph`).
+
+        Raises:
+            ValueError: `tau` is not in [0, 1).
+        """
+        check_tau(tau)
+        active = np.zeros((len(self), *self.attention[0].shape[:2]), bool)
+        for prompt in range(len(self)):
+            kept = self._kept(prompt, tau)
+            for layer, _, mid in _reached(kept):
+                active[prompt, layer] = kept.attention[layer][:, mid].any((1, 2))
+        return active
+
+    def head_importance(self, targets: Literal["all", "last"] = "all") -> Float32[np.ndarray, "prompt layer head"]:
+        """A head's share of resid_mid, summed over sources: at the prompt's last token, or the mean over all its tokens."""
+        if targets not in ("all", "last"):
+            raise ValueError(f"targets must be 'all' or 'last', not {targets!r}.")
+        first = -1 if targets == "last" else 0
+        return np.stack([attention[:, :, first:].sum(-1).mean(-1) for attention in self.attention])
+
+    def _kept(self, prompt: int, tau: float) -> _Importances:
+        check_tau(tau)
+        arrays = (self.attention, self.attn_residual, self.mlp, self.mlp_residual)
+        return _Importances(*(_above(by_prompt[prompt], tau) for by_prompt in arrays))
+
+
+def flow_routes(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    *,
+    batch_size: int = 8,
+    padding_side: PaddingSide = "left",
+    progress: bool = True,
+) -> Flow:
+    """The importances of all parts of all nodes, from one forward pass a batch; all sums in float32 whatever the model's dtype.
+
+    Layer by layer while the model runs, so that no more is held than one layer's activations and the importances. Prompts of
+    unequal lengths, on either padding side, give what they give one at a time. The unembedding is not run. The model is used in
+    eval mode and left as it was, also after an error.
+
+    Raises:
+        ValueError: before the model runs: a model without a card, whose attention cannot be seen (not eager or sdpa) or whose
+            output projection cannot be split by heads; prompts that are not tokenised, or none. While it runs: the parts and the
+            bias do not add up to the node to 1e-4 of its L1 norm (dtypes below float32: 8 rounding errors).
+    """
+    card = card_of(model)
+    _check(model, prompts)
+    check_model(model)
+    arrays = [_Importances(*_empty(model, len(ids))) for ids in prompts.input_ids]
+    batches = prompts.batches(batch_size, padding_side)
+    places = [(name, layer) for name in READ for layer in range(n_layers(model.config))]
+    bar = tqdm(total=len(prompts), desc="routes", unit="prompt", disable=not progress)
+    with bar, evaluating(model), Taps(model, card, places), no_gradients(model):
+        for batch in batches:
+            with ExitStack() as hooks:
+                for layer in range(n_layers(model.config)):
+                    _watch(model, card, layer, batch, arrays, hooks)
+                model.base_model(**batch.inputs(input_device(model)), use_cache=False)
+            bar.update(len(batch.index))
+    return Flow(*zip(*arrays, strict=True))
+
+
+def check_tau(tau: float) -> None:
+    """Raise ValueError unless `tau` is a share that an importance can exceed."""
+    if not 0 <= tau < 1:
+        raise ValueError(f"tau must be at least 0 and below 1, as importances are shares of a node, not {tau}.")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose routes cannot be followed; runs nothing."""
+    for name in READ:
+        card_of(model).component(model, name)
+    check_projections(model)
+
+
+def _check(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
+    check_tokenized(model, prompts)
+    if not len(prompts):
+        raise ValueError("there are no prompts to follow; give at least one.")
+
+
+def _empty(model: PreTrainedModel, length: int) -> Iterator[Float32[np.ndarray, "layer *"]]:
+    layers = n_layers(model.config)
+    yield np.zeros((layers, n_heads(model.config), length, length), np.float32)
+    for _ in range(3):
+        yield np.zeros((layers, length), np.float32)
+
+
+def _watch(
+    model: PreTrainedModel, card: Card, layer: int, batch: Batch, arrays: list[_Importances], hooks: ExitStack
+) -> None:
+    """Hook one block: when it has run, its importances go into `arrays`, and its activations are forgotten."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(component: str, x: Tensor) -> None:
+        seen[component] = split_heads(x, component, model)
+
+    def done(_: Tensor) -> None:
+        if not drafting(model):
+            _measure(_Block(model, card, layer, seen), layer, batch, arrays)
+        seen.clear()
+
+    for component in READ:
+        visit(model, (component, layer), partial(keep, component), hooks)
+    if card.post_norm_scale is not None:
+        post_norm = card.module(model, "attention_contribution", layer)
+        hooks.enter_context(on_input(post_norm, partial(seen.__setitem__, "attention_contribution")))
+    hooks.enter_context(on_output(card.module(model, "block_output", layer), done))
+
+
+class _Block:
+    """One block's activations, `batch pos d_model` where not said otherwise, and its output projection."""
+
+    def __init__(self, model: PreTrainedModel, card: Card, layer: int, seen: dict[str, Tensor]) -> None:
+        device = seen["resid_mid"].device  # what enters may still be where the block before it is
+        self.resid_pre, self.resid_mid = seen["block_input"].to(device), seen["resid_mid"]
+        self.mlp_out, self.resid_post = seen["mlp_contribution"], seen["block_output"]
+        self.values = seen["head_value_output"]  # batch kv_head pos d_head
+        self.pattern = seen["attention_pattern"]  # batch head target source
+        projection: Any = card.module(model, "attention_value_output", layer)
+        weight = output_weight(projection)
+        assert weight is not None  # _check has seen to it
+        self.weight = weight.float().unflatten(0, (self.pattern.shape[1], -1))  # head d_head d_model
+        self.bias = projection.bias.float() if getattr(projection, "bias", None) is not None else None
+        self.scale: Tensor | None = None
+        if card.post_norm_scale is not None:
+            norm = card.module(model, "attention_contribution", layer)
+            self.scale = card.post_norm_scale(norm, seen["attention_contribution"].float())
+        elif card.residual_multiplier is not None:
+            self.scale = torch.full_like(self.resid_mid, card.times(model.config), dtype=torch.float32)
+
+
+def _measure(block: _Block, layer: int, batch: Batch, arrays: list[_Importances]) -> None:
+    """Fill in one layer's importances of a batch, prompt by prompt without its padding."""
+    width = batch.input_ids.shape[1]
+    for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
+        real = slice(width - length, width) if batch.padding_side == "left" else slice(length)
+        mid, post, mlp = (x[row, real].float() for x in (block.resid_mid, block.resid_post, block.mlp_out))
+        heads, residual = _attention_node(block, row, real, f"resid_mid.{layer} of prompt {prompt}")
+        _check_sum(mid + mlp, post, block.resid_post.dtype, f"resid_post.{layer} of prompt {prompt}")
+        parts = proximity(torch.stack([mlp, mid]), post)
+        found = (heads, residual, *_share(parts, parts.sum(0)))  # in the order of the arrays
+        for array, values in zip(arrays[prompt], found, strict=True):
+            array[layer] = values.cpu().numpy()
+
+
+def _attention_node(
+    block: _Block, row: int, real: slice, name: str
+) -> tuple[Float[Tensor, "head target source"], Float[Tensor, " target"]]:
+    """Importances at resid_mid of one prompt: of every f^h_ij, and of resid_pre."""
+    node, pre = block.resid_mid[row, real].float(), block.resid_pre[row, real].float()
+    pattern, values = block.pattern[row, :, real, real].float(), block.values[row, :, real].float()
+    scale = None if block.scale is None else block.scale[row, real]
+    heads, length = pattern.shape[:2]
+    group = heads // len(values)
+    near = torch.zeros_like(pattern)
+    total = torch.zeros_like(node) if block.bias is None else block.bias.expand_as(node)
+    # As many heads at once as fit, and of one head as many targets; so that f, [head target source d_model], stays small.
+    cells = CELLS.get(node.device.type, CELLS_ELSEWHERE)
+    n_head = min(heads, max(1, cells // (length * node.numel())))
+    n_target = max(1, cells // (n_head * node.numel()))
+    for head in range(0, heads, n_head):
+        these = torch.arange(head, min(head + n_head, heads), device=values.device)
+        sent = values[these // group] @ block.weight[these]  # head source d_model: f but for pattern and scale
+        total = total + (pattern[these] @ sent).sum(0)
+        for start in range(0, length, n_target):
+            to = slice(start, start + n_target)
+            up_to = slice(to.stop)  # no later source is seen
+            f = pattern[these, to, up_to, None] * sent[:, None, up_to]
+            near[these, to, up_to] = proximity(f if scale is None else f * scale[to, None], node[to, None])
+    _check_sum(pre + (total if scale is None else scale * total), node, block.resid_mid.dtype, name)
+    residual = proximity(pre, node)
+    everything = near.sum((0, 2)) + residual
+    return _share(near, everything[:, None]), _share(residual, everything)
+
+
+def _check_sum(
+    total: Float[Tensor, "pos d_model"], node: Float[Tensor, "pos d_model"], dtype: torch.dtype, name: str
+) -> None:
+    """Raise ValueError unless the parts and the bias are the node."""
+    allowed = max(1e-4, 8 * torch.finfo(dtype).eps)
+    off, size = (total - node).abs().sum(-1), node.abs().sum(-1)
+    fits = off <= allowed * size  # not where something is NaN
+    if not fits.all():
+        pos = int((~fits).nonzero()[0])
+        raise ValueError(
+            f"the parts of {name} at position {pos} miss it by {float(off[pos] / size[pos]):.2g} of its norm (allowed: "
+            f"{allowed:.2g}), so their importances would mean nothing; remove hooks and adapters that write to the residual "
+            "stream, or load the model in float32."
+        )
+
+
+def _share(near: Float[Tensor, "*part"], total: Float[Tensor, "*#part"]) -> Float[Tensor, "*part"]:
+    return near / torch.where(total > 0, total, 1)
+
+
+def _above(importance: Float[np.ndarray, "*part"], tau: float) -> Float[np.ndarray, "*part"]:
+    return np.where(importance > tau, importance, 0)
+
+
+def _renormalised(kept: _Importances, tau: float) -> _Importances:
+    layers, heads, length, _ = kept.attention.shape
+    by_node = kept.attention.transpose(0, 2, 1, 3).reshape(layers, length, heads * length)
+    blocks, attn_residual = renormalise(by_node, kept.attn_residual, tau)
+    attention = blocks.reshape(layers, length, heads, length).transpose(0, 2, 1, 3)
+    mlp, mlp_residual = renormalise(kept.mlp[..., None], kept.mlp_residual, tau)
+    return _Importances(attention, attn_residual, mlp[..., 0], mlp_residual)
+
+
+def _reached(kept: _Importances) -> Iterator[tuple[int, Bool[np.ndarray, " pos"], Bool[np.ndarray, " pos"]]]:
+    """Layers from the last, and where their resid_post and resid_mid are reached from the last token's final state."""
+    layers, _, length, _ = kept.attention.shape
+    post = np.arange(length) == length - 1
+    for layer in reversed(range(layers)):
+        mid = post & ((kept.mlp[layer] > 0) | (kept.mlp_residual[layer] > 0))
+        yield layer, post, mid
+        post = (mid & (kept.attn_residual[layer] > 0)) | kept.attention[layer][:, mid].any((0, 1))
+
+
+def _present(source: Node, target: Node, via: str, importance: float) -> list[Edge]:
+    """The edge as a list, empty if it was not kept."""
+    return [Edge(source, target, via, float(importance))] if importance > 0 else []

@@ -1,0 +1,305 @@
+"""What a model would say at every depth, and which of its parts says it: the logit lens and direct logit attribution.
+
+    lens = logit_lens(model, prompts)                     # lens.logit_diff[k]: of the residual stream behind k blocks
+    found = direct_logit_attribution(model, prompts)      # found.logit_diff.heads[layer, head]: what a head adds to it
+
+The logit lens (nostalgebraist 2020) reads the residual stream with the model's own final norm and unembedding, as if the blocks
+that follow were not there. Direct logit attribution (Elhage et al. 2021; Wang et al. 2022, section 3.1) splits the logit that
+the model really gives: the last residual stream is the sum of what the embedding, the heads and the MLPs put there, and with the
+scale of the final norm frozen at the clean run the rest up to the logit is linear, so that the parts sum to the logit.
+
+Neither is causal: a part that later parts would make up for, or that acts through them, shows only its direct share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from modelcards import Taps, card_of, dimensions, n_heads, n_layers
+from modelcards.attention_taps import output_weight
+from pyvene_ext.engine import metrics
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.hooks import visit
+from pyvene_ext.models.latent_steps import refuse_latent_steps
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.models.norms import TOLERANCE, FrozenNorm
+from pyvene_ext.models.replay import Replay
+from pyvene_ext.prompts.positions import token_indices
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
+
+Place = tuple[str, int]  # component, layer
+
+
+# -- the logit lens ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What the logit lens reads at one position of every prompt.
+
+    A depth is how many blocks the residual stream has passed: 0 is what enters the first block (resid_pre of layer 0), k is
+    resid_post of layer k - 1, and the last is what the model itself says.
+
+    Attributes:
+        logits: of the two answers, IO's and S's, after the model's own soft-cap and scale where it has them.
+        probability: of IO among the whole vocabulary.
+        rank: of IO in the whole vocabulary, 1 being the top; ties share the better rank.
+    """
+
+    logits: Float32[np.ndarray, "depth answer prompt"]
+    probability: Float32[np.ndarray, "depth prompt"]
+    rank: Int[np.ndarray, "depth prompt"]
+
+    @property
+    def logit_diff(self) -> Float32[np.ndarray, "depth prompt"]:
+        """logit(IO) - logit(S)."""
+        return self.logits[:, 0] - self.logits[:, 1]
+
+
+def logit_lens(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    positions: str | int = "last",
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Lens:
+    """Read the residual stream at every depth with the model's own final norm and unembedding (soft-cap and scale included).
+
+    Args:
+        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
+        positions: where it is read: "last", another name that every prompt has, or an integer (0 the first token, -1 the last).
+        batch_size: prompts a forward pass. Logits of the vocabulary are made for one depth and position at a time: `batch vocab`.
+        progress: show a bar.
+
+    Raises ValueError, before the model runs, for prompts, answers or a position that do not fit; and for logits that are not
+    finite.
+    """
+    _check(model, prompts, batch_size)
+    if positions == "all" or not isinstance(positions, str | int):
+        raise ValueError(
+            f"the lens reads one position of every prompt, not {positions!r}; give a name or an integer, and call it again for "
+            "another."
+        )
+    at = [token_indices(prompts, prompt, positions)[0] for prompt in range(len(prompts))]
+    replay, depth = Replay(model), n_layers(model.config)
+    places = [("block_input", 0), *(("block_output", layer) for layer in range(depth))]
+    logits = np.empty((depth + 1, 2, len(prompts)), np.float32)
+    probability, rank = np.empty((depth + 1, len(prompts)), np.float32), np.empty((depth + 1, len(prompts)), np.int64)
+    bar = tqdm(total=len(prompts), desc="logit lens", unit="prompt", disable=not progress)
+    with bar, evaluating(model), no_gradients(model):
+        for batch in prompts.batches(batch_size):
+            seen = _run(replay, batch, places, [at[prompt] for prompt in batch.index])
+            for k, place in enumerate(places):
+                all_logits = replay.logits(seen[place])
+                ids = batch.answer_ids.to(all_logits.device)
+                probability[k, batch.index] = metrics.probability(all_logits, ids).cpu().numpy()
+                rank[k, batch.index] = metrics.rank(all_logits, ids).cpu().numpy()
+                logits[k][:, batch.index] = all_logits.gather(1, ids).T.float().cpu().numpy()
+            bar.update(len(batch.index))
+    return Lens(logits, probability, rank)
+
+
+# -- direct logit attribution ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A logit, or a difference of two, at every prompt's last token, as the sum of what the model's parts put there.
+
+    Attributes:
+        heads: what every head adds: z_h W_O^h through a post-norm whose scale is frozen, where there is one.
+        mlps: what every MLP adds, its output bias and post-norm included.
+        embed: what enters the first block: token embedding, and position embedding where the model adds one.
+        bias: what belongs to no part: biases of attention's output projections, of the final norm and of the unembedding.
+        total: their sum, which is the logit before any soft-cap or scale behind the unembedding.
+        capped: the model's own logit (or difference of two), behind soft-cap and scale; `total` where it has none.
+    """
+
+    heads: Float32[np.ndarray, "layer head prompt"]
+    mlps: Float32[np.ndarray, "layer prompt"]
+    embed: Float32[np.ndarray, " prompt"]
+    bias: Float32[np.ndarray, " prompt"]
+    total: Float32[np.ndarray, " prompt"]
+    capped: Float32[np.ndarray, " prompt"]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Direct logit attribution: of logit(IO) - logit(S), and of logit(IO) alone."""
+
+    logit_diff: Parts
+    logit: Parts
+
+
+def direct_logit_attribution(
+    model: PreTrainedModel, prompts: TokenizedPrompts, *, batch_size: int = 8, progress: bool = True
+) -> Attribution:
+    """Split the logits at every prompt's last token into what heads, MLPs, embedding and biases add to them, in float32.
+
+    The final norm, and post-norms where there are some (Gemma 2), have their scale frozen at the clean run, so that every part
+    goes through them linearly; a norm that subtracts the mean subtracts each part's own. A soft-cap is not linear: what is split
+    is the logit in front of it, and `Parts.capped` says what comes out.
+
+    Args:
+        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
+        batch_size: prompts a forward pass.
+        progress: show a bar.
+
+    Raises ValueError, before the model runs, for prompts that do not fit and for weights that cannot be taken apart (quantised,
+    adapted, offloaded); and where the parts do not sum to the logit: to 1e-4 of the sum of their sizes in float32, to four times
+    the rounding of the model's dtype where that is coarser.
+    """
+    _check(model, prompts, batch_size)
+    split = _Split(model)
+    n, depth = len(prompts), n_layers(model.config)
+    heads = np.empty((2, depth, n_heads(model.config), n), np.float32)
+    mlps = np.empty((2, depth, n), np.float32)
+    embed, bias, total, capped = (np.empty((2, n), np.float32) for _ in range(4))
+    bar = tqdm(total=n, desc="attribution", unit="prompt", disable=not progress)
+    with bar, evaluating(model), no_gradients(model):
+        for batch in prompts.batches(batch_size):
+            found = split(batch)
+            for array, part in zip((heads, mlps, embed, bias, total, capped), found, strict=True):
+                array[..., batch.index] = part.cpu().numpy()
+            bar.update(len(batch.index))
+    of_io, of_s = (Parts(*(array[answer] for array in (heads, mlps, embed, bias, total, capped))) for answer in (0, 1))
+    return Attribution(Parts(*(vars(of_io)[name] - vars(of_s)[name] for name in vars(of_io))), of_io)
+
+
+class _Split:
+    """The parts of a batch's logits. Raises ValueError where a weight that is needed cannot be taken apart."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.card, self.replay = model, card_of(model), Replay(model)
+        self.layers, self.n_heads = range(n_layers(model.config)), n_heads(model.config)
+        self.times = self.card.times(model.config)
+        self.head: Any = model.get_output_embeddings()
+        projections = {
+            f"layer {i}'s output projection": self.replay.module("attention_value_output", i) for i in self.layers
+        }
+        for name, module in {**projections, "the unembedding": self.head}.items():
+            if output_weight(module) is None:
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) cannot be taken apart; load the model without quantisation and "
+                    "offloading, and merge adapters."
+                )
+        final_norm = self.replay.module("final_norm")
+        if any(parameter.is_meta for parameter in final_norm.parameters()):
+            raise ValueError("the final norm is offloaded; load the model without offloading.")
+        with no_gradients(model):
+            self.norm = FrozenNorm(final_norm, dimensions(model.config)["d_model"], "the final norm")
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """heads `answer layer head batch`, mlps `answer layer batch`, embed, bias, total and capped `answer batch`."""
+        last = self.layers[-1]
+        places = [("block_input", 0), ("block_output", last), ("final_norm", 0)]
+        for name in ("attention_value_output", "attention_output", "mlp_contribution"):
+            places += [(name, layer) for layer in self.layers]
+        seen = _run(self.replay, batch, places, [length - 1 for length in batch.lengths])
+        device = self.head.weight.device
+        at = {place: x.to(device).float() for place, x in seen.items()}
+
+        ids = batch.answer_ids.to(device)
+        unembedding = self.head.weight[ids].float()  # batch answer d_model
+        unembedding_bias = self.head.bias[ids].float() if self.head.bias is not None else 0.0
+        direction = self.norm.direction(at["block_output", last], unembedding)
+        embed = _dot(direction, at["block_input", 0])
+        mlps = torch.stack([_dot(direction, at["mlp_contribution", layer]) for layer in self.layers])
+        bias = unembedding @ self.norm.offset.to(device) + unembedding_bias
+        heads = []
+        for layer in self.layers:
+            projection: Any = self.replay.module("attention_value_output", layer)
+            behind = direction * self._post_norm(layer, at["attention_output", layer])[:, None] * self.times
+            by_input = behind @ self._weight(layer).to(device).float().T * at["attention_value_output", layer][:, None]
+            heads.append(by_input.unflatten(-1, (self.n_heads, -1)).sum(-1))
+            if projection.bias is not None:
+                bias = bias + behind @ projection.bias.to(device).float()
+        by_head = torch.stack(heads)  # layer batch answer head
+
+        total = embed + bias + mlps.sum(0) + by_head.sum((0, -1))
+        sizes = embed.abs() + bias.abs() + mlps.abs().sum(0) + by_head.abs().sum((0, -1))
+        self._check_sum(total, _dot(unembedding, at["final_norm", 0]) + unembedding_bias, sizes, batch)
+        capped = self.replay.logits(seen["block_output", last], batch.answer_ids).float()
+        return by_head.permute(2, 0, 3, 1), mlps.permute(2, 0, 1), embed.T, bias.T, total.T, capped.T
+
+    def _weight(self, layer: int) -> Float[Tensor, "d_in d_model"]:
+        weight = self.replay.projection(layer)
+        assert weight is not None  # looked at when this was made
+        return weight
+
+    def _post_norm(self, layer: int, attention: Float[Tensor, "batch d_model"]) -> Float[Tensor, "#batch #d_model"]:
+        """What a post-norm multiplies attention's output with; 1 where there is none."""
+        if self.card.post_norm_scale is None:
+            return attention.new_ones(1, 1)
+        norm: Any = self.replay.module("attention_contribution", layer)
+        return self.card.post_norm_scale(norm, attention.to(norm.weight.device)).to(attention.device)
+
+    def _check_sum(self, total: Tensor, logit: Tensor, sizes: Tensor, batch: Batch) -> None:
+        """Raise ValueError unless the parts sum to the logit, all `batch answer`."""
+        tolerance = max(TOLERANCE, 4 * torch.finfo(self.model.dtype).eps)
+        wrong = ~((total - logit).abs() <= tolerance * sizes)  # a NaN is wrong too
+        if wrong.any():
+            row, answer = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"the parts of prompt {batch.index[row]}'s logit sum to {total[row, answer]:.6g}, but the logit is "
+                f"{logit[row, answer]:.6g}: something else writes to the residual stream; remove hooks and adapters of your own."
+            )
+
+
+# -- what both need ----------------------------------------------------------------------------------------------------
+
+
+def _dot(directions: Float[Tensor, "batch answer d"], x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch answer"]:
+    return (directions * x[:, None]).sum(-1)
+
+
+def _run(
+    replay: Replay, batch: Batch, places: Sequence[Place], tokens: list[int]
+) -> dict[Place, Float[Tensor, "batch d"]]:
+    """One clean forward pass up to the final norm; what there is at the places, at one token of each prompt."""
+    first = torch.tensor(batch.last_columns) - torch.tensor(batch.lengths) + 1
+    columns, seen = first + torch.tensor(tokens), dict[Place, Tensor]()
+
+    def keep(place: Place, x: Tensor) -> None:
+        seen[place] = x[torch.arange(len(x), device=x.device), columns.to(x.device)]
+
+    with ExitStack() as hooks:
+        hooks.enter_context(Taps(replay.model, replay.card, places))
+        for place in places:
+            visit(replay.model, place, partial(keep, place), hooks)
+        replay.bare(**batch.inputs(input_device(replay.model)), use_cache=False)
+    return seen
+
+
+def _check(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int) -> None:
+    """Raise ValueError for what can be told to be wrong before the model runs."""
+    check_tokenized(model, prompts)
+    if not prompts.input_ids:
+        raise ValueError("nothing to run: give at least one prompt.")
+    refuse_latent_steps(model, prompts.input_ids)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
+        )
+    n_vocab = head.weight.shape[0]
+    for prompt, ids in enumerate(prompts.answer_ids):
+        if not 0 <= min(ids) <= max(ids) < n_vocab:
+            raise ValueError(
+                f"the answers of prompt {prompt} have the ids {ids[0]} and {ids[1]} but the vocabulary has {n_vocab} tokens; "
+                "use the model's own tokenizer."
+            )

@@ -1,0 +1,250 @@
+"""Names in prompts, where heads look for them, and what heads write in their direction.
+
+    found = find_names(prompt_set, tokenizer)              # prompts whose names are single tokens; the others, and why
+    prompts = found.prompts.tokenize(tokenizer)
+    attention = attention_to(model, prompts, found.tokens) # [query kind layer head prompt]
+    projection = head_projections(model, prompts, found.ids)
+
+A name mover (Wang et al. 2022, section 3.1) is a head that looks from the end at a name and writes in the direction of that
+name's unembedding, the more the more it looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelcards import card_of, dimensions, n_heads, n_layers
+from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.methods.heads.patterns import read_patterns
+from pyvene_ext.models.devices import no_gradients
+from pyvene_ext.models.hooks import check_projections
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.models.norms import FrozenNorm
+from pyvene_ext.models.replay import Replay
+from pyvene_ext.prompts.sets import Prompt, PromptSet
+from pyvene_ext.prompts.tokenized import (
+    Batch,
+    TokenizedPrompts,
+    encode,
+    held_tokens,
+)
+
+KINDS = ("io", "s", "s1", "s2")
+QUERIES = (-1, -2)  # END and END-1
+Groups = Sequence[Sequence[Sequence[int]]]  # tokens, counted from the first, by prompt and group
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of those prompts whose names are all single tokens.
+
+    Attributes:
+        prompts: those prompts, in order.
+        kinds: io and s (all occurrences of IO and of S), s1 and s2 (one mention of S each), and the prompts' own positions.
+        ids: the token that a prompt would go on with if its answer were the name, [kind prompt].
+        tokens: where the name stands, counted from the first token, by prompt and kind.
+        dropped: the other prompts, by their number in the set, and why.
+    """
+
+    prompts: PromptSet
+    kinds: tuple[str, ...]
+    ids: Int[np.ndarray, "kind prompt"]
+    tokens: tuple[tuple[tuple[int, ...], ...], ...]
+    dropped: dict[int, str]
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The kinds that are all occurrences of a name, so that each name is there once."""
+        return tuple(number for number, kind in enumerate(self.kinds) if kind not in ("s1", "s2"))
+
+
+def find_names(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, others: Sequence[str] = ()) -> Names:
+    """IO, S and the names at other positions, in all prompts where each is one token, at its positions and as an answer.
+
+    Args:
+        prompts: IOI prompts, or others with two names or more.
+        tokenizer: a fast one, of the model at hand.
+        others: positions of the prompts that hold a name.
+
+    Raises:
+        ValueError: no prompt has only names of one token, a prompt lacks a position, or the tokenizer is slow or does not know
+            a word.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which cannot say where a name is; load the fast one."
+        )
+    kept: list[tuple[Prompt, dict[str, tuple[int, tuple[int, ...]]]]] = []
+    dropped: dict[int, str] = {}
+    for index, prompt in enumerate(prompts):
+        lacking = [position for position in others if position not in prompt.positions]
+        if lacking:
+            own = f"its own are {', '.join(prompt.positions)}" if prompt.positions else "it has none of its own"
+            raise ValueError(f"prompt {index} of {prompts.name} has no position {lacking[0]!r} for a name; {own}.")
+        names = _names(prompt, tokenizer, others, f"prompt {index} of {prompts.name}")
+        if isinstance(names, str):
+            dropped[index] = names
+        else:
+            kept.append((prompt, names))
+    if not kept:
+        first = next(iter(dropped))
+        raise ValueError(
+            f"none of the {len(prompts)} prompts of {prompts.name} has only names of one token (prompt {first}: "
+            f"{dropped[first]}); use other names, or another model."
+        )
+    kinds = (*KINDS, *others)
+    return Names(
+        prompts=PromptSet(tuple(prompt for prompt, _ in kept), prompts.name, prompts.description),
+        kinds=kinds,
+        ids=np.array([[names[kind][0] for _, names in kept] for kind in kinds]),
+        tokens=tuple(tuple(names[kind][1] for kind in kinds) for _, names in kept),
+        dropped=dropped,
+    )
+
+
+def _names(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, others: Sequence[str], where: str
+) -> dict[str, tuple[int, tuple[int, ...]]] | str:
+    """Of every kind the token it would be as an answer and where it stands; or which name is not one token."""
+    text, spans = prompt.clean, prompt.spans("clean")
+    ids, offsets = encode(tokenizer, text, where)
+    before_answer = prompt.io_token.removesuffix(prompt.io_name)
+    found = {}
+    for kind, places in {"io": ["io"], "s": ["s1", "s2"], **{position: [position] for position in others}}.items():
+        name = text[slice(*spans[places[0]])]
+        mentions = []
+        for start, end in (spans[place] for place in places):
+            held = held_tokens(offsets, start, end)
+            if len(held) != 1 or text[slice(*offsets[held[0]])].strip() != name:
+                pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens([ids[i] for i in held])))
+                return f"{name!r} is in the text as {pieces or 'no token'}"
+            mentions += held
+        longer = encode(tokenizer, text + before_answer + name, where).ids
+        if longer[: len(ids)] != ids or len(longer) != len(ids) + 1:
+            pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens(longer[len(ids) :])))
+            return f"{name!r} would be {pieces or 'no token of its own'} as an answer"
+        as_tokens = {longer[-1], *(ids[token] for token in mentions)}
+        found[kind] = longer[-1], tuple(token for token, i in enumerate(ids) if i in as_tokens)
+        if kind == "s":
+            found |= {place: (longer[-1], (token,)) for place, token in zip(places, mentions, strict=True)}
+    return found
+
+
+# -- where heads look --------------------------------------------------------------------------------------------------
+
+
+def attention_to(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    groups: Groups,
+    queries: Sequence[int] = QUERIES,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Float32[np.ndarray, "query group layer head prompt"]:
+    """Attention probabilities from some tokens (-1 the last) to groups of tokens, summed over each group."""
+    n_groups = len(groups[0])
+    found = np.empty((len(queries), n_groups, n_layers(model.config), n_heads(model.config), len(prompts)), np.float32)
+
+    def see(layer: int, batch: Batch, pattern: Float[Tensor, "batch head query key"]) -> None:
+        from_queries = pattern[:, :, list(queries)].float().cpu()  # padding is on the left
+        width = from_queries.shape[-1]
+        in_group = torch.zeros(len(batch.index), width, n_groups)
+        for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
+            for group, tokens in enumerate(groups[prompt]):
+                in_group[row, [width - length + token for token in tokens], group] = 1
+        summed = torch.einsum("bhqk,bkg->qghb", from_queries, in_group)
+        found[:, :, layer, :, batch.index] = summed.permute(3, 0, 1, 2).numpy()  # NumPy puts the indexed axis first
+
+    read_patterns(model, prompts, see, batch_size=batch_size, progress=progress)
+    return found
+
+
+def named_places(names: Names, prompts: TokenizedPrompts) -> tuple[tuple[str, ...], Groups]:
+    """Every token of each prompt in one group: the names, the first token, END-1, END, and what else there is.
+
+    A token with two names is in the first of its groups.
+    """
+    kinds = [kind for kind in names.kinds if kind != "s"]
+    groups = []
+    for tokens, ids in zip(names.tokens, prompts.input_ids, strict=True):
+        wanted = [tokens[names.kinds.index(kind)] for kind in kinds]
+        taken: set[int] = set()
+        mine = []
+        for group in (*wanted, (0,), (len(ids) - 2,), (len(ids) - 1,), range(len(ids))):
+            mine.append([token for token in group if token not in taken])
+            taken |= set(group)
+        groups.append(mine)
+    return (*kinds, "first", "end-1", "end", "other"), groups
+
+
+# -- what heads write --------------------------------------------------------------------------------------------------
+
+
+def head_projections(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    ids: Int[np.ndarray, "kind prompt"],
+    *,
+    fold_norm: bool = False,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Float32[np.ndarray, "kind layer head prompt"]:
+    """What each head adds to the residual stream at the last token, times the unembeddings of some tokens, in float32.
+
+    What a head adds is behind a post-norm (Gemma 2), its scale frozen at the clean run; the output projection's bias belongs to
+    no head. No final norm, as published; with `fold_norm` its scale, frozen likewise, its gain, and, where it subtracts the
+    mean, that too.
+
+    Raises:
+        ValueError: `ids` do not fit, or weights cannot be taken apart.
+    """
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
+        )
+    check_projections(model)
+    if ids.ndim != 2 or ids.shape[1] != len(prompts) or not 0 <= ids.min() <= ids.max() < len(head.weight):
+        raise ValueError(f"ids must be [kind {len(prompts)}] tokens of the model, one for each prompt.")
+    card, replay, layers = card_of(model), Replay(model), range(n_layers(model.config))
+    places: list[Place] = [("z", layer) for layer in layers]
+    end: Place = ("resid_post", layers[-1])
+    reference = Reference.compute(
+        model, prompts, [*places, end], bank=("last",), batch_size=batch_size, progress=progress
+    )
+
+    def last(place: Place) -> Float[Tensor, "prompt *head d"]:
+        return torch.cat([reference.rows(place, prompt, "last") for prompt in range(len(prompts))])
+
+    found = np.empty((len(ids), len(layers), n_heads(model.config), len(prompts)), np.float32)
+    with evaluating(model), no_gradients(model):
+        device = head.weight.device
+        directions = head.weight[torch.from_numpy(ids.T).to(device)].float()  # prompt kind d_model
+        if fold_norm:
+            norm = FrozenNorm(replay.module("final_norm"), dimensions(model.config)["d_model"], "the final norm")
+            directions = norm.direction(last(end).to(device).float(), directions)
+        for layer in layers:
+            z = last(("z", layer)).flatten(1)
+            weight = replay.projection(layer)
+            assert weight is not None  # looked at before anything ran
+            behind = directions
+            if card.post_norm_scale is not None:
+                attention = replay.module("attention_value_output", layer)(z.to(weight)).float()
+                scale = card.post_norm_scale(replay.module("attention_contribution", layer), attention)
+                behind = directions * scale[:, None].to(device)
+            by_input = card.times(model.config) * behind @ weight.to(device).float().T * z.to(device).float()[:, None]
+            by_head = by_input.unflatten(-1, (n_heads(model.config), -1)).sum(-1)
+            found[:, layer] = by_head.permute(1, 2, 0).cpu().numpy()
+    return found

@@ -1,0 +1,88 @@
+"""Attention patterns as they go by: one forward pass a batch, every layer's pattern shown once, none kept.
+
+def see(layer, batch, pattern):
+    for row, length in enumerate(batch.lengths):
+        print(layer, batch.index[row], pattern[row, :, -length:, -length:].shape)
+
+read_patterns(model, prompts, see)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from modelcards import Taps, card_of, n_layers
+from modelcards.attention_taps import MASKS_UNDERSTOOD
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.hooks import split_heads, visit
+from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
+
+See = Callable[[int, Batch, Float[Tensor, "batch head query key"]], None]
+
+
+def read_patterns(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    see: See,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> None:
+    """Call `see(layer, batch, pattern)` once for every layer and batch while the model runs.
+
+    Batches are padded on the left: the pattern of row r's prompt is `pattern[r, :, -n:, -n:]` with n = `batch.lengths[r]`. What
+    `see` does not keep is gone with its layer, so that memory does not grow with the number of layers. The unembedding is not
+    run.
+
+    Args:
+        model: with a card, and attention that can be seen (eager or sdpa); used in eval mode and left as it was, also after an
+            error.
+        prompts: in any order of lengths; `batch.index` says which ones a batch holds.
+        see: given the layer, the batch (on the CPU) and the pattern (on the layer's device, in the model's dtype).
+        batch_size: prompts a forward pass.
+        progress: show a bar.
+
+    Raises:
+        ValueError: before the model runs, for prompts that are not tokenised, none, empty, too long or of another tokenizer.
+    """
+    card = card_of(model)
+    check_prompts(model, prompts)
+    batches = prompts.batches(batch_size)
+    layers = range(n_layers(model.config))
+    bar = tqdm(total=len(prompts), desc="patterns", unit="prompt", disable=not progress)
+    with bar, evaluating(model), no_gradients(model), ExitStack() as hooks:
+        running: list[Batch] = []
+
+        def at_pattern(layer: int, pattern: Tensor) -> None:
+            if not drafting(model):
+                see(layer, running[0], split_heads(pattern, "attention_pattern", model))
+
+        hooks.enter_context(Taps(model, card, [("attention_pattern", layer) for layer in layers]))
+        for layer in layers:
+            visit(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
+        for batch in batches:
+            running[:] = [batch]
+            model.base_model(**batch.inputs(input_device(model)), use_cache=False)
+            bar.update(len(batch.index))
+
+
+def can_be_seen(model: PreTrainedModel) -> bool:
+    """Whether `read_patterns` has anything to show: the family lets its attention be looked into, and it is eager or sdpa."""
+    seen = "attention_pattern" in card_of(model).mapping(type(model))
+    return seen and model.config._attn_implementation in MASKS_UNDERSTOOD
+
+
+def check_prompts(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
+    """Raise ValueError for prompts that the model cannot be run on."""
+    check_tokenized(model, prompts)
+    if not len(prompts):
+        raise ValueError("there are no prompts to look at; give at least one.")

@@ -1,0 +1,383 @@
+"""What heads do on repeated random tokens: look at the token before, at the same token, at what followed it; and copy.
+
+    bos, tokens = leading_bos(tokenizer), usable_tokens(model, tokenizer)
+    ids = random_tokens(tokens, 25, 4, examples=10, rng=rng(0, "tokens"), bos=bos)
+    scores = attention_scores(model, ids, period=25, first=len(bos), copying=True)
+    write_head_scores("induction_scores.csv", scores.induction.mean(0))
+
+With A the attention pattern of a head, on a block of s random tokens that is repeated (Olsson et al. 2022, appendix "Head
+activation evaluators"):
+
+    previous token     mean of A[i, i-1]      over all random tokens i but the first
+    duplicate token    mean of A[i, i-s]      over the i behind the first block
+    induction          mean of A[i, i-s+1]    over the i behind the first block
+
+With `occurrences="all"` the entries one, two ... blocks back are summed, so that a head that looks at any earlier occurrence, or
+at several, counts in full.
+
+The copying score is of the OV circuit: what would the head write if it looked at token j alone? Its value there times its output
+matrix, through final norm and unembedding, are its direct logits. Of these, less their mean over the vocabulary and without those
+below 0, the share r of token j itself among the tokens of the block is scaled to 2r - 1: 1 for a head that raises nothing but the
+token it looks at, -1 for one that does not raise it. (Ours; the appendix scales a ratio that ends at 0.5.) The mean is over all
+random tokens j. Attention to the token is treated as 1, so the score says nothing of whether the head looks there. Norms,
+post-norms too, do no more than scale a head's direct logits once its own mean is out where the norm takes one out, and the share
+is the same at any scale. Biases belong to no head; a soft-cap behind the unembedding is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelcards import Card, Taps, card_of, n_heads, n_layers, n_positions
+from modelcards.attention_taps import output_weight
+from pyvene_ext.io.files import write_csv
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.hooks import split_heads, visit
+from pyvene_ext.models.modes import evaluating
+
+Occurrences = Literal["last", "all"]
+COLUMNS = ("scores", "layer", "head")
+TRIM = 0.1  # of the vocabulary, at each end
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_head_scores(path: str | Path, scores: Float[np.ndarray, "layer head"]) -> None:
+    """Write the CSV `scores,layer,head`, the highest score first.
+
+    Raises:
+        ValueError: the scores are not [layer head], there is none, or one is not finite.
+    """
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or not scores.size or not np.isfinite(scores).all():
+        raise ValueError(f"scores must be one finite number a head, [layer head], not of shape {scores.shape}.")
+    rows = [dict(zip(COLUMNS, (float(scores[at]), *at), strict=True)) for at in np.ndindex(scores.shape)]
+    write_csv(path, sorted(rows, key=lambda row: -row["scores"]))
+
+
+def read_head_scores(path: str | Path, config: Any) -> list[tuple[float, int, int]]:
+    """The (score, layer, head) of a CSV `scores,layer,head`, the highest score first; it need not name every head.
+
+    Args:
+        path: the file; further columns are ignored.
+        config: of the model that the heads are in.
+
+    Raises:
+        ValueError: a column is missing, there is no row, a score is not a finite number, or a head is not in the model or there
+            twice.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file ({error}); give one with the columns scores,layer,head.") from None
+    if missing:
+        raise ValueError(f"{path} lacks the column {missing[0]}; its first line must be scores,layer,head.")
+    if not rows:
+        raise ValueError(f"{path} has no heads; give at least one row below scores,layer,head.")
+    layers, heads = n_layers(config), n_heads(config)
+    found: dict[tuple[int, int], float] = {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            score, layer, head = float(row["scores"]), int(row["layer"]), int(row["head"])
+        except (TypeError, ValueError):  # None where a row is short
+            told = ",".join(str(row[column] or "") for column in COLUMNS)
+            raise ValueError(
+                f"{path}, row {number}: {told!r} is not a number and two whole numbers; give scores,layer,head."
+            ) from None
+        if not math.isfinite(score):
+            raise ValueError(
+                f"{path}, row {number}: the score of head {layer}.{head} is {score}; give a finite number."
+            )
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise ValueError(
+                f"{path}, row {number}: head {layer}.{head} is outside a model of {layers} layers with {heads} heads; give the "
+                "scores of this model."
+            )
+        if (layer, head) in found:
+            raise ValueError(f"{path}, row {number}: head {layer}.{head} is there twice; give each head once.")
+        found[layer, head] = score
+    return sorted(((score, *at) for at, score in found.items()), key=lambda row: (-row[0], row[1:]))
+
+
+# -- random tokens -----------------------------------------------------------------------------------------------------
+
+
+def usable_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trim: float | None = None
+) -> Int[np.ndarray, " token"]:
+    """The ids to draw random tokens from: neither special nor added, and not among the most or the least frequent.
+
+    A tokenizer tells no frequencies. In BPE and Unigram vocabularies ids follow them roughly, merges being made the most frequent
+    first; so what is left out are the lowest and the highest ids. Other vocabularies (by word) are in no such order.
+
+    Args:
+        model: ids that it has no embedding for are left out.
+        trim: the share of the ids left out at each end; by default 0.1 for BPE and Unigram vocabularies, else 0.
+
+    Raises:
+        ValueError: `trim` is not in [0, 0.5).
+    """
+    if trim is None:
+        kind = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__
+        trim = TRIM if kind in ("BPE", "Unigram") else 0.0
+    check_trim(trim)
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    embeddings: Any = model.get_input_embeddings()
+    n_embedded = embeddings.weight.shape[0]
+    ids = np.array(sorted({i for i in tokenizer.get_vocab().values() if i < n_embedded} - special), np.int64)
+    cut = int(trim * len(ids))
+    return ids[cut : len(ids) - cut]
+
+
+def check_trim(trim: float) -> None:
+    """Raise ValueError unless `trim` is a share that can be left out at both ends."""
+    if not 0 <= trim < 0.5:
+        raise ValueError(f"trim must be at least 0 and below 0.5, as it is left out at both ends, not {trim}.")
+
+
+def leading_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The start token if the tokenizer puts one in front of a text (which says that the model was trained so), else nothing."""
+    ids = tokenizer("")["input_ids"]
+    return (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
+
+
+def random_tokens(
+    tokens: Int[np.ndarray, " token"],
+    length: int,
+    repeats: int,
+    *,
+    examples: int,
+    rng: np.random.Generator,
+    bos: Sequence[int] = (),
+) -> Int[Tensor, "sequence pos"]:
+    """Sequences of `length` distinct random tokens, `repeats` times over, each behind `bos`.
+
+    Raises:
+        ValueError: a number is below 1, or there are fewer tokens than one sequence needs.
+    """
+    for name, number in (("length", length), ("repeats", repeats), ("examples", examples)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}.")
+    if len(tokens) < length:
+        raise ValueError(
+            f"{length} distinct random tokens are needed but only {len(tokens)} are usable; take fewer, or trim less."
+        )
+    blocks = np.stack([rng.choice(tokens, length, replace=False) for _ in range(examples)])
+    front = np.tile(np.array(bos, np.int64), (examples, 1))
+    return torch.from_numpy(np.concatenate([front, np.tile(blocks, (1, repeats))], axis=1))
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """The scores of every head on every sequence; attention scores are in [0, 1], `copying` in [-1, 1]."""
+
+    previous: Float64[np.ndarray, "sequence layer head"]
+    duplicate: Float64[np.ndarray, "sequence layer head"]
+    induction: Float64[np.ndarray, "sequence layer head"]
+    copying: Float64[np.ndarray, "sequence layer head"] | None = None
+
+
+def attention_scores(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "sequence pos"],
+    period: int,
+    *,
+    first: int = 0,
+    occurrences: Occurrences = "last",
+    copying: bool = False,
+    batch_size: int = 10,
+    progress: bool = True,
+) -> HeadScores:
+    """The scores of all heads, from one forward pass a batch.
+
+    Each layer's pattern is reduced to its scores as it goes by and then forgotten; what is kept is three or four numbers a head
+    and sequence. Sums are in float32 whatever the model's dtype; of direct logits only those of the block's tokens are made.
+
+    Args:
+        model: with a card, and attention that can be seen (eager or sdpa); used in eval mode and left as it was, also after an
+            error.
+        ids: the sequences, all of one length. Without `copying` they need not repeat: what the attention scores are on text
+            without repetition is a control for them.
+        period: tokens of a block.
+        first: tokens in front of the first block (a start token), of which no score is taken.
+        occurrences: "last", or "all" for the sum over all earlier ones.
+        copying: score copying too. Needs a causal language model whose weights are neither quantised nor offloaded.
+        batch_size: sequences a forward pass.
+        progress: show a bar.
+
+    Raises:
+        ValueError: before the model runs, for what does not fit; and for scores that are not finite.
+    """
+    card = card_of(model)
+    _check(model, ids, period, first, occurrences, batch_size)
+    writes = _DirectLogits(model, card, ids, period, first) if copying else None
+    layers = range(n_layers(model.config))
+    found = np.zeros((4 if copying else 3, len(ids), len(layers), n_heads(model.config)))
+    bar = tqdm(total=len(ids), desc="head scores", unit="sequence", disable=not progress)
+    with bar, evaluating(model), no_gradients(model), ExitStack() as hooks:
+        rows = slice(0)  # of the batch that is running
+
+        def at_pattern(layer: int, pattern: Tensor) -> None:
+            by_head = split_heads(pattern, "attention_pattern", model)
+            scores = pattern_scores(by_head, period, first, occurrences)
+            found[:3, rows, layer] = torch.stack(scores).double().cpu().numpy()
+
+        def at_values(layer: int, values: Tensor) -> None:
+            assert writes is not None
+            by_head = split_heads(values, "head_value_output", model)
+            found[3, rows, layer] = writes.share(layer, by_head[:, :, first:], rows).cpu().numpy()
+
+        hooks.enter_context(
+            Taps(
+                model, card, [(name, layer) for name in ("attention_pattern", "head_value_output") for layer in layers]
+            )
+        )
+        for layer in layers:
+            visit(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
+            if copying:
+                visit(model, ("head_value_output", layer), partial(at_values, layer), hooks)
+        for start in range(0, len(ids), batch_size):
+            rows = slice(start, min(start + batch_size, len(ids)))
+            model.base_model(input_ids=ids[rows].to(input_device(model)), use_cache=False)
+            bar.update(rows.stop - rows.start)
+    if not np.isfinite(found).all():
+        _, sequence, layer, head = np.argwhere(~np.isfinite(found))[0].tolist()
+        raise ValueError(
+            f"a score of head {layer}.{head} on sequence {sequence} is not finite; check the model's weights, or load it in "
+            "float32."
+        )
+    return HeadScores(*found)
+
+
+def pattern_scores(
+    pattern: Float[Tensor, "batch head query key"], period: int, first: int = 0, occurrences: Occurrences = "last"
+) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch head"], Float[Tensor, "batch head"]]:
+    """Previous-token, duplicate-token and induction score of given patterns."""
+    length = pattern.shape[-1] - first
+    last_block = (length - 1) // period if occurrences == "all" else 1
+
+    def at(back: int, start: int) -> Float[Tensor, "batch head"]:
+        """The sum of A[i, i - back] over the random tokens i from `start`."""
+        return pattern.diagonal(-back, 2, 3)[..., first + start - back :].float().sum(-1)
+
+    blocks = [block * period for block in range(1, last_block + 1)]
+    duplicate = torch.stack([at(back, back) for back in blocks]).sum(0)
+    induction = torch.stack([at(back - 1, back) for back in blocks]).sum(0)
+    return at(1, 1) / (length - 1), duplicate / (length - period), induction / (length - period)
+
+
+class _DirectLogits:
+    """What the values of heads are worth as direct logits of the tokens of each sequence's block."""
+
+    def __init__(
+        self, model: PreTrainedModel, card: Card, ids: Int[Tensor, "sequence pos"], period: int, first: int
+    ) -> None:
+        block = ids[:, first : first + period]
+        self._own = ids[:, first:, None] == block[:, None]  # sequence pos token
+        if not (self._own.sum(-1) == 1).all():
+            raise ValueError(
+                f"copying is scored on {period} distinct tokens that are repeated, behind {first} others; a sequence is not so."
+            )
+        head: Any = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model, or leave "
+                "out copying."
+            )
+        self._norm: Any = card.module(model, "final_norm")
+        self._post_norms: list[nn.Module] = []
+        self._projections = [card.module(model, "attention_value_output", i) for i in range(n_layers(model.config))]
+        if any(output_weight(module) is None for module in (head, *self._projections)) or any(
+            parameter.is_meta for parameter in self._norm.parameters()
+        ):
+            raise ValueError(
+                "copying needs weights that can be taken apart; load the model without quantisation and offloading, merge "
+                "adapters, or leave out copying."
+            )
+        if card.post_norm_scale is not None:
+            self._post_norms = [card.module(model, "attention_contribution", i) for i in range(len(self._projections))]
+        self._post_norm_scale = card.post_norm_scale
+        self._norm_weights = {name: weight.detach().float() for name, weight in self._norm.named_parameters()}
+        self._n_heads = n_heads(model.config)
+        with no_gradients(model):
+            # The logits' mean over the vocabulary is the logit of the mean direction.
+            mean = head.weight.mean(0, dtype=torch.float32)
+            self._directions = head.weight[block.to(head.weight.device)].float() - mean  # sequence token d_model
+
+    def share(
+        self, layer: int, values: Float[Tensor, "batch kv_head pos d_head"], rows: slice
+    ) -> Float[Tensor, "batch head"]:
+        """2r - 1 of all heads, the mean over positions."""
+        weight = output_weight(self._projections[layer])
+        assert weight is not None  # looked at when this was made
+        by_head = weight.unflatten(0, (self._n_heads, -1))
+        group = self._n_heads // values.shape[1]
+        own = self._own[rows]
+        found = []
+        for head in range(self._n_heads):
+            part = values[:, head // group].float() @ by_head[head].float()
+            if self._post_norm_scale is not None:
+                part = part * self._post_norm_scale(self._post_norms[layer], part)
+            raised = (self._final_norm(part) @ self._directions[rows].to(part.device).mT).clamp(min=0)
+            total = raised.sum(-1)
+            share = (raised * own.to(part.device)).sum(-1) / torch.where(
+                total == 0, 1, total
+            )  # none if nothing is raised
+            found.append(2 * share.mean(-1) - 1)
+        return torch.stack(found, -1)
+
+    def _final_norm(self, part: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The part behind the final norm, up to its scale, and without the norm's bias."""
+
+        def call(x: Tensor) -> Tensor:
+            return torch.func.functional_call(self._norm, self._norm_weights, x.to(device))
+
+        device = next(iter(self._norm_weights.values())).device
+        return (call(part) - call(torch.zeros_like(part[:1, :1]))).to(part.device)
+
+
+def _check(model: PreTrainedModel, ids: Tensor, period: int, first: int, occurrences: str, batch_size: int) -> None:
+    """Raise ValueError for what can be told to be wrong before the model runs."""
+    if occurrences not in get_args(Occurrences):
+        raise ValueError(f"occurrences must be 'last' or 'all', not {occurrences!r}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+    if period < 2 or first < 0:
+        raise ValueError(f"period must be at least 2 and first at least 0, not {period} and {first}.")
+    if ids.ndim != 2 or not len(ids) or ids.shape[1] <= first + period:
+        raise ValueError(
+            f"ids must be [sequence pos], longer than the first {first} tokens and one period of {period}, not of shape "
+            f"{tuple(ids.shape)}; repeat the block at least once."
+        )
+    embeddings: Any = model.get_input_embeddings()
+    context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
+    if ids.shape[1] > context:
+        raise ValueError(
+            f"the sequences are {ids.shape[1]} tokens long but the model has {context} positions; take a shorter block or fewer "
+            "repeats."
+        )
+    if not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
+        raise ValueError(
+            f"the ids go from {int(ids.min())} to {int(ids.max())} but the model embeds {n_vocab} tokens; use its own tokenizer."
+        )

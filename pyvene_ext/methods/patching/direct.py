@@ -1,0 +1,215 @@
+"""The direct term of a path: what a sender's change adds to its receivers' inputs, every scale on its way frozen.
+
+Without other heads, MLPs and rescaling nothing is left to run between the two: the change goes through the output projection
+(and a post-norm), the residual stream, the receiver's norm and its projection, each linear with its scale frozen at base. So the
+direct terms of several senders add up. What the receivers then make of theirs is run as usual, on either engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modelcards import card_of, dimensions, n_heads, n_layers
+from pyvene_ext.engine.plain import METRICS, run
+from pyvene_ext.engine.sweep.run import sweep
+from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.methods.patching.plain_paths import Recorded, new_value
+from pyvene_ext.models.devices import no_gradients
+from pyvene_ext.models.hooks import check_projections, on_output
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.models.norms import FrozenNorm
+from pyvene_ext.models.replay import Replay
+from pyvene_ext.prompts.positions import Positions, token_indices
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.graph import Node
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.specs.path import PathPatch
+
+NORM_INPUT = {"q": "resid_pre", "k": "resid_pre", "v": "resid_pre", "mlp_in": "resid_mid", "logits": "resid_post"}
+ROWS = 64  # logits of the whole vocabulary are made for so many paths at once
+
+
+def run_direct_paths(
+    model: PreTrainedModel,
+    paths: Sequence[PathPatch],
+    base: TokenizedPrompts,
+    metric: str,
+    reference: Reference,
+    *,
+    engine: Literal["sweep", "plain"],
+    memory: int | None,
+    store: Path | None,
+    batch_size: int,
+    progress: bool,
+) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
+    """The metric of base, and with each path's direct term patched; `reference` holds the senders' source activations."""
+    clean, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
+    to_logits = [number for number, path in enumerate(paths) if path.receivers == ("logits",)]
+    others = [number for number in range(len(paths)) if number not in set(to_logits)]
+    with evaluating(model), no_gradients(model):
+        terms = Terms(model, paths, base, reference, batch_size)
+        for prompt in range(len(base) if to_logits else 0):
+            clean[prompt], found[to_logits, prompt] = terms.metric([paths[i] for i in to_logits], prompt, metric)
+    if others:
+        specs: list[Spec] = [paths[number].received(where(paths[number]), paths[number].name) for number in others]
+        values = Recorded.of(model, base, terms.recorded, reference.directions)
+        if engine == "plain":
+            result = run(model, specs, base, metric, values, batch_size=batch_size, progress=progress)
+        else:
+            # The terms are of a source that the sweep does not see.
+            kept = None if store is None else store / reference.prompts.hash
+            result = sweep(model, specs, base, metric, values, memory=memory, store=kept, progress=progress)
+        found[others] = result.intervened
+        found[to_logits] += result.clean - clean  # which is what two ways round differently
+        clean = result.clean
+    return clean, found
+
+
+def where(path: PathPatch) -> Positions:
+    """Where the receivers are set: at every position (elsewhere to base's own) if one could change another elsewhere."""
+    return path.positions if path.one_place else "all"
+
+
+class Terms:
+    """What base has at senders, receivers and in front of receivers' norms, and what senders add there.
+
+    Raises ValueError where a weight or a norm that is needed cannot be taken apart.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        paths: Sequence[PathPatch],
+        base: TokenizedPrompts,
+        of_source: Reference,
+        batch_size: int,
+    ) -> None:
+        self.model, self.base, self.of_source, self.replay = model, base, of_source, Replay(model)
+        self.paths, self.depth = {path.name: path for path in paths}, n_layers(model.config)
+        check_projections(model)
+        places = [path.sending.place for path in paths]
+        for node in (node for path in paths for node in path.nodes):
+            places += [self._stands(node)] if node.site == "logits" else [self._stands(node), (node.site, node.layer)]
+        at = dict.fromkeys(place for path in paths for place in _each(where(path), path.positions))
+        self.of_base = Reference.compute(model, base, dict.fromkeys(places), bank=(*at, "last"), batch_size=batch_size)
+        self.arriving = lru_cache(256)(self._arriving)
+        self.norm = lru_cache(None)(self._norm)
+
+    def recorded(
+        self, name: str, place: Place, prompt: int, heads: tuple[int, ...] | None
+    ) -> Float[Tensor, "pos *head d"]:
+        """What a path's receivers at a place are given: base's own, and the direct term where the sender is patched."""
+        path = self.paths[name]
+        own = self.of_base.rows(place, prompt, where(path)).clone()
+        if heads is not None:
+            own = own[:, list(heads)]
+        added = self.arriving(name, place, prompt).to(own.device)
+        if heads is not None:
+            added = added.unflatten(-1, (-1, own.shape[-1]))[:, list(heads)]
+        tokens = token_indices(self.base, prompt, path.positions) if where(path) != path.positions else slice(None)
+        own[tokens] = (own[tokens].float() + added).to(own.dtype)
+        return own
+
+    def metric(
+        self, paths: Sequence[PathPatch], prompt: int, metric: str
+    ) -> tuple[np.float32, Float32[np.ndarray, " path"]]:
+        """The metric of a prompt, and with the direct term of each path in the final norm's output at the last token."""
+        place, last = ("resid_post", self.depth - 1), len(self.base.input_ids[prompt]) - 1
+        x = self.of_base.rows(place, prompt, "last").to(self.replay.device)
+        normed = self.replay.module("final_norm")(x[None])[0]
+        ids = torch.tensor([self.base.answer_ids[prompt]], device=self.replay.device)
+        clean = self.replay.unembed(normed)
+        found = []
+        of_rows = [None, *paths]  # the first is base itself
+        for start in range(0, len(of_rows), ROWS):
+            here = of_rows[start : start + ROWS]
+            rows = [normed[0]] * len(here)
+            for row, path in enumerate(here):
+                if path is None:
+                    continue
+                tokens = token_indices(self.base, prompt, path.positions)
+                if last in tokens:
+                    added = self.arriving(path.name, ("logits", None), prompt)[tokens.index(last)]
+                    rows[row] = (normed[0].float() + added.to(normed.device)).to(normed.dtype)
+            logits = self.replay.unembed(torch.stack(rows))
+            batch: Any = SimpleNamespace(answer_ids=ids.expand(len(rows), 2))
+            found.append(METRICS[metric](logits, batch, clean.expand_as(logits)).float().cpu())
+        values = torch.cat(found).numpy()
+        return values[0], values[1:]
+
+    def _arriving(self, name: str, place: Place, prompt: int) -> Float[Tensor, "pos d"]:
+        """The direct term at a receiving place, all its heads side by side, at the positions where the sender is patched."""
+        path, (site, layer) = self.paths[name], place
+        added = self._sent(path, prompt)
+        if site not in NORM_INPUT:
+            return added
+        at = self.of_base.rows(self._stands(Node(*place)), prompt, path.positions)
+        added = self.norm(site, layer).change(at.to(added), added)
+        if site in ("q", "k", "v"):
+            assert layer is not None
+            added, nothing = (x.to(self.model.dtype)[None] for x in (added, torch.zeros_like(added)))
+            projected = (self.replay.projected(site, layer, x)[0].float() for x in (added, nothing))
+            added = next(projected) - next(projected)  # less the bias
+        return added
+
+    def _sent(self, path: PathPatch, prompt: int) -> Float[Tensor, "pos d_model"]:
+        """What the sender's change adds to the residual stream."""
+        sender, (site, layer, head) = path.sending, path.sender_node
+        old = self.of_base.rows(sender.place, prompt, sender.positions)
+        mine = old if head is None else old[:, head]
+        tokens = token_indices(self.base, prompt, sender.positions)
+        new = new_value(sender, mine, prompt, tokens, self.base, self.model, self.of_source)
+        change = new.float() - mine.float()
+        if site != "z":
+            return change.to(self.replay.device)
+        assert layer is not None and head is not None
+        weight = self.replay.projection(layer)
+        assert weight is not None  # checked when this was made
+        by_head = weight.unflatten(0, (n_heads(self.model.config), -1))[head].float()
+        change = change.to(weight.device) @ by_head
+        if (post_norm_scale := card_of(self.model).post_norm_scale) is not None:
+            attention = self.replay.module("attention_value_output", layer)(old.flatten(1).to(weight))
+            change = change * post_norm_scale(self.replay.module("attention_contribution", layer), attention)
+        return change * card_of(self.model).times(self.model.config)
+
+    def _stands(self, node: Node) -> Place:
+        """Where the stream is read: in front of a receiver's norm, or the receiver's own place in the stream."""
+        return NORM_INPUT.get(node.site, node.site), self.depth - 1 if node.site == "logits" else node.layer
+
+    def _norm(self, site: str, layer: int | None) -> FrozenNorm:
+        width, of = dimensions(self.model.config)["d_model"], f"the norm before {site} of layer {layer}"
+        if site == "logits":
+            return FrozenNorm(self.replay.module("final_norm"), width, "the final norm")
+        assert layer is not None
+        norm = _attention_norm(self.replay, layer)
+        if site == "mlp_in":
+            norm = self.replay.module("resid_mid", layer)
+            if norm is self.replay.module("mlp_input", layer):
+                norm = nn.Identity()  # OLMo 2: the MLP reads the stream as it is
+        return FrozenNorm(norm, width, of)
+
+
+def _attention_norm(replay: Replay, layer: int) -> nn.Module:
+    """The module that a block runs before its attention; an identity if there is none."""
+    called: list[nn.Module] = [nn.Identity()]
+    with ExitStack() as stack:
+        for module in replay.module("block_output", layer).children():
+            stack.enter_context(on_output(module, lambda _, module=module: called.append(module)))  # type: ignore[misc]
+        width = dimensions(replay.model.config)["d_model"]
+        replay.attention_input(layer, torch.zeros(1, 1, width, dtype=replay.dtype, device=replay.device), (0, 1))
+    return called[-1]
+
+
+def _each(*positions: Positions) -> list[str | int]:
+    return [position for one in positions for position in (one if isinstance(one, tuple) else (one,))]

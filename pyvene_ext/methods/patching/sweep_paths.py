@@ -1,0 +1,165 @@
+"""Path patching on the sweep engine: all senders of a batch in one run with attention frozen, then all receivers in another.
+
+With attention frozen, what a sender changes stays in the columns where it is patched and goes up through MLPs and norms alone.
+Such rows are recorded at the receivers, and the receivers' values go in as patches of an ordinary sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modelcards import FIELD_NAMES, Taps, dimensions
+from pyvene_ext.engine.sweep.execute import Executor, Frozen
+from pyvene_ext.engine.sweep.plan import default_budget, make_plan
+from pyvene_ext.engine.sweep.run import sweep
+from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.methods.patching.plain_paths import Recorded
+from pyvene_ext.models.devices import no_gradients
+from pyvene_ext.models.hooks import visit
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.models.replay import Replay
+from pyvene_ext.prompts.positions import token_indices
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.graph import Node
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
+
+
+def sweep_paths(
+    model: PreTrainedModel,
+    paths: Sequence[PathPatch],
+    base: TokenizedPrompts,
+    metric: str,
+    reference: Reference,
+    *,
+    memory: int | None,
+    store: Path | None,
+    progress: bool,
+) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
+    """The metric of the untouched base, and with each path patched; `reference` holds the senders' source activations.
+
+    What receivers do with what they are given is kept in `store`; what they are given is found out again.
+
+    All paths freeze MLPs or none does, none is `direct`, and each has `one_place`.
+    """
+    (freeze_mlps,) = {path.freeze_mlps for path in paths}
+    clean, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
+    budget = default_budget(model, memory)
+    for number, subset in enumerate(_chunks(model, paths, base, budget.memory)):
+        senders = {path.source_name: path.sending for path in paths}
+        recorder = Recorder(Replay(model), base, senders)
+        for path in paths:
+            recorder.want([node for node in path.nodes if node.site != "logits"])
+        plan = make_plan(model, recorder.specs, base, subset, budget)
+        frozen: tuple[Frozen, ...] = ("attention", "mlp") if freeze_mlps else ("attention",)
+        executor = Executor(model, recorder.specs, metric, reference, plan, frozen, recorder)
+        to_logits = np.empty((len(senders), len(base)), np.float32)
+        with evaluating(model), no_gradients(model):
+            for wave in plan.waves:
+                clean[list(wave.prompts)], to_logits[np.ix_(wave.specs, wave.prompts)] = executor.run(wave)
+        at_end = [n for n, path in enumerate(paths) if path.receivers == ("logits",)]
+        row = {name: n for n, name in enumerate(senders)}
+        found[np.ix_(at_end, subset)] = to_logits[[row[paths[n].source_name] for n in at_end]][:, subset]
+        others = [n for n in range(len(paths)) if n not in set(at_end)]
+        if others:
+            specs: list[Spec] = [paths[n].received(paths[n].positions, paths[n].source_name) for n in others]
+            recorded = Recorded.of(model, reference.prompts, recorder.recorded, reference.directions)
+            kept = None if store is None else store / str(number)
+            through = sweep(
+                model, specs, base, metric, recorded, memory=memory, store=kept, subset=subset, progress=progress
+            )
+            found[np.ix_(others, subset)] = through.intervened
+    return clean, found
+
+
+def _chunks(
+    model: PreTrainedModel, paths: Sequence[PathPatch], base: TokenizedPrompts, memory: int
+) -> Iterator[list[int]]:
+    """The prompts, cut so that what is recorded of some fits the memory."""
+    d = dimensions(model.config)
+    wanted = {(path.source_name, node) for path in paths for node in path.nodes if node.site != "logits"}
+    a_token = sum(d["d_model"] if node.head is None else d["d_head"] for _, node in wanted) * model.dtype.itemsize
+    chunk: list[int] = []
+    full = 0
+    for prompt in sorted(range(len(base)), key=lambda prompt: base.input_ids[prompt]):
+        size = a_token * max(len(token_indices(base, prompt, path.positions)) for path in paths)
+        if chunk and full + size > memory:
+            yield chunk
+            chunk, full = [], 0
+        chunk.append(prompt)
+        full += size
+    yield chunk
+
+
+class Recorder:
+    """Keeps what receivers are given in rows with one sender patched each, at the positions where it is patched.
+
+    `values` has by sender, place and prompt `pos d`, or `pos head d` of the heads `wanted` at that place.
+    """
+
+    def __init__(self, replay: Replay, base: TokenizedPrompts, senders: dict[str, ActivationPatch]) -> None:
+        self.replay, self.base = replay, base
+        self.names, self.specs = list(senders), list(senders.values())
+        self.wanted: dict[Place, list[int | None]] = {}
+        self.values: dict[tuple[str, Place, int], Tensor] = {}
+
+    def want(self, nodes: Sequence[Node]) -> None:
+        """Have these receivers recorded."""
+        for site, layer, head in nodes:
+            heads = self.wanted.setdefault((site, layer), [])
+            if head not in heads:
+                heads.append(head)
+
+    def recorded(self, path: str, place: Place, prompt: int, heads: tuple[int, ...] | None) -> Tensor:
+        """What these heads of a place (or the place) were given, `pos head d` or `pos d`."""
+        value = self.values[path, place, prompt]
+        return value if heads is None else value[:, [self.wanted[place].index(head) for head in heads]]
+
+    def before(self, layer: int, hidden: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+        """What enters a block, and its queries, keys and values."""
+        self._keep("resid_pre", layer, hidden, column, rows)
+        sites = [site for site in ("q", "k", "v") if (site, layer) in self.wanted]
+        if sites:
+            normed = self.replay.attention_input(layer, hidden, (column, column + hidden.shape[1]))
+        for site in sites:
+            by_head = self.replay.projected(site, layer, normed).unflatten(-1, (-1, self._d_head))
+            self._keep(site, layer, by_head[:, :, self.wanted[site, layer]], column, rows)
+
+    @contextmanager
+    def during(self, layer: int, column: int, rows: list[tuple[int, int]]) -> Iterator[None]:
+        """What the MLP is given, and the stream in the middle of a block."""
+        sites = [site for site in ("mlp_in", "resid_mid") if (site, layer) in self.wanted]
+        model, card = self.replay.model, self.replay.card
+        with ExitStack() as stack, Taps(model, card, [(FIELD_NAMES[site], layer) for site in sites]):
+            for site in sites:
+                keep = partial(self._keep, site, layer, column=column, rows=rows)
+                visit(model, (FIELD_NAMES[site], layer), keep, stack)
+            yield
+
+    def behind(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+        """What leaves a block."""
+        self._keep("resid_post", layer, out, column, rows)
+
+    @property
+    def _d_head(self) -> int:
+        return dimensions(self.replay.model.config)["d_head"]
+
+    def _keep(self, site: str, layer: int, x: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+        if (site, layer) not in self.wanted:
+            return
+        for row, (spec, prompt) in zip(x, rows, strict=True):
+            at = np.array(token_indices(self.base, prompt, self.specs[spec].positions)) - column
+            there = torch.from_numpy(at >= 0)  # the last block makes no more than the last column, and no more matters
+            value = x.new_zeros(len(at), *row.shape[1:])
+            value[there] = row[at[at >= 0]]
+            self.values[self.names[spec], (site, layer), prompt] = value.cpu()

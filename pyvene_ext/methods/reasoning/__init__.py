@@ -1,0 +1,1 @@
+"""Models that solve problems: evaluation under interventions, block scores, probes, heads transplanted."""

@@ -1,0 +1,548 @@
+"""Solving problems with interventions in place: greedy generation in batches, answers compared as numbers.
+
+    questions = tokenize_problems(load_problems("test.jsonl"), tokenizer)
+    clean = evaluate(model, tokenizer, questions, max_new_tokens=256)
+    ablated = evaluate(
+        model, tokenizer, questions, Ablation(kind="zero", site="z", layer=2, heads=(5,)), "new", max_new_tokens=256
+    )
+    print(clean.accuracy, ablated.accuracy, ablated.parsed.mean())
+
+An intervention stands at positions, so that the same text comes out as without a cache and in batches of any size (rounding
+aside). Its `scope` says at which ones:
+
+    prompt      those of the prompt that the spec names; what pyvene_ext.engine.compile makes of any spec
+    new         every token that is generated, each when the one after it is computed
+    reasoning   the same up to the `####`: the token with which the text first holds it, and what follows, is left alone
+    both        prompt and new
+
+The first new token follows from the prompt alone. At new tokens a spec's heads count and its positions do not; there, ablations
+by zero (and of attention scores), by the mean over tokens and by resampling can be done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelcards import n_positions
+from pyvene_ext.engine.compile import (
+    Compiled,
+    check_specs,
+    compile_specs,
+    donors,
+)
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.files import parse_json, write_json
+from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.identity import config_hash, weight_hash
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.positions import token_indices
+from pyvene_ext.prompts.problems import (
+    MARK,
+    Questions,
+    as_text,
+    find_answer,
+    tokens_for,
+)
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.files import to_plain
+from pyvene_ext.specs.joint import (
+    OneSpec,
+    Spec,
+    as_specs,
+    members,
+    needs,
+)
+
+Scope = Literal["prompt", "new", "reasoning", "both"]
+FORMAT = 1  # of the files of results
+NEW_LINES = ("\n", "\u010a", "<0x0A>")  # as tokens spell it: as it is, in byte-level vocabularies, as a byte
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model wrote for each problem, and what became of it.
+
+    Attributes:
+        ids: the tokens generated, without the end token.
+        texts: the solution as text; with what the prompt already held of it.
+        answers: the number of `problems.find_answer`; None: unparsed.
+        gold: the right ones.
+        ended: whether the text came to an end: an end token, or a new line after the answer behind `####`. The others were cut
+            at `max_new_tokens`.
+        confidence: geometric mean probability of the generated tokens that hold the answer's number; NaN where there are none.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    answers: tuple[float | None, ...]
+    gold: tuple[float, ...]
+    ended: Bool[np.ndarray, " problem"]
+    confidence: Float[np.ndarray, " problem"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def parsed(self) -> Bool[np.ndarray, " problem"]:
+        """Whether there is an answer at all."""
+        return np.array([answer is not None for answer in self.answers], bool)
+
+    @cached_property
+    def correct(self) -> Bool[np.ndarray, " problem"]:
+        """Whether there is an answer and it is the right number."""
+        return np.array([found == right for found, right in zip(self.answers, self.gold, strict=True)], bool)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all problems that are correct."""
+        return float(self.correct.mean())
+
+    def summary(self) -> dict[str, float | int]:
+        """Counts for a table: problems, correct, wrong, unparsed (in no other), cut."""
+        right, parsed = int(self.correct.sum()), int(self.parsed.sum())
+        return {
+            "problems": len(self),
+            "accuracy": self.accuracy,
+            "correct": right,
+            "wrong": parsed - right,
+            "unparsed": len(self) - parsed,
+            "cut": int((~self.ended).sum()),
+        }
+
+    def take(self, which: Iterable[int]) -> Evaluation:
+        """Some of the problems, in this order."""
+        which = list(which)
+        lists = {name: tuple(getattr(self, name)[i] for i in which) for name in ("ids", "texts", "answers", "gold")}
+        return Evaluation(**lists, ended=self.ended[which], confidence=self.confidence[which])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON file, with None in place of NaN."""
+        return {
+            "ids": self.ids,
+            "texts": self.texts,
+            "answers": self.answers,
+            "gold": self.gold,
+            "ended": self.ended.tolist(),
+            "confidence": [None if np.isnan(value) else value for value in self.confidence.tolist()],
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Evaluation:
+        """What `as_dict` gave."""
+        return cls(
+            ids=tuple(map(tuple, record["ids"])),
+            texts=tuple(record["texts"]),
+            answers=tuple(record["answers"]),
+            gold=tuple(record["gold"]),
+            ended=np.array(record["ended"], bool),
+            confidence=np.array([np.nan if value is None else value for value in record["confidence"]]),
+        )
+
+
+@dataclass(frozen=True)
+class Transcripts:
+    """What ablations by the mean and by resampling take their values from: questions with what the untouched model wrote.
+
+    Attributes:
+        questions: of the transcripts.
+        reference: statistics of the transcripts' tokens at the places asked for.
+    """
+
+    questions: Questions
+    reference: Reference
+
+    @classmethod
+    def compute(
+        cls,
+        model: PreTrainedModel,
+        questions: Questions,
+        clean: Evaluation,
+        specs: Iterable[Spec],
+        *,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> Transcripts | None:
+        """The statistics that these specs need, None if they need none; `clean` is the untouched run on these questions."""
+        wanted = needs(specs)
+        if not wanted["places"]:
+            return None
+        given = questions.prompts
+        rows = [(*ids, *new) for ids, new in zip(given.input_ids, clean.ids, strict=True)]
+        positions = tuple(
+            {**{name: at - len(new) for name, at in named.items()}, "end": -1, "last": -1}
+            for named, new in zip(given.positions, clean.ids, strict=True)
+        )
+        prompts = TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), positions, given.pad_id)
+        bank = ("all",) if wanted["bank"] else ()
+        reference = Reference.compute(
+            model, prompts, wanted["places"], bank=bank, batch_size=batch_size, progress=progress
+        )
+        return cls(questions, reference)
+
+    @property
+    def hash(self) -> str:
+        """Of their tokens."""
+        return self.reference.prompts.hash
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    spec: Spec | Callable[[Batch], Compiled] | None = None,
+    scope: Scope = "both",
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    reference: Reference | Transcripts | None = None,
+    progress: bool | tqdm = False,
+) -> Evaluation:
+    """Let the model solve the problems greedily, with an intervention in place.
+
+    Args:
+        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
+        questions: of `problems.tokenize_problems` or `with_reasoning`.
+        spec: an ablation, patch or forced pattern, or a tuple of them (done together); None: nothing. Or what gives a batch
+            (padded on the left) its `Compiled` intervention, whose replacements then are as `IntervenableModel.generate` wants
+            them.
+        scope: where; the module's docstring says what the words mean.
+        max_new_tokens: where a text that has not ended is cut.
+        reference: what comes in an activation's place: `Transcripts`, or for the scope prompt a `Reference` as
+            `compile_specs` takes it.
+        progress: show a bar, or advance this one of a longer run, by one a problem.
+
+    Raises:
+        ValueError: before anything is generated: no problems, a prompt without room for the new tokens, a spec that does not
+            fit the model, the prompts or the scope, a missing reference.
+    """
+    check(model, questions, spec, scope, max_new_tokens, reference)
+    results: dict[int, tuple[list[int], list[float], bool]] = {}
+    reader = _Reader(model, tokenizer)
+    bar = progress if isinstance(progress, tqdm) else tqdm(total=len(questions), unit="problem", disable=not progress)
+    try:
+        with evaluating(model), no_gradients(model):
+            for batch in questions.prompts.batches(batch_size):
+                batch = batch.to(input_device(model))
+                writing = _Writing(reader, [questions.given(i) for i in batch.index], max_new_tokens)
+                base = batch.inputs()
+                if spec is None:
+                    writing.run(**base)
+                else:
+                    compiled = _compiled(spec, scope, batch, questions, model, reference, max_new_tokens)
+                    iv = IntervenableModel(compiled.config, model)
+                    iv.generate(
+                        base,
+                        unit_locations=compiled.unit_locations,
+                        source_representations=compiled.source_representations(iv.sorted_keys),
+                        intervene_on_prompt=scope in ("prompt", "both"),
+                        intervene_on_new_tokens=scope != "prompt",
+                        new_token_rows=writing.reasons_at if scope == "reasoning" else None,
+                        decode=writing.run,
+                    )
+                results |= dict(zip(batch.index, writing.rows(), strict=True))
+                bar.update(len(batch.index))
+    finally:
+        if bar is not progress:
+            bar.close()
+    return _collect(questions, tokenizer, [results[i] for i in range(len(questions))])
+
+
+def check(
+    model: PreTrainedModel,
+    questions: Questions,
+    spec: Spec | Callable[[Batch], Compiled] | None,
+    scope: Scope,
+    max_new_tokens: int,
+    reference: Reference | Transcripts | None = None,
+) -> None:
+    """Raise ValueError for anything that would go wrong in `evaluate`, before the model is run."""
+    if scope not in get_args(Scope):
+        raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(Scope))}.")
+    if not len(questions):
+        raise ValueError("there are no problems to solve; give at least one.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
+    if max_new_tokens == 1 and spec is not None and scope in ("new", "reasoning"):
+        raise ValueError("the one new token follows from the prompt alone; generate more, or choose the scope prompt.")
+    context = n_positions(model.config)
+    for number, ids in enumerate(questions.prompts.input_ids):
+        if len(ids) + max_new_tokens > context:
+            raise ValueError(
+                f"problem {number} has {len(ids)} tokens, and with {max_new_tokens} new ones that is more than the {context} "
+                "that the model takes; leave it out, or generate fewer."
+            )
+    check_tokenized(model, questions.prompts)
+    if spec is None or callable(spec):
+        return
+    (spec,) = as_specs([spec])
+    held = reference.reference if isinstance(reference, Transcripts) else reference
+    if scope == "prompt":
+        check_specs([spec], model, questions.prompts, held.prompts if held else questions.prompts)
+    for edit in members(spec):
+        edit.check(model)
+        if scope != "prompt" and not _on_new_tokens(edit):
+            raise ValueError(
+                f"{edit.name}: at generated tokens there is no such intervention; ablate by zero, by the mean over tokens or by "
+                "resampling, or choose the scope prompt."
+            )
+        if edit.uses_reference and (held is None or (scope != "prompt" and held is reference)):
+            raise ValueError(f"{edit.name} needs the texts of an untouched run; give Transcripts as reference.")
+    if held is not None:
+        wanted = needs([spec])
+        held.require(**wanted)
+        held.check_model(model)
+
+
+def _on_new_tokens(edit: OneSpec) -> bool:
+    return isinstance(edit, Ablation) and edit.kind in ("zero", "mean", "resample") and edit.mean == "over_tokens"
+
+
+# -- where an intervention is, and what it puts there --------------------------------------------------------------------
+
+
+def _compiled(
+    spec: Spec | Callable[[Batch], Compiled],
+    scope: Scope,
+    batch: Batch,
+    questions: Questions,
+    model: PreTrainedModel,
+    reference: Reference | Transcripts | None,
+    new: int,
+) -> Compiled:
+    """One spec on one batch, with replacements for the new tokens behind those for the prompt where the scope has such."""
+    if callable(spec):
+        return spec(batch)
+    held = reference.reference if isinstance(reference, Transcripts) else reference
+    if scope == "prompt" and held is reference:
+        return compile_specs(spec, batch, questions.prompts, model, held)
+    # The mean's compilation has the right shape for resampling, which puts other rows in.
+    edits = tuple(
+        edit.model_copy(update={"kind": "mean"}) if edit.kind == "resample" else edit for edit in members(spec)
+    )
+    compiled = compile_specs(edits, batch, questions.prompts, model, held)
+    replacements = []
+    for edit, values in zip(members(spec), compiled.replacements, strict=True):
+        if values is not None:
+            # The last column is a token of every row, the first one may be padding.
+            values = torch.cat([values, values[..., -1:, :].expand(*values.shape[:-2], new, -1)], -2)
+            if edit.kind == "resample":
+                assert isinstance(reference, Transcripts)  # `check` has seen to it
+                values = _resampled(edit, batch, questions, reference, new).to(values)
+            if scope != "both":
+                values = values[..., :-new, :] if scope == "prompt" else values[..., -new:, :]
+        replacements.append(values)
+    return Compiled(compiled.config, compiled.unit_locations, tuple(replacements))
+
+
+def _resampled(
+    edit: OneSpec, batch: Batch, questions: Questions, given: Transcripts, new: int
+) -> Float[Tensor, "batch *head pos d"]:
+    """For every row the activations of another problem's transcript, at the same distance from the end of its question.
+
+    What lies before a shorter transcript's first token, or behind its last, has that token's.
+    """
+    reference, width = given.reference, batch.input_ids.shape[1]
+    givers = donors(questions.prompts, given.questions.prompts, "last", getattr(edit, "seed", 0))
+    rows = []
+    for prompt, length in zip(batch.index, batch.lengths, strict=True):
+        giver = givers[prompt]
+        own, its = questions.lengths[prompt], given.questions.lengths[giver]
+        if edit.positions == "all":
+            tokens = list(range(length - width, length + new))
+        else:
+            tokens = [*token_indices(questions.prompts, prompt, edit.positions), *range(length, length + new)]
+        last = len(reference.prompts.input_ids[giver]) - 1
+        activations = reference.rows(edit.place, giver, tuple(min(max(t - own + its, 0), last) for t in tokens))
+        rows.append(activations if edit.heads is None else activations[:, list(edit.heads)].transpose(0, 1))
+    return torch.stack(rows)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Which tokens end a text, and which can be part of `####` or end a line; so that few texts need decoding."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.never = list(getattr(model.generation_config, "suppress_tokens", None) or ())
+        vocabulary = tokenizer.get_vocab()
+        self.marks = {at for token, at in vocabulary.items() if "#" in token}
+        self.new_lines = {at for token, at in vocabulary.items() if any(line in token for line in NEW_LINES)}
+
+    def text(self, *ids: Sequence[int]) -> str:
+        return as_text([token for some in ids for token in some], self.tokenizer)
+
+
+class _Writing:
+    """The texts of one batch while they grow."""
+
+    def __init__(self, reader: _Reader, given: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
+        self.reader, self.given, self.max_new_tokens = reader, given, max_new_tokens
+        self.ids: list[list[int]] = [[] for _ in given]
+        self.log_probabilities: list[list[float]] = [[] for _ in given]
+        self.ended = [False] * len(given)
+        self.marked = [MARK in reader.text(ids) for ids in given]
+        self.reasoning: list[Tensor] = []  # for each new token: the rows whose text has no #### with it
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> None:
+        """Take the most likely token until every text has ended or is as long as it may be."""
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+        cache = None
+        for _ in range(self.max_new_tokens):
+            out = self.reader.model(
+                **inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            # After the model has run once more than needed: an intervention on new tokens has, even if all texts end at once.
+            if all(self.ended):
+                return
+            cache = out.past_key_values
+            tokens = self.take(out.logits[:, -1])
+            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
+            position_ids = position_ids[:, -1:] + 1
+            inputs = {"input_ids": tokens[:, None], "position_ids": position_ids}
+
+    def take(self, logits: Float[Tensor, "batch vocab"]) -> Tensor:
+        """The next token of every row."""
+        logits = logits.float()
+        logits[:, self.reader.never] = -torch.inf
+        best, tokens = logits.log_softmax(-1).max(-1)
+        for row, (token, log_probability) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True)):
+            if not self.ended[row]:
+                self.add(row, token, log_probability)
+        self.reasoning.append(torch.tensor([not marked for marked in self.marked]))
+        return tokens
+
+    def add(self, row: int, token: int, log_probability: float) -> None:
+        """One more token, or the end of a text."""
+        reader = self.reader
+        if token in reader.ends:
+            self.ended[row] = True
+            return
+        self.ids[row].append(token)
+        self.log_probabilities[row].append(log_probability)
+        if self.marked[row] and token in reader.new_lines:
+            behind = reader.text(self.given[row], self.ids[row]).partition(MARK)[2].lstrip()
+            self.ended[row] = "\n" in behind and find_answer(behind.partition("\n")[0]) is not None
+        elif not self.marked[row] and token in reader.marks:
+            self.marked[row] = MARK in reader.text(self.given[row], self.ids[row])
+
+    def reasons_at(self, new: int) -> Bool[Tensor, " batch"]:
+        """The rows whose new token with this number is reasoning."""
+        return self.reasoning[new]
+
+    def rows(self) -> list[tuple[list[int], list[float], bool]]:
+        return list(zip(self.ids, self.log_probabilities, self.ended, strict=True))
+
+
+def _collect(
+    questions: Questions, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[float], bool]]
+) -> Evaluation:
+    """Read the answers out of what was written."""
+    texts, answers, confidence = [], [], []
+    for which, (ids, log_probabilities, _) in enumerate(rows):
+        given = questions.given(which)
+        everything = [*given, *ids]
+        text = as_text(everything, tokenizer)
+        found = find_answer(text)
+        texts.append(text)
+        answers.append(None if found is None else found.value)
+        held: list[float] = []
+        if found is not None:
+            first, last = (tokens_for(at, everything, tokenizer) or 0 for at in (found.start + 1, found.end))
+            held = log_probabilities[max(first - 1 - len(given), 0) : max(last - len(given), 0)]
+        confidence.append(float(np.exp(np.mean(held))) if held else np.nan)
+    return Evaluation(
+        ids=tuple(tuple(ids) for ids, _, _ in rows),
+        texts=tuple(texts),
+        answers=tuple(answers),
+        gold=tuple(problem.answer for problem in questions.problems),
+        ended=np.array([ended for _, _, ended in rows]),
+        confidence=np.array(confidence),
+    )
+
+
+# -- kept between runs -------------------------------------------------------------------------------------------------
+
+
+class Kept(Protocol):
+    """What can be kept: as plain data and back."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Self: ...
+
+
+K = TypeVar("K", bound=Kept)
+
+
+class Results:
+    """Evaluations or the like in a folder, one file a condition, each written whole or not at all: a repeated run does the rest.
+
+    Args:
+        folder: made when the first one is kept.
+        facts: what all of them depend on, as JSON-able data (`facts_of`).
+    """
+
+    def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
+        self.folder, self.facts = Path(folder), dict(facts)
+
+    def get(self, condition: Mapping[str, Any], measure: Callable[[], K], kind: type[K] = Evaluation) -> K:  # type: ignore[assignment]
+        """What was kept for a condition, else what `measure` gives, an instance of `kind`, which is then kept.
+
+        A file that is damaged, or of a run with other facts, is measured again.
+        """
+        facts = json.loads(json.dumps({"format": FORMAT, **self.facts, **condition}))
+        path = self.folder / f"{data_hash(facts)}.json"
+        try:
+            record = parse_json(path.read_bytes())
+            if record["facts"] == facts and record["hash"] == data_hash(record["results"]):
+                return kind.from_dict(record["results"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        results = json.loads(json.dumps(measure().as_dict()))
+        write_json(path, {"facts": facts, "hash": data_hash(results), "results": results})
+        return kind.from_dict(results)
+
+
+def facts_of(model: PreTrainedModel, questions: Questions, max_new_tokens: int) -> dict[str, Any]:
+    """What every evaluation of these questions depends on."""
+    return {
+        "model weights": weight_hash(model),
+        "model config": config_hash(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": input_device(model).type,
+        "attention implementation": model.config._attn_implementation,
+        "questions": questions.hash,
+        "max_new_tokens": max_new_tokens,
+    }
+
+
+def condition_of(spec: Spec | None, scope: Scope, reference: Transcripts | None = None) -> dict[str, Any]:
+    """What one evaluation depends on besides."""
+    if spec is None:
+        return {"spec": None}
+    used = reference is not None and any(edit.uses_reference for edit in members(spec))
+    return {
+        "spec": to_plain([spec]),
+        "scope": scope,
+        "reference": reference.hash if reference is not None and used else None,
+    }

@@ -1,0 +1,248 @@
+"""What can be read off the residual stream by a linear probe, and what of that is the probe's own doing.
+
+    residuals = read_residuals(model, prompts, {"last": tokens}, questions)
+    folds = deal_folds(groups, 5, rng(0, "folds"))
+    (fit,) = cross_validated(residuals.at["last"][depth], [targets], folds)
+
+A probe is a ridge regression in closed form, in float64, on features that are centred and scaled by the problems it is fitted on.
+Its penalty is chosen without the problems it is tested on: with K folds, the model that is tested on fold k has the penalty that
+does best on the other folds, each predicted by a fit without that fold and without k. Problems of one group are in one fold.
+In-sample numbers, of the same problems that a probe was fitted on, are there to be compared: with more dimensions than problems
+they are near 1 for any labels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Num
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from modelcards import Taps, card_of, dimensions, n_layers
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.hooks import Where, visit
+from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+
+ALPHAS = tuple(10.0**power for power in range(-5, 5))  # penalties, each times the number of problems fitted
+
+
+# -- what a model holds ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """The residual stream at some tokens of every prompt, at every place from the embedding to behind the last block.
+
+    Attributes:
+        places: their names, such as resid_pre.0 (what enters the first block), resid_mid.0, resid_pre.1 ... resid_post.5.
+        at: by the name of the token; NaN where a prompt has no such token.
+        question: the mean over the tokens of each prompt's question, at the same places.
+    """
+
+    places: tuple[str, ...]
+    at: dict[str, Float32[np.ndarray, "place prompt d"]]
+    question: Float32[np.ndarray, "place prompt d"]
+
+
+def read_residuals(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    tokens: Mapping[str, Sequence[int | None]],
+    questions: Sequence[range],
+    *,
+    mid: bool = False,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Residuals:
+    """Read the residual stream in one forward pass over every prompt.
+
+    Args:
+        model: used in eval mode and left as it was, also after an error.
+        tokens: by name, which token of each prompt, counted from its first; None where it has none.
+        questions: the tokens of each prompt that are its question.
+        mid: between attention and MLP too.
+
+    Raises:
+        ValueError: before the model runs, for a token outside its prompt, an empty question, and a place the model has not.
+    """
+    for prompt, (ids, question) in enumerate(zip(prompts.input_ids, questions, strict=True)):
+        wanted = [at for named in tokens.values() if (at := named[prompt]) is not None]
+        if not question or not all(0 <= at < len(ids) for at in [*wanted, question[0], question[-1]]):
+            raise ValueError(f"prompt {prompt} has {len(ids)} tokens; its question or a token to be read lies outside.")
+    where = places_of(model, mid)
+    shape = len(where), len(prompts), dimensions(model.config)["d_model"]
+    found = {name: np.full(shape, np.nan, np.float32) for name in tokens}
+    mean = np.empty(shape, np.float32)
+    bar = tqdm(total=len(prompts), desc="residual stream", unit="prompt", disable=not progress)
+    with bar, evaluating(model), no_gradients(model):
+        for batch in prompts.batches(batch_size):
+            starts = [end - length + 1 for end, length in zip(batch.last_columns, batch.lengths, strict=True)]
+            rows = list(zip(batch.index, starts, strict=True))
+
+            def keep(place: int, x: Float[Tensor, "batch pos d"], rows: list[tuple[int, int]] = rows) -> None:
+                if drafting(model):
+                    return
+                for row, (prompt, start) in zip(x, rows, strict=True):
+                    question = row[[start + at for at in questions[prompt]]].float().mean(0)
+                    mean[place, prompt] = question.cpu().numpy()
+                    for name, array in found.items():
+                        if (at := tokens[name][prompt]) is not None:
+                            array[place, prompt] = row[start + at].float().cpu().numpy()
+
+            with ExitStack() as hooks, Taps(model, card_of(model), where.values()):
+                for number, place in enumerate(where.values()):
+                    visit(model, place, partial(keep, number), hooks)
+                model.base_model(**batch.inputs(input_device(model)), use_cache=False)
+            bar.update(len(batch.index))
+    return Residuals(tuple(where), found, mean)
+
+
+def places_of(model: PreTrainedModel, mid: bool = False) -> dict[str, Where]:
+    """What `read_residuals` reads, by name; ValueError for a model without a residual stream between attention and MLP."""
+    last = n_layers(model.config) - 1
+    where: dict[str, Where] = {}
+    for layer in range(last + 1):
+        where[f"resid_pre.{layer}"] = ("block_input", layer)
+        if mid:
+            where[f"resid_mid.{layer}"] = ("resid_mid", layer)
+    where[f"resid_post.{last}"] = ("block_output", last)
+    for component, _ in where.values():
+        card_of(model).component(model, component)
+    return where
+
+
+# -- probes ------------------------------------------------------------------------------------------------------------
+
+
+class Ridge:
+    """Ridge regression on some problems, for any penalties and targets: the features are taken apart once.
+
+    Raises ValueError for features that are not finite.
+    """
+
+    def __init__(self, x: Num[np.ndarray, "problem d"]) -> None:
+        x = np.asarray(x, np.float64)
+        if not np.isfinite(x).all():
+            raise ValueError("the features are not finite; load the model in bfloat16 or float32.")
+        self.mean, spread = x.mean(0), x.std(0)
+        # A dimension that is constant but for rounding says nothing.
+        constant = spread <= 1e-7 * np.abs(x).max(0)
+        self.scale = np.where(constant, 0.0, 1 / np.where(constant, 1.0, spread))
+        self.left, self.sizes, self.right = np.linalg.svd((x - self.mean) * self.scale, full_matrices=False)
+
+    def predict(
+        self, x: Num[np.ndarray, "new d"], y: Float[np.ndarray, "problem column"], alphas: Sequence[float]
+    ) -> Float[np.ndarray, "alpha new column"]:
+        """What is predicted of other features, fitted to y with each penalty: alpha times the number of problems."""
+        centre, squares = y.mean(0), self.sizes**2
+        penalties = np.asarray(alphas, np.float64)[:, None] * len(y)
+        shrunk = (self.sizes / (squares + penalties))[..., None] * (self.left.T @ (y - centre))
+        return centre + ((x - self.mean) * self.scale @ self.right.T) @ shrunk
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What probes of one target predict; of several trials with other labels each.
+
+    Attributes:
+        predicted: each problem by a fit without its fold.
+        in_sample: by one fit to all problems, with the median of the penalties chosen in the first trial.
+        alphas: the penalty chosen for each fold.
+    """
+
+    predicted: Float[np.ndarray, "trial problem column"]
+    in_sample: Float[np.ndarray, "trial problem column"]
+    alphas: Float[np.ndarray, "trial fold"]
+
+
+def cross_validated(
+    x: Num[np.ndarray, "problem d"],
+    targets: Sequence[Num[np.ndarray, "trial problem column"]],
+    folds: Int[np.ndarray, " problem"],
+    alphas: Sequence[float] = ALPHAS,
+) -> list[Fit]:
+    """Probes of several targets on the same features; every trial of a target chooses its own penalties.
+
+    Args:
+        targets: a number is one column, a class one column for each class, 1 or 0.
+        folds: which of the folds 0, 1 ... each problem is in; three or more.
+
+    Raises:
+        ValueError: features that are not finite, fewer than three folds.
+    """
+    x, n_folds = np.asarray(x, np.float64), int(folds.max()) + 1
+    if n_folds < 3:
+        raise ValueError("probes need three folds or more: one to test, one to choose the penalty, one to fit.")
+    y = np.concatenate([np.moveaxis(target, 1, 0).reshape(len(x), -1) for target in targets], 1).astype(np.float64)
+
+    # The fit without two folds serves both: each chooses the penalty of the model that is tested on the other.
+    errors = np.zeros((n_folds, len(alphas), y.shape[1]))
+    for pair in itertools.combinations(range(n_folds), 2):
+        out = np.isin(folds, pair)
+        squared = (Ridge(x[~out]).predict(x[out], y[~out], alphas) - y[out]) ** 2
+        for chosen_on, tested_on in (pair, pair[::-1]):
+            errors[tested_on] += squared[:, folds[out] == chosen_on].sum(1)
+    by_fold = []
+    for fold in range(n_folds):
+        here = folds == fold
+        by_fold.append(Ridge(x[~here]).predict(x[here], y[~here], alphas))
+    whole = Ridge(x)
+
+    fits, start = [], 0
+    for target in targets:
+        trials, _, columns = target.shape
+        mine = slice(start, start + trials * columns)
+        start = mine.stop
+        best = errors[:, :, mine].reshape(n_folds, len(alphas), trials, columns).sum(-1).argmin(1)  # fold trial
+        predicted = np.empty(target.shape)
+        for fold, every in enumerate(by_fold):
+            of_fold = every[:, :, mine].reshape(len(alphas), -1, trials, columns)
+            for trial in range(trials):
+                predicted[trial, folds == fold] = of_fold[best[fold, trial], :, trial]
+        middle = alphas[int(np.median(best[:, 0]))]
+        fitted = whole.predict(x, y[:, mine], [middle])[0].reshape(len(x), trials, columns)
+        fits.append(Fit(predicted, np.moveaxis(fitted, 1, 0), np.asarray(alphas)[best.T]))
+    return fits
+
+
+def deal_folds(groups: Sequence[Hashable], n_folds: int, generator: np.random.Generator) -> Int[np.ndarray, " problem"]:
+    """Folds of about one size, drawn at random, each group in one of them.
+
+    Raises:
+        ValueError: there are fewer groups than folds.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for which, group in enumerate(groups):
+        members.setdefault(group, []).append(which)
+    if len(members) < n_folds:
+        raise ValueError(
+            f"{len(groups)} problems in {len(members)} groups cannot be dealt to {n_folds} folds; give more problems."
+        )
+    folds, sizes, lists = np.empty(len(groups), int), np.zeros(n_folds, int), list(members.values())
+    order = generator.permutation(len(lists))
+    # Large groups first, else the last one would make its fold the largest.
+    for number in sorted(order, key=lambda number: -len(lists[number])):
+        fold = int(sizes.argmin())
+        folds[lists[number]] = fold
+        sizes[fold] += len(lists[number])
+    return folds
+
+
+def shuffled(
+    y: Num[np.ndarray, "problem column"], groups: Int[np.ndarray, " problem"], generator: np.random.Generator
+) -> Num[np.ndarray, "problem column"]:
+    """Labels given to other problems; those of a group go together, so that shuffled ones are as much alike as real ones."""
+    at = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    given = [at[group] for group in generator.permutation(len(at))]
+    new = np.empty_like(y)
+    new[np.concatenate(at)] = y[np.concatenate(given)]
+    return new

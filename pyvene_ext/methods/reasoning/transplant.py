@@ -1,0 +1,535 @@
+"""Heads of one model at work in another: head transplants, and the maps between two residual streams that they need.
+
+    paired = pair_texts(texts, host_tokenizer, donor_tokenizer)
+    maps = fit_maps(host, donor, paired, [(4, 2)])[4, 2]
+    with transplanted(host, [Transplant((4, 1), donor, (2, 5), maps)]):
+        host.generate(...)  # or evaluate(host, ...), or a forward pass
+
+In place of head 1 of layer 4 of the host, head 5 of layer 2 of the donor works: it is given x A, where x is the host's residual
+stream before the block, and what it would add to a stream of its own model goes through B and into the host's. Everything
+between A and B is the donor's: the norm before attention, queries, keys and values of all positions with their biases (the head's
+own keys and values; the host's cache knows nothing of them), position embedding, scale, soft-cap, window, output projection.
+What a head adds to the stream is the component `head_contribution` on both sides: without the bias of the output projection,
+which belongs to no head, and behind Gemma 2's post-norm with the norm's scale as it is for all of the model's own heads. So in a
+Gemma 2 host the other heads' contributions stay what they are.
+
+A is affine and B linear: a contribution is a difference of streams, in which an offset cancels. A is fitted on what enters the
+two blocks, B on what stands behind their attention, where the head's output goes; behind the block, where attention and MLP run
+side by side. Without maps (the donor's streams being of the host's kind) x and the output are taken as they are, and a head
+transplanted into its own place changes nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelcards import Taps, card_of, dimensions, head_dim, n_heads, n_layers, n_positions
+from modelcards.attention_taps import output_weight
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.hooks import (
+    Where,
+    keep_places,
+    run_instead,
+    visit,
+)
+from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
+from pyvene_ext.stats.controls import Head
+
+Method = Literal["ridge", "procrustes"]
+Layers = tuple[int, int]  # of the host and of the donor
+STEADY = 1e-4  # the ridge of a map whose alpha is not given
+
+
+# -- maps --------------------------------------------------------------------------------------------------------------
+
+
+class Paired(NamedTuple):
+    """The same texts as two tokenizers see them, in pieces that are the same; their tokens correspond from the last one back."""
+
+    host: TokenizedPrompts
+    donor: TokenizedPrompts
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a map was fitted, and how well.
+
+    Attributes:
+        method, alpha: alpha is None for a rotation.
+        d_in, d_out: the two widths.
+        train_tokens, test_tokens: how many tokens, each context counted once.
+        r2_train, r2_test: share of the variance of the target stream, all dimensions together, that the map explains.
+    """
+
+    method: Method
+    alpha: float | None
+    d_in: int
+    d_out: int
+    train_tokens: int
+    test_tokens: int
+    r2_train: float
+    r2_test: float
+
+    @property
+    def short(self) -> bool:
+        """Whether there were too few tokens to determine the map, so that alpha did."""
+        return self.train_tokens <= max(self.d_in, self.d_out)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a table."""
+        return {**asdict(self), "short": self.short}
+
+
+@dataclass(frozen=True)
+class StreamMap:
+    """From the residual stream of one model to another's: x W + b."""
+
+    weight: Float32[Tensor, "d_in d_out"]
+    offset: Float32[Tensor, " d_out"]
+    fit: Fit | None = None
+
+    def __call__(self, x: Float[Tensor, "*pos d_in"]) -> Float32[Tensor, "*pos d_out"]:
+        return self.change(x) + self.offset.to(x.device)
+
+    def change(self, x: Float[Tensor, "*pos d_in"]) -> Float32[Tensor, "*pos d_out"]:
+        """What becomes of a difference of two streams."""
+        return x.float() @ self.weight.to(x.device)
+
+
+class Maps(NamedTuple):
+    """A, from the host's stream into the donor's, and B, back."""
+
+    into: StreamMap
+    back: StreamMap
+
+
+def pair_texts(
+    texts: Sequence[str], host_tokenizer: PreTrainedTokenizerBase, donor_tokenizer: PreTrainedTokenizerBase
+) -> Paired:
+    """The texts as tokens of both models; raises ValueError, naming the text and the place, where their pieces differ.
+
+    A token that only one of the tokenizers puts in front has no partner.
+    """
+    rows: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])
+    for number, text in enumerate(texts):
+        ends = []
+        for tokenizer, of_model in zip((host_tokenizer, donor_tokenizer), rows, strict=True):
+            ids, offsets = encode(tokenizer, text, f"text {number}")
+            of_model.append(tuple(ids))
+            ends.append([end for _, end in offsets if end])
+        if ends[0] != ends[1]:
+            first = next(min(filter(None, pair)) for pair in zip_longest(*ends) if pair[0] != pair[1])
+            raise ValueError(
+                f"the donor has another vocabulary than the host, and only one of them ends a token of text {number} behind "
+                f"{text[max(first - 12, 0) : first]!r}, so that their tokens do not correspond; use a donor whose tokenizer cuts "
+                "the texts into the same pieces."
+            )
+    return Paired(*(_as_prompts(of_model) for of_model in rows))
+
+
+def _as_prompts(rows: Sequence[tuple[int, ...]]) -> TokenizedPrompts:
+    return TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), ({"end": -1, "last": -1},) * len(rows), pad_id=0)
+
+
+def fit_maps(
+    host: PreTrainedModel,
+    donor: PreTrainedModel,
+    paired: Paired,
+    layers: Iterable[Layers],
+    *,
+    method: Method = "ridge",
+    alpha: float | None = None,
+    test_share: float = 0.25,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> dict[Layers, Maps]:
+    """Maps for some pairs of layers, fitted on a part of the texts and tried on the others.
+
+    ridge is least squares of the centred streams with a penalty, `alpha` times their mean squared size a dimension; procrustes
+    (Schönemann 1966) is the best rotation with one scale, the narrower stream being filled up with zeros. A token counts once for
+    every context (itself and all before it) that it is seen in, and test tokens have contexts that no training text has: else
+    what all texts begin with would be fitted and tested many times over.
+
+    Args:
+        layers: (of the host, of the donor).
+        alpha: of ridge; by default a small one. With one that is given there may be fewer tokens than dimensions.
+        test_share: how many of the texts are for the test.
+
+    Raises:
+        ValueError: unknown method, alpha or test_share out of range, a layer that is not there, fewer than two texts, too few
+            tokens to fit the maps or none to test them, streams that are not finite or the same at every token.
+    """
+    layers = list(dict.fromkeys(layers))
+    _check_fit(host, donor, paired, layers, method, alpha, test_share)
+    order = rng(seed, "maps").permutation(len(paired.host)).tolist()
+    n_test = min(max(round(test_share * len(order)), 1), len(order) - 1)
+    kept, train = _contexts(paired, order[n_test:], order[:n_test])
+    widths = [dimensions(model.config)["d_model"] for model in (host, donor)]
+    if not (~train).any():
+        raise ValueError("no test text has a context that the training texts lack; give more texts, or other ones.")
+    if (tokens := int(train.sum())) <= max(widths) and (alpha is None or method != "ridge"):
+        raise ValueError(
+            f"{tokens} tokens are too few to fit maps between streams of {widths[0]} and {widths[1]} dimensions; give more "
+            "texts, or an alpha, which then determines what tokens do not (method ridge)."
+        )
+    streams = [
+        _streams(model, prompts, kept, [pair[side] for pair in layers], batch_size)
+        for side, (model, prompts) in enumerate(((host, paired.host), (donor, paired.donor)))
+    ]
+    ridge = STEADY if alpha is None else alpha
+    return {
+        (a, b): Maps(
+            _fitted(streams[0]["block_input", a], streams[1]["block_input", b], train, method, ridge),
+            _fitted(streams[1][_behind(donor), b], streams[0][_behind(host), a], train, method, ridge),
+        )
+        for a, b in layers
+    }
+
+
+def _check_fit(
+    host: PreTrainedModel,
+    donor: PreTrainedModel,
+    paired: Paired,
+    layers: Sequence[Layers],
+    method: Method,
+    alpha: float | None,
+    test_share: float,
+) -> None:
+    if method not in ("ridge", "procrustes"):
+        raise ValueError(f"unknown method {method!r}; choose ridge or procrustes.")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be above 0, not {alpha}.")
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share must lie between 0 and 1, not be {test_share}.")
+    for pair in layers:
+        for who, model, layer in zip(("host", "donor"), (host, donor), pair, strict=True):
+            _check_layer(who, model, layer)
+    if len(paired.host) < 2:
+        raise ValueError(
+            f"maps need texts to fit and others to test them, and there are {len(paired.host)}; give more."
+        )
+
+
+def _behind(model: PreTrainedModel) -> str:
+    """Where the residual stream first holds what heads of a block have written."""
+    return "block_output" if card_of(model).parallel else "resid_mid"
+
+
+def _contexts(paired: Paired, train: Sequence[int], test: Sequence[int]) -> tuple[list[list[int]], Tensor]:
+    """Which tokens of each text count, from its last one (-1) back; and which of all of them are for training, text by text."""
+    kept: list[list[int]] = [[] for _ in paired.host.input_ids]
+    seen: set[int] = set()
+    for which in (*train, *test):
+        ids = paired.host.input_ids[which]
+        alone = len(ids) - len(paired.donor.input_ids[which])  # a token that only the host has in front
+        context = 0
+        for at, token in enumerate(ids):
+            context = hash((context, token))
+            if context not in seen and at >= alone:
+                kept[which].append(at - len(ids))
+            seen.add(context)
+    training = set(train)
+    return kept, torch.tensor(
+        [which in training for which, tokens in enumerate(kept) for _ in tokens], dtype=torch.bool
+    )
+
+
+def _streams(
+    model: PreTrainedModel, prompts: TokenizedPrompts, kept: Sequence[list[int]], layers: Iterable[int], batch_size: int
+) -> dict[Where, Float32[Tensor, "token d_model"]]:
+    """The residual stream before and behind attention of some layers, at the tokens that count."""
+    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _behind(model))]
+    rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
+    with evaluating(model), no_gradients(model), ExitStack() as hooks:
+        hooks.enter_context(Taps(model, card_of(model), places))
+        seen = keep_places(model, places, hooks)
+        for batch in prompts.batches(batch_size, padding_side="left"):
+            model.base_model(**batch.inputs(input_device(model)), use_cache=False)
+            for place in places:
+                for row, which in enumerate(batch.index):
+                    rows[place][which] = seen[place][row, kept[which]].float().cpu()
+    found = {place: torch.cat(some) for place, some in rows.items()}
+    for (_, layer), stream in found.items():
+        if not stream.isfinite().all():
+            raise ValueError(
+                f"the residual stream of layer {layer} is not finite; load the model in bfloat16 or float32."
+            )
+    return found
+
+
+def _fitted(
+    x: Float32[Tensor, "token d_in"],
+    y: Float32[Tensor, "token d_out"],
+    train: Tensor,
+    method: Method,
+    alpha: float,
+) -> StreamMap:
+    """The map from x to y, with what it explains of y."""
+    x, y = x.double(), y.double()
+    centre_x, centre_y = x[train].mean(0), y[train].mean(0)
+    from_, to = x[train] - centre_x, y[train] - centre_y
+    if not (from_.any() and to.any()):
+        raise ValueError(
+            "a residual stream is the same at every token that the maps are fitted on; give more texts, or another model."
+        )
+    if method == "ridge":
+        gram = from_.T @ from_
+        gram.diagonal().add_(alpha * gram.trace() / len(gram))
+        weight = torch.linalg.solve(gram, from_.T @ to)
+    else:
+        left, _, right = torch.linalg.svd(from_.T @ to, full_matrices=False)
+        weight = left @ right
+        turned = from_ @ weight
+        weight = weight * ((turned * to).sum() / turned.square().sum())
+    offset = centre_y - centre_x @ weight
+
+    def r2(which: Tensor) -> float:
+        left_over = y[which] - x[which] @ weight - offset
+        return 1 - float(left_over.square().sum() / (y[which] - centre_y).square().sum())
+
+    fit = Fit(
+        method=method,
+        alpha=alpha if method == "ridge" else None,
+        d_in=x.shape[1],
+        d_out=y.shape[1],
+        train_tokens=int(train.sum()),
+        test_tokens=int((~train).sum()),
+        r2_train=r2(train),
+        r2_test=r2(~train),
+    )
+    return StreamMap(weight.float(), offset.float(), fit)
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transplant:
+    """One head of a donor in place of one of the host, each (layer, head).
+
+    Attributes:
+        maps: of the two layers; None: the streams are of one kind, and are taken as they are.
+    """
+
+    head: Head
+    donor: PreTrainedModel
+    donor_head: Head
+    maps: Maps | None = None
+
+    def check(self, host: PreTrainedModel) -> None:
+        """Raise ValueError for a head that is not there or cannot be taken out, and for streams that do not fit."""
+        for who, model, head in (("host", host, self.head), ("donor", self.donor, self.donor_head)):
+            _check_head(who, model, head)
+        widths = tuple(dimensions(model.config)["d_model"] for model in (host, self.donor))
+        if self.maps is None:
+            sizes = tuple(head_dim(model.config) for model in (host, self.donor))
+            for what, (own, other) in (("residual streams of width", widths), ("heads of size", sizes)):
+                if own != other:
+                    raise ValueError(
+                        f"the donor has {what} {other} and the host of {own}, so that head {_named(self.donor_head)} cannot be "
+                        "transplanted as it is; fit maps between the two (fit_maps)."
+                    )
+            return
+        into, back = (tuple(one.weight.shape) for one in self.maps)
+        if into != widths or back != widths[::-1]:
+            raise ValueError(
+                f"the maps are of {into[0]} to {into[1]} dimensions and of {back[0]} to {back[1]}, and the streams of host and "
+                f"donor have {widths[0]} and {widths[1]}; fit maps for these models."
+            )
+
+
+def _check_layer(who: str, model: PreTrainedModel, layer: int) -> None:
+    if not 0 <= layer < n_layers(model.config):
+        raise ValueError(f"there is no layer {layer} in the {who}, which has layers 0 to {n_layers(model.config) - 1}.")
+
+
+def _check_head(who: str, model: PreTrainedModel, head: Head) -> None:
+    _check_layer(who, model, head[0])
+    if not 0 <= head[1] < n_heads(model.config):
+        raise ValueError(
+            f"there is no head {_named(head)} in the {who}, whose layers have heads 0 to {n_heads(model.config) - 1}."
+        )
+    projection = card_of(model).module(model, "attention_value_output", head[0])
+    if output_weight(projection) is None:
+        raise ValueError(
+            f"the output projection of layer {head[0]} of the {who} is a {type(projection).__name__} whose weights cannot be "
+            "split by heads; merge adapters, and load the model without quantisation and offloading."
+        )
+
+
+def _named(head: Head) -> str:
+    return f"{head[0]}.{head[1]}"
+
+
+class _Seen(Exception):
+    """All that was wanted of a forward pass has been seen."""
+
+
+def head_output(
+    model: PreTrainedModel,
+    head: Head,
+    stream: Float[Tensor, "batch pos d_model"],
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    position_ids: Int[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "batch pos d_model"]:
+    """What one head would add to the residual stream if `stream` entered its block; the model's own code, run on nothing else.
+
+    Within `modelcards.Taps` for the head's layer only. Raises ValueError for more positions than the model takes.
+    """
+    if stream.shape[1] > n_positions(model.config):
+        raise ValueError(
+            f"the donor takes {n_positions(model.config)} tokens and is given {stream.shape[1]}; leave out long "
+            "prompts, or use another donor."
+        )
+    layer, number = head
+    found: list[Tensor] = []
+
+    def at_contributions(shares: Tensor) -> None:
+        found.append(shares.unflatten(-1, (n_heads(model.config), -1))[:, :, number])
+        raise _Seen
+
+    with ExitStack() as hooks, suppress(_Seen):
+        for earlier in range(layer):
+            block = card_of(model).module(model, "block_output", earlier)
+            hooks.enter_context(run_instead(block, lambda hidden_states, *_, **__: hidden_states))
+        visit(model, ("block_input", layer), lambda _: stream, hooks)
+        visit(model, ("head_contribution", layer), at_contributions, hooks)
+        # Not the decoder's own hooks: the host's, if that is it, are about the run that this is part of.
+        model.base_model.forward(
+            inputs_embeds=stream, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+    return found[0]
+
+
+@contextmanager
+def transplanted(
+    host: PreTrainedModel,
+    transplants: Iterable[Transplant],
+    *,
+    without: Iterable[Head] = (),
+    new_tokens: bool = False,
+) -> Iterator[None]:
+    """For a while, the host runs with these heads in place of its own; all models are in eval mode, and as they were afterwards.
+
+    The transplants are there at all positions of the prompt, which is what the host is given while its cache is empty; with
+    `new_tokens` also at those that are generated, whose donor heads look back at the stream of all earlier positions, kept here.
+    (Not under beam search, which changes rows.) Layers build on one another: what a later transplant is given is the stream as
+    the earlier ones have made it. The same model can be host and donor.
+
+    Args:
+        without: heads of the host in whose place nothing comes.
+
+    Raises ValueError for transplants that do not fit, a head named twice, and prompts too long for the donor.
+    """
+    transplants, without = list(transplants), list(without)
+    for transplant in transplants:
+        transplant.check(host)
+    for head in without:
+        _check_head("host", host, head)
+    heads = [*without, *(transplant.head for transplant in transplants)]
+    if len(set(heads)) < len(heads):
+        raise ValueError("a head of the host is to be replaced twice; name each head once.")
+    layers: dict[PreTrainedModel, list[int]] = {host: [layer for layer, _ in heads]}
+    for transplant in transplants:
+        layers.setdefault(transplant.donor, []).append(transplant.donor_head[0])
+    with ExitStack() as stack:
+        for model, of_model in layers.items():
+            stack.enter_context(evaluating(model))
+            stack.enter_context(Taps(model, card_of(model), [("head_contribution", layer) for layer in of_model]))
+        _Host(host, transplants, without, new_tokens).enter(stack)
+        yield
+
+
+class _Host:
+    """The hooks on a host, and what they tell one another during one forward pass."""
+
+    def __init__(
+        self, model: PreTrainedModel, transplants: Sequence[Transplant], without: Sequence[Head], new_tokens: bool
+    ) -> None:
+        self.model, self.new_tokens = model, new_tokens
+        self.by_layer: dict[int, list[Transplant]] = {layer: [] for layer, _ in without}
+        for transplant in transplants:
+            self.by_layer.setdefault(transplant.head[0], []).append(transplant)
+        self.without = without
+        self.at_work = False  # in a forward pass that has transplants
+        self.donor_runs = False  # which may be the same model
+        self.mask: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.streams: dict[int, Tensor] = {}  # before each layer, of all positions so far
+        self.outputs: dict[Head, Tensor] = {}
+
+    def enter(self, hooks: ExitStack) -> None:
+        """Hang the hooks up until `hooks` are closed."""
+        for layer in self.by_layer:
+            visit(self.model, ("block_input", layer), lambda x, layer=layer: self.ask(layer, x), hooks)  # type: ignore[misc]
+            visit(self.model, ("head_contribution", layer), lambda x, layer=layer: self.replace(layer, x), hooks)  # type: ignore[misc]
+        # First of all, so that latent steps are thought with the new heads.
+        begin = self.model.base_model.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True)
+        hooks.callback(begin.remove)
+
+    def begin(self, bare: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a forward pass: which positions it covers."""
+        given = inspect.signature(bare.forward).bind(*args, **kwargs).arguments
+        cache, mask, positions = (given.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+        ids = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self.at_work = self.new_tokens or not past
+        if positions is None:
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+        positions = positions.expand(ids.shape[0], -1)
+        if not past:
+            self.streams.clear()
+            self.positions = positions
+        elif self.new_tokens:
+            assert self.positions is not None
+            self.positions = torch.cat([self.positions, positions], 1)
+        self.mask = mask
+
+    def ask(self, layer: int, stream: Tensor) -> None:
+        """Before a block: what its new heads make of the stream, all positions so far, at those of this pass."""
+        if not self.at_work or self.donor_runs:
+            return
+        whole = stream
+        if self.new_tokens and not drafting(self.model):
+            before = self.streams.get(layer)
+            whole = stream if before is None else torch.cat([before, stream], 1)
+            self.streams[layer] = whole
+        self.donor_runs = True
+        try:
+            for transplant in self.by_layer[layer]:
+                output = self.of_donor(transplant, whole)
+                self.outputs[transplant.head] = output[:, -stream.shape[1] :].to(stream)
+        finally:
+            self.donor_runs = False
+
+    def of_donor(self, transplant: Transplant, stream: Tensor) -> Tensor:
+        """What a donor's head writes, in the host's words."""
+        donor, maps = transplant.donor, transplant.maps
+        given = stream if maps is None else maps.into(stream)
+        device = input_device(donor)
+        mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
+        output = head_output(donor, transplant.donor_head, given.to(device, donor.dtype), mask, positions)
+        return output if maps is None else maps.back.change(output)
+
+    def replace(self, layer: int, contributions: Tensor) -> Tensor | None:
+        """Where the heads' contributions are added up."""
+        if not self.at_work or self.donor_runs:
+            return None
+        by_head = contributions.unflatten(-1, (n_heads(self.model.config), -1)).clone()
+        by_head[:, :, [head for at, head in self.without if at == layer]] = 0
+        for transplant in self.by_layer[layer]:
+            by_head[:, :, transplant.head[1]] = self.outputs.pop(transplant.head)
+        return by_head.flatten(2)

@@ -1,0 +1,415 @@
+"""A model's own blocks, called one by one on chosen rows and columns, with the arguments of the model's own forward.
+
+Nothing here knows an architecture. What a block is given beside the hidden state (masks, rotary tables) is recorded while the
+model's forward runs with its blocks left out. What need not be computed again (attention of a row whose edit comes behind it,
+the MLP of a row whose edit comes behind that) is handed over in place of the module's output, and the rest of the block, norms
+and residual sums, is the model's own code.
+
+A row is one prompt under one intervention, a column a token counted from the prompt's first. All rows of a call have one length
+and no padding, so that the arguments are those of a single prompt and fit any number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from modelcards import card_of, dimensions, n_layers
+from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, at_layer, output_weight
+from pyvene_ext.models.devices import input_device
+from pyvene_ext.models.hooks import (
+    See,
+    on_input,
+    on_output,
+    run_instead,
+)
+from pyvene_ext.models.shared_past import shared_past
+
+Hidden = Float[Tensor, "row pos d_model"]
+ADDED = {"attn_out": "attention_contribution", "mlp_in": "mlp_input", "mlp_out": "mlp_contribution"}
+PROJECTIONS = {"q": "query_output", "k": "key_output", "v": "value_output"}
+Edit = Callable[[Tensor], None]  # changes an activation in place
+
+
+class _Made(Exception):
+    """What was wanted is there."""
+
+
+@dataclass
+class Past:
+    """What a block takes for its cache: keys and values of earlier columns go in front, and those it made are kept.
+
+    Attributes:
+        before: keys and values `row n_kv_head earlier d_head` of the columns in front of the call's, None if there are none.
+        shared: keys and values `prompt n_kv_head earlier d_head` that stand in front of those, each for several rows, and whether
+            the prompts alternate from row to row (`modelcards.shared_past`).
+        only: stop the block as soon as it has made its keys and values.
+        made: what it made, `row n_kv_head pos d_head` each.
+    """
+
+    before: tuple[Tensor, Tensor] | None = None
+    shared: tuple[Tensor, Tensor, bool] | None = None
+    only: bool = False
+    made: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """What the block made, once it has run."""
+        assert self.made is not None
+        return self.made
+
+    def spread(self, rows: int) -> None:
+        """Copy what is shared for each of the rows."""
+        assert self.shared is not None
+        *shared, alternating = self.shared
+        times = rows // len(shared[0])
+        own = [x.repeat(times, 1, 1, 1) if alternating else x.repeat_interleave(times, 0) for x in shared]
+        if self.before is not None:
+            own = [torch.cat(pair, 2) for pair in zip(own, self.before, strict=True)]
+        self.before, self.shared = (own[0], own[1]), None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention."""
+        self.made = keys, values
+        if self.only:
+            raise _Made
+        if self.before is None:
+            return keys, values
+        return tuple(
+            torch.cat([old.to(new.device), new], 2) for old, new in zip(self.before, (keys, values), strict=True)
+        )  # type: ignore[return-value]
+
+
+class Replay:
+    """The blocks, the unembedding and what they are called with; the model is as it was after every call."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.card = model, card_of(model)
+        bare = getattr(model, model.base_model_prefix)
+        self.bare = getattr(bare, "decoder", bare)  # OPT's language model calls what its bare model consists of
+        self.n_layers = n_layers(model.config)
+        self.dtype = model.dtype
+        self.device = input_device(model)
+        self._token = int(model.config.pad_token_id == 0)  # any but the padding token, of which some models warn
+        self._arguments: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
+        self._modules: dict[tuple[str, int], nn.Module] = {}
+        self._adders: dict[int, nn.Module] = {}
+
+    def module(self, component: str, layer: int = 0) -> nn.Module:
+        """The module at whose input or output a component lives."""
+        if (component, layer) not in self._modules:
+            self._modules[component, layer] = self.card.module(self.model, component, layer)
+        return self._modules[component, layer]
+
+    def embed(self, ids: Int[Tensor, "row pos"]) -> Hidden:
+        """What enters the first block."""
+        (first, *_), _ = self._record(ids, 0)[0]
+        return first
+
+    def projection(self, layer: int) -> Float[Tensor, "d_in d_model"] | None:
+        """The output projection's weight, None where it cannot be taken apart."""
+        return output_weight(self.module("attention_value_output", layer))
+
+    def block(
+        self,
+        layer: int,
+        hidden: Hidden,
+        columns: tuple[int, int],
+        past: Past,
+        *,
+        attention: Hidden | None = None,
+        mlp: Hidden | None = None,
+        edits: Mapping[str, Edit] | None = None,
+        seen: dict[str, Tensor] | None = None,
+    ) -> Hidden:
+        """One block on rows that stand at `columns` (first, one behind the last).
+
+        Args:
+            attention: outputs of the attention module for the last rows, which then is not run on them; less the residual, where
+                the module adds it.
+            mlp: outputs of the MLP for the last rows, likewise.
+            edits: by site (q, k, v, scores, pattern, z, attn_out, resid_mid, mlp_in, mlp_out): changes `row pos d` in place, of
+                all rows at attn_out and behind it, of those whose attention runs before.
+            seen: filled with z, and the outputs of the attention module and of the MLP, by "z", "attention" and "mlp".
+        """
+        edits = edits or {}
+        inside = [(f"attention_{site}", edits[site]) for site in ("scores", "pattern") if site in edits]
+        # What no module of the model puts out, or is given, is edited where taps show it.
+        shown: list[tuple[str, See]] = [*inside]
+        shown += [(name, _on_a_copy(edits[at])) for at, name in ADDED.items() if at in edits and self._is_tap(name)]
+        if "resid_mid" in edits and self._is_tap("resid_mid"):
+            shown.append(("resid_mid", edits["resid_mid"]))
+        attention_module = self.module("attention_input", layer)
+        with ExitStack() as stack:
+            if self.arguments(*columns)[layer][1].get("alibi") is not None:
+                stack.enter_context(run_instead(attention_module, _with_alibi(attention_module.forward)))
+            if attention is not None and len(attention):
+                if self.card.sums_inside:
+                    attention = attention + hidden[len(hidden) - len(attention) :]
+                partly = _partly(attention_module.forward, attention)
+                stack.enter_context(run_instead(attention_module, lambda *a, **k: _with_pattern(partly(*a, **k))))
+            if mlp is not None and len(mlp):
+                if self._is_tap("mlp_output"):
+                    known = mlp
+                    shown.insert(0, ("mlp_output", lambda x: torch.cat([x[: len(x) - len(known)], known.to(x)])))
+                else:
+                    mlp_module = self.module("mlp_output", layer)
+                    stack.enter_context(run_instead(mlp_module, _partly(mlp_module.forward, mlp)))
+            if past.shared is not None:
+                if inside or not self._is_shared_past_understood:
+                    past.spread(len(hidden) - (0 if attention is None else len(attention)))
+                else:
+                    stack.enter_context(shared_past(attention_module, *past.shared))
+            for site in ("q", "k", "v"):
+                if site in edits:
+                    stack.enter_context(self._on_projection(site, layer, edits[site]))
+            if seen is not None and self._is_tap("mlp_output"):
+                shown.append(("mlp_output", lambda x: seen.__setitem__("mlp", x.clone())))
+            if shown:
+                stack.enter_context(Taps(self.model, self.card, [(component, layer) for component, _ in shown]))
+            for component, see in shown:
+                stack.enter_context(on_output(self.card.module(self.model, component, layer), see))
+            if "z" in edits:
+                stack.enter_context(on_input(self.module("attention_value_output", layer), edits["z"]))
+            if "attn_out" in edits and not self._is_tap("attention_contribution"):
+                edit = edits["attn_out"]
+                of_sum = _less(hidden, edit) if self.card.sums_inside else edit
+                stack.enter_context(on_output(self._behind_attention(layer), of_sum))
+            if "resid_mid" in edits and not self._is_tap("resid_mid"):
+                stack.enter_context(on_input(self.module("resid_mid", layer), edits["resid_mid"]))
+            if "mlp_in" in edits and not self._is_tap("mlp_input"):
+                # The MLP's own: others may be given the same tensor.
+                stack.enter_context(on_input(self.module("mlp_input", layer), _on_a_copy(edits["mlp_in"])))
+            if "mlp_out" in edits and not self._is_tap("mlp_contribution"):
+                stack.enter_context(on_output(self.module("mlp_contribution", layer), edits["mlp_out"]))
+            if seen is not None:
+                keep = seen.__setitem__
+                stack.enter_context(
+                    on_input(self.module("attention_value_output", layer), lambda x: keep("z", x.clone()))
+                )
+                adds = self.module("attention_contribution", layer) if self.card.sums_inside else attention_module
+                stack.enter_context(on_output(adds, lambda x: keep("attention", x.clone())))
+                if not self._is_tap("mlp_output"):
+                    stack.enter_context(on_output(self.module("mlp_output", layer), lambda x: keep("mlp", x.clone())))
+            return _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], past)
+
+    def keys_values(
+        self, layer: int, hidden: Hidden, columns: tuple[int, int], edits: Mapping[str, Edit] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, edited at k and v, and nothing else."""
+        past = Past(only=True)
+        with ExitStack() as stack, suppress(_Made):
+            for site, edit in (edits or {}).items():
+                stack.enter_context(self._on_projection(site, layer, edit))
+            _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], past)
+        return past.keys_values
+
+    def attention_input(self, layer: int, hidden: Hidden, columns: tuple[int, int]) -> Hidden:
+        """What a block's attention is given, behind the norm, and nothing else."""
+        found: list[Tensor] = []
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _Made
+
+        with run_instead(self.module("attention_input", layer), stop), suppress(_Made):
+            _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], Past())
+        return found[0]
+
+    def projected(self, site: str, layer: int, normed: Hidden) -> Float[Tensor, "row pos d"]:
+        """q, k or v of all heads side by side, of what `attention_input` gives."""
+        component = PROJECTIONS[site]
+        if self.card.fused is not None:
+            return self._out_of_fused(site, self._fused(layer)(normed)).flatten(2)
+        x = self.module(component, layer)(normed)
+        for split, which in self.card.mapping(type(self.model))[component][2:]:  # GPT-2 projects all three at once
+            x = split(x, which)
+        return x
+
+    def logits(self, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, "row k"] | None = None) -> Tensor:
+        """Logits of what leaves the last block, as the model makes them (soft-cap, scale): of `ids` (`row k`) or of all tokens.
+
+        Only the rows of the unembedding that `ids` names are used, in float32 whatever the model's dtype.
+        """
+        return self.unembed(self.module("final_norm")(hidden[:, None])[:, 0], ids)
+
+    def unembed(self, normed: Float[Tensor, "row d_model"], ids: Int[Tensor, "row k"] | None = None) -> Tensor:
+        """`logits` of what leaves the final norm."""
+        head = self.model.get_output_embeddings()
+        weight = output_weight(head)
+        with ExitStack() as stack:
+            done: Any = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normed[:, None])
+            done.router_logits = None  # which models with experts ask for
+            stack.enter_context(run_instead(self.bare, lambda *_, **__: done))
+            if ids is not None and weight is not None:
+                chosen = ids.to(weight.device)
+
+                def unembed(x: Tensor) -> Tensor:
+                    logits = torch.einsum("rd,rkd->rk", x[:, 0].to(weight.device).float(), head.weight[chosen].float())
+                    return (logits if head.bias is None else logits + head.bias[chosen].float())[:, None]
+
+                stack.enter_context(run_instead(head, unembed))
+            logits = self.model(input_ids=torch.full((1, 1), self._token, device=self.device)).logits[:, 0]
+        return logits if ids is None or weight is not None else logits.gather(1, ids.to(logits.device))
+
+    def arguments(self, start: int, stop: int) -> list[tuple[tuple, dict]]:
+        """What every block is called with for one prompt's columns `[start, stop)`, earlier ones being in the cache."""
+        if (start, stop) not in self._arguments:
+            ids = torch.full((1, stop - start), self._token, device=self.device)
+            self._arguments[start, stop] = self._record(ids, start)
+        return self._arguments[start, stop]
+
+    @contextmanager
+    def compiled_mlps(self) -> Iterator[None]:
+        """Let torch.compile fuse what the MLPs do, for a while; one graph serves all layers and numbers of rows.
+
+        The blocks as a whole do not compile: which rows run through attention, and over which keys, differs from call to call.
+        """
+        with ExitStack() as stack:
+            for layer in range(self.n_layers):
+                mlp = self.module("mlp_output", layer)
+                stack.enter_context(run_instead(mlp, torch.compile(mlp.forward, dynamic=True)))
+            yield
+
+    def _on_projection(self, site: str, layer: int, edit: Edit) -> AbstractContextManager[None]:
+        """Edit q, k or v of all heads side by side, `row pos d`, where they leave their projection."""
+        component = PROJECTIONS[site]
+        if self.card.fused is not None:
+
+            def of_fused(x: Tensor) -> None:
+                own = self._out_of_fused(site, x)
+                flat = own.flatten(2)  # a copy where heads do not lie side by side
+                edit(flat)
+                if flat.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
+                    own.copy_(flat.view(own.shape))
+
+            return on_output(self._fused(layer), of_fused)
+        _, _, *splits = self.card.mapping(type(self.model))[component]
+
+        def part(x: Tensor) -> None:
+            for split, which in splits:  # GPT-2 projects all three at once
+                x = split(x, which)
+            edit(x)
+
+        return on_output(self.module(component, layer), part)
+
+    def _fused(self, layer: int) -> nn.Module:
+        """The module that makes q, k and v at once."""
+        path, _, _ = self.card.mapping(type(self.model))["query_output"][0].rpartition(".")
+        return self.model.get_submodule(at_layer(path, layer))
+
+    def _out_of_fused(self, site: str, x: Tensor) -> Float[Tensor, "row pos head d_head"]:
+        assert self.card.fused is not None
+        return self.card.fused(x, dimensions(self.model.config))[tuple(PROJECTIONS).index(site)]
+
+    def _is_tap(self, component: str) -> bool:
+        return self.card.is_tap(self.model, component)
+
+    @property
+    def _is_shared_past_understood(self) -> bool:
+        by_interface = "attention_scores" in self.card.mapping(
+            type(self.model)
+        )  # the one that `shared_past` is put into
+        return by_interface and self.model.config._attn_implementation in MASKS_UNDERSTOOD
+
+    def _behind_attention(self, layer: int) -> nn.Module:
+        """The module whose output attention adds to the residual."""
+        if layer not in self._adders:
+            attention, adder = self.module("attention_input", layer), self.module("attention_contribution", layer)
+            # Where it is inside of attention, rows that skip attention do not come by.
+            self._adders[layer] = attention if any(module is adder for module in attention.modules()) else adder
+        return self._adders[layer]
+
+    def _record(self, ids: Int[Tensor, "row pos"], start: int) -> list[tuple[tuple, dict]]:
+        """Run the model's forward with every block left out; how each was called, its hidden state first, `Past` for a cache."""
+        cache = DynamicCache()  # without a config: no layer of it forgets what has left a sliding window
+        if start:
+            nothing = torch.empty(len(ids), 1, start, 1, device=self.device)
+            cache.update(nothing, nothing, 0)
+        calls: list[tuple[tuple, dict]] = []
+
+        def left_out(given: Tensor | tuple[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor]:
+            (hidden_states,) = given if isinstance(given, tuple) else (given,)
+            swap = {id(cache): Past}
+            args = tuple(swap.get(id(value), value) for value in args)
+            calls.append(((hidden_states, *args), {name: swap.get(id(v), v) for name, v in kwargs.items()}))
+            if len(calls) == self.n_layers:
+                raise _Made
+            return (hidden_states,)  # of which some models take the first, and the others hand it on as it is
+
+        with ExitStack() as stack, suppress(_Made):
+            for layer in range(self.n_layers):
+                stack.enter_context(run_instead(self.module("block_output", layer), left_out))
+            self.bare(input_ids=ids, past_key_values=cache, use_cache=False)
+        return calls
+
+
+def _call(block: nn.Module, hidden: Tensor, recorded: tuple[tuple, dict], past: Past) -> Tensor:
+    """Call a block as it was called when recorded, on another hidden state and cache."""
+    (_, *args), kwargs = recorded
+    swapped = (past if value is Past else value for value in args)
+    output = block(hidden, *swapped, **{name: past if value is Past else value for name, value in kwargs.items()})
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _partly(forward: Callable[..., Any], known: Tensor) -> Callable[..., Any]:
+    """`forward` on the first rows only; the outputs of the last ones are known."""
+
+    def partly(*args: Any, **kwargs: Any) -> Any:
+        name = "" if args else "hidden_states"
+        x = kwargs.pop(name) if name else args[0]
+        here, first = known.to(x.device), x[: len(x) - len(known)]
+        if not len(first):
+            return here
+        # What else has these rows: the residual, where attention adds it.
+        others = [a[: len(first)] if isinstance(a, Tensor) and a.shape == x.shape else a for a in args[1:]]
+        output = forward(**{name: first}, **kwargs) if name else forward(first, *others, **kwargs)
+        if isinstance(output, tuple):
+            return torch.cat([output[0], here]), *output[1:]
+        return torch.cat([output, here])
+
+    return partly
+
+
+def _with_alibi(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of an attention that is given its bias, recorded for one row, for as many as it is called with."""
+
+    def repeated(*args: Any, alibi: Tensor, **kwargs: Any) -> Any:
+        return forward(*args, alibi=alibi.repeat(len(args[0]), 1, 1), **kwargs)
+
+    return repeated
+
+
+def _on_a_copy(edit: Edit) -> See:
+    """An edit in place that leaves what it was given as it is."""
+
+    def edited(x: Tensor) -> Tensor:
+        x = x.clone()
+        edit(x)
+        return x
+
+    return edited
+
+
+def _less(residual: Tensor, edit: Edit) -> See:
+    """An edit of what is added to the residual, for a module that returns the sum."""
+
+    def edited(x: Tensor) -> Tensor:
+        added = x - residual
+        edit(added)
+        return residual + added
+
+    return edited
+
+
+def _with_pattern(output: Any) -> tuple:
+    """What an attention module returns: its output and, where it has one, the pattern."""
+    return output if isinstance(output, tuple) else (output, None)

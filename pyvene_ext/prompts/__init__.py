@@ -1,0 +1,4 @@
+"""What goes into a model: prompt sets, their tokens and named positions, word problems, parallel text, token lists.
+
+Reading and checking text belongs here; what is done at a position does not.
+"""

@@ -1,0 +1,387 @@
+"""Word problems whose answer is a number: loading them, reading answers out of text, and the tokens that a model is given.
+
+Problems come in GSM8K's form, `{"question", "answer"}`, where the answer is a worked solution with a calculation in `<<...>>` for
+each step and the number behind `####`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelcards import n_positions
+from pyvene_ext.io.files import parse_json
+from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
+
+MARK = "####"
+GSM8K = "openai/gsm8k"
+TEMPLATE = "Question: {question}\nAnswer:"  # white space apart, what the shipped tiny models were trained on
+CHAT_TEMPLATE = "{question}\nSolve this step by step, and end with #### and the answer as a number."
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+STEP = re.compile(r"<<.*?>>")
+
+
+class Problem(BaseModel):
+    """One problem.
+
+    Attributes:
+        question: its text.
+        solution: the worked solution, with its `####`.
+        answer: the number behind `####`.
+        steps: how many `<<...>>` the solution has.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str = Field(min_length=1)
+    solution: str
+    answer: float
+    steps: int = Field(ge=0)
+
+
+class Found(NamedTuple):
+    """A number in a text, and the characters that hold it."""
+
+    value: float
+    start: int
+    end: int
+
+
+def find_answer(text: str) -> Found | None:
+    """The answer that a text gives; None if it gives none, which is not the same as a wrong one.
+
+    Where there is a `####` with something behind it in its line, the answer is the last number of that line, and there is none if
+    the line has no number; so what a model goes on to write after its answer does not count. Otherwise it is the last number of
+    the text. A number is `-?\\d+(\\.\\d+)?` once commas are stripped.
+    """
+    start, end = 0, len(text)
+    if MARK in text:
+        start = text.index(MARK) + len(MARK)
+        start += len(text[start:]) - len(text[start:].lstrip())
+        line_end = text.find("\n", start)
+        end = line_end if line_end >= 0 else end
+    kept = [at for at in range(start, end) if text[at] != ","]
+    matches = list(NUMBER.finditer("".join(text[at] for at in kept)))
+    if not matches:
+        return None
+    first, last = matches[-1].span()
+    return Found(float(matches[-1].group()), kept[first], kept[last - 1] + 1)
+
+
+def load_problems(name_or_path: str | Path, limit: int | None = None, split: str = "test") -> tuple[Problem, ...]:
+    """Problems from a file or from GSM8K on the hub.
+
+    Args:
+        name_or_path: a .jsonl file (one problem a line) or .json file (a list of them), or "gsm8k" or "openai/gsm8k".
+        limit: no more than so many, the first ones.
+        split: of the set on the hub.
+
+    Raises:
+        ValueError: an empty or broken file, a problem without question or answer, an answer without `####` or without a number
+            behind it, a limit below 1.
+        FileNotFoundError, OSError: a file that is not there, a hub that cannot be reached.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more, not {limit}.")
+    if str(name_or_path) in ("gsm8k", GSM8K):
+        rows: list[tuple[str, Any]] = [(f"{GSM8K}, problem {i}", row) for i, row in enumerate(_from_hub(split))]
+    else:
+        rows = _from_file(Path(name_or_path))
+    if not rows:
+        raise ValueError(f"{name_or_path} holds no problems; give at least one.")
+    return tuple(_problem(row, where) for where, row in rows[:limit])
+
+
+def _from_hub(split: str) -> Iterable[Any]:
+    import datasets  # takes seconds to import
+
+    try:
+        return datasets.load_dataset(GSM8K, "main", split=split)
+    except Exception as error:  # the hub, the network and the readers of a dozen formats each raise their own kinds
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise OSError(
+            f"loading {GSM8K} from the hub failed ({reason}); give a local .jsonl file of its form instead."
+        ) from error
+
+
+def _from_file(path: Path) -> list[tuple[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of problems {path}; check the path, or say gsm8k for the hub's.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it in that encoding.") from None
+    try:
+        if path.suffix.lower() == ".jsonl":
+            lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            return [(f"{path}, line {i}", parse_json(line)) for i, line in lines]
+        content = parse_json(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        form = "one JSON object a line" if path.suffix.lower() == ".jsonl" else "JSON"
+        raise ValueError(f"{path} is not {form} ({error.msg}).") from None
+    if not isinstance(content, list):
+        raise ValueError(f"{path} must hold a list of problems with question and answer.")
+    return [(f"{path}, problem {i}", row) for i, row in enumerate(content)]
+
+
+def _problem(row: Any, where: str) -> Problem:
+    fields = [row.get(name) if isinstance(row, dict) else None for name in ("question", "answer")]
+    question, solution = (field if isinstance(field, str) else "" for field in fields)
+    if not question.strip() or not solution.strip():
+        raise ValueError(f"{where}: a problem has the texts 'question' and 'answer'.")
+    if MARK not in solution:
+        raise ValueError(f"{where}: the answer has no {MARK}, behind which its number is to stand.")
+    matches = list(NUMBER.finditer(solution.rpartition(MARK)[2].replace(",", "")))
+    if not matches:
+        raise ValueError(f"{where}: there is no number behind {MARK}.")
+    return Problem(
+        question=question,
+        solution=solution,
+        answer=float(matches[-1].group()),
+        steps=len(STEP.findall(solution)),
+    )
+
+
+# -- as tokens ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Problems as one tokenizer sees them, perhaps with the beginning of a solution.
+
+    Attributes:
+        problems: in the order of the prompts.
+        prompts: what a model is given. With a block its first and last tokens are the positions "block_first" and "block_last".
+        lengths: how many tokens of each prompt are the question (template and all).
+        blocks: the tokens of each prompt that are reasoning, counted from its first token; empty where nothing is given of the
+            solution.
+        index: which problem of the set that was loaded each is.
+    """
+
+    problems: tuple[Problem, ...]
+    prompts: TokenizedPrompts
+    lengths: tuple[int, ...]
+    blocks: tuple[range, ...]
+    index: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of tokens and gold answers."""
+        return data_hash([self.prompts.hash, self.lengths, [problem.answer for problem in self.problems]])
+
+    def take(self, which: Iterable[int]) -> Questions:
+        """Some of them, in this order."""
+        which = list(which)
+        return Questions(
+            prompts=self.prompts.take(which),
+            **{
+                name: tuple(getattr(self, name)[i] for i in which)
+                for name in ("problems", "lengths", "blocks", "index")
+            },
+        )
+
+    def given(self, which: int) -> tuple[int, ...]:
+        """The tokens of a solution's beginning that are in a prompt."""
+        return self.prompts.input_ids[which][self.lengths[which] :]
+
+
+def tokenize_problems(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str = TEMPLATE,
+    context: int | None = None,
+    *,
+    examples: Sequence[Problem] = (),
+    shots: int = 0,
+    chat: bool = False,
+) -> Questions:
+    """Every question in its template, as tokens.
+
+    Args:
+        template: a text with `{question}` in it once.
+        context: how many tokens the model takes (`room` gives it less what is to be generated).
+        examples, shots: so many solved problems stand before each question: the first examples that are not that very problem,
+            in the same template with their solutions, an empty line behind each.
+        chat: questions are what a user says and solutions what the assistant does, in the tokenizer's chat template, where the
+            assistant is to go on.
+
+    Raises:
+        ValueError: no problems, a template without `{question}`, words that the tokenizer does not know, a prompt longer than the
+            context, too few examples, no chat template.
+    """
+    if not problems:
+        raise ValueError("there are no problems; give at least one.")
+    if template.count("{question}") != 1:
+        raise ValueError("the template must hold {question} exactly once.")
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template; ask without one.")
+    rows = []
+    for number, problem in enumerate(problems):
+        before = [example for example in examples if example.question.split() != problem.question.split()][:shots]
+        if len(before) < shots:
+            raise ValueError(
+                f"problem {number} is to have {shots} solved examples and there are {len(before)} besides itself; give more "
+                "of them, or ask for fewer."
+            )
+        turns = [(template.replace("{question}", example.question), example.solution.strip()) for example in before]
+        asked = template.replace("{question}", problem.question)
+        if chat:
+            ids = _as_chat(turns, asked, tokenizer)
+        else:
+            text = "".join(f"{question} {solution}\n\n" for question, solution in turns) + asked
+            ids = encode(tokenizer, text, f"problem {number}").ids
+        if context is not None and len(ids) > context:
+            remedy = "ask for fewer solved examples" if shots else "leave it out"
+            raise ValueError(
+                f"problem {number} has {len(ids)} tokens and there is room for {context} before what is generated; {remedy}, "
+                "generate fewer tokens, or use a model with a longer context."
+            )
+        rows.append(tuple(ids))
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    prompts = TokenizedPrompts(
+        input_ids=tuple(rows),
+        answer_ids=((0, 0),) * len(rows),  # the answer is read from what is written
+        positions=({"end": -1, "last": -1},) * len(rows),
+        pad_id=next(pad for pad in pads if pad is not None),
+    )
+    return Questions(
+        tuple(problems), prompts, tuple(map(len, rows)), (range(0),) * len(rows), tuple(range(len(problems)))
+    )
+
+
+def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A conversation up to where the assistant is to speak; the chat template says itself which special tokens there are."""
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    messages.append({"role": "user", "content": asked})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # a template is a program, in a sandbox, which may fail in any way
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer's chat template fails ({reason}); ask without one.") from None
+
+
+def room(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have; ValueError if there is no room for any."""
+    longest = n_positions(model.config)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
+    if longest <= max_new_tokens:
+        raise ValueError(f"max_new_tokens is {max_new_tokens} and the model takes {longest} in all; generate fewer.")
+    return longest - max_new_tokens
+
+
+def with_reasoning(
+    questions: Questions, written: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> Questions:
+    """The questions with the reasoning that was written, up to and with `####`: only the answer is left to be generated.
+
+    The block is what stands before `####` (before the first token with any of it). Problems whose text has no `####`, or nothing
+    before it, are left out; `index` says which ones are there.
+
+    Args:
+        questions: without reasoning.
+        written: for each, the tokens written behind the question, such as `Evaluation.ids` of an untouched run.
+
+    Raises:
+        ValueError: no text is left, or `written` is not one for each question.
+    """
+    if len(written) != len(questions):
+        raise ValueError(f"{len(written)} texts were given for {len(questions)} questions; give one each.")
+    kept, rows, blocks = [], [], []
+    for which, ids in enumerate(written):
+        behind = tokens_for(MARK, ids, tokenizer)
+        before = _before_mark(ids[:behind], tokenizer) if behind else 0
+        if not before:
+            continue
+        start = questions.lengths[which]
+        kept.append(which)
+        rows.append((*questions.prompts.input_ids[which][:start], *ids[:behind]))
+        blocks.append(range(start, start + before))
+    if not kept:
+        raise ValueError(
+            f"none of the {len(questions)} texts has reasoning and then {MARK}; there is no block to study."
+        )
+    some = questions.take(kept)
+    positions = tuple(
+        {"end": -1, "last": -1, "block_first": block[0] - len(row), "block_last": block[-1] - len(row)}
+        for row, block in zip(rows, blocks, strict=True)
+    )
+    return replace(
+        some,
+        prompts=replace(some.prompts, input_ids=tuple(rows), positions=positions),
+        blocks=tuple(blocks),
+    )
+
+
+def with_latents(questions: Questions, model: PreTrainedModel) -> Questions:
+    """The questions with the latent steps of a model of continuous thoughts: only the answer is left to be generated.
+
+    The block is the latent steps, which are the positions "latent_0", "latent_1" ... too; the token that begins the thought is
+    "bot" and the one that ends it "eot".
+
+    Args:
+        questions: without reasoning, in the template of `continuous_thought.format_of(model)`.
+
+    Raises:
+        ValueError: the model has no latent steps, or batches would be padded with the token that stands for them.
+    """
+    form = format_of(model)
+    if form is None:
+        raise ValueError("the model has no latent steps; let it reason in words, and use with_reasoning.")
+    if questions.prompts.pad_id == form.latent:
+        raise ValueError(
+            f"the tokenizer pads with token {form.latent}, which stands for latent steps; give it another pad_token."
+        )
+    first = -len(form.closing) - form.steps
+    named = {"end": -1, "last": -1, "bot": first - 1, "eot": -len(form.closing), "block_first": first}
+    named |= {"block_last": first + form.steps - 1, **{f"latent_{step}": first + step for step in range(form.steps)}}
+    rows = tuple((*ids, *form.tokens) for ids in questions.prompts.input_ids)
+    return replace(
+        questions,
+        prompts=replace(questions.prompts, input_ids=rows, positions=(named,) * len(rows)),
+        blocks=tuple(range(len(row) + first, len(row) + first + form.steps) for row in rows),
+    )
+
+
+def tokens_for(part: str | int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many of these tokens it takes for their text to hold `part`, or to have so many characters; None if it never does."""
+
+    def there(count: int) -> bool:
+        text = as_text(ids[:count], tokenizer)
+        return part in text if isinstance(part, str) else len(text) >= part
+
+    if not there(len(ids)):
+        return None
+    return bisect.bisect_left(range(len(ids)), True, key=there)
+
+
+def as_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tokens say, special ones left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _before_mark(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens stand before the first one with any of the `####` that ends these."""
+    marked = 1
+    while MARK not in as_text(ids[len(ids) - marked :], tokenizer):
+        marked += 1
+    return len(ids) - marked

@@ -1,0 +1,8 @@
+"""What a study leaves behind: its run folder, the stores that resume it, metadata, and figures in one style.
+
+Numbers are computed before they come here; the page that shows a run is `report`'s.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,2 @@
+from . import figures as figures
+from .metadata import metadata as metadata

@@ -1,0 +1,16 @@
+from .ablation import Ablation as Ablation
+from .ablation import all_heads as all_heads
+from .ablation import heads_together as heads_together
+from .base import SiteEdit as SiteEdit
+from .files import load_specs as load_specs
+from .files import save_specs as save_specs
+from .forced_attention import ForcedAttention as ForcedAttention
+from .forced_attention import force as force
+from .joint import OneSpec as OneSpec
+from .joint import Spec as Spec
+from .joint import as_specs as as_specs
+from .joint import members as members
+from .joint import needs as needs
+from .joint import spec_name as spec_name
+from .patch import ActivationPatch as ActivationPatch
+from .path import PathPatch as PathPatch

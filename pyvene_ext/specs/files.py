@@ -1,0 +1,93 @@
+"""Specs in files: ablations, patches, forced attention and paths as YAML or JSON, and back without loss.
+
+- {kind: mean, site: z, layer: 2, heads: [5], positions: last}
+- {kind: patch, site: k, layer: 2, heads: [0], positions: subject}
+- {kind: force, shape: hub, layer: 2, heads: [5], block: [latent0, latent5], hub: latent2}
+- {kind: path, sender: z.0.1, receivers: [q.2.3], freeze_mlps: true}
+- [{kind: zero, site: z, layer: 1, heads: [0, 3]}, {kind: zero, site: mlp_out, layer: 3}]   # done together
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pyvene_ext.io.errors import one_sentence
+from pyvene_ext.io.files import atomic_path, parse_json, parse_yaml
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.forced_attention import ForcedAttention
+from pyvene_ext.specs.joint import (
+    OneSpec,
+    Spec,
+    as_specs,
+    members,
+)
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
+
+# All other kinds are ablations.
+KINDS: dict[Any, Any] = {"path": PathPatch, "patch": ActivationPatch, "force": ForcedAttention}
+
+
+def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:
+    """Specs as lists and dicts for YAML and JSON; fields at their defaults are left out."""
+
+    def plain(spec: OneSpec | PathPatch) -> dict[str, Any]:
+        return {"kind": spec.kind, **spec.model_dump(mode="json", exclude_defaults=True)}
+
+    return [[plain(edit) for edit in spec] if isinstance(spec, tuple) else plain(spec) for spec in specs]
+
+
+def from_plain(values: Any) -> list[Any]:
+    """Specs from `to_plain`'s lists and dicts; a ValueError names the entry that is wrong, in one sentence."""
+    if not isinstance(values, list):
+        raise ValueError(f"specs are a list of interventions, not {type(values).__name__}.")
+
+    def one(value: Any) -> OneSpec | PathPatch:
+        kind = value.get("kind") if isinstance(value, dict) else None
+        return KINDS.get(kind if isinstance(kind, str) else None, Ablation).model_validate(value)
+
+    specs: list[Any] = []
+    for index, value in enumerate(values):
+        try:
+            spec: Any = tuple(map(one, value)) if isinstance(value, list) else one(value)
+            if not isinstance(spec, PathPatch):
+                members(as_specs([spec])[0])
+            specs.append(spec)
+        except ValidationError as error:
+            raise ValueError(f"spec {index}: {one_sentence(error)}") from None
+        except ValueError as error:
+            raise ValueError(f"spec {index}: {error}") from None
+    return specs
+
+
+def to_yaml(specs: Iterable[Spec | PathPatch]) -> str:
+    """Specs as YAML text."""
+    return yaml.safe_dump(to_plain(specs), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(text: str) -> list[Any]:
+    """Specs from YAML (or JSON) text; raises ValueError in one sentence."""
+    return from_plain(parse_yaml(text))
+
+
+def save_specs(path: str | Path, specs: Iterable[Spec | PathPatch]) -> None:
+    """Write specs to a .json file, or as YAML to any other."""
+    text = json.dumps(to_plain(specs), indent=2) if Path(path).suffix == ".json" else to_yaml(specs)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load_specs(path: str | Path) -> list[Any]:
+    """Read what `save_specs` wrote; a ValueError names the file and the entry that is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        # YAML has all of JSON but its pairs of escapes for one character beyond the first 65536.
+        return from_plain(parse_json(text)) if Path(path).suffix == ".json" else from_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,153 @@
+"""Path patches: what one sender adds to the inputs of some receivers, past all other heads (Wang et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, field_validator, model_validator
+from transformers import PreTrainedModel
+
+from modelcards import FIELD_NAMES, card_of
+from pyvene_ext.intervenable.statistics import Place
+from pyvene_ext.prompts.positions import Positions
+from pyvene_ext.specs.base import plain
+from pyvene_ext.specs.graph import (
+    RECEIVERS,
+    SENDERS,
+    Node,
+    reaches,
+)
+from pyvene_ext.specs.patch import ActivationPatch
+
+
+class PathPatch(BaseModel):
+    """Patch what one sender tells some receivers, past all other heads.
+
+    Attributes:
+        sender: "embed", "z.LAYER.HEAD" or "mlp_out.LAYER" (`pyvene_ext.specs.graph`).
+        receivers: one or more of "q.LAYER.HEAD", "k.LAYER.KV_HEAD", "v.LAYER.KV_HEAD", "mlp_in.LAYER", "resid_pre.LAYER",
+            "resid_mid.LAYER" and "resid_post.LAYER"; or "logits" alone, which is the stream behind the last block. All are set
+            together. Query heads that share a K/V head receive its k and v together.
+        positions: where the sender takes the source's value, as in `ActivationPatch`.
+        freeze_mlps: MLPs keep their base value too, so that only the direct path counts.
+        direct: the direct term alone: the receivers get their base value and what the sender's change adds to it, the scales of
+            the norms on its way frozen at base (of the receiver's norm or the final one, and of a post-norm behind attention).
+        subspace: the sender changes along the concept direction only (`pyvene_ext.methods.patching.subspace`).
+
+    Raises pydantic's ValidationError (a ValueError) for nodes that do not exist, and for a receiver that reads before the sender
+    writes: there is no path.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["path"] = "path"
+    sender: StrictStr
+    receivers: tuple[StrictStr, ...]
+    positions: StrictStr | tuple[StrictStr | StrictInt, ...] = "all"
+    freeze_mlps: bool = False
+    direct: bool = False
+    subspace: bool = False
+
+    _plain = field_validator("*", mode="before")(plain)
+
+    @field_validator("sender")
+    @classmethod
+    def _spelt_one_way(cls, sender: str) -> str:
+        return str(Node.parse(sender))
+
+    @field_validator("receivers")
+    @classmethod
+    def _in_order(cls, receivers: tuple[str, ...]) -> tuple[str, ...]:
+        nodes = {Node.parse(receiver) for receiver in receivers}
+        if not receivers or len(nodes) < len(receivers):
+            raise ValueError(f"name one or more receivers, each once, not {list(receivers)}.")
+        return tuple(map(str, sorted(nodes, key=lambda node: (node.layer or 0, node.site, node.head or 0))))
+
+    @model_validator(mode="after")
+    def _some_path(self) -> PathPatch:
+        if self.sender_node.site not in SENDERS:
+            raise ValueError(f"{self.sender} sends nothing; a sender is embed, z.LAYER.HEAD or mlp_out.LAYER.")
+        for receiver in self.nodes:
+            if receiver.site not in RECEIVERS:
+                raise ValueError(f"{receiver} receives nothing; receivers are {', '.join(RECEIVERS)}.")
+            if not reaches(self.sender_node, receiver):
+                raise ValueError(
+                    f"the path {self.sender}->{receiver} is empty: {receiver} reads before {self.sender} writes."
+                )
+        if "logits" in self.receivers and len(self.receivers) > 1:
+            raise ValueError("logits cannot be set together with other receivers, whose effect they would override.")
+        if self.direct and self.freeze_mlps:
+            raise ValueError("the direct term passes no MLP: leave freeze_mlps out.")
+        self.sending  # what it must fulfil as a patch  # noqa: B018
+        return self
+
+    @property
+    def sender_node(self) -> Node:
+        """The sender."""
+        return Node.parse(self.sender)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The receivers."""
+        return [Node.parse(receiver) for receiver in self.receivers]
+
+    @property
+    def sending(self) -> ActivationPatch:
+        """The sender's own patch."""
+        site, layer, head = self.sender_node
+        heads = None if head is None else (head,)
+        return ActivationPatch(site=site, layer=layer, heads=heads, positions=self.positions, subspace=self.subspace)
+
+    @property
+    def source_name(self) -> str:
+        """The sender and how it is patched: paths that share it record the same run."""
+        return self._sent + self._how
+
+    @property
+    def name(self) -> str:
+        """A short name: "z.0.1@last->k.1.0", "z.0.1/subspace->q.2.0", "z.0.1->logits, MLPs frozen"."""
+        return f"{self._sent}->{'+'.join(self.receivers)}{self._how}"
+
+    @property
+    def one_place(self) -> bool:
+        """Whether no receiver can change what another one is given where the sender is not patched."""
+        sites = {(node.layer, node.site in ("q", "k", "v") or node.site) for node in self.nodes}
+        return self.positions == "all" or len(sites) == 1
+
+    def received(self, positions: Positions, path: str) -> tuple[ActivationPatch, ...]:
+        """The receivers' patches, heads of one place together."""
+        by_place: dict[Place, list[Node]] = {}
+        for node in self.nodes:
+            by_place.setdefault((node.site, node.layer), []).append(node)
+        return tuple(
+            ActivationPatch(
+                site=site,
+                layer=layer,
+                heads=tuple(node.head for node in nodes if node.head is not None) or None,
+                positions=positions,
+                path=path,
+            )
+            for (site, layer), nodes in by_place.items()
+        )
+
+    @property
+    def _sent(self) -> str:
+        return self.sending.where + ("/subspace" if self.subspace else "")
+
+    @property
+    def _how(self) -> str:
+        return ", MLPs frozen" if self.freeze_mlps else ", direct" if self.direct else ""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the model has no such nodes."""
+        for node in (self.sender_node, *self.nodes):
+            node.check(model.config)
+        card = card_of(model)
+        for node in self.nodes:
+            if card.parallel and node.site in ("mlp_in", "resid_mid"):
+                raise ValueError(
+                    f"{self.name}: blocks of {card.family} run attention and MLP side by side, so that no head of a layer is on "
+                    f"the way to {node}; name another receiver."
+                )
+            if node.site != "logits":
+                card.component(model, FIELD_NAMES[node.site])

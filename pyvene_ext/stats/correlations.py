@@ -1,0 +1,219 @@
+"""Correlations over heads, with bootstrap intervals and within-layer permutation tests; shares and R^2."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Num
+from scipy import stats
+
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.stats.intervals import (
+    _BOOTSTRAP_CELLS,
+    _percentile_interval,
+)
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """One correlation coefficient: its value, SciPy's p, the bootstrap 95% interval, and the within-layer permutation p.
+
+    `p` takes heads as independent draws, which heads of one layer are not; `p_within_layers` does not need that.
+    """
+
+    r: float = math.nan
+    p: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p_within_layers: float = math.nan
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """How two [layer head] matrices go together: `n` paired heads, `dropped` pairs with a non-finite side.
+
+    `note` says in words why a number is nan or needs care; it is empty when all is well.
+    """
+
+    n: int
+    dropped: int
+    pearson: Coefficient
+    spearman: Coefficient
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON file, with None in place of nan."""
+        record = asdict(self)
+        for name in ("pearson", "spearman"):
+            record[name] = {key: None if math.isnan(value) else value for key, value in record[name].items()}
+        return record
+
+
+def correlate_heads(
+    a: Num[np.ndarray, "layer head"],
+    b: Num[np.ndarray, "layer head"],
+    seed: int = 0,
+    n_resamples: int = 10_000,
+) -> Correlation:
+    """Pearson and Spearman correlation of two matrices, every head one paired point.
+
+    Pairs with a NaN or infinite side are dropped and counted. Fewer than three pairs, or a constant side, give nan with a note.
+
+    The 95% interval is the percentile bootstrap over heads. Percentile, because it never leaves [-1, 1] and still exists where
+    BCa does not (its jackknife breaks down when one head carries all the variance, common for frequencies that are mostly 0).
+    A resample in which one side is constant has no correlation; it is left out, and the note says how many were.
+
+    `p_within_layers` permutes heads within each layer, never across. Its null hypothesis is that *within a layer* it does not
+    matter which head of `a` is paired with which head of `b`. So it tests for association beyond what layer alone gives: two
+    matrices that merely both grow with depth are strongly correlated, yet get a large p here. Two-sided: the share of
+    permutations whose coefficient is at least as far from the null's mean as the observed one, (1 + count) / (1 + n_resamples).
+    That mean is not 0 but what the layer means give; the distance to it is the summed within-layer covariance, which is what
+    gets compared.
+
+    Args:
+        a: one number a head, [layer head].
+        b: the same heads in the same order, [layer head].
+        seed: the run's seed; the same seed and data give the same numbers.
+        n_resamples: bootstrap resamples, and permutations.
+
+    Raises:
+        ValueError: the shapes differ or are not [layer head], or n_resamples is below 1.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(f"two [layer head] matrices of one shape are needed, not {a.shape} and {b.shape}.")
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples is {n_resamples}; take at least 1 (10000 gives steady intervals).")
+
+    kept = np.isfinite(a) & np.isfinite(b)
+    layers = np.nonzero(kept)[0]
+    x, y = a[kept], b[kept]
+    n, dropped = int(kept.sum()), int((~kept).sum())
+
+    constant = [name for name, values in (("a", x), ("b", y)) if n >= 3 and np.isnan(_unit(values)).any()]
+    if n < 3 or constant:
+        why = f"constant input: {' and '.join(constant)}" if constant else "fewer than 3 pairs"
+        return Correlation(n, dropped, Coefficient(), Coefficient(), why)
+
+    resampled = _bootstrap(x, y, n_resamples, rng(seed, "bootstrap over heads"))
+    p_pearson, p_spearman = _p_within_layers(x, y, layers, n_resamples, rng(seed, "within-layer permutation"))
+    undefined = int(np.isnan(resampled[0]).sum())
+    intervals = [_percentile_interval(values) for values in resampled]
+    pearson, spearman = stats.pearsonr(x, y), stats.spearmanr(x, y)
+    return Correlation(
+        n,
+        dropped,
+        Coefficient(float(pearson.statistic), float(pearson.pvalue), *intervals[0], p_pearson),
+        Coefficient(float(spearman.statistic), float(spearman.pvalue), *intervals[1], p_spearman),
+        f"{undefined} of {n_resamples} bootstrap resamples were constant and left out" if undefined else "",
+    )
+
+
+def correlate_layers(
+    a: Num[np.ndarray, "layer head"],
+    b: Num[np.ndarray, "layer head"],
+    seed: int = 0,
+    n_resamples: int = 10_000,
+) -> list[Correlation]:
+    """`correlate_heads` for each layer on its own, in order.
+
+    A layer's numbers depend on that layer and the seed only, so they are the same whichever other layers are there. With one
+    layer, `p_within_layers` is the ordinary permutation test. Many layers are many tests: see `q_values`.
+    """
+    if np.ndim(a) != 2 or np.shape(a) != np.shape(b):
+        raise ValueError(f"two [layer head] matrices of one shape are needed, not {np.shape(a)} and {np.shape(b)}.")
+    return [correlate_heads(a[i : i + 1], b[i : i + 1], seed, n_resamples) for i in range(len(a))]
+
+
+def _unit(values: Float[np.ndarray, "*rows n"]) -> Float[np.ndarray, "*rows n"]:
+    """Each row centred and scaled to norm 1, so that Pearson's r is a dot product; nan for a constant row."""
+    mean = values.mean(axis=-1, keepdims=True)
+    centred = values - mean
+    norm = np.linalg.norm(centred, axis=-1, keepdims=True)
+    # SciPy's own bound for "nearly constant", below which it warns: what is left is rounding.
+    norm[norm <= 1e-13 * np.abs(mean)] = np.nan
+    return centred / norm
+
+
+def _bootstrap(
+    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], n_resamples: int, rng: np.random.Generator
+) -> Float[np.ndarray, "coefficient resample"]:
+    """Pearson (row 0) and Spearman (row 1) of resampled pairs; nan where a resample is constant."""
+    coefficients = np.empty((2, n_resamples))
+    step = max(1, _BOOTSTRAP_CELLS // x.size)
+    for start in range(0, n_resamples, step):
+        stop = min(start + step, n_resamples)
+        picked = rng.integers(x.size, size=(stop - start, x.size))
+        x_new, y_new = x[picked], y[picked]
+        coefficients[0, start:stop] = (_unit(x_new) * _unit(y_new)).sum(axis=1)
+        x_new, y_new = stats.rankdata(x_new, axis=1), stats.rankdata(y_new, axis=1)
+        coefficients[1, start:stop] = (_unit(x_new) * _unit(y_new)).sum(axis=1)
+    # Values a rounding error apart are constant here and still have ranks: both coefficients go by the values.
+    coefficients[1, np.isnan(coefficients[0])] = np.nan
+    return coefficients
+
+
+def _p_within_layers(
+    x: Float[np.ndarray, " n"],
+    y: Float[np.ndarray, " n"],
+    layers: Int[np.ndarray, " n"],
+    n_resamples: int,
+    rng: np.random.Generator,
+) -> tuple[float, float]:
+    """Two-sided p of Pearson and of Spearman, permuting within layers; both see the same permutations."""
+    x_units = np.stack([_unit(x), _unit(stats.rankdata(x))])
+    y_units = np.stack([_unit(y), _unit(stats.rankdata(y))])
+    observed, permuted = np.zeros(2), np.zeros((2, n_resamples))
+    for layer in np.unique(layers):
+        here = layers == layer
+        x_here = x_units[:, here] - x_units[:, here].mean(axis=1, keepdims=True)
+        y_here = y_units[:, here] - y_units[:, here].mean(axis=1, keepdims=True)
+        order = rng.permuted(np.tile(np.arange(here.sum()), (n_resamples, 1)), axis=1)
+        observed += (x_here * y_here).sum(axis=1)
+        permuted += np.einsum("krh,kh->kr", y_here[:, order], x_here)
+    # Sums of one set of numbers in another order differ by rounding; without the slack, ties would be lost by chance.
+    as_far = np.abs(permuted) >= np.abs(observed)[:, None] - 1e-12
+    p_pearson, p_spearman = (1 + as_far.sum(axis=1)) / (1 + n_resamples)
+    return float(p_pearson), float(p_spearman)
+
+
+def q_values(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
+    """Benjamini-Hochberg adjusted p-values (SciPy's `false_discovery_control`); nan stays nan and is not counted as a test."""
+    p = np.asarray(p, dtype=np.float64)
+    q = np.full_like(p, np.nan)
+    tested = np.isfinite(p)
+    if tested.any():
+        q[tested] = stats.false_discovery_control(p[tested])
+    return q
+
+
+def cluster_shares(
+    groups: Int[np.ndarray, " item"], rng: np.random.Generator, n_resamples: int
+) -> Float[np.ndarray, "resample item"]:
+    """How often each item is in a bootstrap resample of whole groups: items of a group are not independent draws."""
+    _, group = np.unique(groups, return_inverse=True)
+    n = int(group.max()) + 1
+    return rng.multinomial(n, np.full(n, 1 / n), n_resamples)[:, group].astype(np.float64)
+
+
+def r_squared(
+    y: Float[np.ndarray, "item column"],
+    predicted: Float[np.ndarray, "*model item column"],
+    shares: Float[np.ndarray, "resample item"] | None = None,
+) -> Float[np.ndarray, "*model"] | Float[np.ndarray, "*model resample"]:
+    """The share of the variance about the items' own mean that predictions explain, over all columns; or of each resample.
+
+    It is 0 for one that is the mean everywhere and below 0 for a worse one; NaN where all items are alike.
+    """
+    weights = np.ones((1, len(y))) if shares is None else shares
+    missed = ((y - predicted) ** 2).sum(-1) @ weights.T
+    centred = y - y.mean(0)  # else the variance of numbers far from 0 is a small difference of large sums
+    mean = weights @ centred / weights.sum(1, keepdims=True)
+    there = (weights @ centred**2 - weights.sum(1, keepdims=True) * mean**2).sum(1)
+    # A sum of squares that is rounding only is none.
+    there = np.where(there > 1e-12 * (weights @ y**2).sum(1), there, np.nan)
+    found = 1 - missed / there
+    return found[..., 0] if shares is None else found

@@ -1,0 +1,5 @@
+"""The public names of `pyvene_ext.engine.sweep`."""
+
+from pyvene_ext.engine.sweep import Plan, Sequential, frequencies, plan_sweep, sweep
+
+__all__ = ["Plan", "Sequential", "frequencies", "plan_sweep", "sweep"]
