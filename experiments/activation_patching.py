@@ -45,7 +45,7 @@ from matplotlib.ticker import MaxNLocator
 from prompt_sets import both_texts, find_prompts, patchable
 
 from modelcards import COMPONENTS, FIELD_NAMES, n_layers
-from pyvene_ext.engine.compile import check_specs
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.io.files import (
@@ -127,7 +127,7 @@ def main(config: Config) -> None:
         for position in positions
         for spec in all_patches(model.config, site, positions=position, subspace=config.subspace)
     ]
-    check_specs(specs, model, base, source)
+    resolve(specs, model, base, source)
 
     # Every patch on every pair.
     shown = is_main_process()

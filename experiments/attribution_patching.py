@@ -45,7 +45,7 @@ from pyvene_ext.io.files import (
     write_json,
     write_npy,
 )
-from pyvene_ext.methods.attribution.atp import atp, atp_star, check_patches
+from pyvene_ext.methods.attribution.atp import atp, atp_star, resolve_patches
 from pyvene_ext.methods.attribution.edges import (
     EdgeMethod,
     EdgeScores,
@@ -123,12 +123,12 @@ def main(config: Config) -> None:
         raise ValueError(f"no pair of {config.dataset} has prompts of equal length in tokens; edges need such pairs.")
     base, source = (some.take(kept) for some in (clean, corrupt)[:: 1 if config.direction == "noise" else -1])
     patches = [spec for site in SITES for spec in all_patches(model.config, site)]
-    check_patches(model, patches, base, source, config.metric, qk_fix=True)
+    resolve_patches(model, patches, base, source, config.metric, qk_fix=True)
     for method in config.edges:
         check_edges(model, base, source, config.metric, method, config.steps)
 
     # Every patch exactly, then by gradients.
-    wanted: dict[str, Any] = needs(patches)
+    wanted = needs(patches)._asdict()
     memory = None if config.memory is None else int(config.memory * 2**30)
     with unfinished_in(folder / "unfinished", model, patches, base, config.metric, memory=memory) as sweep:
         reference = Reference.compute(model, source, **wanted, batch_size=config.batch_size, cache_dir=None)

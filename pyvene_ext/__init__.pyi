@@ -4,6 +4,7 @@ from . import report as report
 from . import runs as runs
 from . import specs as specs
 from . import stats as stats
+from .engine.generate import generate as generate
 from .engine.plain import Result as Result
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
@@ -20,6 +21,7 @@ from .prompts.sets import PromptSet as PromptSet
 from .runs import figures as figures
 from .specs.ablation import Ablation as Ablation
 from .specs.ablation import all_heads as all_heads
+from .specs.addition import Addition as Addition
 from .specs.files import load_specs as load_specs
 from .specs.files import save_specs as save_specs
 from .specs.forced_attention import ForcedAttention as ForcedAttention
