@@ -33,13 +33,13 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from modelcards.components import dimensions
+from modelcards.template import PREFIX, at_layer
 
 if TYPE_CHECKING:
     from modelcards.card import Card
 
 IMPLEMENTATION = "pyvene_taps"
 MASKS_UNDERSTOOD = ("eager", "sdpa")
-PREFIX = "tap_"
 FUSED = "tap_fused_"
 INSIDE_ATTENTION = ("tap_query", "tap_key", "tap_scores", "tap_pattern")
 
@@ -138,7 +138,7 @@ class Taps:
     def __init__(self, model: Any, card: Card, places: Iterable[tuple[str, int]]) -> None:
         self.model = model
         self._post_norm_scale, self._split = card.post_norm_scale, card.fused
-        self._multiplier = card.times(model.config)
+        self._multiplier = card.residual_scale(model.config)
         self._taps: dict[str, tuple[nn.Module, str, nn.Identity]] = {}
         self._contributions: list[tuple[nn.Identity, nn.Module, nn.Module]] = []
         self._rows: dict[str, _Rows] = {}
@@ -360,8 +360,3 @@ def _logits_through_tap(model: Any, args: tuple, output: Any) -> Any:
         return (*output[:place], model.tap_logits(output[place]), *output[place + 1 :])
     output["logits"] = model.tap_logits(output["logits"])
     return output
-
-
-def at_layer(path: str, layer: int) -> str:
-    """A card's path at one layer, as torch writes it: `layers[%s].mlp` -> `layers.3.mlp`."""
-    return (path % layer if "%s" in path else path).replace("[", ".").replace("]", "")

@@ -178,7 +178,7 @@ class Terms:
         if (post_norm_scale := card_of(self.model).post_norm_scale) is not None:
             attention = self.replay.module("attention_value_output", layer)(old.flatten(1).to(weight))
             change = change * post_norm_scale(self.replay.module("attention_contribution", layer), attention)
-        return change * card_of(self.model).times(self.model.config)
+        return change * card_of(self.model).residual_scale(self.model.config)
 
     def _stands(self, node: Node) -> Place:
         """Where the stream is read: in front of a receiver's norm, or the receiver's own place in the stream."""

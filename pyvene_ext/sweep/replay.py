@@ -23,8 +23,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from modelcards import card_of, dimensions, n_layers
-from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, at_layer, output_weight
+from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, output_weight
 from modelcards.shared_past import shared_past
+from modelcards.template import at_layer
 from pyvene_ext.devices import input_device
 from pyvene_ext.visits import See, on_input, on_output, run_instead
 
