@@ -95,7 +95,7 @@ def _say(checkout: Checkout, files: Files) -> None:
 
 def card_text(checkout: Checkout, exported: list[Exported], checks: list[list[Any]]) -> str:
     """The title and text of a pull request of cards, with what the checks gave."""
-    names = ", ".join(one.name for one in exported)
+    names = ", ".join(one.card.name for one in exported)
     rows = ["| class | components | checks | largest difference |", "|---|---|---|---|"]
     for one in exported:
         for model_class in one.names:
@@ -134,13 +134,15 @@ def _notes(one: Exported) -> list[str]:
     notes = []
     for why in dict.fromkeys(one.left_out.values()):
         components = [f"`{component}`" for component, reason in one.left_out.items() if reason == why]
-        notes.append(f"- {one.name}: left out, as {why}: {', '.join(components)}.")
+        notes.append(f"- {one.card.name}: left out, as {why}: {', '.join(components)}.")
     if one.kept:
-        notes.append(f"- {one.name}: as they were, and not checked: {', '.join(f'`{name}`' for name in one.kept)}.")
+        notes.append(
+            f"- {one.card.name}: as they were, and not checked: {', '.join(f'`{name}`' for name in one.kept)}."
+        )
     if one.no_width:
         components = [f"`{component}`" for component in one.no_width]
         notes.append(
-            f"- {one.name}: without a width, as pyvene cannot say heads x head size, and so whole but not for trainable "
+            f"- {one.card.name}: without a width, as pyvene cannot say heads x head size, and so whole but not for trainable "
             f"interventions: {', '.join(components)}."
         )
     return notes

@@ -1,6 +1,6 @@
 """Qwen2.5 and Qwen2: the rotary decoder, with biases on queries, keys and values.
 
-Their configs have no head_dim that pyvene could name.
+A config need not have the head_dim that pyvene could name.
 """
 
 from __future__ import annotations
