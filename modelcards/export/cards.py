@@ -157,10 +157,7 @@ def export(checkout: Checkout, cards: list[Card]) -> tuple[list[Exported], Files
     """
     registry = Source(REGISTRY, checkout.committed(REGISTRY) or "")
     if not registry.star_imports or not (registry.dictionary(MODULES) and registry.dictionary(WIDTHS)):
-        raise ValueError(
-            f"{REGISTRY} of {checkout.root} is not as it is known here: it should import mappings and fill "
-            f"{MODULES} and {WIDTHS}."
-        )
+        raise registry.unknown(f"it should import mappings and fill {MODULES} and {WIDTHS}")
     exported = [_export(checkout, card) for card in cards]
     for one in exported:
         _register(registry, one)
@@ -236,7 +233,7 @@ def _export(checkout: Checkout, card: Card) -> Exported:
 def _register(registry: Source, one: Exported) -> None:
     """Add the lines that register a card's classes, where they are not registered."""
     if one.module not in registry.star_imports:
-        registry.insert(registry.last_star_import, f"from .{one.module} import *\n")
+        registry.insert(max(registry.star_imports.values()), f"from .{one.module} import *\n")
     for which, mapping in enumerate((MODULES, WIDTHS)):
         there = registry.entries(mapping)
         lines = {_reference(model_class): names[which] for model_class, names in one.names.items()}
@@ -263,25 +260,18 @@ class Source:
         try:
             self.tree = ast.parse(text)
         except SyntaxError as error:
-            raise self._unknown(f"line {error.lineno} is no Python") from None
+            raise self.unknown(f"line {error.lineno} is no Python") from None
         self._edits: list[tuple[int, int, str]] = []  # lines [start, end) and what replaces them
 
-    def _unknown(self, what: str) -> ValueError:
-        return ValueError(f"{self.path} of the checkout is not as it is known here: {what}.")
+    def unknown(self, what: str) -> ValueError:
+        """The error for a file that cannot be edited."""
+        return ValueError(f"{self.path} of the checkout has another form than pyvene's: {what}.")
 
     @property
-    def star_imports(self) -> list[str]:
-        """Modules that the file imports everything of, relative to its package."""
-        return [node.module or "" for node in self._star_imports()]
-
-    @property
-    def last_star_import(self) -> int:
-        """The line after it."""
-        return self._star_imports()[-1].end_lineno or 0
-
-    def _star_imports(self) -> list[ast.ImportFrom]:
-        imports = [node for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
-        return [node for node in imports if node.names[0].name == "*"]
+    def star_imports(self) -> dict[str, int]:
+        """Modules that the file imports everything of, relative to its package, and the lines that do."""
+        imports = (node for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*")
+        return {node.module or "": node.lineno for node in imports}
 
     @property
     def assigned(self) -> dict[str, ast.expr]:
@@ -316,11 +306,11 @@ class Source:
         """Entries of a dictionary literal: key -> first line, line after the last, normalised value."""
         found = self.dictionary(name)
         if found is None:
-            raise self._unknown(f"{name} should be a dictionary")
+            raise self.unknown(f"{name} should be a dictionary")
         entries, end = {}, found.lineno
         for key, value in zip(found.keys, found.values, strict=True):
             if key is None or key.lineno <= end:
-                raise self._unknown(f"line {value.lineno} should hold one entry")
+                raise self.unknown(f"line {value.lineno} should hold one entry")
             end = value.end_lineno or 0
             text = str(key.value) if isinstance(key, ast.Constant) else ast.unparse(key)
             entries[text] = (key.lineno - 1, end, ast.unparse(value))
@@ -347,7 +337,7 @@ class Source:
             same = [end for other, (_, end, _) in there.items() if other.rpartition(".")[0] == key.rpartition(".")[0]]
             last = (same or [end for _, end, _ in there.values()] or [opening.lineno if opening else 0])[-1]
             if there and not self.lines[last - 1].split("#")[0].rstrip().endswith(","):
-                raise self._unknown(f"line {last} has no comma")
+                raise self.unknown(f"line {last} has no comma")
             self.insert(last, _line(key, text))
 
     def insert(self, line: int, text: str) -> None:

@@ -38,7 +38,7 @@ def random_model(model_class, config):
 
 
 def first_tensor(output):
-    """Logits or last hidden states, or what a module puts out first."""
+    """Logits or last hidden states, or the first of a module's outputs."""
     return output if isinstance(output, torch.Tensor) else first_tensor(output[0])
 
 

@@ -370,13 +370,13 @@ def test_uncommitted_changes_are_refused(make: Callable, untried: None, path: st
 
 
 def test_a_folder_that_is_no_checkout_is_refused(make: Callable, untried: None, tmp_path: Path) -> None:
-    refused(tmp_path, "--family", "llama3_1", saying="git finds there no")
-    refused(tmp_path / "nowhere", saying="git finds there no")
+    refused(tmp_path, "--family", "llama3_1", saying="git finds no .* there")
+    refused(tmp_path / "nowhere", saying="git finds no .* there")
     git(tmp_path, "init", "-q")
-    refused(tmp_path, saying="git finds there no a commit|git finds there no commit")
+    refused(tmp_path, saying="git finds no commit there")
     (tmp_path / "other.py").touch()
     commit(tmp_path)
-    refused(tmp_path, saying="no checkout of pyvene.*it has no pyvene/models/intervenable_modelcard.py")
+    refused(tmp_path, saying="not a checkout of pyvene: it has no pyvene/models/intervenable_modelcard.py")
     refused(make() / "pyvene", saying="is not the top folder")
 
 
@@ -393,7 +393,7 @@ LLAMA = "pyvene/models/llama/modelings_intervenable_llama.py"
 @pytest.mark.parametrize(
     ("path", "old", "new", "saying"),
     [
-        (REGISTRY, "type_to_dimension_mapping = {", "widths_by_type = {", "is not as it is known here"),
+        (REGISTRY, "type_to_dimension_mapping = {", "widths_by_type = {", "has another form than pyvene's"),
         (REGISTRY, "global type_to", "global global type_to", "is no Python"),
         (
             LLAMA,
