@@ -299,7 +299,7 @@ def _contributions(
         if card.post_norm_scale is not None:
             norm = card.module(model, "attention_contribution", layer)
             shares = shares * card.post_norm_scale(norm, normed[layer].float())[:, :, None]
-        shares = shares * card.times(model.config)
+        shares = shares * card.residual_scale(model.config)
         added += [shares.transpose(1, 2), seen["mlp_contribution", layer].float()[:, None]]
     return torch.cat([part.to(device) for part in added], 1), logits
 

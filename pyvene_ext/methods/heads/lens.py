@@ -204,7 +204,7 @@ class _Split:
     def __init__(self, model: PreTrainedModel, steering: Resolved | None) -> None:
         self.model, self.card, self.replay, self.steering = model, card_of(model), Replay(model), steering
         self.layers, self.n_heads = range(n_layers(model.config)), n_heads(model.config)
-        self.times = self.card.times(model.config)
+        self.times = self.card.residual_scale(model.config)
         self.head: Any = model.get_output_embeddings()
         projections = {
             f"layer {i}'s output projection": self.replay.module("attention_value_output", i) for i in self.layers

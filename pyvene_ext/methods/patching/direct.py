@@ -179,7 +179,7 @@ class Terms:
         if (post_norm_scale := card_of(self.model).post_norm_scale) is not None:
             attention = self.replay.module("attention_value_output", layer)(old.flatten(1).to(weight))
             change = change * post_norm_scale(self.replay.module("attention_contribution", layer), attention)
-        return change * card_of(self.model).times(self.model.config)
+        return change * card_of(self.model).residual_scale(self.model.config)
 
     def _tokens(self, path: PathPatch, prompt: int) -> list[int]:
         """Where the sender is patched."""
