@@ -1,4 +1,4 @@
-"""What a study leaves behind: its run folder, the stores that resume it, metadata, and figures in one style.
+"""What studies share: their flags, and what they leave behind, from stores that resume a run to figures in one style.
 
 Numbers are computed before they come here; the page that shows a run is `report`'s.
 """

@@ -1,0 +1,4 @@
+from .compile import check_specs as check_specs
+from .plain import Result as Result
+from .plain import reference_for as reference_for
+from .plain import run as run
