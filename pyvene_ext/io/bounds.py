@@ -1,7 +1,7 @@
 """What a flag may be, said in its type and checked in one place: `top: Annotated[int, Ge(1)] = 5`.
 
 Bounds are those of `annotated_types` (Ge, Gt, Le, Lt, MinLen, Unit), and below; on the items of a tuple, in the type of an item.
-None is checked against nothing. What concerns several flags is a method `check_flags` of their dataclass, which raises ValueError.
+None is checked against nothing. What concerns several flags is a method `check_flags` of their dataclass; it raises ValueError.
 """
 
 from __future__ import annotations

@@ -102,9 +102,8 @@ class Dataset:
     def load_prompts(self) -> PromptSet:
         """The prompt set, or its first --limit prompts."""
         from pyvene_ext.prompts.sets import PromptSet
-        from pyvene_ext.prompts.shipped import find_prompts
 
-        found = PromptSet.load(find_prompts(self.dataset))
+        found = PromptSet.load(self.dataset)
         return replace(found, prompts=found.prompts[: self.limit])
 
 
