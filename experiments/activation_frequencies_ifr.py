@@ -61,7 +61,7 @@ from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import HEADS, look, write_views
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard, unfinished_in
 from pyvene_ext.specs.ablation import Kind, all_heads
 from pyvene_ext.stats.intervals import Interval, frequency_interval

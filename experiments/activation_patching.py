@@ -85,7 +85,7 @@ def main(config: Config) -> None:
         for position in positions
         for spec in px.all_patches(model.config, site, positions=position, subspace=config.subspace)
     ]
-    px.engine.check_specs(specs, model, base, source)
+    px.resolve(specs, model, base, source)
 
     # Every patch on every pair.
     result = px.patch(
@@ -109,15 +109,7 @@ def main(config: Config) -> None:
     maps = maps_of(specs, score.mean, config.site, len(positions))
     facts = px.metadata(
         model,
-        model=config.model,
-        dataset=config.dataset,
-        base_hash=base.hash,
-        source_hash=source.hash,
-        n=len(base),
-        n_dropped=len(dropped),
-        pairs=kept,
-        dropped=dropped,
-        **settings(config, positions),
+        **settings(config, base, source, kept, dropped, positions),
         **differences(result, config.seed),
         patches=[spec.where for spec in specs],
         mean_scores=[px.stats.finite(value) for value in score.mean],
@@ -130,9 +122,9 @@ def main(config: Config) -> None:
             run.array(name, values)
         for name, figure in drawn(config, run.of, positions, maps).items():
             run.figure(name, figure)
-        heads = list(dict.fromkeys((row["layer"], row["head"]) for row in rows if row["site"] == "z"))
+        heads = list(dict.fromkeys((row["layer"], row["head"]) for row in rows if row["site"] == "z"))[: px.runs.HEADS]
         pairs = [f"pair {pair}" for pair in kept]
-        run.views(px.runs.look(model, tokenizer, clean.input_ids, heads[: px.runs.HEADS], names=pairs))
+        run.views(px.runs.look(model, tokenizer, clean.input_ids, heads, names=pairs))
 
 
 # -- what is run -------------------------------------------------------------------------------------------------------
@@ -163,13 +155,27 @@ def distinct(names: tuple[str, ...], base: px.TokenizedPrompts, source: px.Token
     return tuple(sorted(where, key=lambda name: where[name]))
 
 
-def settings(config: Config, positions: tuple[str, ...]) -> dict[str, Any]:
+def settings(
+    config: Config,
+    base: px.TokenizedPrompts,
+    source: px.TokenizedPrompts,
+    kept: list[int],
+    dropped: list[int],
+    positions: tuple[str, ...],
+) -> dict[str, Any]:
     """What was run, for the summary."""
-    base, source = config.runs
     return {
+        "model": config.model,
+        "dataset": config.dataset,
+        "base_hash": base.hash,
+        "source_hash": source.hash,
+        "n": len(base),
+        "n_dropped": len(dropped),
+        "pairs": kept,
+        "dropped": dropped,
         "direction": config.direction,
-        "score_0": f"the {base} run",
-        "score_1": f"the {source} run",
+        "score_0": f"the {config.runs[0]} run",
+        "score_1": f"the {config.runs[1]} run",
         "subspace": config.subspace,
         "metric": config.metric,
         "positions": list(positions),

@@ -60,7 +60,7 @@ from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import Answers
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import HEADS, look, write_views
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.stats.correlations import Correlation, correlate_heads
 from pyvene_ext.stats.intervals import Interval, frequency_interval
 

@@ -44,7 +44,7 @@ from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.graph import reaches, receivers, senders
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch

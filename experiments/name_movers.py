@@ -104,7 +104,7 @@ from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import HEADS, look, write_views
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.stats.correlations import Correlation, correlate_heads
 from pyvene_ext.stats.intervals import Interval, paired_bootstrap
 

@@ -68,7 +68,7 @@ from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import Answers
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard
 from pyvene_ext.specs.graph import Node, receivers, senders
 from pyvene_ext.specs.path import PathPatch

@@ -87,7 +87,7 @@ from pyvene_ext.runs.attention import (
     look,
     write_views,
 )
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.graph import Node
 from pyvene_ext.stats.controls import Head, head_overlap
 

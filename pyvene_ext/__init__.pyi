@@ -13,9 +13,11 @@ from . import runs as runs
 from . import specs as specs
 from . import stats as stats
 from . import sweep as sweep
+from .engine.generate import generate as generate
 from .engine.plain import Result as Result
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
+from .engine.resolve import resolve as resolve
 from .intervenable.model import IntervenableModel as IntervenableModel
 from .intervenable.statistics import Reference as Reference
 from .io.seeds import rng as rng
@@ -32,10 +34,11 @@ from .prompts.tokenized import TokenizedPrompts as TokenizedPrompts
 from .runs import figures as figures
 from .runs import flags as flags
 from .runs import reasoning as reasoning
+from .runs.facts import metadata as metadata
 from .runs.folder import RunFolder as RunFolder
-from .runs.metadata import metadata as metadata
 from .specs.ablation import Ablation as Ablation
 from .specs.ablation import all_heads as all_heads
+from .specs.addition import Addition as Addition
 from .specs.files import load_specs as load_specs
 from .specs.files import save_specs as save_specs
 from .specs.forced_attention import ForcedAttention as ForcedAttention

@@ -48,7 +48,7 @@ from pyvene_ext.runs.attention import (
     look,
     write_views,
 )
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

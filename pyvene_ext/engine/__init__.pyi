@@ -1,4 +1,3 @@
-from .compile import check_specs as check_specs
 from .plain import Result as Result
 from .plain import reference_for as reference_for
 from .plain import run as run

@@ -16,6 +16,8 @@ from modelcards import card_of, dimensions, n_layers
 from modelcards.attention_taps import output_weight
 
 Where = tuple[str, int]  # a component and its layer
+# Sites of heads, by the component that has all heads side by side: a part of a tensor would be no part of the graph.
+SIDE_BY_SIDE = {"q": "query_output", "k": "key_output", "v": "value_output", "z": "attention_value_output"}
 OWN_INPUT = ("attention_input", "mlp_input")
 See = Callable[[Tensor], Tensor | None]  # what it returns goes on in place of what it was given
 

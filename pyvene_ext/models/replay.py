@@ -23,7 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from modelcards import card_of, dimensions, n_layers
-from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, at_layer, output_weight
+from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, output_weight
+from modelcards.template import at_layer
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
     See,

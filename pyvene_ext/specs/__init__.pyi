@@ -1,6 +1,7 @@
 from .ablation import Ablation as Ablation
 from .ablation import all_heads as all_heads
 from .ablation import heads_together as heads_together
+from .addition import Addition as Addition
 from .base import SiteEdit as SiteEdit
 from .files import load_specs as load_specs
 from .files import save_specs as save_specs

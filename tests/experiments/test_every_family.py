@@ -211,7 +211,7 @@ BETWEEN = (
 )
 REFUSED: dict[tuple[str, str], str] = {
     **{(study, family): "run attention and MLP side by side" for study in BETWEEN for family in PARALLEL},
-    **{(study, family): "does not let its attention be looked into" for study in LOOKING for family in WRITTEN_OUT},
+    **{(study, family): "attention does not go through" for study in LOOKING for family in WRITTEN_OUT},
 }
 
 

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyvene_ext import ActivationPatch, PathPatch, patch
-from pyvene_ext.engine.compile import compile_specs, donors
+from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.plain import reference_for, run
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.io.seeds import rng
@@ -36,7 +37,7 @@ from pyvene_ext.models.latent_steps import (
 )
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Problem, Questions, with_latents
-from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.ablation import Ablation, donors
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from tests.ground_truth.ablations import statistics
 from tests.ground_truth.continuous_thought import At, thought, written
@@ -168,7 +169,7 @@ def check_spec(family: str, spec: Any, edits: Any, forced: Any = lambda question
     ]
     kept: list[Any] = [None] * len(questions)
     for batch in questions.prompts.batches(9):
-        compiled = compile_specs(spec, batch, questions.prompts, model, reference)
+        compiled = compile_spec(spec, batch, resolve([spec], model, questions.prompts, reference=reference))
         iv = IntervenableModel(compiled.config, model)
         with torch.no_grad():
             _, out = iv(

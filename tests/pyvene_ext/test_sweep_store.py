@@ -395,8 +395,8 @@ def test_leftovers_of_killed_writers_go_and_files_of_others_stay(tmp_path: Path)
 
 HOLDER = """
 import sys
-from pyvene_ext.runs import data_hash
-from pyvene_ext.sweep.store import Store
+from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.engine.sweep.store import Store
 with Store(sys.argv[1], {"dtype": "float32"}, {}) as store:
     print("held", flush=True)
     sys.stdin.read()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +14,11 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_kv_heads
 from modelcards.attention_taps import output_weight
-from pyvene_ext.engine.compile import replacements_of
 from pyvene_ext.engine.plain import ANSWERS_ONLY, measure
+from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
     INTO_ATTENTION,
     STAGES,
@@ -31,11 +30,8 @@ from pyvene_ext.engine.sweep.layout import (
     wave_groups,
 )
 from pyvene_ext.engine.sweep.plan import Plan, Sizes
-from pyvene_ext.intervenable.interventions import DirectionIntervention, ForcedRowsIntervention, NormMatchedIntervention
-from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.replay import Past, Replay
-from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.specs.joint import Spec, spec_name
 
 Frozen = Literal["attention", "mlp"]  # what keeps its clean output in every row, but where that is edited
@@ -71,9 +67,9 @@ class Ready:
     """A batch of edits with its indices and values as tensors on a device."""
 
     def __init__(self, batch: Batch, values: Tensor | None, device: torch.device) -> None:
-        self.kind, self.round, self.device = batch.kind, batch.round, device
+        self.spec, self.round, self.device = batch.sources[0][0], batch.round, device
         self.row_numbers, self.column_numbers, self.head_numbers = batch.rows, batch.columns, batch.heads
-        self.most_heads = max(len(ablation.heads or ()) for ablation, *_ in batch.sources)
+        self.most_heads = max(len(spec.heads or ()) for spec, *_ in batch.sources)
         self.first_column = batch.columns.min()
         self.values = None if values is None else values.to(device)
 
@@ -95,18 +91,7 @@ class Ready:
 
     def new(self, old: Float[Tensor, "entry d"], part: slice | Tensor) -> Float[Tensor, "entry d"]:
         """What comes in place of `old`."""
-        if self.kind == "zero":
-            return torch.zeros_like(old)
-        if self.kind == "uniform":  # equal scores for all keys that are visible
-            return old.masked_fill(old > -torch.inf, 0.0)
-        assert self.values is not None
-        if self.kind == "norm_matched":
-            return NormMatchedIntervention()(old, self.values[part])
-        if self.kind == "direction":
-            return DirectionIntervention()(old, self.values[part])
-        if self.kind == "forced":
-            return ForcedRowsIntervention()(old, self.values[part])
-        return self.values[part].to(old.dtype)
+        return self.spec.changed(old, None if self.values is None else self.values[part])
 
     def apply(self, x: Float[Tensor, "row pos d"], first: int, column: int, heads: int) -> None:
         """Edit rows `first` and following, of which `x` holds the columns from `column` on, in place."""
@@ -128,21 +113,19 @@ class Executor:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        specs: Sequence[Spec],
+        resolved: Resolved,
         metric: str,
-        reference: Reference | None,
         plan: Plan,
         freeze: Collection[Frozen] = (),
         record: Record | None = None,
     ) -> None:
         self.freeze, self.record = freeze, record
-        self.model, self.specs, self.metric, self.reference = model, specs, metric, reference
-        self.prompts, self.edits, self.budget = plan.prompts, plan.edits, plan.budget
-        self.replay, self.sizes = Replay(model), Sizes(model)
-        self.heads, self.kv_heads = n_heads(model.config), n_kv_heads(model.config)
+        self.resolved, self.model, self.specs, self.metric = resolved, resolved.model, resolved.specs, metric
+        self.prompts, self.edits, self.budget = resolved.prompts, plan.edits, plan.budget
+        self.replay, self.sizes = Replay(self.model), Sizes(self.model)
+        self.heads, self.kv_heads = n_heads(self.model.config), n_kv_heads(self.model.config)
         # What running out of memory has taught: how many rows at most make a wave, and by how much to cut the calls.
-        self.most, self.shrunk = len(specs) * len(self.prompts), 1
+        self.most, self.shrunk = len(self.specs) * len(self.prompts), 1
 
     def run(
         self, wave: Wave, advance: Callable[[float], object] = lambda interventions: None
@@ -183,7 +166,7 @@ class Executor:
         ids = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=replay.device)
         length = ids.shape[1]
         shared = shared_columns(wave.prompts, self.prompts)
-        groups = wave_groups(wave, self.edits, self.prompts, layers)
+        groups = wave_groups(wave, self.edits, self.resolved, layers)
         states: dict[int, State] = {}
         for group in groups:
             states[id(group)] = State(self, wave, group, length, states[id(group.trunk)] if group.trunk else None)
@@ -272,12 +255,11 @@ class Executor:
 
     def values(self, batch: Batch) -> Tensor | None:
         """What a batch of edits puts in place, `entry d`."""
-        if batch.kind in ("zero", "uniform"):
-            return None
         found = []
-        for ablation, ids, kept in batch.sources:
-            tokens = [token_indices(self.prompts, prompt, ablation.positions) for prompt in ids]
-            made = replacements_of(ablation, ids, tokens, self.prompts, self.model, self.reference)
+        for spec, ids, kept in batch.sources:
+            made = self.resolved.replacements(spec, ids)
+            if made is None:  # and so for every spec of this intervention
+                return None
             if kept is not None:
                 made = [value[which] for value, which in zip(made, kept, strict=True)]
             found += [value.flatten(0, -2) for value in made]

@@ -296,7 +296,7 @@ class _Block:
             norm = card.module(model, "attention_contribution", layer)
             self.scale = card.post_norm_scale(norm, seen["attention_contribution"].float())
         elif card.residual_multiplier is not None:
-            self.scale = torch.full_like(self.resid_mid, card.times(model.config), dtype=torch.float32)
+            self.scale = torch.full_like(self.resid_mid, card.residual_scale(model.config), dtype=torch.float32)
 
 
 def _measure(block: _Block, layer: int, batch: Batch, arrays: list[_Importances]) -> None:

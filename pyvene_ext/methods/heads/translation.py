@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_layers
 from pyvene_ext.engine.metrics import paired_logit_diff
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep.run import open_together, store_facts
 from pyvene_ext.intervenable.statistics import Reference, label
 from pyvene_ext.io.seeds import rng
@@ -202,7 +203,7 @@ def path_changes(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     directions = concept_directions(model, sending, plus, minus, missing="zeros", **options)
     clean, change = np.empty(len(plus), np.float32), np.empty((len(paths), len(plus)), np.float32)
-    facts = store_facts(model, sending, plus, "logit", None, list(range(len(plus)))) | {"source prompts": minus.hash}
+    facts = store_facts(resolve(sending, model, plus, minus), "logit", range(len(plus)))
     with ExitStack() as stack:
         kept = None if store is None else stack.enter_context(open_together(store, facts, {"prompts": AT_ONCE}))
         done = agreed(lambda: {} if kept is None else kept.finished)
