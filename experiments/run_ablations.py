@@ -98,7 +98,7 @@ from pyvene_ext.models.devices import broadcast_from_main, choose_device, is_mai
 from pyvene_ext.models.loading import TINY_MODELS, load_model
 from pyvene_ext.prompts.token_lists import read_token_list
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head

@@ -21,7 +21,6 @@ from typing import Any
 
 import activation_frequencies_ifr as study
 import numpy as np
-import prompt_sets
 import pytest
 from accelerate import PartialState
 
@@ -36,6 +35,7 @@ from pyvene_ext.models.devices import (
     on_all_ranks,
     processes,
 )
+from pyvene_ext.prompts import shipped
 from pyvene_ext.specs.ablation import all_heads
 from pyvene_ext.specs.joint import Spec
 from tests.processes import start
@@ -363,7 +363,7 @@ def test_accelerate_launch_gives_the_bits_of_one_process_and_ends_when_one_dies(
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pairs = json.loads((prompt_sets.PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][:9]
+    pairs = json.loads((shipped.PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][:9]
     path = tmp_path_factory.mktemp("data") / "few.json"
     path.write_text(json.dumps(pairs), encoding="utf-8")
     return path
