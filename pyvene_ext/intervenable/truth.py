@@ -201,7 +201,7 @@ class Truth:
 
 
 def _route(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
-    """Change the router's logits; then softmax, each token's best experts, and their weights, which some families normalise to 1."""
+    """Change the router's logits; then softmax, each token's best experts, and their weights, normalised in some families."""
     router = mlp.gate
 
     def routed(_: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
