@@ -58,25 +58,31 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model of a family that has a card, in eval mode, and its tokenizer.
+    """Load a causal language model of a family that has a card, in eval mode, with its tokenizer.
 
-    Weights are read from safetensors only and code from a repository is never run, so that loading a model runs nothing that came
-    with it. Files that contradict one another are refused, and so is a model that does not run (a few tokens are tried, unless a
-    part of it is left on the disk). Where the tokenizer has no padding token, the one returned uses its end token (the model's
-    config is left alone).
+    Weights are read from safetensors only and code from a repository is never run, so loading a model executes nothing that came
+    with it. Files that contradict one another are refused, and so is a model that fails on a few tokens (not tried if part of it
+    stays on disk). A tokenizer without a padding token gets its end token as one; the model's config is left alone.
 
     Args:
         name_or_path: one of `TINY_MODELS`, else a local folder, else a repository on the hub.
         dtype: one of `DTYPES`; "auto" keeps the checkpoint's.
-        device: where the model goes, e.g. "cuda"; default the CPU. "auto" spreads a model that is larger than one GPU over all of
-            them, then over the CPU's memory, then leaves the rest on the disk.
+        device: where the model goes, such as "cuda"; default the CPU. "auto" spreads a model that is larger than one GPU over all
+            of them, then over the CPU's memory, and leaves the rest on disk.
         attn_implementation: "eager", "sdpa" ...; default transformers' choice.
         device_map: which module goes where (accelerate), instead of `device`.
         revision: branch, tag or commit on the hub.
 
-    Raises, in one sentence: ValueError for arguments and for checkpoints that cannot be used (no card, own code, no safetensors,
-    missing, broken or surplus weights, no tokenizer or another model's), FileNotFoundError for a name that leads nowhere,
-    PermissionError for a gated model without access, ConnectionError without network, other OSError as the hub reports it.
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: a wrong argument, or a checkpoint that cannot be used (no card, own code, no safetensors, missing, broken or
+            surplus weights, no tokenizer or another model's).
+        FileNotFoundError: there is no such folder or repository.
+        PermissionError: a gated model without access.
+        ConnectionError: the hub cannot be reached.
+        OSError: another error that the hub reports.
     """
     _check_arguments(dtype, device, attn_implementation, device_map)
     name, source = str(name_or_path), _source(name_or_path)
@@ -163,7 +169,7 @@ def _check_arguments(dtype: str, device: str | None, attn_implementation: str | 
 
 
 def _source(name_or_path: str | Path) -> str:
-    """What transformers is to load: a folder or a hub id."""
+    """The folder or hub id for transformers to load."""
     name = str(name_or_path)
     if name in TINY_MODELS:
         return str(TINY_FOLDER / name)
@@ -186,10 +192,10 @@ def _source(name_or_path: str | Path) -> str:
 
 
 def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """What `AutoTokenizer` gives, unless it contradicts the tokenizer.json that was saved with the model.
+    """The tokenizer of `AutoTokenizer`, unless it contradicts the tokenizer.json saved with the model.
 
-    Where no class is named, and for Qwen2 whatever is named, transformers builds the family's own kind of tokenizer around the
-    saved vocabulary; a model trained with another kind would then read other tokens, without a word.
+    If no class is named, and for Qwen2 always, transformers builds the family's own kind of tokenizer around the saved
+    vocabulary; a model trained with another kind would then silently get other tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if type(tokenizer) is PreTrainedTokenizerFast:
@@ -215,7 +221,7 @@ def _check_type(config: dict[str, Any], name: str) -> None:
 
 
 def _check_counts(config: dict[str, Any], name: str) -> None:
-    """Raise ValueError for a config that asks for more parts than any model has, or for no layers or heads."""
+    """Raise ValueError for a config with more parts than any model has, or without layers or heads."""
     for key, most in MOST.items():
         least = 0 if key == "num_labels" else 1
         value = config.get(key, least)
@@ -233,7 +239,7 @@ def _check_counts(config: dict[str, Any], name: str) -> None:
 def _check_files(folder: Path, name: str) -> None:
     """Raise ValueError for weights outside of the folder or not in safetensors, and for a config that does not fit them.
 
-    What transformers finds missing or of another size it makes up first, in memory, however large it is; and it casts anything.
+    Transformers would first allocate weights that are missing or of another size, however large, and would cast any dtype.
     """
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -281,7 +287,7 @@ def _check_files(folder: Path, name: str) -> None:
 
 
 def _check_layers(model: PreTrainedModel, unexpected: Iterable[str], name: str) -> None:
-    """Raise ValueError for weights of layers that the config does not count; other surplus is common and does no harm."""
+    """Raise ValueError for weights of layers beyond the config's; other surplus weights are common and harmless."""
     own = {*model.state_dict(), *model.base_model.state_dict()}
     if surplus := [key for key in sorted(unexpected) if re.sub(r"\.\d+\.", ".0.", f".{key}", count=1)[1:] in own]:
         raise ValueError(
@@ -291,7 +297,7 @@ def _check_layers(model: PreTrainedModel, unexpected: Iterable[str], name: str) 
 
 @torch.no_grad()
 def _check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ValueError for weights that are not numbers, and for a model that fails on a few words."""
+    """Raise ValueError for weights that are not finite, and for a model that fails on a few words."""
     parameters = dict(model.named_parameters())
     if any(parameter.is_meta for parameter in parameters.values()):
         return
@@ -331,14 +337,14 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _short(value: object) -> str:
-    """A value for a sentence."""
+    """Shorten a value for a message."""
     if isinstance(value, int) and abs(value) >= 10**12:
         return "a huge number"
     return str(value)[:60]
 
 
 def _explained(error: Exception, name: str, revision: str | None, otherwise: str) -> Exception:
-    """The one sentence that says what to do about an error of transformers or the hub; `otherwise` if it is of no known kind."""
+    """Turn an error of transformers or the hub into one sentence that says what to do; `otherwise` words any unknown kind."""
     causes: list[BaseException] = [error]
     while following := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(following)
