@@ -19,12 +19,17 @@ NO_EFFECT = ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT")  # wha
 
 
 def read_token_list(path: str | Path) -> list[int]:
-    """The ids in a file, in order: a list of whole numbers, or a list of such lists (the tokens of some words), end to end.
+    """Read token ids from a file, without executing anything in it.
 
-    A name that ends in .pkl or .pickle is a pickle, any other JSON.
+    Args:
+        path: a pickle if the name ends in .pkl or .pickle, else JSON; it holds a list of whole numbers, or a list of such lists
+            (the tokens of several words).
+
+    Returns:
+        The ids in order, nested lists concatenated.
 
     Raises:
-        ValueError: the file holds anything else. Nothing in it is run.
+        ValueError: the file holds anything else.
     """
     content = Path(path).read_bytes()
     if Path(path).suffix.lower() in PICKLES:

@@ -55,7 +55,7 @@ def test_solved_examples_stand_before_the_question_that_is_never_one_of_them(tok
     assert questions.given(0) == ()
     none = tokenize_problems([problem()], tokenizer, examples=others)
     assert none.prompts.input_ids == tokenize_problems([problem()], tokenizer).prompts.input_ids
-    with pytest.raises(ValueError, match="problem 0 is to have 3 solved examples and there are 2 besides itself"):
+    with pytest.raises(ValueError, match="problem 0 needs 3 solved examples but there are only 2 besides itself"):
         tokenize_problems([problem()], tokenizer, examples=others, shots=3)
     with pytest.raises(ValueError, match="ask for fewer solved examples"):
         tokenize_problems([problem()], tokenizer, context=60, examples=others, shots=2)
@@ -158,11 +158,11 @@ def test_gsm8k_is_read_from_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) 
             '{"question": "a", "answer": "#### 1"}\n{"question": "a", "answer": "5 #### none"}',
             "line 2: there is no number",
         ),
-        ('{"question": "a"}', "line 1: a problem has the texts"),
-        ('{"question": " ", "answer": "#### 1"}', "line 1: a problem has the texts"),
-        ('{"question": 3, "answer": "#### 1"}', "line 1: a problem has the texts"),
-        ("[1]", "line 1: a problem has the texts"),
-        ('{"question": ', "is not one JSON object a line"),
+        ('{"question": "a"}', "line 1: a problem needs the texts"),
+        ('{"question": " ", "answer": "#### 1"}', "line 1: a problem needs the texts"),
+        ('{"question": 3, "answer": "#### 1"}', "line 1: a problem needs the texts"),
+        ("[1]", "line 1: a problem needs the texts"),
+        ('{"question": ', "is not one JSON object per line"),
     ],
 )
 def test_a_bad_file_is_one_sentence(content: str, told: str, tmp_path: Path) -> None:
