@@ -1,4 +1,4 @@
-"""Convert checkpoints of CODI's training code into folders that every study takes: adapters merged, projection beside the weights.
+"""Convert checkpoints of CODI's training code into folders that every study takes: adapters merged, the projection in a file.
 
     python -m pyvene_ext.models.codi --checkpoint DOWNLOADED_FOLDER --base gpt2 --out codi-gpt2
     python -m pyvene_ext.models.codi --checkpoint DOWNLOADED_FOLDER --base meta-llama/Llama-3.2-1B --out codi-llama

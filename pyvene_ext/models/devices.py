@@ -152,8 +152,8 @@ def choose_device(wanted: str | None) -> str:
     """The device for this process.
 
     Args:
-        wanted: a torch device, or None for a GPU if there is one. Under `accelerate launch`, None and "cuda" give each process its
-            own GPU.
+        wanted: a torch device, or None for a GPU if there is one. Under `accelerate launch`, None and "cuda" give each process
+            its own GPU.
 
     Returns:
         The device's name.

@@ -13,8 +13,8 @@ on the decoder's modules. They act in each of these runs, at the same positions 
 an intervention is recomputed under it. Code that only reads activations waits for the last run (`is_unrolling`).
 
 A folder of such a model is an ordinary transformers folder (config.json, model.safetensors, tokenizer) with two additions, which
-`save` writes and `load_model` reads: `continuous_thought` in config.json, the fields of `Format`; and projection.safetensors, with
-1.weight, 1.bias (d_model to any width), 3.weight, 3.bias (back), and if a layer norm follows ln.weight, ln.bias.
+`save` writes and `load_model` reads: `continuous_thought` in config.json, the fields of `Format`; and projection.safetensors,
+with 1.weight, 1.bias (d_model to any width), 3.weight, 3.bias (back), and if a layer norm follows ln.weight, ln.bias.
 `pyvene_ext.models.codi` writes one from a checkpoint of CODI's own training code.
 """
 
@@ -205,8 +205,8 @@ def attach(model: PreTrainedModel, form: Format, how: nn.Module | None = None) -
         )
     if form.latent in (*form.opening, *form.closing) or form.template.count("{question}") != 1:
         raise ValueError(
-            "in a continuous thought the latent token stands for latent steps alone and the template has {question} once; correct "
-            "the format."
+            "in a continuous thought the latent token stands for latent steps alone and the template has {question} once; "
+            "correct the format."
         )
     if form.projection == (how is None):
         raise ValueError("give a projection exactly if the format has one.")

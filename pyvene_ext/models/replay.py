@@ -146,8 +146,9 @@ class Replay:
             attention: known outputs of the attention module for the last rows, on which it is then not run; without the residual,
                 if the module adds it.
             mlp: known outputs of the MLP for the last rows, likewise.
-            edits: by site (q, k, v, scores, pattern, z, attn_out, resid_mid, mlp_in, mlp_out), functions that change an activation
-                in place: that of all rows at attn_out and later sites, that of the rows whose attention runs at earlier ones.
+            edits: by site (q, k, v, scores, pattern, z, attn_out, resid_mid, mlp_in, mlp_out), functions that change an
+                activation in place: that of all rows at attn_out and later sites, that of the rows whose attention runs at
+                earlier ones.
             seen: filled with z, and the outputs of the attention module and of the MLP, by "z", "attention" and "mlp".
 
         Returns:
@@ -280,7 +281,8 @@ class Replay:
 
         Args:
             hidden: the last block's output at one position of each row.
-            ids: the tokens wanted of each row: only their rows of the unembedding are used, in float32 whatever the model's dtype.
+            ids: the tokens wanted of each row: only their rows of the unembedding are used, in float32 whatever the model's
+                dtype.
                 None: all tokens.
 
         Returns:
@@ -323,7 +325,8 @@ class Replay:
             stop: one past the last column.
 
         Returns:
-            For each block, positional and keyword arguments; the first is a hidden state to be replaced, `Past` stands for a cache.
+            For each block, positional and keyword arguments; the first is a hidden state to be replaced, `Past` stands for a
+            cache.
         """
         if (start, stop) not in self._arguments:
             ids = torch.full((1, stop - start), self._token, device=self.device)

@@ -212,8 +212,8 @@ def filter_pairs(
 def swap_neighbours(pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenizerBase) -> list[SentencePair]:
     """Build the control: every source with the target of another pair of similar length.
 
-    Pairs are sorted by the number of tokens in their targets, and neighbours swap targets; if the number of pairs is odd, the last
-    three rotate theirs. If two neighbours have the same target the "control" would be a translation, and is dropped.
+    Pairs are sorted by the number of tokens in their targets, and neighbours swap targets; if the number of pairs is odd, the
+    last three rotate theirs. If two neighbours have the same target the "control" would be a translation, and is dropped.
 
     Args:
         pairs: two sentence pairs or more.
@@ -226,9 +226,7 @@ def swap_neighbours(pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenize
         ValueError: fewer than two pairs.
     """
     if len(pairs) < 2:
-        raise ValueError(
-            f"a control swaps targets between pairs but there are only {len(pairs)}; give two pairs or more."
-        )
+        raise ValueError(f"a control swaps targets between pairs, which takes two pairs or more, not {len(pairs)}.")
     order = sorted(range(len(pairs)), key=lambda i: _n_tokens(tokenizer, pairs[i].target))
     partner: dict[int, int] = {}  # the pair whose target each pair gets
     starts = range(0, len(order) - 1, 2)
@@ -301,13 +299,13 @@ def tokenize_pairs(
         max_length: the most tokens that a prompt may have.
 
     Returns:
-        The prompts, without answers (both ids are 0), with the positions "label", the token where the target's label begins (found
-        by its place in the text, since the sentence may contain the same word), and "first", the first token after any start
-        token.
+        The prompts, without answers (both ids are 0), with the positions "label", the token where the target's label begins
+        (found by its place in the text, since the sentence may contain the same word), and "first", the first token after any
+        start token.
 
     Raises:
-        ValueError: a word that the tokenizer does not know, a label without a token, or a prompt of more than `max_length` tokens;
-            names the prompt.
+        ValueError: a word that the tokenizer does not know, a label without a token, or a prompt of more than `max_length`
+            tokens; names the prompt.
     """
     check_template(template)
     if not tokenizer.is_fast:
@@ -435,7 +433,7 @@ def word_prompts(
     """
     check_template(template)
     if word < 0:
-        raise ValueError(f"word counts the words of a translation from 0; give 0 or more, not {word}.")
+        raise ValueError(f"word counts the words of a translation from 0, so it cannot be {word}; give 0 or more.")
     dropped = Counter[str]()
     groups: dict[str, list[_Target]] = {}
     for pair in pairs:

@@ -1,7 +1,7 @@
 """Word problems whose answer is a number: loading them, extracting answers from text, and tokenising prompts.
 
-Problems have GSM8K's form, `{"question", "answer"}`, where the answer is a worked solution with a calculation in `<<...>>` for each
-step and the number after `####`.
+Problems have GSM8K's form, `{"question", "answer"}`, where the answer is a worked solution with a calculation in `<<...>>` for
+each step and the number after `####`.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class FoundNumber(NamedTuple):
 def find_answer(text: str) -> FoundNumber | None:
     r"""Extract the answer from a text.
 
-    If the text has a `####` with something after it, the answer is the last number of that line, and there is none if the line has
-    no number; so whatever a model writes after its answer does not count. Otherwise it is the last number of the text. A number is
-    `-?\d+(\.\d+)?` once commas are removed.
+    If the text has a `####` with something after it, the answer is the last number of that line, and there is none if the line
+    has no number; so whatever a model writes after its answer does not count. Otherwise it is the last number of the text. A
+    number is `-?\d+(\.\d+)?` once commas are removed.
 
     Args:
         text: what a model wrote.
@@ -242,8 +242,8 @@ def tokenize_problems(
         tokenizer: the model's tokenizer.
         template: a text with `{question}` in it once.
         context: the most tokens that a prompt may have: the model's context less the tokens to generate.
-        examples: solved problems to put before each question: the first ones that are not the problem itself, in the same template
-            with their solutions, an empty line after each.
+        examples: solved problems to put before each question: the first ones that are not the problem itself, in the same
+            template with their solutions, an empty line after each.
         shots: how many of them.
         chat: use the tokenizer's chat template, with questions as the user's turns and solutions as the assistant's, up to where
             the assistant goes on.

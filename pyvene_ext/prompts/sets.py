@@ -249,8 +249,8 @@ class PromptSet:
             The tokenised prompts.
 
         Raises:
-            ValueError: no corrupt text, a word that the tokenizer does not know, an answer that merges with the end of the prompt,
-                answers that no token tells apart, or a prompt that is empty or too long; names the prompt.
+            ValueError: no corrupt text, a word that the tokenizer does not know, an answer that merges with the end of the
+                prompt, answers that no token tells apart, or a prompt that is empty or too long; names the prompt.
         """
         if text not in ("clean", "corrupt"):
             raise ValueError(f"text must be 'clean' or 'corrupt', not {text!r}.")

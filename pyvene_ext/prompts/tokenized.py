@@ -246,8 +246,8 @@ def tokenize_prompt(
         Its token ids, answer ids and positions.
 
     Raises:
-        ValueError: a word that the tokenizer does not know, an answer that merges with the end of the prompt, answers that no token
-            tells apart, a position without a token, or a prompt that is empty or too long.
+        ValueError: a word that the tokenizer does not know, an answer that merges with the end of the prompt, answers that no
+            token tells apart, a position without a token, or a prompt that is empty or too long.
     """
     ids, offsets = encode(tokenizer, text, where)
     io, s = (_continuation(tokenizer, text, ids, answer, where) for answer in answer_texts)
@@ -257,8 +257,8 @@ def tokenize_prompt(
         shared += 1
     if shared == min(len(io), len(s)):
         raise ValueError(
-            f"{where}: the tokens of one of the answers {answer_texts} begin the other's, so no token tells them apart; use other "
-            "names."
+            f"{where}: the tokens of one of the answers {answer_texts} begin the other's, so no token tells them apart; use "
+            "other names."
         )
     if shared and answers == "first_token":
         raise ValueError(
