@@ -29,10 +29,10 @@ from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.devices import (
-    agreed,
-    from_first,
-    gathered,
+    all_gather,
+    broadcast_from_main,
     is_main_process,
+    on_all_ranks,
     processes,
 )
 from pyvene_ext.prompts import shipped
@@ -293,11 +293,11 @@ def test_a_process_may_be_slower_than_the_launchs_time_limit(launch: Any) -> Non
 def test_values_are_gathered_in_the_order_of_processes(launch: Any) -> None:
     def exchange() -> dict[str, np.ndarray]:
         rank = processes().process_index
-        return {"all": np.array(gathered(rank * 10)), "first": np.array(from_first(lambda: rank * 10 + 1))}
+        return {"all": np.array(all_gather(rank * 10)), "first": np.array(broadcast_from_main(lambda: rank * 10 + 1))}
 
     for found in launch(exchange).both:
         assert found["all"].tolist() == [0, 10] and found["first"] == 1
-    assert gathered("one") == ["one"] and from_first(lambda: "one") == "one"
+    assert all_gather("one") == ["one"] and broadcast_from_main(lambda: "one") == "one"
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -306,7 +306,7 @@ def test_an_error_of_one_process_is_raised_in_all(who: int, launch: Any) -> None
         if processes().process_index == who:
             raise ValueError(f"process {who} cannot.")
 
-    assert launch(lambda: agreed(refuse)).sentences == [f"process {who} cannot."] * 2
+    assert launch(lambda: on_all_ranks(refuse)).sentences == [f"process {who} cannot."] * 2
 
 
 # -- as a user launches it ---------------------------------------------------------------------------------------------
