@@ -90,11 +90,26 @@ def write_npy(path: str | Path, array: np.ndarray) -> None:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table, its columns named as in the first row; NaN is an empty cell."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
+    """Write a table, its columns in the order in which rows first name them; None and NaN are empty cells."""
+    import pandas as pd  # takes a second to import, and most programs write no table
+
+    # As objects, else a column of 1 and 0.5 would be written as 1.0 and 0.5.
+    table = pd.DataFrame(list(rows), dtype=object)
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\r\n")  # as RFC 4180 has it
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, their cells as text by column. Raises ValueError, naming the file, if it is not one."""
+    # Not with pandas, which fills up short rows, takes cells in excess for an index and renames columns, all without a word.
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file ({error}); save the table as CSV, in UTF-8.") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} has rows of unequal length; give each a cell for every column of the first line.")
+    return rows
 
 
 def parse_json(text: str | bytes) -> Any:
