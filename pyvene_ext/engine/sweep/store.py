@@ -115,9 +115,9 @@ class Store:
         try:
             self._lock.acquire()
         except Timeout:
-            told = owner.read_text(encoding="utf-8").strip() if owner.exists() else ""
+            told = (owner.read_text(encoding="utf-8").strip() if owner.exists() else "") or "just started"
             raise ValueError(
-                f"{self.folder} is in use by another process ({told or 'just started'}); wait for its end, or choose another folder."
+                f"{self.folder} is in use by another process ({told}); wait for its end, or choose another folder."
             ) from None
         owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
