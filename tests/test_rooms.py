@@ -1,4 +1,4 @@
-"""The map of the house, drawn from its imports: rooms in their order, arrows one way, no circles (`python tests/test_rooms.py`)."""
+"""The map of the house from its imports: rooms in their order, arrows one way, no circles (`python tests/test_rooms.py`)."""
 
 from __future__ import annotations
 

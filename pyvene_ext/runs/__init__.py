@@ -5,4 +5,9 @@ Numbers are computed before they come here; the page that shows a run is `report
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from pyvene_ext.io.files import write_csv, write_json, write_yaml
+from pyvene_ext.io.seeds import rng
+
+__getattr__, __dir__, _ = lazy_loader.attach(__name__, ["figures"], {"metadata": ["metadata"]})
+
+__all__ = ["figures", "metadata", "rng", "write_csv", "write_json", "write_yaml"]

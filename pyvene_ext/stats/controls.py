@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Num
 from scipy import stats
 
+from pyvene_ext.stats import intervals
 from pyvene_ext.stats.intervals import (
-    _BOOTSTRAP_CELLS,
     Interval,
 )
 
@@ -104,7 +104,7 @@ def strata_test(
     member = np.array([[name == stratum for stratum in strata] for name in names], np.float64)
     sizes, centred = member.sum(1), values - values.mean()
     observed, as_far, each = member @ centred / sizes, 0, np.zeros(len(names))
-    step = max(1, _BOOTSTRAP_CELLS // values.size)
+    step = max(1, intervals.AT_ONCE // values.size)
     for start in range(0, n_resamples, step):
         count = min(step, n_resamples - start)
         permuted = rng.permuted(np.tile(centred, (count, 1)), axis=1) @ member.T / sizes

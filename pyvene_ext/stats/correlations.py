@@ -11,8 +11,8 @@ from jaxtyping import Float, Int, Num
 from scipy import stats
 
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.stats import intervals
 from pyvene_ext.stats.intervals import (
-    _BOOTSTRAP_CELLS,
     _percentile_interval,
 )
 
@@ -143,7 +143,7 @@ def _bootstrap(
 ) -> Float[np.ndarray, "coefficient resample"]:
     """Pearson (row 0) and Spearman (row 1) of resampled pairs; nan where a resample is constant."""
     coefficients = np.empty((2, n_resamples))
-    step = max(1, _BOOTSTRAP_CELLS // x.size)
+    step = max(1, intervals.AT_ONCE // x.size)
     for start in range(0, n_resamples, step):
         stop = min(start + step, n_resamples)
         picked = rng.integers(x.size, size=(stop - start, x.size))

@@ -10,7 +10,7 @@ from jaxtyping import Float, Num
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-_BOOTSTRAP_CELLS = 4_000_000  # resampled numbers held at once: 32 MB an array
+AT_ONCE = 4_000_000  # resampled numbers held at once: 32 MB an array
 
 
 class Interval(NamedTuple):
@@ -81,7 +81,7 @@ def paired_bootstrap(
         (difference,),
         np.mean,
         n_resamples=n_resamples,
-        batch=max(1, _BOOTSTRAP_CELLS // difference.size),
+        batch=max(1, AT_ONCE // difference.size),
         method="percentile",
         rng=rng,
     ).confidence_interval

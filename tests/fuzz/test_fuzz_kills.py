@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvene_ext import runs
 from pyvene_ext.engine.plain import Result
 from pyvene_ext.engine.sweep import (
     frequencies,
@@ -25,6 +24,7 @@ from pyvene_ext.engine.sweep import (
     sweep,
 )
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io import files as io_files
 from pyvene_ext.io.files import write_json
 from pyvene_ext.methods.attribution.screen import screened
 from pyvene_ext.methods.patching.patch import patch
@@ -56,7 +56,7 @@ class Killed(BaseException):
 def killed_at(operation: int, after: bool) -> Iterator[None]:
     """The process dies at its n-th replacement of a file, just before it or just after."""
     left = [operation]
-    real = runs.os.replace
+    real = io_files.os.replace
 
     def replace(*args: Any) -> None:
         left[0] -= 1
@@ -67,7 +67,7 @@ def killed_at(operation: int, after: bool) -> Iterator[None]:
         real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.os, "replace", replace)
+        patch.setattr(io_files.os, "replace", replace)
         yield
 
 

@@ -1156,7 +1156,7 @@ def test_a_model_without_a_vocabulary_is_refused_before_it_runs(spec: Patch) -> 
 def test_a_patch_without_source_prompts_is_sent_to_patch(run_it: Callable[..., Any]) -> None:
     for specs in (A(**HEAD), [(A(**HEAD), Ablation(kind="zero", site="mlp_out", layer=1))]):
         with pytest.raises(
-            ValueError, match=r"z.0.0:patch takes its activations from source prompts; call .*patching.patch"
+            ValueError, match=r"z.0.0:patch takes its activations from source prompts; call .*pyvene_ext.patch"
         ):
             run_it(_model("gpt2"), specs, BASE, progress=False)
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from pyvene_ext import runs, stats
+from pyvene_ext import stats
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.stats import intervals
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +146,7 @@ def test_bootstrap_in_many_small_blocks_gives_the_same_interval(monkeypatch):
     generator = np.random.default_rng(7)
     a, b = generator.random((2, 4, 6))
     whole = stats.correlate_heads(a, b, n_resamples=100)
-    monkeypatch.setattr(stats, "_BOOTSTRAP_CELLS", 24 * 7)
+    monkeypatch.setattr(intervals, "AT_ONCE", 24 * 7)
     assert stats.correlate_heads(a, b, n_resamples=100) == whole
 
 
@@ -451,7 +453,7 @@ def test_r_squared_of_a_case_worked_by_hand() -> None:
 
 def test_cluster_shares_take_whole_groups() -> None:
     groups = np.array([4, 7, 4, 9, 7, 4])
-    shares = stats.cluster_shares(groups, runs.rng(0, "shares"), 500)
+    shares = stats.cluster_shares(groups, rng(0, "shares"), 500)
     assert shares.shape == (500, 6)
     assert (shares[:, groups == 4] == shares[:, :1]).all() and (shares[:, groups == 7] == shares[:, 1:2]).all()
     assert (shares[:, 0] + shares[:, 1] + shares[:, 3] == 3).all()
@@ -469,7 +471,7 @@ def test_the_strata_test_is_that_of_all_permutations() -> None:
     observed = distances(values)
     every = np.array([distances(np.array(order)) for order in itertools.permutations(values)])
     exact = (every >= np.array(observed) - 1e-12).mean(0)
-    found = stats.strata_test(values, strata, runs.rng(0, "strata"), 20_000)
+    found = stats.strata_test(values, strata, rng(0, "strata"), 20_000)
     assert list(found.each) == ["a", "b", "c"]
     np.testing.assert_allclose(np.array([*found.each.values(), found.p]), exact, atol=0.015)
 
@@ -478,10 +480,10 @@ def test_strata_that_differ_are_told_from_those_that_do_not(monkeypatch: pytest.
     generator = np.random.default_rng(0)
     strata = ["low"] * 60 + ["high"] * 60
     other = (generator.random(120) < np.repeat([0.9, 0.3], 60)).astype(float)
-    found = stats.strata_test(other, strata, runs.rng(0, "strata"), 999)
+    found = stats.strata_test(other, strata, rng(0, "strata"), 999)
     assert found.p == found.each["low"] == found.each["high"] == 0.001
-    alike = [stats.strata_test((generator.random(120) < 0.5), strata, runs.rng(n, "strata"), 199).p for n in range(60)]
+    alike = [stats.strata_test((generator.random(120) < 0.5), strata, rng(n, "strata"), 199).p for n in range(60)]
     assert 0.3 < np.mean(alike) < 0.75 and np.mean(np.array(alike) <= 0.05) < 0.15
-    assert stats.strata_test(other, ["all"] * 120, runs.rng(0, "strata"), 99).p == 1
-    monkeypatch.setattr(stats, "_BOOTSTRAP_CELLS", 240)  # in many small blocks
-    assert stats.strata_test(other, strata, runs.rng(0, "strata"), 99).p == 0.01
+    assert stats.strata_test(other, ["all"] * 120, rng(0, "strata"), 99).p == 1
+    monkeypatch.setattr(intervals, "AT_ONCE", 240)  # in many small blocks
+    assert stats.strata_test(other, strata, rng(0, "strata"), 99).p == 0.01

@@ -315,8 +315,8 @@ SCRIPT = """
     import os, signal, sys
     from pathlib import Path
     import numpy as np
-    from pyvene_ext.devices import processes
-    from pyvene_ext.sweep.execute import Executor
+    from pyvene_ext.models.devices import processes
+    from pyvene_ext.engine.sweep.execute import Executor
     from tests.pyvene_ext.test_sweep_processes import swept, run_few_waves
 
     folder = Path(sys.argv[1])

@@ -1,2 +1,0 @@
-from . import figures as figures
-from .metadata import metadata as metadata
