@@ -43,9 +43,8 @@ def read_token_list(path: str | Path) -> list[int]:
         raise ValueError(f"{path} holds {total} token ids; give at most {MOST}.")
     ids = [number for numbers in lists for number in numbers]
     if odd := [number for number in ids if type(number) is not int or not 0 <= number < 2**31]:
-        nested = not isinstance(odd[0], str | int | float | None)
-        huge = isinstance(odd[0], int) and odd[0].bit_length() > 64  # of too many digits to be written, maybe
-        what = f"a {type(odd[0]).__name__}" if nested else "a huge number" if huge else repr(str(odd[0])[:40])
+        plain = isinstance(odd[0], str | int | float | None)
+        what = repr(str(odd[0])[:40]) if plain else f"a {type(odd[0]).__name__}"
         raise ValueError(f"{path} holds {what} where a token id belongs; give a list of whole numbers from 0.")
     return ids
 

@@ -97,8 +97,7 @@ def test_a_pickle_that_imports_anything_is_refused_and_runs_nothing(name: str, t
         ([[[1]]], "a list"),
         ([[-5]], "'-5'"),
         ([2**31], "'2147483648'"),
-        ([2**90], "a huge number"),
-        ([1, 2**20000], "a huge number"),
+        ([1, 2**90], f"'{2**90}'"),
     ],
 )
 def test_a_pickle_of_other_plain_data_is_refused_as_json_is(value: Any, what: str, tmp_path: Path) -> None:
@@ -128,7 +127,6 @@ def test_these_pickles_do_run_something_when_they_are_loaded(tmp_path: Path) -> 
         b"K\x01l.",
         b"\x80\x04\x8b\xff\xff\xff\x7f.",  # a number of 2 GB that is not there
         b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".",  # as many bytes
-        b"I" + b"9" * 10_000 + b"\n.",
         b"\x80\x02\x82\x01.",  # an extension code
         b"Pname\n.",
     ],
