@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,8 @@ def test_rows_of_unequal_length_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=r"a\.csv has rows of unequal length"):
         read_csv(tmp_path / "a.csv")
+
+
+def test_pandas_is_imported_with_the_first_table_only() -> None:
+    code = "import sys, pyvene_ext, pyvene_ext.io.cli, pyvene_ext.io.files; sys.exit('pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
