@@ -35,9 +35,9 @@ they change. A page written by `pyvene_ext.report` contains plotly.js (MIT).
 
 All of it is MIT, like the code:
 
-* `pyvene_ext/tiny/` (weights, tokenizers, losses) was trained here by `experiments/train_tiny_models.py`, on text that
-  `experiments/tiny_tasks.py` makes; no weight, tokenizer or text of others went into it;
-* `experiments/prompts/` was made by `experiments/make_prompts.py` from its own templates and word lists;
+* `pyvene_ext/tiny/` (weights, tokenizers, losses) was trained here by `experiments/tiny/train_tiny_models.py`, on text that
+  `pyvene_ext/prompts/tiny_tasks.py` makes; no weight, tokenizer or text of others went into it;
+* `pyvene_ext/prompts/data/` was made by `experiments/tiny/make_prompts.py` from its own templates and word lists;
 * `experiments/known_heads.json` lists numbers of heads as published, which are facts.
 
 Models, tokenizers and data sets that you name on a hub are fetched when a study runs, and come under their own licences.
@@ -120,7 +120,9 @@ def text() -> str:
     asked, askers = direct(), brought()
     rows = ["| package | licence | needed by |", "|---|---|---|"]
     for package in sorted(askers):
-        rows.append(f"| {package} | {licences()[package]} | {asked.get(package) or ', '.join(sorted(askers[package]))} |")
+        rows.append(
+            f"| {package} | {licences()[package]} | {asked.get(package) or ', '.join(sorted(askers[package]))} |"
+        )
     words = "\n".join(f"* {package}: {words}" for package in sorted(askers) if (words := explained(package)))
     return HEAD + "\n" + "\n".join(rows) + "\n" + FOOT.format(explained=words)
 

@@ -32,7 +32,6 @@ import numpy as np
 from jaxtyping import Float, Float32
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from prompt_sets import both_texts, find_prompts
 
 from modelcards import n_layers
 from pyvene_ext.intervenable.statistics import Reference
@@ -45,20 +44,22 @@ from pyvene_ext.io.files import (
     write_json,
     write_npy,
 )
-from pyvene_ext.methods.attribution.atp import atp, atp_star, check_patches
+from pyvene_ext.methods.attribution.atp import atp, atp_star, resolve_patches
 from pyvene_ext.methods.attribution.edges import (
     EdgeMethod,
     EdgeScores,
     check_edges,
     edge_attribution,
 )
+from pyvene_ext.methods.patching.pairs import both_texts
 from pyvene_ext.methods.patching.patch import all_patches
 from pyvene_ext.models.devices import choose_device, is_main_process
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import Answers
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard, unfinished_in
 from pyvene_ext.specs.graph import Node
 from pyvene_ext.specs.joint import needs
@@ -123,12 +124,12 @@ def main(config: Config) -> None:
         raise ValueError(f"no pair of {config.dataset} has prompts of equal length in tokens; edges need such pairs.")
     base, source = (some.take(kept) for some in (clean, corrupt)[:: 1 if config.direction == "noise" else -1])
     patches = [spec for site in SITES for spec in all_patches(model.config, site)]
-    check_patches(model, patches, base, source, config.metric, qk_fix=True)
+    resolve_patches(model, patches, base, source, config.metric, qk_fix=True)
     for method in config.edges:
         check_edges(model, base, source, config.metric, method, config.steps)
 
     # Every patch exactly, then by gradients.
-    wanted: dict[str, Any] = needs(patches)
+    wanted = needs(patches)._asdict()
     memory = None if config.memory is None else int(config.memory * 2**30)
     with unfinished_in(folder / "unfinished", model, patches, base, config.metric, memory=memory) as sweep:
         reference = Reference.compute(model, source, **wanted, batch_size=config.batch_size, cache_dir=None)

@@ -61,7 +61,6 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from prompt_sets import find_prompts
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from translation_heads import Config as Attention
@@ -80,7 +79,7 @@ from translation_heads import (
 )
 
 from modelcards import n_heads, n_layers, n_positions
-from pyvene_ext.engine.compile import check_specs
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep.run import sweep
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
@@ -115,9 +114,10 @@ from pyvene_ext.prompts.parallel import (
     word_prompts,
 )
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
@@ -321,7 +321,7 @@ def sets(study: Study) -> Done:
     specs_of = {kind: [heads_together(heads, kind, **fields) for _, heads in chosen] for kind in config.kinds}
     tasks = {"": study.asked.plus} | ({} if study.other is None else {"other_": study.other})
     for prompts in tasks.values():  # now, not when half of the kinds are done
-        check_specs([spec for specs in specs_of.values() for spec in specs], model, prompts, prompts)
+        resolve([spec for specs in specs_of.values() for spec in specs], model, prompts)
     rows: Rows = []
     values: dict[str, np.ndarray] = {}
     for kind, specs in specs_of.items():

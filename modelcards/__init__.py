@@ -1,7 +1,10 @@
-"""Model cards for pyvene: what the families of `modelcards.CARDS` look like to it.
+"""Model cards for pyvene: where the components of 23 families of decoders live.
 
-import modelcards
-modelcards.register()      # pyvene.IntervenableModel now knows every component of `modelcards.COMPONENTS`
+    import modelcards
+    modelcards.register()      # pyvene.IntervenableModel now knows every component of `modelcards.COMPONENTS`
+
+`modelcards/<family>/modelings_intervenable_<family>.py` binds pyvene's own dictionaries, for plain pyvene. Their names begin with
+transformers' folder of the architecture, as pyvene's do: `llama_type_to_module_mapping` lies in `llama3_1`.
 """
 
 import contextlib

@@ -1,17 +1,16 @@
-"""Taps: places that no module of a transformers model computes, made visible while a `with Taps(...)` lasts.
+"""Taps: modules at places that no module of a transformers model outputs, there while a `with Taps(...)` lasts.
 
-Rotated queries and keys, attention scores and pattern live inside one attention function; per-head contributions are summed
-inside one matrix product; what Granite adds to the residual is multiplied, and Gemma 2's logits are soft-capped, in the model's
-own forward; one projection may make queries, keys and values; experts see tokens without their batch. For each such place that a
-config names, `Taps` puts an `nn.Identity` child where the card says, so that an ordinary hook on an ordinary module reads and
-edits it.
+Rotated queries and keys, scores and pattern are local to one attention function; per-head contributions are summed inside one
+matrix product; Granite multiplies what it adds to the residual, and Gemma 2 soft-caps its logits, in the model's own forward; one
+projection may make queries, keys and values; experts receive tokens without their batch. For each such place that a config names,
+`Taps` adds an `nn.Identity` child where the card says, so that an ordinary hook on an ordinary module reads and edits it.
 
     with Taps(model, card_of(model), [("attention_pattern", 3), ("head_contribution", 5)]):
         model.model.layers[3].self_attn.tap_pattern.register_forward_hook(...)
 
-Inside, the named layers' attention runs through `tapped_attention`, registered once with transformers' AttentionInterface and
-switched on by giving that one attention module a copied config; the model's config, and so the masks it makes, stay as they are.
-After the block nothing is left: no child, no hook, no config. Layers not named are never touched.
+Meanwhile the attention of the named layers runs through `tapped_attention`, which is registered once with transformers'
+AttentionInterface and selected by a copied config on that one attention module; the model's config, and so the masks it makes,
+stay as they are. Afterwards no child, hook or config is left. Layers not named are never touched.
 
 Every tap carries [batch pos heads*width], heads side by side as in a projection's output (scores and pattern: [batch n_query
 n_head*n_key]), because that is the layout pyvene splits into heads, gathers and scatters exactly.
@@ -33,13 +32,13 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from modelcards.components import dimensions
+from modelcards.template import PREFIX, at_layer
 
 if TYPE_CHECKING:
     from modelcards.card import Card
 
 IMPLEMENTATION = "pyvene_taps"
 MASKS_UNDERSTOOD = ("eager", "sdpa")
-PREFIX = "tap_"
 FUSED = "tap_fused_"
 INSIDE_ATTENTION = ("tap_query", "tap_key", "tap_scores", "tap_pattern")
 
@@ -56,19 +55,26 @@ def tapped_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers computes it, passing through the taps that `module` has at the moment.
+    """Compute attention as transformers does, through the taps that `module` has at the moment.
+
+    An edit cannot unmask a key: masked scores are -inf and masked pattern entries 0 whatever a hook returned. A row whose scores
+    are all -inf (a padded query, or an ablated head) attends to nothing and its output is 0, never NaN.
 
     Args:
+        module: the attention module.
         query: `batch n_head n_query d_head`, rotated.
-        key, value: `batch n_kv_head n_key d_head`, rotated, with the cached positions first.
-        attention_mask: what transformers made for the model's own implementation: None (plain causal), bool (True = may look)
-            or additive float. Sliding windows and padding are in it.
+        key: `batch n_kv_head n_key d_head`, rotated, with the cached positions first.
+        value: as `key`, not rotated.
+        attention_mask: what transformers made for the model's own implementation: None (plain causal), bool (True = visible) or
+            additive float. It includes sliding windows and padding.
+        scaling: of the scores; by default 1 / sqrt(d_head).
+        dropout: probability, in training.
+        softcap: of the scores, before the mask.
+        is_causal: where there is no mask; by default as `module` says.
 
     Returns:
-        `batch n_query n_head d_head`, and the pattern `batch n_head n_query n_key` where the model's own implementation has one.
-
-    An edit cannot open what the mask closed: masked scores are -inf and masked pattern entries 0 whatever a hook returned. A row
-    whose scores are all -inf (a padded query, or an ablated head) attends to nothing and its output is 0, never NaN.
+        `batch n_query n_head d_head`, and the pattern `batch n_head n_query n_key` where the model's own implementation returns
+        it.
     """
     query = _through(module, "tap_query", query)
     key = _through(module, "tap_key", key)
@@ -90,12 +96,12 @@ def tapped_attention(
     pattern = _through(module, "tap_pattern", pattern).masked_fill(~visible, 0.0)
     pattern = nn.functional.dropout(pattern, p=dropout, training=module.training)
     output = (pattern @ value).transpose(1, 2).contiguous()
-    # `output_attentions` lists what layers return: under sdpa none of them does, and one more would shift their numbers.
+    # `output_attentions` collects what layers return: under sdpa none does, and a single one would be taken for layer 0's.
     return output, pattern if getattr(module.config, "tapped_from", IMPLEMENTATION) != "sdpa" else None
 
 
 def _through(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    """Pass `batch heads pos d` through a tap, which sees `batch pos heads*d`."""
+    """Pass `batch heads pos d` through a tap, as `batch pos heads*d`."""
     tap = getattr(module, name, None)
     if tap is None:
         return x
@@ -107,7 +113,17 @@ def _through(module: nn.Module, name: str, x: Tensor) -> Tensor:
 def visible_keys(
     module: nn.Module, scores: Tensor, mask: Tensor | None, is_causal: bool | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Which keys each query may look at (`1|batch 1|n_head n_query n_key`), and the finite part of a float mask."""
+    """Read a mask.
+
+    Args:
+        module: the attention module.
+        scores: `batch n_head n_query n_key`.
+        mask: as `tapped_attention` gets it.
+        is_causal: where there is no mask; by default as `module` says.
+
+    Returns:
+        Which keys each query may attend to (`1|batch 1|n_head n_query n_key`), and the finite part of a float mask.
+    """
     n_query, n_key = scores.shape[-2:]
     if mask is None:
         everything = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device)
@@ -127,18 +143,23 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 class Taps:
-    """The taps that some (component, layer) pairs need; a context manager that can be entered again and again.
+    """The taps that some (component, layer) pairs need, as a reusable context manager.
 
     Args:
-        model: a transformers model of a class that `card` describes.
+        model: a transformers model of a class that `card` covers.
         card: the model's card (`modelcards.card_of(model)`).
-        places: the (component, layer) pairs a config names; those that are ordinary modules need no tap.
+        places: the (component, layer) pairs that a config names; those that are ordinary modules need no tap.
+
+    Raises:
+        ValueError: if a layer lacks the module that a tap belongs in, or, on entering, if the model's attention implementation or
+            a projection cannot be tapped.
+        RuntimeError: on entering, if the model has one of these taps already.
     """
 
     def __init__(self, model: Any, card: Card, places: Iterable[tuple[str, int]]) -> None:
         self.model = model
         self._post_norm_scale, self._split = card.post_norm_scale, card.fused
-        self._multiplier = card.times(model.config)
+        self._multiplier = card.residual_scale(model.config)
         self._taps: dict[str, tuple[nn.Module, str, nn.Identity]] = {}
         self._contributions: list[tuple[nn.Identity, nn.Module, nn.Module]] = []
         self._rows: dict[str, _Rows] = {}
@@ -170,7 +191,7 @@ class Taps:
             for path, (parent, name, tap) in self._taps.items():
                 if hasattr(parent, name):
                     raise RuntimeError(
-                        f"{name} is already on this model: finish the other intervened run before starting one."
+                        f"this model has {name} already: finish the other intervened run before starting one."
                     )
                 setattr(parent, name, tap)
                 self._undo.append(partial(delattr, parent, name))
@@ -196,12 +217,12 @@ class Taps:
             self._undo.pop()()
 
     def _redirect(self, attention: Any) -> None:
-        """Let this one attention module run through `tapped_attention`."""
+        """Run this one attention module through `tapped_attention`."""
         if attention.config._attn_implementation != IMPLEMENTATION:
             self._undo.append(partial(setattr, attention, "config", redirect(attention, IMPLEMENTATION)))
 
     def _fused(self, tap: nn.Identity, name: str, _: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
-        """Pass queries, keys or values through a tap, heads side by side, out of the output that holds all three."""
+        """Pass queries, keys or values, heads side by side, from the fused output through a tap."""
         assert self._split is not None
         sizes = dimensions(self.model.config)
         index = ("query", "key", "value").index(name.removeprefix(FUSED))
@@ -213,11 +234,11 @@ class Taps:
         return output.index_copy(-1, self._split(entries, sizes)[index].flatten(), edited)
 
     def _wire_contribution(self, tap: nn.Identity, projection: nn.Module, adder: nn.Module) -> None:
-        """Show `tap` what each head adds to the residual stream, and add to the sum what an edit changed.
+        """Pass what each head adds to the residual stream through `tap`, and add what an edit changes to the sum.
 
-        Without a post-norm that is z_h W_O^h, times what the residual multiplies it with, added where the output projection sums
-        it. With one (Gemma 2) each share is scaled as this very forward pass scaled the sum (the norm's scale frozen), and the
-        edit is added behind the norm.
+        Without a post-norm that is z_h W_O^h times the residual scale; an edit is added to the output projection's sum. With one
+        (Gemma 2) each share is scaled as this very forward pass scaled the sum (the norm's scale frozen), and an edit is added
+        after the norm.
         """
         post_norm_scale = self._post_norm_scale
         seen: dict[str, Tensor] = {}
@@ -225,7 +246,7 @@ class Taps:
         def add_what_changed(shares: Tensor, total: Tensor, multiplier: float = 1.0) -> Tensor | None:
             flat = shares.flatten(2) * multiplier
             edited = tap(flat)
-            if edited is flat:  # nobody edited: keep the model's own sum, to the last bit
+            if edited is flat:  # no edit: keep the model's own sum, to the last bit
                 return None
             return total + (edited - flat).view_as(shares).sum(2) / multiplier
 
@@ -247,9 +268,9 @@ class Taps:
 
 
 class _Rows:
-    """A tap on a module that is given tokens as rows, without their batch: router, experts, and the MLP of some families.
+    """A tap on a module that receives tokens as rows, without their batch: router, experts, and the MLP of some families.
 
-    The tap sees `batch pos d`; the batch is that of the block the module is in.
+    The tap gets `batch pos d`; the batch is that of the block around the module.
     """
 
     def __init__(self, module: nn.Module, tap: nn.Identity, block: nn.Module) -> None:
@@ -257,7 +278,7 @@ class _Rows:
         self.shape: torch.Size = torch.Size()
 
     def hook(self, name: str) -> list[Callable[[], None]]:
-        """Start; returns what ends it."""
+        """Register the hooks; returns what removes them."""
 
         def entering(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self.shape = (args[0] if args else kwargs["hidden_states"]).shape[:-1]
@@ -271,7 +292,7 @@ class _Rows:
         return [handle.remove for handle in handles]
 
     def _through(self, rows: Tensor) -> Tensor | None:
-        """What the tap makes of rows, which may already have their batch; None if nobody edited."""
+        """Pass rows, which may have their batch already, through the tap; None without an edit."""
         seen = rows if rows.ndim > 2 else rows.view(*self.shape, -1)
         edited = self.tap(seen)
         return None if edited is seen else edited.view_as(rows)
@@ -283,7 +304,7 @@ class _Rows:
         edited = self._through(output[0])
         if edited is None:
             return None
-        # The model's own softmax and choice, of logits that are given: its router, with the identity for a weight.
+        # The model's own softmax and choice on the edited logits: its router with the identity as weight.
         twin = copy.copy(router)
         twin._parameters = {"weight": torch.eye(edited.shape[-1], dtype=edited.dtype, device=edited.device)}
         twin.hidden_dim = edited.shape[-1]
@@ -291,10 +312,10 @@ class _Rows:
 
     def _experts(self, experts: Any, args: tuple[Tensor, Tensor, Tensor], output: Tensor) -> Tensor | None:
         rows, chosen, weights = args
-        nobody = torch.full_like(chosen, experts.num_experts)
-        one_by_one = inspect.unwrap(type(experts).forward)  # and not all in one product, which takes no `nobody`
+        no_expert = torch.full_like(chosen, experts.num_experts)
+        one_by_one = inspect.unwrap(type(experts).forward)  # not the grouped product, which cannot skip a token
         parts = [
-            one_by_one(experts, rows, torch.where(chosen == expert, chosen, nobody), weights)
+            one_by_one(experts, rows, torch.where(chosen == expert, chosen, no_expert), weights)
             for expert in range(experts.num_experts)
         ]
         flat = torch.stack(parts, 1).flatten(1)
@@ -305,7 +326,7 @@ class _Rows:
 
 
 def _added(tap: nn.Identity, multiplier: float, _: nn.Module, __: tuple, output: Any) -> Any:
-    """Pass what a module adds to the residual, which the block multiplies, through a tap."""
+    """Pass what a block adds to the residual, a module's output times a multiplier, through a tap."""
     first, *rest = output if isinstance(output, tuple) else (output,)
     seen = first * multiplier
     edited = tap(seen)
@@ -315,7 +336,18 @@ def _added(tap: nn.Identity, multiplier: float, _: nn.Module, __: tuple, output:
 
 
 def redirect(attention: Any, implementation: str) -> Any:
-    """Give one attention module a config of its own that names `implementation`; returns the one it had, to be put back."""
+    """Switch one attention module to another attention implementation, by a config of its own.
+
+    Args:
+        attention: the module.
+        implementation: a name in transformers' AttentionInterface.
+
+    Returns:
+        The config it had, to be put back.
+
+    Raises:
+        ValueError: if the model's own implementation makes masks of another form.
+    """
     own = attention.config
     named = own._attn_implementation
     if named not in MASKS_UNDERSTOOD:
@@ -331,7 +363,7 @@ def redirect(attention: Any, implementation: str) -> Any:
 
 
 def output_weight(projection: Any) -> Tensor | None:
-    """The weight of a plain projection as `d_in d_out`; None if it is quantised, adapted or offloaded and cannot be sliced."""
+    """Return a plain projection's weight as `d_in d_out`; None if it is quantised, adapted or offloaded and cannot be sliced."""
     weight = projection.weight
     if type(projection) not in (nn.Linear, Conv1D, FalconLinear) or not weight.is_floating_point() or weight.is_meta:
         return None
@@ -339,7 +371,19 @@ def output_weight(projection: Any) -> Tensor | None:
 
 
 def head_shares(z: Tensor, projection: Any, heads: int) -> Tensor:
-    """z_h W_O^h for every head: `batch pos n_head*d_head` -> `batch pos n_head d_model`; the bias belongs to no head."""
+    """Compute z_h W_O^h for every head; the bias belongs to no head.
+
+    Args:
+        z: `batch pos n_head*d_head`, input of the output projection.
+        projection: attention's output projection.
+        heads: number of heads.
+
+    Returns:
+        `batch pos n_head d_model`.
+
+    Raises:
+        ValueError: if the projection's weight cannot be split by heads.
+    """
     weight = output_weight(projection)
     if weight is None and not projection.weight.is_meta:
         raise ValueError(
@@ -354,14 +398,9 @@ def head_shares(z: Tensor, projection: Any, heads: int) -> Tensor:
 
 
 def _logits_through_tap(model: Any, args: tuple, output: Any) -> Any:
-    """Pass the logits of a finished forward pass through the model's tap (a loss, if any, was computed before)."""
+    """Pass the logits of a forward pass through the model's tap; its loss, if any, is computed from those before."""
     if isinstance(output, tuple):
         place = next(index for index, value in enumerate(output) if value.ndim == 3)
         return (*output[:place], model.tap_logits(output[place]), *output[place + 1 :])
     output["logits"] = model.tap_logits(output["logits"])
     return output
-
-
-def at_layer(path: str, layer: int) -> str:
-    """A card's path at one layer, as torch writes it: `layers[%s].mlp` -> `layers.3.mlp`."""
-    return (path % layer if "%s" in path else path).replace("[", ".").replace("]", "")

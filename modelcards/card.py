@@ -1,19 +1,23 @@
-"""A card: what a family looks like to pyvene, class by class, and what its residual stream is."""
+"""A card: where each component of a family lives, class by class, and how its blocks add to the residual stream."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from pyvene.models.constants import CONST_OUTPUT_HOOK
 from torch import Tensor, nn
 
-from modelcards.attention_taps import PREFIX, at_layer
 from modelcards.components import COMPONENTS, Component, dimensions
-from modelcards.template import Mapping, within
+from modelcards.template import PREFIX, Mapping, at_layer, within
+
+# Families that have a component, by its name. `modelcards.register`, which alone knows all cards, fills it in.
+FAMILIES_WITH: dict[str, list[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -22,26 +26,30 @@ class Card:
 
     Attributes:
         family: the card's folder.
-        model_type: transformers' `config.model_type`.
-        mappings: module mapping of each class the card covers.
-        dimension_mapping: pyvene's dimension mapping, the same for all of them.
-        checkpoint: a published model of the family.
-        post_norm_scale: elementwise scale of a norm between attention's output projection and the residual, if there is one.
-        residual_multiplier: what a model multiplies the outputs of attention and MLP with as it adds them to the residual, by its
-            config; None: 1. `attention_contribution` and `mlp_contribution` are behind it.
-        fused: where one projection makes queries, keys and values, these three as views `batch pos head d_head` of what it puts
-            out, given that and the model's dimensions.
-        sums_inside: what attention's module returns is the residual with what attention adds, not that alone.
+        name: pyvene's name of the family, with which its dictionaries begin.
+        plain: module mapping of each class the card covers, as plain pyvene can take it.
+        plain_widths: pyvene's dimension mapping for these.
+        mappings: the same with the overlay: taps, and places where plain pyvene's edits in place do harm.
+        dimension_mapping: the same for these.
+        create: loads a checkpoint of the family: (config, tokenizer, model).
+        post_norm_scale: elementwise scale of the norm between attention's output projection and the residual, if there is one.
+        residual_multiplier: the factor with which attention's and the MLP's outputs are added to the residual, from the config;
+            None for 1. `attention_contribution` and `mlp_contribution` include it.
+        fused: where one projection makes queries, keys and values, takes its output apart: given that and the model's dimensions,
+            returns the three as views `batch pos head d_head`.
+        sums_inside: whether the attention module returns the residual stream with what it adds, not that alone.
         absent: why the family lacks components that others have, by name; ends a sentence that begins with the family.
-        covers: whether a model with this config is what the card says; None: every one.
-        covered: the same in words, for the sentence that refuses another.
+        covers: whether the card holds for a model with this config; None if it holds for all.
+        covered: the same in words, for the error.
     """
 
     family: str
-    model_type: str
+    name: str
+    plain: dict[type[nn.Module], Mapping]
+    plain_widths: Mapping
     mappings: dict[type[nn.Module], Mapping]
     dimension_mapping: Mapping
-    checkpoint: str = ""
+    create: Callable[..., tuple[Any, Any, Any]]
     post_norm_scale: Callable[[nn.Module, Tensor], Tensor] | None = None
     residual_multiplier: Callable[[Any], float] | None = None
     fused: Callable[[Tensor, dict[str, int]], tuple[Tensor, ...]] | None = None
@@ -53,31 +61,64 @@ class Card:
     @classmethod
     def of(
         cls,
-        family: str,
-        model_type: str,
+        declared: ModuleType,
         classes: tuple[type[nn.Module], ...],
-        places: Mapping,
-        widths: Mapping,
+        overlay: Mapping,
         *,
-        prefix: str = "model",
+        overlay_widths: Mapping | None = None,
         own_logits: bool = False,
         **fields: Any,
     ) -> Card:
-        """The card of a family from the places of its bare class.
+        """Make the card of a family from its dictionaries and an overlay.
 
         Args:
+            declared: the family's `modelings_intervenable_<family>`.
             classes: bare, causal language model and, if there is one, classifier.
-            places: module mapping of the bare class.
-            widths: pyvene's dimension mapping.
-            prefix: what the other classes call the bare model in them.
-            own_logits: the language model's forward changes what `lm_head` gives (soft-cap, scale) before it returns it.
+            overlay: entries for the bare class that plain pyvene cannot take.
+            overlay_widths: widths of these that no other component has, and counts that their split functions name.
+            own_logits: whether the language model's forward changes the output of `lm_head` (soft-cap, scale), so that its logits
+                are a tap.
             **fields: as the class has them.
+
+        Returns:
+            The card, with a mapping for each class.
         """
-        heads = ("tap_logits" if own_logits else "lm_head", "score")
-        mappings = {classes[0]: dict(places)}
-        for model_class, head in zip(classes[1:], heads, strict=False):
-            mappings[model_class] = {**within(prefix, places), "logits": (head, CONST_OUTPUT_HOOK)}
-        return cls(family, model_type, mappings, widths, **fields)
+        name = classes[0].__module__.split(".")[2]  # transformers' folder, after which pyvene names its own
+        plain = {
+            model_class: getattr(declared, f"{name}{role}_type_to_module_mapping")
+            for model_class, role in zip(classes, ("", "_lm", "_classifier"), strict=False)
+        }
+        plain_widths = getattr(declared, f"{name}_type_to_dimension_mapping")
+        mappings = {}
+        for model_class, places in plain.items():
+            prefix = places["block_input"][0].removesuffix(plain[classes[0]]["block_input"][0]).rstrip(".")
+            mappings[model_class] = {**places, **(within(prefix, overlay) if prefix else overlay)}
+        if own_logits:
+            mappings[classes[1]]["logits"] = (f"{PREFIX}logits", CONST_OUTPUT_HOOK)
+        # A component of the overlay is as wide as one of the dictionaries of the same width.
+        known = {COMPONENTS[key].width: names for key, names in plain_widths.items() if key in COMPONENTS}
+        derived = {key: known[COMPONENTS[key].width] for key in overlay if COMPONENTS[key].width in known}
+        return cls(
+            family=declared.__name__.split(".")[-2],
+            name=name,
+            plain=plain,
+            plain_widths=plain_widths,
+            mappings=mappings,
+            dimension_mapping={**plain_widths, **derived, **(overlay_widths or {})},
+            create=getattr(declared, f"create_{name}"),
+            **fields,
+        )
+
+    @property
+    def model_type(self) -> str:
+        """The `config.model_type` of transformers."""
+        bare: Any = next(iter(self.mappings))
+        return bare.config_class.model_type
+
+    @property
+    def checkpoint(self) -> str:
+        """The published model for which the card was written."""
+        return inspect.signature(self.create).parameters["name"].default
 
     @property
     def components(self) -> frozenset[str]:
@@ -86,57 +127,88 @@ class Card:
 
     @property
     def parallel(self) -> bool:
-        """Whether attention and MLP of a block read the same stream, so that none passes from one to the other."""
+        """Whether attention and MLP of a block read the same stream, so that the MLP does not see what attention adds."""
         return "resid_mid" not in self.components
 
     def mapping(self, model_class: type[nn.Module]) -> Mapping:
-        """The module mapping of a class of this card or of a subclass of one."""
+        """Return the module mapping of a class of this card, or of a subclass of one."""
         return self.mappings[next(base for base in model_class.__mro__ if base in self.mappings)]
 
     def is_tap(self, model: nn.Module, name: str) -> bool:
-        """Whether a component that the model has is no module's, but there within `Taps` only."""
+        """Return whether a component lives at a tap, which exists only within `Taps`."""
         return PREFIX in self.mapping(type(model))[name][0]
 
-    def times(self, config: Any) -> float:
-        """What the outputs of attention and MLP are multiplied with as they are added to the residual."""
+    def residual_scale(self, config: Any) -> float:
+        """Return the factor with which the outputs of attention and MLP are added to the residual stream."""
         return self.residual_multiplier(config) if self.residual_multiplier else 1.0
 
     def module(self, model: nn.Module, name: str, layer: int = 0) -> nn.Module:
-        """The module at whose input or output a component lives; of what only `Taps` makes visible, while it does.
+        """Return the module at whose input or output a component lives.
 
-        Raises ValueError, naming the family and what it lacks, if there is no such module.
+        Args:
+            model: a model of the family; for a component at a tap, within `Taps`.
+            name: the component.
+            layer: ignored for a component that exists once.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: if the family or this model has no such module.
         """
         self.component(model, name)
         path = at_layer(self.mapping(type(model))[name][0], layer)
         try:
             return model.get_submodule(path)
         except AttributeError:
-            why = "no module of the model puts it out" if PREFIX in path else f"layer {layer} has no such module"
-            raise ValueError(f"{name} of {self.family} cannot be had here: {why}.") from None
+            why = "no module of the model outputs it" if PREFIX in path else f"layer {layer} has no such module"
+            raise ValueError(f"{name} of {self.family} is not available here: {why}.") from None
 
     def component(self, model: nn.Module, name: str) -> Component:
-        """The component called `name`; a ValueError says what there is if this model has none of that name."""
+        """Return the component called `name`.
+
+        Args:
+            model: a model of the family.
+            name: the component.
+
+        Returns:
+            Its entry in the vocabulary.
+
+        Raises:
+            ValueError: if this model has none of that name; the error lists those it has.
+        """
         mapping = self.mapping(type(model))
         if name in mapping:
             return COMPONENTS[name]
-        from modelcards.register import CARDS  # which imports the cards, and so this module
-
-        elsewhere = list(dict.fromkeys(card.family for card in CARDS if name in card.components and card is not self))
-        there = f"only {', '.join(elsewhere)} and not {self.family} has it" if elsewhere else "no card has it"
-        if len(elsewhere) > 3:
-            there = f"{self.family} has none"
-        if name in self.absent:
-            there = f"{self.family} {self.absent[name]}"
+        elsewhere = FAMILIES_WITH.get(name, [])
         if name in self.components:
             there = f"{type(model).__name__} has none, other {self.family} classes do"
+        elif name in self.absent:
+            there = f"{self.family} {self.absent[name]}"
+        elif len(elsewhere) > 3:
+            there = f"{self.family} has none"
+        else:
+            there = f"only {', '.join(elsewhere)} and not {self.family} has it" if elsewhere else "no card has it"
         close = difflib.get_close_matches(str(name), mapping, n=1)
         if close and name not in COMPONENTS:
             there += f"; did you mean {close[0]!r}?"
-        known = ", ".join(sorted(mapping))
-        raise ValueError(f"unknown component {name!r} ({there}); {type(model).__name__} has: {known}.")
+        raise ValueError(
+            f"unknown component {name!r} ({there}); {type(model).__name__} has: {', '.join(sorted(mapping))}."
+        )
 
     def width(self, model: Any, name: str) -> int | None:
-        """Size of the last axis an intervention on `name` sees; None where it varies with the prompt."""
+        """Return the size of the last axis that an intervention on a component sees.
+
+        Args:
+            model: a model of the family.
+            name: the component.
+
+        Returns:
+            The size; None where it varies with the prompt.
+
+        Raises:
+            ValueError: if this model has no such component.
+        """
         named = self.component(model, name).width
         if named is None:
             return None

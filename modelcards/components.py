@@ -60,7 +60,7 @@ class Component:
 
 _LIST = (
     # The residual stream.
-    Component("embeddings", "what enters the first block", "d_model", field="embed", per_layer=False),
+    Component("embeddings", "input of the first block", "d_model", field="embed", per_layer=False),
     Component("block_input", "residual stream before the block", "d_model", field="resid_pre"),
     Component("resid_mid", "residual stream between attention and MLP", "d_model", field="resid_mid"),
     Component("block_output", "residual stream after the block", "d_model", field="resid_post"),
@@ -93,7 +93,7 @@ _LIST = (
     Component("mlp_neurons", "neurons: input of the down projection", "d_mlp", field="mlp_neurons"),
     Component("mlp_output", "output of the MLP, before any post-norm", "d_model"),
     # Experts.
-    Component("router_logits", "what the router thinks of each expert, before the softmax", "n_expert", field="router"),
+    Component("router_logits", "the router's logit of each expert, before the softmax", "n_expert", field="router"),
     Component(
         "expert_contribution", "what one expert adds to the MLP's output, weighted", "d_model", "n_expert", "expert"
     ),
@@ -112,10 +112,10 @@ def n_layers(config: Any) -> int:
 
 
 def n_positions(config: Any) -> int:
-    """How many tokens the model takes; without end where a distance costs attention and no position is learnt (BLOOM).
+    """Number of tokens that the model takes; sys.maxsize where attention is biased by distance and no position is learnt (BLOOM).
 
     Where rotary positions are scaled, max_position_embeddings is in some configs the length before that (Qwen2.5 with YaRN), in
-    others the one behind it; taken is the larger.
+    others the one after it; the larger counts.
     """
     if getattr(config, "alibi", False):
         return sys.maxsize
@@ -148,7 +148,7 @@ def head_dim(config: Any) -> int:
 
 
 def window(config: Any, layer: int) -> int | None:
-    """How many tokens a query of this layer may look at, itself and those just before it; None: all before it."""
+    """Number of tokens that a query of this layer attends to, itself and those just before it; None without a window."""
     types = getattr(config, "layer_types", None)
     if types is not None and types[layer] != "sliding_attention":
         return None

@@ -1,47 +1,21 @@
-"""The decoder that the rotary families share, as a pyvene module mapping; a card says what differs.
+"""The decoder that the rotary families share, as pyvene's mappings; a family's file says what differs.
 
-An entry is (path of the module, hook, split functions ...) in pyvene's format; `%s` is the layer. Paths ending in `tap_...` are
-places that `modelcards.attention_taps` makes visible during a run.
+An entry is in pyvene's format: (path of the module, hook, split functions ...); `%s` is the layer. This module needs pyvene and
+transformers only, so that a family's folder also works inside pyvene: copy it to `pyvene/models/` with this file beside it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK, split_head_and_permute
-from torch import Tensor
 
 Mapping = dict[str, tuple]
 
-
-# -- parts of what a module puts out, as views ---------------------------------------------------------------------------
-
-
-def first_of_two(x: Tensor, _: int) -> Tensor:
-    """The first half of the last axis."""
-    return x.chunk(2, -1)[0]
-
-
-def second_of_two(x: Tensor, _: int) -> Tensor:
-    """The second half of the last axis."""
-    return x.chunk(2, -1)[1]
-
-
-# -- queries, keys and values that one projection makes: views `batch pos head d_head` of what it puts out ------------------
-
-
-def side_by_side(x: Tensor, sizes: dict[str, int]) -> tuple[Tensor, ...]:
-    """All queries, all keys, all values."""
-    counts = [sizes[name] for name in ("n_head", "n_kv_head", "n_kv_head")]
-    return x.unflatten(-1, (sum(counts), -1)).split(counts, 2)
-
-
-def head_by_head(x: Tensor, sizes: dict[str, int]) -> tuple[Tensor, ...]:
-    """Each head's query, key and value."""
-    return x.unflatten(-1, (sizes["n_head"], 3, -1)).unbind(3)
-
+PREFIX = "tap_"  # begins the name of every module that only `modelcards.attention_taps.Taps` puts into a model
 
 BY_HEAD = (split_head_and_permute, "n_head")
 BY_KV_HEAD = (split_head_and_permute, "n_kv_head")
-BY_EXPERT = (split_head_and_permute, "n_expert")
 
 # -- where components live -----------------------------------------------------------------------------------------------
 
@@ -52,7 +26,6 @@ rotary_decoder_type_to_module_mapping: Mapping = {
     "block_output": ("layers[%s]", CONST_OUTPUT_HOOK),
     "attention_contribution": ("layers[%s].self_attn", CONST_OUTPUT_HOOK),
     "mlp_contribution": ("layers[%s].mlp", CONST_OUTPUT_HOOK),
-    "head_contribution": ("layers[%s].self_attn.tap_contribution", CONST_OUTPUT_HOOK, BY_HEAD),
     "attention_input": ("layers[%s].self_attn", CONST_INPUT_HOOK),
     "query_output": ("layers[%s].self_attn.q_proj", CONST_OUTPUT_HOOK),
     "key_output": ("layers[%s].self_attn.k_proj", CONST_OUTPUT_HOOK),
@@ -60,12 +33,6 @@ rotary_decoder_type_to_module_mapping: Mapping = {
     "head_query_output": ("layers[%s].self_attn.q_proj", CONST_OUTPUT_HOOK, BY_HEAD),
     "head_key_output": ("layers[%s].self_attn.k_proj", CONST_OUTPUT_HOOK, BY_KV_HEAD),
     "head_value_output": ("layers[%s].self_attn.v_proj", CONST_OUTPUT_HOOK, BY_KV_HEAD),
-    "query_rotated": ("layers[%s].self_attn.tap_query", CONST_OUTPUT_HOOK),
-    "key_rotated": ("layers[%s].self_attn.tap_key", CONST_OUTPUT_HOOK),
-    "head_query_rotated": ("layers[%s].self_attn.tap_query", CONST_OUTPUT_HOOK, BY_HEAD),
-    "head_key_rotated": ("layers[%s].self_attn.tap_key", CONST_OUTPUT_HOOK, BY_KV_HEAD),
-    "attention_scores": ("layers[%s].self_attn.tap_scores", CONST_OUTPUT_HOOK, BY_HEAD),
-    "attention_pattern": ("layers[%s].self_attn.tap_pattern", CONST_OUTPUT_HOOK, BY_HEAD),
     "attention_value_output": ("layers[%s].self_attn.o_proj", CONST_INPUT_HOOK),
     "head_attention_value_output": ("layers[%s].self_attn.o_proj", CONST_INPUT_HOOK, BY_HEAD),
     "attention_output": ("layers[%s].self_attn", CONST_OUTPUT_HOOK),
@@ -78,91 +45,137 @@ rotary_decoder_type_to_module_mapping: Mapping = {
     "final_norm": ("norm", CONST_OUTPUT_HOOK),
 }
 
-# Widths of the components that pyvene 0.1.8 can spell (it needs them for trainable interventions), and only where the width is
-# the whole vector: it cannot say "heads x head_dim", and a component without an entry is taken whole instead of being cut.
-# `pyvene_ext.IntervenableModel` takes every width from `components.py` and does not look here.
-_RESIDUAL = ("embeddings", "block_input", "resid_mid", "block_output", "attention_contribution", "mlp_contribution")
-AS_WIDE_AS_MODEL = (
-    *_RESIDUAL,
-    "head_contribution",
+QKV = (
+    "query_output",
+    "key_output",
+    "value_output",
+    "head_query_output",
+    "head_key_output",
+    "head_value_output",
+)
+MLP_INSIDE = ("mlp_gate", "mlp_up", "mlp_activation", "mlp_neurons")
+
+_AS_WIDE_AS_MODEL = (
+    "embeddings",
+    "block_input",
+    "resid_mid",
+    "block_output",
+    "attention_contribution",
+    "mlp_contribution",
     "attention_input",
     "attention_output",
     "mlp_input",
     "mlp_output",
     "final_norm",
 )
-AS_WIDE_AS_MLP = ("mlp_gate", "mlp_up", "mlp_activation", "mlp_neurons")
-AS_WIDE_AS_HEAD = (
-    "head_query_output",
-    "head_key_output",
-    "head_value_output",
-    "head_query_rotated",
-    "head_key_rotated",
-    "head_attention_value_output",
-)
-
-ATTENTION_INSIDE = (
-    "query_rotated",
-    "key_rotated",
-    "head_query_rotated",
-    "head_key_rotated",
-    "attention_scores",
-    "attention_pattern",
-)
-QKV = ("query_output", "key_output", "value_output")
-MLP_INSIDE = ("mlp_gate", "mlp_up", "mlp_activation", "mlp_neurons")
-
-# Why a family lacks components that others have: ends of sentences that begin with the family.
-PARALLEL = {"resid_mid": "has none, as its blocks run attention and MLP side by side"}
-WRITTEN_OUT = dict.fromkeys(ATTENTION_INSIDE, "has none, as transformers does not let its attention be looked into")
-EXPERTS = dict.fromkeys(MLP_INSIDE, "has none, as its MLP is many experts; name router_logits or expert_contribution")
+_AS_WIDE_AS_HEAD = ("head_query_output", "head_key_output", "head_value_output", "head_attention_value_output")
+_AS_WIDE_AS_HEADS = ("query_output", "key_output", "value_output", "attention_value_output")
 
 
-def decoder(
-    *without: str, blocks: str = "layers", attention: str = "self_attn", fused: str = "", **differs: tuple
-) -> Mapping:
-    """The rotary decoder's module mapping but for some components, with others elsewhere.
+def decoder(*without: str, blocks: str = "layers", attention: str = "self_attn", **differs: tuple) -> Mapping:
+    """Build a family's module mapping from the rotary decoder's.
 
     Args:
-        blocks, attention: what the decoder calls its blocks, and a block its attention.
-        fused: path of the projection that makes queries, keys and values, if one does; the card says how they lie in it.
-        **differs: entries that replace the template's or are new.
+        *without: components that the family lacks.
+        blocks: name of the list of blocks in the bare model.
+        attention: name of the attention module in a block.
+        **differs: entries that replace the template's, or new ones.
+
+    Returns:
+        The module mapping of the bare class.
     """
-
-    def own(path: str) -> str:
-        return path.replace("layers[", f"{blocks}[").replace(".self_attn", f".{attention}")
-
     mapping = {
-        name: (own(path), *rest)
-        for name, (path, *rest) in rotary_decoder_type_to_module_mapping.items()
-        if name not in without
+        component: (in_family(path, blocks, attention), *rest)
+        for component, (path, *rest) in rotary_decoder_type_to_module_mapping.items()
+        if component not in without
     }
-    for name, split in (("query", BY_HEAD), ("key", BY_KV_HEAD), ("value", BY_KV_HEAD)):
-        if fused:
-            mapping[f"{name}_output"] = (f"{fused}.tap_fused_{name}", CONST_OUTPUT_HOOK)
-            mapping[f"head_{name}_output"] = (f"{fused}.tap_fused_{name}", CONST_OUTPUT_HOOK, split)
     return {**mapping, **differs}
 
 
+def in_family(path: str, blocks: str, attention: str) -> str:
+    """Rename the blocks and the attention module in a path of the rotary decoder."""
+    return path.replace("layers[", f"{blocks}[").replace(".self_attn", f".{attention}")
+
+
 def widths(
+    places: Mapping,
     d_model: str = "hidden_size",
     d_mlp: tuple[str, ...] = ("intermediate_size",),
     d_head: tuple[str, ...] = ("head_dim", "hidden_size/num_attention_heads"),
+    d_heads: tuple[str, ...] = (),
     n_head: str = "num_attention_heads",
     n_kv_head: str = "num_key_value_heads",
-    **more: tuple[str, ...],
 ) -> Mapping:
-    """pyvene's dimension mapping, from what a config calls the sizes; without `d_mlp` or `d_head` these are left out."""
-    return {
-        "n_head": (n_head,),
-        "n_kv_head": (n_kv_head,),
-        **dict.fromkeys(AS_WIDE_AS_MODEL, (d_model,)),
-        **(dict.fromkeys(AS_WIDE_AS_MLP, d_mlp) if d_mlp else {}),
-        **(dict.fromkeys(AS_WIDE_AS_HEAD, d_head) if d_head else {}),
-        **more,
+    """Build a family's dimension mapping from the names its config gives to the sizes.
+
+    pyvene takes the width of a trainable intervention from here, and cuts what it reads or writes to it. A component without an
+    entry is read and written whole. pyvene 0.1.8 cannot spell "heads x head size", so whole queries, keys, values and z have an
+    entry only where that product is always the hidden size.
+
+    Args:
+        places: the family's module mapping; components that it lacks get no entry.
+        d_model: width of the residual stream.
+        d_mlp: proposals for the number of neurons; the first that the config has counts, here and below.
+        d_head: proposals for the size of one head; none where pyvene cannot spell it.
+        d_heads: proposals for the width of all heads side by side.
+        n_head: number of query heads.
+        n_kv_head: number of key/value heads.
+
+    Returns:
+        The dimension mapping, the same for every class of the family.
+    """
+    proposals = {
+        **dict.fromkeys(_AS_WIDE_AS_MODEL, (d_model,)),
+        **dict.fromkeys(MLP_INSIDE, d_mlp),
+        **dict.fromkeys(_AS_WIDE_AS_HEAD, d_head),
+        **dict.fromkeys(_AS_WIDE_AS_HEADS, d_heads),
     }
+    known = {component: proposals[component] for component in places if proposals.get(component)}
+    return {"n_head": (n_head,), "n_kv_head": (n_kv_head,), **known}
 
 
-def within(prefix: str, mapping: Mapping) -> Mapping:
-    """The same places, for a class that holds the bare model as `prefix`."""
-    return {component: (f"{prefix}.{path}", *rest) for component, (path, *rest) in mapping.items()}
+def within(prefix: str, places: Mapping) -> Mapping:
+    """Return the same places for a model that holds theirs as its attribute `prefix`."""
+    return {component: (f"{prefix}.{path}", *rest) for component, (path, *rest) in places.items()}
+
+
+def with_head(prefix: str, places: Mapping, head: str = "") -> Mapping:
+    """Build the module mapping of a class with a head from that of the bare class.
+
+    Args:
+        prefix: name of the bare model in the class.
+        places: module mapping of the bare class.
+        head: module whose output are the logits, if there is one.
+
+    Returns:
+        The mapping.
+    """
+    return {**within(prefix, places), **({"logits": (head, CONST_OUTPUT_HOOK)} if head else {})}
+
+
+def at_layer(path: str, layer: int) -> str:
+    """Return a mapping's path at one layer, as torch writes it: `layers[%s].mlp` -> `layers.3.mlp`."""
+    return (path % layer if "%s" in path else path).replace("[", ".").replace("]", "")
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def load(model_class: Any, name: str, cache_dir: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """Load a checkpoint as the `create_<family>` functions do.
+
+    Args:
+        model_class: class of the model.
+        name: checkpoint on the hub, or a folder.
+        cache_dir: where downloads are kept; None for the usual place.
+        dtype: of the weights.
+
+    Returns:
+        The config, the tokenizer and the model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+    tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+    model = model_class.from_pretrained(name, config=config, cache_dir=cache_dir, dtype=dtype)
+    return config, tokenizer, model

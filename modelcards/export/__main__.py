@@ -7,19 +7,19 @@
 Files are changed in the checkout; nothing is committed, and nothing else is touched. Standard output is the text of the pull
 request, with what the checks gave; standard error says what was written. Doing it twice changes nothing.
 
-Everything is made from what is committed in the checkout, and its new unit tests are run on a copy with the pyvene that it will
-stand in before anything is written; a test that fails stops the export. A checkout with other uncommitted changes is refused, so
-commit one pull request before making the next.
+Everything is made from what is committed in the checkout. Before anything is written, the new unit tests run on a copy of the
+checkout; one that fails stops the export. A checkout with other uncommitted changes is refused, so commit one pull request before
+making the next.
 
 Cards go into `pyvene/models/<family>/`, the lines that register them into `intervenable_modelcard.py`, tests into
-`tests/integration_tests`. What upstream has of a family keeps its names and functions; entries are added and corrected. The files
-need nothing but pyvene. Left out, and named in the file and the text, is what no module of transformers puts out: attention's
-inside, contributions of heads, capped logits. To have them, pyvene would have to put modules into a model while it runs, as our
-`Taps` do; that is a new part of pyvene and no card.
+`tests/integration_tests`. In a family that upstream has, entries are added and corrected, and every other line stays. The files
+need nothing but pyvene. Left out, and named in the file and the text, is what no module of transformers outputs: attention's
+inside, contributions of heads, capped logits. To have them, pyvene would have to add modules to a model while it runs, as our
+`Taps` do; that would be a new part of pyvene, not a card.
 
-Two fixes matter to cards, and are best merged first. With fix 2, cards name the width of projections whose heads x head size is
-not the hidden size, which trainable interventions need. With fix 15, edits are made on a copy, and cards have inputs of attention
-and MLP that something else reads as well.
+Merge two fixes before cards. With fix 2, cards give the width of projections whose heads x head size is not the hidden size,
+which trainable interventions need. With fix 15, pyvene edits a copy, and cards include inputs of attention and MLP that another
+module reads as well.
 """
 
 from __future__ import annotations
@@ -39,9 +39,27 @@ from modelcards.export.cards import Exported, export
 from modelcards.export.checkout import Checkout, Files
 from modelcards.export.fixes import FIXES, chosen, fixed
 
+_TEXT = """[P1] Model cards: {names}
+
+**Descriptions**:
+
+Model cards of {names}: where each component of the model is, for the bare, the language-model and, where there is one, the
+classifier class. What was there keeps its name.
+
+{notes}
+**Testing Done**:
+
+Every component was read, set to zero and interchanged, at other positions and heads in every example, on tiny random models, and
+compared with plain torch hooks; blocks were checked to be the sum of their parts. No test needs a hub.
+`python -m unittest discover -p '*ModelCardTestCase.py'` at {commit}, Python {python}, torch {torch}, transformers {transformers}:
+
+| class | components | checks | largest difference |
+|---|---|---|---|
+{rows}"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit code."""
+    """Run the command line; return its exit code."""
     asked = _parser().parse_args(arguments)
     try:
         checkout = Checkout(asked.to)
@@ -94,54 +112,46 @@ def _say(checkout: Checkout, files: Files) -> None:
 
 
 def card_text(checkout: Checkout, exported: list[Exported], checks: list[list[Any]]) -> str:
-    """The title and text of a pull request of cards, with what the checks gave."""
-    names = ", ".join(one.name for one in exported)
-    rows = ["| class | components | checks | largest difference |", "|---|---|---|---|"]
-    for one in exported:
-        for model_class in one.names:
-            of_class = [check for check in checks if check[0] == model_class.__name__]
-            streams = {check[1] for check in of_class}
-            rows.append(
-                f"| `{model_class.__name__}` | {len(streams)} | {len(of_class)} | {max(check[4] for check in of_class):.1e} |"
-            )
-    notes = [note for one in exported for note in _notes(one)]
-    return "\n".join(
-        [
-            f"[P1] Model cards: {names}",
-            "",
-            "**Descriptions**:",
-            "",
-            f"Model cards of {names}: where each component of the model is, for the bare, the language-model and, where there is",
-            "one, the classifier class. What was there keeps its name.",
-            "",
-            *notes,
-            *([""] if notes else []),
-            "**Testing Done**:",
-            "",
-            "Every component was read, set to zero and interchanged, at other positions and heads in every example, on tiny",
-            "random models, and compared with plain torch hooks; blocks were checked to be the sum of their parts. No test",
-            "needs a hub.",
-            f"`python -m unittest discover -p '*ModelCardTestCase.py'` at {checkout.commit}, Python {platform.python_version()},",
-            f"torch {torch.__version__}, transformers {transformers.__version__}:",
-            "",
-            *rows,
-        ]
+    """Write the title and text of a pull request of cards.
+
+    Args:
+        checkout: where they go.
+        exported: the cards.
+        checks: what their tests compared: class, component, unit, operation, largest difference.
+
+    Returns:
+        Markdown, the title in its first line.
+    """
+    rows = []
+    for name in (model_class.__name__ for one in exported for model_class in one.names):
+        components, differences = zip(*((check[1], check[4]) for check in checks if check[0] == name), strict=True)
+        rows.append(f"| `{name}` | {len(set(components))} | {len(differences)} | {max(differences):.1e} |")
+    return _TEXT.format(
+        names=", ".join(one.card.name for one in exported),
+        notes="".join(f"{note}\n" for one in exported for note in _notes(one)),
+        commit=checkout.commit,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        rows="\n".join(rows),
     )
 
 
 def _notes(one: Exported) -> list[str]:
-    """What a card does not have, and why."""
+    """Say what a card lacks, and why."""
     notes = []
     for why in dict.fromkeys(one.left_out.values()):
         components = [f"`{component}`" for component, reason in one.left_out.items() if reason == why]
-        notes.append(f"- {one.name}: left out, as {why}: {', '.join(components)}.")
+        notes.append(f"- {one.card.name}: left out, as {why}: {', '.join(components)}.")
     if one.kept:
-        notes.append(f"- {one.name}: as they were, and not checked: {', '.join(f'`{name}`' for name in one.kept)}.")
+        notes.append(
+            f"- {one.card.name}: as they were, and not checked: {', '.join(f'`{name}`' for name in one.kept)}."
+        )
     if one.no_width:
         components = [f"`{component}`" for component in one.no_width]
         notes.append(
-            f"- {one.name}: without a width, as pyvene cannot say heads x head size, and so whole but not for trainable "
-            f"interventions: {', '.join(components)}."
+            f"- {one.card.name}: without a width, as pyvene cannot spell heads x head size; read and edited whole, but not by "
+            f"trainable interventions: {', '.join(components)}."
         )
     return notes
 

@@ -1,32 +1,27 @@
-"""Cards in pyvene's own layout: mapping files, registry lines and unit tests, rendered from what our cards hold."""
+"""Cards in pyvene's own layout: a family that pyvene has is patched as text, one that it lacks is written out."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+import fnmatch
+import textwrap
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pyvene.models import constants
-from torch import Tensor, nn
+from torch import nn
 
-from modelcards import COMPONENTS, Card, n_heads, n_kv_heads
+from modelcards import COMPONENTS, Card
 from modelcards.export.checkout import REGISTRY, Checkout, Files
-from modelcards.export.modelcard_utils import look_at
+from modelcards.template import PREFIX, Mapping
 
 MODULES, WIDTHS = "type_to_module_mapping", "type_to_dimension_mapping"
 UTILITIES = "tests/modelcard_utils.py"
 
-Names = dict[type[nn.Module], tuple[str, str]]  # what the module and the dimension mapping of a class are called
+_NAMES = {value: name for name, value in vars(constants).items() if name.startswith(("CONST_", "split_"))}
 
-_HOOKS = {constants.CONST_INPUT_HOOK: "CONST_INPUT_HOOK", constants.CONST_OUTPUT_HOOK: "CONST_OUTPUT_HOOK"}
-_SPLITS = {"split_three", "split_half", "split_head_and_permute"}
-_PARTS = {"split_three": 3, "split_half": 2}
-
-_HEADER = '''"""
+_NEW_FILE = '''"""
 Each modeling file in this library is a mapping between
 abstract naming of intervention anchor points and actual
 model module defined in the huggingface library.
@@ -34,43 +29,62 @@ model module defined in the huggingface library.
 We also want to let the intervention library know how to
 config the dimensions of intervention based on model config
 defined in the huggingface library.
-{notes}"""
-'''
 
-_CREATE = '''def create_{name}(
-    name{default}, cache_dir=None, dtype=torch.bfloat16
+{covered}Left out, as no module of transformers outputs them:
+{taps}.
+"""
+
+
+import torch
+from ..constants import *
+
+
+{modules} = {{
+}}
+
+
+{widths} = {{
+}}
+
+
+def create_{name}(
+    name="{checkpoint}", cache_dir=None, dtype=torch.bfloat16
 ):
     """Creates a Causal LM model, config, and tokenizer from the given name and revision"""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, {causal}
 
     config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
     tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = {causal}.from_pretrained(
         name,
         config=config,
         cache_dir=cache_dir,
         torch_dtype=dtype,
     )
     print("loaded model")
-    return config, tokenizer, model'''
+    return config, tokenizer, model
+'''
+
+_CLASS_WITH_HEAD = '''"""{name} model with {what} head"""
+{modules} = {{}}
+for k, v in {bare_modules}.items():
+    {modules}[k] = (f"{prefix}{{v[0]}}", ) + v[1:]
+{logits}{widths} = {bare_widths}
+
+
+'''
 
 _TEST_CASE = """import unittest
 from transformers import {imports}
 from ..modelcard_utils import *
 
 
-PLACES = [
-{places}
-]
-
-
 class {case}(ModelCardTests, unittest.TestCase):
     config = {config_class}(
 {config}
     )
-    cards = {{
-{cards}
-    }}
+    model_classes = [{classes}]
+    unchecked = {unchecked}
 
 
 def suite():
@@ -82,8 +96,7 @@ if __name__ == "__main__":
     runner.run(suite())
 """
 
-# Sizes of the models in the tests, for those of them that a family's config has. Heads x head size is not the hidden size, and
-# no two sizes are alike.
+# Sizes of the models in the tests, where the family's config has them. No two are alike.
 _SIZES: dict[str, Any] = {
     "vocab_size": 31,
     "hidden_size": 24,
@@ -105,7 +118,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_HEAD_DIM = {"head_dim": 10}
+_HEAD_DIM = {"head_dim": 10}  # heads x head size is not the hidden size
 
 
 @dataclass(frozen=True)
@@ -114,20 +127,18 @@ class Exported:
 
     Attributes:
         card: ours.
-        name: upstream's name of the family, which its mappings begin with.
         files: paths and contents, without the registry.
-        names: of the mappings of each class.
+        names: of the module and the dimension mapping of each class.
         module: dotted path of the mapping file, relative to `pyvene.models`.
         test: path of the unit test.
-        left_out: components that pyvene cannot carry, and why.
-        kept: upstream's components that are left as they were.
-        no_width: components that trainable interventions cannot be used on, as pyvene cannot spell their width.
+        left_out: components that pyvene cannot have, and why.
+        kept: components that upstream has and plain pyvene cannot run: left as they were, and not tested.
+        no_width: components without a width, so that trainable interventions cannot be used on them.
     """
 
     card: Card
-    name: str
     files: Files
-    names: Names
+    names: dict[type[nn.Module], tuple[str, str]]
     module: str
     test: str
     left_out: dict[str, str]
@@ -136,92 +147,101 @@ class Exported:
 
 
 def export(checkout: Checkout, cards: list[Card]) -> tuple[list[Exported], Files]:
-    """The cards in the checkout's terms, and all files to be written, the registry among them.
+    """Put cards into the checkout's terms.
+
+    Args:
+        checkout: where they go.
+        cards: which.
+
+    Returns:
+        The exported cards, and all files to be written, the registry among them.
 
     Raises:
-        ValueError: for a checkout whose files are not as they are known.
+        ValueError: for a checkout whose files have another form than pyvene's.
     """
-    registry = Registry(checkout)
-    exported = [_export(checkout, registry, card) for card in cards]
+    registry = Source(REGISTRY, checkout.committed(REGISTRY) or "")
+    if not registry.star_imports or not (registry.dictionary(MODULES) and registry.dictionary(WIDTHS)):
+        raise registry.unknown(f"it should import mappings and fill {MODULES} and {WIDTHS}")
+    exported = [_export(checkout, card) for card in cards]
+    for one in exported:
+        _register(registry, one)
     files = {path: text for one in exported for path, text in one.files.items()}
-    files[REGISTRY] = registry.with_cards(exported)
     utilities = (Path(__file__).parent / "modelcard_utils.py").read_text(encoding="utf-8")
-    files[UTILITIES] = utilities.removeprefix("# mypy: ignore-errors\n")
-    return exported, files
+    return exported, {
+        **files,
+        REGISTRY: registry.edited(),
+        UTILITIES: utilities.removeprefix("# mypy: ignore-errors\n"),
+    }
 
 
-# -- the registry ------------------------------------------------------------------------------------------------------
+def _export(checkout: Checkout, card: Card) -> Exported:
+    bare, *others = card.plain
+    path = f"pyvene/models/{card.name}/modelings_intervenable_{card.name}.py"
+    spelled = fnmatch.filter(checkout.paths, path.replace("modelings", "model*ings"))  # Mistral's: modellings
+    path = spelled[0] if spelled else path
+    copies = "EDITED_IN_PLACE" in (checkout.committed("pyvene/models/intervenable_base.py") or "")
+    products = "def evaluate_dimension(" in (checkout.committed("pyvene/models/modeling_utils.py") or "")
+    taps = {c for mapping in card.mappings.values() for c, entry in mapping.items() if PREFIX in entry[0]}
+    shared = {c for c in card.mappings[bare] if c not in card.plain[bare]} - taps
+    places = {c: card.mappings[bare][c] for c in (*card.plain[bare], *(sorted(shared) if copies else ()))}
+    widths, no_width = _widths(card, places, products)
 
-
-class Registry:
-    """pyvene's intervenable_modelcard.py: which file a card is in and what its mappings are called."""
-
-    def __init__(self, checkout: Checkout) -> None:
-        self.text = checkout.committed(REGISTRY) or ""
-        self.tree = _parsed(self.text, REGISTRY)
-        self.imports = [
-            node
-            for node in self.tree.body
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.names[0].name == "*" and node.module
-        ]
-        self.mappings = {
-            node.targets[0].id: node.value
-            for node in self.tree.body
-            if isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and isinstance(node.value, ast.Dict)
-        }
-        if not self.imports or not {MODULES, WIDTHS} <= set(self.mappings):
-            raise ValueError(
-                f"{REGISTRY} of {checkout.root} is not as it is known here: it should import mappings and fill "
-                f"{MODULES} and {WIDTHS}."
+    roles = zip(card.plain, ("", "_lm", "_classifier"), strict=False)
+    names = {cls: (f"{card.name}{role}_{MODULES}", f"{card.name}{role}_{WIDTHS}") for cls, role in roles}
+    (modules, dimensions), *_ = names.values()
+    new = _NEW_FILE.format(
+        covered=f"For models with {card.covered}.\n\n" if card.covered else "",
+        taps=textwrap.fill(", ".join(sorted(taps)), 88),
+        modules=modules,
+        widths=dimensions,
+        name=card.name,
+        checkpoint=card.checkpoint,
+        causal=others[0].__name__,
+    )
+    source = Source(path, checkout.committed(path) or new)
+    kept = sorted(set(source.entries(modules)) - set(places))
+    source.fill(modules, {component: _spelled(entry) for component, entry in places.items()})
+    source.fill(dimensions, {name: _spelled(proposals) for name, proposals in widths.items()}, without=no_width)
+    for model_class in others:
+        own, own_widths = names[model_class]
+        logits = card.plain[model_class].get("logits")
+        entry = f'{own}["logits"] = {_spelled(logits)}\n' if logits else ""
+        if own not in source.assigned:
+            section = _CLASS_WITH_HEAD.format(
+                name=card.name,
+                what="LM" if model_class is others[0] else "classifier",
+                modules=own,
+                bare_modules=modules,
+                prefix=card.plain[model_class]["block_input"][0].removesuffix(card.plain[bare]["block_input"][0]),
+                logits=entry,
+                widths=own_widths,
+                bare_widths=dimensions,
             )
-        self.defined_in = {  # name of a module mapping -> dotted path of its file
-            name: node.module
-            for node in self.imports
-            if node.module and (text := checkout.committed(_file(node.module))) is not None
-            for name in _assigned(_parsed(text, _file(node.module)))
-        }
+            source.insert(source.first_function, section)
+        elif entry and entry not in source.lines:
+            source.insert(source.last_line_of(own), entry)
+    why = dict.fromkeys(sorted(taps - set(kept)), "no module of transformers outputs them")
+    if not copies:
+        why |= dict.fromkeys(sorted(shared), "another module reads their tensors as well, and pyvene edits in place")
 
-    def registered(self, mapping: str, model_class: type[nn.Module]) -> str | None:
-        """What a class's mapping is called; None if the class is not registered."""
-        entries = self.mappings[mapping]
-        for key, value in zip(entries.keys, entries.values, strict=True):
-            if key is not None and ast.unparse(key) == _reference(model_class):
-                return ast.unparse(value)
-        return None
+    case = "".join(word.capitalize() for word in card.name.split("_")) + "ModelCardTestCase"
+    test = f"tests/integration_tests/{case}.py"
+    files = {path: source.edited(), test: _test_case(card, case, kept)}
+    initial = f"{path.rpartition('/')[0]}/__init__.py"
+    if initial not in checkout.paths:
+        files[initial] = ""
+    module = path.removeprefix("pyvene/models/").removesuffix(".py").replace("/", ".")
+    return Exported(card, files, names, module, test, why, kept, no_width)
 
-    def with_cards(self, exported: list[Exported]) -> str:
-        """The file with the lines that are not there yet."""
-        additions: list[tuple[int, str]] = []  # behind which line, and what
-        modules = {node.module for node in self.imports}
-        for one in exported:
-            if one.module not in modules:
-                additions.append((self.imports[-1].end_lineno or 0, f"from .{one.module} import *"))
-            for which, mapping in enumerate((MODULES, WIDTHS)):
-                entries = self.mappings[mapping]
-                for model_class, names in one.names.items():
-                    if self.registered(mapping, model_class) is None:
-                        line = f"    {_reference(model_class)}: {names[which]},"
-                        additions.append((self._behind(entries, model_class), line))
-        lines = self.text.splitlines()
-        in_order = sorted(additions, key=lambda addition: addition[0])
-        for behind, text in reversed(in_order):  # from the end, so that the lines before keep their numbers
-            if text.endswith(",") and not lines[behind - 1].rstrip().endswith(","):
-                raise ValueError(f"{REGISTRY} of the checkout is not as it is known here: line {behind} has no comma.")
-            lines.insert(behind, text)
-        return "\n".join(lines) + "\n" if additions else self.text
 
-    @staticmethod
-    def _behind(entries: ast.Dict, model_class: type[nn.Module]) -> int:
-        """The line of the last entry of the family, or of all."""
-        family = _reference(model_class).rsplit(".", 1)[0] + "."
-        ends = [
-            value.end_lineno or 0
-            for key, value in zip(entries.keys, entries.values, strict=True)
-            if key is not None and ast.unparse(key).startswith(family)
-        ]
-        return ends[-1] if ends else entries.values[-1].end_lineno or 0
+def _register(registry: Source, one: Exported) -> None:
+    """Add the lines that register a card's classes, where they are not registered."""
+    if one.module not in registry.star_imports:
+        registry.insert(max(registry.star_imports.values()), f"from .{one.module} import *\n")
+    for which, mapping in enumerate((MODULES, WIDTHS)):
+        there = registry.entries(mapping)
+        lines = {_reference(model_class): names[which] for model_class, names in one.names.items()}
+        registry.fill(mapping, {key: name for key, name in lines.items() if key not in there})
 
 
 def _reference(model_class: type[nn.Module]) -> str:
@@ -229,372 +249,192 @@ def _reference(model_class: type[nn.Module]) -> str:
     return f"hf_models.{model_class.__module__.removeprefix('transformers.models.')}.{model_class.__name__}"
 
 
-def _file(module: str) -> str:
-    return f"pyvene/models/{module.replace('.', '/')}.py"
+# -- a file of the checkout, changed line by line ------------------------------------------------------------------------
 
 
-def _parsed(text: str, path: str) -> ast.Module:
-    try:
-        return ast.parse(text)
-    except SyntaxError as error:
-        raise ValueError(
-            f"{path} of the checkout is not as it is known here: line {error.lineno} is no Python."
-        ) from None
-
-
-def _assigned(tree: ast.Module) -> list[str]:
-    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
-# -- one card ----------------------------------------------------------------------------------------------------------
-
-
-def _export(checkout: Checkout, registry: Registry, card: Card) -> Exported:
-    classes = list(card.mappings)
-    bare = registry.registered(MODULES, classes[0])
-    name = bare.removesuffix(f"_{MODULES}") if bare else classes[0].__module__.split(".")[2]
-    names: Names = {}
-    for model_class in classes:
-        default = f"{name}{_role(model_class)}"
-        module_mapping = registry.registered(MODULES, model_class) or f"{default}_{MODULES}"
-        names[model_class] = (module_mapping, registry.registered(WIDTHS, model_class) or f"{default}_{WIDTHS}")
-    folder = f"{name}.modelings_intervenable_{name}"
-    module = registry.defined_in.get(names[classes[0]][0], folder)
-    theirs = Theirs(checkout, _file(module))
-    lost = theirs.mappings - {mapping for pair in names.values() for mapping in pair}
-    lost |= theirs.further - card.components
-    if lost:
-        raise ValueError(f"{theirs.path} of the checkout is not as it is known here: {sorted(lost)[0]} would be lost.")
-
-    tiny = Tiny(card)
-    copies = "EDITED_IN_PLACE" in (checkout.committed("pyvene/models/intervenable_base.py") or "")
-    places, left_out = {}, {}
-    for component, entry in card.mappings[classes[0]].items():
-        why = _not_carried(entry)
-        if component in tiny.read_elsewhere and not copies:
-            why = "their tensors are read elsewhere as well, and pyvene edits in place"
-        places.update({} if why else {component: entry})
-        left_out.update({component: why} if why else {})
-    kept = {component: text for component, text in theirs.places.items() if component not in places}
-    products = "def evaluate_dimension(" in (checkout.committed("pyvene/models/modeling_utils.py") or "")
-    widths, no_width = _widths(card, places, tiny, products)
-    widths.update({component: theirs.widths[component] for component in kept if component in theirs.widths})
-
-    further: dict[type[nn.Module], tuple[str, dict[str, tuple]]] = {}
-    for model_class in classes[1:]:
-        prefix = _prefix(card, classes[0], model_class)
-        more = {}
-        for component, entry in card.mappings[model_class].items():
-            if component not in card.mappings[classes[0]]:
-                why = _not_carried(entry)
-                more.update({} if why else {component: entry})
-                left_out.update({component: why} if why else {})
-        further[model_class] = (prefix, more)
-    left_out = {component: why for component, why in left_out.items() if component not in kept}
-
-    case = "".join(word.capitalize() for word in name.split("_")) + "ModelCardTestCase"
-    test = f"tests/integration_tests/{case}.py"
-    files = {
-        theirs.path: _mapping_file(card, name, names, places, kept, widths, further, left_out, theirs),
-        test: _test_case(card, case, places, further, tiny),
-    }
-    initial = f"{theirs.path.rsplit('/', 1)[0]}/__init__.py"
-    if initial not in checkout.paths:
-        files[initial] = ""
-    return Exported(card, name, files, names, module, test, left_out, sorted(kept), no_width)
-
-
-class Theirs:
-    """What the checkout has of a family: functions, imports and entries, as they are written; nothing if it is new there."""
-
-    def __init__(self, checkout: Checkout, path: str) -> None:
-        self.path = path
-        text = checkout.committed(path)
-        tree = _parsed(text or "", path)
-        self.mappings = {name for name in _assigned(tree) if name.endswith("_mapping")}
-        self.imports, self.functions = [], []
-        self.places: dict[str, str] = {}
-        self.widths: dict[str, str] = {}
-        self.further: set[str] = set()  # entries of single classes
-        for node in tree.body:
-            source = ast.get_source_segment(text or "", node) or ""
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                self.imports.append(source)
-            elif isinstance(node, ast.FunctionDef):
-                self.functions.append(source)
-            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                mapping = node.targets[0].id
-                if mapping not in self.mappings:
-                    self._unknown(node)
-                entries = self.widths if mapping.endswith(WIDTHS) else self.places
-                if isinstance(node.value, ast.Dict) and not entries:  # the bare class's, which the others are made from
-                    for key, value in zip(node.value.keys, node.value.values, strict=True):
-                        if not isinstance(key, ast.Constant):
-                            self._unknown(node)
-                        else:
-                            entries[str(key.value)] = " ".join(
-                                (ast.get_source_segment(text or "", value) or "").split()
-                            )
-            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
-                self.further.add(ast.unparse(node.targets[0].slice).strip("'"))
-            # Strings stand between the mappings, loops make one from another.
-            elif not (
-                isinstance(node, ast.For) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-            ):
-                self._unknown(node)
-
-    def _unknown(self, node: ast.stmt) -> None:
-        raise ValueError(
-            f"{self.path} of the checkout is not as it is known here: the export cannot tell what line {node.lineno} is for."
-        )
-
-
-def _role(model_class: type[nn.Module]) -> str:
-    """What stands between the family and `_type_to_...` in the name of a class's mapping."""
-    if "SequenceClassification" in model_class.__name__:
-        return "_classifier"
-    return "_lm" if model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")) else ""
-
-
-def _prefix(card: Card, bare: type[nn.Module], model_class: type[nn.Module]) -> str:
-    """What comes before the bare class's paths in another class; they differ in nothing else."""
-    ours, base = card.mappings[model_class], card.mappings[bare]
-    prefix = next(iter(ours.values()))[0].removesuffix(base[next(iter(ours))][0])
-    if any(ours.get(component) != (prefix + path, *rest) for component, (path, *rest) in base.items()):
-        raise ValueError(
-            f"{model_class.__name__} is not {bare.__name__} with something before its paths: it cannot go out."
-        )
-    return prefix
-
-
-def _not_carried(entry: tuple) -> str | None:
-    """Why pyvene cannot have an entry; None if it can."""
-    path, hook, *splits = entry
-    if path.split(".")[-1].startswith("tap_"):
-        return "no module of transformers puts them out"
-    if hook not in _HOOKS or any(_spelled(*split) is None for split in splits):
-        return "pyvene cannot take a projection apart in this way"
-    return None
-
-
-def _spelled(split: Any, param: Any) -> tuple[str, Any] | None:
-    """A split function and its parameter in pyvene's own; None if it has none that does the same."""
-    own = next((name for name in _SPLITS if getattr(constants, name) is split), None)
-    if own is not None:
-        return own, param
-    if isinstance(param, int):
-        numbers = torch.arange(24).view(1, 2, 12)
-        for name, parts in _PARTS.items():
-            for index in range(parts):
-                if torch.equal(split(numbers, param), getattr(constants, name)(numbers, index)):
-                    return name, index
-    return None
-
-
-def _widths(card: Card, places: dict[str, tuple], tiny: Tiny, products: bool) -> tuple[dict[str, str], list[str]]:
-    """The dimension mapping as text, and the components that have none.
+class Source:
+    """A Python file and the edits to be made in it, so that what they do not touch stays as it is, to the letter.
 
     Args:
-        products: whether the checkout can say "heads x head size" (`--fixes 2`). Without, a component for which that is needed
-            has no entry: it is taken whole, but trainable interventions are told no width.
-    """
-    ours = card.dimension_mapping
-    heads, hidden = ours["n_head"][0], ours["block_input"][0]
-    kv_heads = ours.get("n_kv_head", ours["n_head"])[0]
-    whole = f"{hidden}/{heads}"  # size of a head, where it is no field of its own
-    numbers = {"d_head": "", "n_head*d_head": heads, "n_kv_head*d_head": kv_heads}
+        path: for messages.
+        text: the file's.
 
-    def of_heads(number: str) -> tuple[str, ...]:
-        without = hidden if number == heads else f"{number}*{whole}" if number else whole
-        if products:
-            return (f"{number}*head_dim" if number else "head_dim", without) if tiny.own_head_size else (without,)
-        if tiny.own_head_size:
-            return ("head_dim", whole) if not number and hasattr(tiny.default, "head_dim") else ()
-        return () if "*" in without else (without,)
-
-    parameters = {param for _, _, *splits in places.values() for _, param in splits if isinstance(param, str)}
-    widths = {name: ours[name] for name in sorted({"n_head", "n_kv_head"} & set(ours) | parameters)}
-    for component in places:
-        number = numbers.get(COMPONENTS[component].width or "")
-        widths[component] = ours.get(component, ()) if number is None else of_heads(number)
-    no_width = [component for component, names in widths.items() if not names]
-    return {component: _tuple(quoted(names)) for component, names in widths.items() if names}, no_width
-
-
-def quoted(names: tuple[str, ...]) -> list[str]:
-    """Strings as upstream quotes them."""
-    return [f'"{name}"' for name in names]
-
-
-def _tuple(items: list[str]) -> str:
-    return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
-
-
-def _entry(entry: tuple) -> str:
-    """A place as upstream spells it."""
-    path, hook, *splits = entry
-    parts = []
-    for name, param in filter(None, (_spelled(*split) for split in splits)):
-        parts.append(f"({name}, {quoted((param,))[0] if isinstance(param, str) else param})")
-    return _tuple([f'"{path}"', _HOOKS[hook], *parts])
-
-
-def _mapping_file(
-    card: Card,
-    name: str,
-    names: Names,
-    places: dict[str, tuple],
-    kept: dict[str, str],
-    widths: dict[str, str],
-    further: dict[type[nn.Module], tuple[str, dict[str, tuple]]],
-    left_out: dict[str, str],
-    theirs: Theirs,
-) -> str:
-    """The mapping file, with the functions and imports that are there."""
-    (bare_modules, bare_widths), *_ = names.values()
-    reasons: dict[str, list[str]] = {}
-    for component, why in left_out.items():
-        reasons.setdefault(why, []).append(component)
-    said = f"\nFor models with {card.covered}.\n" if card.covered else ""
-    said += "".join(f"\nLeft out, as {why}:\n{_filled(components)}.\n" for why, components in reasons.items())
-    modules = {component: _entry(entry) for component, entry in places.items()} | kept
-    create = _CREATE.format(name=name, default=f'="{card.checkpoint}"' if card.checkpoint else "")
-    sections = [
-        _HEADER.format(notes=said),
-        "\n".join(theirs.imports or ["import torch", "from ..constants import *"]),
-        _mapping(bare_modules, modules, theirs.places),
-        _mapping(bare_widths, widths, theirs.widths),
-    ]
-    for model_class, (prefix, more) in further.items():
-        own_modules, own_widths = names[model_class]
-        what = "classifier" if _role(model_class) == "_classifier" else "LM"
-        lines = [
-            f'"""{name} model with {what} head"""',
-            f"{own_modules} = {{}}",
-            f"for k, v in {bare_modules}.items():",
-            f'    {own_modules}[k] = (f"{prefix}{{v[0]}}", ) + v[1:]',
-            *(f'{own_modules}["{component}"] = {_entry(entry)}' for component, entry in more.items()),
-        ]
-        sections += ["\n".join(lines), f"{own_widths} = {bare_widths}"]
-    sections += theirs.functions or [create]
-    return "\n\n\n".join(section.rstrip("\n") for section in sections) + "\n"
-
-
-def _filled(words: list[str], width: int = 88) -> str:
-    lines = [""]
-    for word in words:
-        end = f"{word}, " if word != words[-1] else word
-        if len(lines[-1]) + len(end.rstrip()) > width:
-            lines.append("")
-        lines[-1] += end
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _mapping(name: str, entries: dict[str, str], order: Iterable[str]) -> str:
-    """A mapping as text, what is there already in its order, so that a diff shows what changes."""
-    entries = {key: entries[key] for key in [*(key for key in order if key in entries), *entries]}
-    return "\n".join([f"{name} = {{", *(f'    "{key}": {value},' for key, value in entries.items()), "}"])
-
-
-# -- its unit test -----------------------------------------------------------------------------------------------------
-
-
-class Tiny:
-    """A quickly made model of a family, and what it shows.
-
-    Attributes:
-        default: the family's config as it comes.
-        sizes: those that its config was given.
-        config: the tiny model's.
-        own_head_size: whether heads may have another size than hidden size / number of heads.
-        read_elsewhere: components whose tensor something behind them reads as well.
+    Raises:
+        ValueError: if it is no Python, here; if an edit finds another form than pyvene's, in the methods.
     """
 
-    def __init__(self, card: Card) -> None:
-        model_class: Any = next(iter(card.mappings))
-        self.default = model_class.config_class()
-        self.sizes = {name: size for name, size in _SIZES.items() if _settable(self.default, name)}
-        if getattr(self.default, "sliding_window", None) is None:
-            self.sizes.pop("sliding_window", None)
-        # Some models take a head size that their config does not declare.
-        asked = (
-            self.sizes
-            if isinstance(getattr(type(self.default), "head_dim", None), property)
-            else self.sizes | _HEAD_DIM
+    def __init__(self, path: str, text: str) -> None:
+        self.path, self.lines = path, text.splitlines(keepends=True)
+        try:
+            self.tree = ast.parse(text)
+        except SyntaxError as error:
+            raise self.unknown(f"line {error.lineno} is no Python") from None
+        self._edits: list[tuple[int, int, str]] = []  # lines [start, end) and what replaces them
+
+    def unknown(self, what: str) -> ValueError:
+        """The error for a file that cannot be edited."""
+        return ValueError(f"{self.path} of the checkout has another form than pyvene's: {what}.")
+
+    @property
+    def star_imports(self) -> dict[str, int]:
+        """Modules that the file imports everything of, relative to its package, and the lines that do."""
+        imports = (node for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*")
+        return {node.module or "": node.lineno for node in imports}
+
+    @property
+    def assigned(self) -> dict[str, ast.expr]:
+        """Names bound at module level, and to what."""
+        return {
+            target.id: node.value
+            for node in self.tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+
+    @property
+    def first_function(self) -> int:
+        """The line before the first function, or the last."""
+        functions = (node.lineno - 1 for node in self.tree.body if isinstance(node, ast.FunctionDef))
+        return next(functions, len(self.lines))
+
+    def last_line_of(self, name: str) -> int:
+        """The last line of the last statement that uses a name."""
+        using = (
+            node for node in self.tree.body if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
         )
-        seen = _inputs(model_class(model_class.config_class(**asked)).eval(), card.mappings[model_class])
-        width = seen["attention_value_output"].shape[-1]
-        self.own_head_size = width != self.sizes["hidden_size"]
-        self.sizes = self.sizes | _HEAD_DIM if self.own_head_size else self.sizes
-        self.config = model_class.config_class(**self.sizes)
+        return [node.end_lineno or 0 for node in using][-1]
 
-        def same(component: str, other: str) -> bool:
-            return other in seen and seen[component].data_ptr() == seen[other].data_ptr()
+    def dictionary(self, name: str) -> ast.Dict | None:
+        """The dictionary literal that a name is bound to."""
+        value = self.assigned.get(name)
+        return value if isinstance(value, ast.Dict) else None
 
-        self.read_elsewhere = [
-            component
-            for component, others in (("attention_input", ("block_input", "mlp_input")), ("mlp_input", ("resid_mid",)))
-            if component in seen and any(same(component, other) for other in others)
-        ]
+    def entries(self, name: str) -> dict[str, tuple[int, int, str]]:
+        """Entries of a dictionary literal: key -> first line, line after the last, normalised value."""
+        found = self.dictionary(name)
+        if found is None:
+            raise self.unknown(f"{name} should be a dictionary")
+        entries, end = {}, found.lineno
+        for key, value in zip(found.keys, found.values, strict=True):
+            if key is None or key.lineno <= end:
+                raise self.unknown(f"line {value.lineno} should hold one entry")
+            end = value.end_lineno or 0
+            text = str(key.value) if isinstance(key, ast.Constant) else ast.unparse(key)
+            entries[text] = (key.lineno - 1, end, ast.unparse(value))
+        return entries
+
+    def fill(self, name: str, entries: dict[str, str], without: list[str] | None = None) -> None:
+        """Make a dictionary literal hold entries, beside its others; new ones go after the last of their kind.
+
+        Args:
+            name: of the dictionary.
+            entries: keys (strings, or dotted names of classes) and values, as text.
+            without: keys to be removed.
+        """
+        there = self.entries(name)
+        for key, (start, end, value) in there.items():
+            if key in (without or ()):
+                self._edits.append((start, end, ""))
+            elif key in entries and value != ast.unparse(ast.parse(entries[key], mode="eval")):
+                self._edits.append((start, end, _line(key, entries[key])))
+        opening = self.dictionary(name)
+        for key, text in entries.items():
+            if key in there:
+                continue
+            same = [end for other, (_, end, _) in there.items() if other.rpartition(".")[0] == key.rpartition(".")[0]]
+            last = (same or [end for _, end, _ in there.values()] or [opening.lineno if opening else 0])[-1]
+            if there and not self.lines[last - 1].split("#")[0].rstrip().endswith(","):
+                raise self.unknown(f"line {last} has no comma")
+            self.insert(last, _line(key, text))
+
+    def insert(self, line: int, text: str) -> None:
+        """Insert text after a line."""
+        self._edits.append((line, line, text))
+
+    def edited(self) -> str:
+        """The file with all edits."""
+        lines = list(self.lines)
+        # From the end, so that the lines before keep their numbers; at one line what is inserted last is put there first.
+        for start, end, text in sorted(reversed(self._edits), key=lambda edit: (-edit[0], edit[0] == edit[1])):
+            lines[start:end] = [text]
+        return "".join(lines)
 
 
-def _settable(config: Any, name: str) -> bool:
-    """Whether a config has a field that can be set, under this name or as what it calls it."""
-    return hasattr(config, name) and not isinstance(getattr(type(config), name, None), property)
+def _line(key: str, text: str) -> str:
+    return f"    {key}: {text},\n" if "." in key else f'    "{key}": {text},\n'
 
 
-def _inputs(model: nn.Module, mapping: dict[str, tuple]) -> dict[str, Tensor]:
-    """What goes into the modules at whose input a component is, in the first layer."""
-    seen: dict[str, Tensor] = {}
-    handles = [
-        look_at(model, path.replace("%s", "0"), "input", partial(seen.setdefault, component))
-        for component, (path, hook, *_) in mapping.items()
-        if hook == constants.CONST_INPUT_HOOK
-    ]
-    with torch.no_grad():
-        model(torch.tensor([[3, 4, 5]]))
-    for handle in handles:
-        handle.remove()
-    return seen
+# -- entries -------------------------------------------------------------------------------------------------------------
 
 
-def _test_case(
-    card: Card,
-    case: str,
-    places: dict[str, tuple],
-    further: dict[type[nn.Module], tuple[str, dict[str, tuple]]],
-    tiny: Tiny,
-) -> str:
-    bare = next(iter(card.mappings))
-    config_class = bare.config_class  # type: ignore[attr-defined]
-    heads = {"n_head": n_heads(tiny.config), "n_kv_head": n_kv_heads(tiny.config)}
+def _spelled(part: Any) -> str:
+    """An entry of a mapping as upstream writes it."""
+    if isinstance(part, tuple):
+        return f"({', '.join(map(_spelled, part))}{',' if len(part) == 1 else ''})"
+    if part in _NAMES:
+        return _NAMES[part]
+    return f'"{part}"' if isinstance(part, str) else repr(part)
 
-    def place(component: str, entry: tuple) -> str:
-        path, hook, *splits = entry
-        side = "input" if hook == constants.CONST_INPUT_HOOK else "output"
-        part, number = None, None
-        for name, param in filter(None, (_spelled(*split) for split in splits)):
-            if isinstance(param, str):
-                number = heads[param]
-            else:
-                part = (param, _PARTS[name])
-        return f'("{component}", "{path}", "{side}", {part}, {number})'
 
-    cards = [f"        {bare.__name__}: PLACES,"]
-    for model_class, (prefix, more) in further.items():
-        cards.append(f"        {model_class.__name__}: [")
-        cards.append(f'            (stream, "{prefix}" + module, *rest) for stream, module, *rest in PLACES')
-        cards.append("        ]" + ("" if more else ","))
-        if more:
-            cards.append("        + [")
-            cards += [f"            {place(component, entry)}," for component, entry in more.items()]
-            cards.append("        ],")
+def own_head_size(card: Card) -> bool:
+    """Whether heads may have another size than hidden size / number of heads."""
+    return card.plain_widths.get("head_attention_value_output", ("head_dim",))[0] == "head_dim"
+
+
+def _widths(card: Card, places: Mapping, products: bool) -> tuple[Mapping, list[str]]:
+    """Give the dimension mapping, and the components without a width.
+
+    Args:
+        card: ours.
+        places: the components that pyvene gets.
+        products: whether the checkout can spell "heads x head size" (`--fixes 2`). Without, a component that needs it has no
+            entry: it is read and written whole, but trainable interventions on it fail.
+
+    Returns:
+        Both.
+    """
+    ours, own = card.plain_widths, own_head_size(card)
+    n_head, hidden = ours["n_head"][0], ours["block_input"][0]
+    head = f"{hidden}/{n_head}"
+
+    def proposed(component: str) -> tuple[str, ...]:
+        factor, _, of = (COMPONENTS[component].width or "").partition("*")
+        if factor == "d_head":
+            return ("head_dim", head) if own and products else ours.get(component, ())
+        if of != "d_head":
+            return ours.get(component, ())
+        number = ours[factor][0]
+        whole = hidden if number == n_head else f"{number}*{head}"
+        proposals = (f"{number}*head_dim", whole) if own else (whole,)
+        return proposals if products or "*" not in "".join(proposals) else ()
+
+    counts = sorted({param for _, _, *splits in places.values() for _, param in splits if isinstance(param, str)})
+    widths = {count: ours[count] for count in counts} | {component: proposed(component) for component in places}
+    return {name: some for name, some in widths.items() if some}, [name for name, some in widths.items() if not some]
+
+
+# -- the unit test -------------------------------------------------------------------------------------------------------
+
+
+def _test_case(card: Card, case: str, unchecked: list[str]) -> str:
+    bare: Any = next(iter(card.plain))
+    config_class = bare.config_class
+    default = config_class()
+    sizes = {
+        name: size
+        for name, size in _SIZES.items()
+        if hasattr(default, name) and not isinstance(getattr(config_class, name, None), property)
+    }
+    if getattr(default, "sliding_window", None) is None:
+        sizes.pop("sliding_window", None)
+    sizes |= _HEAD_DIM if own_head_size(card) else {}
+    classes = [model_class.__name__ for model_class in card.plain]
     return _TEST_CASE.format(
-        imports=", ".join([config_class.__name__, *(cls.__name__ for cls in card.mappings)]),
-        places="\n".join(f"    {place(component, entry)}," for component, entry in places.items()),
+        imports=", ".join([config_class.__name__, *classes]),
         case=case,
         config_class=config_class.__name__,
-        config="\n".join(f"        {name}={size!r}," for name, size in tiny.sizes.items()),
-        cards="\n".join(cards),
+        config="\n".join(f"        {name}={size!r}," for name, size in sizes.items()),
+        classes=", ".join(classes),
+        unchecked=_spelled(tuple(unchecked)),
     )

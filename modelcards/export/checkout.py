@@ -17,7 +17,7 @@ from typing import Any
 REGISTRY = "pyvene/models/intervenable_modelcard.py"
 TESTS = ("tests/unit_tests", "tests/integration_tests")
 
-Files = dict[str, str]  # paths in the checkout, and what is to stand there
+Files = dict[str, str]  # paths in the checkout and the texts to be written there
 
 # Runs test modules by name; nothing of this project can be imported there.
 _RUNNER = """
@@ -34,22 +34,23 @@ print("\\n" + json.dumps({"run": result.testsRun, "failed": failed, "checks": ch
 class Checkout:
     """A clean git checkout of pyvene; everything is made from what is committed there.
 
+    Args:
+        root: its top folder.
+
     Raises:
         ValueError: if `root` is not the top folder of a git checkout of pyvene with its tests.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        top = self._git("rev-parse", "--show-toplevel", of="the top folder of a git checkout").strip()
+        top = self._git("rev-parse", "--show-toplevel", of="checkout").strip()
         if Path(top).resolve() != root.resolve():
             raise ValueError(f"{root} is not the top folder of a git checkout: give {top} if that is pyvene's.")
-        self.paths = set(self._git("ls-tree", "-r", "-z", "--name-only", "HEAD", of="a commit").split("\0"))
+        self.paths = set(self._git("ls-tree", "-r", "-z", "--name-only", "HEAD", of="commit").split("\0"))
         missing = [REGISTRY] * (REGISTRY not in self.paths)
         missing += [folder for folder in TESTS if not any(path.startswith(f"{folder}/") for path in self.paths)]
         if missing:
-            raise ValueError(
-                f"{root} is no checkout of pyvene as it is known here: it has no {' and no '.join(missing)}."
-            )
+            raise ValueError(f"{root} is not a checkout of pyvene: it has no {' and no '.join(missing)}.")
 
     def _git(self, *arguments: str, of: str = "what is committed") -> str:
         return self._git_bytes(*arguments, of=of).decode("utf-8")
@@ -62,7 +63,7 @@ class Checkout:
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines()
             raise ValueError(
-                f"{self.root} is not a checkout of pyvene: git finds there no {of} ({(said or ['?'])[0]})."
+                f"{self.root} is not a checkout of pyvene: git finds no {of} there ({(said or ['?'])[0]})."
             )
         return done.stdout
 
@@ -90,7 +91,7 @@ class Checkout:
         return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
     def write(self, files: Files) -> list[str]:
-        """Write aside, then rename; returns the paths that changed."""
+        """Write files whole or not at all; return the paths that changed."""
         changed = {path: text for path, text in files.items() if self._on_disk(path) != text}
         aside: list[tuple[Path, Path]] = []
         try:
@@ -117,10 +118,14 @@ class Checkout:
             yield Path(folder)
 
     def try_out(self, files: Files, tests: Iterable[str]) -> list[list[Any]]:
-        """Run the test files among `files` on a copy of the checkout that has them.
+        """Run some test files on a copy of the checkout that has the files to be written.
+
+        Args:
+            files: these.
+            tests: paths of the test files.
 
         Returns:
-            what the tests of cards noted in `CHECKS`.
+            What the tests of cards noted in `CHECKS`.
 
         Raises:
             ValueError: if one of them fails; it says which and why.

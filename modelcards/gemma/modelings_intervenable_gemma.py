@@ -1,17 +1,23 @@
-"""Gemma for pyvene: the rotary decoder; embeddings are scaled inside `embed_tokens`."""
+"""Gemma: the rotary decoder; embeddings are scaled inside `embed_tokens`."""
 
 from __future__ import annotations
 
-from transformers import GemmaForCausalLM, GemmaForSequenceClassification, GemmaModel
+import torch
 
-from modelcards.card import Card
-from modelcards.template import decoder, widths
+from ..template import decoder, load, widths, with_head
 
-card = Card.of(
-    "gemma",
-    "gemma",
-    (GemmaModel, GemmaForCausalLM, GemmaForSequenceClassification),
-    decoder(),
-    widths(),
-    checkpoint="google/gemma-2b",
-)
+gemma_type_to_module_mapping = decoder()
+gemma_type_to_dimension_mapping = widths(gemma_type_to_module_mapping)
+
+gemma_lm_type_to_module_mapping = with_head("model", gemma_type_to_module_mapping, "lm_head")
+gemma_lm_type_to_dimension_mapping = gemma_type_to_dimension_mapping
+
+gemma_classifier_type_to_module_mapping = with_head("model", gemma_type_to_module_mapping, "score")
+gemma_classifier_type_to_dimension_mapping = gemma_type_to_dimension_mapping
+
+
+def create_gemma(name="google/gemma-2b", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import GemmaForCausalLM
+
+    return load(GemmaForCausalLM, name, cache_dir, dtype)

@@ -1,28 +1,29 @@
-"""Granite for pyvene.
+"""Granite: the rotary decoder with multipliers.
 
-What attention and MLP put out is multiplied before it is added to the residual stream, embeddings before they enter the first
-block, and logits are divided, all in the models' own forward.
+The models' own forward multiplies the outputs of attention and MLP before it adds them to the residual stream, and embeddings
+before they enter the first block, and divides the logits.
 """
 
 from __future__ import annotations
 
-from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK
-from transformers import GraniteForCausalLM, GraniteModel
+import torch
+from pyvene.models.constants import CONST_INPUT_HOOK
 
-from modelcards.card import Card
-from modelcards.template import decoder, widths
+from ..template import decoder, load, widths, with_head
 
-card = Card.of(
-    "granite",
-    "granite",
-    (GraniteModel, GraniteForCausalLM),
-    decoder(
-        embeddings=("layers[0]", CONST_INPUT_HOOK),
-        attention_contribution=("layers[%s].self_attn.tap_added", CONST_OUTPUT_HOOK),
-        mlp_contribution=("layers[%s].mlp.tap_added", CONST_OUTPUT_HOOK),
-    ),
-    widths(d_head=()),
-    checkpoint="ibm-granite/granite-3.3-8b-base",
-    own_logits=True,
-    residual_multiplier=lambda config: config.residual_multiplier,
+granite_type_to_module_mapping = decoder(
+    "attention_contribution",
+    "mlp_contribution",
+    embeddings=("layers[0]", CONST_INPUT_HOOK),
 )
+granite_type_to_dimension_mapping = widths(granite_type_to_module_mapping, d_head=())
+
+granite_lm_type_to_module_mapping = with_head("model", granite_type_to_module_mapping)
+granite_lm_type_to_dimension_mapping = granite_type_to_dimension_mapping
+
+
+def create_granite(name="ibm-granite/granite-3.3-8b-base", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import GraniteForCausalLM
+
+    return load(GraniteForCausalLM, name, cache_dir, dtype)

@@ -1,17 +1,23 @@
-"""Mistral for pyvene: the rotary decoder as it is."""
+"""Mistral: the rotary decoder as it is."""
 
 from __future__ import annotations
 
-from transformers import MistralForCausalLM, MistralForSequenceClassification, MistralModel
+import torch
 
-from modelcards.card import Card
-from modelcards.template import decoder, widths
+from ..template import decoder, load, widths, with_head
 
-card = Card.of(
-    "mistral",
-    "mistral",
-    (MistralModel, MistralForCausalLM, MistralForSequenceClassification),
-    decoder(),
-    widths(),
-    checkpoint="mistralai/Mistral-7B-v0.3",
-)
+mistral_type_to_module_mapping = decoder()
+mistral_type_to_dimension_mapping = widths(mistral_type_to_module_mapping)
+
+mistral_lm_type_to_module_mapping = with_head("model", mistral_type_to_module_mapping, "lm_head")
+mistral_lm_type_to_dimension_mapping = mistral_type_to_dimension_mapping
+
+mistral_classifier_type_to_module_mapping = with_head("model", mistral_type_to_module_mapping, "score")
+mistral_classifier_type_to_dimension_mapping = mistral_type_to_dimension_mapping
+
+
+def create_mistral(name="mistralai/Mistral-7B-v0.3", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import MistralForCausalLM
+
+    return load(MistralForCausalLM, name, cache_dir, dtype)

@@ -1,23 +1,23 @@
-"""Mixtral for pyvene: the rotary decoder with experts for an MLP, a few of which a router chooses for each token."""
+"""Mixtral: the rotary decoder with experts for an MLP; a router chooses a few of them for each token."""
 
 from __future__ import annotations
 
-from pyvene.models.constants import CONST_OUTPUT_HOOK
-from transformers import MixtralForCausalLM, MixtralForSequenceClassification, MixtralModel
+import torch
 
-from modelcards.card import Card
-from modelcards.template import BY_EXPERT, EXPERTS, MLP_INSIDE, decoder, widths
+from ..template import MLP_INSIDE, decoder, load, widths, with_head
 
-card = Card.of(
-    "mixtral",
-    "mixtral",
-    (MixtralModel, MixtralForCausalLM, MixtralForSequenceClassification),
-    decoder(
-        *MLP_INSIDE,
-        router_logits=("layers[%s].mlp.gate.tap_router", CONST_OUTPUT_HOOK),
-        expert_contribution=("layers[%s].mlp.experts.tap_experts", CONST_OUTPUT_HOOK, BY_EXPERT),
-    ),
-    widths(d_mlp=(), n_expert=("num_local_experts",), expert_contribution=("hidden_size",)),
-    checkpoint="mistralai/Mixtral-8x7B-v0.1",
-    absent=EXPERTS,
-)
+mixtral_type_to_module_mapping = decoder(*MLP_INSIDE)
+mixtral_type_to_dimension_mapping = widths(mixtral_type_to_module_mapping)
+
+mixtral_lm_type_to_module_mapping = with_head("model", mixtral_type_to_module_mapping, "lm_head")
+mixtral_lm_type_to_dimension_mapping = mixtral_type_to_dimension_mapping
+
+mixtral_classifier_type_to_module_mapping = with_head("model", mixtral_type_to_module_mapping, "score")
+mixtral_classifier_type_to_dimension_mapping = mixtral_type_to_dimension_mapping
+
+
+def create_mixtral(name="mistralai/Mixtral-8x7B-v0.1", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import MixtralForCausalLM
+
+    return load(MixtralForCausalLM, name, cache_dir, dtype)

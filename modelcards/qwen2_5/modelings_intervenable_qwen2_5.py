@@ -1,18 +1,26 @@
-"""Qwen2.5 and Qwen2 for pyvene: the rotary decoder, with biases on queries, keys and values."""
+"""Qwen2.5 and Qwen2: the rotary decoder, with biases on queries, keys and values.
+
+A config need not have the head_dim that pyvene could name.
+"""
 
 from __future__ import annotations
 
-from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Model
+import torch
 
-from modelcards.card import Card
-from modelcards.template import decoder, widths
+from ..template import decoder, load, widths, with_head
 
-# The config has no head_dim that pyvene could name.
-card = Card.of(
-    "qwen2_5",
-    "qwen2",
-    (Qwen2Model, Qwen2ForCausalLM, Qwen2ForSequenceClassification),
-    decoder(),
-    widths(d_head=()),
-    checkpoint="Qwen/Qwen2.5-3B",
-)
+qwen2_type_to_module_mapping = decoder()
+qwen2_type_to_dimension_mapping = widths(qwen2_type_to_module_mapping, d_head=())
+
+qwen2_lm_type_to_module_mapping = with_head("model", qwen2_type_to_module_mapping, "lm_head")
+qwen2_lm_type_to_dimension_mapping = qwen2_type_to_dimension_mapping
+
+qwen2_classifier_type_to_module_mapping = with_head("model", qwen2_type_to_module_mapping, "score")
+qwen2_classifier_type_to_dimension_mapping = qwen2_type_to_dimension_mapping
+
+
+def create_qwen2(name="Qwen/Qwen2.5-3B", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import Qwen2ForCausalLM
+
+    return load(Qwen2ForCausalLM, name, cache_dir, dtype)

@@ -1,17 +1,23 @@
-"""Qwen3 for pyvene: the rotary decoder, with a norm on each head's query and key between projection and RoPE."""
+"""Qwen3: the rotary decoder, with a norm on each head's query and key between projection and RoPE."""
 
 from __future__ import annotations
 
-from transformers import Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
+import torch
 
-from modelcards.card import Card
-from modelcards.template import decoder, widths
+from ..template import decoder, load, widths, with_head
 
-card = Card.of(
-    "qwen3",
-    "qwen3",
-    (Qwen3Model, Qwen3ForCausalLM, Qwen3ForSequenceClassification),
-    decoder(),
-    widths(),
-    checkpoint="Qwen/Qwen3-4B",
-)
+qwen3_type_to_module_mapping = decoder()
+qwen3_type_to_dimension_mapping = widths(qwen3_type_to_module_mapping)
+
+qwen3_lm_type_to_module_mapping = with_head("model", qwen3_type_to_module_mapping, "lm_head")
+qwen3_lm_type_to_dimension_mapping = qwen3_type_to_dimension_mapping
+
+qwen3_classifier_type_to_module_mapping = with_head("model", qwen3_type_to_module_mapping, "score")
+qwen3_classifier_type_to_dimension_mapping = qwen3_type_to_dimension_mapping
+
+
+def create_qwen3(name="Qwen/Qwen3-4B", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import Qwen3ForCausalLM
+
+    return load(Qwen3ForCausalLM, name, cache_dir, dtype)

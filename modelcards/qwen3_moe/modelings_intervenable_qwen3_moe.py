@@ -1,23 +1,26 @@
-"""Qwen3-MoE for pyvene: Qwen3 with experts for an MLP, a few of which a router chooses for each token."""
+"""Qwen3-MoE: Qwen3 with experts for an MLP; a router chooses a few of them for each token.
+
+A config need not have the head_dim that pyvene could name.
+"""
 
 from __future__ import annotations
 
-from pyvene.models.constants import CONST_OUTPUT_HOOK
-from transformers import Qwen3MoeForCausalLM, Qwen3MoeForSequenceClassification, Qwen3MoeModel
+import torch
 
-from modelcards.card import Card
-from modelcards.template import BY_EXPERT, EXPERTS, MLP_INSIDE, decoder, widths
+from ..template import MLP_INSIDE, decoder, load, widths, with_head
 
-card = Card.of(
-    "qwen3_moe",
-    "qwen3_moe",
-    (Qwen3MoeModel, Qwen3MoeForCausalLM, Qwen3MoeForSequenceClassification),
-    decoder(
-        *MLP_INSIDE,
-        router_logits=("layers[%s].mlp.gate.tap_router", CONST_OUTPUT_HOOK),
-        expert_contribution=("layers[%s].mlp.experts.tap_experts", CONST_OUTPUT_HOOK, BY_EXPERT),
-    ),
-    widths(d_mlp=(), n_expert=("num_experts",), expert_contribution=("hidden_size",)),
-    checkpoint="Qwen/Qwen3-30B-A3B",
-    absent=EXPERTS,
-)
+qwen3_moe_type_to_module_mapping = decoder(*MLP_INSIDE)
+qwen3_moe_type_to_dimension_mapping = widths(qwen3_moe_type_to_module_mapping, d_head=())
+
+qwen3_moe_lm_type_to_module_mapping = with_head("model", qwen3_moe_type_to_module_mapping, "lm_head")
+qwen3_moe_lm_type_to_dimension_mapping = qwen3_moe_type_to_dimension_mapping
+
+qwen3_moe_classifier_type_to_module_mapping = with_head("model", qwen3_moe_type_to_module_mapping, "score")
+qwen3_moe_classifier_type_to_dimension_mapping = qwen3_moe_type_to_dimension_mapping
+
+
+def create_qwen3_moe(name="Qwen/Qwen3-30B-A3B", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import Qwen3MoeForCausalLM
+
+    return load(Qwen3MoeForCausalLM, name, cache_dir, dtype)

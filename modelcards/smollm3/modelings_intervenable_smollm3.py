@@ -1,17 +1,23 @@
-"""SmolLM3 for pyvene: the rotary decoder, where every fourth layer does not rotate queries and keys."""
+"""SmolLM3: the rotary decoder, where every fourth layer does not rotate queries and keys."""
 
 from __future__ import annotations
 
-from transformers import SmolLM3ForCausalLM, SmolLM3ForSequenceClassification, SmolLM3Model
+import torch
 
-from modelcards.card import Card
-from modelcards.template import decoder, widths
+from ..template import decoder, load, widths, with_head
 
-card = Card.of(
-    "smollm3",
-    "smollm3",
-    (SmolLM3Model, SmolLM3ForCausalLM, SmolLM3ForSequenceClassification),
-    decoder(),
-    widths(d_head=()),
-    checkpoint="HuggingFaceTB/SmolLM3-3B-Base",
-)
+smollm3_type_to_module_mapping = decoder()
+smollm3_type_to_dimension_mapping = widths(smollm3_type_to_module_mapping, d_head=())
+
+smollm3_lm_type_to_module_mapping = with_head("model", smollm3_type_to_module_mapping, "lm_head")
+smollm3_lm_type_to_dimension_mapping = smollm3_type_to_dimension_mapping
+
+smollm3_classifier_type_to_module_mapping = with_head("model", smollm3_type_to_module_mapping, "score")
+smollm3_classifier_type_to_dimension_mapping = smollm3_type_to_dimension_mapping
+
+
+def create_smollm3(name="HuggingFaceTB/SmolLM3-3B-Base", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import SmolLM3ForCausalLM
+
+    return load(SmolLM3ForCausalLM, name, cache_dir, dtype)

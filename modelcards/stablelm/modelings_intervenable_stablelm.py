@@ -1,19 +1,25 @@
-"""StableLM for pyvene: the rotary decoder, of which a part of each head is rotated."""
+"""StableLM: the rotary decoder, with RoPE on a part of each head."""
 
 from __future__ import annotations
 
-from transformers import StableLmForCausalLM, StableLmForSequenceClassification, StableLmModel
+import torch
 
-from modelcards.card import Card
-from modelcards.template import decoder, widths
+from ..template import decoder, load, widths, with_head
 
-card = Card.of(
-    "stablelm",
-    "stablelm",
-    (StableLmModel, StableLmForCausalLM, StableLmForSequenceClassification),
-    decoder(),
-    widths(d_head=("hidden_size/num_attention_heads",)),
-    checkpoint="stabilityai/stablelm-2-1_6b",
-    covers=lambda config: not config.use_parallel_residual,
-    covered="use_parallel_residual=False",
+stablelm_type_to_module_mapping = decoder()
+stablelm_type_to_dimension_mapping = widths(
+    stablelm_type_to_module_mapping, d_head=("hidden_size/num_attention_heads",)
 )
+
+stablelm_lm_type_to_module_mapping = with_head("model", stablelm_type_to_module_mapping, "lm_head")
+stablelm_lm_type_to_dimension_mapping = stablelm_type_to_dimension_mapping
+
+stablelm_classifier_type_to_module_mapping = with_head("model", stablelm_type_to_module_mapping, "score")
+stablelm_classifier_type_to_dimension_mapping = stablelm_type_to_dimension_mapping
+
+
+def create_stablelm(name="stabilityai/stablelm-2-1_6b", cache_dir=None, dtype=torch.bfloat16):
+    """Load a causal language model: (config, tokenizer, model)."""
+    from transformers import StableLmForCausalLM
+
+    return load(StableLmForCausalLM, name, cache_dir, dtype)

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine import metrics
-from pyvene_ext.engine.compile import check_specs, compile_specs
+from pyvene_ext.engine.compile import compile_spec
+from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.models.devices import input_device, no_gradients
@@ -31,10 +32,7 @@ from pyvene_ext.prompts.tokenized import (
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
-    as_specs,
-    members,
     needs,
-    spec_name,
 )
 
 if TYPE_CHECKING:
@@ -104,9 +102,11 @@ def reference_for(
 ) -> Reference | None:
     """The statistics over `prompts` that these specs need, None if they need none; for `run`, and to be used in several runs."""
     wanted = needs(specs)
-    if not wanted["places"]:
+    if not wanted.places:
         return None
-    return Reference.compute(model, prompts, **wanted, batch_size=batch_size, cache_dir=cache_dir, progress=progress)
+    return Reference.compute(
+        model, prompts, **wanted._asdict(), batch_size=batch_size, cache_dir=cache_dir, progress=progress
+    )
 
 
 def run(
@@ -135,15 +135,30 @@ def run(
 
     Raises ValueError, before the model runs, for a spec that does not fit the model, the prompts or the reference set.
     """
-    specs = as_specs(specs)
-    check_run(model, specs, prompts, metric, reference, of_tokens=True)
+    check_metric(model, prompts, metric, of_tokens=True)
+    resolved = resolve(specs, model, prompts, reference=reference, directions={})
+    return run_resolved(
+        resolved, metric, batch_size=batch_size, padding_side=padding_side, progress=progress, clean=clean
+    )
+
+
+def run_resolved(
+    resolved: Resolved,
+    metric: str,
+    *,
+    batch_size: int = 8,
+    padding_side: PaddingSide = "left",
+    progress: bool | tqdm = True,
+    clean: Float32[np.ndarray, " n_prompts *pos"] | None = None,
+) -> Result:
+    """`run` of what is resolved already; statistics that are needed and not there yet are computed."""
+    model, prompts, specs = resolved.model, resolved.prompts, resolved.specs
     shape = (len(prompts), len(prompts.input_ids[0])) if metric in TOKEN_METRICS else (len(prompts),)
     if clean is not None and np.shape(clean) != shape:
         each = "one for each of their tokens" if metric in TOKEN_METRICS else "one each"
         raise ValueError(f"clean holds {np.shape(clean)} values for {len(prompts)} prompts; give {each}.")
     shown = progress is True
-    if reference is None:
-        reference = reference_for(specs, model, prompts, batch_size=batch_size, progress=shown)
+    resolved = resolved.measured(batch_size=batch_size, progress=shown)
 
     runs_clean = clean is None or metric == "kl"
     before = np.empty(shape, np.float32) if runs_clean else np.asarray(clean, np.float32)
@@ -161,7 +176,7 @@ def run(
                 clean_logits = metrics.last_logits(model(**base).logits, batch)
                 before[batch.index] = measure(metric, clean_logits, batch, clean_logits)
             for number, spec in enumerate(specs):
-                compiled = compile_specs(spec, batch, prompts, model, reference)
+                compiled = compile_spec(spec, batch, resolved)
                 structure = tuple(compiled.config.representations)
                 if structure not in structures:
                     structures[structure] = IntervenableModel(compiled.config, model)
@@ -174,28 +189,18 @@ def run(
                 logits = metrics.last_logits(output.logits, batch)
                 intervened[number, batch.index] = measure(metric, logits, batch, clean_logits)
                 bar.update(len(batch.index))
-    return Result(tuple(map(spec_name, specs)), metric, before, intervened)
+    return Result(resolved.names, metric, before, intervened)
 
 
-def check_run(
-    model: PreTrainedModel,
-    specs: list[Spec],
-    prompts: TokenizedPrompts,
-    metric: str,
-    reference: Reference | None,
-    *,
-    of_tokens: bool = False,
-) -> None:
-    """Raise ValueError for anything that would go wrong in a run, before the model is run; `of_tokens` allows `TOKEN_METRICS`."""
-    check_tokenized(model, prompts, *([] if reference is None else [reference.prompts]))
+def check_metric(model: PreTrainedModel, prompts: TokenizedPrompts, metric: str, *, of_tokens: bool = False) -> None:
+    """Raise ValueError for a metric that cannot be read here; `of_tokens` allows `TOKEN_METRICS`."""
     if metric in TOKEN_METRICS and not of_tokens:
         raise ValueError(f"{metric} is a number for each token; here choose among {', '.join(METRICS)}.")
     if metric not in METRICS | TOKEN_METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS | TOKEN_METRICS)}.")
-    if not specs or not prompts.input_ids:
-        raise ValueError("nothing to run: give at least one spec and one prompt.")
+    check_tokenized(model, prompts)
     lengths = sorted(map(len, prompts.input_ids))
-    if metric in TOKEN_METRICS and lengths[0] < lengths[-1]:
+    if metric in TOKEN_METRICS and lengths and lengths[0] < lengths[-1]:
         raise ValueError(
             f"{metric} has a number for each token, so that all prompts must be equally long, not {lengths[0]} to {lengths[-1]} "
             "tokens; run each length by itself."
@@ -204,14 +209,6 @@ def check_run(
         raise ValueError(
             f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
         )
-    if reference is None and (patches := [a.name for spec in specs for a in members(spec) if a.kind == "patch"]):
-        raise ValueError(
-            f"{patches[0]} takes its activations from source prompts; call pyvene_ext.patch, which has them run."
-        )
-    check_specs(specs, model, prompts, prompts if reference is None else reference.prompts)
-    if reference is not None:
-        reference.require(**needs(specs))
-        reference.check_model(model)
 
 
 def measure(

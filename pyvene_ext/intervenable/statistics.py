@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,6 @@ from pyvene_ext.prompts.positions import Positions, token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 Place = tuple[str, int | None]
-Directions = Mapping[tuple[Place, Positions], Tensor]
 FORMAT = 1  # of the cache files
 
 
@@ -54,7 +53,6 @@ class Reference:
         bank: the positions whose activations are kept prompt by prompt, in the model's dtype, to resample from.
         weights: hash of the model they were computed on.
         tensors: what was computed, by "mean/z.3", "std/z.3", "at/z.3/2" (the mean at `position_means[2]`) and "bank/z.3".
-        directions: of patches of one direction, by place and positions, `*head d` of length 1 (`subspace`).
     """
 
     prompts: TokenizedPrompts
@@ -63,7 +61,6 @@ class Reference:
     bank: tuple[str | int, ...] = ()
     weights: str = ""
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    directions: Directions = field(default_factory=dict, repr=False)
     _model: Callable[[], PreTrainedModel | None] = field(default=lambda: None, repr=False, compare=False)
 
     @classmethod
@@ -98,13 +95,6 @@ class Reference:
                 save_file(tensors, temporary, metadata={"key": _seal(key, tensors)})
         return replace(wanted, tensors=tensors)
 
-    @classmethod
-    def planned(
-        cls, model: PreTrainedModel, prompts: TokenizedPrompts, places: Iterable[Place], **kept: Any
-    ) -> Reference:
-        """What `compute` will give, still without numbers: to check with before anything runs."""
-        return cls(prompts, tuple(places), **kept, _model=weakref.ref(model))
-
     def mean(self, place: Place) -> Float[Tensor, "*head d"]:
         """Mean over all real tokens of all prompts."""
         return self.tensors[f"mean/{label(place)}"]
@@ -122,20 +112,6 @@ class Reference:
         kept = self._bank_rows[prompt]
         tokens = token_indices(self.prompts, prompt, positions)
         return self.tensors[f"bank/{label(place)}"][[kept[token] for token in tokens]]
-
-    def direction(self, place: Place, positions: Positions) -> Float[Tensor, "*head d"]:
-        """The direction of patches at a place and positions; ValueError if none was given."""
-        if (place, positions) not in self.directions:
-            raise ValueError(
-                f"there is no direction for {label(place)} at {positions!r}; call pyvene_ext.patch, which finds it."
-            )
-        return self.directions[place, positions]
-
-    def recorded(
-        self, path: str, place: Place, prompt: int, heads: tuple[int, ...] | None
-    ) -> Float[Tensor, "pos *head d"]:
-        """What path patching recorded at a place; statistics hold none."""
-        raise ValueError(f"nothing was recorded for the path {path}; path patching does that: pyvene_ext.patch.")
 
     def require(self, places: Iterable[Place], position_means: Iterable[str | int], bank: Iterable[str | int]) -> None:
         """Raise ValueError unless everything asked for is here."""

@@ -16,8 +16,14 @@ from modelcards import card_of, dimensions, n_layers
 from modelcards.attention_taps import output_weight
 
 Where = tuple[str, int]  # a component and its layer
+# Sites of heads, by the component that has all heads side by side: a part of a tensor would be no part of the graph.
+SIDE_BY_SIDE = {"q": "query_output", "k": "key_output", "v": "value_output", "z": "attention_value_output"}
 OWN_INPUT = ("attention_input", "mlp_input")
 See = Callable[[Tensor], Tensor | None]  # what it returns goes on in place of what it was given
+
+
+class StopForward(Exception):
+    """Ends a forward pass from inside: everything that was wanted of it is there."""
 
 
 @contextmanager
@@ -54,7 +60,7 @@ def on_output(module: nn.Module, see: See) -> Iterator[None]:
 
 
 @contextmanager
-def run_instead(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Call `function` in place of a module's forward, for a while; its hooks stay."""
     own = module.__dict__.get("forward")  # accelerate puts one there
     module.forward = function

@@ -17,12 +17,16 @@ MOST = 10_000_000  # ids; a pickle can name one long list over and over in a few
 
 
 def read_token_list(path: str | Path) -> list[int]:
-    """The ids in a file, in order: a list of whole numbers, or a list of such lists (the tokens of some words), end to end.
+    """Read a list of token ids, or of such lists (the tokens of some words). Nothing in the file is run.
 
-    A name that ends in .pkl or .pickle is a pickle, any other JSON.
+    Args:
+        path: the file; a name that ends in .pkl or .pickle is a pickle, any other JSON.
+
+    Returns:
+        The ids in order, lists end to end.
 
     Raises:
-        ValueError: the file holds anything else. Nothing in it is run.
+        ValueError: the file holds anything else.
     """
     content = Path(path).read_bytes()
     if Path(path).suffix.lower() in PICKLES:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine.plain import Result
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep.run import open_together, store_facts, sweep
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -37,7 +38,7 @@ def unfinished_in(
     Raises ValueError if the folder holds work on other specs, prompts, weights or another metric, or is in use.
     """
     folder = Path(folder)
-    facts = store_facts(model, list(specs), prompts, metric, None, list(range(len(prompts))))
+    facts = store_facts(resolve(specs, model, prompts), metric, range(len(prompts)))
     with open_together(folder, facts, {}):
 
         def kept(

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
+import torch
+from jaxtyping import Float
 from pydantic import (
     Field,
     StrictInt,
     model_validator,
 )
+from pyvene import VanillaIntervention, ZeroIntervention
+from torch import Tensor
 
-from modelcards import n_heads, n_layers
+from modelcards import dimensions, n_heads, n_layers
+from pyvene_ext.intervenable.interventions import (
+    MaskScoresIntervention,
+    NormMatchedIntervention,
+    UniformScoresIntervention,
+)
+from pyvene_ext.intervenable.statistics import Place
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.prompts.positions import Positions
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.base import VECTORS, SiteEdit
+from pyvene_ext.specs.sources import Needs, Sources
 
 Kind = Literal["zero", "mean", "resample", "noise"]
 KINDS: dict[str, tuple[str, ...]] = {
@@ -67,9 +83,124 @@ class Ablation(SiteEdit):
         return "/".join([f"{self.where}:{self.kind}", *variants])
 
     @property
-    def uses_reference(self) -> bool:
-        """Whether statistics of a reference set are needed."""
-        return self.site != "scores" and self.kind != "zero" and self.noise != "norm_matched"
+    def needs(self) -> Needs:
+        """The reference set's statistics at the place, unless the replacement is known without."""
+        if self.site == "scores" or self.kind == "zero" or self.noise == "norm_matched":
+            return Needs()
+        named = self.positions if isinstance(self.positions, tuple) else (self.positions,)
+        return Needs(
+            (self.place,),
+            named if self.mean == "per_position" else (),
+            named if self.kind == "resample" else (),
+        )
+
+    @property
+    def acts_at(self) -> str:
+        """A head that attends to nothing has a z of 0."""
+        return "z" if self.site == "scores" and self.kind == "zero" else self.site
+
+    @property
+    def linear_place(self) -> Place:
+        """Scores act on the rest of the model through z alone."""
+        return ("z", self.layer) if self.site == "scores" else self.place
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the mean of scores, uniform attention, is what replaces them."""
+        return self.site == "scores" and self.kind == "mean"
+
+    @property
+    def same_for_all(self) -> bool:
+        """Zeros and means are the same for every prompt."""
+        return self.kind in ("zero", "mean")
+
+    @property
+    def on_new_tokens(self) -> bool:
+        """Zeros, the mean over tokens, and another text's activations exist at generated tokens too."""
+        return self.kind != "noise" and self.mean == "over_tokens"
+
+    @property
+    def prompt_key(self) -> Hashable:
+        """Positions, and what donors are drawn by."""
+        return self.positions, self.kind, self.seed, self._aligned
+
+    @property
+    def _aligned(self) -> bool:
+        """Whether every token is replaced by the mean of the tokens at its position."""
+        return self.mean == "per_position" and self.positions == "all"
+
+    @property
+    def intervention(self) -> type:
+        """The class of the pyvene intervention that makes the edit."""
+        if self.site == "scores":
+            return UniformScoresIntervention if self.is_uniform else MaskScoresIntervention
+        if self.kind == "zero":
+            return ZeroIntervention
+        return NormMatchedIntervention if self.noise == "norm_matched" else VanillaIntervention
+
+    def check_prompts(self, prompts: TokenizedPrompts, tokens: Sequence[Sequence[int]], sources: Sources) -> None:
+        """Raise ValueError where positions coincide, a prompt has no mean of its position, or no donor."""
+        super().check_prompts(prompts, tokens, sources)
+        given = prompts if sources.given is None else sources.given
+        if self._aligned:
+            length = len(given.input_ids[0])
+            for prompt, ids in enumerate(prompts.input_ids):
+                if len(ids) != length:
+                    raise ValueError(
+                        f"{self.name}: prompt {prompt} has {len(ids)} tokens and the reference prompts have {length}; use "
+                        'mean="over_tokens" or named positions.'
+                    )
+        if self.kind == "resample":
+            donors(prompts, given, self.positions, self.seed)
+
+    def replacements(
+        self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources
+    ) -> list[Tensor] | None:
+        """Means, donors' activations or noise, for each of these prompts at its edited tokens, `pos d` or `pos head d`."""
+        if self.site == "scores" or self.kind == "zero":
+            return None
+        if self.noise == "norm_matched":
+            return [self._drawn(prompt, edited, sources) for prompt, edited in zip(prompts, tokens, strict=True)]
+        reference, place = sources.measured, self.place
+        if self.kind == "resample":
+            givers = donors(sources.prompts, reference.prompts, self.positions, self.seed)
+            return [self.own_heads(reference.rows(place, givers[prompt], self.positions)) for prompt in prompts]
+        if self.mean == "per_position":
+            named = self.positions if isinstance(self.positions, tuple) else (self.positions,)
+            mean = self.own_heads(torch.cat([reference.position_mean(place, position) for position in named]))
+            return [mean] * len(tokens)
+        mean = self.own_heads(reference.mean(place))
+        if self.kind == "mean":
+            return [mean.expand(len(edited), *mean.shape) for edited in tokens]
+        std = self.own_heads(reference.std(place))
+        return [
+            mean + std * self._drawn(prompt, edited, sources) for prompt, edited in zip(prompts, tokens, strict=True)
+        ]
+
+    def changed(self, old: Tensor, values: Tensor | None) -> Tensor:
+        """What the ablation makes of activations, `entry d`, given replacements for them."""
+        if self.kind == "zero":
+            return torch.zeros_like(old)
+        if self.is_uniform:  # equal scores for all keys that are visible
+            return old.masked_fill(old > -torch.inf, 0.0)
+        assert values is not None
+        return NormMatchedIntervention()(old, values) if self.noise == "norm_matched" else values.to(old.dtype)
+
+    def _drawn(self, prompt: int, tokens: Sequence[int], sources: Sources) -> Float[Tensor, "pos *head d"]:
+        """Standard normal noise.
+
+        One generator a prompt and head, and a whole prompt drawn at once: a token's noise depends on neither the batch, the
+        other heads, nor the other positions that are ablated.
+        """
+        width = dimensions(sources.model.config)["d_head" if self.heads else "d_model"]
+        size = len(sources.prompts.input_ids[prompt]), width
+        draws = [
+            torch.from_numpy(
+                rng(self.seed, "noise", *map(str, self.place), str(head), prompt).standard_normal(size)
+            ).float()
+            for head in self.heads or (None,)
+        ]
+        return (torch.stack(draws, 1) if self.heads else draws[0])[list(tokens)]
 
 
 def all_heads(config: Any, kind: Kind = "zero", site: str = "z", **fields: Any) -> list[Ablation]:
@@ -92,3 +223,41 @@ def heads_together(
         Ablation(kind=kind, site=site, layer=layer, heads=tuple(here), **fields)
         for layer, here in sorted(by_layer.items())
     )
+
+
+def donors(prompts: TokenizedPrompts, reference: TokenizedPrompts, positions: Positions, seed: int) -> list[int]:
+    """For every prompt, the reference prompt whose activations replace its own; independent of batches and of what is edited.
+
+    Where the prompts are their own reference set this is a derangement: a random cycle, so that each prompt gives to one other.
+    With another reference set each prompt draws among those that differ from it. With positions "all" a donor must have as many
+    tokens as the prompt. Raises ValueError naming a prompt without a possible donor.
+    """
+    return list(_donors(prompts, reference, positions, seed))
+
+
+@lru_cache  # drawn once for all the specs of a sweep
+def _donors(prompts: TokenizedPrompts, reference: TokenizedPrompts, positions: Positions, seed: int) -> tuple[int, ...]:
+    draw = rng(seed, "donors")
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, ids in enumerate(reference.input_ids):
+        groups[len(ids) if positions == "all" else 0].append(index)
+    chosen: dict[int, int] = {}
+    if reference.input_ids == prompts.input_ids:
+        for group in groups.values():
+            cycle = [group[i] for i in draw.permutation(len(group))]
+            if len(cycle) > 1:
+                chosen |= zip(cycle, cycle[1:] + cycle[:1], strict=True)
+    else:
+        for prompt, ids in enumerate(prompts.input_ids):
+            group = groups[len(ids) if positions == "all" else 0]
+            if others := [index for index in group if reference.input_ids[index] != ids]:
+                chosen[prompt] = int(draw.choice(others))
+    for prompt, ids in enumerate(prompts.input_ids):
+        if prompt not in chosen:
+            which = f" of its length ({len(ids)} tokens)" if positions == "all" else ""
+            remedy = ', or resample at positions="last" or a named position' if which else ""
+            raise ValueError(
+                f"prompt {prompt} cannot be resampled, because the reference set has no other prompt{which}; "
+                f"add prompts{remedy}."
+            )
+    return tuple(chosen[prompt] for prompt in range(len(prompts.input_ids)))

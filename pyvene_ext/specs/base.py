@@ -1,17 +1,18 @@
-"""Interventions as data: validated, immutable, written to YAML or JSON and back without loss, compiled to plain pyvene configs.
+"""What all edits of one site have in common: their fields, their names, and what an engine asks of them.
 
     Ablation(kind="mean", site="z", layer=2, heads=(5,), positions="last")
     ActivationPatch(site="k", layer=2, heads=(0,), positions="subject")
+    Addition(site="resid_post", layer=3, vector=direction, scale=4.0)
     ForcedAttention(shape="hub", layer=2, heads=(5,), block=("latent0", "latent5"), hub="latent2")
 
-name one edit in one layer. Several at once are a tuple of them. `pyvene_ext.specs.files` keeps lists of them in files;
-`pyvene_ext.engine.compile` turns one into an `IntervenableConfig`, and `pyvene_ext.engine.plain` runs a list.
+name one edit in one layer. Several at once are a tuple of them. Each kind says in its own module what it needs, what it checks,
+what replaces the activations and which pyvene intervention makes the edit; the engines know no kinds.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -24,10 +25,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pyvene import VanillaIntervention
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, Component, card_of, n_heads, n_kv_heads, n_layers
+from modelcards import COMPONENTS, FIELD_NAMES, Component, card_of, dimensions, n_heads, n_kv_heads, n_layers
 from pyvene_ext.intervenable.statistics import Place, label
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.sources import Directions, Needs, Sources
 
 
 def plain(value: Any) -> Any:
@@ -48,15 +53,17 @@ class Extent(NamedTuple):
     layers: int
     heads: int
     kv_heads: int
+    sizes: dict[str, int]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Extent:
         components, config = card_of(model).mapping(type(model)), model.config
-        return cls(type(model).__name__, components, n_layers(config), n_heads(config), n_kv_heads(config))
+        counts = n_layers(config), n_heads(config), n_kv_heads(config)
+        return cls(type(model).__name__, components, *counts, dimensions(config))
 
 
 class SiteEdit(BaseModel):
-    """One site of one layer, at some heads and positions: what an ablation and a patch have in common.
+    """One site of one layer, edited at some heads and positions; a kind of intervention is a subclass.
 
     Attributes:
         site: what is edited.
@@ -71,7 +78,11 @@ class SiteEdit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     what: ClassVar[str]
+    """the kind in words, for messages"""
     sites: ClassVar[tuple[str, ...]]
+    """the sites that the kind can edit"""
+    has_first_order: ClassVar[bool] = True
+    """whether its effect has a first-order estimate"""
 
     site: StrictStr
     layer: Annotated[StrictInt, Field(ge=0)] | None = None
@@ -151,7 +162,7 @@ class SiteEdit(BaseModel):
 
     def check(self, model: PreTrainedModel | Extent) -> None:
         """Raise ValueError, naming what the model has, if this cannot be done in it."""
-        name, components, layers, heads, kv_heads = model if isinstance(model, Extent) else Extent.of(model)
+        name, components, layers, heads, kv_heads, _ = model if isinstance(model, Extent) else Extent.of(model)
         if self.component.name not in components:
             raise ValueError(f"{self.name}: the card of {name} has no {self.site}.")
         if self.layer is not None and self.layer >= layers:
@@ -168,3 +179,76 @@ class SiteEdit(BaseModel):
                 f"{self.name}: {self.site} counts K/V heads, of which the model has {kv_heads} (0 to {kv_heads - 1}), each for "
                 f"{heads // kv_heads} query heads: query head h reads K/V head h // {heads // kv_heads}."
             )
+
+    # -- what an engine asks; a kind overrides what differs ---------------------------------------------------------------
+
+    @property
+    def needs(self) -> Needs:
+        """What must be known of a reference set or of source prompts before this can be done: by default nothing."""
+        return Needs()
+
+    @property
+    def acts_at(self) -> str:
+        """The site at which the sweep engine makes the edit."""
+        return self.site
+
+    @property
+    def linear_place(self) -> Place:
+        """Where a first-order estimate of the edit is taken."""
+        return self.place
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether attention becomes uniform, so that a first-order estimate needs the z of uniform attention."""
+        return False
+
+    @property
+    def same_for_all(self) -> bool:
+        """Whether prompts with the same tokens at the edited positions get the same replacement there."""
+        return False
+
+    @property
+    def on_new_tokens(self) -> bool:
+        """Whether the edit can also be made at tokens while they are generated."""
+        return False
+
+    @property
+    def prompt_key(self) -> Hashable:
+        """All that `check_prompts` depends on: of specs with equal keys one is checked."""
+        return self.positions
+
+    @property
+    def intervention(self) -> type:
+        """The class of the pyvene intervention that makes the edit."""
+        return VanillaIntervention
+
+    def check_prompts(self, prompts: TokenizedPrompts, tokens: Sequence[Sequence[int]], sources: Sources) -> None:
+        """Raise ValueError, naming the prompt, where this cannot be done on prompts whose edited tokens are these."""
+        for prompt, edited in enumerate(tokens):
+            if len(set(edited)) < len(edited):
+                raise ValueError(f"{self.name}: two of these positions are the same token of prompt {prompt}.")
+
+    def check_directions(self, directions: Directions, extent: Extent) -> None:
+        """Raise ValueError unless there is the direction that this edit follows, if it follows one."""
+
+    def replacements(
+        self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources
+    ) -> list[Tensor] | None:
+        """What the intervention is given for each of these prompts at its edited tokens, `pos d` or `pos head d`.
+
+        None if it needs nothing. Values depend on neither the batch nor the other heads and positions that are edited.
+        """
+        return None
+
+    def in_columns(self, value: Tensor, start: int) -> Tensor:
+        """A prompt's replacement in a batch where the prompt begins at column `start`."""
+        return value
+
+    def changed(self, old: Tensor, values: Tensor | None) -> Tensor:
+        """What `intervention` makes of activations, `entry d`, given replacements for them in the same order."""
+        assert values is not None
+        return values.to(old.dtype)
+
+    def own_heads(self, values: Tensor) -> Tensor:
+        """Of values of all heads, `... head d`, those of the edited ones."""
+        return values if self.heads is None else values[..., list(self.heads), :]

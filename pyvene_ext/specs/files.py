@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from pyvene_ext.io.errors import one_sentence
 from pyvene_ext.io.files import atomic_path, parse_json, parse_yaml
 from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.joint import (
     OneSpec,
@@ -31,7 +32,7 @@ from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 
 # All other kinds are ablations.
-KINDS: dict[Any, Any] = {"path": PathPatch, "patch": ActivationPatch, "force": ForcedAttention}
+KINDS: dict[Any, Any] = {"path": PathPatch, "patch": ActivationPatch, "add": Addition, "force": ForcedAttention}
 
 
 def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:

@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -20,10 +20,12 @@ from pydantic import (
 )
 from torch import Tensor
 
-from modelcards import n_heads, n_layers
+from modelcards import n_heads, n_layers, window
+from pyvene_ext.intervenable.interventions import ForcedRowsIntervention
 from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.base import SiteEdit
+from pyvene_ext.specs.sources import Sources
 
 TO_HUB = 0.8  # of the mass on the block
 
@@ -46,7 +48,7 @@ class ForcedAttention(SiteEdit):
 
     what = "forced attention"
     sites = ("pattern",)
-    uses_reference: ClassVar[bool] = False
+    has_first_order = False
 
     kind: Literal["force"] = "force"
     site: StrictStr = "pattern"
@@ -78,6 +80,40 @@ class ForcedAttention(SiteEdit):
         """A short name: "pattern.2.5@latent0..latent5:hub@latent2/hard"."""
         shape = self.shape if self.hub is None else f"hub@{self.hub}"
         return f"{self.where}@{self.block[0]}..{self.block[1]}:{shape}" + ("/hard" if self.hard else "")
+
+    @property
+    def prompt_key(self) -> Hashable:
+        """The block and its hub."""
+        return self.block, self.hub
+
+    @property
+    def intervention(self) -> type:
+        """The class of the pyvene intervention that makes the edit."""
+        return ForcedRowsIntervention
+
+    def check_prompts(self, prompts: TokenizedPrompts, tokens: Sequence[Sequence[int]], sources: Sources) -> None:
+        """Raise ValueError, naming the prompt, where the block is empty or lacks its hub."""
+        for prompt in range(len(prompts)):
+            block_tokens(self, prompts, prompt)
+
+    def replacements(
+        self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources
+    ) -> list[Tensor] | None:
+        """What `ForcedRowsIntervention` is told for each query, `pos head 5`, keys counted from the prompt's first token."""
+        reach = window(sources.model.config, self.layer or 0)
+        rows = [
+            forced_rows(self, sources.prompts, prompt, reach)[list(edited)]
+            for prompt, edited in zip(prompts, tokens, strict=True)
+        ]
+        return [of_prompt[:, None].expand(-1, len(self.heads or ()), -1) for of_prompt in rows]
+
+    def in_columns(self, value: Tensor, start: int) -> Tensor:
+        """Keys as columns of a batch; the last of the five numbers is none."""
+        return value + start * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+
+    def changed(self, old: Tensor, values: Tensor | None) -> Tensor:
+        """The forced pattern in place of these rows, `entry key`."""
+        return ForcedRowsIntervention()(old, values)
 
 
 def force(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.base import SiteEdit
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.sources import Needs
 
-OneSpec = Ablation | ActivationPatch | ForcedAttention
+OneSpec = Ablation | ActivationPatch | Addition | ForcedAttention
 Spec = OneSpec | tuple[OneSpec, ...]
 
 
@@ -33,8 +35,8 @@ def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
         for edit in spec if isinstance(spec, tuple) else (spec,):
             if not isinstance(edit, SiteEdit):
                 raise ValueError(
-                    f"{edit!r} is no ablation, activation patch or forced attention, nor a tuple of them (paths are run by "
-                    "pyvene_ext.patch)."
+                    f"{edit!r} is no ablation, activation patch, addition or forced attention, nor a tuple of them (paths are "
+                    "run by pyvene_ext.patch)."
                 )
     return found
 
@@ -44,16 +46,11 @@ def spec_name(spec: Spec) -> str:
     return "+".join(edit.name for edit in ((spec,) if isinstance(spec, SiteEdit) else spec))
 
 
-def needs(specs: Iterable[Spec]) -> dict[str, tuple]:
-    """What specs need of a reference set, as keywords of `Reference.compute` and `Reference.require`."""
-    used = [a for spec in specs for a in members(spec) if a.uses_reference]
-
-    def positions(ablations: Iterable[OneSpec]) -> tuple[str | int, ...]:
-        named = (a.positions if isinstance(a.positions, tuple) else (a.positions,) for a in ablations)
-        return tuple(dict.fromkeys(position for group in named for position in group))
-
-    return {
-        "places": tuple(dict.fromkeys(a.place for a in used)),
-        "position_means": positions(a for a in used if isinstance(a, Ablation) and a.mean == "per_position"),
-        "bank": positions(a for a in used if a.kind in ("resample", "patch")),
-    }
+def needs(specs: Iterable[Spec]) -> Needs:
+    """What specs need of a reference set or of source prompts, each place and position once."""
+    each = [edit.needs for spec in specs for edit in members(spec)]
+    return Needs(
+        tuple(dict.fromkeys(place for one in each for place in one.places)),
+        tuple(dict.fromkeys(position for one in each for position in one.position_means)),
+        tuple(dict.fromkeys(position for one in each for position in one.bank)),
+    )

@@ -40,7 +40,10 @@ def frequency_interval(
         active: booleans or 0/1, any shape.
         axis: the axis averaged over; the results have the other axes.
         confidence: of the interval.
-        counted: which values count, in the shape of `active`; all by default. Where none does, mean and interval are nan.
+        counted: which values count, in the shape of `active`; all by default.
+
+    Returns:
+        The share and the interval's ends, nan where no value counts.
 
     Raises:
         ValueError: a value is neither 0 nor 1, or the axis is empty.
@@ -86,6 +89,15 @@ def paired_bootstrap(
         rng=rng,
     ).confidence_interval
     return Interval(float(difference.mean()), float(interval.low), float(interval.high))
+
+
+def bootstrap_mean(values: Num[np.ndarray, " prompt"], rng: np.random.Generator, n_resamples: int = 10_000) -> Interval:
+    """The mean over prompts with its percentile bootstrap 95% interval.
+
+    Raises:
+        ValueError: fewer than two values, or non-finite ones.
+    """
+    return paired_bootstrap(values, np.zeros_like(values), rng, n_resamples)
 
 
 def ratio_of_means(

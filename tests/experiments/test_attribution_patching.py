@@ -113,7 +113,7 @@ def test_what_is_written_equals_the_plain_engine_and_the_library(
     for name in names:
         site, layer, *head = name.split(".")
         patches.append(ActivationPatch(site=site, layer=int(layer), heads=tuple(map(int, head)) or None))
-    wanted: dict[str, Any] = needs(patches)
+    wanted = needs(patches)._asdict()
     exact = run(model, patches, base, reference=Reference.compute(model, source, **wanted), progress=False)
     scores = {name: np.load(tmp_path / f"{name}.npy") for name in ("exact", *study.ESTIMATES)}
     assert all(values.dtype == np.float32 for values in scores.values())

@@ -14,9 +14,8 @@ import pytest
 import torch
 import yaml
 
-from pyvene_ext.engine.compile import donors
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.ablation import Ablation, donors
 from tests.ground_truth import ablations as slow
 
 SMALL = ("--layers", 3, "--hidden", 24, "--heads", 4, "--kv_heads", 2, "--d_mlp", 17, "--vocab", 41)

@@ -28,12 +28,12 @@ import torch
 from critical_heads import ablate_heads
 from critical_heads import setting as common
 from matplotlib.figure import Figure
-from prompt_sets import PROMPTS
 
 from modelcards import n_heads, n_kv_heads, n_layers, window
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.attribution.circuits import exists
 from pyvene_ext.prompts.problems import Questions, with_reasoning
+from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import figures
 from tests.labels import unlabelled
 from tests.saved_models import save_random_model
@@ -211,7 +211,7 @@ BETWEEN = (
 )
 REFUSED: dict[tuple[str, str], str] = {
     **{(study, family): "run attention and MLP side by side" for study in BETWEEN for family in PARALLEL},
-    **{(study, family): "does not let its attention be looked into" for study in LOOKING for family in WRITTEN_OUT},
+    **{(study, family): "attention does not go through" for study in LOOKING for family in WRITTEN_OUT},
 }
 
 

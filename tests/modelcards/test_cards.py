@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,21 @@ def test_a_layer_without_experts_says_so() -> None:
 def test_a_model_without_a_card_is_named() -> None:
     with pytest.raises(ValueError, match="no model card covers Linear; there are cards for qwen2_5, gemma2"):
         card_of(torch.nn.Linear)
+
+
+def test_no_imports_in_a_circle() -> None:
+    root = Path(modelcards.__file__).parent
+    graph: dict[str, set[str]] = {}
+    for path in root.rglob("*.py"):
+        name = ".".join(path.relative_to(root.parent).with_suffix("").parts)
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                package = name.rsplit(".", node.level)[0] + "." if node.level else ""
+                modules = {f"{package}{node.module}", *(f"{package}{node.module}.{alias.name}" for alias in node.names)}
+                graph[name] |= {module for module in modules if module.startswith("modelcards.")}
+    assert "modelcards.template" in graph["modelcards.bloom.modelings_intervenable_bloom"]
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 # -- defects of pyvene's own cards, by number --------------------------------------------------------------------------

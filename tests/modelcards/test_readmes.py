@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from pyvene.models.constants import CONST_INPUT_HOOK, split_three
+from pyvene.models.constants import CONST_INPUT_HOOK, split_half, split_three
 from torch import Tensor
 
 import pyvene_ext
 from modelcards import CARDS, COMPONENTS, Card, n_layers
-from modelcards.template import first_of_two, second_of_two
 from pyvene_ext.verify import OPERATIONS, Report, verify_card
 from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
 
@@ -50,11 +49,9 @@ def component_table(family: str) -> str:
 def place(path: str, hook: str, *splits: tuple) -> str:
     """Where a component lives, in words; L stands for the layer."""
     side = "input" if hook == CONST_INPUT_HOOK else "output"
-    part = next((part for split, part in splits if split is split_three), None)
-    third = "" if part is None else f", {('first', 'middle', 'last')[part]} third"
-    halves = {first_of_two: ", first half", second_of_two: ", second half"}
-    half = "".join(halves.get(split, "") for split, _ in splits)
-    return f"`{path.replace('%s', 'L')}` {side}{third}{half}"
+    parts = {split_three: ("first third", "middle third", "last third"), split_half: ("first half", "second half")}
+    part = "".join(f", {parts[split][which]}" for split, which in splits if split in parts)
+    return f"`{path.replace('%s', 'L')}` {side}{part}"
 
 
 @pytest.mark.parametrize("family", (*FAMILIES, *MORE_FAMILIES))

@@ -195,7 +195,7 @@ def test_at_named_positions_the_source_may_be_of_another_length(family: str) -> 
 def test_atp_is_the_limit_of_finite_differences(family: str) -> None:
     """Source activations are moved towards the base's; the exact effect over the share left tends to the estimate."""
     model, patches, step = _model(family), _patches(family), 0.005
-    wanted: dict[str, Any] = needs(patches)
+    wanted = needs(patches)._asdict()
     of_base, of_source = (Reference.compute(model, some, **wanted) for some in (BASE, SOURCE))
     differences = []
     for share in (step, -step):
@@ -230,7 +230,7 @@ def test_qk_fix_sees_through_a_saturated_softmax_where_atp_is_blind() -> None:
             layer.self_attn.q_proj.weight.mul_(60)
             layer.self_attn.q_proj.bias.mul_(60)
     patches = [ActivationPatch(site="q", layer=2, heads=(h,), positions="last") for h in range(6)]
-    reference = Reference.compute(model, SOURCE, **needs(patches))  # type: ignore[arg-type]
+    reference = Reference.compute(model, SOURCE, **needs(patches)._asdict())  # type: ignore[arg-type]
     exact = run(model, patches, BASE, reference=reference, progress=False).delta
     fixed = atp_star(model, patches, BASE, SOURCE, grad_drop=False, progress=False)
     plain = atp(model, patches, BASE, SOURCE, progress=False)
@@ -486,7 +486,7 @@ def test_with_many_steps_the_edges_of_the_embedding_add_up_to_the_whole_effect(f
     model = _model(family)
     two, partners = (_first_two(some) for some in (BASE, SOURCE))
     everything = ActivationPatch(site="embed")
-    reference = Reference.compute(model, partners, **needs([everything]))  # type: ignore[arg-type]
+    reference = Reference.compute(model, partners, **needs([everything])._asdict())  # type: ignore[arg-type]
     exact = run(model, everything, two, metric, reference, progress=False).delta[0]
     errors = []
     for steps in (10, 60):
@@ -501,7 +501,7 @@ def test_with_many_steps_the_edges_of_a_stage_add_up_to_its_exact_effect(family:
     two, partners = (_first_two(some) for some in (BASE, SOURCE))
     stages = [(site, layer) for layer in range(LAYERS) for site in ("attn_out", "mlp_out")]
     patches = [ActivationPatch(site=site, layer=layer) for site, layer in stages]
-    reference = Reference.compute(model, partners, **needs(patches))  # type: ignore[arg-type]
+    reference = Reference.compute(model, partners, **needs(patches)._asdict())  # type: ignore[arg-type]
     exact = run(model, patches, two, reference=reference, progress=False).delta
     scores = edge_attribution(model, two, partners, method="eap_ig_activations", steps=16, progress=False)
     sites = {"attn_out": "z", "mlp_out": "mlp_out"}

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from modelcards import n_kv_heads
-from pyvene_ext.engine.compile import check_specs, compile_specs, donors
-from pyvene_ext.engine.plain import reference_for
+from pyvene_ext.engine.compile import compile_spec
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import PaddingSide
-from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.ablation import Ablation, donors
 from pyvene_ext.specs.joint import Spec, members, spec_name
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
@@ -138,11 +138,10 @@ def _compare(
     engine: type[pyvene.IntervenableModel] = IntervenableModel,
 ) -> None:
     model, prompts = _model(family), SETS[name]
-    check_specs(specs, model, prompts, prompts)
-    reference = reference_for(specs, model, prompts, progress=False)
+    resolved = resolve(specs, model, prompts).measured(progress=False)
     for batch in prompts.batches(4, padding_side):
         for spec in specs:
-            compiled = compile_specs(spec, batch, prompts, model, reference)
+            compiled = compile_spec(spec, batch, resolved)
             iv = engine(compiled.config, model)
             with torch.no_grad():
                 _, output = iv(
@@ -257,14 +256,14 @@ def test_a_prompt_without_a_donor_is_named_with_the_remedy() -> None:
 )
 def test_what_cannot_run_is_refused_before_it_does(spec: Ablation, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_specs([spec], _model("llama3_1"), PROMPTS, PROMPTS)
+        resolve([spec], _model("llama3_1"), PROMPTS)
 
 
 def test_a_reference_set_of_another_length_is_refused_where_positions_are_aligned() -> None:
     spec = Ablation(kind="mean", mean="per_position", site="z", layer=0, heads=(0,))
     with pytest.raises(ValueError, match="prompt 0 has 9 tokens and the reference prompts have 8"):
-        check_specs([spec], _model("llama3_1"), PROMPTS, EQUAL)
-    check_specs([spec], _model("llama3_1"), random_prompts((8, 8), seed=7), EQUAL)
+        resolve([spec], _model("llama3_1"), PROMPTS, EQUAL)
+    resolve([spec], _model("llama3_1"), random_prompts((8, 8), seed=7), EQUAL)
 
 
 def test_replacements_come_from_the_given_reference_set() -> None:
@@ -272,9 +271,9 @@ def test_replacements_come_from_the_given_reference_set() -> None:
     spec = Ablation(kind="mean", site="mlp_out", layer=1, positions="last")
     reference = Reference.compute(model, EQUAL, [("mlp_out", 1)])
     batch = next(PROMPTS.batches(2))
-    (replacement,) = compile_specs(spec, batch, PROMPTS, model, reference).replacements
+    (replacement,) = compile_spec(spec, batch, resolve([spec], model, PROMPTS, reference=reference)).replacements
     expected, _ = slow.statistics([slow.activation(model, ids, "mlp_out", 1) for ids in EQUAL.input_ids])
     assert replacement is not None
     torch.testing.assert_close(replacement[:, 0], expected.expand(2, -1))
-    with pytest.raises(ValueError, match="needs reference statistics"):
-        compile_specs(spec, batch, PROMPTS, model)
+    with pytest.raises(ValueError, match="need reference statistics"):
+        compile_spec(spec, batch, resolve([spec], model, PROMPTS))

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyvene_ext import ActivationPatch, PathPatch, patch
-from pyvene_ext.engine.compile import compile_specs, donors
+from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.plain import reference_for, run
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.io.seeds import rng
@@ -29,14 +30,14 @@ from pyvene_ext.models.identity import weight_hash
 from pyvene_ext.models.latent_steps import (
     Format,
     attach,
-    drafting,
     format_of,
+    is_unrolling,
     projection,
     save,
 )
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Problem, Questions, with_latents
-from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.ablation import Ablation, donors
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from tests.ground_truth.ablations import statistics
 from tests.ground_truth.continuous_thought import At, thought, written
@@ -132,7 +133,7 @@ def test_logits_in_a_padded_batch_are_those_of_stepping_with_a_cache(family: str
     for which, logits in enumerate(batch_logits(model, questions)):
         expected, _ = by_hand(plain, weights, questions, which)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert not drafting(model)
+    assert not is_unrolling(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +169,7 @@ def check_spec(family: str, spec: Any, edits: Any, forced: Any = lambda question
     ]
     kept: list[Any] = [None] * len(questions)
     for batch in questions.prompts.batches(9):
-        compiled = compile_specs(spec, batch, questions.prompts, model, reference)
+        compiled = compile_spec(spec, batch, resolve([spec], model, questions.prompts, reference=reference))
         iv = IntervenableModel(compiled.config, model)
         with torch.no_grad():
             _, out = iv(
@@ -382,7 +383,7 @@ def test_a_model_is_left_as_it_was_after_an_error() -> None:
     runs = []
 
     def broken(*_: Any) -> None:
-        runs.append(drafting(model))
+        runs.append(is_unrolling(model))
         if len(runs) == 3:  # two latent steps are known by then
             raise KeyError("a hook")
 
@@ -390,7 +391,7 @@ def test_a_model_is_left_as_it_was_after_an_error() -> None:
     with pytest.raises(KeyError):
         model(**batch.inputs())
     handle.remove()
-    assert runs == [True] * 3 and not drafting(model)
+    assert runs == [True] * 3 and not is_unrolling(model)
     ids = batch.input_ids
     embedded = model.get_input_embeddings()(ids)  # nothing is filled in outside of a run
     torch.testing.assert_close(embedded, torch.nn.functional.embedding(ids, model.get_input_embeddings().weight))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.engine.sweep.plan import (
     MIB,
@@ -28,7 +29,7 @@ from pyvene_ext.methods.attribution.screen import estimate
 from pyvene_ext.models.devices import input_device, weights_on_a_device
 from pyvene_ext.models.identity import weight_hash
 from pyvene_ext.models.loading import load_model
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
 from tests.pretended_devices import PretendedDevices, spread
@@ -317,7 +318,7 @@ def test_the_readme_counts_the_memory_of_llama_3_1_70b_as_the_plan_does() -> Non
     token, batches = Sizes(model).token, {}
     for positions in ("all", "last"):
         specs = all_heads(config, positions=positions)
-        batches[positions] = len(make_plan(model, specs, prompts, range(100), Budget(40 * gib, 65536)).waves)
+        batches[positions] = len(make_plan(resolve(specs, model, prompts), range(100), Budget(40 * gib, 65536)).waves)
     whole, last = len(specs) * 32 * token / gib, len(specs) * token / gib
     text = (
         f"{token // 2**10} KiB a token, for 64 × 80 heads and a prompt of 32 tokens {whole:.2f} GiB, or {last:.2f} GiB with "

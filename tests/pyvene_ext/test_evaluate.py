@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pyvene_ext.engine.compile import Compiled, compile_specs, donors
+from pyvene_ext.engine.compile import Compiled, compile_spec
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.reasoning.evaluate import (
@@ -35,7 +36,7 @@ from pyvene_ext.prompts.problems import (
     tokenize_problems,
     with_reasoning,
 )
-from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.ablation import Ablation, donors
 from pyvene_ext.specs.joint import Spec, members
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
@@ -261,7 +262,7 @@ def test_the_prompts_scope_is_what_compile_makes_of_a_spec() -> None:
     reference = Reference.compute(model, questions.prompts, [("resid_pre", 1)])
     found = evaluate(model, tokenizer(end=None), questions, spec, "prompt", max_new_tokens=1, reference=reference)
     for batch in questions.prompts.batches(8):
-        compiled = compile_specs(spec, batch, questions.prompts, model, reference)
+        compiled = compile_spec(spec, batch, resolve([spec], model, questions.prompts, reference=reference))
         iv = IntervenableModel(compiled.config, model)
         sources = compiled.source_representations(iv.sorted_keys)
         with torch.no_grad():
@@ -521,7 +522,7 @@ def test_sources_for_too_few_new_tokens_are_refused() -> None:
     _, given, _ = transcripts(model, spec)
 
     def short(batch: Any) -> Compiled:
-        compiled = compile_specs(spec, batch, questions.prompts, model, given.reference)
+        compiled = compile_spec(spec, batch, resolve([spec], model, questions.prompts, reference=given.reference))
         (values,) = compiled.replacements
         assert values is not None
         more = torch.cat([values, values[..., :2, :]], -2)  # for two new tokens

@@ -39,7 +39,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(family, "path to mlp_in"): "run attention and MLP side by side" for family in PARALLEL},
     **{(family, "circuits"): "run attention and MLP side by side" for family in PARALLEL},
     **{(family, "flow"): "run attention and MLP side by side" for family in PARALLEL},
-    **{(family, "flow"): "does not let its attention be looked into" for family in WRITTEN_OUT},
+    **{(family, "flow"): "attention does not go through" for family in WRITTEN_OUT},
     ("opt", "gradients at resid_mid"): "no gradient can be taken there",
     **{(family, "gradients at resid_mid"): "has no resid_mid" for family in PARALLEL},
 }

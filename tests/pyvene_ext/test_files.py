@@ -31,7 +31,9 @@ CELL = st.one_of(
 )
 NAMES = st.lists(TEXT, min_size=1, max_size=4, unique=True)
 ROWS = NAMES.flatmap(lambda names: st.lists(st.fixed_dictionaries(dict.fromkeys(names, CELL)), min_size=1, max_size=4))
-SETTINGS = settings(max_examples=200, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(
+    max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def by_hand(rows: list[dict[str, Any]]) -> bytes:

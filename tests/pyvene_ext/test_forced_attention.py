@@ -12,8 +12,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pyvene_ext.engine.compile import check_specs, compile_specs
+from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.plain import run
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.intervenable.interventions import ForcedRowsIntervention
 from pyvene_ext.intervenable.model import IntervenableModel
@@ -111,11 +112,11 @@ def test_logits_and_rows_equal_those_made_by_hand(
 ) -> None:
     model, eager = _model(family, implementation), implementation == "eager"
     specs = [*_specs(), *_everywhere(model.config)]
-    check_specs(specs, model, PROMPTS, PROMPTS)
+    resolved = resolve(specs, model, PROMPTS)
     for batch in PROMPTS.batches(4, padding_side):
         clean = model(**batch.inputs()).logits
         for spec in specs:
-            compiled = compile_specs(spec, batch, PROMPTS, model)
+            compiled = compile_spec(spec, batch, resolved)
             iv = IntervenableModel(compiled.config, model)
             with torch.no_grad():
                 _, output = iv(
@@ -178,7 +179,7 @@ def test_generation_with_a_cache_equals_step_by_step_without_one(family: str) ->
     model, new = _model(family), 4
     spec = force(model.config, shape="hub", hub="mid", block=("open", "close"))
     (batch,) = PROMPTS.batches(6)
-    compiled = compile_specs(spec, batch, PROMPTS, model)
+    compiled = compile_spec(spec, batch, resolve([spec], model, PROMPTS))
     iv = IntervenableModel(compiled.config, model)
     _, tokens = iv.generate(
         batch.inputs(),

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted_circuits import ARCHITECTURES, CASES, Architecture, planted
+from tiny.planted_circuits import ARCHITECTURES, CASES, Architecture, planted
 from torch import Tensor, nn
 
 from modelcards import n_heads, n_kv_heads, n_layers
-from pyvene_ext.engine.compile import check_specs
 from pyvene_ext.engine.plain import METRICS, run
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
@@ -435,7 +435,7 @@ def test_a_kv_head_of_the_source_changes_exactly_the_query_heads_of_its_group(fa
     pair = replace(BASE, input_ids=BASE.input_ids[:1], answer_ids=BASE.answer_ids[:1], positions=BASE.positions[:1])
     of = replace(SOURCE, input_ids=SOURCE.input_ids[:1], answer_ids=pair.answer_ids, positions=SOURCE.positions[:1])
     specs = all_patches(model.config, site)
-    reference = Reference.compute(model, of, **needs(specs))
+    reference = Reference.compute(model, of, **needs(specs)._asdict())
     for spec in specs:
         seen: list[Tensor] = []
         handle = _hook(*_place(model, "z", spec.layer or 0), lambda x, seen=seen: seen.append(x[0].clone()) or x)
@@ -872,7 +872,7 @@ def test_all_patches_are_one_a_layer_and_head(family: str) -> None:
         specs = all_patches(config, site, positions="last")
         assert len(specs) == len({spec.name for spec in specs}) == count
         assert {(spec.site, spec.positions) for spec in specs} == {(site, "last")}
-        check_specs(specs, _model(family), BASE, SOURCE)
+        resolve(specs, _model(family), BASE, SOURCE)
         order = [(spec.layer or 0, spec.heads or ()) for spec in specs]
         assert order == sorted(order)
 

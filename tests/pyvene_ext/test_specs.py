@@ -23,6 +23,7 @@ from pyvene_ext.specs.joint import (
     spec_name,
 )
 from pyvene_ext.specs.path import PathPatch
+from pyvene_ext.specs.sources import Needs
 from tests.tiny_random import random_model, tiny_config
 
 HEAD: dict[str, Any] = {"kind": "zero", "site": "z", "layer": 2, "heads": (5,)}
@@ -183,9 +184,7 @@ def test_check_names_what_the_model_has() -> None:
 
 
 def test_needs_collects_what_the_reference_set_must_give() -> None:
-    assert needs(SPECS) == {
-        "places": (("z", 0), ("resid_mid", 1), ("mlp_out", 3), ("k", 1)),
-        "position_means": ("主语", -2, 0),
-        "bank": ("all",),
-    }
-    assert needs(SPECS[:1]) == {"places": (), "position_means": (), "bank": ()}
+    assert needs(SPECS) == Needs(
+        places=(("z", 0), ("resid_mid", 1), ("mlp_out", 3), ("k", 1)), position_means=("主语", -2, 0), bank=("all",)
+    )
+    assert needs(SPECS[:1]) == Needs()

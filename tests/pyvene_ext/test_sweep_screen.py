@@ -12,7 +12,6 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
-from pyvene_ext.engine.compile import donors
 from pyvene_ext.engine.plain import Result, reference_for, run
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.attribution.screen import (
@@ -21,7 +20,7 @@ from pyvene_ext.methods.attribution.screen import (
     estimate,
     screened,
 )
-from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.specs.ablation import Ablation, all_heads, donors
 from pyvene_ext.specs.joint import Spec, members, spec_name
 from tests.ground_truth import ablations as slow
 from tests.pyvene_ext.test_compile import PROMPTS, SETS, SITES, _change, _model, _specs, kv_specs

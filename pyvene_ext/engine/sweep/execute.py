@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,16 +14,15 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_kv_heads
 from modelcards.attention_taps import output_weight
-from pyvene_ext.engine.compile import replacements_of
 from pyvene_ext.engine.plain import ANSWERS_ONLY, measure
+from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
     INTO_ATTENTION,
     STAGES,
-    Batch,
+    EditBatch,
     Group,
     Stage,
     Wave,
@@ -31,11 +30,8 @@ from pyvene_ext.engine.sweep.layout import (
     wave_groups,
 )
 from pyvene_ext.engine.sweep.plan import Plan, Sizes
-from pyvene_ext.intervenable.interventions import DirectionIntervention, ForcedRowsIntervention, NormMatchedIntervention
-from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.replay import Past, Replay
-from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.specs.joint import Spec, spec_name
 
 Frozen = Literal["attention", "mlp"]  # what keeps its clean output in every row, but where that is edited
@@ -67,13 +63,13 @@ class Record(Protocol):
         """What leaves it."""
 
 
-class Ready:
+class DeviceEdits:
     """A batch of edits with its indices and values as tensors on a device."""
 
-    def __init__(self, batch: Batch, values: Tensor | None, device: torch.device) -> None:
-        self.kind, self.round, self.device = batch.kind, batch.round, device
+    def __init__(self, batch: EditBatch, values: Tensor | None, device: torch.device) -> None:
+        self.spec, self.round, self.device = batch.sources[0][0], batch.round, device
         self.row_numbers, self.column_numbers, self.head_numbers = batch.rows, batch.columns, batch.heads
-        self.most_heads = max(len(ablation.heads or ()) for ablation, *_ in batch.sources)
+        self.most_heads = max(len(spec.heads or ()) for spec, *_ in batch.sources)
         self.first_column = batch.columns.min()
         self.values = None if values is None else values.to(device)
 
@@ -95,18 +91,7 @@ class Ready:
 
     def new(self, old: Float[Tensor, "entry d"], part: slice | Tensor) -> Float[Tensor, "entry d"]:
         """What comes in place of `old`."""
-        if self.kind == "zero":
-            return torch.zeros_like(old)
-        if self.kind == "uniform":  # equal scores for all keys that are visible
-            return old.masked_fill(old > -torch.inf, 0.0)
-        assert self.values is not None
-        if self.kind == "norm_matched":
-            return NormMatchedIntervention()(old, self.values[part])
-        if self.kind == "direction":
-            return DirectionIntervention()(old, self.values[part])
-        if self.kind == "forced":
-            return ForcedRowsIntervention()(old, self.values[part])
-        return self.values[part].to(old.dtype)
+        return self.spec.changed(old, None if self.values is None else self.values[part])
 
     def apply(self, x: Float[Tensor, "row pos d"], first: int, column: int, heads: int) -> None:
         """Edit rows `first` and following, of which `x` holds the columns from `column` on, in place."""
@@ -128,21 +113,19 @@ class Executor:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        specs: Sequence[Spec],
+        resolved: Resolved,
         metric: str,
-        reference: Reference | None,
         plan: Plan,
         freeze: Collection[Frozen] = (),
         record: Record | None = None,
     ) -> None:
         self.freeze, self.record = freeze, record
-        self.model, self.specs, self.metric, self.reference = model, specs, metric, reference
-        self.prompts, self.edits, self.budget = plan.prompts, plan.edits, plan.budget
-        self.replay, self.sizes = Replay(model), Sizes(model)
-        self.heads, self.kv_heads = n_heads(model.config), n_kv_heads(model.config)
+        self.resolved, self.model, self.specs, self.metric = resolved, resolved.model, resolved.specs, metric
+        self.prompts, self.edits, self.budget = resolved.prompts, plan.edits, plan.budget
+        self.replay, self.sizes = Replay(self.model), Sizes(self.model)
+        self.heads, self.kv_heads = n_heads(self.model.config), n_kv_heads(self.model.config)
         # What running out of memory has taught: how many rows at most make a wave, and by how much to cut the calls.
-        self.most, self.shrunk = len(specs) * len(self.prompts), 1
+        self.most, self.shrunk = len(self.specs) * len(self.prompts), 1
 
     def run(
         self, wave: Wave, advance: Callable[[float], object] = lambda interventions: None
@@ -183,7 +166,7 @@ class Executor:
         ids = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=replay.device)
         length = ids.shape[1]
         shared = shared_columns(wave.prompts, self.prompts)
-        groups = wave_groups(wave, self.edits, self.prompts, layers)
+        groups = wave_groups(wave, self.edits, self.resolved, layers)
         states: dict[int, State] = {}
         for group in groups:
             states[id(group)] = State(self, wave, group, length, states[id(group.trunk)] if group.trunk else None)
@@ -270,14 +253,13 @@ class Executor:
             found.append(measure(self.metric, logits, batch, reference))
         return np.concatenate(found), torch.cat(kept) if kept else None
 
-    def values(self, batch: Batch) -> Tensor | None:
+    def values(self, batch: EditBatch) -> Tensor | None:
         """What a batch of edits puts in place, `entry d`."""
-        if batch.kind in ("zero", "uniform"):
-            return None
         found = []
-        for ablation, ids, kept in batch.sources:
-            tokens = [token_indices(self.prompts, prompt, ablation.positions) for prompt in ids]
-            made = replacements_of(ablation, ids, tokens, self.prompts, self.model, self.reference)
+        for spec, ids, kept in batch.sources:
+            made = self.resolved.replacements(spec, ids)
+            if made is None:  # and so for every spec of this intervention
+                return None
             if kept is not None:
                 made = [value[which] for value, which in zip(made, kept, strict=True)]
             found += [value.flatten(0, -2) for value in made]
@@ -307,10 +289,10 @@ class State:
         executor, group, device = self.executor, self.group, clean.resid_pre.device
         self.hidden, self.prompt, self.prompts = (x.to(device) for x in (self.hidden, self.prompt, self.prompts))
         self.hidden[before:stop] = clean.resid_pre[self.prompt[before:stop], group.start : group.stop]
-        edits: dict[Stage, list[Ready]] = {}
+        edits: dict[Stage, list[DeviceEdits]] = {}
         for stage in STAGES:
             if batches := group.edits.get((layer, stage)):
-                edits[stage] = [Ready(batch, executor.values(batch), device) for batch in batches]
+                edits[stage] = [DeviceEdits(batch, executor.values(batch), device) for batch in batches]
         for ready in edits.pop("resid_pre", ()):
             ready.apply(self.hidden, 0, group.start, executor.heads)
 
@@ -342,7 +324,7 @@ class State:
         self.final, self.prompt = self.final.to(final.device), self.prompt.to(final.device)
         self.final[before:stop] = final[self.prompt[before:stop]]
         for batch in self.group.edits.get((len(self.group.bounds) - 1, "resid_pre"), ()):
-            ready = Ready(batch, self.executor.values(batch), self.final.device)
+            ready = DeviceEdits(batch, self.executor.values(batch), self.final.device)
             ready.apply(self.final[:, None], 0, self.length - 1, self.executor.heads)
 
     def _call_rows(self) -> int:
@@ -353,7 +335,7 @@ class State:
         return max(rows - rows % prompts, min(rows, prompts))
 
     def _call(
-        self, layer: int, clean: Clean, first: int, until: int, edits: dict[Stage, list[Ready]], last: bool
+        self, layer: int, clean: Clean, first: int, until: int, edits: dict[Stage, list[DeviceEdits]], last: bool
     ) -> Float[Tensor, "row pos d_model"]:
         """One call of a block: rows `[first, until)`, those that enter behind attention or behind the MLP at their end."""
         replay, start, stop = self.executor.replay, self.group.start, self.group.stop
@@ -404,7 +386,7 @@ class State:
         ]
 
     def _hooks(
-        self, edits: dict[Stage, list[Ready]], first: int, count: int, attending: int, column: int
+        self, edits: dict[Stage, list[DeviceEdits]], first: int, count: int, attending: int, column: int
     ) -> dict[str, Callable[[Tensor], None]]:
         """What changes rows `first` and following, by stage: `count` of them, of which the first ones run through attention."""
         hooks: dict[str, Callable[[Tensor], None]] = {}
@@ -452,7 +434,7 @@ class State:
         return found[0], found[1]
 
     def _known_attention(
-        self, layer: int, clean: Clean, first: int, until: int, column: int, edits: list[Ready]
+        self, layer: int, clean: Clean, first: int, until: int, column: int, edits: list[DeviceEdits]
     ) -> Float[Tensor, "row pos d_model"]:
         """What the attention module gives for rows that enter behind it: the clean run's output, and what edits of z add."""
         executor, prompt = self.executor, self.prompt[first:until]
@@ -513,7 +495,7 @@ def _behind(common: Tensor, own: Tensor, dim: int) -> Tensor:
     return torch.cat([common.expand(len(own), *common.shape[1:]), own], dim)
 
 
-def _in_turn(edits: list[Ready], first: int, column: int, heads: int) -> Callable[[Tensor], None]:
+def _in_turn(edits: list[DeviceEdits], first: int, column: int, heads: int) -> Callable[[Tensor], None]:
     def edit(x: Tensor) -> None:
         for ready in edits:
             ready.apply(x, first, column, heads)

@@ -18,14 +18,14 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from pyvene_ext.prompts.positions import Positions, token_indices
+from pyvene_ext.engine.resolve import Resolved
+from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.joint import OneSpec, Spec, members
 
 Stage = Literal["resid_pre", "q", "k", "v", "scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in", "mlp_out"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # as a block computes them
 INTO_ATTENTION: tuple[Stage, ...] = ("q", "k", "v", "scores", "pattern", "z")  # of rows whose attention runs
-Kind = Literal["zero", "value", "norm_matched", "direction", "uniform", "forced"]
 WHOLE, MID, LATE = range(3)  # where a row enters a block: before it, behind its attention, behind its MLP
 ENTRY = {
     **dict.fromkeys(("resid_pre", "q", "k", "v", "scores", "pattern"), WHOLE),
@@ -36,53 +36,38 @@ WORTH_SHARING = 8  # columns; a shorter trunk saves less than another call of ev
 
 
 class Edit(NamedTuple):
-    """One ablation where the engine makes it: what leaves a block enters the next, and layer n_layers is behind the last."""
+    """One spec where the engine makes its edit: what leaves a block enters the next, and layer n_layers is after the last."""
 
     layer: int
     stage: Stage
-    ablation: OneSpec
+    spec: OneSpec
 
     @property
     def place(self) -> tuple[int, int]:
         """The layer, and where a row that this edit is the first of enters it."""
         return self.layer, ENTRY[self.stage]
 
-    @property
-    def kind(self) -> Kind:
-        """How the new value is had."""
-        if self.ablation.kind == "zero":
-            return "zero"
-        if self.stage == "scores":
-            return "uniform"
-        if self.ablation.kind == "force":
-            return "forced"
-        if self.ablation.kind == "patch":
-            return "direction" if self.ablation.subspace else "value"
-        return "norm_matched" if self.ablation.noise == "norm_matched" else "value"
-
 
 def edits_of(spec: Spec, layers: int) -> list[Edit]:
     """The edits of a spec in the order in which the network comes to them."""
     found = []
-    for order, a in enumerate(members(spec)):
-        layer, stage, first = a.layer or 0, a.site, 1
-        if a.site in ("resid_post", "embed"):
-            layer, stage, first = layer + (a.site == "resid_post"), "resid_pre", 0
-        elif a.site == "scores" and a.kind == "zero":  # a head that attends to nothing has a z of 0
-            stage, first = "z", 0
-        found.append(((layer, STAGES.index(stage), first, order), Edit(layer, stage, a)))  # type: ignore[arg-type]
+    for order, edit in enumerate(members(spec)):
+        layer, stage, first = edit.layer or 0, edit.acts_at, int(edit.acts_at == edit.site)
+        if edit.site in ("resid_post", "embed"):
+            layer, stage, first = layer + (edit.site == "resid_post"), "resid_pre", 0
+        found.append(((layer, STAGES.index(stage), first, order), Edit(layer, stage, edit)))  # type: ignore[arg-type]
     return [edit for _, edit in sorted(found, key=lambda pair: pair[0])]
 
 
 @dataclass
-class Batch:
-    """The edits of one kind at one stage of one layer: entry i is at row `rows[i]`, column `columns[i]` (and head `heads[i]`).
+class EditBatch:
+    """The edits by one intervention at one stage of one layer: entry i is at row `rows[i]`, column `columns[i]`, head `heads[i]`.
 
-    Entries are ordered by row. `sources` say what comes in place, in the same order: an ablation, the prompts, and which of their
-    positions are kept.
+    Entries are ordered by row. `sources` say what comes in place, in the same order: a spec, the prompts, and which of their
+    positions are kept. (Sites without heads have -1 for one.)
     """
 
-    kind: Kind
+    intervention: type
     round: int = 0  # how many edits of the same place, by the same specs, come before
     sources: list[tuple[OneSpec, list[int], np.ndarray | None]] = field(default_factory=list)
     _rows: list[np.ndarray] = field(default_factory=list)
@@ -93,17 +78,17 @@ class Batch:
         self,
         rows: np.ndarray,
         columns: np.ndarray,
-        ablations: list[OneSpec],
+        specs: list[OneSpec],
         prompts: list[int],
         kept: np.ndarray | None,
     ) -> None:
-        """Add ablations of equally many heads at the same places: `rows` is [ablation prompt], `columns` [prompt pos]."""
-        heads = np.array([ablation.heads or (-1,) for ablation in ablations])
+        """Add specs of equally many heads at the same places: `rows` is [spec prompt], `columns` [prompt pos]."""
+        heads = np.array([spec.heads or (-1,) for spec in specs])
         shape = *rows.shape, columns.shape[1], heads.shape[1]
         self._rows.append(np.broadcast_to(rows[:, :, None, None], shape).ravel())
         self._columns.append(np.broadcast_to(columns[:, :, None], shape).ravel())
         self._heads.append(np.broadcast_to(heads[:, None, None], shape).ravel())
-        self.sources += [(ablation, prompts, kept) for ablation in ablations]
+        self.sources += [(spec, prompts, kept) for spec in specs]
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -136,7 +121,7 @@ class Group:
     prompts: np.ndarray
     specs: np.ndarray
     bounds: list[tuple[int, int, int, int]]
-    edits: dict[tuple[int, Stage], list[Batch]]
+    edits: dict[tuple[int, Stage], list[EditBatch]]
     trunk: Group | None = None
     trunk_rows: np.ndarray | None = None
 
@@ -164,10 +149,10 @@ def shared_columns(which: Sequence[int], prompts: TokenizedPrompts) -> int:
     return common if common >= WORTH_SHARING else 0
 
 
-def wave_groups(wave: Wave, edits: Sequence[list[Edit]], prompts: TokenizedPrompts, layers: int) -> list[Group]:
+def wave_groups(wave: Wave, edits: Sequence[list[Edit]], resolved: Resolved, layers: int) -> list[Group]:
     """Lay out a wave of specs whose edits are these; trunks come before the groups that continue them."""
-    at = Columns(wave.prompts, prompts, layers)
-    shared = shared_columns(wave.prompts, prompts)
+    at = Columns(wave.prompts, resolved, layers)
+    shared = shared_columns(wave.prompts, resolved.prompts)
     entering: dict[tuple[int, int, tuple[int, ...], int], list[_Entering]] = defaultdict(list)
     for number, spec in enumerate(wave.specs):
         placed = at.placed(edits[spec])
@@ -197,7 +182,7 @@ def _alike(placed: list[_Placed], mine: np.ndarray, shared: int) -> bool:
     """Whether all of these prompts are edited in the same way before the column `shared`."""
     for edit, places in placed:
         before = np.minimum(places.columns[mine], shared)
-        if (before < shared).any() and (edit.ablation.kind not in ("zero", "mean") or (before != before[0]).any()):
+        if (before < shared).any() and (not edit.spec.same_for_all or (before != before[0]).any()):
             return False
     return True
 
@@ -217,27 +202,29 @@ def _group(start: int, stop: int, mine: np.ndarray, entering: list[_Entering], w
     """Number the rows in the order in which they enter, all prompts of a spec together, and collect their edits."""
     counts = np.zeros((layers + 1, 3), int)
     # Runs of edits with equally many heads at the same places: the number of the first row's spec and the edit, for each of them.
-    runs: dict[tuple[int, Stage, int, Kind], list[tuple[Places, int, list[tuple[int, OneSpec]]]]] = defaultdict(list)
+    runs: dict[tuple[int, Stage, int, str], list[tuple[Places, int, list[tuple[int, OneSpec]]]]] = defaultdict(list)
+    interventions: dict[str, type] = {}
     for number, (layer, entry, _, placed) in enumerate(entering):
         counts[layer, entry] += len(mine)
         rounds: dict[tuple[int, Stage], int] = defaultdict(int)  # edits of one place by one spec, one after the other
         for edit, places in placed:
-            key, ablation = (edit.layer, edit.stage), edit.ablation
-            of_batch, heads = runs[*key, rounds[key], edit.kind], len(ablation.heads or ())
+            key, spec, intervention = (edit.layer, edit.stage), edit.spec, edit.spec.intervention
+            interventions[intervention.__name__] = intervention
+            of_batch, heads = runs[*key, rounds[key], intervention.__name__], len(spec.heads or ())
             if not of_batch or of_batch[-1][0] is not places or of_batch[-1][1] != heads:
                 of_batch.append((places, heads, []))
-            of_batch[-1][2].append((number, ablation))
+            of_batch[-1][2].append((number, spec))
             rounds[key] += 1
-    edits: dict[tuple[int, Stage], list[Batch]] = defaultdict(list)
-    for (layer, stage, round_, kind), of_batch in sorted(runs.items(), key=lambda item: item[0]):
-        batch = Batch(kind, round_)
+    edits: dict[tuple[int, Stage], list[EditBatch]] = defaultdict(list)
+    for (layer, stage, round_, name), of_batch in sorted(runs.items(), key=lambda item: item[0]):
+        batch = EditBatch(interventions[name], round_)
         for (columns, kept, alive), _, run in of_batch:
             own = alive[mine]
             if own.any():
                 which, numbers = mine[own], np.array([number for number, _ in run])
                 rows = numbers[:, None] * len(mine) + np.flatnonzero(own)
                 ids = [wave.prompts[i] for i in which]
-                batch.add(rows, columns[which], [a for _, a in run], ids, None if kept is None else kept[which])
+                batch.add(rows, columns[which], [spec for _, spec in run], ids, None if kept is None else kept[which])
         if batch.sources:
             edits[layer, stage].append(batch)
     ends = counts.ravel().cumsum().reshape(counts.shape)
@@ -256,7 +243,7 @@ class _Entering(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where an edit is made on the prompts of a wave: `columns[prompt pos]`, which of the ablation's positions they are (None:
+    """Where an edit is made on the prompts of a wave: `columns[prompt pos]`, which of the spec's positions they are (None:
     all), and on which prompts it can change anything. One object serves all edits at these places."""
 
     columns: np.ndarray
@@ -270,9 +257,9 @@ _Placed = tuple[Edit, Places]
 class Columns:
     """Where specs edit some prompts of one length."""
 
-    def __init__(self, which: Sequence[int], prompts: TokenizedPrompts, layers: int) -> None:
-        self.which, self.prompts, self.layers = which, prompts, layers
-        self.length = len(prompts.input_ids[which[0]])
+    def __init__(self, which: Sequence[int], resolved: Resolved, layers: int) -> None:
+        self.which, self.resolved, self.layers = which, resolved, layers
+        self.length = len(resolved.prompts.input_ids[which[0]])
         self._places: dict[tuple[Positions, bool], tuple[Places, list[tuple[int, np.ndarray]]]] = {}
 
     def placed(self, edits: list[Edit]) -> list[_Placed]:
@@ -296,9 +283,9 @@ class Columns:
         """An edit's places, and the prompts by the first of their columns; the same for all edits at one position."""
         reaches_others = edit.stage in ("resid_pre", "k", "v")  # through keys and values
         only_last = edit.layer == self.layers or (edit.layer == self.layers - 1 and not reaches_others)
-        key = edit.ablation.positions, only_last
+        key = edit.spec.positions, only_last
         if key not in self._places:
-            columns = np.array([token_indices(self.prompts, prompt, key[0]) for prompt in self.which])
+            columns = np.array(self.resolved.tokens_of(edit.spec, self.which))
             places = Places(columns, None, np.ones(len(columns), bool))
             if only_last:
                 last = columns == self.length - 1

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from modelcards import dimensions, n_layers
+from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
     Columns,
     Edit,
@@ -25,7 +26,6 @@ from pyvene_ext.engine.sweep.layout import (
 )
 from pyvene_ext.models.devices import input_device, weights_on_a_device
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.specs.joint import Spec
 
 MIB = 2**20
 CLEAN_TOKENS = (
@@ -75,19 +75,22 @@ class Plan:
         waves: indices into `edits` and `prompts`.
         budget: what each of them fits.
         edits: of every spec.
+        resolved: the specs on all prompts of the sweep.
         layers: blocks of the model.
+        which: the prompts that are run, in the order of the result's columns.
     """
 
     waves: tuple[Wave, ...]
     budget: Budget
     edits: Sequence[list[Edit]]
-    prompts: TokenizedPrompts
+    resolved: Resolved
     layers: int
+    which: tuple[int, ...]
 
-    @cached_property
-    def which(self) -> list[int]:
-        """The prompts that are run, in order of their numbers."""
-        return sorted({prompt for wave in self.waves for prompt in wave.prompts})
+    @property
+    def prompts(self) -> TokenizedPrompts:
+        """The prompts of the sweep, run or not."""
+        return self.resolved.prompts
 
     @cached_property
     def token_layers(self) -> int:
@@ -97,7 +100,7 @@ class Plan:
             shared, length = shared_columns(wave.prompts, self.prompts), len(self.prompts.input_ids[wave.prompts[0]])
             clean = shared + (length - shared) * len(wave.prompts)
             total += clean * (self.layers - 1) + len(wave.prompts)
-            groups = wave_groups(wave, self.edits, self.prompts, self.layers)
+            groups = wave_groups(wave, self.edits, self.resolved, self.layers)
             total += sum(group.token_layers(length) for group in groups)
         return total
 
@@ -136,18 +139,12 @@ class Sizes:
         return of_tokens + of_keys + columns * length * self._scores
 
 
-def make_plan(
-    model: PreTrainedModel,
-    specs: Sequence[Spec],
-    prompts: TokenizedPrompts,
-    which: Sequence[int],
-    budget: Budget,
-) -> Plan:
+def make_plan(resolved: Resolved, which: Sequence[int], budget: Budget) -> Plan:
     """Cut the sweep of some prompts into waves that fit the budget: as many prompts at once as do, or one and some of the specs.
 
     Raises ValueError if the memory does not suffice for one intervention on the longest prompt.
     """
-    sizes = Sizes(model)
+    prompts, specs, sizes = resolved.prompts, resolved.specs, Sizes(resolved.model)
     buckets: dict[int, list[int]] = defaultdict(list)
     # By their tokens, so that prompts with a common beginning run together.
     for prompt in sorted(which, key=lambda prompt: prompts.input_ids[prompt]):
@@ -156,7 +153,7 @@ def make_plan(
     by_entry = sorted(range(len(specs)), key=lambda spec: edits[spec][0].layer)
     waves: list[Wave] = []
     for length, bucket in sorted(buckets.items()):
-        at = Columns(bucket, prompts, sizes.layers)
+        at = Columns(bucket, resolved, sizes.layers)
         carried = np.zeros((len(specs), len(bucket)), int)  # bytes of every row
         for spec in by_entry:
             for (start, *_), mine in at.entries(at.placed(edits[spec])).items():
@@ -183,7 +180,7 @@ def make_plan(
             together = tuple(bucket[start:stop])
             waves += [Wave(together, part) for part in _parts(by_entry, carried[:, start:stop].sum(1), room)]
             start = stop
-    return Plan(tuple(waves), budget, edits, prompts, sizes.layers)
+    return Plan(tuple(waves), budget, edits, resolved, sizes.layers, tuple(which))
 
 
 def _belongs(some: list[int], prompts: TokenizedPrompts) -> bool:

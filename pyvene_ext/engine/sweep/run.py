@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import Result, check_run, reference_for
+from pyvene_ext.engine.plain import Result, check_metric
+from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.plan import (
     Budget,
@@ -26,11 +27,11 @@ from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
-    agreed,
-    from_first,
-    gathered,
+    all_gather,
+    broadcast_from_main,
     input_device,
     no_gradients,
+    on_all_ranks,
     processes,
 )
 from pyvene_ext.models.identity import config_hash, weight_hash
@@ -41,9 +42,6 @@ from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
-    as_specs,
-    needs,
-    spec_name,
 )
 
 
@@ -58,10 +56,15 @@ def plan_sweep(
     subset: Sequence[int] | None = None,
 ) -> Plan:
     """What `sweep` would do with the same arguments; everything is checked and nothing is run."""
-    specs = as_specs(specs)
-    check_run(model, specs, prompts, metric, reference, of_tokens=True)
-    refuse_latent_steps(model, prompts.input_ids)
-    return make_plan(model, specs, prompts, _which(subset, prompts), default_budget(model, memory))
+    check_metric(model, prompts, metric, of_tokens=True)
+    resolved = resolve(specs, model, prompts, reference=reference, directions={})
+    return plan_resolved(resolved, memory=memory, subset=subset)
+
+
+def plan_resolved(resolved: Resolved, *, memory: int | None = None, subset: Sequence[int] | None = None) -> Plan:
+    """`plan_sweep` of what is resolved already; ValueError for latent steps, a bad subset and too little memory."""
+    refuse_latent_steps(resolved.model, resolved.prompts.input_ids)
+    return make_plan(resolved, _which(subset, resolved.prompts), default_budget(resolved.model, memory))
 
 
 def sweep(
@@ -92,38 +95,47 @@ def sweep(
 
     Raises ValueError, before the model runs, for what `run` refuses, too little memory, or a store of something else.
     """
-    specs = as_specs(specs)
-    check_run(model, specs, prompts, metric, reference, of_tokens=True)
-    refuse_latent_steps(model, prompts.input_ids)
+    check_metric(model, prompts, metric, of_tokens=True)
+    resolved = resolve(specs, model, prompts, reference=reference, directions={})
+    plan = plan_resolved(resolved, memory=memory, subset=subset)
+    return sweep_resolved(resolved, metric, plan, store=store, compile=compile, progress=progress)
+
+
+def sweep_resolved(
+    resolved: Resolved,
+    metric: str,
+    plan: Plan,
+    *,
+    store: str | Path | None = None,
+    compile: bool = False,
+    progress: bool = True,
+) -> Result:
+    """`sweep` of what is resolved and planned already; statistics that are needed and not there yet are computed."""
+    model, specs, which = resolved.model, resolved.specs, list(plan.which)
     if compile and getattr(model, "hf_device_map", None):
         raise ValueError("compile is for a model on one device; this one is spread over several (hf_device_map).")
-    which = _which(subset, prompts)
-    plan = make_plan(model, specs, prompts, which, default_budget(model, memory))
     group = processes()
     progress = progress and group.is_main_process
     with ExitStack() as stack:
         kept: Store | None = None
         finished: dict[int, dict[str, np.ndarray]] = {}
         if store is not None:
-            facts = store_facts(model, specs, prompts, metric, reference, which) | (
-                {"compiled": True} if compile else {}
-            )
+            facts = store_facts(resolved, metric, which) | ({"compiled": True} if compile else {})
             kept = held = stack.enter_context(open_together(store, facts, _remembered(plan)))
             # Read before anyone adds a wave, and by one process, so that all share out the same ones.
-            whole, remembered, finished = from_first(lambda: (held.result, held.plan, held.finished))
+            whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(tuple(map(spec_name, specs)), metric, **whole)
+                return Result(resolved.names, metric, **whole)
             if remembered != _remembered(plan):
-                plan = make_plan(model, specs, prompts, which, Budget(**remembered["budget"]))
+                plan = make_plan(resolved, which, Budget(**remembered["budget"]))
             if remembered != _remembered(plan):
                 raise ValueError(f"{store} was begun by a version that cut the work otherwise; delete the folder.")
         if progress:
             tqdm.write(plan.summary(), file=sys.stderr)
-        if reference is None:
-            reference = reference_for(specs, model, prompts, progress=progress)
+        resolved = resolved.measured(progress=progress)
         mine = [number for number in range(len(plan.waves)) if number not in finished]
         mine = mine[group.process_index :: group.num_processes]
-        engine = Executor(model, specs, metric, reference, plan)
+        engine = Executor(resolved, metric, plan)
         started = time.monotonic()
         made: list[tuple[int, dict[str, np.ndarray]]] = []
         with evaluating(model), no_gradients(model), ExitStack() as compiled, _Bar(plan, mine, progress) as bar:
@@ -135,7 +147,7 @@ def sweep(
                 bar.finish(number)
                 if kept is not None:
                     kept.add(*made[-1])
-        everything = dict(wave for of_one in gathered(made) for wave in of_one)
+        everything = dict(wave for of_one in all_gather(made) for wave in of_one)
         result = _merged(plan, finished | everything, which)
         if kept is not None and group.is_main_process:
             kept.complete(result)
@@ -143,7 +155,7 @@ def sweep(
             took = time.monotonic() - started
             where = "" if store is None else f"; kept in {store}"
             tqdm.write(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", file=sys.stderr)
-    return Result(tuple(map(spec_name, specs)), metric, **result)
+    return Result(resolved.names, metric, **result)
 
 
 @contextmanager
@@ -151,8 +163,8 @@ def open_together(folder: str | Path, facts: dict[str, Any], plan: dict[str, Any
     """The store of all processes: the first one holds it, and what stops one stops all."""
     first = processes().is_main_process
     with ExitStack() as stack:
-        held = agreed(lambda: stack.enter_context(Store(folder, facts, plan)) if first else None)
-        yield agreed(lambda: held or stack.enter_context(Store(folder, facts, plan, member=True)))
+        held = on_all_ranks(lambda: stack.enter_context(Store(folder, facts, plan)) if first else None)
+        yield on_all_ranks(lambda: held or stack.enter_context(Store(folder, facts, plan, member=True)))
 
 
 def _remembered(plan: Plan) -> dict[str, Any]:
@@ -172,33 +184,28 @@ def _which(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> list[int]
     return which
 
 
-def store_facts(
-    model: PreTrainedModel,
-    specs: list[Spec],
-    prompts: TokenizedPrompts,
-    metric: str,
-    reference: Reference | None,
-    which: list[int],
-) -> dict[str, Any]:
+def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[str, Any]:
     """What the numbers depend on."""
+    model, sources = resolved.model, resolved.sources
     parameter = next(model.parameters())
-    return {
+    given = resolved.prompts if sources.given is None else sources.given
+    facts = {
         "model weights": weight_hash(model),
         "model config": config_hash(model),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": input_device(model).type,
         "attention implementation": model.config._attn_implementation,
-        "prompts": prompts.hash,
-        "subset": data_hash(which),
-        "reference set": (reference.prompts if reference else prompts).hash if needs(specs)["places"] else None,
-        "specs": data_hash(to_plain(specs)),
+        "prompts": resolved.prompts.hash,
+        "subset": data_hash(list(which)),
+        "reference set": given.hash if resolved.needs.places else None,
+        "specs": data_hash(to_plain(resolved.specs)),
         "metric": metric,
-        **({"directions": _directions_hash(reference)} if reference and reference.directions else {}),
     }
-
-
-def _directions_hash(reference: Reference) -> str:
-    return data_hash(sorted((repr(where), x.tolist()) for where, x in reference.directions.items()))
+    if sources.recorded is not None:
+        facts["reference set"] = sources.recorded.made_from
+    if sources.directions:
+        facts["directions"] = data_hash(sorted((repr(at), x.tolist()) for at, x in sources.directions.items()))
+    return facts
 
 
 def _merged(plan: Plan, waves: dict[int, dict[str, np.ndarray]], which: list[int]) -> dict[str, np.ndarray]:

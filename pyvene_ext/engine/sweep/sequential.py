@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import Result, check_run, reference_for
+from pyvene_ext.engine.plain import Result, check_metric
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.seeds import rng
@@ -19,7 +20,6 @@ from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
     as_specs,
-    spec_name,
 )
 from pyvene_ext.stats.intervals import frequency_interval
 
@@ -104,9 +104,9 @@ def frequencies(
     ):
         if not fits:
             raise ValueError(f"{name} must be {wanted}, not {value}.")
-    check_run(model, specs, prompts, metric, reference)
-    if reference is None:
-        reference = reference_for(specs, model, prompts, progress=progress)
+    check_metric(model, prompts, metric)
+    resolved = resolve(specs, model, prompts, reference=reference, directions={})
+    reference = resolved.measured(progress=progress).sources.reference
 
     n = len(prompts.input_ids)
     order = rng(seed, "sequential").permutation(n)
@@ -136,5 +136,5 @@ def frequencies(
             if not going.size:
                 break
         bar.refresh()
-    result = Result(tuple(map(spec_name, specs)), metric, clean, intervened)
+    result = Result(resolved.names, metric, clean, intervened)
     return Sequential(result, frequency, low, high, n_prompts, order, width)

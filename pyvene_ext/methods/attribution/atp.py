@@ -25,16 +25,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_layers
-from pyvene_ext.engine.plain import METRICS, check_run
-from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.engine.plain import METRICS, check_metric
+from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.intervenable.statistics import Place
 from pyvene_ext.methods.attribution.gradients import (
     ADDS,
     answer_logits,
-    check_metric,
+    check_differentiable,
     check_places,
 )
-from pyvene_ext.methods.attribution.screen import DIFFERENTIABLE, SIDE_BY_SIDE, estimate
+from pyvene_ext.methods.attribution.screen import DIFFERENTIABLE, estimate_resolved
 from pyvene_ext.models.hooks import (
+    SIDE_BY_SIDE,
     Where,
     entries_of_heads,
     keep_call,
@@ -44,13 +46,12 @@ from pyvene_ext.models.hooks import (
 )
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.positions import Positions, token_indices
+from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.joint import (
     Spec,
     as_specs,
     members,
-    needs,
 )
 from pyvene_ext.specs.patch import ActivationPatch
 
@@ -74,11 +75,9 @@ def atp(
     Raises ValueError, before the model runs, for a metric without a first order (rank, accuracy, kl), anything that is no
     `ActivationPatch`, and what `runner.run` refuses: a place that the model lacks, pairs of unequal lengths at positions "all".
     """
-    specs = check_patches(model, patches, base, source, metric)
+    resolved = resolve_patches(model, patches, base, source, metric)
     base.batches(batch_size)
-    wanted: dict[str, Any] = needs(specs)
-    reference = Reference.compute(model, source, **wanted, batch_size=batch_size, progress=progress)
-    return estimate(model, specs, base, metric, reference, batch_size=batch_size, progress=progress)
+    return estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
 
 
 def atp_star(
@@ -111,20 +110,20 @@ def atp_star(
     Raises ValueError, before the model runs, for what `atp` refuses; for QK-fix in a model whose attention cannot be seen (not
     eager or sdpa), and GradDrop in one of a single layer.
     """
-    specs = check_patches(model, patches, base, source, metric, qk_fix=qk_fix)
+    resolved = resolve_patches(model, patches, base, source, metric, qk_fix=qk_fix)
+    specs = resolved.specs
     base.batches(batch_size)
     layers = n_layers(model.config)
     if grad_drop and layers == 1:
         raise ValueError("GradDrop drops one layer of several, and the model has a single one; pass grad_drop=False.")
-    edits = dict.fromkeys(_Edit.of(patch, qk_fix) for spec in specs for patch in members(spec))
+    edits = dict.fromkeys(_PatchGroup.of(patch, qk_fix) for spec in specs for patch in members(spec))
     places = [where for edit in edits for where in (edit.edits, edit.reads)]
     if grad_drop:
         places += [(component, layer) for component in ADDS for layer in range(layers)]
     taps = Taps(model, card_of(model), places)
     with taps:  # raises now, not after the source prompts have run, where attention cannot be seen
         pass
-    wanted: dict[str, Any] = needs(specs)
-    reference = Reference.compute(model, source, **wanted, batch_size=batch_size, progress=progress)
+    resolved = resolved.measured(batch_size=batch_size, progress=progress)
     estimates = np.empty((len(specs), len(base)), np.float32)
     bar = tqdm(total=len(base), desc="estimates", unit="prompt", disable=not progress)
     with bar, evaluating(model), torch.inference_mode(False), taps:
@@ -132,9 +131,11 @@ def atp_star(
             False
         )  # nothing is kept for parameters, and the graph starts at the first place that is read
         for batch in base.batches(batch_size, "right"):
-            found = _effects(model, list(edits), batch, base, metric, reference, grad_drop)
+            found = _effects(resolved, list(edits), batch, metric, grad_drop)
             for number, spec in enumerate(specs):
-                parts = [found[_Edit.of(patch, qk_fix)][:, :, list(patch.heads or (0,))] for patch in members(spec)]
+                parts = [
+                    found[_PatchGroup.of(patch, qk_fix)][:, :, list(patch.heads or (0,))] for patch in members(spec)
+                ]
                 total = torch.stack([part.sum(-1) for part in parts]).sum(0)  # dropped batch
                 total = total.abs().sum(0) / (layers - 1) if grad_drop else total[0]
                 estimates[number, batch.index] = total.numpy()
@@ -142,7 +143,7 @@ def atp_star(
     return estimates
 
 
-class _Edit(NamedTuple):
+class _PatchGroup(NamedTuple):
     """What patches that differ in heads only have in common; it is worked out for all heads at once."""
 
     place: Place
@@ -150,7 +151,7 @@ class _Edit(NamedTuple):
     recomputes: bool  # the pattern, by the QK-fix
 
     @classmethod
-    def of(cls, patch: Any, qk_fix: bool) -> _Edit:
+    def of(cls, patch: Any, qk_fix: bool) -> _PatchGroup:
         return cls(patch.place, patch.positions, qk_fix and patch.site in ("q", "k"))
 
     @property
@@ -166,18 +167,17 @@ class _Edit(NamedTuple):
 
 
 def _effects(
-    model: PreTrainedModel,
-    edits: list[_Edit],
+    resolved: Resolved,
+    edits: list[_PatchGroup],
     batch: Batch,
-    base: TokenizedPrompts,
     metric: str,
-    reference: Reference,
     grad_drop: bool,
-) -> dict[_Edit, Float[Tensor, "dropped batch head"]]:
+) -> dict[_PatchGroup, Float[Tensor, "dropped batch head"]]:
     """The first-order effect of every edit on one batch, for each layer dropped in turn (or none), on the CPU.
 
     "head" has one entry for a site without heads.
     """
+    model = resolved.model
     shut: set[int] = set()  # the layer whose contributions no gradient passes
     calls: dict[int, tuple[tuple, dict]] = {}
     with ExitStack() as hooks, torch.enable_grad():
@@ -191,12 +191,12 @@ def _effects(
     changes = {}
     with torch.no_grad():
         for edit in edits:
-            new = _patched(seen[edit.edits], edit, model, batch, base, reference)
+            new = _patched(seen[edit.edits], edit, batch, resolved)
             if edit.recomputes:
                 new = _pattern(model, edit, new, calls)
             changes[edit] = seen[edit.reads].float() - new.float()
 
-    effects: dict[_Edit, list[Tensor]] = {edit: [] for edit in edits}
+    effects: dict[_PatchGroup, list[Tensor]] = {edit: [] for edit in edits}
     places = list(dict.fromkeys(edit.reads for edit in edits))
     for layer in range(n_layers(model.config)) if grad_drop else (-1,):
         shut.clear()
@@ -210,24 +210,22 @@ def _effects(
 
 def _patched(
     old: Float[Tensor, "batch pos width"],
-    edit: _Edit,
-    model: PreTrainedModel,
+    edit: _PatchGroup,
     batch: Batch,
-    base: TokenizedPrompts,
-    reference: Reference,
+    resolved: Resolved,
 ) -> Float[Tensor, "batch pos width"]:
     """A module's tensor with every head's source activations put in, at the positions of an edit."""
     new = old.clone()
-    entries = entries_of_heads(model, FIELD_NAMES[edit.place[0]], old.shape[-1]).flatten().to(old.device)
+    entries = entries_of_heads(resolved.model, FIELD_NAMES[edit.place[0]], old.shape[-1]).flatten().to(old.device)
     for row, prompt in enumerate(batch.index):
-        columns = torch.tensor(token_indices(base, prompt, edit.positions), device=old.device)
-        values = reference.rows(edit.place, prompt, edit.positions)
+        columns = torch.tensor(resolved.tokens[edit.positions][prompt], device=old.device)
+        values = resolved.sources.measured.rows(edit.place, prompt, edit.positions)
         new[row, columns[:, None], entries] = values.flatten(1).to(old)
     return new
 
 
 def _pattern(
-    model: PreTrainedModel, edit: _Edit, new: Tensor, calls: dict[int, tuple[tuple, dict]]
+    model: PreTrainedModel, edit: _PatchGroup, new: Tensor, calls: dict[int, tuple[tuple, dict]]
 ) -> Float[Tensor, "batch n_query n_head*n_key"]:
     """The attention pattern with patched queries or keys: the attention module called again as it was in this run."""
     component, layer = edit.edits
@@ -239,7 +237,7 @@ def _pattern(
     return seen[edit.reads]
 
 
-def _by_head(product: Tensor, edit: _Edit, model: PreTrainedModel) -> Float[Tensor, "batch head"]:
+def _by_head(product: Tensor, edit: _PatchGroup, model: PreTrainedModel) -> Float[Tensor, "batch head"]:
     """The sum over what belongs to each head of the edited site: of a K/V head the patterns of all that read it."""
     component = COMPONENTS[FIELD_NAMES[edit.place[0]]]
     if component.heads is None:
@@ -261,7 +259,7 @@ def _gate(shut: Collection[int], layer: int) -> Callable[[Tensor], Tensor]:
     return through
 
 
-def check_patches(
+def resolve_patches(
     model: PreTrainedModel,
     patches: Patches,
     base: TokenizedPrompts,
@@ -269,13 +267,13 @@ def check_patches(
     metric: str = "logit_diff",
     *,
     qk_fix: bool = False,
-) -> list[Spec]:
-    """The patches as a list; raises ValueError for whatever `atp` refuses (or `atp_star` with `qk_fix`), and runs nothing."""
+) -> Resolved:
+    """The patches on the pairs; raises ValueError for whatever `atp` refuses (or `atp_star` with `qk_fix`), and runs nothing."""
     specs = as_specs(patches)
     for patch in (patch for spec in specs for patch in members(spec)):
         if not isinstance(patch, ActivationPatch):
             raise ValueError(
-                f"{patch.name} is no patch; attribution patching takes ActivationPatch (sweep.estimate ablations too)."
+                f"{patch.name} is no patch; attribution patching takes ActivationPatch (screen.estimate ablations too)."
             )
         if qk_fix and patch.site in ("q", "k"):
             card_of(model).component(model, "attention_pattern")
@@ -283,9 +281,8 @@ def check_patches(
             raise ValueError(f"{patch.name}: attribution patching takes whole activations; leave subspace out.")
     check_tokenized(model, base, source)
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
-    check_metric(metric, DIFFERENTIABLE, model.dtype)
-    wanted: dict[str, Any] = needs(specs)
-    # What the source prompts' statistics will be, without any yet.
-    check_run(model, specs, base, metric, Reference.planned(model, source, **wanted))
+    check_differentiable(metric, DIFFERENTIABLE, model.dtype)
+    check_metric(model, base, metric)
+    resolved = resolve(specs, model, base, source)
     check_places(model, specs)
-    return specs
+    return resolved

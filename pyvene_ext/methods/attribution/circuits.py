@@ -621,7 +621,7 @@ class _ByEdge:
         if scale is not None:
             norm = self.replay.module("attention_contribution", layer)
             shares = shares * scale(norm, seen["attention"].float())[:, :, None]
-        return self.replay.card.times(self.config) * shares.transpose(1, 2)
+        return self.replay.card.residual_scale(self.config) * shares.transpose(1, 2)
 
 
 def _put(new: Tensor, x: Tensor) -> None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layers
 from pyvene_ext.engine.plain import METRICS
-from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_metric
+from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_differentiable
 from pyvene_ext.methods.attribution.screen import DIFFERENTIABLE, SIDE_BY_SIDE
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
@@ -299,7 +299,7 @@ def _contributions(
         if card.post_norm_scale is not None:
             norm = card.module(model, "attention_contribution", layer)
             shares = shares * card.post_norm_scale(norm, normed[layer].float())[:, :, None]
-        shares = shares * card.times(model.config)
+        shares = shares * card.residual_scale(model.config)
         added += [shares.transpose(1, 2), seen["mlp_contribution", layer].float()[:, None]]
     return torch.cat([part.to(device) for part in added], 1), logits
 
@@ -322,7 +322,9 @@ def check_edges(
         raise ValueError(f"steps must be a whole number from 1 on, not {steps!r}.")
     check_tokenized(model, base, source)
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
-    check_metric(metric, DIFFERENTIABLE if method == "eap" or steps == 1 else (*DIFFERENTIABLE, "kl"), model.dtype)
+    check_differentiable(
+        metric, DIFFERENTIABLE if method == "eap" or steps == 1 else (*DIFFERENTIABLE, "kl"), model.dtype
+    )
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."

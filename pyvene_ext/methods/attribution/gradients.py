@@ -18,7 +18,7 @@ from pyvene_ext.specs.joint import Spec, members
 ADDS = ("attention_contribution", "mlp_contribution")  # what a block adds to the residual stream
 
 
-def check_metric(metric: str, allowed: tuple[str, ...], dtype: torch.dtype) -> None:
+def check_differentiable(metric: str, allowed: tuple[str, ...], dtype: torch.dtype) -> None:
     if metric in METRICS and metric not in allowed:
         why = f"the gradient of {metric!r} is 0 or undefined everywhere"
         if metric == "kl":

@@ -24,37 +24,30 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, dimensions
-from pyvene_ext.engine.compile import replacements_of
 from pyvene_ext.engine.plain import (
     METRICS,
     Result,
-    check_run,
-    reference_for,
+    check_metric,
 )
+from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
-from pyvene_ext.intervenable.interventions import DirectionIntervention, NormMatchedIntervention
 from pyvene_ext.intervenable.statistics import Place, Reference
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.gradients import answer_logits, check_gradient, check_places
-from pyvene_ext.models.devices import from_first
-from pyvene_ext.models.hooks import keep_places, split_heads
+from pyvene_ext.models.devices import broadcast_from_main
+from pyvene_ext.models.hooks import SIDE_BY_SIDE, keep_places, split_heads
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
-from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
     as_specs,
     members,
-    spec_name,
 )
-from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.stats.intervals import Interval
 
 BESIDE = ("attention_scores", "head_value_output")  # of which uniform attention is made
 DIFFERENTIABLE = ("logit_diff", "probability", "logit")
-SIDE_BY_SIDE = {"q": "query_output", "k": "key_output", "v": "value_output", "z": "attention_value_output"}
 LEAST_CHECKED = 20  # of what is set aside: fewer say next to nothing about the recall
 
 
@@ -78,47 +71,53 @@ def estimate(
     Raises ValueError, before the model runs, for a metric without a useful first order, and for a spec that does not fit the
     model, the prompts or the reference set.
     """
-    specs, reference = _checked(model, specs, prompts, metric, reference, batch_size, progress)
-    joint = [members(spec) for spec in specs]
-    estimates = np.empty((len(specs), len(prompts.input_ids)), np.float32)
-    bar = tqdm(total=len(prompts.input_ids), desc="estimates", unit="prompt", disable=not progress)
+    resolved = _resolved(model, specs, prompts, metric, reference)
+    return estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
+
+
+def estimate_resolved(
+    resolved: Resolved, metric: str, *, batch_size: int = 8, progress: bool = True
+) -> Float32[np.ndarray, "n_interventions n_prompts"]:
+    """`estimate` of what is resolved and checked already."""
+    model, prompts = resolved.model, resolved.prompts
+    resolved = resolved.measured(batch_size=batch_size, progress=progress)
+    joint = [members(spec) for spec in resolved.specs]
+    estimates = np.empty((len(joint), len(prompts)), np.float32)
+    bar = tqdm(total=len(prompts), desc="estimates", unit="prompt", disable=not progress)
     with bar, evaluating(model), torch.inference_mode(False):
-        model.requires_grad_(
-            False
-        )  # nothing is kept for parameters, and a graph starts at the first place that is edited
+        # Nothing is kept for parameters, and a graph starts at the first place that is edited.
+        model.requires_grad_(False)
         # Padded on the right: no real token sees padding, and no query is without a key, which could make a gradient NaN.
         for batch in prompts.batches(batch_size, "right"):
-            line = _linearise(model, [a for spec in joint for a in spec], batch, metric)
+            line = _linearise(model, [edit for spec in joint for edit in spec], batch, metric)
             with torch.no_grad():
                 for number, spec in enumerate(joint):
-                    parts = [_first_order(a, line, batch, prompts, model, reference) for a in spec]
+                    parts = [_first_order(edit, line, batch, resolved) for edit in spec]
                     estimates[number, batch.index] = torch.stack(parts).sum(0).numpy()
             bar.update(len(batch.index))
     return estimates
 
 
-def _checked(
+def _resolved(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
     metric: str,
     reference: Reference | None,
-    batch_size: int,
-    progress: bool,
-) -> tuple[list[Spec], Reference | None]:
-    """The specs as a list and their reference statistics, computed if none are given, once all is found in order."""
+) -> Resolved:
+    """The specs on the prompts, once it is known that they and the metric have a first order."""
     specs = as_specs(specs)
     if metric in METRICS and metric not in DIFFERENTIABLE:
         why = "kl to the clean run is of second order" if metric == "kl" else f"{metric!r} has no gradient"
         raise ValueError(f"{why}, so it has no first-order estimate; screen by {' or '.join(DIFFERENTIABLE)}.")
-    if forced := [a.name for spec in specs for a in members(spec) if a.kind == "force"]:
-        raise ValueError(f"{forced[0]}: forced attention has no first-order estimate; run it with sweep.")
-    check_run(model, specs, prompts, metric, reference)
+    for edit in (edit for spec in specs for edit in members(spec)):
+        if not edit.has_first_order:
+            raise ValueError(f"{edit.name}: {edit.what} has no first-order estimate; run it with sweep.")
+    check_metric(model, prompts, metric)
+    resolved = resolve(specs, model, prompts, reference=reference, directions={})
     check_gradient(metric, model.dtype)
     check_places(model, specs)
-    if reference is None:
-        reference = reference_for(specs, model, prompts, batch_size=batch_size, progress=progress)
-    return specs, reference
+    return resolved
 
 
 @dataclass(frozen=True)
@@ -130,16 +129,11 @@ class _Line:
     uniform: dict[int, Float[Tensor, "batch pos head d_head"]]
 
 
-def _linear_place(ablation: OneSpec) -> Place:
-    """Where an ablation acts: its place, but scores act on the rest of the model through z alone."""
-    return ("z", ablation.layer) if ablation.site == "scores" else ablation.place
-
-
-def _linearise(model: PreTrainedModel, ablations: list[OneSpec], batch: Batch, metric: str) -> _Line:
+def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metric: str) -> _Line:
     """One forward and one backward pass."""
     card, sizes = card_of(model), dimensions(model.config)
-    places = dict.fromkeys(_linear_place(a) for a in ablations)
-    uniform = dict.fromkeys(a.layer or 0 for a in ablations if (a.site, a.kind) == ("scores", "mean"))
+    places = dict.fromkeys(edit.linear_place for edit in edits)
+    uniform = dict.fromkeys(edit.layer or 0 for edit in edits if edit.is_uniform)
     # All heads side by side: a part of a tensor would be no part of the graph.
     named = {place: SIDE_BY_SIDE.get(place[0], FIELD_NAMES[place[0]]) for place in places}
     kept = [(component, place[1] or 0) for place, component in named.items()]
@@ -169,37 +163,25 @@ def _linearise(model: PreTrainedModel, ablations: list[OneSpec], batch: Batch, m
     return _Line(by_place(old), by_place(gradient), {layer: uniform_z(layer) for layer in uniform})
 
 
-def _first_order(
-    ablation: OneSpec,
-    line: _Line,
-    batch: Batch,
-    prompts: TokenizedPrompts,
-    model: PreTrainedModel,
-    reference: Reference | None,
-) -> Float[Tensor, " batch"]:
-    """The sum of (old - new) * gradient over what one ablation edits, on the CPU."""
-    tokens = [token_indices(prompts, prompt, ablation.positions) for prompt in batch.index]
+def _first_order(edit: OneSpec, line: _Line, batch: Batch, resolved: Resolved) -> Float[Tensor, " batch"]:
+    """The sum of (old - new) * gradient over what one edit changes, on the CPU."""
+    tokens = resolved.tokens_of(edit, batch.index)
     columns = pad_sequence([torch.tensor(row) for row in tokens], batch_first=True)
     real = pad_sequence([torch.ones(len(row)) for row in tokens], batch_first=True)
     rows = torch.arange(len(tokens))[:, None]
 
     def edited(x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch edited *head d"]:
         x = x[rows, columns]
-        return (x if ablation.heads is None else x[:, :, list(ablation.heads)]).float()
+        return (x if edit.heads is None else x[:, :, list(edit.heads)]).float()
 
-    place = _linear_place(ablation)
-    old, new = edited(line.old[place]), None
-    if ablation.site == "scores" and ablation.kind == "mean":
-        new = edited(line.uniform[ablation.layer or 0])
-    elif ablation.kind != "zero":
-        values = replacements_of(ablation, batch.index, tokens, prompts, model, reference)
-        new = pad_sequence([value.float() for value in values], batch_first=True).to(old.device)
-        if isinstance(ablation, Ablation) and ablation.noise == "norm_matched":
-            new = NormMatchedIntervention()(old, new)
-        if isinstance(ablation, ActivationPatch) and ablation.subspace:
-            new = DirectionIntervention()(old, new)
-    change = old if new is None else old - new
-    by_token = (change * edited(line.gradient[place])).flatten(2).sum(-1)
+    old = edited(line.old[edit.linear_place])
+    if edit.is_uniform:
+        new = edited(line.uniform[edit.layer or 0])
+    else:
+        values = resolved.replacements(edit, batch.index)
+        given = None if values is None else pad_sequence([value.float() for value in values], batch_first=True)
+        new = edit.changed(old, None if given is None else given.to(old.device))
+    by_token = ((old - new) * edited(line.gradient[edit.linear_place])).flatten(2).sum(-1)
     return (by_token.cpu() * real).sum(-1)
 
 
@@ -319,10 +301,11 @@ def screened(
             raise ValueError(
                 f"{name} must be {'from 0 to 1' if highest == 1 else 'a finite number from 0 on'}, not {value}."
             )
-    specs, reference = _checked(model, specs, prompts, metric, reference, batch_size, progress)
+    resolved = _resolved(model, specs, prompts, metric, reference).measured(batch_size=batch_size, progress=progress)
+    specs, reference = resolved.specs, resolved.sources.reference
     # By one process for all: what is run exactly must not hang on a last bit that differs between two GPUs.
-    estimates = from_first(
-        lambda: estimate(model, specs, prompts, metric, reference, batch_size=batch_size, progress=progress)
+    estimates = broadcast_from_main(
+        lambda: estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
     )
     could_matter = ~(np.abs(estimates) <= margin * tau).all(1)  # an estimate that is not a number sets nothing aside
     aside = np.flatnonzero(~could_matter)
@@ -332,7 +315,7 @@ def screened(
     exact = sweep(model, [specs[i] for i in chosen], prompts, metric, reference, progress=progress)
     intervened = np.full_like(estimates, np.nan)
     intervened[chosen] = exact.intervened
-    result = Result(tuple(map(spec_name, specs)), metric, exact.clean, intervened)
+    result = Result(resolved.names, metric, exact.clean, intervened)
     return Screen(result, estimates, could_matter, checked, tau, margin)
 
 

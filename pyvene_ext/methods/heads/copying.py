@@ -157,7 +157,7 @@ class _Written:
         values = self.replay.projected("v", layer, normed)[:, 0].float().unflatten(-1, (-1, by_head.shape[1]))
         values = values.repeat_interleave(self.n_heads // values.shape[1], 1)  # each query head has its group's
         written = torch.einsum("rhd,hdm->hrm", values.to(by_head.device), by_head)
-        written = written * self.card.times(self.replay.model.config)
+        written = written * self.card.residual_scale(self.replay.model.config)
         if self.card.post_norm_scale is not None:
             written = written * self.card.post_norm_scale(self.replay.module("attention_contribution", layer), written)
         return written

@@ -13,7 +13,7 @@ Neither is causal: a part that later parts would make up for, or that acts throu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,20 +26,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import Taps, card_of, dimensions, n_heads, n_layers
+from modelcards import FIELD_NAMES, Taps, card_of, dimensions, n_heads, n_layers
 from modelcards.attention_taps import output_weight
 from pyvene_ext.engine import metrics
+from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.hooks import visit
+from pyvene_ext.models.hooks import SIDE_BY_SIDE, Where, visit
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.norms import TOLERANCE, FrozenNorm
 from pyvene_ext.models.replay import Replay
 from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
-
-Place = tuple[str, int]  # component, layer
-
+from pyvene_ext.specs.addition import Addition
+from pyvene_ext.specs.joint import OneSpec, Spec, members
 
 # -- the logit lens ----------------------------------------------------------------------------------------------------
 
@@ -137,14 +137,24 @@ class Parts:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Direct logit attribution: of logit(IO) - logit(S), and of logit(IO) alone."""
+    """Direct logit attribution: of logit(IO) - logit(S), and of logit(IO) alone.
+
+    Attributes:
+        added: what steering vectors put there themselves, of the logit difference and of the logit; it is part of both `bias`.
+    """
 
     logit_diff: Parts
     logit: Parts
+    added: Float32[np.ndarray, "2 prompt"]
 
 
 def direct_logit_attribution(
-    model: PreTrainedModel, prompts: TokenizedPrompts, *, batch_size: int = 8, progress: bool = True
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    steering: Spec | None = None,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
 ) -> Attribution:
     """Split the logits at every prompt's last token into what heads, MLPs, embedding and biases add to them, in float32.
 
@@ -154,37 +164,44 @@ def direct_logit_attribution(
 
     Args:
         model: a causal language model with a card; used in eval mode and left as it was, also after an error.
+        steering: an `Addition`, or a tuple of them, that is there while the model runs. Parts are then what they are in the
+            steered run, and what a vector puts there itself is in `added` (of one added to the embedding: in `embed`).
         batch_size: prompts a forward pass.
         progress: show a bar.
 
-    Raises ValueError, before the model runs, for prompts that do not fit and for weights that cannot be taken apart (quantised,
-    adapted, offloaded); and where the parts do not sum to the logit: to 1e-4 of the sum of their sizes in float32, to four times
-    the rounding of the model's dtype where that is coarser.
+    Raises ValueError, before the model runs, for prompts that do not fit, for anything but additions as steering, and for weights
+    that cannot be taken apart (quantised, adapted, offloaded); and where the parts do not sum to the logit: to 1e-4 of the sum of
+    their sizes in float32, to four times the rounding of the model's dtype where that is coarser.
     """
     _check(model, prompts, batch_size)
-    split = _Split(model)
+    resolved = None if steering is None else resolve([steering], model, prompts)
+    for edit in () if resolved is None else members(resolved.specs[0]):
+        if not isinstance(edit, Addition):
+            raise ValueError(f"{edit.name} is no addition; attribution is of the clean run, or of a steered one.")
+    split = _Split(model, resolved)
     n, depth = len(prompts), n_layers(model.config)
     heads = np.empty((2, depth, n_heads(model.config), n), np.float32)
     mlps = np.empty((2, depth, n), np.float32)
-    embed, bias, total, capped = (np.empty((2, n), np.float32) for _ in range(4))
+    embed, bias, total, capped, added = (np.empty((2, n), np.float32) for _ in range(5))
     bar = tqdm(total=n, desc="attribution", unit="prompt", disable=not progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size):
             found = split(batch)
-            for array, part in zip((heads, mlps, embed, bias, total, capped), found, strict=True):
+            for array, part in zip((heads, mlps, embed, bias, total, capped, added), found, strict=True):
                 array[..., batch.index] = part.cpu().numpy()
             bar.update(len(batch.index))
     of_io, of_s = (Parts(*(array[answer] for array in (heads, mlps, embed, bias, total, capped))) for answer in (0, 1))
-    return Attribution(Parts(*(vars(of_io)[name] - vars(of_s)[name] for name in vars(of_io))), of_io)
+    difference = Parts(*(vars(of_io)[name] - vars(of_s)[name] for name in vars(of_io)))
+    return Attribution(difference, of_io, np.stack([added[0] - added[1], added[0]]))
 
 
 class _Split:
     """The parts of a batch's logits. Raises ValueError where a weight that is needed cannot be taken apart."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.card, self.replay = model, card_of(model), Replay(model)
+    def __init__(self, model: PreTrainedModel, steering: Resolved | None) -> None:
+        self.model, self.card, self.replay, self.steering = model, card_of(model), Replay(model), steering
         self.layers, self.n_heads = range(n_layers(model.config)), n_heads(model.config)
-        self.times = self.card.times(model.config)
+        self.times = self.card.residual_scale(model.config)
         self.head: Any = model.get_output_embeddings()
         projections = {
             f"layer {i}'s output projection": self.replay.module("attention_value_output", i) for i in self.layers
@@ -201,14 +218,17 @@ class _Split:
         with no_gradients(model):
             self.norm = FrozenNorm(final_norm, dimensions(model.config)["d_model"], "the final norm")
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """heads `answer layer head batch`, mlps `answer layer batch`, embed, bias, total and capped `answer batch`."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
+        """heads `answer layer head batch`, mlps `answer layer batch`; embed, bias, total, capped and added `answer batch`."""
         last = self.layers[-1]
         places = [("block_input", 0), ("block_output", last), ("final_norm", 0)]
         for name in ("attention_value_output", "attention_output", "mlp_contribution"):
             places += [(name, layer) for layer in self.layers]
-        seen = _run(self.replay, batch, places, [length - 1 for length in batch.lengths])
+        seen = _run(self.replay, batch, places, [length - 1 for length in batch.lengths], self.steering)
         device = self.head.weight.device
+        for edit in self._edits:
+            if edit.place == ("resid_post", last):  # seen before it was steered
+                seen["block_output", last] += self._vector(edit, batch).to(seen["block_output", last])
         at = {place: x.to(device).float() for place, x in seen.items()}
 
         ids = batch.answer_ids.to(device)
@@ -218,21 +238,42 @@ class _Split:
         embed = _dot(direction, at["block_input", 0])
         mlps = torch.stack([_dot(direction, at["mlp_contribution", layer]) for layer in self.layers])
         bias = unembedding @ self.norm.offset.to(device) + unembedding_bias
+        added = torch.zeros_like(embed)
+        for edit in self._edits:
+            if edit.site not in ("z", "embed"):
+                added += _dot(direction, self._vector(edit, batch))
         heads = []
         for layer in self.layers:
             projection: Any = self.replay.module("attention_value_output", layer)
             behind = direction * self._post_norm(layer, at["attention_output", layer])[:, None] * self.times
+            for edit in self._edits:
+                if edit.place == ("z", layer):
+                    added += _dot(behind @ self._weight(layer).to(device).float().T, self._vector(edit, batch))
             by_input = behind @ self._weight(layer).to(device).float().T * at["attention_value_output", layer][:, None]
             heads.append(by_input.unflatten(-1, (self.n_heads, -1)).sum(-1))
             if projection.bias is not None:
                 bias = bias + behind @ projection.bias.to(device).float()
         by_head = torch.stack(heads)  # layer batch answer head
 
+        bias = bias + added
         total = embed + bias + mlps.sum(0) + by_head.sum((0, -1))
         sizes = embed.abs() + bias.abs() + mlps.abs().sum(0) + by_head.abs().sum((0, -1))
         self._check_sum(total, _dot(unembedding, at["final_norm", 0]) + unembedding_bias, sizes, batch)
         capped = self.replay.logits(seen["block_output", last], batch.answer_ids).float()
-        return by_head.permute(2, 0, 3, 1), mlps.permute(2, 0, 1), embed.T, bias.T, total.T, capped.T
+        return by_head.permute(2, 0, 3, 1), mlps.permute(2, 0, 1), embed.T, bias.T, total.T, capped.T, added.T
+
+    @property
+    def _edits(self) -> list[Addition]:
+        return [] if self.steering is None else list(members(self.steering.specs[0]))  # type: ignore[arg-type]
+
+    def _vector(self, edit: Addition, batch: Batch) -> Float[Tensor, "batch d"]:
+        """What is added at the last token of each prompt, all heads of z side by side; zeros where nothing is."""
+        assert self.steering is not None  # there is an edit
+        last = [
+            length - 1 in tokens
+            for length, tokens in zip(batch.lengths, self.steering.tokens_of(edit, batch.index), strict=True)
+        ]
+        return (torch.tensor(last)[:, None] * _vector(edit, self.n_heads)).to(self.head.weight.device)
 
     def _weight(self, layer: int) -> Float[Tensor, "d_in d_model"]:
         weight = self.replay.projection(layer)
@@ -266,21 +307,56 @@ def _dot(directions: Float[Tensor, "batch answer d"], x: Float[Tensor, "batch d"
 
 
 def _run(
-    replay: Replay, batch: Batch, places: Sequence[Place], tokens: list[int]
-) -> dict[Place, Float[Tensor, "batch d"]]:
-    """One clean forward pass up to the final norm; what there is at the places, at one token of each prompt."""
+    replay: Replay, batch: Batch, places: Sequence[Where], tokens: list[int], steering: Resolved | None = None
+) -> dict[Where, Float[Tensor, "batch d"]]:
+    """One forward pass; what there is at the places, before anything is added there, at one token of each prompt."""
     first = torch.tensor(batch.last_columns) - torch.tensor(batch.lengths) + 1
-    columns, seen = first + torch.tensor(tokens), dict[Place, Tensor]()
+    columns, seen = first + torch.tensor(tokens), dict[Where, Tensor]()
 
-    def keep(place: Place, x: Tensor) -> None:
+    def keep(place: Where, x: Tensor) -> None:
         seen[place] = x[torch.arange(len(x), device=x.device), columns.to(x.device)]
 
     with ExitStack() as hooks:
-        hooks.enter_context(Taps(replay.model, replay.card, places))
+        steered = [] if steering is None else [_steering(edit, batch, steering) for edit in members(steering.specs[0])]
+        hooks.enter_context(Taps(replay.model, replay.card, [*places, *(place for place, _ in steered)]))
+        for place, add in steered:
+            if place[0] == "embeddings":  # in some families the input of the first block
+                visit(replay.model, place, add, hooks)
         for place in places:
             visit(replay.model, place, partial(keep, place), hooks)
+        for place, add in steered:
+            if place[0] != "embeddings":
+                visit(replay.model, place, add, hooks)
         replay.bare(**batch.inputs(input_device(replay.model)), use_cache=False)
     return seen
+
+
+def _steering(edit: OneSpec, batch: Batch, resolved: Resolved) -> tuple[Where, Callable[[Tensor], Tensor]]:
+    """Where an addition is made, all heads side by side, and what adds it there in place."""
+    width = batch.input_ids.shape[1]
+    rows, columns = [], []
+    for row, (length, tokens) in enumerate(zip(batch.lengths, resolved.tokens_of(edit, batch.index), strict=True)):
+        start = width - length if batch.padding_side == "left" else 0
+        rows += [row] * len(tokens)
+        columns += [start + token for token in tokens]
+    vector = _vector(edit, n_heads(resolved.model.config))
+
+    def add(x: Tensor) -> Tensor:
+        if edit.site != "resid_mid":  # the norm there is given the stream itself, which goes on beside it
+            x = x.clone()
+        x[rows, columns] += vector.to(x)
+        return x
+
+    return (SIDE_BY_SIDE.get(edit.site, FIELD_NAMES[edit.site]), edit.layer or 0), add
+
+
+def _vector(edit: OneSpec, heads: int) -> Float[Tensor, " d"]:
+    """What is added, all heads of z side by side."""
+    assert isinstance(edit, Addition)  # checked before
+    vector = torch.tensor(edit.vector) * edit.scale
+    if edit.heads is None:
+        return vector
+    return (torch.zeros(heads, 1).index_fill(0, torch.tensor(edit.heads), 1.0) * vector).flatten()
 
 
 def _check(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int) -> None:

@@ -244,7 +244,9 @@ def head_projections(
                 attention = replay.module("attention_value_output", layer)(z.to(weight)).float()
                 scale = card.post_norm_scale(replay.module("attention_contribution", layer), attention)
                 behind = directions * scale[:, None].to(device)
-            by_input = card.times(model.config) * behind @ weight.to(device).float().T * z.to(device).float()[:, None]
+            by_input = (
+                card.residual_scale(model.config) * behind @ weight.to(device).float().T * z.to(device).float()[:, None]
+            )
             by_head = by_input.unflatten(-1, (n_heads(model.config), -1)).sum(-1)
             found[:, layer] = by_head.permute(1, 2, 0).cpu().numpy()
     return found

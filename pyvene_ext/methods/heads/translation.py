@@ -28,13 +28,14 @@ from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_layers
 from pyvene_ext.engine.metrics import paired_logit_diff
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep.run import open_together, store_facts
 from pyvene_ext.intervenable.statistics import Reference, label
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.patterns import read_patterns
 from pyvene_ext.methods.patching.patch import all_paths, patch
 from pyvene_ext.methods.patching.subspace import concept_directions
-from pyvene_ext.models.devices import agreed, is_main_process
+from pyvene_ext.models.devices import is_main_process, on_all_ranks
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.specs.ablation import all_heads
 from pyvene_ext.specs.joint import Spec
@@ -202,10 +203,10 @@ def path_changes(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     directions = concept_directions(model, sending, plus, minus, missing="zeros", **options)
     clean, change = np.empty(len(plus), np.float32), np.empty((len(paths), len(plus)), np.float32)
-    facts = store_facts(model, sending, plus, "logit", None, list(range(len(plus)))) | {"source prompts": minus.hash}
+    facts = store_facts(resolve(sending, model, plus, minus), "logit", range(len(plus)))
     with ExitStack() as stack:
         kept = None if store is None else stack.enter_context(open_together(store, facts, {"prompts": AT_ONCE}))
-        done = agreed(lambda: {} if kept is None else kept.finished)
+        done = on_all_ranks(lambda: {} if kept is None else kept.finished)
         for number, start in enumerate(range(0, len(plus), AT_ONCE)):
             some = range(start, min(start + AT_ONCE, len(plus)))
             if number not in done:

@@ -18,34 +18,32 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from modelcards import card_of, dimensions, n_heads, n_layers
-from pyvene_ext.engine.plain import METRICS, run
-from pyvene_ext.engine.sweep.run import sweep
+from pyvene_ext.engine.plain import METRICS, run_resolved
+from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.intervenable.statistics import Place, Reference
-from pyvene_ext.methods.patching.plain_paths import Recorded, new_value
+from pyvene_ext.methods.patching.plain_paths import new_value
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.hooks import check_projections, on_output
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.norms import FrozenNorm
 from pyvene_ext.models.replay import Replay
-from pyvene_ext.prompts.positions import Positions, token_indices
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.specs.graph import Node
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.specs.path import PathPatch
+from pyvene_ext.specs.sources import Recorded
 
 NORM_INPUT = {"q": "resid_pre", "k": "resid_pre", "v": "resid_pre", "mlp_in": "resid_mid", "logits": "resid_post"}
 ROWS = 64  # logits of the whole vocabulary are made for so many paths at once
 
 
 def run_direct_paths(
-    model: PreTrainedModel,
+    resolved: Resolved,
     paths: Sequence[PathPatch],
-    base: TokenizedPrompts,
     metric: str,
-    reference: Reference,
     *,
     engine: Literal["sweep", "plain"],
     memory: int | None,
@@ -53,23 +51,25 @@ def run_direct_paths(
     batch_size: int,
     progress: bool,
 ) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
-    """The metric of base, and with each path's direct term patched; `reference` holds the senders' source activations."""
+    """The metric of base, and with each path's direct term patched; `resolved` holds the senders' patches, measured."""
+    model, base = resolved.model, resolved.prompts
     clean, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
     to_logits = [number for number, path in enumerate(paths) if path.receivers == ("logits",)]
     others = [number for number in range(len(paths)) if number not in set(to_logits)]
     with evaluating(model), no_gradients(model):
-        terms = Terms(model, paths, base, reference, batch_size)
+        terms = Terms(resolved, paths, batch_size)
         for prompt in range(len(base) if to_logits else 0):
             clean[prompt], found[to_logits, prompt] = terms.metric([paths[i] for i in to_logits], prompt, metric)
     if others:
         specs: list[Spec] = [paths[number].received(where(paths[number]), paths[number].name) for number in others]
-        values = Recorded.of(model, base, terms.recorded, reference.directions)
+        # The terms are of source prompts that the engines do not see.
+        recorded = Recorded(terms.recorded, resolved.sources.measured.prompts.hash)
+        received = resolve(specs, model, base, recorded=recorded).with_directions(resolved.sources.directions)
         if engine == "plain":
-            result = run(model, specs, base, metric, values, batch_size=batch_size, progress=progress)
+            result = run_resolved(received, metric, batch_size=batch_size, progress=progress)
         else:
-            # The terms are of a source that the sweep does not see.
-            kept = None if store is None else store / reference.prompts.hash
-            result = sweep(model, specs, base, metric, values, memory=memory, store=kept, progress=progress)
+            plan = plan_resolved(received, memory=memory)
+            result = sweep_resolved(received, metric, plan, store=store, progress=progress)
         found[others] = result.intervened
         found[to_logits] += result.clean - clean  # which is what two ways round differently
         clean = result.clean
@@ -89,13 +89,12 @@ class Terms:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        resolved: Resolved,
         paths: Sequence[PathPatch],
-        base: TokenizedPrompts,
-        of_source: Reference,
         batch_size: int,
     ) -> None:
-        self.model, self.base, self.of_source, self.replay = model, base, of_source, Replay(model)
+        self.resolved, self.model, self.base = resolved, resolved.model, resolved.prompts
+        model, base, self.replay = self.model, self.base, Replay(resolved.model)
         self.paths, self.depth = {path.name: path for path in paths}, n_layers(model.config)
         check_projections(model)
         places = [path.sending.place for path in paths]
@@ -117,7 +116,7 @@ class Terms:
         added = self.arriving(name, place, prompt).to(own.device)
         if heads is not None:
             added = added.unflatten(-1, (-1, own.shape[-1]))[:, list(heads)]
-        tokens = token_indices(self.base, prompt, path.positions) if where(path) != path.positions else slice(None)
+        tokens = self._tokens(path, prompt) if where(path) != path.positions else slice(None)
         own[tokens] = (own[tokens].float() + added).to(own.dtype)
         return own
 
@@ -138,7 +137,7 @@ class Terms:
             for row, path in enumerate(here):
                 if path is None:
                     continue
-                tokens = token_indices(self.base, prompt, path.positions)
+                tokens = self._tokens(path, prompt)
                 if last in tokens:
                     added = self.arriving(path.name, ("logits", None), prompt)[tokens.index(last)]
                     rows[row] = (normed[0].float() + added.to(normed.device)).to(normed.dtype)
@@ -168,8 +167,7 @@ class Terms:
         sender, (site, layer, head) = path.sending, path.sender_node
         old = self.of_base.rows(sender.place, prompt, sender.positions)
         mine = old if head is None else old[:, head]
-        tokens = token_indices(self.base, prompt, sender.positions)
-        new = new_value(sender, mine, prompt, tokens, self.base, self.model, self.of_source)
+        new = new_value(sender, mine, prompt, self.resolved)
         change = new.float() - mine.float()
         if site != "z":
             return change.to(self.replay.device)
@@ -181,7 +179,11 @@ class Terms:
         if (post_norm_scale := card_of(self.model).post_norm_scale) is not None:
             attention = self.replay.module("attention_value_output", layer)(old.flatten(1).to(weight))
             change = change * post_norm_scale(self.replay.module("attention_contribution", layer), attention)
-        return change * card_of(self.model).times(self.model.config)
+        return change * card_of(self.model).residual_scale(self.model.config)
+
+    def _tokens(self, path: PathPatch, prompt: int) -> list[int]:
+        """Where the sender is patched."""
+        return list(self.resolved.tokens[path.positions][prompt])
 
     def _stands(self, node: Node) -> Place:
         """Where the stream is read: in front of a receiver's norm, or the receiver's own place in the stream."""

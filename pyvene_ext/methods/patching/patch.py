@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -23,18 +23,13 @@ from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers
 from pyvene_ext.engine.metrics import last_logits
-from pyvene_ext.engine.plain import (
-    METRICS,
-    Result,
-    check_run,
-    run,
-)
-from pyvene_ext.engine.sweep.run import plan_sweep, sweep
-from pyvene_ext.intervenable.statistics import Directions, Reference
+from pyvene_ext.engine.plain import METRICS, Result, check_metric, run_resolved
+from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.methods.patching.direct import run_direct_paths
 from pyvene_ext.methods.patching.plain_paths import PlainPaths
-from pyvene_ext.methods.patching.subspace import check_directions, concept_directions
-from pyvene_ext.methods.patching.sweep_paths import sweep_paths
+from pyvene_ext.methods.patching.subspace import concept_directions
+from pyvene_ext.methods.patching.sweep_paths import plan_paths, sweep_paths
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import check_projections
 from pyvene_ext.models.latent_steps import refuse_latent_steps
@@ -42,15 +37,10 @@ from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.base import SiteEdit
 from pyvene_ext.specs.graph import Node, reaches, senders
-from pyvene_ext.specs.joint import (
-    Spec,
-    as_specs,
-    members,
-    needs,
-    spec_name,
-)
+from pyvene_ext.specs.joint import Spec, as_specs, members, spec_name
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
+from pyvene_ext.specs.sources import Directions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,15 +119,21 @@ def patch(
     wanted: list[Patch] = [specs] if isinstance(specs, SiteEdit | PathPatch) else list(specs)
     at_path = [number for number, spec in enumerate(wanted) if isinstance(spec, PathPatch)]
     at_place = [number for number in range(len(wanted)) if number not in set(at_path)]
-    _check(model, wanted, base, source, metric, engine, memory, directions)
     if engine == "plain" and store is not None:
         raise ValueError("the plain engine keeps nothing: leave store out, or use engine='sweep'.")
-    activations = _activations(wanted)
-    wants: dict[str, Any] = needs(activations)
-    reference = Reference.compute(model, source, **wants, batch_size=batch_size, progress=progress)
+    resolved = resolve_patches(model, wanted, base, source, metric, engine, directions)
+    places = resolved.only(at_place)
+    plan = plan_resolved(places, memory=memory) if engine == "sweep" and at_place else None
+    groups: dict[_Way, list[int]] = {}
+    for number in at_path:
+        groups.setdefault(_Way.of(wanted[number], engine), []).append(number)  # type: ignore[arg-type]
+    paths = {way: [wanted[number] for number in numbers] for way, numbers in groups.items()}
+    plans = {way: plan_paths(resolved, paths[way], memory) for way in groups if way.fast}  # type: ignore[arg-type]
+    # Everything is checked; from here on the model runs.
+    resolved = resolved.measured(batch_size=batch_size, progress=progress)
     if directions is None:
-        directions = concept_directions(model, activations, base, source, batch_size=batch_size, progress=progress)
-    reference = replace(reference, directions=directions)
+        directions = concept_directions(model, resolved.specs, base, source, batch_size=batch_size, progress=progress)
+    resolved = resolved.with_directions(directions)
 
     def kept(name: str) -> Path | None:
         return None if store is None else Path(store) / name
@@ -152,27 +148,23 @@ def patch(
         found[numbers] = after + (clean - before)
 
     if at_place:
-        places: list[Spec] = [wanted[number] for number in at_place]  # type: ignore[misc]
-        options: dict[str, Any] = {"reference": reference, "progress": progress}
-        options |= {"batch_size": batch_size} if engine == "plain" else {"memory": memory, "store": kept("patches")}
-        result = (run if engine == "plain" else sweep)(model, places, base, metric, **options)
-        put(at_place, result.clean, result.intervened)
-    by_engine: dict[tuple[bool, bool, bool], list[int]] = {}
-    for number in at_path:
-        path: PathPatch = wanted[number]  # type: ignore[assignment]
-        fast = engine == "sweep" and path.one_place
-        by_engine.setdefault((path.direct, fast or path.direct, path.freeze_mlps), []).append(number)
-    for (direct, fast, frozen), numbers in by_engine.items():
-        paths: list[PathPatch] = [wanted[number] for number in numbers]  # type: ignore[misc]
-        if direct:
-            options = {"memory": memory, "store": kept("direct"), "batch_size": batch_size, "progress": progress}
-            put(numbers, *run_direct_paths(model, paths, base, metric, reference, engine=engine, **options))
-        elif fast:
-            held = kept("mlps_frozen" if frozen else "paths")
-            options = {"memory": memory, "store": held, "progress": progress}
-            put(numbers, *sweep_paths(model, paths, base, metric, reference, **options))
+        places = resolved.only(at_place)
+        if plan is None:
+            result = run_resolved(places, metric, batch_size=batch_size, progress=progress)
         else:
-            put(numbers, *_plain_paths(model, paths, base, metric, reference, batch_size, progress))
+            result = sweep_resolved(places, metric, plan, store=kept("patches"), progress=progress)
+        put(at_place, result.clean, result.intervened)
+    for way, numbers in groups.items():
+        some: list[PathPatch] = paths[way]  # type: ignore[assignment]
+        options: dict[str, Any] = {"memory": memory, "progress": progress}
+        if way.direct:
+            options |= {"store": kept("direct"), "batch_size": batch_size, "engine": engine}
+            put(numbers, *run_direct_paths(resolved, some, metric, **options))
+        elif way.fast:
+            held = kept("mlps_frozen" if way.freeze_mlps else "paths")
+            put(numbers, *sweep_paths(resolved, some, metric, plans[way], store=held, **options))
+        else:
+            put(numbers, *_plain_paths(resolved, some, metric, batch_size, progress))
     assert clean is not None  # there is a patch
     of_source = np.full_like(clean, np.nan) if metric == "kl" else _metric_of(model, source, metric, batch_size)
     same = [ids == of_pair for ids, of_pair in zip(base.input_ids, source.input_ids, strict=True)]
@@ -180,6 +172,18 @@ def patch(
         of_source[same] = clean[same]  # not a difference of rounding, of which scores would be made
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
     return Patched(names, metric, clean, found, of_source)
+
+
+class _Way(NamedTuple):
+    """How paths are run; those that are run alike are run together."""
+
+    direct: bool
+    fast: bool
+    freeze_mlps: bool
+
+    @classmethod
+    def of(cls, path: PathPatch, engine: str) -> _Way:
+        return cls(path.direct, engine == "sweep" and path.one_place and not path.direct, path.freeze_mlps)
 
 
 def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
@@ -235,22 +239,16 @@ def corresponding(
     return pairs[0], pairs[1], kept
 
 
-def _activations(specs: Iterable[Patch]) -> list[Spec]:
-    """Activation patches as they are, and of paths the sender's."""
-    return [spec.sending if isinstance(spec, PathPatch) else spec for spec in specs]
-
-
-def _check(
+def resolve_patches(
     model: PreTrainedModel,
     specs: list[Patch],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
     metric: str,
     engine: str,
-    memory: int | None,
     directions: Directions | None,
-) -> None:
-    """Raise ValueError for what can be wrong with patches besides what a run checks."""
+) -> Resolved:
+    """The patches on the pairs, of paths the sender's; ValueError for whatever `patch` refuses but too little memory."""
     if not isinstance(base, TokenizedPrompts) or not isinstance(source, TokenizedPrompts):
         raise ValueError(
             "base and source must be tokenised: call .tokenize(tokenizer) on the set, with text= clean or corrupt."
@@ -283,28 +281,22 @@ def _check(
                 raise ValueError(f"{edit.name}: path is set by path patching alone; give a PathPatch.")
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
-    activations = _activations(specs)
-    if directions is not None:
-        check_directions(directions, activations, model)
-    planned = Reference.planned(model, source, **needs(activations))
-    if engine == "plain":
-        check_run(model, activations, base, metric, planned)
-    else:
-        plan_sweep(model, activations, base, metric, planned, memory=memory)
+    check_metric(model, base, metric)
+    activations: list[Spec] = [spec.sending if isinstance(spec, PathPatch) else spec for spec in specs]
+    return resolve(activations, model, base, source, directions=directions)
 
 
 def _plain_paths(
-    model: PreTrainedModel,
+    resolved: Resolved,
     paths: list[PathPatch],
-    base: TokenizedPrompts,
     metric: str,
-    reference: Reference,
     batch_size: int,
     progress: bool,
 ) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
     """The metric of the untouched base, and with each path patched."""
+    model, base = resolved.model, resolved.prompts
     before, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
-    plain = PlainPaths(model, base, reference)
+    plain = PlainPaths(resolved)
     bar = tqdm(total=found.size, desc="paths", unit="prompt", disable=not progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in base.batches(batch_size):

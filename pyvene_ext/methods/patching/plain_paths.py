@@ -11,24 +11,18 @@ set to it. So only what goes from h to R past no other head counts, and all of w
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, VanillaIntervention
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, dimensions, n_layers
-from pyvene_ext.engine.compile import replacements_of
 from pyvene_ext.engine.metrics import last_logits
-from pyvene_ext.intervenable.interventions import DirectionIntervention
+from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.intervenable.model import IntervenableModel
-from pyvene_ext.intervenable.statistics import Directions, Place, Reference
-from pyvene_ext.prompts.positions import token_indices
-from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.graph import (
     Node,
 )
@@ -37,49 +31,19 @@ from pyvene_ext.specs.path import PathPatch
 
 
 def new_value(
-    sender: ActivationPatch,
-    old: Float[Tensor, "pos d"],
-    prompt: int,
-    tokens: list[int],
-    base: TokenizedPrompts,
-    model: PreTrainedModel,
-    reference: Reference,
+    sender: ActivationPatch, old: Float[Tensor, "pos d"], prompt: int, resolved: Resolved
 ) -> Float[Tensor, "pos d"]:
     """What a sender's patch puts in place of `old` in one prompt."""
-    (value,) = replacements_of(sender, [prompt], [tokens], base, model, reference)
-    value = value if sender.heads is None else value[:, 0]
-    return DirectionIntervention()(old, value) if sender.subspace else value.to(old)
-
-
-@dataclass(frozen=True)
-class Recorded(Reference):
-    """What receivers are to be given, in place of a reference set's statistics."""
-
-    values: Callable[[str, Place, int, tuple[int, ...] | None], Tensor] | None = None
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, prompts: TokenizedPrompts, values: Callable[..., Tensor], directions: Directions
-    ) -> Recorded:
-        """`values` takes what `recorded` takes; `prompts` is where positions are looked up; `directions` made the values."""
-        return cls(prompts, (), directions=directions, _model=weakref.ref(model), values=values)
-
-    def recorded(
-        self, path: str, place: Place, prompt: int, heads: tuple[int, ...] | None
-    ) -> Float[Tensor, "pos *head d"]:
-        """What a place is to be given."""
-        assert self.values is not None
-        return self.values(path, place, prompt, heads)
-
-    def require(self, *_: Any, **__: Any) -> None:
-        """Nothing: receivers are no places of which statistics were asked for."""
+    values = resolved.replacements(sender, [prompt])
+    assert values is not None  # a patch has values
+    return sender.changed(old, values[0] if sender.heads is None else values[0][:, 0])
 
 
 class PlainPaths:
-    """Runs paths through `IntervenableModel`; keeps the models it has built."""
+    """Runs paths, whose senders' patches are resolved, through `IntervenableModel`; keeps the models it has built."""
 
-    def __init__(self, model: PreTrainedModel, base: TokenizedPrompts, reference: Reference) -> None:
-        self.model, self.base, self.reference = model, base, reference
+    def __init__(self, resolved: Resolved) -> None:
+        self.resolved, self.model, model = resolved, resolved.model, resolved.model
         self.layers, self.sizes = n_layers(model.config), dimensions(model.config)
         self._built: dict[tuple, IntervenableModel] = {}
 
@@ -97,13 +61,11 @@ class PlainPaths:
         x = values[frozen.index(place)].clone()
         for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
             start = len(columns) - length if batch.padding_side == "left" else 0
-            tokens = token_indices(self.base, prompt, sender.positions)
+            (tokens,) = self.resolved.tokens_of(sender, [prompt])
             at = [start + token for token in tokens]
             d_head = self.sizes["d_head"]
             width = slice(None) if head is None else slice(head * d_head, (head + 1) * d_head)
-            x[row, at, width] = new_value(
-                sender, x[row, at, width], prompt, tokens, self.base, self.model, self.reference
-            )
+            x[row, at, width] = new_value(sender, x[row, at, width], prompt, self.resolved)
         values[frozen.index(place)] = x
 
         read = [node for node in path.nodes if node.site != "logits"]

@@ -8,19 +8,19 @@ Along it all pairs differ by the same amount, as nearly as one direction can hav
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import dimensions
-from pyvene_ext.intervenable.statistics import Directions, Place, Reference
+from pyvene_ext.intervenable.statistics import Place, Reference
 from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.joint import Spec, members, needs
 from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.sources import Directions
 
 RANK = 4
 
@@ -55,7 +55,7 @@ def concept_directions(
     patches = along_directions(specs)
     if not patches:
         return {}
-    wanted: dict[str, Any] = needs(patches)
+    wanted = needs(patches)._asdict()
     of_base, of_source = (
         Reference.compute(model, prompts, **wanted, batch_size=batch_size, progress=progress)
         for prompts in (base, source)
@@ -110,24 +110,3 @@ def along_directions(specs: Iterable[Spec]) -> list[ActivationPatch]:
     """The patches of one direction among the specs."""
     edits = (edit for spec in specs for edit in members(spec))
     return [edit for edit in edits if isinstance(edit, ActivationPatch) and edit.subspace]
-
-
-def check_directions(directions: Directions, specs: Iterable[Spec], model: PreTrainedModel) -> None:
-    """Raise ValueError unless there is a direction of length 1 (or 0) for every head (or place) that is patched along one."""
-    sizes = dimensions(model.config)
-    for patch in along_directions(specs):
-        found = directions.get((patch.place, patch.positions))
-        by_head = patch.component.heads
-        shape = (sizes[by_head], sizes["d_head"]) if by_head else (sizes["d_model"],)
-        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-            what = "no tensor" if not isinstance(found, Tensor) else f"one of shape {tuple(found.shape)}"
-            raise ValueError(
-                f"{patch.name}: directions has {what} under {(patch.place, patch.positions)!r}; give one of shape {shape}, or "
-                "leave directions out."
-            )
-        for head in patch.heads or (...,):
-            length = found[head].double().norm().item()
-            if not (abs(length - 1) < 1e-3 or length == 0):
-                raise ValueError(
-                    f"{patch.name}: its direction has length {length:.3g}; divide it by that, so that it is 1."
-                )

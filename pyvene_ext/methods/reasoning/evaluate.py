@@ -10,7 +10,7 @@
 An intervention stands at positions, so that the same text comes out as without a cache and in batches of any size (rounding
 aside). Its `scope` says at which ones:
 
-    prompt      those of the prompt that the spec names; what pyvene_ext.engine.compile makes of any spec
+    prompt      those of the prompt that the spec names; any spec
     new         every token that is generated, each when the one after it is computed
     reasoning   the same up to the `####`: the token with which the text first holds it, and what follows, is left alone
     both        prompt and new
@@ -36,12 +36,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
-from pyvene_ext.engine.compile import (
-    Compiled,
-    check_specs,
-    compile_specs,
-    donors,
-)
+from pyvene_ext.engine.compile import Compiled, beyond_prompt, compile_spec, in_scope
+from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.files import parse_json, write_json
@@ -49,7 +45,6 @@ from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.identity import config_hash, weight_hash
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.problems import (
     MARK,
     Questions,
@@ -58,7 +53,7 @@ from pyvene_ext.prompts.problems import (
     tokens_for,
 )
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
-from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.ablation import donors
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import (
     OneSpec,
@@ -179,7 +174,7 @@ class Transcripts:
     ) -> Transcripts | None:
         """The statistics that these specs need, None if they need none; `clean` is the untouched run on these questions."""
         wanted = needs(specs)
-        if not wanted["places"]:
+        if not wanted.places:
             return None
         given = questions.prompts
         rows = [(*ids, *new) for ids, new in zip(given.input_ids, clean.ids, strict=True)]
@@ -188,9 +183,9 @@ class Transcripts:
             for named, new in zip(given.positions, clean.ids, strict=True)
         )
         prompts = TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), positions, given.pad_id)
-        bank = ("all",) if wanted["bank"] else ()
+        bank = ("all",) if wanted.bank else ()
         reference = Reference.compute(
-            model, prompts, wanted["places"], bank=bank, batch_size=batch_size, progress=progress
+            model, prompts, wanted.places, bank=bank, batch_size=batch_size, progress=progress
         )
         return cls(questions, reference)
 
@@ -230,7 +225,7 @@ def evaluate(
         ValueError: before anything is generated: no problems, a prompt without room for the new tokens, a spec that does not
             fit the model, the prompts or the scope, a missing reference.
     """
-    check(model, questions, spec, scope, max_new_tokens, reference)
+    resolved = check(model, questions, spec, scope, max_new_tokens, reference)
     results: dict[int, tuple[list[int], list[float], bool]] = {}
     reader = _Reader(model, tokenizer)
     bar = progress if isinstance(progress, tqdm) else tqdm(total=len(questions), unit="problem", disable=not progress)
@@ -243,7 +238,7 @@ def evaluate(
                 if spec is None:
                     writing.run(**base)
                 else:
-                    compiled = _compiled(spec, scope, batch, questions, model, reference, max_new_tokens)
+                    compiled = _compiled(spec, scope, batch, questions, resolved, reference, max_new_tokens)
                     iv = IntervenableModel(compiled.config, model)
                     iv.generate(
                         base,
@@ -269,8 +264,8 @@ def check(
     scope: Scope,
     max_new_tokens: int,
     reference: Reference | Transcripts | None = None,
-) -> None:
-    """Raise ValueError for anything that would go wrong in `evaluate`, before the model is run."""
+) -> Resolved | None:
+    """What `evaluate` will do with a spec; raises ValueError for anything that would go wrong, before the model is run."""
     if scope not in get_args(Scope):
         raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(Scope))}.")
     if not len(questions):
@@ -288,28 +283,36 @@ def check(
             )
     check_tokenized(model, questions.prompts)
     if spec is None or callable(spec):
-        return
+        return None
     (spec,) = as_specs([spec])
     held = reference.reference if isinstance(reference, Transcripts) else reference
-    if scope == "prompt":
-        check_specs([spec], model, questions.prompts, held.prompts if held else questions.prompts)
     for edit in members(spec):
         edit.check(model)
-        if scope != "prompt" and not _on_new_tokens(edit):
+        if scope != "prompt" and not edit.on_new_tokens:
             raise ValueError(
                 f"{edit.name}: at generated tokens there is no such intervention; ablate by zero, by the mean over tokens or by "
                 "resampling, or choose the scope prompt."
             )
-        if edit.uses_reference and (held is None or (scope != "prompt" and held is reference)):
+        if edit.needs.places and (held is None or (scope != "prompt" and held is reference)):
             raise ValueError(f"{edit.name} needs the texts of an untouched run; give Transcripts as reference.")
-    if held is not None:
-        wanted = needs([spec])
-        held.require(**wanted)
-        held.check_model(model)
+        if isinstance(reference, Transcripts) and edit.kind == "resample":
+            _givers(edit, questions, reference)
+    if isinstance(reference, Transcripts):
+        reference.reference.require(**needs([spec])._asdict())
+        spec = _with_means(spec)
+    return resolve([spec], model, questions.prompts, reference=held, directions={})
 
 
-def _on_new_tokens(edit: OneSpec) -> bool:
-    return isinstance(edit, Ablation) and edit.kind in ("zero", "mean", "resample") and edit.mean == "over_tokens"
+def _with_means(spec: Spec) -> Spec:
+    """The mean in place of resampling: its compilation has the right shape, and other rows are put in."""
+    return tuple(
+        edit.model_copy(update={"kind": "mean"}) if edit.kind == "resample" else edit for edit in members(spec)
+    )
+
+
+def _givers(edit: OneSpec, questions: Questions, given: Transcripts) -> list[int]:
+    """For each problem the transcript that it is resampled from."""
+    return donors(questions.prompts, given.questions.prompts, "last", getattr(edit, "seed", 0))
 
 
 # -- where an intervention is, and what it puts there --------------------------------------------------------------------
@@ -320,44 +323,38 @@ def _compiled(
     scope: Scope,
     batch: Batch,
     questions: Questions,
-    model: PreTrainedModel,
+    resolved: Resolved | None,
     reference: Reference | Transcripts | None,
     new: int,
 ) -> Compiled:
-    """One spec on one batch, with replacements for the new tokens behind those for the prompt where the scope has such."""
+    """One spec on one batch, with replacements for the new tokens after those for the prompt where the scope has such."""
     if callable(spec):
         return spec(batch)
-    held = reference.reference if isinstance(reference, Transcripts) else reference
-    if scope == "prompt" and held is reference:
-        return compile_specs(spec, batch, questions.prompts, model, held)
-    # The mean's compilation has the right shape for resampling, which puts other rows in.
-    edits = tuple(
-        edit.model_copy(update={"kind": "mean"}) if edit.kind == "resample" else edit for edit in members(spec)
-    )
-    compiled = compile_specs(edits, batch, questions.prompts, model, held)
+    assert resolved is not None  # there is a spec
+    compiled = compile_spec(resolved.specs[0], batch, resolved)
+    if scope == "prompt" and not isinstance(reference, Transcripts):
+        return compiled
     replacements = []
     for edit, values in zip(members(spec), compiled.replacements, strict=True):
         if values is not None:
-            # The last column is a token of every row, the first one may be padding.
-            values = torch.cat([values, values[..., -1:, :].expand(*values.shape[:-2], new, -1)], -2)
+            values = beyond_prompt(values, new)
             if edit.kind == "resample":
                 assert isinstance(reference, Transcripts)  # `check` has seen to it
-                values = _resampled(edit, batch, questions, reference, new).to(values)
-            if scope != "both":
-                values = values[..., :-new, :] if scope == "prompt" else values[..., -new:, :]
+                values = _resampled(edit, batch, questions, resolved, reference, new).to(values)
+            values = in_scope(values, scope, new)
         replacements.append(values)
     return Compiled(compiled.config, compiled.unit_locations, tuple(replacements))
 
 
 def _resampled(
-    edit: OneSpec, batch: Batch, questions: Questions, given: Transcripts, new: int
+    edit: OneSpec, batch: Batch, questions: Questions, resolved: Resolved, given: Transcripts, new: int
 ) -> Float[Tensor, "batch *head pos d"]:
     """For every row the activations of another problem's transcript, at the same distance from the end of its question.
 
     What lies before a shorter transcript's first token, or behind its last, has that token's.
     """
     reference, width = given.reference, batch.input_ids.shape[1]
-    givers = donors(questions.prompts, given.questions.prompts, "last", getattr(edit, "seed", 0))
+    givers = _givers(edit, questions, given)
     rows = []
     for prompt, length in zip(batch.index, batch.lengths, strict=True):
         giver = givers[prompt]
@@ -365,7 +362,7 @@ def _resampled(
         if edit.positions == "all":
             tokens = list(range(length - width, length + new))
         else:
-            tokens = [*token_indices(questions.prompts, prompt, edit.positions), *range(length, length + new)]
+            tokens = [*resolved.tokens[edit.positions][prompt], *range(length, length + new)]
         last = len(reference.prompts.input_ids[giver]) - 1
         activations = reference.rows(edit.place, giver, tuple(min(max(t - own + its, 0), last) for t in tokens))
         rows.append(activations if edit.heads is None else activations[:, list(edit.heads)].transpose(0, 1))
@@ -540,7 +537,7 @@ def condition_of(spec: Spec | None, scope: Scope, reference: Transcripts | None 
     """What one evaluation depends on besides."""
     if spec is None:
         return {"spec": None}
-    used = reference is not None and any(edit.uses_reference for edit in members(spec))
+    used = reference is not None and bool(needs([spec]).places)
     return {
         "spec": to_plain([spec]),
         "scope": scope,

@@ -1,9 +1,9 @@
 """How fast is the sweep engine, beside what others need and beside the arithmetic itself?
 
-    python experiments/bench_sweep.py
-    python experiments/bench_sweep.py --size tiny --workload a b
-    python experiments/bench_sweep.py --size qwen2.5-3b --dtype bfloat16 --device cuda
-    python experiments/bench_sweep.py --size tiny --growth
+    python benchmarks/bench_sweep.py
+    python benchmarks/bench_sweep.py --size tiny --workload a b
+    python benchmarks/bench_sweep.py --size qwen2.5-3b --dtype bfloat16 --device cuda
+    python benchmarks/bench_sweep.py --size tiny --growth
 
 Method. One model of random weights and one set of random prompts of one length. Workloads: (a) every head's z zeroed at every
 position; (b) every head's z zeroed at the last position; (c) every head's z replaced by its mean and by another prompt's; (d)
@@ -58,17 +58,18 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from modelcards import dimensions, n_heads, n_kv_heads, n_layers
-from pyvene_ext.engine.compile import check_specs, compile_specs, donors
+from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.metrics import logit_diff
 from pyvene_ext.engine.plain import reference_for
+from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.io.cli import run
 from pyvene_ext.io.files import atomic_path, write_json, write_yaml
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
-from pyvene_ext.runs.metadata import metadata
-from pyvene_ext.specs.ablation import Ablation, all_heads
+from pyvene_ext.runs.facts import metadata
+from pyvene_ext.specs.ablation import Ablation, all_heads, donors
 
 Letter = Literal["a", "b", "c", "d"]
 OURS, HOOKS = "pyvene-ext sweep", "bare hooks"
@@ -158,7 +159,7 @@ def main(config: Config) -> None:
         workloads = {letter: workload(letter, shape, config.tokens) for letter in config.workload}
         with torch.device("meta"):
             without_weights = AutoModelForCausalLM.from_config(shape)
-        check_specs(itertools.chain(*workloads.values()), without_weights, prompts, prompts)
+        resolve(itertools.chain(*workloads.values()), without_weights, prompts)
         sample = {letter: draw(specs, config.sample, config, letter) for letter, specs in workloads.items()}
 
         # The others first: they say how long a plain forward takes, and so how much of the workloads fits the budget.
@@ -511,7 +512,8 @@ def bare_hooks(case: Case, specs: Sequence[Ablation]) -> Callable[[Ablation], La
 def stock_pyvene(case: Case, specs: Sequence[Ablation]) -> Callable[[Ablation], LastLogits]:
     """One call of pyvene's own IntervenableModel; configs, replacements and wrappers are made beforehand."""
     reference = reference_for(specs, case.model, case.prompts, batch_size=len(case.prompts), progress=False)
-    compiled = {spec: compile_specs(spec, case.batch, case.prompts, case.model, reference) for spec in specs}
+    resolved = resolve(specs, case.model, case.prompts, reference=reference)
+    compiled = {spec: compile_spec(spec, case.batch, resolved) for spec in specs}
     wrapped = {spec: pyvene.IntervenableModel(made.config, case.model) for spec, made in compiled.items()}
 
     def last_logits(spec: Ablation) -> LastLogits:

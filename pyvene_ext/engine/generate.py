@@ -1,0 +1,100 @@
+"""Text generated with an intervention in place: the plain engine for generation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pyvene_ext.engine.compile import Compiled, compile_spec, for_new_tokens
+from pyvene_ext.engine.resolve import resolve
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.models.devices import input_device, no_gradients
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.joint import Spec, members
+
+GenerationScope = Literal["prompt", "new", "both"]
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    spec: Spec | None = None,
+    *,
+    max_new_tokens: int = 20,
+    scope: GenerationScope = "both",
+    reference: Reference | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> list[list[int]]:
+    """What a model writes after each prompt, greedily unless told otherwise, with an intervention in place.
+
+    An intervention stands at positions, so that the same text comes out with and without a cache. The first new token follows
+    from the prompt alone.
+
+    Args:
+        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
+        prompts: of any lengths.
+        spec: one edit, or a tuple of them (done together); None: the model as it is.
+        max_new_tokens: where a text that has not ended is cut.
+        scope: at the positions of the prompt that the spec names, at every new token, or both. (pyvene's own `generate` leaves
+            the prompt alone unless told otherwise, and the new tokens if it is.) At new tokens heads count and positions do not.
+        reference: statistics to replace by; if some are needed and none are given, those of `prompts` themselves.
+        batch_size: prompts a forward pass.
+        **options: for transformers' `generate`.
+
+    Returns:
+        The new tokens of each prompt, without what fills a batch up after a text has ended.
+
+    Raises:
+        ValueError: before the model runs, for an unknown scope, and for a spec that does not fit the model, the prompts or new
+            tokens.
+    """
+    if scope not in get_args(GenerationScope):
+        raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(GenerationScope))}.")
+    resolved = None if spec is None else resolve([spec], model, prompts, reference=reference, directions={})
+    for edit in () if spec is None or scope == "prompt" else members(spec):
+        if not edit.on_new_tokens or edit.kind == "resample":
+            raise ValueError(
+                f"{edit.name}: at generated tokens there is no such intervention; add a vector, ablate by zero or by the mean "
+                "over tokens, or choose the scope prompt."
+            )
+    resolved = None if resolved is None else resolved.measured(batch_size=batch_size, progress=False)
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": prompts.pad_id, **options}
+    found: dict[int, list[int]] = {}
+    with evaluating(model), no_gradients(model):
+        for batch in prompts.batches(batch_size):
+            base = batch.inputs(input_device(model))
+            if resolved is None:
+                tokens = model.generate(**base, **options)  # type: ignore[operator]
+            else:
+                compiled = for_new_tokens(compile_spec(resolved.specs[0], batch, resolved), scope, max_new_tokens)
+                tokens = _intervened(model, base, compiled, scope, options)
+            for prompt, row in zip(batch.index, tokens[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+                found[prompt] = _until_end(row, model)
+    return [found[prompt] for prompt in range(len(prompts))]
+
+
+def _intervened(
+    model: PreTrainedModel, base: dict[str, Tensor], compiled: Compiled, scope: str, options: dict[str, Any]
+) -> Tensor:
+    iv = IntervenableModel(compiled.config, model)
+    _, tokens = iv.generate(
+        base,
+        unit_locations=compiled.unit_locations,
+        source_representations=compiled.source_representations(iv.sorted_keys),
+        intervene_on_prompt=scope != "new",
+        intervene_on_new_tokens=scope != "prompt",
+        **options,
+    )
+    return tokens
+
+
+def _until_end(tokens: list[int], model: PreTrainedModel) -> list[int]:
+    """The tokens up to the first that ends a text, and without it."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(ends if isinstance(ends, list) else [ends])
+    return tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]
