@@ -230,7 +230,7 @@ class Truth:
 
 
 def _route(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
-    """Edit the router's logits, then recompute the choice: softmax, top-k experts, their weights (normalised in some families)."""
+    """Edit the router's logits, then recompute the choice: softmax, top-k experts, weights (normalised in some families)."""
     router = mlp.gate
 
     def routed(_: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -69,7 +69,7 @@ def complaints(flag: str, value: Any, hint: Any) -> Iterator[str]:
         hint: its type, with bounds in `Annotated`.
 
     Yields:
-        One sentence for each broken bound.
+        str: one sentence for each broken bound.
     """
     if value is None:
         return

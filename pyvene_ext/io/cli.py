@@ -107,7 +107,12 @@ def made(config: type[Config], values: Mapping[str, Any], source: str) -> Config
         raise ValueError(f"{source}: {one_sentence(error)}") from None
 
 
-BOUNDS = ("greater_than", "less_than", "too_short", "finite_number")  # pydantic's errors for which `bounds` has a better message
+BOUNDS = (
+    "greater_than",
+    "less_than",
+    "too_short",
+    "finite_number",
+)  # pydantic's errors for which `bounds` has a better message
 
 
 def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config | None]:

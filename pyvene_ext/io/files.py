@@ -60,7 +60,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path: the file; its folder is created if necessary.
 
     Yields:
-        A temporary path in the same folder, which is renamed to `path` if the block succeeds and removed otherwise.
+        Path: a temporary path in the same folder, which is renamed to `path` if the block succeeds and removed otherwise.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,9 +202,7 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return _in_unicode(yaml.safe_load(text), text)
-    except (
-        Exception
-    ) as error:  # PyYAML's constructors raise any exception: `!!bool maybe` is a KeyError
+    except Exception as error:  # PyYAML's constructors raise any exception: `!!bool maybe` is a KeyError
         reason = " ".join(str(error).split())
         raise ValueError(f"not valid YAML: {type(error).__name__}, {reason}") from None
 
@@ -252,7 +250,9 @@ def read_npy(path: str | Path) -> np.ndarray:
     try:
         # Not np.load, whose message takes every other file for a pickle.
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # its header is a Python literal, for which NumPy, ast and tokenize raise different errors
+    except (
+        Exception
+    ) as error:  # its header is a Python literal, for which NumPy, ast and tokenize raise different errors
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a complete .npy file of numbers ({reason}).") from None
 

@@ -34,9 +34,6 @@ def on_input(module: nn.Module, fn: HookFn) -> Iterator[None]:
         module: the module; its input is the first argument, or `hidden_states`.
         fn: reads the input; what it returns, unless None, is passed to the module instead. Other users of the same tensor keep
             the original.
-
-    Yields:
-        Nothing.
     """
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -59,9 +56,6 @@ def on_output(module: nn.Module, fn: HookFn) -> Iterator[None]:
     Args:
         module: the module; of a tuple, its output is the first entry.
         fn: reads the output; what it returns, unless None, replaces it.
-
-    Yields:
-        Nothing.
     """
 
     def hook(_: nn.Module, args: tuple, output: Any) -> Any:
@@ -83,9 +77,6 @@ def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator
     Args:
         module: the module.
         function: takes the arguments of the module's forward and returns its output.
-
-    Yields:
-        Nothing.
     """
     own = module.__dict__.get("forward")  # accelerate puts one there
     module.forward = function

@@ -15,9 +15,6 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
     Args:
         model: the model.
-
-    Yields:
-        Nothing.
     """
     with flags_kept(model):
         if any(module.training for module in model.modules()):

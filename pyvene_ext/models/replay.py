@@ -335,12 +335,9 @@ class Replay:
 
     @contextmanager
     def compiled_mlps(self) -> Iterator[None]:
-        """Inside the block, run the MLPs through torch.compile; one graph serves all layers and any number of rows.
+        """Within the context, run the MLPs through torch.compile; one graph serves all layers and any number of rows.
 
         Whole blocks do not compile: which rows run through attention, and over which keys, differs from call to call.
-
-        Yields:
-            Nothing.
         """
         with ExitStack() as stack:
             for layer in range(self.n_layers):

@@ -32,9 +32,6 @@ def shared_past(attention: nn.Module, keys: Tensor, values: Tensor, alternating:
         values: `prompt n_kv_head earlier d_head`.
         alternating: rows 0, P, 2P ... continue the first prompt, rows 1, P+1 ... the second, and so on; else the rows of a prompt
             are adjacent, first all those of the first prompt.
-
-    Yields:
-        Nothing.
     """
     own = redirect(attention, IMPLEMENTATION)
     attention.config.shared_past = keys, values, alternating  # type: ignore[union-attr]
@@ -68,7 +65,6 @@ def shared_past_attention(
         dropout: ignored, as in eval mode.
         softcap: cap of the scores (Gemma 2); None for no cap.
         is_causal: as in transformers; default the module's.
-        **_: other options of transformers, which do not apply here.
 
     Returns:
         `row n_query n_head d_head`, and None for the pattern.
