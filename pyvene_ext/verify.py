@@ -181,10 +181,10 @@ def _check_component(
     truth = Truth(model)
     base, source = batches
     clean = truth.run(base)
-    held = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
+    activations = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
     for unit in COMPONENTS[component].units:
         row = rows.setdefault((component, unit), Row(component, unit))
-        there, from_there = _places(model, component, unit, base, 0), _places(model, component, unit, source, 1)
+        base_at, source_at = _places(model, component, unit, base, 0), _places(model, component, unit, source, 1)
         for operation, kind in OPERATIONS.items():
             row.checks += 1
             try:
@@ -193,16 +193,18 @@ def _check_component(
                 with torch.no_grad():
                     if operation == "swap":
                         collected, found = intervenable(
-                            base, [source], {"sources->base": ([from_there.locations], [there.locations])}
+                            base, [source], {"sources->base": ([source_at.locations], [base_at.locations])}
                         )
                     else:
-                        collected, found = intervenable(base, unit_locations={"base": [there.locations]})
+                        collected, found = intervenable(base, unit_locations={"base": [base_at.locations]})
                 if operation == "read":
-                    error = _difference(*(there.real(x, base) for x in (collected[1][0], there.take(held["base"]))))
+                    error = _difference(
+                        *(base_at.real(x, base) for x in (collected[1][0], base_at.take(activations["base"])))
+                    )
                     expected = clean
                 else:
-                    new = from_there.take(held["source"]) if operation == "swap" else None
-                    expected = truth.run(base, component, layer, partial(there.put, new))
+                    new = source_at.take(activations["source"]) if operation == "swap" else None
+                    expected = truth.run(base, component, layer, partial(base_at.put, new))
                     row.effect = max(row.effect, float(_real(expected - clean, base).abs().max()))
                     error = 0.0
                 error = max(error, _difference(_real(first_tensor(found), base), _real(expected, base)))

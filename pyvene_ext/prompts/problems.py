@@ -412,13 +412,13 @@ def tokens_for(part: str | int, ids: Sequence[int], tokenizer: PreTrainedTokeniz
         The fewest first tokens whose text contains `part`, or has that many characters; None if all of them do not.
     """
 
-    def there(count: int) -> bool:
+    def suffices(count: int) -> bool:
         text = as_text(ids[:count], tokenizer)
         return part in text if isinstance(part, str) else len(text) >= part
 
-    if not there(len(ids)):
+    if not suffices(len(ids)):
         return None
-    return bisect.bisect_left(range(len(ids)), True, key=there)
+    return bisect.bisect_left(range(len(ids)), True, key=suffices)
 
 
 def as_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

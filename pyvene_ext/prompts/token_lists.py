@@ -1,6 +1,6 @@
-"""Lists of token ids from files: JSON, and pickles that hold nothing but lists of whole numbers.
+"""Lists of token ids from files: JSON, or pickles that hold nothing but lists of whole numbers.
 
-A pickle runs something only through what it imports, and here it can import nothing.
+A pickle can execute code only through what it imports, and here it cannot import anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from pyvene_ext.io.files import parse_json
 
 PICKLES = (".pkl", ".pickle")
-MOST = 10_000_000  # ids; a pickle can name one long list over and over in a few bytes
+MOST = 10_000_000  # ids; a pickle can repeat a long list many times in a few bytes
 
 
 def read_token_list(path: str | Path) -> list[int]:
@@ -36,7 +36,7 @@ def read_token_list(path: str | Path) -> list[int]:
         except Exception as error:  # a damaged pickle raises anything
             reason = " ".join(str(error).split())[:80] or type(error).__name__
             raise ValueError(
-                f"{path} is no pickle of lists of whole numbers ({reason}), and nothing of it was run; write the ids as JSON."
+                f"{path} is not a pickle of lists of whole numbers ({reason}), and nothing in it was run; write the ids as JSON."
             ) from None
     else:
         try:
@@ -54,9 +54,9 @@ def read_token_list(path: str | Path) -> list[int]:
     return ids
 
 
-# Python's own version: the one in C takes as much memory as a number in the file says.
+# The version in Python: the one in C allocates as much memory as a number in the file asks for.
 class _WithoutImports(pickle._Unpickler):
-    """Reads plain data; whatever runs code in a pickle is first imported by name, which is refused."""
+    """Reads plain data; code that a pickle executes must first be imported by name, which is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it imports {module}.{name}")

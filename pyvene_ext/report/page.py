@@ -23,7 +23,7 @@ from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
 from pyvene_ext.report.routes import draw_routes
 from pyvene_ext.report.run import Row, Run, columns, files, rounded
 
-SHOWN = 500  # at most so many rows of a table and prompts of a slider; the files have all of them
+SHOWN = 500  # the most rows of a table, and the most prompts of a slider; the files have all of them
 AT_LEAST = 5  # heads for a correlation
 LONG = 120  # characters of a fact before it is cut
 

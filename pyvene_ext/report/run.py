@@ -20,7 +20,7 @@ from pyvene_ext.runs.attention import View, read_views
 Row = dict[str, str]
 Head = tuple[int, int]
 ROUTES, PROMPTS, DELTAS = "routes.json", "prompts.json", "deltas.npy"
-GROUPS = 12  # at most so many maps of one table, one for each value of a text column (a language pair, a site)
+GROUPS = 12  # the most maps of one table, which has one for each value of a text column (a language pair, a site)
 ENDS = {"low": "high", "lowest": "highest"}
 
 
