@@ -42,7 +42,7 @@ from pyvene_ext.intervenable.checks import (
 )
 from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
 from pyvene_ext.models.latent_steps import is_unrolling
-from pyvene_ext.models.modes import flags_kept
+from pyvene_ext.models.modes import restoring_flags
 
 # The residual stream between attention and MLP enters a norm and, later, a sum: no hook can give both a new tensor. It is a fresh
 # sum that nothing else refers to and autograd does not save, so here, and only here, the edit is in place.
@@ -72,7 +72,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         check_config(config, model, card)
         taps = Taps(model, card, [(item.component, item.layer) for item in config.representations])
         kwargs.pop("use_fast", None)
-        with taps, flags_kept(model):
+        with taps, restoring_flags(model):
             super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))

@@ -89,7 +89,7 @@ def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator
             module.forward = own
 
 
-def visit(model: PreTrainedModel, where: Where, fn: HookFn, hooks: ExitStack) -> None:
+def hook_component(model: PreTrainedModel, where: Where, fn: HookFn, hooks: ExitStack) -> None:
     """Hook one component of a layer.
 
     Args:
@@ -108,7 +108,7 @@ def visit(model: PreTrainedModel, where: Where, fn: HookFn, hooks: ExitStack) ->
     hooks.enter_context((on_input if at_input else on_output)(card.module(model, component, layer), fn))
 
 
-def keep_places(
+def record_activations(
     model: PreTrainedModel, places: Iterable[Where], hooks: ExitStack, graph: bool = False
 ) -> dict[Where, Tensor]:
     """Record activations of the next forward pass.
@@ -141,11 +141,11 @@ def keep_places(
         return kept
 
     for where in places:
-        visit(model, where, keep(where), hooks)
+        hook_component(model, where, keep(where), hooks)
     return seen
 
 
-def keep_call(model: PreTrainedModel, layer: int, calls: dict[int, tuple[tuple, dict]], hooks: ExitStack) -> None:
+def record_call(model: PreTrainedModel, layer: int, calls: dict[int, tuple[tuple, dict]], hooks: ExitStack) -> None:
     """Record the arguments of a layer's attention module in the next forward pass.
 
     Args:
@@ -179,7 +179,7 @@ def split_heads(x: Tensor, component: str, model: PreTrainedModel) -> Tensor:
     return x
 
 
-def entries_of_heads(model: PreTrainedModel, component: str, width: int) -> Int[Tensor, "head d_head"]:
+def head_entries(model: PreTrainedModel, component: str, width: int) -> Int[Tensor, "head d_head"]:
     """Which entries of a module's last axis belong to each head.
 
     Args:

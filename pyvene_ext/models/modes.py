@@ -16,14 +16,14 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model: the model.
     """
-    with flags_kept(model):
+    with restoring_flags(model):
         if any(module.training for module in model.modules()):
             model.eval()
         yield
 
 
 @contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
+def restoring_flags(model: nn.Module) -> Iterator[None]:
     """Restore every module's train mode and every parameter's grad flag after the block."""
     modules = list(model.modules())
     training = [module.training for module in modules]

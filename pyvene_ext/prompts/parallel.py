@@ -28,8 +28,8 @@ from pyvene_ext.prompts.tokenized import (
     TokenizedPrompt,
     TokenizedPrompts,
     encode,
-    held_tokens,
     tokenize_prompt,
+    tokens_in_span,
 )
 
 Languages = tuple[str, str]
@@ -317,7 +317,7 @@ def tokenize_pairs(
         text, span = render(pair, languages, template)
         where = f"prompt {number} ({text!r})"
         ids, offsets = encode(tokenizer, text, where)
-        label = held_tokens(offsets, *span)
+        label = tokens_in_span(offsets, *span)
         if not label:
             raise ValueError(
                 f"{where}: no token holds the label {text[slice(*span)]!r}; use another template, or another tokenizer."

@@ -344,7 +344,7 @@ def with_reasoning(
         raise ValueError(f"{len(written)} texts were given for {len(questions)} questions; give one each.")
     kept, rows, blocks = [], [], []
     for which, ids in enumerate(written):
-        marked = tokens_for(MARK, ids, tokenizer)
+        marked = tokens_until(MARK, ids, tokenizer)
         before = _before_mark(ids[:marked], tokenizer) if marked else 0
         if not before:
             continue
@@ -400,7 +400,7 @@ def with_latents(questions: Questions, model: PreTrainedModel) -> Questions:
     )
 
 
-def tokens_for(part: str | int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+def tokens_until(part: str | int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Count the tokens up to a part of their text.
 
     Args:

@@ -269,7 +269,7 @@ def tokenize_prompt(
         )
     positions = {"end": -1, "last": -1}
     for name, (start, end) in spans.items():
-        held = held_tokens(offsets, start, end)
+        held = tokens_in_span(offsets, start, end)
         if not held:
             raise ValueError(f"{where}: no token holds {text[start:end]!r}, the place {name!r}.")
         positions[name] = held[-1] - len(ids)
@@ -331,7 +331,7 @@ def _continuation(
     return longer[len(ids) :]
 
 
-def held_tokens(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:
+def tokens_in_span(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:
     """Find the tokens that overlap a span of characters.
 
     Args:

@@ -18,7 +18,7 @@ from pyvene_ext.prompts.problems import (
     load_problems,
     room,
     tokenize_problems,
-    tokens_for,
+    tokens_until,
     with_reasoning,
 )
 
@@ -270,8 +270,8 @@ class Pieces:
 
 def test_a_mark_of_several_tokens_ends_the_block_before_its_first() -> None:
     pieces: Any = Pieces("12", "##", "## ", "9", " #", "###")
-    assert tokens_for("####", [0, 1, 2, 3], pieces) == 3
-    assert tokens_for("####", [0, 0], pieces) is None and tokens_for("####", [], pieces) is None
-    assert [tokens_for(n, [0, 1, 2], pieces) for n in (1, 2, 3, 4, 7, 8)] == [1, 1, 2, 2, 3, None]
+    assert tokens_until("####", [0, 1, 2, 3], pieces) == 3
+    assert tokens_until("####", [0, 0], pieces) is None and tokens_until("####", [], pieces) is None
+    assert [tokens_until(n, [0, 1, 2], pieces) for n in (1, 2, 3, 4, 7, 8)] == [1, 1, 2, 2, 3, None]
     assert module._before_mark([0, 1, 2], pieces) == 1
     assert module._before_mark([0, 3, 4, 5], pieces) == 2
