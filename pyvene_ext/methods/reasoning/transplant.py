@@ -25,6 +25,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
@@ -473,10 +474,8 @@ class _Host:
     def enter(self, hooks: ExitStack) -> None:
         """Hang the hooks up until `hooks` are closed."""
         for layer in self.by_layer:
-            hook_component(self.model, ("block_input", layer), lambda x, layer=layer: self.ask(layer, x), hooks)  # type: ignore[misc]
-            hook_component(
-                self.model, ("head_contribution", layer), lambda x, layer=layer: self.replace(layer, x), hooks
-            )  # type: ignore[misc]
+            hook_component(self.model, ("block_input", layer), partial(self.ask, layer), hooks)
+            hook_component(self.model, ("head_contribution", layer), partial(self.replace, layer), hooks)
         # First of all, so that latent steps are thought with the new heads.
         begin = self.model.base_model.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True)
         hooks.callback(begin.remove)
