@@ -1,3 +1,4 @@
+from .edges import edge_matrix as edge_matrix
 from .heads import compared_heads as compared_heads
 from .heads import faithfulness_curves as faithfulness_curves
 from .heads import frequency_curve as frequency_curve
