@@ -1,5 +1,6 @@
 from .attribution.atp import atp as atp
 from .attribution.atp import atp_star as atp_star
+from .attribution.atp import resolve_patches as resolve_patches
 from .attribution.edges import EdgeScores as EdgeScores
 from .attribution.edges import check_edges as check_edges
 from .attribution.edges import edge_attribution as edge_attribution
