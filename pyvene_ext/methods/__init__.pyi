@@ -11,6 +11,7 @@ from .attribution.screen import screened as screened
 from .heads.copying import copy_ranks as copy_ranks
 from .heads.copying import copy_scores as copy_scores
 from .heads.flow import Flow as Flow
+from .heads.flow import FlowEdge as FlowEdge
 from .heads.flow import check_tau as check_tau
 from .heads.flow import flow_routes as flow_routes
 from .heads.lag import ablate_attention as ablate_attention

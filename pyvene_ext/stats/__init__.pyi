@@ -27,3 +27,4 @@ from .rankings import rank_correlation as rank_correlation
 from .tables import finite as finite
 from .tables import interval_columns as interval_columns
 from .tables import side_by_side as side_by_side
+from .tables import threshold_table as threshold_table

@@ -24,7 +24,7 @@ HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
     "ablate_heads", "activation_frequencies_ifr", "attribute_inputs", "bench_sweep",
-    "crosslingual_head_corr", "force_attention", "information_flow_routes", "make_prompts",
+    "force_attention", "make_prompts",
     "name_movers", "patch_hub", "probe_layers", "rank_heads", "run_ablations", "run_all",
     "stratify_difficulty", "train_tiny_models", "train_tiny_thought", "translation_causes", "translation_heads",
     "transplant_head",

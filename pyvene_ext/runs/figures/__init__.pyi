@@ -9,6 +9,7 @@ from .heads import scatter_heads as scatter_heads
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
 from .patching import site_maps as site_maps
+from .routes import routes as routes
 from .style import AMBER as AMBER
 from .style import BLUE as BLUE
 from .style import DIVERGING as DIVERGING

@@ -31,7 +31,8 @@ def edge_matrix(
 
     Args:
         matrix: one number an edge; NaN where there is none.
-        senders, receivers: the nodes of the rows and columns, in the order of the model's layers.
+        senders: the nodes of the rows, in the order of the model's layers.
+        receivers: likewise of the columns.
         title: above the figure.
         label: what the colour means, with its unit.
         cell: the side of a cell in inches, at most.
