@@ -23,7 +23,7 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "ablate_heads", "activation_frequencies_ifr", "attribute_inputs", "bench_sweep",
+    "ablate_heads", "attribute_inputs", "bench_sweep",
     "force_attention", "make_prompts",
     "name_movers", "patch_hub", "probe_layers", "rank_heads", "run_ablations", "run_all",
     "stratify_difficulty", "train_tiny_models", "train_tiny_thought", "translation_causes", "translation_heads",
