@@ -14,10 +14,17 @@ from .heads.flow import Flow as Flow
 from .heads.flow import FlowEdge as FlowEdge
 from .heads.flow import check_tau as check_tau
 from .heads.flow import flow_routes as flow_routes
+from .heads.lag import LagCurves as LagCurves
+from .heads.lag import RankedHeads as RankedHeads
 from .heads.lag import ablate_attention as ablate_attention
+from .heads.lag import cue_scores as cue_scores
 from .heads.lag import curves_of as curves_of
 from .heads.lag import lag_crp as lag_crp
+from .heads.lag import lag_curves as lag_curves
 from .heads.lag import lag_prompts as lag_prompts
+from .heads.lag import lag_summary as lag_summary
+from .heads.lag import lag_table as lag_table
+from .heads.lag import lag_text as lag_text
 from .heads.lag import lags_of as lags_of
 from .heads.lag import plus_one as plus_one
 from .heads.lag import plus_one_bias as plus_one_bias

@@ -100,6 +100,11 @@ def bootstrap_mean(values: Num[np.ndarray, " prompt"], rng: np.random.Generator,
     return paired_bootstrap(values, np.zeros_like(values), rng, n_resamples)
 
 
+def standard_error(values: Num[np.ndarray, "sample *rest"]) -> Float[np.ndarray, "*rest"]:
+    """Of the mean over the first axis, whose samples are independent."""
+    return values.std(0, ddof=1) / np.sqrt(len(values))
+
+
 def ratio_of_means(
     above: Float[np.ndarray, "item prompt"],
     below: Float[np.ndarray, " prompt"],

@@ -48,6 +48,12 @@ def threshold_table(
     ]
 
 
+def filled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with every column that one of them has; empty cells where a row has none."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
 def finite(value: float) -> float | None:
     """A number for JSON, which has no NaN: None in its place."""
     return float(value) if math.isfinite(value) else None

@@ -25,7 +25,7 @@ HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 SLOW = {
     "ablate_heads", "attribute_inputs", "bench_sweep",
     "force_attention", "make_prompts",
-    "name_movers", "patch_hub", "probe_layers", "rank_heads", "run_ablations", "run_all",
+    "name_movers", "patch_hub", "probe_layers", "rank_heads", "run_all",
     "stratify_difficulty", "train_tiny_models", "train_tiny_thought", "translation_causes", "translation_heads",
     "transplant_head",
 }  # fmt: skip

@@ -6,6 +6,7 @@ from .heads import head_heatmap as head_heatmap
 from .heads import histogram_abs_delta as histogram_abs_delta
 from .heads import layer_lines as layer_lines
 from .heads import scatter_heads as scatter_heads
+from .lag import lag_curves as lag_curves
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
 from .patching import site_maps as site_maps
