@@ -18,7 +18,7 @@ from pyvene_ext.methods.heads.flow import Edge, Flow, Node
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.stats.correlations import correlate_heads
 from pyvene_ext.stats.intervals import frequency_interval
-from tests.pyvene_ext.test_flow import ARRAYS, by_hand, searched
+from tests.pyvene_ext.methods.heads.test_flow import ARRAYS, by_hand, searched
 from tests.saved_models import save_random_model, save_with_random_weights, shipped_tokenizer
 
 N = 3

@@ -23,7 +23,7 @@ from pyvene_ext.methods.attribution.screen import (
 from pyvene_ext.specs.ablation import Ablation, all_heads, donors
 from pyvene_ext.specs.joint import Spec, members, spec_name
 from tests.ground_truth import ablations as slow
-from tests.pyvene_ext.test_compile import PROMPTS, SETS, SITES, _change, _model, _specs, kv_specs
+from tests.pyvene_ext.engine.test_compile import PROMPTS, SETS, SITES, _change, _model, _specs, kv_specs
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 

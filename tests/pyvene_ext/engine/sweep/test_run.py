@@ -25,7 +25,7 @@ from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
-from tests.pyvene_ext.test_compile import EDITS, SITES, kv_specs
+from tests.pyvene_ext.engine.test_compile import EDITS, SITES, kv_specs
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 from tests.traces import traces
