@@ -37,7 +37,6 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
-from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext.engine.plain import reference_for
@@ -59,9 +58,10 @@ from pyvene_ext.methods.attribution.screen import Screen, screened
 from pyvene_ext.models.devices import choose_device, is_main_process
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
-from pyvene_ext.report.attention import HEADS, look, write_views
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.attention import HEADS, look, write_views
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard, unfinished_in
 from pyvene_ext.specs.ablation import Kind, all_heads
 from pyvene_ext.stats.intervals import Interval, frequency_interval

@@ -29,63 +29,32 @@ when the same command is given again.
 
 from __future__ import annotations
 
-import math
 import sys
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from prompt_sets import both_texts, find_prompts, patchable
 
-from modelcards import COMPONENTS, FIELD_NAMES, n_layers
-from pyvene_ext.engine.resolve import resolve
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.cli import write_config
-from pyvene_ext.io.files import (
-    output_path,
-    remove_leftovers,
-    write_csv,
-    write_json,
-    write_npy,
-)
-from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.patching.patch import all_patches, patch
-from pyvene_ext.models.devices import choose_device, is_main_process
-from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.sets import PromptSet
-from pyvene_ext.prompts.tokenized import Answers, TokenizedPrompts
-from pyvene_ext.report.attention import HEADS, look, write_views
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
-from pyvene_ext.runs.sweeps import discard
-from pyvene_ext.specs.patch import ActivationPatch
-from pyvene_ext.stats.intervals import Interval, paired_bootstrap, ratio_of_means
+import pyvene_ext as px
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Site = Literal["z", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
-Maps = Mapping[Site, Float[np.ndarray, "position layer head"]]
+Maps = Mapping[str, Float[np.ndarray, "position layer head"]]
 SHOWN = 12  # patches of a site in the table on the terminal
 NAMED = 10  # pairs left out that the terminal names
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Config:
-    model: str = "tiny-qwen2.5"
-    """a shipped tiny model, a folder, or a name on the hub"""
-    dataset: str = "ioi_en"
-    """ioi_en, ioi_zh, a .json or .jsonl file with clean and corrupt, a saved `datasets` folder, or a name on the hub"""
-    out: Path | None = None
-    """the folder of what is written; by default outputs/activation_patching/MODEL_DATASET"""
+class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
+    out: px.flags.Out = None
     direction: Literal["denoise", "noise"] = "denoise"
     """denoise: clean activations into the corrupt run; noise: corrupt ones into the clean run"""
-    site: tuple[Site, ...] = ("z", "mlp_out", "resid_pre")
+    site: px.flags.OneOrMore[Site] = ("z", "mlp_out", "resid_pre")
     """what is patched, in every layer; z, q, k and v head by head (k and v: K/V heads)"""
     positions: str = "each"
     """where: each named position of the prompts by itself, one of them (last, io, s1, s2, ...), or all tokens at once"""
@@ -93,135 +62,75 @@ class Config:
     """only the component along the concept direction is replaced (pyvene_ext.methods.patching.subspace)"""
     metric: Literal["logit_diff", "probability", "rank", "accuracy"] = "logit_diff"
     """what is read at the last token"""
-    limit: int | None = None
-    """only the first so many pairs"""
-    answers: Answers = "first_token"
-    """first_difference for names of several tokens that begin alike: the shared tokens join the prompt"""
-    memory: float | None = None
-    """GiB of working memory besides the weights; by default half of what the weights take, at least 0.25"""
-    batch_size: int = 16
-    """prompts a forward pass, of the activations that are put in; the patches' batches follow from --memory"""
-    device: str | None = None
-    """cpu, cuda ..., or auto to spread the model over what there is; by default a GPU if there is one"""
-    dtype: str = "auto"
-    """of the weights; auto keeps the checkpoint's"""
-    seed: int = 0
-    """of the bootstrap"""
+
+    @property
+    def runs(self) -> tuple[str, str]:
+        """Which text is base and which source."""
+        return ("clean", "corrupt") if self.direction == "noise" else ("corrupt", "clean")
 
 
 def main(config: Config) -> None:
-    # What is run. Everything that can be wrong is found before the first forward pass.
-    check_flags(config)
-    folder = folder_of(config)
-    prompt_set = PromptSet.load(find_prompts(config.dataset))
-    prompt_set = replace(prompt_set, prompts=prompt_set.prompts[: config.limit])
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=choose_device(config.device))
-    clean, corrupt = both_texts(prompt_set, model, tokenizer, config.answers)
+    # Everything that can be wrong is found before the first forward pass.
+    run = px.RunFolder(config, "activation_patching", config.model, config.dataset)
+    prompt_set = config.load_prompts()
+    model, tokenizer = config.load_model()
+    clean, corrupt = config.tokenize_pairs(prompt_set, model, tokenizer)
     names = wanted_names(clean, corrupt, config.positions)
-    clean, corrupt, kept, dropped = patchable(clean, corrupt, names, config.dataset, config.positions)
+    clean, corrupt, kept, dropped = px.methods.patchable(clean, corrupt, names, config.dataset, config.positions)
     base, source = (clean, corrupt) if config.direction == "noise" else (corrupt, clean)
     positions = distinct(names, base, source) if names else ("all",)
     specs = [
         spec
         for site in config.site
         for position in positions
-        for spec in all_patches(model.config, site, positions=position, subspace=config.subspace)
+        for spec in px.all_patches(model.config, site, positions=position, subspace=config.subspace)
     ]
-    resolve(specs, model, base, source)
+    px.resolve(specs, model, base, source)
 
     # Every patch on every pair.
-    shown = is_main_process()
-    result = patch(
+    result = px.patch(
         model,
         specs,
         base,
         source,
         config.metric,
-        memory=None if config.memory is None else int(config.memory * 2**30),
-        store=folder / "unfinished",
+        memory=config.memory_bytes,
+        store=run.unfinished,
         batch_size=config.batch_size,
-        progress=shown,
+        progress=px.is_main_process(),
     )
-    if not shown:
+    if not px.is_main_process():
         return
-    change, gap = result.intervened - result.clean, result.source - result.clean
-    score = ratio_of_means(change, gap, rng(config.seed, "scores"), RESAMPLES)
-    whole_gap = paired_bootstrap(result.source, result.clean, rng(config.seed, "gap"), RESAMPLES)
-    rows = table(specs, score, change)
-    maps: Maps = {
-        site: score.mean[[spec.site == site for spec in specs]].reshape(len(positions), n_layers(model.config), -1)
-        for site in config.site
-    }
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for earlier in (*folder.glob("*.npy"), *folder.glob("figures/*")):
-        earlier.unlink()
-    draw(folder, config, positions, maps)
-    write_csv(folder / "patches.csv", rows)
-    for name, matrix in arrays(positions, maps).items():
-        write_npy(folder / f"{name}.npy", matrix.astype(np.float32))
-    write_npy(folder / "patched.npy", result.intervened)
-    write_npy(folder / "scores.npy", result.score.astype(np.float32))
-    write_npy(folder / "base.npy", result.clean)
-    write_npy(folder / "source.npy", result.source)
-    heads = dict.fromkeys((row["layer"], row["head"]) for row in rows if row["site"] == "z")
-    pairs = [f"pair {pair}" for pair in kept]
-    write_views(folder, look(model, tokenizer, clean.input_ids, list(heads)[:HEADS], names=pairs))
-    write_config(folder / "config.yaml", config)
-    facts = metadata(
+    # Mean scores over pairs, with intervals.
+    change, gap = result.intervened - result.clean, result.source - result.clean
+    score = px.stats.ratio_of_means(change, gap, px.rng(config.seed, "scores"), RESAMPLES)
+    rows = table(specs, score, change)
+    maps = maps_of(specs, score.mean, config.site, len(positions))
+    facts = px.metadata(
         model,
-        model=config.model,
-        dataset=config.dataset,
-        base_hash=base.hash,
-        source_hash=source.hash,
-        n=len(base),
-        n_dropped=len(dropped),
-        pairs=kept,
-        dropped=dropped,
-        direction=config.direction,
-        score_0=f"the {run_of(config)[0]} run",
-        score_1=f"the {run_of(config)[1]} run",
-        subspace=config.subspace,
-        metric=config.metric,
-        positions=list(positions),
-        answers=config.answers,
-        seed=config.seed,
-        mean_base=float(result.clean.mean()),
-        mean_source=float(result.source.mean()),
-        gap_low=finite(whole_gap.low),
-        gap_high=finite(whole_gap.high),
+        **settings(config, base, source, kept, dropped, positions),
+        **differences(result, config.seed),
         patches=[spec.where for spec in specs],
-        mean_scores=[finite(value) for value in score.mean],
+        mean_scores=[px.stats.finite(value) for value in score.mean],
     )
-    write_json(folder / "summary.json", facts)
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
 
     print(summary(config, facts, rows))
-    print(f"\nwritten:\n  {folder}/ (scores, tables, figures, config, summary)")
+    with run.writing(facts, replacing=("*.npy", "figures/*")):
+        run.table("patches", rows)
+        for name, values in arrays(result, positions, maps).items():
+            run.array(name, values)
+        for name, figure in drawn(config, run.of, positions, maps).items():
+            run.figure(name, figure)
+        heads = list(dict.fromkeys((row["layer"], row["head"]) for row in rows if row["site"] == "z"))[: px.runs.HEADS]
+        pairs = [f"pair {pair}" for pair in kept]
+        run.views(px.runs.look(model, tokenizer, clean.input_ids, heads, names=pairs))
 
 
-def check_flags(config: Config) -> None:
-    """Raise ValueError for flags that make no sense."""
-    for flag, value, fits, wanted in (
-        ("limit", config.limit, config.limit is None or config.limit >= 1, "1 or more"),
-        ("memory", config.memory, config.memory is None or 0 < config.memory < 2**20, "above 0, in GiB"),
-        ("batch_size", config.batch_size, config.batch_size >= 1, "1 or more"),
-    ):
-        if not fits:
-            raise ValueError(f"--{flag} must be {wanted}, not {value}.")
-    if not config.site or len(set(config.site)) < len(config.site):
-        raise ValueError("--site names one or more sites, each once.")
+# -- what is run -------------------------------------------------------------------------------------------------------
 
 
-def folder_of(config: Config) -> Path:
-    """Where everything is written; a ValueError if that cannot be."""
-    name = f"{Path(config.model).name}_{Path(config.dataset).stem}"
-    return output_path(config.out, Path("outputs/activation_patching") / name)
-
-
-def wanted_names(clean: TokenizedPrompts, corrupt: TokenizedPrompts, positions: str) -> tuple[str, ...]:
+def wanted_names(clean: px.TokenizedPrompts, corrupt: px.TokenizedPrompts, positions: str) -> tuple[str, ...]:
     """The named positions to patch, none for "all". Raises ValueError for a name that a pair has in neither of its texts."""
     known = [{**ours, **theirs} for ours, theirs in zip(clean.positions, corrupt.positions, strict=True)]
     shared = [name for name in known[0] if all(name in names for names in known)]
@@ -237,7 +146,7 @@ def wanted_names(clean: TokenizedPrompts, corrupt: TokenizedPrompts, positions: 
     return (positions,)
 
 
-def distinct(names: tuple[str, ...], base: TokenizedPrompts, source: TokenizedPrompts) -> tuple[str, ...]:
+def distinct(names: tuple[str, ...], base: px.TokenizedPrompts, source: px.TokenizedPrompts) -> tuple[str, ...]:
     """The names in the order of their tokens (on average); of those at the same tokens of every pair, the first."""
     by_tokens: dict[tuple[int, ...], str] = {}
     for name in names:
@@ -246,8 +155,51 @@ def distinct(names: tuple[str, ...], base: TokenizedPrompts, source: TokenizedPr
     return tuple(sorted(where, key=lambda name: where[name]))
 
 
+def settings(
+    config: Config,
+    base: px.TokenizedPrompts,
+    source: px.TokenizedPrompts,
+    kept: list[int],
+    dropped: list[int],
+    positions: tuple[str, ...],
+) -> dict[str, Any]:
+    """What was run, for the summary."""
+    return {
+        "model": config.model,
+        "dataset": config.dataset,
+        "base_hash": base.hash,
+        "source_hash": source.hash,
+        "n": len(base),
+        "n_dropped": len(dropped),
+        "pairs": kept,
+        "dropped": dropped,
+        "direction": config.direction,
+        "score_0": f"the {config.runs[0]} run",
+        "score_1": f"the {config.runs[1]} run",
+        "subspace": config.subspace,
+        "metric": config.metric,
+        "positions": list(positions),
+        "answers": config.answers,
+        "seed": config.seed,
+    }
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def differences(result: px.Patched, seed: int) -> dict[str, float | None]:
+    """How far apart the two runs are, of which scores are shares."""
+    gap = px.stats.paired_bootstrap(result.source, result.clean, px.rng(seed, "gap"), RESAMPLES)
+    return {
+        "mean_base": float(result.clean.mean()),
+        "mean_source": float(result.source.mean()),
+        "gap_low": px.stats.finite(gap.low),
+        "gap_high": px.stats.finite(gap.high),
+    }
+
+
 def table(
-    specs: list[ActivationPatch], score: Interval, change: Float[np.ndarray, "patch prompt"]
+    specs: list[px.ActivationPatch], score: px.Interval, change: Float[np.ndarray, "patch prompt"]
 ) -> list[dict[str, Any]]:
     """One row a patch, largest mean change of the metric first, which is the order of the scores' sizes."""
     rows = []
@@ -269,90 +221,44 @@ def table(
     return sorted(rows, key=lambda row: -abs(row["change"]))
 
 
-def arrays(positions: tuple[str, ...], maps: Maps) -> dict[str, Float[np.ndarray, "layer head"]]:
-    """The mean scores by file name: of a site of heads one [layer head] a position, of another one [layer position]."""
-    found: dict[str, Float[np.ndarray, "layer head"]] = {}
+def maps_of(
+    specs: list[px.ActivationPatch], scores: Float[np.ndarray, " patch"], sites: tuple[Site, ...], n_positions: int
+) -> Maps:
+    """The mean scores of each site."""
+    layers = 1 + max(spec.layer or 0 for spec in specs)
+    of_site = {site: scores[[spec.site == site for spec in specs]] for site in sites}
+    return {site: values.reshape(n_positions, layers, -1) for site, values in of_site.items()}
+
+
+def arrays(result: px.Patched, positions: tuple[str, ...], maps: Maps) -> dict[str, np.ndarray]:
+    """All arrays by file name. Of a site of heads there is one [layer head] a position, of another one [layer position]."""
+    found: dict[str, np.ndarray] = {}
     for site, values in maps.items():
-        if COMPONENTS[FIELD_NAMES[site]].heads is None:
+        if not px.models.has_heads(site):
             found[site] = values[..., 0].T
+        elif len(positions) == 1:
+            found[site] = values[0]
         else:
-            found |= {
-                site if len(positions) == 1 else f"{site}_{position}": of_heads
-                for position, of_heads in zip(positions, values, strict=True)
-            }
-    return found
+            found |= {f"{site}_{position}": of_heads for position, of_heads in zip(positions, values, strict=True)}
+    found = {name: values.astype(np.float32) for name, values in found.items()}
+    scores = result.score.astype(np.float32)
+    return found | {"patched": result.intervened, "scores": scores, "base": result.clean, "source": result.source}
 
 
-def draw(
-    folder: Path,
-    config: Config,
-    positions: tuple[str, ...],
-    maps: Maps,
-) -> None:
-    """Layer x head for every site of heads and position; layer x position for the others, or layer x site at one position."""
-    name = f"{Path(config.model).name}, {Path(config.dataset).stem}"
-    zero, one = run_of(config)
-    label = f"mean score (0: {zero} run, 1: {one} run)"
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def drawn(config: Config, of: str, positions: tuple[str, ...], maps: Maps) -> dict[str, Figure]:
+    """A figure a site (and position, of heads)."""
+    base, source = config.runs
     title = f"Activation patching ({config.direction})"
-    with_heads = [site for site in maps if COMPONENTS[FIELD_NAMES[site]].heads is not None]
-    others = [site for site in maps if site not in with_heads]
-    for site in with_heads:
-        for position, values in zip(positions, maps[site], strict=True):
-            drawing = figures.head_heatmap(values, f"{title}, {site}@{position}: {name}", label, diverging=True)
-            file = site if len(positions) == 1 else f"{site}_{position}"
-            figures.save(drawing, folder / f"figures/{file}.png")
-    if others and len(positions) == 1:
-        values = np.stack([maps[site][0, :, 0] for site in others], 1)
-        drawing = layer_map(values, others, f"{title}, positions: {positions[0]}: {name}", label, "site")
-        figures.save(drawing, folder / "figures/layers.png")
-    for site in others if len(positions) > 1 else ():
-        drawing = layer_map(maps[site][..., 0].T, positions, f"{title}, {site}: {name}", label, "position")
-        figures.save(drawing, folder / f"figures/{site}.png")
-
-
-@matplotlib.rc_context(figures.STYLE)
-def layer_map(
-    values: Float[np.ndarray, "layer column"], columns: Sequence[str], title: str, label: str, xlabel: str
-) -> Figure:
-    """One coloured cell a layer and a named column; layer 0 on top, white at 0, grey where there is no number."""
-    n, width = values.shape[0], max(2.4, 0.62 * len(columns))
-    height = max(1.8, min(0.42, 6.0 / n) * n)
-    limit = float(np.abs(values[np.isfinite(values)]).max(initial=0)) or 1.0
-    figure = Figure(figsize=(width + 1.9, height + 1.2))
-    axes = figure.add_subplot()
-    axes.set_facecolor("#dcdcdc")
-    image = axes.imshow(
-        np.ma.masked_invalid(values),
-        cmap=figures.DIVERGING,
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        interpolation="nearest",
-    )
-    axes.set_title(textwrap.fill(title, int(11 * (width + 1.9))))
-    axes.set(xlabel=xlabel, ylabel="layer")
-    axes.set_xticks(range(len(columns)), labels=columns)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, fraction=0.16 / width, aspect=height / 0.14, pad=0.02)
-    bar.set_label(textwrap.fill(label, int(11 * height)))
-    bar.outline.set_visible(False)
-    return figure
-
-
-def run_of(config: Config) -> tuple[str, str]:
-    """Which text is base and which source."""
-    return ("clean", "corrupt") if config.direction == "noise" else ("corrupt", "clean")
-
-
-def finite(value: float) -> float | None:
-    """A number for JSON, which has no NaN."""
-    return float(value) if math.isfinite(value) else None
+    label = f"mean score (0: {base} run, 1: {source} run)"
+    return px.figures.site_maps(maps, positions, title=title, of=of, label=label)
 
 
 def summary(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """What the terminal shows: the pairs, what 0 and 1 are, and of every site the patches with the largest effect."""
-    base, source = run_of(config)
+    base, source = config.runs
     lines = [
         f"{config.model} on {config.dataset}: {facts['n']} pairs, {config.direction} ({source} activations into the {base} "
         f"run{', along one direction' * config.subspace}), positions: {', '.join(facts['positions'])}"
@@ -376,4 +282,4 @@ def summary(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

@@ -32,7 +32,6 @@ import numpy as np
 from jaxtyping import Float, Float32
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from prompt_sets import both_texts, find_prompts
 
 from modelcards import n_layers
 from pyvene_ext.intervenable.statistics import Reference
@@ -52,13 +51,15 @@ from pyvene_ext.methods.attribution.edges import (
     check_edges,
     edge_attribution,
 )
+from pyvene_ext.methods.patching.pairs import both_texts
 from pyvene_ext.methods.patching.patch import all_patches
 from pyvene_ext.models.devices import choose_device, is_main_process
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import Answers
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard, unfinished_in
 from pyvene_ext.specs.graph import Node
 from pyvene_ext.specs.joint import needs

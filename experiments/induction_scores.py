@@ -6,9 +6,9 @@
     python experiments/induction_scores.py --occurrences all
 
 Method (Olsson et al. 2022, appendix "Head activation evaluators"). A block of `--length` distinct random tokens is repeated
-`--repeats` times behind the start token, `--examples` times for every seed; one forward pass gives the scores of all heads. With
+`--repeats` times after the start token, `--examples` times for every seed; one forward pass gives the scores of all heads. With
 A the attention pattern and s the length of the block: previous_token is the mean of A[i, i-1] over the random tokens i,
-duplicate_token that of A[i, i-s] and induction that of A[i, i-s+1] over those behind the first block; with `--occurrences all`
+duplicate_token that of A[i, i-s] and induction that of A[i, i-s+1] over those after the first block; with `--occurrences all`
 the same entries in all earlier blocks are summed. copying is of the OV circuit, as if the head looked at one token alone: the
 share of that token in what the head's direct logits raise among the tokens of the block, scaled to [-1, 1]; it says nothing of
 where the head looks. An induction head has both, a high induction score and a high copying score.
@@ -35,40 +35,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
+from annotated_types import Ge, Lt
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.cli import write_config
-from pyvene_ext.io.files import (
-    output_path,
-    remove_leftovers,
-    write_csv,
-    write_json,
-    write_npy,
-)
-from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.heads.scores import (
-    HeadScores,
-    Occurrences,
-    attention_scores,
-    check_trim,
-    leading_bos,
-    random_tokens,
-    usable_tokens,
-    write_head_scores,
-)
-from pyvene_ext.models.devices import choose_device, is_main_process
-from pyvene_ext.models.loading import load_model
-from pyvene_ext.report.attention import look, write_views
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+import pyvene_ext as px
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN = 5  # heads of each kind on the terminal
 # Name in files, attribute of HeadScores, and what the colour of the figure means.
@@ -81,33 +59,31 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class Config:
-    model_name: str = "tiny-llama3.1"
-    """a shipped tiny model, a folder, or a name on the hub"""
-    output_dir: Path | None = None
-    """the folder that is written; by default outputs/induction_scores/MODEL_NAME"""
-    length: int = 25
+class Config(px.flags.Loading):
+    model_name: px.flags.ModelName = "tiny-llama3.1"
+    output_dir: px.flags.Out = None
+    length: Annotated[int, Ge(2)] = 25
     """random tokens of a block"""
-    repeats: int = 4
+    repeats: Annotated[int, Ge(2)] = 4
     """how often the block is there"""
-    examples: int = 10
+    examples: px.flags.Count = 10
     """sequences a seed"""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: px.flags.OneOrMore[px.flags.Seed] = (0, 1, 2, 3, 4)
     """of the random tokens"""
-    occurrences: Occurrences = "last"
+    occurrences: Literal["last", "all"] = "last"
     """which earlier occurrence counts: the last, or all of them together"""
-    trim: float | None = None
+    trim: Annotated[float, Ge(0), Lt(0.5)] | None = None
     """share of the ids left out at each end; by default 0.1 in BPE and Unigram vocabularies and 0 in others"""
     bos: Literal["auto", "yes", "no"] = "auto"
     """a start token first: auto if the tokenizer does so"""
     copying: bool = True
     """score copying too, which needs weights that are neither quantised nor offloaded"""
-    batch_size: int = 10
+    batch_size: px.flags.Count = 10
     """sequences a forward pass"""
-    device: str | None = None
-    """cpu, cuda ..., or auto to spread the model over what there is; by default a GPU if there is one"""
-    dtype: str = "auto"
-    """of the weights; auto keeps the checkpoint's"""
+
+    def check_flags(self) -> None:
+        if len(self.seeds) * self.examples < 2:
+            raise ValueError("one sequence has no standard error; give --examples 2 or more, or more --seeds.")
 
 
 class Kind(NamedTuple):
@@ -120,15 +96,13 @@ class Kind(NamedTuple):
 
 
 def main(config: Config) -> None:
-    if not is_main_process():
+    if not px.is_main_process():
         return  # a few forward passes are no work to share
-    # What is run. Everything that can be wrong is found before the first forward pass.
-    check(config)
-    default = Path("outputs/induction_scores") / Path(config.model_name).name
-    folder = output_path(config.output_dir, default, "--output_dir")
-    model, tokenizer = load_model(config.model_name, dtype=config.dtype, device=choose_device(config.device))
+    # Everything that can be wrong is found before the first forward pass.
+    run = px.RunFolder(config, "induction_scores", config.model_name, flag="output_dir")
+    model, tokenizer = config.load(config.model_name)
     bos = start(config, tokenizer)
-    tokens = usable_tokens(model, tokenizer, config.trim)
+    tokens = px.methods.usable_tokens(model, tokenizer, config.trim)
     repeated = sequences("repeated", tokens, config.length, config.repeats, bos, config)
     unrepeated = sequences("control", tokens, config.length * config.repeats, 1, bos, config)
 
@@ -139,33 +113,13 @@ def main(config: Config) -> None:
         "occurrences": config.occurrences,
         "batch_size": config.batch_size,
     }
-    found = attention_scores(model, repeated, copying=config.copying, **common)
-    control = attention_scores(model, unrepeated, **common)
+    found = px.methods.attention_scores(model, repeated, copying=config.copying, **common)
+    control = px.methods.attention_scores(model, unrepeated, **common)
+
+    # Means and standard errors over sequences.
     kinds = summarise(found, control, len(config.seeds))
     heads = table(kinds)
-
-    # The files. The summary goes first and comes last: where it is, the rest is.
-    (folder / "summary.json").unlink(missing_ok=True)
-    for name, _, label in KINDS:
-        if name not in kinds:
-            continue
-        kind = kinds[name]
-        title = f"{name.replace('_', ' ').capitalize()} score: {Path(config.model_name).name}"
-        if config.occurrences == "all" and name in ("induction", "duplicate_token"):
-            label += ", all blocks"
-        heatmap = figures.head_heatmap(kind.mean, title, label, limits=None if name == "copying" else (0.0, 1.0))
-        figures.save(heatmap, folder / f"figures/{name}.png")
-        write_head_scores(folder / f"{name}_scores.csv", kind.mean)
-        write_npy(folder / f"{name}.npy", kind.mean)
-        write_npy(folder / f"{name}_se.npy", kind.se)
-        write_npy(folder / f"{name}_sequences.npy", kind.sequences)
-        if kind.control is not None:
-            write_npy(folder / f"{name}_control.npy", kind.control)
-    write_csv(folder / "heads.csv", heads)
-    first = [(row["layer"], row["head"]) for name in kinds for row in ranked(heads, name)[:2]]
-    write_views(folder, look(model, tokenizer, repeated.tolist(), first))
-    write_config(folder / "config.yaml", config)
-    facts = metadata(
+    facts = px.metadata(
         model,
         model=config.model_name,
         n_sequences=len(repeated),
@@ -175,32 +129,28 @@ def main(config: Config) -> None:
         occurrences=config.occurrences,
         bos=list(bos),
         usable_tokens=len(tokens),
-        top={name: [f"{row['layer']}.{row['head']}" for row in ranked(heads, name)[:SHOWN]] for name in kinds},
+        top={name: [px.models.head_label(head) for head in ranked(heads, name)[:SHOWN]] for name in kinds},
     )
-    write_json(folder / "summary.json", facts)
-    remove_leftovers(*folder.rglob("*"))
 
     print(summary(facts, kinds, heads))
-    print(f"\nwritten:\n  {folder}/ (summary, config, arrays, tables, figures)")
-
-
-def check(config: Config) -> None:
-    """Raise ValueError for flags that no model could be run with."""
-    for name, least in (("length", 2), ("repeats", 2), ("examples", 1), ("batch_size", 1)):
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} must be {least} or more, not {getattr(config, name)}.")
-    if min(config.seeds, default=-1) < 0 or len(set(config.seeds)) < len(config.seeds):
-        raise ValueError(f"--seeds must be one or more different numbers from 0 on, not {list(config.seeds)}.")
-    if len(config.seeds) * config.examples < 2:
-        raise ValueError("one sequence has no standard error; give --examples 2 or more, or more --seeds.")
-    if config.trim is not None:
-        check_trim(config.trim)
+    with run.writing(facts):
+        for name, kind in kinds.items():
+            px.methods.write_head_scores(run.path / f"{name}_scores.csv", kind.mean)
+            run.array(name, kind.mean)
+            run.array(f"{name}_se", kind.se)
+            run.array(f"{name}_sequences", kind.sequences)
+            if kind.control is not None:
+                run.array(f"{name}_control", kind.control)
+            run.figure(name, heatmap(name, kind, run.of, config))
+        run.table("heads", heads)
+        first = [head for name in kinds for head in ranked(heads, name)[:2]]
+        run.views(px.runs.look(model, tokenizer, repeated.tolist(), first))
 
 
 def start(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """What stands in front of the random tokens."""
     if config.bos == "auto":
-        return leading_bos(tokenizer)
+        return px.methods.leading_bos(tokenizer)
     if config.bos == "no":
         return ()
     if tokenizer.bos_token_id is None:
@@ -212,15 +162,17 @@ def sequences(
     name: str, tokens: Int[np.ndarray, " token"], length: int, repeats: int, bos: tuple[int, ...], config: Config
 ) -> Int[Tensor, "sequence pos"]:
     """The sequences of all seeds, in their order."""
+    import torch
+
     return torch.cat(
         [
-            random_tokens(tokens, length, repeats, examples=config.examples, rng=rng(seed, name), bos=bos)
+            px.methods.random_tokens(tokens, length, repeats, examples=config.examples, rng=px.rng(seed, name), bos=bos)
             for seed in config.seeds
         ]
     )
 
 
-def summarise(found: HeadScores, control: HeadScores, n_seeds: int) -> dict[str, Kind]:
+def summarise(found: px.methods.HeadScores, control: px.methods.HeadScores, n_seeds: int) -> dict[str, Kind]:
     """Mean and standard error over sequences, of every kind that was scored."""
     kinds = {}
     for name, attribute, _ in KINDS:
@@ -249,8 +201,18 @@ def table(kinds: dict[str, Kind]) -> list[dict[str, Any]]:
     return rows
 
 
-def ranked(heads: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return sorted(heads, key=lambda row: -row[name])
+def ranked(heads: list[dict[str, Any]], name: str) -> list[tuple[int, int]]:
+    """The heads, the highest score of a kind first."""
+    return [(row["layer"], row["head"]) for row in sorted(heads, key=lambda row: -row[name])]
+
+
+def heatmap(name: str, kind: Kind, of: str, config: Config) -> Figure:
+    """A map of the mean scores of one kind."""
+    label = next(label for other, _, label in KINDS if other == name)
+    if config.occurrences == "all" and name in ("induction", "duplicate_token"):
+        label += ", all blocks"
+    title = f"{name.replace('_', ' ').capitalize()} score: {of}"
+    return px.figures.head_heatmap(kind.mean, title, label, limits=None if name == "copying" else (0.0, 1.0))
 
 
 def summary(facts: dict[str, Any], kinds: dict[str, Kind], heads: list[dict[str, Any]]) -> str:
@@ -264,11 +226,11 @@ def summary(facts: dict[str, Any], kinds: dict[str, Kind], heads: list[dict[str,
             f"\n{name.replace('_', ' ')} (mean over heads {kind.mean.mean():.3f})",
             "   head   score  std error  control",
         ]
-        for row in ranked(heads, name)[:SHOWN]:
+        for row in sorted(heads, key=lambda row: -row[name])[:SHOWN]:
             control = f"{row[f'{name}_control']:8.3f}" if kind.control is not None else f"{'-':>8}"
             lines.append(f"{row['layer']:>4}.{row['head']:<2} {row[name]:7.3f} {row[f'{name}_se']:10.4f} {control}")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

@@ -34,7 +34,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext.io.cli import run as run_study
@@ -48,19 +47,20 @@ from pyvene_ext.io.files import (
     write_npy,
 )
 from pyvene_ext.methods.heads.flow import (
-    Edge,
     Flow,
-    Node,
+    FlowEdge,
+    StreamState,
     check_tau,
     flow_routes,
 )
 from pyvene_ext.models.devices import choose_device, is_main_process
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import Answers
-from pyvene_ext.report.attention import HEADS, look, write_views
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.attention import HEADS, look, write_views
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.stats.correlations import Correlation, correlate_heads
 from pyvene_ext.stats.intervals import Interval, frequency_interval
 
@@ -279,13 +279,13 @@ def curve_table(taus: Float[np.ndarray, " tau"], curve: Float[np.ndarray, "tau l
     ]
 
 
-def draw_routes(edges: tuple[Edge, ...], tokens: list[str], layers: int, title: str) -> Figure:
+def draw_routes(edges: tuple[FlowEdge, ...], tokens: list[str], layers: int, title: str) -> Figure:
     """One prompt's routes: tokens from left to right, layers upwards, every edge as wide as it is important.
 
     Heads that carry between the same two states are one line, as wide as their sum; it names them where there is room.
     """
     residual, mlp = {}, {}
-    attention: dict[tuple[Node, Node], list[Edge]] = defaultdict(list)
+    attention: dict[tuple[StreamState, StreamState], list[FlowEdge]] = defaultdict(list)
     for edge in edges:
         pair = edge.source, edge.target
         if edge.via == "residual":
@@ -318,7 +318,7 @@ def draw_routes(edges: tuple[Edge, ...], tokens: list[str], layers: int, title: 
                 box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4}
                 axes.text(x, y, words, fontsize=5.5, ha="center", va="center", bbox=box, zorder=5)
         nodes = {node for edge in edges for node in (edge.source, edge.target)}
-        x, y = zip(*map(place, nodes | {Node("resid_post", layers - 1, len(tokens) - 1)}), strict=True)
+        x, y = zip(*map(place, nodes | {StreamState("resid_post", layers - 1, len(tokens) - 1)}), strict=True)
         axes.scatter(x, y, s=9, color="black", zorder=4)
         axes.set_title(textwrap.fill(title, int(11 * figure.get_figwidth())))
         axes.set_xlabel("token")
@@ -336,12 +336,14 @@ def draw_routes(edges: tuple[Edge, ...], tokens: list[str], layers: int, title: 
     return figure
 
 
-def place(node: Node) -> tuple[float, float]:
+def place(node: StreamState) -> tuple[float, float]:
     """Where a node is drawn: resid_mid half-way up its layer, resid_post at its end."""
     return node.pos, node.layer + {"resid_pre": 0.0, "resid_mid": 0.5, "resid_post": 1.0}[node.site]
 
 
-def bow(source: Node, target: Node, by: float) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+def bow(
+    source: StreamState, target: StreamState, by: float
+) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
     """A line from node to node, bent to the right by so many tokens."""
     (x0, y0), (x1, y1) = place(source), place(target)
     along = np.linspace(0, 1, 21)

@@ -27,9 +27,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from planted_circuits import ARCHITECTURES, CASES, planted
-from prompt_sets import both_texts, find_prompts
 from scipy.stats import rankdata, spearmanr
+from tiny.planted_circuits import ARCHITECTURES, CASES, planted
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -38,12 +37,14 @@ from pyvene_ext.io.cli import write_config
 from pyvene_ext.io.files import remove_leftovers, write_csv, write_json
 from pyvene_ext.methods.attribution.atp import atp, atp_star
 from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.patching.pairs import both_texts
 from pyvene_ext.methods.patching.patch import all_patches, patch
 from pyvene_ext.models.devices import choose_device, is_main_process
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.graph import reaches, receivers, senders
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch

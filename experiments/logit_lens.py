@@ -7,12 +7,12 @@
 
 Method. Each prompt has two answers, IO and S. The logit lens (nostalgebraist 2020) reads the residual stream at `--position`
 with the model's own final norm and unembedding (soft-cap and scale included): LD = logit(IO) - logit(S), and probability and rank
-of IO in the whole vocabulary. Depth 0 is what enters the first block, depth k the stream behind k blocks; at the last token the
+of IO in the whole vocabulary. Depth 0 is what enters the first block, depth k the stream after k blocks; at the last token the
 last depth is what the model says.
 
 Direct logit attribution (Elhage et al. 2021; Wang et al. 2022, section 3.1) splits LD, and logit(IO) alone, at the last token
 into what every head, every MLP, the embedding and the biases add, with the scales of the final norm and of post-norms frozen at
-the clean run. The parts sum to the logit in front of any soft-cap; a run in which they do not is an error. This is not causal:
+the clean run. The parts sum to the logit before any soft-cap; a run in which they do not is an error. This is not causal:
 what a part does through later parts is not in its contribution.
 
 Means over prompts have percentile bootstrap 95% intervals. Control: the same parts split the LD of another prompt's two answers,
@@ -20,130 +20,65 @@ each prompt's taken once, at random; a head that only prefers one name to anothe
 
 Written, in the folder OUT: config.yaml (running it again gives the same); lens_logits.npy [depth answer prompt], IO first;
 lens_probability.npy and lens_rank.npy [depth prompt]; for NAME in logit_diff, logit and control: NAME_heads.npy [layer head
-prompt], NAME_mlps.npy [layer prompt], NAME_embed.npy, NAME_bias.npy, NAME_total.npy and NAME_capped.npy (behind the soft-cap)
+prompt], NAME_mlps.npy [layer prompt], NAME_embed.npy, NAME_bias.npy, NAME_total.npy and NAME_capped.npy (after the soft-cap)
 [prompt]; depths.csv, heads.csv, parts.csv; figures; and last summary.json: where it is, the rest is.
 """
 
 from __future__ import annotations
 
 import sys
-import textwrap
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-from prompt_sets import find_prompts
 
-from modelcards import n_positions
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.cli import write_config
-from pyvene_ext.io.files import (
-    output_path,
-    remove_leftovers,
-    write_csv,
-    write_json,
-    write_npy,
-)
-from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.heads.lens import (
-    Lens,
-    Parts,
-    direct_logit_attribution,
-    logit_lens,
-)
-from pyvene_ext.models.devices import choose_device, is_main_process
-from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.sets import PromptSet
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
-from pyvene_ext.stats.intervals import Interval, paired_bootstrap
+import pyvene_ext as px
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 10  # heads in the table on the terminal
 RESAMPLES = 2000
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Config:
-    model: str = "tiny-qwen2.5"
-    """a shipped tiny model, a folder, or a name on the hub"""
-    dataset: str = "ioi_en"
-    """ioi_en, ioi_zh, a .json or .jsonl file, a saved `datasets` folder, or a name on the hub"""
-    out: Path | None = None
-    """the folder that is written; by default outputs/logit_lens/MODEL_DATASET"""
+class Config(px.flags.Model, px.flags.Prompts):
+    out: px.flags.Out = None
     position: str = "last"
     """where the lens reads: last, or a named position of the prompts (end, io, s1, s2, subject); attribution is always at last"""
-    answers: Literal["first_token", "first_difference"] = "first_token"
-    """first_difference for names of several tokens that begin alike: the shared tokens join the prompt"""
-    batch_size: int = 16
-    """prompts a forward pass"""
-    device: str | None = None
-    """cpu, cuda ..., or auto to spread the model over what there is; by default a GPU if there is one"""
-    dtype: str = "auto"
-    """of the weights; auto keeps the checkpoint's"""
-    seed: int = 0
-    """of the bootstrap, and of which prompt's answers are another's control"""
+
+    def check_flags(self) -> None:
+        if self.position == "all":
+            raise ValueError(
+                "--position all: the lens reads one position of every prompt; name one, and run it again for another."
+            )
 
 
 def main(config: Config) -> None:
-    if not is_main_process():
+    if not px.is_main_process():
         return  # a few forward passes a prompt are no work to share
-    # What is run. Everything that can be wrong is found before the first forward pass.
-    if config.batch_size < 1:
-        raise ValueError(f"--batch_size must be 1 or more, not {config.batch_size}.")
-    if config.position == "all":
-        raise ValueError(
-            "--position all: the lens reads one position of every prompt; name one, and run it again for another."
-        )
-    folder = output_folder(config)
-    prompt_set = PromptSet.load(find_prompts(config.dataset))
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=choose_device(config.device))
-    prompts = prompt_set.tokenize(tokenizer, answers=config.answers, max_length=n_positions(model.config))
+    # Everything that can be wrong is found before the first forward pass.
+    run = px.RunFolder(config, "logit_lens", config.model, config.dataset)
+    prompt_set = config.load_prompts()
+    model, tokenizer = config.load_model()
+    prompts = config.tokenize(prompt_set, model, tokenizer)
     if len(prompts) < 2:
         raise ValueError(f"{config.dataset} has one prompt; a mean with an interval over prompts needs at least two.")
     others = with_answers_of_others(prompts, config.seed)
 
-    # The lens, the parts of the logits, and those of another prompt's answers.
-    common: dict[str, Any] = {"batch_size": config.batch_size, "progress": True}
-    lens = logit_lens(model, prompts, config.position, **common)
-    found = direct_logit_attribution(model, prompts, **common)
-    control = direct_logit_attribution(model, others, **common).logit_diff
-    depths, heads, parts = tables(lens, found.logit_diff, found.logit, control, config.seed)
+    # At every depth, what the model would say; at the end, what each part adds to it, and to another prompt's answers.
+    lens = px.methods.logit_lens(model, prompts, config.position, batch_size=config.batch_size, progress=True)
+    found, control = (
+        px.methods.direct_logit_attribution(model, some, batch_size=config.batch_size, progress=True)
+        for some in (prompts, others)
+    )
 
-    # The files. The summary goes first and comes last: where it is, the rest is.
-    (folder / "summary.json").unlink(missing_ok=True)
-    name = f"{Path(config.model).name}, {Path(config.dataset).stem}"
-    for measure, label, scale in (
-        ("logit_diff", "logit(IO) - logit(S)", "linear"),
-        ("probability", "probability of IO", "linear"),
-        ("rank", "rank of IO (1 is the top)", "log"),
-    ):
-        curve = Interval(*(np.array([row[f"{measure}{end}"] for row in depths]) for end in ("", "_low", "_high")))
-        title = f"Logit lens at {config.position}: {name}"
-        figures.save(depth_curve(curve, title, label, scale), folder / f"figures/lens_{measure}.png")
-    for measure, of in (("logit_diff", "logit(IO) - logit(S)"), ("logit", "logit(IO)")):
-        heatmap = figures.head_heatmap(
-            getattr(found, measure).heads.mean(-1),
-            f"Direct attribution to heads: {name}",
-            f"mean contribution to {of}",
-            diverging=True,
-        )
-        figures.save(heatmap, folder / f"figures/heads_{measure}.png")
-    write_csv(folder / "depths.csv", depths)
-    write_csv(folder / "heads.csv", heads)
-    write_csv(folder / "parts.csv", parts)
-    for measure, array in vars(lens).items():
-        write_npy(folder / f"lens_{measure}.npy", array)
-    for measure, split in (("logit_diff", found.logit_diff), ("logit", found.logit), ("control", control)):
-        for part, array in vars(split).items():
-            write_npy(folder / f"{measure}_{part}.npy", array)
-    write_config(folder / "config.yaml", config)
-    facts = metadata(
+    # Means over prompts, with intervals.
+    depths = depth_table(lens, config.seed)
+    heads = head_table(found, control.logit_diff, config.seed)
+    facts = px.metadata(
         model,
         model=config.model,
         dataset=config.dataset,
@@ -152,73 +87,91 @@ def main(config: Config) -> None:
         position=config.position,
         answers=config.answers,
         seed=config.seed,
-        clean_logit_diff=float(found.logit_diff.capped.mean()),
-        clean_io_over_s=float((found.logit_diff.capped > 0).mean()),
-        logit_diff_before_cap=float(found.logit_diff.total.mean()),
-        from_heads=float(found.logit_diff.heads.sum((0, 1)).mean()),
-        from_mlps=float(found.logit_diff.mlps.sum(0).mean()),
-        from_embedding=float(found.logit_diff.embed.mean()),
-        from_biases=float(found.logit_diff.bias.mean()),
+        **totals(found.logit_diff),
         depth_ahead=depth_ahead(depths),
     )
-    write_json(folder / "summary.json", facts)
-    remove_leftovers(*folder.rglob("*"))
 
     print(summary(config, facts, depths, heads))
-    print(f"\nwritten:\n  {folder}/ (summary, config, arrays, tables, figures)")
+    with run.writing(facts):
+        run.table("depths", depths)
+        run.table("heads", heads)
+        run.table("parts", part_table(found.logit_diff, config.seed))
+        for measure, array in vars(lens).items():
+            run.array(f"lens_{measure}", array)
+        for name, parts in (("logit_diff", found.logit_diff), ("logit", found.logit), ("control", control.logit_diff)):
+            for part, array in vars(parts).items():
+                run.array(f"{name}_{part}", array)
+        for name, figure in drawn(config.position, run.of, depths, found).items():
+            run.figure(name, figure)
 
 
-def output_folder(config: Config) -> Path:
-    """The folder to write; ValueError if one may not write there."""
-    name = f"{Path(config.model).name}_{Path(config.dataset).stem}"
-    return output_path(config.out, Path("outputs/logit_lens") / name)
-
-
-def with_answers_of_others(prompts: TokenizedPrompts, seed: int) -> TokenizedPrompts:
+def with_answers_of_others(prompts: px.TokenizedPrompts, seed: int) -> px.TokenizedPrompts:
     """The same prompts, each with the answers of another one; no two share theirs."""
-    order = rng(seed, "control").permutation(len(prompts))
+    order = px.rng(seed, "control").permutation(len(prompts))
     donor = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
     return replace(prompts, answer_ids=tuple(prompts.answer_ids[donor[prompt]] for prompt in range(len(prompts))))
 
 
-def tables(
-    lens: Lens, logit_diff: Parts, logit: Parts, control: Parts, seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """One row a depth; one a head, largest mean contribution to LD first; one for every other part and for each layer's heads."""
+# -- statistics --------------------------------------------------------------------------------------------------------
 
-    def interval(values: Float[np.ndarray, " prompt"], *name: str | int) -> Interval:
-        return paired_bootstrap(values, np.zeros_like(values), rng(seed, "bootstrap", *name), RESAMPLES)
 
-    def named(measure: str, found: Interval) -> dict[str, float]:
-        return {measure: found.mean, f"{measure}_low": found.low, f"{measure}_high": found.high}
+def mean(name: str, values: Float[np.ndarray, " prompt"], seed: int, *draw: str | int) -> dict[str, float]:
+    """The cells of a mean over prompts with its interval."""
+    draws = px.rng(seed, "bootstrap", *draw)
+    return px.stats.interval_columns(name, px.stats.bootstrap_mean(values, draws, RESAMPLES))
 
-    depths = [
+
+def depth_table(lens: px.methods.Lens, seed: int) -> Rows:
+    """One row a depth."""
+    return [
         {"depth": depth}
-        | named("logit_diff", interval(lens.logit_diff[depth], "logit_diff", depth))
-        | named("probability", interval(lens.probability[depth], "probability", depth))
-        | named("rank", interval(lens.rank[depth], "rank", depth))
+        | mean("logit_diff", lens.logit_diff[depth], seed, "logit_diff", depth)
+        | mean("probability", lens.probability[depth], seed, "probability", depth)
+        | mean("rank", lens.rank[depth], seed, "rank", depth)
         | {"io_over_s": float((lens.logit_diff[depth] > 0).mean()), "top": float((lens.rank[depth] == 1).mean())}
         for depth in range(len(lens.logits))
     ]
-    heads = [
+
+
+def head_table(found: px.methods.Attribution, control: px.methods.Parts, seed: int) -> Rows:
+    """One row a head, largest mean contribution to LD first."""
+    heads = found.logit_diff.heads
+    rows = [
         {"layer": layer, "head": head}
-        | named("logit_diff", interval(logit_diff.heads[layer, head], "head", layer, head))
-        | named("control", interval(control.heads[layer, head], "control", layer, head))
+        | mean("logit_diff", heads[layer, head], seed, "head", layer, head)
+        | mean("control", control.heads[layer, head], seed, "control", layer, head)
         | {
-            "logit": float(logit.heads[layer, head].mean()),
-            "positive": float((logit_diff.heads[layer, head] > 0).mean()),
+            "logit": float(found.logit.heads[layer, head].mean()),
+            "positive": float((heads[layer, head] > 0).mean()),
         }
-        for layer, head in np.ndindex(logit_diff.heads.shape[:2])
+        for layer, head in np.ndindex(heads.shape[:2])
     ]
-    others: dict[str, Float[np.ndarray, " prompt"]] = {"embedding": logit_diff.embed, "biases": logit_diff.bias}
-    for layer, (of_heads, of_mlp) in enumerate(zip(logit_diff.heads.sum(1), logit_diff.mlps, strict=True)):
-        others |= {f"heads of layer {layer}": of_heads, f"MLP {layer}": of_mlp}
-    others["total"] = logit_diff.total
-    parts = [{"part": part} | named("logit_diff", interval(values, part)) for part, values in others.items()]
-    return depths, sorted(heads, key=lambda row: -abs(row["logit_diff"])), parts
+    return sorted(rows, key=lambda row: -abs(row["logit_diff"]))
 
 
-def depth_ahead(depths: list[dict[str, Any]]) -> int | None:
+def part_table(parts: px.methods.Parts, seed: int) -> Rows:
+    """One row for every part but single heads, for each layer's heads together, and for the total."""
+    values: dict[str, Float[np.ndarray, " prompt"]] = {"embedding": parts.embed, "biases": parts.bias}
+    for layer, (of_heads, of_mlp) in enumerate(zip(parts.heads.sum(1), parts.mlps, strict=True)):
+        values |= {f"heads of layer {layer}": of_heads, f"MLP {layer}": of_mlp}
+    values["total"] = parts.total
+    return [{"part": part} | mean("logit_diff", of_part, seed, part) for part, of_part in values.items()]
+
+
+def totals(parts: px.methods.Parts) -> dict[str, float]:
+    """The logit difference, and what each kind of part adds to it: means over prompts."""
+    return {
+        "clean_logit_diff": float(parts.capped.mean()),
+        "clean_io_over_s": float((parts.capped > 0).mean()),
+        "logit_diff_before_cap": float(parts.total.mean()),
+        "from_heads": float(parts.heads.sum((0, 1)).mean()),
+        "from_mlps": float(parts.mlps.sum(0).mean()),
+        "from_embedding": float(parts.embed.mean()),
+        "from_biases": float(parts.bias.mean()),
+    }
+
+
+def depth_ahead(depths: Rows) -> int | None:
     """The depth from which on the interval of LD lies above 0; None if it does not at the last."""
     ahead = None
     for row in reversed(depths):
@@ -228,25 +181,24 @@ def depth_ahead(depths: list[dict[str, Any]]) -> int | None:
     return ahead
 
 
-@matplotlib.rc_context(figures.STYLE)
-def depth_curve(curve: Interval, title: str, label: str, scale: str = "linear") -> Figure:
-    """A mean over prompts against depth, with its interval as a band."""
-    depths = np.arange(len(curve.mean))
-    figure = Figure(figsize=(5.6, 3.4))
-    axes = figure.add_subplot()
-    if scale == "linear":
-        axes.axhline(0, color=figures.GREY, linewidth=0.8)
-    axes.fill_between(depths, curve.low, curve.high, color=figures.BLUE, alpha=0.25, linewidth=0, label="95% interval")
-    axes.plot(depths, curve.mean, "o-", color=figures.BLUE, linewidth=1.4, markersize=3.5, label="mean over prompts")
-    axes.set(
-        title=textwrap.fill(title, 60), xlabel="depth (blocks passed; 0: the embedding)", ylabel=label, yscale=scale
-    )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if scale == "log":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the style has no formulas
-    axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def drawn(position: str, of: str, depths: Rows, found: px.methods.Attribution) -> dict[str, Figure]:
+    """The figures by name: the lens against depth, and maps of heads."""
+    figures = {}
+    for measure, label, scale in (
+        ("logit_diff", "logit(IO) - logit(S)", "linear"),
+        ("probability", "probability of IO", "linear"),
+        ("rank", "rank of IO (1 is the top)", "log"),
+    ):
+        curve = px.Interval(*(np.array([row[f"{measure}{end}"] for row in depths]) for end in ("", "_low", "_high")))
+        figures[f"lens_{measure}"] = px.figures.depth_curve(curve, f"Logit lens at {position}: {of}", label, scale)
+    for measure, what in (("logit_diff", "logit(IO) - logit(S)"), ("logit", "logit(IO)")):
+        heads = getattr(found, measure).heads.mean(-1)
+        title, label = f"Direct attribution to heads: {of}", f"mean contribution to {what}"
+        figures[f"heads_{measure}"] = px.figures.head_heatmap(heads, title, label, diverging=True)
+    return figures
 
 
 def summary(config: Config, facts: dict[str, Any], depths: list[dict[str, Any]], heads: list[dict[str, Any]]) -> str:
@@ -284,4 +236,4 @@ def summary(config: Config, facts: dict[str, Any], depths: list[dict[str, Any]],
 
 
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

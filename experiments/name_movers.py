@@ -71,7 +71,6 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Float64, Int
 from matplotlib.figure import Figure
-from prompt_sets import find_prompts
 
 from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext.io.cli import run as run_study
@@ -102,9 +101,10 @@ from pyvene_ext.methods.patching.patch import all_paths, patch
 from pyvene_ext.models.devices import choose_device, is_main_process
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
-from pyvene_ext.report.attention import HEADS, look, write_views
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.attention import HEADS, look, write_views
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.stats.correlations import Correlation, correlate_heads
 from pyvene_ext.stats.intervals import Interval, paired_bootstrap
 

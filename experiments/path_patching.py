@@ -48,7 +48,6 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from prompt_sets import both_texts, find_prompts, patchable
 
 from modelcards import n_heads, n_layers
 from pyvene_ext.io.cli import run as run_study
@@ -61,13 +60,15 @@ from pyvene_ext.io.files import (
     write_npy,
 )
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.patching.pairs import both_texts, patchable
 from pyvene_ext.methods.patching.patch import Patched, all_paths, patch
 from pyvene_ext.models.devices import choose_device, is_main_process
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import Answers
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard
 from pyvene_ext.specs.graph import Node, receivers, senders
 from pyvene_ext.specs.path import PathPatch

@@ -94,11 +94,11 @@ from pyvene_ext.methods.heads.scores import (
     usable_tokens,
     write_head_scores,
 )
-from pyvene_ext.models.devices import choose_device, from_first, is_main_process
+from pyvene_ext.models.devices import broadcast_from_main, choose_device, is_main_process
 from pyvene_ext.models.loading import TINY_MODELS, load_model
 from pyvene_ext.prompts.token_lists import read_token_list
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head
@@ -224,7 +224,7 @@ def main(config: Config) -> None:
         sizes = n_layers(model.config), n_heads(model.config)
         for layers in config.layer_abl:  # before any is scored
             ranking(config, [(0.0, *head) for head in np.ndindex(sizes)], layers, sizes[0], most)
-        matrix = from_first(lambda: induction_scores(config, model, tokenizer))
+        matrix = broadcast_from_main(lambda: induction_scores(config, model, tokenizer))
         scores = sorted(((float(x), *at) for at, x in np.ndenumerate(matrix)), key=lambda row: (-row[0], row[1:]))
     else:
         scores = read_head_scores(config.induction_scores_csv, model.config)

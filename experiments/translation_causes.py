@@ -61,7 +61,6 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from prompt_sets import find_prompts
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from translation_heads import Config as Attention
@@ -115,9 +114,10 @@ from pyvene_ext.prompts.parallel import (
     word_prompts,
 )
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.runs.sweeps import discard
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec

@@ -43,7 +43,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from prompt_sets import find_prompts
 from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,16 +77,17 @@ from pyvene_ext.prompts.parallel import (
     swap_neighbours,
     tokenize_pairs,
 )
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.report.attention import (
+from pyvene_ext.report.attention import attention_page
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.attention import (
     HEADS,
     View,
-    attention_page,
     look,
     write_views,
 )
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.graph import Node
 from pyvene_ext.stats.controls import Head, head_overlap
 

@@ -197,7 +197,7 @@ def _check_component(
 
 
 @dataclass(frozen=True)
-class _Places:
+class _UnitLocations:
     """Places of one unit, other ones in every example, as pyvene writes them and as plain indexing."""
 
     unit: str
@@ -243,7 +243,7 @@ class _Places:
         return x
 
 
-def _places(model: Any, component: str, unit: str, batch: dict[str, Tensor], shift: int) -> _Places:
+def _places(model: Any, component: str, unit: str, batch: dict[str, Tensor], shift: int) -> _UnitLocations:
     heads: list[list[int]] = []
     named = COMPONENTS[component].heads
     if named:
@@ -255,7 +255,7 @@ def _places(model: Any, component: str, unit: str, batch: dict[str, Tensor], shi
         [int(mask.nonzero()[position]) for position in row]
         for mask, row in zip(batch["attention_mask"], negative, strict=True)
     ]
-    return _Places(unit, heads, columns, negative)
+    return _UnitLocations(unit, heads, columns, negative)
 
 
 def _batch(model: Any, side: str, seed: int) -> dict[str, Tensor]:

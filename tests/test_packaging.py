@@ -29,7 +29,7 @@ from packaging.utils import canonicalize_name
 import pyvene_ext
 from pyvene_ext.io.cli import run
 from pyvene_ext.io.packages import EXTRAS
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from tests.tiny_random import random_model
 
 ROOT = Path(__file__).resolve().parents[1]

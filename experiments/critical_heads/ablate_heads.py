@@ -69,7 +69,7 @@ from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.problems import Problem, Questions, with_reasoning
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head, mcnemar_p, verdict

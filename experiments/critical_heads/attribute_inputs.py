@@ -72,7 +72,7 @@ from pyvene_ext.models.latent_steps import format_of, refuse_latent_steps
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.prompts.token_tags import TAGS, tag_tokens
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.stats.controls import Head, layer_matched_random_heads
 from pyvene_ext.stats.intervals import Interval, paired_bootstrap
 

@@ -52,7 +52,7 @@ from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.stats.controls import layer_matched_random_heads, mcnemar_p, verdict
 from pyvene_ext.stats.intervals import Interval

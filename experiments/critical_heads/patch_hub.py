@@ -49,7 +49,7 @@ from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.files import write_csv
 from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import mcnemar_p, verdict

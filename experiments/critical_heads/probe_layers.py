@@ -68,7 +68,7 @@ from pyvene_ext.methods.reasoning.probes import (
 from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.prompts.problems import NUMBER, STEP, Problem
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.stats.correlations import cluster_shares, q_values, r_squared
 from pyvene_ext.stats.intervals import Interval
 

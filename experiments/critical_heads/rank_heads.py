@@ -41,14 +41,14 @@ from pyvene_ext.methods.reasoning.block_scores import (
     check_model,
 )
 from pyvene_ext.models.devices import is_main_process
-from pyvene_ext.report.attention import (
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.attention import (
     HEADS,
     View,
     look,
     write_views,
 )
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 
 # Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

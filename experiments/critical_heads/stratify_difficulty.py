@@ -62,7 +62,7 @@ from pyvene_ext.models.devices import choose_device, is_main_process
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.stats.controls import Head, strata_test, verdict
 from pyvene_ext.stats.correlations import q_values

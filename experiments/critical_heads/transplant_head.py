@@ -72,7 +72,7 @@ from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Questions, as_text
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.stats.controls import Head, mcnemar_p, verdict
 from pyvene_ext.stats.intervals import Interval
 

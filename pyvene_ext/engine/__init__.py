@@ -3,3 +3,7 @@
 `plain` defines what a spec does, one intervention at a time; `sweep` gives the same numbers fast. Methods that ask several runs
 a question belong in `methods`.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

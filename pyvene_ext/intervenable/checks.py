@@ -99,7 +99,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Place:
+class Representation:
     """One key of an intervenable model, as far as its locations go."""
 
     component: str
@@ -111,7 +111,7 @@ class Place:
         return self.component if self.layer is None else f"{self.component} at layer {self.layer}"
 
 
-def all_of(place: Place, config: Any, inputs: Inputs) -> Any:
+def all_of(place: Representation, config: Any, inputs: Inputs) -> Any:
     """The locations that name every position, and every head where there are heads; None for a raw module path."""
     component = COMPONENTS.get(place.component)
     if component is None:
@@ -125,7 +125,7 @@ def all_of(place: Place, config: Any, inputs: Inputs) -> Any:
 
 def check_unit_counts(
     keys: Sequence[str],
-    places: Sequence[Place],
+    places: Sequence[Representation],
     locations: Locations | None,
     interventions: Mapping[str, Any],
     representations: Mapping[str, RepresentationConfig],
@@ -163,7 +163,7 @@ def check_subspaces(subspaces: Any, interventions: Mapping[str, Any], batch: int
 
 
 def resolve_locations(
-    value: Any, key: str, places: Sequence[Place], config: Any, base: Inputs, sources: Sequence[Inputs | None]
+    value: Any, key: str, places: Sequence[Representation], config: Any, base: Inputs, sources: Sequence[Inputs | None]
 ) -> tuple[Locations | None, Locations | None]:
     """Turn one entry of pyvene's `unit_locations` into (source locations, base locations), one per place.
 
@@ -202,7 +202,9 @@ def resolve_locations(
     return _side(source_value, places, config, sources, key), base_side
 
 
-def _side(value: Any, places: Sequence[Place], config: Any, inputs: Sequence[Inputs | None], key: str) -> Locations:
+def _side(
+    value: Any, places: Sequence[Representation], config: Any, inputs: Sequence[Inputs | None], key: str
+) -> Locations:
     if isinstance(value, int):
         value = [value]
     if _is_flat(value):
@@ -226,7 +228,7 @@ def _side(value: Any, places: Sequence[Place], config: Any, inputs: Sequence[Inp
     return resolved
 
 
-def _one_place(place: Place, locations: Any, config: Any, inputs: Inputs) -> Any:
+def _one_place(place: Representation, locations: Any, config: Any, inputs: Inputs) -> Any:
     if locations is None:
         if inputs.name != "base" and not place.takes_source:
             return None
@@ -262,7 +264,7 @@ def _one_place(place: Place, locations: Any, config: Any, inputs: Inputs) -> Any
     return checked[0] if len(levels) == 1 else checked
 
 
-def _head(head: int, place: Place, config: Any) -> int:
+def _head(head: int, place: Representation, config: Any) -> int:
     component = COMPONENTS.get(place.component)
     if component is None or component.heads is None:
         return head
@@ -280,7 +282,7 @@ def _head(head: int, place: Place, config: Any) -> int:
     )
 
 
-def _columns(row: list[int], example: int, place: Place, inputs: Inputs) -> list[int]:
+def _columns(row: list[int], example: int, place: Representation, inputs: Inputs) -> list[int]:
     """Absolute columns of one example; negative positions count back from its last real token."""
     over_keys = _over_keys(place)
     length = inputs.length + (inputs.past if over_keys else 0)
@@ -302,7 +304,7 @@ def _columns(row: list[int], example: int, place: Place, inputs: Inputs) -> list
     return columns
 
 
-def _over_keys(place: Place) -> bool:
+def _over_keys(place: Representation) -> bool:
     """Whether positions of this place are keys', cached ones included."""
     return place.component in ("key_rotated", "head_key_rotated")
 

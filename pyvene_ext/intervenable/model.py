@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from modelcards import COMPONENTS, Card, Taps, card_of, register
 from pyvene_ext.intervenable.checks import (
     Inputs,
-    Place,
+    Representation,
     all_of,
     check_config,
     check_subspaces,
@@ -41,7 +41,7 @@ from pyvene_ext.intervenable.checks import (
     resolve_locations,
 )
 from pyvene_ext.intervenable.generation import Generation, own_copy, positions_of
-from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import flags_kept
 
 # The residual stream between attention and MLP is an argument of a norm and, behind it, of the sum: no hook can hand both a new
@@ -381,11 +381,11 @@ class IntervenableModel(pyvene.IntervenableModel):
         after = base if number == last else Inputs.of(sources[number + 1], f"source {number + 1}")
         return number, groups[number], after
 
-    def _place(self, key: str) -> Place:
+    def _place(self, key: str) -> Representation:
         representation = self.representations[key]
         component = COMPONENTS.get(representation.component)
         layer = representation.layer if component is None or component.per_layer else None
-        return Place(representation.component, representation.unit, layer, self._needs_source(key))
+        return Representation(representation.component, representation.unit, layer, self._needs_source(key))
 
     def _check_new_token_sources(self, locations: list[Any]) -> None:
         assert self._generation is not None
@@ -449,7 +449,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             self._attached.add(use)
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
-                if reads and drafting(self.model):
+                if reads and is_unrolling(self.model):
                     return None
                 tensor, put_back = _first_tensor((args, kwargs) if before_module else output, before_module)
                 self._hook_device = tensor.device

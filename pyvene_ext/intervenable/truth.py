@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modelcards import dimensions
 
-Edit = Callable[[Tensor], Tensor]  # [batch pos d], or [batch head pos d] where there is a head axis
+Change = Callable[[Tensor], Tensor]  # [batch pos d], or [batch head pos d] where there is a head axis
 
 
 class Truth:
@@ -29,11 +29,11 @@ class Truth:
         self.blocks: Any = _first(self.decoder, "layers", "h")
         self.sizes = dimensions(model.config)
 
-    def run(self, inputs: dict[str, Tensor], component: str = "", layer: int = 0, edit: Edit | None = None) -> Tensor:
+    def run(self, inputs: dict[str, Tensor], component: str = "", layer: int = 0, edit: Change | None = None) -> Tensor:
         """The model's outputs (logits or last hidden states) with `edit` applied at the place."""
         return self.run_with(inputs, [] if edit is None else [(component, layer, edit)])
 
-    def run_with(self, inputs: dict[str, Tensor], edits: Iterable[tuple[str, int, Edit]]) -> Tensor:
+    def run_with(self, inputs: dict[str, Tensor], edits: Iterable[tuple[str, int, Change]]) -> Tensor:
         """The same with several edits, each at a component of a layer; of one place the last named comes last."""
         with _eager(self.model), torch.no_grad(), ExitStack() as stack:
             for component, layer, edit in edits:
@@ -52,7 +52,7 @@ class Truth:
         return seen[-1]
 
     @contextmanager
-    def _place(self, component: str, layer: int, edit: Edit, shape: torch.Size) -> Iterator[None]:
+    def _place(self, component: str, layer: int, edit: Change, shape: torch.Size) -> Iterator[None]:
         block: Any = self.blocks[layer]
         attention: Any = _first(block, "self_attn", "attn", "attention", "self_attention")
         mlp: Any = getattr(block, "mlp", block)  # OPT's blocks have the MLP's parts themselves
@@ -69,7 +69,7 @@ class Truth:
         by_head = partial(_by_head, edit, self.sizes["n_head"])
         with ExitStack() as stack:
 
-            def at(module: nn.Module, side: str, change: Edit) -> None:
+            def at(module: nn.Module, side: str, change: Change) -> None:
                 def seen(x: Tensor) -> Tensor:  # some modules see all tokens of a batch one after the other
                     return change(x.view(*shape, -1)).view_as(x) if x.ndim == 2 else change(x)
 
@@ -149,8 +149,8 @@ class Truth:
                     stack.enter_context(_attention_written_out(attention, component, edit))
             yield
 
-    def _projected(self, at: Callable[..., None], attention: Any, name: str, edit: Edit, by_head: bool) -> None:
-        """Edit queries, keys or values, wherever the columns of each head lie in what a projection puts out."""
+    def _projected(self, at: Callable[..., None], attention: Any, name: str, edit: Change, by_head: bool) -> None:
+        """Change queries, keys or values, wherever the columns of each head lie in what a projection puts out."""
         heads, groups, width = self.sizes["n_head"], self.sizes["n_kv_head"], self.sizes["d_head"]
         index, count = ("query", "key", "value").index(name), heads if name == "query" else groups
         starts = [head * width for head in range(count)]
@@ -177,7 +177,7 @@ class Truth:
         at(fused, "out", change)
 
     def _head_contribution(
-        self, at: Callable[..., None], projection: Any, post_norm: Any, edit: Edit, times: float
+        self, at: Callable[..., None], projection: Any, post_norm: Any, edit: Change, times: float
     ) -> None:
         heads, width = self.sizes["n_head"], self.sizes["d_head"]
         shares: list[Tensor] = []
@@ -200,8 +200,8 @@ class Truth:
             at(post_norm, "out", lambda x: replace(x, x / entering[-1]))  # the norm's scale, frozen
 
 
-def _route(mlp: Any, edit: Edit, shape: torch.Size) -> Callable[[], None]:
-    """Edit the router's logits; then softmax, each token's best experts, and their weights, which some families make sum to 1."""
+def _route(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
+    """Change the router's logits; then softmax, each token's best experts, and their weights, normalised in some families."""
     router = mlp.gate
 
     def routed(_: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -215,8 +215,8 @@ def _route(mlp: Any, edit: Edit, shape: torch.Size) -> Callable[[], None]:
     return router.register_forward_hook(routed).remove
 
 
-def _mix(mlp: Any, edit: Edit, shape: torch.Size) -> Callable[[], None]:
-    """Edit what each expert adds, `batch expert pos d_model`: its weight times down(act(gate) * up), 0 where not chosen."""
+def _mix(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
+    """Change what each expert adds, `batch expert pos d_model`: its weight times down(act(gate) * up), 0 where not chosen."""
     experts = mlp.experts
 
     def mixed(_: nn.Module, args: tuple[Tensor, Tensor, Tensor], total: Tensor) -> Tensor:
@@ -232,16 +232,16 @@ def _mix(mlp: Any, edit: Edit, shape: torch.Size) -> Callable[[], None]:
     return experts.register_forward_hook(mixed).remove
 
 
-def _by_head(edit: Edit, heads: int, x: Tensor) -> Tensor:
+def _by_head(edit: Change, heads: int, x: Tensor) -> Tensor:
     """Show an edit `batch pos heads*d` as `batch heads pos d`."""
     split = torch.stack(x.chunk(heads, dim=-1), dim=1)
     return torch.cat(list(edit(split).unbind(1)), dim=-1)
 
 
 @contextmanager
-def _attention_written_out(attention: Any, component: str, edit: Edit) -> Iterator[None]:
+def _attention_written_out(attention: Any, component: str, edit: Change) -> Iterator[None]:
     """Replace one module's eager attention by the formula, with an edit at one of its inner places."""
-    by_place: dict[str, Edit] = {component.removeprefix("head_"): edit}
+    by_place: dict[str, Change] = {component.removeprefix("head_"): edit}
     if component in ("query_rotated", "key_rotated"):
         by_place = {component: lambda x: _flat_edit(edit, x)}
     inside: Any = sys.modules[type(attention).__module__]
@@ -285,7 +285,7 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _flat_edit(edit: Edit, x: Tensor) -> Tensor:
+def _flat_edit(edit: Change, x: Tensor) -> Tensor:
     """Show an edit `batch heads pos d` as `batch pos heads*d`."""
     flat = torch.cat(list(x.unbind(1)), dim=-1)
     return torch.stack(edit(flat).chunk(x.shape[1], dim=-1), dim=1)
@@ -315,7 +315,7 @@ def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _hook(module: nn.Module, side: str, change: Edit) -> Any:
+def _hook(module: nn.Module, side: str, change: Change) -> Any:
     if side == "in":
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

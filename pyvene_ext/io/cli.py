@@ -1,18 +1,30 @@
-"""The command line of every experiment: flags from one config class, and one sentence when something is wrong."""
+"""The command line of every study: flags from one config class, and one sentence when something is wrong.
+
+Nothing heavy is imported here, and a study imports nothing heavy before its flags are parsed: help, and what a typing error
+gets, come within a second.
+"""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import tyro
+from typing_extensions import Doc
 
+from pyvene_ext.io.bounds import check, complaints
 from pyvene_ext.io.errors import one_sentence
 from pyvene_ext.io.files import (
     read_yaml,
@@ -31,20 +43,26 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
     """Read the flags into a `config`, call `study` with it, and return the exit code: `sys.exit(run(main, Config))`.
 
     The exit code is what `study` returns if that is a number, else 0. Flags may be written with underscores or dashes. `--help`
-    opens with the docstring of the study's module. What users can mend (ValueError, OSError, MissingExtra) becomes one line on
-    stderr and exit code 2, as for an unknown flag; any other exception is a defect of ours and keeps its traceback. Ctrl-C gives
-    130, as in a shell.
+    shows the first line of the module's docstring, the flags by group (those of a base class of `config` are a group), and then
+    the rest of the docstring. What users can mend (ValueError, OSError, MissingExtra) becomes one line on stderr and exit code 2,
+    as for an unknown flag; any other exception is a defect of ours and keeps its traceback. Ctrl-C gives 130, as in a shell.
 
     Args:
-        study: called with the config.
-        config: a dataclass; its fields are the flags.
+        study: called with the config, whose flags are within their bounds (`io.bounds.check`).
+        config: a dataclass; its fields are the flags, described by their docstrings or by a `Doc` in their types.
         args: the command line without the program's name; `sys.argv[1:]` by default.
     """
+    title, _, manual = (inspect.getdoc(inspect.getmodule(study)) or "").partition("\n")
     try:
         flags, default = _from_file(config, list(sys.argv[1:] if args is None else args))
-        description = f"{inspect.getdoc(inspect.getmodule(study)) or ''}\n\n{CONFIG_HELP}"
-        options: dict[str, Any] = {} if default is None else {"default": default}
-        outcome = study(tyro.cli(config, args=flags, description=description, use_underscores=True, **options))
+        try:
+            given = _parsed(config, default, flags, f"{title}\n\n{CONFIG_HELP}")
+        except SystemExit:
+            if not {"-h", "--help"}.isdisjoint(flags):
+                print(manual)
+            raise
+        check(given)
+        outcome = study(given)
     except (ValueError, OSError, MissingExtra) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -52,6 +70,33 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
         print("interrupted", file=sys.stderr)
         return 130
     return outcome if isinstance(outcome, int) else 0
+
+
+def made(config: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """A config from plain values, such as a YAML file's.
+
+    Raises:
+        ValueError: a flag that `config` does not have, or a value that it cannot have; `source` says where it stands.
+    """
+    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(
+                f"{source} has an unknown flag {key!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
+            )
+    try:
+        return pydantic.TypeAdapter(config).validate_python(values)
+    except pydantic.ValidationError as error:
+        hints = typing.get_type_hints(config, include_extras=True)
+        for name in (str(one["loc"][0]) for one in error.errors() if one["type"].startswith(BOUNDS) and one["loc"]):
+            value = values[name]
+            for complaint in complaints(name, tuple(value) if isinstance(value, list) else value, hints[name]):
+                raise ValueError(f"{source}: {complaint}") from None
+        raise ValueError(f"{source}: {one_sentence(error)}") from None
+
+
+BOUNDS = ("greater_than", "less_than", "too_short", "finite_number")  # errors of pydantic that `bounds` words better
 
 
 def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config | None]:
@@ -66,17 +111,87 @@ def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config
     values = read_yaml(name)
     if not isinstance(values, dict):
         raise ValueError(f"{name} must hold one flag a line, as 'name: value'.")
-    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(
-                f"{name} has an unknown flag {key!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
-            )
+    return args[:place] + rest, made(config, values, name)
+
+
+def groups(config: type) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The flags of a config class by the base class that they come from, in the order of the bases; its own are "study".
+
+    Those that a base declares itself come before those of its own bases: the model before how it is loaded.
+    """
+    bases = [base for base in config.__mro__[1:] if dataclasses.is_dataclass(base)]
+    found: dict[str, list[dataclasses.Field[Any]]] = {
+        name: [] for name in (*(base.__name__.lower() for base in bases), "study")
+    }
+    for base in config.__mro__:  # a field belongs to the first base that has it, also where the study sets its default
+        for field in dataclasses.fields(config):
+            if field.name in vars(base).get("__annotations__", ()) and not any(
+                field in some for some in found.values()
+            ):
+                owner = next((base for base in bases if field.name in base.__dataclass_fields__), None)
+                found["study" if owner is None else owner.__name__.lower()].append(field)
+    return {name: fields for name, fields in found.items() if fields}
+
+
+def _parsed(config: type[Config], default: Config | None, args: list[str], description: str) -> Config:
+    """The command line as a config. tyro shows nested dataclasses as groups, so that it is given one for each group."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    parts: list[tuple[str, Any, Any]] = []
+    for group, fields in groups(config).items():
+        entries: list[tuple[str, Any, Any]] = []
+        for field in fields:
+            hint, value = hints[field.name], field.default if default is None else getattr(default, field.name)
+            shown = tyro.conf.arg(help=_help(config, field.name, hint), **_without_none(hint, value))
+            entries.append((field.name, Annotated[hint, shown], dataclasses.field(default=value)))
+        part: Any = dataclasses.make_dataclass(group, entries, frozen=True)
+        required = any(value.default is dataclasses.MISSING for *_, value in entries)
+        whole = dataclasses.MISSING if required else part()
+        parts.append((group, Annotated[part, tyro.conf.OmitArgPrefixes], dataclasses.field(default=whole)))
+    parts.sort(key=lambda part: part[2].default is not dataclasses.MISSING)  # as dataclasses want it
+    flags: Any = dataclasses.make_dataclass("flags", parts, frozen=True)
+    given = tyro.cli(flags, args=args, description=description, use_underscores=True)
+    return config(**{name: value for part, *_ in parts for name, value in vars(getattr(given, part)).items()})
+
+
+def _without_none(hint: Any, value: Any) -> dict[str, Any]:
+    """How a flag that may be None is shown: its words say what is done without it, not "default: None"."""
+    if value is not None:
+        return {}
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    inner = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    while typing.get_origin(inner[0]) is Annotated:
+        inner = [typing.get_args(inner[0])[0]]
+    simple = len(inner) == 1 and isinstance(inner[0], type)
+    return {"help_behavior_hint": ""} | ({"metavar": inner[0].__name__.upper()} if simple else {})
+
+
+def _help(config: type, name: str, hint: Any) -> str:
+    """What a flag is for: its docstring in the class that declares it or the next base, else the `Doc` in its type."""
+    for base in config.__mro__:
+        if words := _docstrings(base).get(name):
+            return words
+    return next((bound.documentation for bound in getattr(hint, "__metadata__", ()) if isinstance(bound, Doc)), "")
+
+
+@cache
+def _docstrings(config: type) -> dict[str, str]:
+    """The docstrings below a dataclass's fields."""
+    if not dataclasses.is_dataclass(config):
+        return {}
     try:
-        return args[:place] + rest, pydantic.TypeAdapter(config).validate_python(values)
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{name}: {one_sentence(error)}") from None
+        (whole,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    except (OSError, TypeError):  # a class without a file
+        return {}
+    assert isinstance(whole, ast.ClassDef)
+    return {name: inspect.cleandoc(words) for name, words in _fields_with_text(whole.body)}
+
+
+def _fields_with_text(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for field, text in pairwise(body):
+        match field, text:
+            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str() as words))):
+                yield name, words
 
 
 def _one_line(error: ValueError | OSError | MissingExtra) -> str:
@@ -88,6 +203,11 @@ def _one_line(error: ValueError | OSError | MissingExtra) -> str:
 
 
 def write_config(path: str | Path, config: Any) -> None:
-    """Write a dataclass of flags as the YAML that `--config` reads."""
-    values = dataclasses.asdict(config)
-    write_yaml(path, {name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
+    """Write a dataclass of flags as the YAML that `--config` reads, group by group."""
+    values = {field.name: getattr(config, field.name) for fields in groups(type(config)).values() for field in fields}
+    write_yaml(path, {name: _plain(value) for name, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A flag as YAML has it."""
+    return str(value) if isinstance(value, Path) else value

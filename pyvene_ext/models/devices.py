@@ -79,7 +79,7 @@ def _patient() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """What every process gives, in their order, in every process; waits until all have come here."""
     values: list[T] = [value] * processes().num_processes
     if len(values) > 1:
@@ -87,22 +87,22 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def agreed(action: Callable[[], T]) -> T:
+def on_all_ranks(action: Callable[[], T]) -> T:
     """Do something in every process; a ValueError in one of them is raised in all, so that none waits for another in vain."""
     error: ValueError | None = None
     try:
         outcome = action()
     except ValueError as caught:
         error = caught
-    if errors := [message for message in gathered(error and str(error)) if message is not None]:
+    if errors := [message for message in all_gather(error and str(error)) if message is not None]:
         raise error or ValueError(errors[0])
     return outcome
 
 
-def from_first(action: Callable[[], T]) -> T:
+def broadcast_from_main(action: Callable[[], T]) -> T:
     """What the first process gets by doing something, in all of them; or its ValueError."""
-    outcome = agreed(lambda: action() if processes().is_main_process else None)
-    return gathered(outcome)[0]  # type: ignore[return-value]
+    outcome = on_all_ranks(lambda: action() if processes().is_main_process else None)
+    return all_gather(outcome)[0]  # type: ignore[return-value]
 
 
 def is_main_process() -> bool:

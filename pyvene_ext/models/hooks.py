@@ -22,6 +22,10 @@ OWN_INPUT = ("attention_input", "mlp_input")
 See = Callable[[Tensor], Tensor | None]  # what it returns goes on in place of what it was given
 
 
+class StopForward(Exception):
+    """Ends a forward pass from inside: everything that was wanted of it is there."""
+
+
 @contextmanager
 def on_input(module: nn.Module, see: See) -> Iterator[None]:
     """For a while, `see` is given what a module is given; whoever else holds a tensor that is replaced keeps it as it is."""
@@ -56,7 +60,7 @@ def on_output(module: nn.Module, see: See) -> Iterator[None]:
 
 
 @contextmanager
-def run_instead(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Call `function` in place of a module's forward, for a while; its hooks stay."""
     own = module.__dict__.get("forward")  # accelerate puts one there
     module.forward = function

@@ -10,7 +10,7 @@ ablated, noised, forced, and its activations read.
 it runs for good: the first run gives the state behind `opening`, hence what enters at the first step, and so on; later positions
 never change earlier ones, so this is exactly what stepping with a cache gives. Interventions hang on the decoder's modules. They
 stand in every one of these runs, at the same positions and with the same values, so a thought that comes behind an intervention
-is what the model then thinks. Whoever only reads waits for the last run (`drafting`).
+is what the model then thinks. Whoever only reads waits for the last run (`is_unrolling`).
 
 A folder of such a model is an ordinary one of transformers (config.json, model.safetensors, tokenizer) with two things more,
 which `save` writes and `load_model` reads: `continuous_thought` in config.json, the fields of `Format`; and
@@ -70,10 +70,10 @@ def format_of(model: nn.Module) -> Format | None:
     return steps.format if isinstance(steps, LatentSteps) else None
 
 
-def drafting(model: nn.Module) -> bool:
+def is_unrolling(model: nn.Module) -> bool:
     """Whether the decoder runs only to find out what enters at a latent step; what it holds then is not yet to be read."""
     steps = getattr(model, "latent_steps", None)
-    return isinstance(steps, LatentSteps) and steps.drafting
+    return isinstance(steps, LatentSteps) and steps.is_unrolling
 
 
 def refuse_latent_steps(model: nn.Module, prompts: Iterable[Sequence[int]]) -> None:
@@ -92,7 +92,7 @@ class LatentSteps(nn.Module):
     def __init__(self, form: Format, projection: nn.Module) -> None:
         super().__init__()
         self.format, self.projection = form, projection
-        self.drafting = False
+        self.is_unrolling = False
         self._known: list[tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, "n d_model"]]] = []
 
     def unroll(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class LatentSteps(nn.Module):
             "output_hidden_states": False,
             "return_dict": True,
         }
-        self.drafting = True
+        self.is_unrolling = True
         try:
             for step in range(1, int(number.max()) + 1):
                 # Not the decoder's own hooks, this one among them, but those of all its modules.
@@ -123,7 +123,7 @@ class LatentSteps(nn.Module):
                 rows, columns = (number == step).nonzero(as_tuple=True)
                 self._known.append((rows, columns, self.projection(states[rows, columns - 1])))
         finally:
-            self.drafting = False
+            self.is_unrolling = False
 
     def forget(self, *_: Any) -> None:
         """After the decoder has run."""

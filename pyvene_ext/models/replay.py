@@ -28,20 +28,17 @@ from modelcards.template import at_layer
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
     See,
+    StopForward,
     on_input,
     on_output,
-    run_instead,
+    replace_forward,
 )
 from pyvene_ext.models.shared_past import shared_past
 
 Hidden = Float[Tensor, "row pos d_model"]
 ADDED = {"attn_out": "attention_contribution", "mlp_in": "mlp_input", "mlp_out": "mlp_contribution"}
 PROJECTIONS = {"q": "query_output", "k": "key_output", "v": "value_output"}
-Edit = Callable[[Tensor], None]  # changes an activation in place
-
-
-class _Made(Exception):
-    """What was wanted is there."""
+InPlace = Callable[[Tensor], None]  # changes an activation in place
 
 
 @dataclass
@@ -81,7 +78,7 @@ class Past:
         """Called by the model's attention."""
         self.made = keys, values
         if self.only:
-            raise _Made
+            raise StopForward
         if self.before is None:
             return keys, values
         return tuple(
@@ -128,7 +125,7 @@ class Replay:
         *,
         attention: Hidden | None = None,
         mlp: Hidden | None = None,
-        edits: Mapping[str, Edit] | None = None,
+        edits: Mapping[str, InPlace] | None = None,
         seen: dict[str, Tensor] | None = None,
     ) -> Hidden:
         """One block on rows that stand at `columns` (first, one behind the last).
@@ -151,19 +148,19 @@ class Replay:
         attention_module = self.module("attention_input", layer)
         with ExitStack() as stack:
             if self.arguments(*columns)[layer][1].get("alibi") is not None:
-                stack.enter_context(run_instead(attention_module, _with_alibi(attention_module.forward)))
+                stack.enter_context(replace_forward(attention_module, _with_alibi(attention_module.forward)))
             if attention is not None and len(attention):
                 if self.card.sums_inside:
                     attention = attention + hidden[len(hidden) - len(attention) :]
                 partly = _partly(attention_module.forward, attention)
-                stack.enter_context(run_instead(attention_module, lambda *a, **k: _with_pattern(partly(*a, **k))))
+                stack.enter_context(replace_forward(attention_module, lambda *a, **k: _with_pattern(partly(*a, **k))))
             if mlp is not None and len(mlp):
                 if self._is_tap("mlp_output"):
                     known = mlp
                     shown.insert(0, ("mlp_output", lambda x: torch.cat([x[: len(x) - len(known)], known.to(x)])))
                 else:
                     mlp_module = self.module("mlp_output", layer)
-                    stack.enter_context(run_instead(mlp_module, _partly(mlp_module.forward, mlp)))
+                    stack.enter_context(replace_forward(mlp_module, _partly(mlp_module.forward, mlp)))
             if past.shared is not None:
                 if inside or not self._is_shared_past_understood:
                     past.spread(len(hidden) - (0 if attention is None else len(attention)))
@@ -203,11 +200,11 @@ class Replay:
             return _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], past)
 
     def keys_values(
-        self, layer: int, hidden: Hidden, columns: tuple[int, int], edits: Mapping[str, Edit] | None = None
+        self, layer: int, hidden: Hidden, columns: tuple[int, int], edits: Mapping[str, InPlace] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of a block, edited at k and v, and nothing else."""
         past = Past(only=True)
-        with ExitStack() as stack, suppress(_Made):
+        with ExitStack() as stack, suppress(StopForward):
             for site, edit in (edits or {}).items():
                 stack.enter_context(self._on_projection(site, layer, edit))
             _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], past)
@@ -219,9 +216,9 @@ class Replay:
 
         def stop(*args: Any, **kwargs: Any) -> None:
             found.append(args[0] if args else kwargs["hidden_states"])
-            raise _Made
+            raise StopForward
 
-        with run_instead(self.module("attention_input", layer), stop), suppress(_Made):
+        with replace_forward(self.module("attention_input", layer), stop), suppress(StopForward):
             _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], Past())
         return found[0]
 
@@ -249,7 +246,7 @@ class Replay:
         with ExitStack() as stack:
             done: Any = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normed[:, None])
             done.router_logits = None  # which models with experts ask for
-            stack.enter_context(run_instead(self.bare, lambda *_, **__: done))
+            stack.enter_context(replace_forward(self.bare, lambda *_, **__: done))
             if ids is not None and weight is not None:
                 chosen = ids.to(weight.device)
 
@@ -257,7 +254,7 @@ class Replay:
                     logits = torch.einsum("rd,rkd->rk", x[:, 0].to(weight.device).float(), head.weight[chosen].float())
                     return (logits if head.bias is None else logits + head.bias[chosen].float())[:, None]
 
-                stack.enter_context(run_instead(head, unembed))
+                stack.enter_context(replace_forward(head, unembed))
             logits = self.model(input_ids=torch.full((1, 1), self._token, device=self.device)).logits[:, 0]
         return logits if ids is None or weight is not None else logits.gather(1, ids.to(logits.device))
 
@@ -277,11 +274,11 @@ class Replay:
         with ExitStack() as stack:
             for layer in range(self.n_layers):
                 mlp = self.module("mlp_output", layer)
-                stack.enter_context(run_instead(mlp, torch.compile(mlp.forward, dynamic=True)))
+                stack.enter_context(replace_forward(mlp, torch.compile(mlp.forward, dynamic=True)))
             yield
 
-    def _on_projection(self, site: str, layer: int, edit: Edit) -> AbstractContextManager[None]:
-        """Edit q, k or v of all heads side by side, `row pos d`, where they leave their projection."""
+    def _on_projection(self, site: str, layer: int, edit: InPlace) -> AbstractContextManager[None]:
+        """InPlace q, k or v of all heads side by side, `row pos d`, where they leave their projection."""
         component = PROJECTIONS[site]
         if self.card.fused is not None:
 
@@ -343,12 +340,12 @@ class Replay:
             args = tuple(swap.get(id(value), value) for value in args)
             calls.append(((hidden_states, *args), {name: swap.get(id(v), v) for name, v in kwargs.items()}))
             if len(calls) == self.n_layers:
-                raise _Made
+                raise StopForward
             return (hidden_states,)  # of which some models take the first, and the others hand it on as it is
 
-        with ExitStack() as stack, suppress(_Made):
+        with ExitStack() as stack, suppress(StopForward):
             for layer in range(self.n_layers):
-                stack.enter_context(run_instead(self.module("block_output", layer), left_out))
+                stack.enter_context(replace_forward(self.module("block_output", layer), left_out))
             self.bare(input_ids=ids, past_key_values=cache, use_cache=False)
         return calls
 
@@ -389,7 +386,7 @@ def _with_alibi(forward: Callable[..., Any]) -> Callable[..., Any]:
     return repeated
 
 
-def _on_a_copy(edit: Edit) -> See:
+def _on_a_copy(edit: InPlace) -> See:
     """An edit in place that leaves what it was given as it is."""
 
     def edited(x: Tensor) -> Tensor:
@@ -400,7 +397,7 @@ def _on_a_copy(edit: Edit) -> See:
     return edited
 
 
-def _less(residual: Tensor, edit: Edit) -> See:
+def _less(residual: Tensor, edit: InPlace) -> See:
     """An edit of what is added to the residual, for a module that returns the sum."""
 
     def edited(x: Tensor) -> Tensor:

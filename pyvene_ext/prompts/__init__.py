@@ -2,3 +2,7 @@
 
 Reading and checking text belongs here; what is done at a position does not.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from modelcards import n_positions
 from pyvene_ext.io.files import parse_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.prompts.tiny_tasks import draw
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
 
 MARK = "####"
@@ -385,3 +387,25 @@ def _before_mark(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
     while MARK not in as_text(ids[len(ids) - marked :], tokenizer):
         marked += 1
     return len(ids) - marked
+
+
+def tiny_problems(count: int, generator: np.random.Generator, held_out: bool) -> tuple[Problem, ...]:
+    """Word problems of the shipped tiny models.
+
+    Args:
+        count: how many.
+        generator: draws them.
+        held_out: of those that the models were not trained on, else of the others.
+    """
+    found = []
+    for _ in range(count):
+        example = draw("arithmetic", generator, held_out=held_out)
+        found.append(
+            Problem(
+                question=example.prompt.removeprefix("Question: ").removesuffix(" Answer:"),
+                solution=example.answer.strip(),
+                answer=float(example.answer.split()[-1]),
+                steps=example.answer.count("<<"),
+            )
+        )
+    return tuple(found)

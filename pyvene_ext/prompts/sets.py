@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pyvene_ext.io.files import atomic_path, parse_json, write_json
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import (
     Answers,
     Batch,
@@ -151,16 +152,16 @@ class PromptSet:
         """Read a prompt set.
 
         Args:
-            source: a path to a `.json` or `.jsonl` file or to a folder of `Dataset.save_to_disk`, a `datasets.Dataset` (or
-                `DatasetDict`), or the id of a data set on the hub.
+            source: the name of a set that ships ("ioi_en"), a path to a `.json` or `.jsonl` file or to a folder of
+                `Dataset.save_to_disk`, a `datasets.Dataset` (or `DatasetDict`), or the id of a data set on the hub.
             split: which split, of a `datasets` source that has several.
 
         Raises FileNotFoundError for a missing file, ValueError in one sentence, with file and pair (counted from 0), for content
-        that is not a prompt set, and OSError if a hub id cannot be loaded.
+        that is not a prompt set and for a near miss of a shipped name, and OSError if a hub id cannot be loaded.
         """
         if not isinstance(source, str | Path):
             return _from_dataset(source, "the dataset", split)
-        path = Path(source)
+        path = Path(find_prompts(source) if isinstance(source, str) else source)
         if path.is_dir():
             return _from_dataset(_saved_dataset(path), str(path), split)
         if path.suffix.lower() in (".json", ".jsonl"):

@@ -1,6 +1,5 @@
 """One page for one run or several, which needs no network: `python -m pyvene_ext.report --help` says what is on it."""
 
-from pyvene_ext.report.page import write_report
-from pyvene_ext.report.run import Run
+import lazy_loader
 
-__all__ = ["Run", "write_report"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from pyvene_ext.io.files import read_as
-from pyvene_ext.methods.heads.flow import Node
+from pyvene_ext.methods.heads.flow import StreamState
 from pyvene_ext.report.attention import escaped, shown_token
 from pyvene_ext.runs.figures import BLUE, LIGHT, ORANGE
 
@@ -20,7 +20,7 @@ KINDS = {"residual": LIGHT, "MLP": ORANGE, "attention": BLUE}
 STEPS = 8  # of the widths of lines, and of the slider
 
 
-class Edge(BaseModel):
+class DrawnEdge(BaseModel):
     """One part of a state of the residual stream."""
 
     source: Annotated[str, Field(pattern=f"^{NODE.pattern}$")]
@@ -29,7 +29,7 @@ class Edge(BaseModel):
     importance: Annotated[float, Field(ge=0, le=1.001, allow_inf_nan=False)]
 
     @property
-    def nodes(self) -> tuple[Node, Node]:
+    def nodes(self) -> tuple[StreamState, StreamState]:
         """Source and target."""
         return _node(self.source), _node(self.target)
 
@@ -45,7 +45,7 @@ class Routes(BaseModel):
     tokens: list[str]
     tau: Annotated[float, Field(ge=0, lt=1)]
     renormalised: bool
-    edges: list[Edge]
+    edges: list[DrawnEdge]
 
     @classmethod
     def read(cls, path: Path) -> Routes:
@@ -140,7 +140,7 @@ def draw_routes(routes: Routes) -> Any:
 def _lines(routes: Routes, tokens: list[str], limits: np.ndarray) -> dict[tuple[int, str], _Lines]:
     """The lines by level of importance and kind."""
     found: dict[tuple[int, str], _Lines] = defaultdict(lambda: _Lines([], [], [], [], []))
-    beside: Counter[tuple[Node, Node, str]] = Counter()
+    beside: Counter[tuple[StreamState, StreamState, str]] = Counter()
     for edge in sorted(routes.edges, key=lambda edge: -edge.importance):
         source, target = edge.nodes
         key = source, target, edge.kind
@@ -165,7 +165,7 @@ def _points(x: list[float], y: list[float], words: list[str], marker: dict[str, 
     return plotly.Scatter(x=x, y=y, text=words, mode="markers", marker=marker, hovertemplate=told, **more)
 
 
-def _bow(source: Node, target: Node, kind: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _bow(source: StreamState, target: StreamState, kind: str, number: int) -> tuple[np.ndarray, np.ndarray]:
     """A line from state to state, the first, second ... of its kind between the two; bent where it would hide another."""
     (x0, y0), (x1, y1) = _place(source), _place(target)
     if x0 == x1:
@@ -177,12 +177,12 @@ def _bow(source: Node, target: Node, kind: str, number: int) -> tuple[np.ndarray
     return x.round(3), y.round(3)
 
 
-def _place(node: Node) -> tuple[float, float]:
+def _place(node: StreamState) -> tuple[float, float]:
     """Where a state is drawn: resid_mid half-way up its layer, resid_post at its end."""
     return node.pos, node.layer + {"resid_pre": 0.0, "resid_mid": 0.5, "resid_post": 1.0}[node.site]
 
 
-def _node(name: str) -> Node:
+def _node(name: str) -> StreamState:
     found = NODE.fullmatch(name)
-    assert found, name  # so says Edge
-    return Node(found[1], int(found[2]), int(found[3]))
+    assert found, name  # so says DrawnEdge
+    return StreamState(found[1], int(found[2]), int(found[3]))

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from pyvene_ext.io.files import parse_json, read_npy, read_yaml
-from pyvene_ext.report.attention import FILE as ATTENTION
-from pyvene_ext.report.attention import View, read_views
 from pyvene_ext.report.routes import Routes
+from pyvene_ext.runs.attention import FILE as ATTENTION
+from pyvene_ext.runs.attention import View, read_views
 
 Row = dict[str, str]
 Head = tuple[int, int]

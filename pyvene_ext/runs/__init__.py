@@ -1,13 +1,11 @@
-"""What a study leaves behind: its run folder, the stores that resume it, metadata, and figures in one style.
+"""What studies share: their flags, and what they leave behind, from stores that resume a run to figures in one style.
 
 Numbers are computed before they come here; the page that shows a run is `report`'s.
 """
 
 import lazy_loader
 
-from pyvene_ext.io.files import write_csv, write_json, write_yaml
-from pyvene_ext.io.seeds import rng
+from pyvene_ext.io.files import write_csv, write_json, write_yaml  # noqa: F401  (the tutorial's names)
+from pyvene_ext.io.seeds import rng  # noqa: F401
 
-__getattr__, __dir__, _ = lazy_loader.attach(__name__, ["figures"], {"metadata": ["metadata"]})
-
-__all__ = ["figures", "metadata", "rng", "write_csv", "write_json", "write_yaml"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

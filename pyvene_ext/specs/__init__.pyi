@@ -5,8 +5,13 @@ from .addition import Addition as Addition
 from .base import SiteEdit as SiteEdit
 from .files import load_specs as load_specs
 from .files import save_specs as save_specs
+from .files import to_plain as to_plain
 from .forced_attention import ForcedAttention as ForcedAttention
 from .forced_attention import force as force
+from .graph import Node as Node
+from .graph import reaches as reaches
+from .graph import receivers as receivers
+from .graph import senders as senders
 from .joint import OneSpec as OneSpec
 from .joint import Spec as Spec
 from .joint import as_specs as as_specs

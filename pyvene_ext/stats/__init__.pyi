@@ -1,3 +1,6 @@
+from .accuracy import accuracy_drop as accuracy_drop
+from .accuracy import in_points as in_points
+from .accuracy import percent_correct as percent_correct
 from .controls import Head as Head
 from .controls import Overlap as Overlap
 from .controls import StrataTest as StrataTest
@@ -14,6 +17,10 @@ from .correlations import correlate_layers as correlate_layers
 from .correlations import q_values as q_values
 from .correlations import r_squared as r_squared
 from .intervals import Interval as Interval
+from .intervals import bootstrap_mean as bootstrap_mean
 from .intervals import frequency_interval as frequency_interval
 from .intervals import paired_bootstrap as paired_bootstrap
 from .intervals import ratio_of_means as ratio_of_means
+from .tables import finite as finite
+from .tables import interval_columns as interval_columns
+from .tables import side_by_side as side_by_side

@@ -91,6 +91,15 @@ def paired_bootstrap(
     return Interval(float(difference.mean()), float(interval.low), float(interval.high))
 
 
+def bootstrap_mean(values: Num[np.ndarray, " prompt"], rng: np.random.Generator, n_resamples: int = 10_000) -> Interval:
+    """The mean over prompts with its percentile bootstrap 95% interval.
+
+    Raises:
+        ValueError: fewer than two values, or non-finite ones.
+    """
+    return paired_bootstrap(values, np.zeros_like(values), rng, n_resamples)
+
+
 def ratio_of_means(
     above: Float[np.ndarray, "item prompt"],
     below: Float[np.ndarray, " prompt"],

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from prompt_sets import PROMPTS
 from transformers import AutoConfig, AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
 
 from pyvene_ext.engine.plain import run
@@ -28,6 +27,7 @@ from pyvene_ext.io.files import write_json
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS, load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.stats.controls import layer_matched_random_heads
 from pyvene_ext.stats.intervals import frequency_interval

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from prompt_sets import PROMPTS
 from transformers import AutoModelForCausalLM
 
+import pyvene_ext as px
 from modelcards import head_dim, n_heads, n_kv_heads, n_layers
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.shipped import PROMPTS
+from pyvene_ext.runs import folder as run_folder
 from tests.interrupted import stop_at
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES
@@ -126,7 +128,7 @@ CASES = [*((family, "denoise", "all") for family in FAMILIES), ("gemma2", "noise
 def test_scores_equal_a_hand_recomputation(
     family: str, direction: str, position: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "draw", lambda *_: None)
+    monkeypatch.setattr(study, "drawn", lambda *_: {})
     save_random_model(family, folder / "model")
     kept = [pair for pair in range(N) if pair != UNEQUAL or position == "last"]
     expected = by_hand(folder / "model", kept, direction, position)
@@ -174,7 +176,7 @@ def test_each_is_every_named_position_by_itself(folder: Path, monkeypatch: pytes
     assert {path.name for path in (folder / "each/figures").iterdir()} == {
         f"{name}.{ending}" for name in ("resid_pre", "k_io", "k_s1", "k_s2", "k_end") for ending in ("png", "pdf")
     }  # fmt: skip
-    monkeypatch.setattr(study, "draw", lambda *_: None)
+    monkeypatch.setattr(study, "drawn", lambda *_: {})
     patched = np.load("each/patched.npy")
     resid = np.load("each/resid_pre.npy")
     assert resid.shape == (6, 4)
@@ -214,7 +216,7 @@ def test_numerator_and_denominator_are_drawn_together() -> None:
     draw = np.random.default_rng(0)
     below = draw.normal(3, 2, 30)
     above = np.stack([0.3 * below, draw.normal(1, 1, 30)])
-    found = study.ratio_of_means(above, below, rng(0, "x"))
+    found = px.stats.ratio_of_means(above, below, rng(0, "x"))
     np.testing.assert_allclose([found.mean[0], found.low[0], found.high[0]], 0.3)
     assert found.low[1] < found.mean[1] < found.high[1] and found.mean[1] == pytest.approx(
         above[1].mean() / below.mean()
@@ -224,7 +226,7 @@ def test_numerator_and_denominator_are_drawn_together() -> None:
     slow = [above[1, pick].mean() / below[pick].mean() for pick in picks]
     spread = np.quantile(slow, 0.975) - np.quantile(slow, 0.025)
     np.testing.assert_allclose([found.low[1], found.high[1]], np.quantile(slow, (0.025, 0.975)), atol=0.3 * spread)
-    nothing = study.ratio_of_means(above, np.zeros(30), rng(0, "x"))
+    nothing = px.stats.ratio_of_means(above, np.zeros(30), rng(0, "x"))
     assert all(np.isnan(values).all() for values in nothing)
 
 
@@ -266,7 +268,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--dataset", "equal.json", "--memory", 0.001, "--site", "v", "--positions", "s2"]
-    monkeypatch.setattr(study, "draw", lambda *_: None)
+    monkeypatch.setattr(study, "drawn", lambda *_: {})
     calls = stop_at(monkeypatch, 3, Executor, "run")
     assert command(*flags, "--out", "stopped") == 130
     assert not (folder / "stopped/summary.json").exists()
@@ -284,10 +286,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 def test_a_run_that_stops_while_it_writes_leaves_no_summary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--dataset", "equal.json", "--site", "mlp_out", "--out", "x"]
     assert command(*flags) == 0
-    monkeypatch.setattr(study, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
+    monkeypatch.setattr(run_folder, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
     assert command(*flags) == 2
     assert not (folder / "x/summary.json").exists()
-    monkeypatch.setattr(study, "write_config", write_config)
+    monkeypatch.setattr(run_folder, "write_config", write_config)
     assert command(*flags) == 0
     assert (folder / "x/summary.json").exists()
     assert not [path for path in (folder / "x").rglob(".*")]
@@ -306,7 +308,7 @@ def test_two_runs_that_do_not_differ_are_told(folder: Path, capsys: pytest.Captu
 def test_only_the_main_process_prints_and_writes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "is_main_process", lambda: False)
+    monkeypatch.setattr(px, "is_main_process", lambda: False)
     assert command("--dataset", "equal.json", "--site", "mlp_out", "--out", "x") == 0
     assert "score" not in capsys.readouterr().out
     assert [path.name for path in (folder / "x").iterdir()] == ["unfinished"]
@@ -314,13 +316,13 @@ def test_only_the_main_process_prints_and_writes(
 
 def test_a_map_shows_every_layer_and_column() -> None:
     values = np.array([[0.5, -0.25, np.nan], [0.0, 1.0, 0.1]])
-    figure = study.layer_map(values, ["io", "s1", "end"], "a title " * 20, "mean score", "position")
+    figure = px.figures.layer_map(values, ["io", "s1", "end"], "a title " * 20, "mean score", "position")
     figure.canvas.draw()
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["io", "s1", "end"]
     assert axes.images[0].get_clim() == (-1, 1) and axes.images[0].get_array().mask.sum() == 1
     assert axes.get_ylabel() == "layer" and "\n" in axes.get_title("left")
-    study.layer_map(np.full((2, 1), np.nan), ["end"], "nothing", "mean score", "position").canvas.draw()
+    px.figures.layer_map(np.full((2, 1), np.nan), ["end"], "nothing", "mean score", "position").canvas.draw()
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,7 @@ def test_a_map_shows_every_layer_and_column() -> None:
         (["--batch_size", 0], "--batch_size must be 1 or more, not 0."),
         (["--limit", 0], "--limit must be 1 or more, not 0."),
         (["--memory", 0], "--memory must be above 0, in GiB, not 0.0."),
-        (["--site", "z", "z"], "--site names one or more sites, each once."),
+        (["--site", "z", "z"], "--site names one or more, each once, not z z."),
         (["--dataset", "ioi_em"], "there is no prompt set 'ioi_em'; did you mean 'ioi_en'?"),
         (["--positions", "verb"], "--positions verb: pair 0 has no such position; choose among all, each, "),
         (["--dataset", "lone.json"], "prompt 0 of lone has no corrupt text"),
@@ -344,7 +346,7 @@ def test_a_map_shows_every_layer_and_column() -> None:
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "patch", None)
+    monkeypatch.setattr(px, "patch", None)
     pairs = json.loads(Path("few.json").read_text(encoding="utf-8"))
     Path("unequal.json").write_text(json.dumps([pairs[UNEQUAL]] * 2), encoding="utf-8")
     Path("lone.json").write_text(json.dumps([{**pairs[0], "corrupt": None}]), encoding="utf-8")

@@ -28,12 +28,12 @@ import torch
 from critical_heads import ablate_heads
 from critical_heads import setting as common
 from matplotlib.figure import Figure
-from prompt_sets import PROMPTS
 
 from modelcards import n_heads, n_kv_heads, n_layers, window
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.attribution.circuits import exists
 from pyvene_ext.prompts.problems import Questions, with_reasoning
+from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import figures
 from tests.labels import unlabelled
 from tests.saved_models import save_random_model

@@ -14,10 +14,12 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.models.loading import TINY_FOLDER, load_model
+from pyvene_ext.runs import folder as run_folder
 from tests.pyvene_ext.tokenizers_for_tests import word_tokenizer
 from tests.tiny_random import random_model
 
@@ -51,13 +53,13 @@ def save_model(name: str) -> None:
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Filled with the sequences that the study scores."""
     seen: list[torch.Tensor] = []
-    own = study.attention_scores
+    own = px.methods.attention_scores
 
     def watched(model: Any, ids: torch.Tensor, **options: Any) -> Any:
         seen.append(ids)
         return own(model, ids, **options)
 
-    monkeypatch.setattr(study, "attention_scores", watched)
+    monkeypatch.setattr(px.methods, "attention_scores", watched)
     return seen
 
 
@@ -150,16 +152,16 @@ def test_a_local_folder_without_start_token_and_without_copying(folder: Path) ->
 
 def test_a_run_that_stops_while_it_writes_leaves_no_summary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command(*SMALL, "--output_dir", "x") == 0
-    monkeypatch.setattr(study, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
+    monkeypatch.setattr(run_folder, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
     assert command(*SMALL, "--output_dir", "x") == 2
     assert not (folder / "x/summary.json").exists()
-    monkeypatch.setattr(study, "write_config", write_config)
+    monkeypatch.setattr(run_folder, "write_config", write_config)
     assert command(*SMALL, "--output_dir", "x") == 0
     assert (folder / "x/summary.json").exists() and not list((folder / "x").rglob(".*"))
 
 
 def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "is_main_process", lambda: False)
+    monkeypatch.setattr(px, "is_main_process", lambda: False)
     assert command(*SMALL, "--output_dir", "x") == 0
     assert not (folder / "x").exists()
 
@@ -171,9 +173,9 @@ def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPat
         (["--repeats", 1], "--repeats must be 2 or more, not 1."),
         (["--examples", 0], "--examples must be 1 or more, not 0."),
         (["--batch_size", 0], "--batch_size must be 1 or more, not 0."),
-        (["--seeds", 1, 1], "--seeds must be one or more different numbers from 0 on, not [1, 1]."),
-        (["--seeds", -1], "--seeds must be"),
-        (["--seeds"], "--seeds must be"),
+        (["--seeds", 1, 1], "--seeds names one or more, each once, not 1 1."),
+        (["--seeds", -1], "--seeds must be 0 or more, not -1."),
+        (["--seeds"], "--seeds names one or more, each once, not nothing."),
         (["--seeds", 3, "--examples", 1], "one sequence has no standard error"),
         (["--trim", 0.5], "trim must be at least 0 and below 0.5"),
         (["--length", 100, "--repeats", 3], "the sequences are 301 tokens long but the model has 256 positions"),

@@ -14,7 +14,7 @@ import pytest
 from transformers import CodeGenConfig, CodeGenForCausalLM
 
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.methods.heads.flow import Edge, Flow, Node
+from pyvene_ext.methods.heads.flow import Flow, FlowEdge, StreamState
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.stats.correlations import correlate_heads
 from pyvene_ext.stats.intervals import frequency_interval
@@ -188,15 +188,15 @@ def test_a_run_cut_short_has_no_summary(dataset: Path, tmp_path: Path, monkeypat
 
 
 def test_the_drawing_has_a_line_for_every_edge_and_a_dot_for_every_node() -> None:
-    last, mid = Node("resid_post", 0, 1), Node("resid_mid", 0, 1)
-    first, own = Node("resid_pre", 0, 0), Node("resid_pre", 0, 1)
+    last, mid = StreamState("resid_post", 0, 1), StreamState("resid_mid", 0, 1)
+    first, own = StreamState("resid_pre", 0, 0), StreamState("resid_pre", 0, 1)
     edges = (
-        Edge(mid, last, "residual", 0.6),
-        Edge(mid, last, "mlp", 0.4),
-        Edge(own, mid, "residual", 0.5),
-        Edge(own, mid, "0.1", 0.1),
-        Edge(first, mid, "0.0", 0.1),
-        Edge(first, mid, "0.2", 0.3),
+        FlowEdge(mid, last, "residual", 0.6),
+        FlowEdge(mid, last, "mlp", 0.4),
+        FlowEdge(own, mid, "residual", 0.5),
+        FlowEdge(own, mid, "0.1", 0.1),
+        FlowEdge(first, mid, "0.0", 0.1),
+        FlowEdge(first, mid, "0.2", 0.3),
     )
     figure = study.draw_routes(edges, ["a", "\n"], 1, "title")
     (axes,) = figure.axes
@@ -214,7 +214,10 @@ def test_the_drawing_without_any_edge_is_the_prediction_alone() -> None:
 
 
 def test_the_drawing_names_no_heads_where_they_would_cover_it() -> None:
-    edges = tuple(Edge(Node("resid_pre", 0, i), Node("resid_mid", 0, 70), "0.1", 0.1) for i in range(study.NAMED + 1))
+    edges = tuple(
+        FlowEdge(StreamState("resid_pre", 0, i), StreamState("resid_mid", 0, 70), "0.1", 0.1)
+        for i in range(study.NAMED + 1)
+    )
     assert not study.draw_routes(edges, ["x"] * 71, 1, "title").axes[0].texts
     assert len(study.draw_routes(edges[1:], ["x"] * 71, 1, "title").axes[0].texts) == study.NAMED
 

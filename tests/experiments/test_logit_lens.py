@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from prompt_sets import PROMPTS
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.methods.heads.lens import direct_logit_attribution
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import PROMPTS
+from pyvene_ext.runs import folder as run_folder
 from pyvene_ext.stats.intervals import Interval
 
 N = 6
@@ -178,7 +180,7 @@ def test_the_depth_from_which_the_answer_is_ahead_looks_back_from_the_last() -> 
 def test_a_curve_shows_mean_and_interval() -> None:
     curve = Interval(np.array([1.0, 10.0, 3.0]), np.array([0.5, 8.0, 2.0]), np.array([2.0, 12.0, 4.0]))
     for scale in ("linear", "log"):
-        figure = study.depth_curve(curve, "a title " * 20, "rank", scale)
+        figure = px.figures.depth_curve(curve, "a title " * 20, "rank", scale)
         figure.canvas.draw()
         (axes,) = figure.axes
         line = next(line for line in axes.lines if line.get_label() == "mean over prompts")
@@ -191,17 +193,17 @@ def test_a_curve_shows_mean_and_interval() -> None:
 
 def test_a_run_that_stops_while_it_writes_leaves_no_summary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("--dataset", "few.json", "--out", "x") == 0
-    monkeypatch.setattr(study, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
+    monkeypatch.setattr(run_folder, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
     assert command("--dataset", "few.json", "--out", "x") == 2
     assert not (folder / "x/summary.json").exists()
-    monkeypatch.setattr(study, "write_config", write_config)
+    monkeypatch.setattr(run_folder, "write_config", write_config)
     assert command("--dataset", "few.json", "--out", "x") == 0
     assert (folder / "x/summary.json").exists()
     assert not [path for path in (folder / "x").rglob(".*")]
 
 
 def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "is_main_process", lambda: False)
+    monkeypatch.setattr(px, "is_main_process", lambda: False)
     assert command("--dataset", "few.json", "--out", "x") == 0
     assert not (folder / "x").exists()
 

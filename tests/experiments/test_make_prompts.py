@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from make_prompts import LANGUAGES, PROMPTS, RECENT, Settings, main, prompt_set, recent_set, sentence_pairs
-from tiny_tasks import NAMES_EN, NAMES_ZH, is_held_out
-from train_tiny_models import build_tokenizer
+from tiny.make_prompts import LANGUAGES, PROMPTS, RECENT, Settings, main, prompt_set, recent_set, sentence_pairs
+from tiny.train_tiny_models import build_tokenizer
 
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.tiny_tasks import NAMES_EN, NAMES_ZH, is_held_out
 
 TOKENIZER = build_tokenizer()
 NAMES = {"en": NAMES_EN, "zh": NAMES_ZH}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from prompt_sets import PROMPTS
 from scipy.stats import pearsonr
 
 from pyvene_ext.io.cli import run as run_study
@@ -21,6 +20,7 @@ from pyvene_ext.methods.heads.lens import direct_logit_attribution
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import figures
 from pyvene_ext.specs.path import PathPatch
 

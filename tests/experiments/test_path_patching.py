@@ -12,7 +12,6 @@ import path_patching as study
 import pytest
 import torch
 import yaml
-from prompt_sets import PROMPTS
 from transformers import PreTrainedTokenizerFast
 
 from pyvene_ext.io.cli import run as run_study
@@ -21,6 +20,7 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.patching.patch import all_paths, corresponding, patch
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.specs.graph import Node
 from tests.ground_truth.paths import every_path_by_hooks, path_patch_by_hooks, precedes, run_by_hooks, senders
 from tests.ground_truth.paths import receivers as all_receivers

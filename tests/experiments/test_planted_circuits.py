@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted_circuits import ARCHITECTURES, CASES, NOISY, Architecture, Planted, planted
+from tiny.planted_circuits import ARCHITECTURES, CASES, NOISY, Architecture, Planted, planted
 from torch import Tensor, nn
 
 from pyvene_ext.intervenable.truth import Truth

@@ -6,9 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import tiny_tasks
 import torch
-from train_tiny_models import (
+from tiny.train_tiny_models import (
     ARCHITECTURES,
     BOS,
     EOS,
@@ -23,6 +22,8 @@ from train_tiny_models import (
     text_row,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pyvene_ext.prompts import tiny_tasks
 
 TOKENIZER = build_tokenizer()
 SLACK = 0.04  # on 64 prompts one wrong answer costs 0.016

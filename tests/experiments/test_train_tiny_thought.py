@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import train_tiny_thought as recipe
-from tiny_tasks import Example
+from tiny import train_tiny_thought as recipe
 
 from pyvene_ext.io.cli import run
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.tiny_tasks import Example
 
 EXAMPLES = [
     Example(

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import translation_causes as study
-from prompt_sets import PROMPTS
 
 from modelcards import n_heads
 from pyvene_ext.io.cli import run as run_study
@@ -19,6 +18,7 @@ from pyvene_ext.methods.heads import translation
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.models.loading import TINY_MODELS, load_model
 from pyvene_ext.prompts.parallel import word_prompts
+from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.specs.path import PathPatch
 from tests.saved_models import save_random_model
 

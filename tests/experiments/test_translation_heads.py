@@ -12,10 +12,10 @@ import pytest
 import torch
 import translation_heads as study
 import yaml
-from prompt_sets import PROMPTS
 
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.report.attention import read_views
+from pyvene_ext.prompts.shipped import PROMPTS
+from pyvene_ext.runs.attention import read_views
 from tests.saved_models import save_random_model
 
 N = 7  # sentences; an odd number, so that three go round in the control

@@ -22,7 +22,7 @@ from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
     INTO_ATTENTION,
     STAGES,
-    Batch,
+    EditBatch,
     Group,
     Stage,
     Wave,
@@ -63,10 +63,10 @@ class Record(Protocol):
         """What leaves it."""
 
 
-class Ready:
+class DeviceEdits:
     """A batch of edits with its indices and values as tensors on a device."""
 
-    def __init__(self, batch: Batch, values: Tensor | None, device: torch.device) -> None:
+    def __init__(self, batch: EditBatch, values: Tensor | None, device: torch.device) -> None:
         self.spec, self.round, self.device = batch.sources[0][0], batch.round, device
         self.row_numbers, self.column_numbers, self.head_numbers = batch.rows, batch.columns, batch.heads
         self.most_heads = max(len(spec.heads or ()) for spec, *_ in batch.sources)
@@ -253,7 +253,7 @@ class Executor:
             found.append(measure(self.metric, logits, batch, reference))
         return np.concatenate(found), torch.cat(kept) if kept else None
 
-    def values(self, batch: Batch) -> Tensor | None:
+    def values(self, batch: EditBatch) -> Tensor | None:
         """What a batch of edits puts in place, `entry d`."""
         found = []
         for spec, ids, kept in batch.sources:
@@ -289,10 +289,10 @@ class State:
         executor, group, device = self.executor, self.group, clean.resid_pre.device
         self.hidden, self.prompt, self.prompts = (x.to(device) for x in (self.hidden, self.prompt, self.prompts))
         self.hidden[before:stop] = clean.resid_pre[self.prompt[before:stop], group.start : group.stop]
-        edits: dict[Stage, list[Ready]] = {}
+        edits: dict[Stage, list[DeviceEdits]] = {}
         for stage in STAGES:
             if batches := group.edits.get((layer, stage)):
-                edits[stage] = [Ready(batch, executor.values(batch), device) for batch in batches]
+                edits[stage] = [DeviceEdits(batch, executor.values(batch), device) for batch in batches]
         for ready in edits.pop("resid_pre", ()):
             ready.apply(self.hidden, 0, group.start, executor.heads)
 
@@ -324,7 +324,7 @@ class State:
         self.final, self.prompt = self.final.to(final.device), self.prompt.to(final.device)
         self.final[before:stop] = final[self.prompt[before:stop]]
         for batch in self.group.edits.get((len(self.group.bounds) - 1, "resid_pre"), ()):
-            ready = Ready(batch, self.executor.values(batch), self.final.device)
+            ready = DeviceEdits(batch, self.executor.values(batch), self.final.device)
             ready.apply(self.final[:, None], 0, self.length - 1, self.executor.heads)
 
     def _call_rows(self) -> int:
@@ -335,7 +335,7 @@ class State:
         return max(rows - rows % prompts, min(rows, prompts))
 
     def _call(
-        self, layer: int, clean: Clean, first: int, until: int, edits: dict[Stage, list[Ready]], last: bool
+        self, layer: int, clean: Clean, first: int, until: int, edits: dict[Stage, list[DeviceEdits]], last: bool
     ) -> Float[Tensor, "row pos d_model"]:
         """One call of a block: rows `[first, until)`, those that enter behind attention or behind the MLP at their end."""
         replay, start, stop = self.executor.replay, self.group.start, self.group.stop
@@ -386,7 +386,7 @@ class State:
         ]
 
     def _hooks(
-        self, edits: dict[Stage, list[Ready]], first: int, count: int, attending: int, column: int
+        self, edits: dict[Stage, list[DeviceEdits]], first: int, count: int, attending: int, column: int
     ) -> dict[str, Callable[[Tensor], None]]:
         """What changes rows `first` and following, by stage: `count` of them, of which the first ones run through attention."""
         hooks: dict[str, Callable[[Tensor], None]] = {}
@@ -434,7 +434,7 @@ class State:
         return found[0], found[1]
 
     def _known_attention(
-        self, layer: int, clean: Clean, first: int, until: int, column: int, edits: list[Ready]
+        self, layer: int, clean: Clean, first: int, until: int, column: int, edits: list[DeviceEdits]
     ) -> Float[Tensor, "row pos d_model"]:
         """What the attention module gives for rows that enter behind it: the clean run's output, and what edits of z add."""
         executor, prompt = self.executor, self.prompt[first:until]
@@ -495,7 +495,7 @@ def _behind(common: Tensor, own: Tensor, dim: int) -> Tensor:
     return torch.cat([common.expand(len(own), *common.shape[1:]), own], dim)
 
 
-def _in_turn(edits: list[Ready], first: int, column: int, heads: int) -> Callable[[Tensor], None]:
+def _in_turn(edits: list[DeviceEdits], first: int, column: int, heads: int) -> Callable[[Tensor], None]:
     def edit(x: Tensor) -> None:
         for ready in edits:
             ready.apply(x, first, column, heads)

@@ -60,7 +60,7 @@ def edits_of(spec: Spec, layers: int) -> list[Edit]:
 
 
 @dataclass
-class Batch:
+class EditBatch:
     """The edits by one intervention at one stage of one layer: entry i is at row `rows[i]`, column `columns[i]`, head `heads[i]`.
 
     Entries are ordered by row. `sources` say what comes in place, in the same order: a spec, the prompts, and which of their
@@ -121,7 +121,7 @@ class Group:
     prompts: np.ndarray
     specs: np.ndarray
     bounds: list[tuple[int, int, int, int]]
-    edits: dict[tuple[int, Stage], list[Batch]]
+    edits: dict[tuple[int, Stage], list[EditBatch]]
     trunk: Group | None = None
     trunk_rows: np.ndarray | None = None
 
@@ -215,9 +215,9 @@ def _group(start: int, stop: int, mine: np.ndarray, entering: list[_Entering], w
                 of_batch.append((places, heads, []))
             of_batch[-1][2].append((number, spec))
             rounds[key] += 1
-    edits: dict[tuple[int, Stage], list[Batch]] = defaultdict(list)
+    edits: dict[tuple[int, Stage], list[EditBatch]] = defaultdict(list)
     for (layer, stage, round_, name), of_batch in sorted(runs.items(), key=lambda item: item[0]):
-        batch = Batch(interventions[name], round_)
+        batch = EditBatch(interventions[name], round_)
         for (columns, kept, alive), _, run in of_batch:
             own = alive[mine]
             if own.any():

@@ -27,11 +27,11 @@ from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
-    agreed,
-    from_first,
-    gathered,
+    all_gather,
+    broadcast_from_main,
     input_device,
     no_gradients,
+    on_all_ranks,
     processes,
 )
 from pyvene_ext.models.identity import config_hash, weight_hash
@@ -123,7 +123,7 @@ def sweep_resolved(
             facts = store_facts(resolved, metric, which) | ({"compiled": True} if compile else {})
             kept = held = stack.enter_context(open_together(store, facts, _remembered(plan)))
             # Read before anyone adds a wave, and by one process, so that all share out the same ones.
-            whole, remembered, finished = from_first(lambda: (held.result, held.plan, held.finished))
+            whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
                 return Result(resolved.names, metric, **whole)
             if remembered != _remembered(plan):
@@ -147,7 +147,7 @@ def sweep_resolved(
                 bar.finish(number)
                 if kept is not None:
                     kept.add(*made[-1])
-        everything = dict(wave for of_one in gathered(made) for wave in of_one)
+        everything = dict(wave for of_one in all_gather(made) for wave in of_one)
         result = _merged(plan, finished | everything, which)
         if kept is not None and group.is_main_process:
             kept.complete(result)
@@ -163,8 +163,8 @@ def open_together(folder: str | Path, facts: dict[str, Any], plan: dict[str, Any
     """The store of all processes: the first one holds it, and what stops one stops all."""
     first = processes().is_main_process
     with ExitStack() as stack:
-        held = agreed(lambda: stack.enter_context(Store(folder, facts, plan)) if first else None)
-        yield agreed(lambda: held or stack.enter_context(Store(folder, facts, plan, member=True)))
+        held = on_all_ranks(lambda: stack.enter_context(Store(folder, facts, plan)) if first else None)
+        yield on_all_ranks(lambda: held or stack.enter_context(Store(folder, facts, plan, member=True)))
 
 
 def _remembered(plan: Plan) -> dict[str, Any]:

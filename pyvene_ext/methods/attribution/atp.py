@@ -116,7 +116,7 @@ def atp_star(
     layers = n_layers(model.config)
     if grad_drop and layers == 1:
         raise ValueError("GradDrop drops one layer of several, and the model has a single one; pass grad_drop=False.")
-    edits = dict.fromkeys(_Edit.of(patch, qk_fix) for spec in specs for patch in members(spec))
+    edits = dict.fromkeys(_PatchGroup.of(patch, qk_fix) for spec in specs for patch in members(spec))
     places = [where for edit in edits for where in (edit.edits, edit.reads)]
     if grad_drop:
         places += [(component, layer) for component in ADDS for layer in range(layers)]
@@ -133,7 +133,9 @@ def atp_star(
         for batch in base.batches(batch_size, "right"):
             found = _effects(resolved, list(edits), batch, metric, grad_drop)
             for number, spec in enumerate(specs):
-                parts = [found[_Edit.of(patch, qk_fix)][:, :, list(patch.heads or (0,))] for patch in members(spec)]
+                parts = [
+                    found[_PatchGroup.of(patch, qk_fix)][:, :, list(patch.heads or (0,))] for patch in members(spec)
+                ]
                 total = torch.stack([part.sum(-1) for part in parts]).sum(0)  # dropped batch
                 total = total.abs().sum(0) / (layers - 1) if grad_drop else total[0]
                 estimates[number, batch.index] = total.numpy()
@@ -141,7 +143,7 @@ def atp_star(
     return estimates
 
 
-class _Edit(NamedTuple):
+class _PatchGroup(NamedTuple):
     """What patches that differ in heads only have in common; it is worked out for all heads at once."""
 
     place: Place
@@ -149,7 +151,7 @@ class _Edit(NamedTuple):
     recomputes: bool  # the pattern, by the QK-fix
 
     @classmethod
-    def of(cls, patch: Any, qk_fix: bool) -> _Edit:
+    def of(cls, patch: Any, qk_fix: bool) -> _PatchGroup:
         return cls(patch.place, patch.positions, qk_fix and patch.site in ("q", "k"))
 
     @property
@@ -166,11 +168,11 @@ class _Edit(NamedTuple):
 
 def _effects(
     resolved: Resolved,
-    edits: list[_Edit],
+    edits: list[_PatchGroup],
     batch: Batch,
     metric: str,
     grad_drop: bool,
-) -> dict[_Edit, Float[Tensor, "dropped batch head"]]:
+) -> dict[_PatchGroup, Float[Tensor, "dropped batch head"]]:
     """The first-order effect of every edit on one batch, for each layer dropped in turn (or none), on the CPU.
 
     "head" has one entry for a site without heads.
@@ -194,7 +196,7 @@ def _effects(
                 new = _pattern(model, edit, new, calls)
             changes[edit] = seen[edit.reads].float() - new.float()
 
-    effects: dict[_Edit, list[Tensor]] = {edit: [] for edit in edits}
+    effects: dict[_PatchGroup, list[Tensor]] = {edit: [] for edit in edits}
     places = list(dict.fromkeys(edit.reads for edit in edits))
     for layer in range(n_layers(model.config)) if grad_drop else (-1,):
         shut.clear()
@@ -208,7 +210,7 @@ def _effects(
 
 def _patched(
     old: Float[Tensor, "batch pos width"],
-    edit: _Edit,
+    edit: _PatchGroup,
     batch: Batch,
     resolved: Resolved,
 ) -> Float[Tensor, "batch pos width"]:
@@ -223,7 +225,7 @@ def _patched(
 
 
 def _pattern(
-    model: PreTrainedModel, edit: _Edit, new: Tensor, calls: dict[int, tuple[tuple, dict]]
+    model: PreTrainedModel, edit: _PatchGroup, new: Tensor, calls: dict[int, tuple[tuple, dict]]
 ) -> Float[Tensor, "batch n_query n_head*n_key"]:
     """The attention pattern with patched queries or keys: the attention module called again as it was in this run."""
     component, layer = edit.edits
@@ -235,7 +237,7 @@ def _pattern(
     return seen[edit.reads]
 
 
-def _by_head(product: Tensor, edit: _Edit, model: PreTrainedModel) -> Float[Tensor, "batch head"]:
+def _by_head(product: Tensor, edit: _PatchGroup, model: PreTrainedModel) -> Float[Tensor, "batch head"]:
     """The sum over what belongs to each head of the edited site: of a K/V head the patterns of all that read it."""
     component = COMPONENTS[FIELD_NAMES[edit.place[0]]]
     if component.heads is None:

@@ -147,7 +147,7 @@ def integrated_gradients(
     tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)
     value, at_baseline = np.empty(len(prompts)), np.empty(len(prompts))
     bar = tqdm(total=len(prompts), desc=f"{target.layer}.{target.head}", unit="prompt", disable=not progress)
-    with bar, evaluating(model), torch.inference_mode(False), _Head(model, target) as head:
+    with bar, evaluating(model), torch.inference_mode(False), _TargetOutput(model, target) as head:
         model.requires_grad_(False)  # nothing is kept for parameters
         start_point = baseline_embedding(model, baseline, prompts.pad_id)
         for batch in batches:
@@ -202,7 +202,7 @@ class _Enough(Exception):
     """No more of the model needs to run."""
 
 
-class _Head:
+class _TargetOutput:
     """A head's number, read while the model runs on embeddings; a context manager."""
 
     def __init__(self, model: PreTrainedModel, target: Target) -> None:
@@ -210,7 +210,7 @@ class _Head:
         self.where: Where = "head_contribution" if target.hubs is None else "attention_pattern", target.layer
         self.hooks = ExitStack()
 
-    def __enter__(self) -> _Head:
+    def __enter__(self) -> _TargetOutput:
         with ExitStack() as hooks:
             hooks.enter_context(Taps(self.model, card_of(self.model), [self.where]))
             visit(self.model, self.where, self._see, hooks)

@@ -34,7 +34,7 @@ from pyvene_ext.engine.sweep.run import sweep as fast_sweep
 from pyvene_ext.intervenable.statistics import Place, Reference
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.gradients import answer_logits, check_gradient, check_places
-from pyvene_ext.models.devices import from_first
+from pyvene_ext.models.devices import broadcast_from_main
 from pyvene_ext.models.hooks import SIDE_BY_SIDE, keep_places, split_heads
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
@@ -304,7 +304,9 @@ def screened(
     resolved = _resolved(model, specs, prompts, metric, reference).measured(batch_size=batch_size, progress=progress)
     specs, reference = resolved.specs, resolved.sources.reference
     # By one process for all: what is run exactly must not hang on a last bit that differs between two GPUs.
-    estimates = from_first(lambda: estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress))
+    estimates = broadcast_from_main(
+        lambda: estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
+    )
     could_matter = ~(np.abs(estimates) <= margin * tau).all(1)  # an estimate that is not a number sets nothing aside
     aside = np.flatnonzero(~could_matter)
     n_checked = min(len(aside), max(LEAST_CHECKED, int(np.ceil(check * len(aside)))))

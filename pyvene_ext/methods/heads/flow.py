@@ -38,7 +38,7 @@ from pyvene_ext.models.hooks import (
     split_heads,
     visit,
 )
-from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import (
     Batch,
@@ -83,7 +83,7 @@ def renormalise(
     return blocks / total[..., None], residual / total
 
 
-class Node(NamedTuple):
+class StreamState(NamedTuple):
     """A state of the residual stream: resid_pre (of layer 0 only), resid_mid or resid_post; `pos` 0 is the first token."""
 
     site: str
@@ -94,11 +94,11 @@ class Node(NamedTuple):
         return f"{self.site}.{self.layer}@{self.pos}"
 
 
-class Edge(NamedTuple):
+class FlowEdge(NamedTuple):
     """One part of the node `target`: what `source` brings there, via "residual", "mlp" or a head ("layer.head")."""
 
-    source: Node
-    target: Node
+    source: StreamState
+    target: StreamState
     via: str
     importance: float
 
@@ -135,7 +135,7 @@ class Flow:
     def __len__(self) -> int:
         return len(self.attention)
 
-    def graph(self, prompt: int, tau: float = TAU, renormalise: bool = False) -> tuple[Edge, ...]:
+    def graph(self, prompt: int, tau: float = TAU, renormalise: bool = False) -> tuple[FlowEdge, ...]:
         """The edges of one prompt above `tau` through which its last token's final state can be reached, last layer first.
 
         Args:
@@ -151,19 +151,21 @@ class Flow:
         kept = self._kept(prompt, tau)
         if renormalise:
             kept = _renormalised(kept, tau)
-        edges: list[Edge] = []
+        edges: list[FlowEdge] = []
         for layer, post, mid in _reached(kept):
             below = ("resid_post", layer - 1) if layer else ("resid_pre", 0)
             for pos in np.flatnonzero(post).tolist():
-                source, target = Node("resid_mid", layer, pos), Node("resid_post", layer, pos)
+                source, target = StreamState("resid_mid", layer, pos), StreamState("resid_post", layer, pos)
                 edges += _present(source, target, "residual", kept.mlp_residual[layer, pos])
                 edges += _present(source, target, "mlp", kept.mlp[layer, pos])
             for pos in np.flatnonzero(mid).tolist():
-                target = Node("resid_mid", layer, pos)
-                edges += _present(Node(*below, pos), target, "residual", kept.attn_residual[layer, pos])
+                target = StreamState("resid_mid", layer, pos)
+                edges += _present(StreamState(*below, pos), target, "residual", kept.attn_residual[layer, pos])
                 here = kept.attention[layer, :, pos]
                 for head, source_pos in np.argwhere(here).tolist():
-                    edges += _present(Node(*below, source_pos), target, f"{layer}.{head}", here[head, source_pos])
+                    edges += _present(
+                        StreamState(*below, source_pos), target, f"{layer}.{head}", here[head, source_pos]
+                    )
         return tuple(edges)
 
     def active_heads(self, tau: float = TAU) -> Bool[np.ndarray, "prompt layer head"]:
@@ -265,7 +267,7 @@ def _watch(
         seen[component] = split_heads(x, component, model)
 
     def done(_: Tensor) -> None:
-        if not drafting(model):
+        if not is_unrolling(model):
             _measure(_Block(model, card, layer, seen), layer, batch, arrays)
         seen.clear()
 
@@ -386,6 +388,6 @@ def _reached(kept: _Importances) -> Iterator[tuple[int, Bool[np.ndarray, " pos"]
         post = (mid & (kept.attn_residual[layer] > 0)) | kept.attention[layer][:, mid].any((0, 1))
 
 
-def _present(source: Node, target: Node, via: str, importance: float) -> list[Edge]:
+def _present(source: StreamState, target: StreamState, via: str, importance: float) -> list[FlowEdge]:
     """The edge as a list, empty if it was not kept."""
-    return [Edge(source, target, via, float(importance))] if importance > 0 else []
+    return [FlowEdge(source, target, via, float(importance))] if importance > 0 else []

@@ -31,7 +31,7 @@ from modelcards.attention_taps import output_weight
 from pyvene_ext.engine import metrics
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.hooks import SIDE_BY_SIDE, visit
+from pyvene_ext.models.hooks import SIDE_BY_SIDE, Where, visit
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.norms import TOLERANCE, FrozenNorm
@@ -40,9 +40,6 @@ from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.joint import OneSpec, Spec, members
-
-Place = tuple[str, int]  # component, layer
-
 
 # -- the logit lens ----------------------------------------------------------------------------------------------------
 
@@ -310,13 +307,13 @@ def _dot(directions: Float[Tensor, "batch answer d"], x: Float[Tensor, "batch d"
 
 
 def _run(
-    replay: Replay, batch: Batch, places: Sequence[Place], tokens: list[int], steering: Resolved | None = None
-) -> dict[Place, Float[Tensor, "batch d"]]:
+    replay: Replay, batch: Batch, places: Sequence[Where], tokens: list[int], steering: Resolved | None = None
+) -> dict[Where, Float[Tensor, "batch d"]]:
     """One forward pass; what there is at the places, before anything is added there, at one token of each prompt."""
     first = torch.tensor(batch.last_columns) - torch.tensor(batch.lengths) + 1
-    columns, seen = first + torch.tensor(tokens), dict[Place, Tensor]()
+    columns, seen = first + torch.tensor(tokens), dict[Where, Tensor]()
 
-    def keep(place: Place, x: Tensor) -> None:
+    def keep(place: Where, x: Tensor) -> None:
         seen[place] = x[torch.arange(len(x), device=x.device), columns.to(x.device)]
 
     with ExitStack() as hooks:
@@ -334,7 +331,7 @@ def _run(
     return seen
 
 
-def _steering(edit: OneSpec, batch: Batch, resolved: Resolved) -> tuple[Place, Callable[[Tensor], Tensor]]:
+def _steering(edit: OneSpec, batch: Batch, resolved: Resolved) -> tuple[Where, Callable[[Tensor], Tensor]]:
     """Where an addition is made, all heads side by side, and what adds it there in place."""
     width = batch.input_ids.shape[1]
     rows, columns = [], []

@@ -22,7 +22,7 @@ from modelcards import Taps, card_of, n_layers
 from modelcards.attention_taps import MASKS_UNDERSTOOD
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import split_heads, visit
-from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 
@@ -63,7 +63,7 @@ def read_patterns(
         running: list[Batch] = []
 
         def at_pattern(layer: int, pattern: Tensor) -> None:
-            if not drafting(model):
+            if not is_unrolling(model):
                 see(layer, running[0], split_heads(pattern, "attention_pattern", model))
 
         hooks.enter_context(Taps(model, card, [("attention_pattern", layer) for layer in layers]))

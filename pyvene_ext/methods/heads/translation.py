@@ -35,7 +35,7 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.patterns import read_patterns
 from pyvene_ext.methods.patching.patch import all_paths, patch
 from pyvene_ext.methods.patching.subspace import concept_directions
-from pyvene_ext.models.devices import agreed, is_main_process
+from pyvene_ext.models.devices import is_main_process, on_all_ranks
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.specs.ablation import all_heads
 from pyvene_ext.specs.joint import Spec
@@ -206,7 +206,7 @@ def path_changes(
     facts = store_facts(resolve(sending, model, plus, minus), "logit", range(len(plus)))
     with ExitStack() as stack:
         kept = None if store is None else stack.enter_context(open_together(store, facts, {"prompts": AT_ONCE}))
-        done = agreed(lambda: {} if kept is None else kept.finished)
+        done = on_all_ranks(lambda: {} if kept is None else kept.finished)
         for number, start in enumerate(range(0, len(plus), AT_ONCE)):
             some = range(start, min(start + AT_ONCE, len(plus)))
             if number not in done:

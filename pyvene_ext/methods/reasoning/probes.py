@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from modelcards import Taps, card_of, dimensions, n_layers
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import Where, visit
-from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
@@ -89,7 +89,7 @@ def read_residuals(
             rows = list(zip(batch.index, starts, strict=True))
 
             def keep(place: int, x: Float[Tensor, "batch pos d"], rows: list[tuple[int, int]] = rows) -> None:
-                if drafting(model):
+                if is_unrolling(model):
                     return
                 for row, (prompt, start) in zip(x, rows, strict=True):
                     question = row[[start + at for at in questions[prompt]]].float().mean(0)

@@ -38,12 +38,13 @@ from modelcards.attention_taps import output_weight
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import (
+    StopForward,
     Where,
     keep_places,
-    run_instead,
+    replace_forward,
     visit,
 )
-from pyvene_ext.models.latent_steps import drafting
+from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
 from pyvene_ext.stats.controls import Head
@@ -374,10 +375,6 @@ def _named(head: Head) -> str:
     return f"{head[0]}.{head[1]}"
 
 
-class _Seen(Exception):
-    """All that was wanted of a forward pass has been seen."""
-
-
 def head_output(
     model: PreTrainedModel,
     head: Head,
@@ -399,12 +396,12 @@ def head_output(
 
     def at_contributions(shares: Tensor) -> None:
         found.append(shares.unflatten(-1, (n_heads(model.config), -1))[:, :, number])
-        raise _Seen
+        raise StopForward
 
-    with ExitStack() as hooks, suppress(_Seen):
+    with ExitStack() as hooks, suppress(StopForward):
         for earlier in range(layer):
             block = card_of(model).module(model, "block_output", earlier)
-            hooks.enter_context(run_instead(block, lambda hidden_states, *_, **__: hidden_states))
+            hooks.enter_context(replace_forward(block, lambda hidden_states, *_, **__: hidden_states))
         visit(model, ("block_input", layer), lambda _: stream, hooks)
         visit(model, ("head_contribution", layer), at_contributions, hooks)
         # Not the decoder's own hooks: the host's, if that is it, are about the run that this is part of.
@@ -503,7 +500,7 @@ class _Host:
         if not self.at_work or self.donor_runs:
             return
         whole = stream
-        if self.new_tokens and not drafting(self.model):
+        if self.new_tokens and not is_unrolling(self.model):
             before = self.streams.get(layer)
             whole = stream if before is None else torch.cat([before, stream], 1)
             self.streams[layer] = whole

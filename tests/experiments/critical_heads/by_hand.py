@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_tasks import draw
 
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.tiny_tasks import draw
 
 Logits = Callable[[Sequence[int]], torch.Tensor]  # ids of a problem -> logits [vocab] behind them
 

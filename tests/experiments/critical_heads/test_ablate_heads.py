@@ -12,11 +12,11 @@ import pytest
 import yaml
 from critical_heads import ablate_heads as study
 from critical_heads import setting as common
-from tiny_tasks import draw
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.tiny_tasks import draw
 from pyvene_ext.stats.controls import mcnemar_p
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow

@@ -13,7 +13,6 @@ import torch
 from critical_heads import ablate_heads, force_attention, patch_hub, rank_heads
 from critical_heads import setting as common
 from safetensors.torch import load_file
-from tiny_tasks import draw
 from transformers import LlamaForCausalLM
 
 from pyvene_ext.io.cli import run as run_study
@@ -25,6 +24,7 @@ from pyvene_ext.models.latent_steps import (
     save,
 )
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.tiny_tasks import draw
 from tests.experiments.critical_heads.by_hand import table
 from tests.ground_truth.ablations import statistics
 from tests.ground_truth.continuous_thought import At, thought, written

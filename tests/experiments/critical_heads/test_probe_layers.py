@@ -13,12 +13,12 @@ import pytest
 import torch
 from critical_heads import probe_layers as study
 from critical_heads import setting as common
-from tiny_tasks import NAMES_EN, draw
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning.probes import ALPHAS, deal_folds
 from pyvene_ext.prompts.problems import Problem
+from pyvene_ext.prompts.tiny_tasks import NAMES_EN, draw
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import probes as slow
 

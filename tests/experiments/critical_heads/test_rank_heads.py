@@ -15,7 +15,7 @@ from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.block_scores import SCORES, block_scores
 from pyvene_ext.prompts.problems import Problem, Questions
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.report.attention import read_views
+from pyvene_ext.runs.attention import read_views
 from tests.experiments.critical_heads import by_hand
 
 MODEL = "tiny-qwen2.5"

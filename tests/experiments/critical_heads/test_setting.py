@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from critical_heads import rank_heads
 from critical_heads import setting as common
-from tiny_tasks import is_held_out
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import CHAT_TEMPLATE, load_problems
+from pyvene_ext.prompts.tiny_tasks import is_held_out
 
 
 def asked(model: Any, tokenizer: Any, **flags: Any) -> list[str]:

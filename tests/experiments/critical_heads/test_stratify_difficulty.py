@@ -14,13 +14,13 @@ import torch
 from critical_heads import ablate_heads as ablation
 from critical_heads import setting as common
 from critical_heads import stratify_difficulty as study
-from tiny_tasks import draw
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Problem
+from pyvene_ext.prompts.tiny_tasks import draw
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at

@@ -30,8 +30,8 @@ from pyvene_ext.models.identity import weight_hash
 from pyvene_ext.models.latent_steps import (
     Format,
     attach,
-    drafting,
     format_of,
+    is_unrolling,
     projection,
     save,
 )
@@ -133,7 +133,7 @@ def test_logits_in_a_padded_batch_are_those_of_stepping_with_a_cache(family: str
     for which, logits in enumerate(batch_logits(model, questions)):
         expected, _ = by_hand(plain, weights, questions, which)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert not drafting(model)
+    assert not is_unrolling(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -383,7 +383,7 @@ def test_a_model_is_left_as_it_was_after_an_error() -> None:
     runs = []
 
     def broken(*_: Any) -> None:
-        runs.append(drafting(model))
+        runs.append(is_unrolling(model))
         if len(runs) == 3:  # two latent steps are known by then
             raise KeyError("a hook")
 
@@ -391,7 +391,7 @@ def test_a_model_is_left_as_it_was_after_an_error() -> None:
     with pytest.raises(KeyError):
         model(**batch.inputs())
     handle.remove()
-    assert runs == [True] * 3 and not drafting(model)
+    assert runs == [True] * 3 and not is_unrolling(model)
     ids = batch.input_ids
     embedded = model.get_input_embeddings()(ids)  # nothing is filled in outside of a run
     torch.testing.assert_close(embedded, torch.nn.functional.embedding(ids, model.get_input_embeddings().weight))

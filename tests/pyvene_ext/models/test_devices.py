@@ -29,7 +29,7 @@ from pyvene_ext.methods.attribution.screen import estimate
 from pyvene_ext.models.devices import input_device, weights_on_a_device
 from pyvene_ext.models.identity import weight_hash
 from pyvene_ext.models.loading import load_model
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
 from tests.pretended_devices import PretendedDevices, spread

@@ -13,16 +13,9 @@ import torch
 from plotly.offline import get_plotlyjs
 
 from modelcards import n_heads
-from pyvene_ext.report import attention as attention_view
-from pyvene_ext.report.attention import (
-    FILE,
-    View,
-    attention_html,
-    attention_page,
-    look,
-    read_views,
-    write_views,
-)
+from pyvene_ext.report.attention import attention_html, attention_page
+from pyvene_ext.runs import attention as attention_view
+from pyvene_ext.runs.attention import FILE, View, look, read_views, write_views
 from tests.browser import in_browser, needs_browser
 from tests.random_prompts import random_prompts
 from tests.saved_models import shipped_tokenizer

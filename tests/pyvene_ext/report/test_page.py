@@ -19,11 +19,11 @@ from pyvene_ext.io.files import write_csv, write_json, write_yaml
 from pyvene_ext.report import Run, write_report
 from pyvene_ext.report.__main__ import Config as ReportConfig
 from pyvene_ext.report.__main__ import main
-from pyvene_ext.report.attention import View, write_views
 from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
 from pyvene_ext.report.routes import Routes, draw_routes
 from pyvene_ext.report.run import by_group, columns
 from pyvene_ext.runs import figures
+from pyvene_ext.runs.attention import View, write_views
 from tests.browser import in_browser, needs_browser
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

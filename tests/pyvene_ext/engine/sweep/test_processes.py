@@ -21,7 +21,6 @@ from typing import Any
 
 import activation_frequencies_ifr as study
 import numpy as np
-import prompt_sets
 import pytest
 from accelerate import PartialState
 
@@ -30,12 +29,13 @@ from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.devices import (
-    agreed,
-    from_first,
-    gathered,
+    all_gather,
+    broadcast_from_main,
     is_main_process,
+    on_all_ranks,
     processes,
 )
+from pyvene_ext.prompts import shipped
 from pyvene_ext.specs.ablation import all_heads
 from pyvene_ext.specs.joint import Spec
 from tests.processes import start
@@ -293,11 +293,11 @@ def test_a_process_may_be_slower_than_the_launchs_time_limit(launch: Any) -> Non
 def test_values_are_gathered_in_the_order_of_processes(launch: Any) -> None:
     def exchange() -> dict[str, np.ndarray]:
         rank = processes().process_index
-        return {"all": np.array(gathered(rank * 10)), "first": np.array(from_first(lambda: rank * 10 + 1))}
+        return {"all": np.array(all_gather(rank * 10)), "first": np.array(broadcast_from_main(lambda: rank * 10 + 1))}
 
     for found in launch(exchange).both:
         assert found["all"].tolist() == [0, 10] and found["first"] == 1
-    assert gathered("one") == ["one"] and from_first(lambda: "one") == "one"
+    assert all_gather("one") == ["one"] and broadcast_from_main(lambda: "one") == "one"
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -306,7 +306,7 @@ def test_an_error_of_one_process_is_raised_in_all(who: int, launch: Any) -> None
         if processes().process_index == who:
             raise ValueError(f"process {who} cannot.")
 
-    assert launch(lambda: agreed(refuse)).sentences == [f"process {who} cannot."] * 2
+    assert launch(lambda: on_all_ranks(refuse)).sentences == [f"process {who} cannot."] * 2
 
 
 # -- as a user launches it ---------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_accelerate_launch_gives_the_bits_of_one_process_and_ends_when_one_dies(
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pairs = json.loads((prompt_sets.PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][:9]
+    pairs = json.loads((shipped.PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][:9]
     path = tmp_path_factory.mktemp("data") / "few.json"
     path.write_text(json.dumps(pairs), encoding="utf-8")
     return path

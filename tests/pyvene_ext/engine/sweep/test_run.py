@@ -440,7 +440,7 @@ def test_the_plan_says_how_much_there_is_to_do():
 
 def test_a_trained_model_gives_the_same_too():
     model, tokenizer = loading.load_model("tiny-gemma2")
-    prompts = PromptSet.load("experiments/prompts/ioi_en.json").tokenize(tokenizer)
+    prompts = PromptSet.load("pyvene_ext/prompts/data/ioi_en.json").tokenize(tokenizer)
     specs = all_heads(model.config, "mean", positions="last", mean="per_position")[::5]
     reference = reference_for(specs, model, prompts, progress=False)
     slow = run(model, specs, prompts, reference=reference, progress=False)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted_circuits import ARCHITECTURES, Architecture, Planted, planted
 from scipy.stats import binomtest
+from tiny.planted_circuits import ARCHITECTURES, Architecture, Planted, planted
 from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM
 

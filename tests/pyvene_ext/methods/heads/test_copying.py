@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted_circuits import ARCHITECTURES, LENGTH, SYMBOLS, planted, token
+from tiny.planted_circuits import ARCHITECTURES, LENGTH, SYMBOLS, planted, token
 from torch import Tensor, nn
 
 from pyvene_ext.methods.heads import copying

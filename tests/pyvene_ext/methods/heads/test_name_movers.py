@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted_circuits import planted
+from tiny.planted_circuits import planted
 from torch import Tensor, nn
 
 from pyvene_ext.methods.heads.name_movers import (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted_circuits import ARCHITECTURES, CASES, Architecture, planted
+from tiny.planted_circuits import ARCHITECTURES, CASES, Architecture, planted
 from torch import Tensor, nn
 
 from modelcards import n_heads, n_kv_heads, n_layers

@@ -1,125 +1,43 @@
-"""The project's figures: one style, colours that colour-blind readers can tell apart, units on every axis.
-
-Every function returns a matplotlib `Figure` made without pyplot, so that it works without a screen and leaves nothing open; the
-style holds only while one of these functions runs. `save` writes the figure.
-"""
+"""Figures of numbers by head: maps, curves, histograms and scatter plots."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int, Num
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
 
-from pyvene_ext.io.files import atomic_path
+from pyvene_ext.runs.figures.style import (
+    BLUE,
+    DIVERGING,
+    GREEN,
+    GREY,
+    LAYERS,
+    ORANGE,
+    PINK,
+    SEQUENTIAL,
+    SKY,
+    STYLE,
+    caption,
+    log_axis,
+    styled,
+    whole_numbers,
+)
 from pyvene_ext.stats.correlations import Correlation, q_values
 from pyvene_ext.stats.intervals import Interval
 
-# The first has no Chinese or Japanese; matplotlib looks for a missing character in the next, and complains of absent fonts.
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei")
-STYLE: dict[Any, Any] = {
-    "font.family": [font for font in FONTS if font in get_font_names()],
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "hatch.color": "#9a9a9a",
-    "hatch.linewidth": 0.6,
-    "text.parse_math": False,  # a $ in a file name is a $
-    "figure.constrained_layout.use": True,
-    "pdf.fonttype": 42,  # text stays text: searchable, and editable in a drawing program
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pyvene-ext",  # its ids are random otherwise
-}
-SEQUENTIAL = "viridis"
-DIVERGING = "RdBu_r"
-LAYERS = "cividis"
-# Okabe and Ito's colours (2008), and two greys.
-BLUE, ORANGE, GREY, LIGHT = "#0072b2", "#d55e00", "#6b6b6b", "#b5b5b5"
-GREEN, PINK, SKY, AMBER = "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
 
-_styled = matplotlib.rc_context(STYLE)
-
-
-def drawable(text: str) -> bool:
-    """Whether the fonts at hand have all characters of a text; else it is better named otherwise."""
-    return all(character.isspace() or ord(character) in _characters() for character in text)
-
-
-@cache
-def _characters() -> frozenset[int]:
-    return frozenset(code for font in STYLE["font.family"] for code in get_font(findfont(font)).get_charmap())
-
-
-@_styled
-def save(figure: Figure, path: str | Path, dpi: int = 200) -> list[Path]:
-    """Write `figure` to `path`, complete or not at all; the ending chooses the format (.png, .pdf, .svg). Returns what it wrote.
-
-    Beside a .png its .pdf is written, for papers: the same drawing, without a limit to its resolution. Equal figures give equal
-    files of these three formats, byte for byte.
-
-    Raises:
-        ValueError: the path's ending is not a format that matplotlib writes.
-    """
-    check_path(path)
-    path = Path(path)
-    ending = path.suffix.lower()
-    # Without the style's layout: matplotlib would give it to a figure that has none, once that is drawn.
-    with matplotlib.rc_context({"figure.constrained_layout.use": False}), atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, metadata=UNDATED.get(ending))
-        if ending != ".png":
-            return [path]
-        # Inside, so that where the PNG is, the PDF is; and laid out as it is, because every drawing moves things a little.
-        pdf, engine = path.with_suffix(".pdf"), figure.get_layout_engine()
-        with atomic_path(pdf) as beside, ExitStack() as after:
-            if engine is not None:
-                figure.set_layout_engine("none")
-                after.callback(figure.set_layout_engine, engine)
-            figure.savefig(beside, metadata=UNDATED[".pdf"])
-    return [pdf, path]
-
-
-# What would say when a file was written.
-UNDATED: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-
-
-def check_path(path: str | Path) -> None:
-    """Raise ValueError unless `save` could write `path`'s format: for asking before hours of work, not after."""
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    ending = Path(path).suffix.lower().removeprefix(".")
-    if ending not in formats:
-        raise ValueError(f"{path} does not end in a figure format; use one of .png, .pdf or .svg.")
-
-
-@_styled
+@styled
 def head_heatmap(
     matrix: Num[np.ndarray, "layer head"],
     title: str,
@@ -155,7 +73,7 @@ def head_heatmap(
     figure = Figure(figsize=(width + 1.7, height + 1.0))
     axes = figure.add_subplot()
     image = _draw_heads(axes, matrix, low, high, diverging, first_layer)
-    _caption(figure, axes, title, "head", "layer")
+    caption(figure, axes, title, "head", "layer")
     bar = figure.colorbar(image, ax=axes, label=label, fraction=0.16 / width, aspect=height / 0.14, pad=0.02)
     bar.outline.set_visible(False)
     if not np.isfinite(matrix).all():
@@ -164,7 +82,7 @@ def head_heatmap(
     return figure
 
 
-@_styled
+@styled
 def compared_heads(
     a: Num[np.ndarray, "layer head"],
     b: Num[np.ndarray, "layer head"],
@@ -206,7 +124,7 @@ def compared_heads(
     return figure
 
 
-@_styled
+@styled
 def frequency_curve(
     taus: Float[np.ndarray, " tau"],
     frequencies: Float[np.ndarray, "tau layer head"],
@@ -244,8 +162,8 @@ def frequency_curve(
     if tau is not None:
         axes.axvline(tau, color=ORANGE, linewidth=1.2, linestyle="--", label=f"tau = {tau:g}")
     if taus[0] > 0:
-        _log_axis(axes)
-    _caption(figure, axes, title, threshold, "activation frequency (mean over heads)")
+        log_axis(axes)
+    caption(figure, axes, title, threshold, "activation frequency (mean over heads)")
     axes.set_ylim(0, 1.02)
     axes.margins(x=0)
     axes.grid()
@@ -253,7 +171,7 @@ def frequency_curve(
     return figure
 
 
-@_styled
+@styled
 def histogram_abs_delta(
     delta: np.ndarray,
     *,
@@ -282,8 +200,8 @@ def histogram_abs_delta(
     axes = figure.add_subplot()
     bins = np.geomspace(smallest * 0.999, size.max() * 1.001, 61)
     axes.hist(shown, bins=list(bins), weights=np.full(shown.size, 100 / size.size), color=BLUE, linewidth=0)
-    _log_axis(axes)
-    _caption(figure, axes, title, "|delta| (logit difference)", "share of heads × prompts (%)")
+    log_axis(axes)
+    caption(figure, axes, title, "|delta| (logit difference)", "share of heads × prompts (%)")
     axes.margins(x=0)
     axes.grid(axis="y")
     if tau is not None:
@@ -296,7 +214,7 @@ def histogram_abs_delta(
     return figure
 
 
-@_styled
+@styled
 def scatter_heads(
     a: Num[np.ndarray, "layer head"],
     b: Num[np.ndarray, "layer head"],
@@ -333,7 +251,7 @@ def scatter_heads(
     limits = axes.get_xlim(), axes.get_ylim()
     axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8, linestyle=":", zorder=0, label="y = x")
     axes.set(xlim=limits[0], ylim=limits[1])  # the line must not widen the view
-    _caption(figure, axes, title, f"{name_a}: {quantity}", f"{name_b}: {quantity}", pad=21)
+    caption(figure, axes, title, f"{name_a}: {quantity}", f"{name_b}: {quantity}", pad=21)
     words = axes.text(0, 1.02, _in_words(correlation), transform=axes.transAxes, color=GREY)
     words.set_in_layout(False)  # else the axes shrink until the words end beside the colour bar
     axes.grid()
@@ -341,7 +259,7 @@ def scatter_heads(
     return figure
 
 
-@_styled
+@styled
 def layer_lines(
     layers: Sequence[int], correlations: Sequence[Correlation], *, title: str, alpha: float = 0.05
 ) -> Figure:
@@ -373,15 +291,15 @@ def layer_lines(
         axes.plot([], [], marker=marker, markersize=4.5, label=name.capitalize(), **look)
     hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": GREY}
     axes.plot([], [], "o", markersize=4.5, label=f"hollow: permutation q ≥ {alpha:g}", **hollow)
-    _caption(figure, axes, title, "layer", "correlation over heads (95% interval)")
+    caption(figure, axes, title, "layer", "correlation over heads (95% interval)")
     axes.set_xlim(numbers[0] - 0.6, numbers[-1] + 0.6)
-    _whole_numbers(axes.xaxis, layers[0], len(layers))
+    whole_numbers(axes.xaxis, layers[0], len(layers))
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
-@_styled
+@styled
 def faithfulness_curves(
     curves: Mapping[str, tuple[Int[np.ndarray, " size"], Interval]],
     random: Mapping[str, tuple[int, Float[np.ndarray, " circuit"]]] | None = None,
@@ -421,8 +339,8 @@ def faithfulness_curves(
         label = f"{len(values)} random circuits: {name}"
         axes.plot([size] * len(values), values, "_", color=colour, markersize=12, label=label)
     if all(sizes[0] > 0 for sizes, _ in curves.values()):
-        _log_axis(axes)
-    _caption(figure, axes, title, "edges allowed", "faithfulness (1: the whole model)")
+        log_axis(axes)
+    caption(figure, axes, title, "edges allowed", "faithfulness (1: the whole model)")
     axes.grid()
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -451,8 +369,8 @@ def _draw_heads(
         interpolation="nearest",
         extent=(-0.5, n_heads - 0.5, first_layer + n_layers - 0.5, first_layer - 0.5),
     )
-    _whole_numbers(axes.xaxis, 0, n_heads)
-    _whole_numbers(axes.yaxis, first_layer, n_layers)
+    whole_numbers(axes.xaxis, 0, n_heads)
+    whole_numbers(axes.yaxis, first_layer, n_layers)
     axes.spines[:].set_visible(False)
     return image
 
@@ -469,25 +387,6 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
 
 
-def _whole_numbers(axis: Axis, first: int, count: int) -> None:
-    """Ticks on the whole numbers from `first`: all of them where there is room, else the multiples of a round step."""
-    step = next(step for step in (1, 2, 4, 5, 8, 10, 20, 50, count) if count <= 16 * step)
-    axis.set_ticks(range(-(-first // step) * step, first + count, step))
-
-
-def _caption(figure: Figure, axes: Axes, title: str, xlabel: str, ylabel: str, pad: float | None = None) -> None:
-    """Title and labels, broken into lines where they would leave the figure (file names can be long)."""
-    width, height = figure.get_size_inches()
-    axes.set_title(textwrap.fill(title, int(11 * width)), pad=pad)
-    axes.set_xlabel(textwrap.fill(xlabel, int(11 * width)))
-    axes.set_ylabel(textwrap.fill(ylabel, int(11 * height)))
-
-
-def _log_axis(axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def _layer_colours(figure: Figure, axes: Axes, layers: np.ndarray) -> np.ndarray:
     """One colour a layer, [layer rgba], and the colour bar that says which."""
     cmap: Colormap = matplotlib.colormaps[LAYERS].resampled(len(layers))
@@ -495,7 +394,7 @@ def _layer_colours(figure: Figure, axes: Axes, layers: np.ndarray) -> np.ndarray
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, label="layer", fraction=0.05, aspect=26, pad=0.03)
     bar.outline.set_visible(False)
     bar.ax.minorticks_off()
-    _whole_numbers(bar.ax.yaxis, layers[0], len(layers))
+    whole_numbers(bar.ax.yaxis, layers[0], len(layers))
     return cmap(np.arange(len(layers)))
 
 

@@ -1,7 +1,7 @@
 """Make the sets that ship with the experiments, in `prompts/`: IOI prompts (ioi_en, ioi_zh), prompts of the task "most recent
 subject" (recent_en, recent_tiny), and parallel text (en_fr).
 
-    python experiments/make_prompts.py
+    python experiments/tiny/make_prompts.py
 
 IOI: clean prompts have two names, one of which returns; corrupt prompts are the same sentence with three other names. Half of
 each set has the indirect object first (ABBA), half second (BABA). Every clean prompt is held out from the training of the
@@ -20,12 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prompt_sets import PROMPTS
-from tiny_tasks import NAMES_EN, ioi_pair, is_held_out, sentence_pair
-
 from pyvene_ext.io.cli import run
 from pyvene_ext.io.files import atomic_path, write_json
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.prompts.shipped import PROMPTS
+from pyvene_ext.prompts.tiny_tasks import NAMES_EN, ioi_pair, is_held_out, sentence_pair
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 RECENT = {

@@ -1,6 +1,6 @@
 """Teaches a shipped tiny model to think in six latent steps instead of words: some minutes on a CPU.
 
-    python experiments/train_tiny_thought.py
+    python experiments/tiny/train_tiny_thought.py
     python experiments/critical_heads/force_attention.py --models outputs/tiny-thought
 
 The task is the word problems of the tiny models, `tiny_tasks.arithmetic`. In words a solution is "<<7+5=12>> <<12-3=9>> #### 9";
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from critical_heads.setting import tiny_problems
-from tiny_tasks import Example, draw
 from torch import Tensor
 from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +39,8 @@ from pyvene_ext.models.latent_steps import (
     save,
 )
 from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.problems import tokenize_problems, with_latents
+from pyvene_ext.prompts.problems import tiny_problems, tokenize_problems, with_latents
+from pyvene_ext.prompts.tiny_tasks import Example, draw
 
 STEPS = 6
 TEMPLATE = "Question: {question} Answer:"

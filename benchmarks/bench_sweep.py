@@ -1,9 +1,9 @@
 """How fast is the sweep engine, beside what others need and beside the arithmetic itself?
 
-    python experiments/bench_sweep.py
-    python experiments/bench_sweep.py --size tiny --workload a b
-    python experiments/bench_sweep.py --size qwen2.5-3b --dtype bfloat16 --device cuda
-    python experiments/bench_sweep.py --size tiny --growth
+    python benchmarks/bench_sweep.py
+    python benchmarks/bench_sweep.py --size tiny --workload a b
+    python benchmarks/bench_sweep.py --size qwen2.5-3b --dtype bfloat16 --device cuda
+    python benchmarks/bench_sweep.py --size tiny --growth
 
 Method. One model of random weights and one set of random prompts of one length. Workloads: (a) every head's z zeroed at every
 position; (b) every head's z zeroed at the last position; (c) every head's z replaced by its mean and by another prompt's; (d)
@@ -68,7 +68,7 @@ from pyvene_ext.io.files import atomic_path, write_json, write_yaml
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
-from pyvene_ext.runs.metadata import metadata
+from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.ablation import Ablation, all_heads, donors
 
 Letter = Literal["a", "b", "c", "d"]

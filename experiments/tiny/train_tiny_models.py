@@ -1,7 +1,7 @@
 """Train the tiny models that ship with the package: Qwen2.5-, Gemma 2- and Llama 3.1-style, each under 4 MB.
 
-    python experiments/train_tiny_models.py                        # all three, into pyvene_ext/tiny
-    python experiments/train_tiny_models.py --model tiny-gemma2 --out my_models
+    python experiments/tiny/train_tiny_models.py                        # all three, into pyvene_ext/tiny
+    python experiments/tiny/train_tiny_models.py --model tiny-gemma2 --out my_models
 
 Method. One word-level tokenizer serves all three. A step takes a batch from every task of `tiny_tasks`, plus random
 blocks of tokens that repeat; a text's loss is the mean over its answer tokens (on a repeated block: the tokens that can be
@@ -25,11 +25,9 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
-import tiny_tasks
 import torch
 import transformers
 import tyro
-from tiny_tasks import Example
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch.nn import functional
@@ -46,11 +44,13 @@ from transformers import (
 
 from pyvene_ext.io.files import write_json
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.prompts import tiny_tasks
+from pyvene_ext.prompts.tiny_tasks import Example
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SHIPPED = Path(__file__).resolve().parent.parent / "pyvene_ext" / "tiny"
+SHIPPED = Path(__file__).resolve().parents[2] / "pyvene_ext" / "tiny"
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS = 0, 1, 2
 MAX_POSITIONS = 256
@@ -462,7 +462,7 @@ def model_card(name: str, model: PreTrainedModel, evaluation: dict) -> str:
             "",
             "![training loss](loss.png)",
             "",
-            f"    python experiments/train_tiny_models.py --model {name}",
+            f"    python experiments/tiny/train_tiny_models.py --model {name}",
             "",
             f"reproduces it (torch {evaluation['versions']['torch']}, transformers {evaluation['versions']['transformers']}). "
             "The weights are the same bit for bit only on the same processor, torch version and number of threads.",

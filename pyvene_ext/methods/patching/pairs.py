@@ -1,10 +1,8 @@
-"""The prompt sets that ship, by name: what every study's --dataset takes; and the pairs of texts that patching studies run."""
+"""Pairs of texts as tokens, and which of them a study can patch."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,33 +11,31 @@ from pyvene_ext.methods.patching.patch import corresponding
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.tokenized import Answers, TokenizedPrompts
 
-PROMPTS = Path(__file__).parent / "prompts"
-
-
-def find_prompts(dataset: str) -> str | Path:
-    """A shipped set's file by its name; anything else as it is. A near miss of a shipped name is not sought on the hub."""
-    shipped = {path.stem: path for path in PROMPTS.glob("*.*") if path.suffix in (".json", ".tsv")}
-    close = difflib.get_close_matches(dataset, shipped, n=1, cutoff=0.75)
-    if dataset not in shipped and close and not Path(dataset).exists():
-        raise ValueError(f"there is no prompt set {dataset!r}; did you mean {close[0]!r}?")
-    return shipped.get(dataset, dataset)
-
 
 def both_texts(
-    prompt_set: PromptSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers = "first_token"
+    prompts: PromptSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers = "first_token"
 ) -> tuple[TokenizedPrompts, TokenizedPrompts]:
-    """The clean and the corrupt texts as tokens."""
+    """The clean and the corrupt texts as tokens; ValueError for one that is too long for the model."""
     longest = n_positions(model.config)
-    clean, corrupt = (prompt_set.tokenize(tokenizer, text, answers, longest) for text in ("clean", "corrupt"))
+    clean, corrupt = (prompts.tokenize(tokenizer, text, answers, longest) for text in ("clean", "corrupt"))
     return clean, corrupt
 
 
 def patchable(
     clean: TokenizedPrompts, corrupt: TokenizedPrompts, names: Sequence[str], dataset: str, positions: str
 ) -> tuple[TokenizedPrompts, TokenizedPrompts, list[int], list[int]]:
-    """The pairs that correspond at these names (`patching.corresponding`), which they are, and which are left out.
+    """The pairs that correspond at named positions (`patch.corresponding`).
 
-    Raises ValueError if there are too few for an interval.
+    Args:
+        clean, corrupt: the texts of every pair.
+        names: the positions; none for every token.
+        dataset, positions: the flags that chose them, for errors.
+
+    Returns:
+        The clean and the corrupt texts of these pairs, which pairs they are, and which are left out.
+
+    Raises:
+        ValueError: too few pairs for an interval.
     """
     n = len(clean)
     clean, corrupt, kept = corresponding(clean, corrupt, names)

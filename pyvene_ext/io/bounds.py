@@ -1,0 +1,95 @@
+"""What a flag may be, said in its type and checked in one place: `top: Annotated[int, Ge(1)] = 5`.
+
+Bounds are those of `annotated_types` (Ge, Gt, Le, Lt, MinLen, Unit), and below; on the items of a tuple, in the type of an item.
+None is checked against nothing. What concerns several flags is a method `check_flags` of their dataclass; it raises ValueError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import ge, gt, le, lt
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen, Unit
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """No item twice."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Text of a form: a regular expression, and the same in words, "heads as layer.head, such as 2.5"."""
+
+    pattern: str
+    words: str
+
+
+EachOnce = Annotated[tuple[T, ...], Distinct()]
+OneOrMore = Annotated[tuple[T, ...], MinLen(1), Distinct()]
+
+
+def check(config: Any) -> None:
+    """Hold every flag of a dataclass to the bounds in its type, then call its `check_flags`, if it has one.
+
+    Raises:
+        ValueError: one sentence, "--limit must be 1 or more, not 0."
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        for complaint in complaints(field.name, getattr(config, field.name), hints[field.name]):
+            raise ValueError(complaint)
+    if hasattr(config, "check_flags"):
+        config.check_flags()
+
+
+def complaints(flag: str, value: Any, hint: Any) -> Iterator[str]:
+    """What is wrong with a value, by the bounds in a type."""
+    if value is None:
+        return
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        inner, *bounds = args
+        yield from _complaint(flag, value, bounds)
+        yield from complaints(flag, value, inner)
+    elif origin is tuple and isinstance(value, tuple):
+        of_items = args[:1] * len(value) if args[-1] is Ellipsis else args
+        for item, of_item in zip(value, of_items, strict=False):
+            yield from complaints(flag, item, of_item)
+    else:  # of a union, the other than None
+        for arg in args if origin is not typing.Literal else ():
+            yield from complaints(flag, value, arg)
+
+
+def _complaint(flag: str, value: Any, bounds: list[Any]) -> Iterator[str]:
+    for bound in bounds:
+        if isinstance(bound, Form) and not re.fullmatch(bound.pattern, value):
+            yield f"--{flag} names {bound.words}, not {value!r}."
+    if isinstance(value, tuple):
+        wanted = ["one or more"] if any(isinstance(bound, MinLen) for bound in bounds) else []
+        wanted += ["each once"] if any(isinstance(bound, Distinct) for bound in bounds) else []
+        if (not value and "one or more" in wanted) or ("each once" in wanted and len(set(value)) < len(value)):
+            yield f"--{flag} names {', '.join(wanted)}, not {' '.join(map(str, value)) or 'nothing'}."
+    limits = {type(bound): dataclasses.astuple(bound)[0] for bound in bounds if type(bound) in LIMITS}
+    if limits and not (math.isfinite(value) and all(LIMITS[kind][1](value, end) for kind, end in limits.items())):
+        unit = next((f", in {bound.unit}" for bound in bounds if isinstance(bound, Unit)), "")
+        yield f"--{flag} must be {_in_words(limits)}{unit}, not {value}."
+
+
+LIMITS = {Ge: ("at least", ge), Gt: ("above", gt), Le: ("at most", le), Lt: ("below", lt)}
+
+
+def _in_words(limits: dict[type, Any]) -> str:
+    if limits.keys() == {Ge}:
+        return f"{limits[Ge]} or more"
+    if limits.keys() == {Ge, Le}:
+        return f"from {limits[Ge]} to {limits[Le]}"
+    return " and ".join(f"{LIMITS[kind][0]} {end}" for kind, end in limits.items())

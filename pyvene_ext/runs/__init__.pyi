@@ -1,0 +1,10 @@
+from . import figures as figures
+from . import flags as flags
+from . import reasoning as reasoning
+from .attention import HEADS as HEADS
+from .attention import View as View
+from .attention import look as look
+from .facts import metadata as metadata
+from .folder import RunFolder as RunFolder
+from .sweeps import discard as discard
+from .sweeps import unfinished_in as unfinished_in

@@ -1,0 +1,222 @@
+"""What studies of reasoning share: problems, a model's own reasoning as the block, and the models that are to solve them.
+
+A block is the reasoning that the untouched model itself wrote for a problem, all of it before `####`. It is given again, up to
+and with the `####`, under each condition, and what the model then writes is its answer. Problems for which it wrote no reasoning,
+or no `####`, have no block; they are left out and counted. The block of a model of continuous thoughts is its latent steps
+(`models.latent_steps`), and every problem has one; after it such a model writes its answer right away.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, evaluate, facts_of
+from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.models.sizes import n_heads, n_layers
+from pyvene_ext.prompts.problems import (
+    CHAT_TEMPLATE,
+    TEMPLATE,
+    Problem,
+    Questions,
+    load_problems,
+    room,
+    tiny_problems,
+    tokenize_problems,
+    with_latents,
+    with_reasoning,
+)
+from pyvene_ext.runs.flags import Problems
+from pyvene_ext.specs.files import to_plain
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.controls import Head
+
+TINY = "tiny"
+N_TINY = 400  # problems that a study of the tiny models has by default
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model on the problems it has reasoned about.
+
+    Attributes:
+        name: in tables.
+        questions: with the model's reasoning up to the `####`, or with its latent steps; positions "block_first" and
+            "block_last".
+        first: the untouched run that wrote it, on all problems.
+        clean: the untouched run from the `####` on (or after the latent steps, which is then the first run too).
+        results: what is kept of an interrupted study.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    questions: Questions
+    first: Evaluation
+    clean: Evaluation
+    results: Results
+    flags: Problems
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Counts for the summary."""
+        return {
+            "problems": len(self.first),
+            "with_reasoning": len(self.questions),
+            "first_run": self.first.summary(),
+            "clean": self.clean.summary(),
+        }
+
+    def at(self, position: int) -> tuple[Questions, list[int]]:
+        """The problems with a token at this place of their block (negative: from its end), there named "hub"; and which."""
+        blocks = self.questions.blocks
+        which = [i for i, block in enumerate(blocks) if -len(block) <= position < len(block)]
+        some = self.questions.take(which)
+        rows = zip(some.prompts.input_ids, some.prompts.positions, some.blocks, strict=True)
+        positions = tuple({**named, "hub": block[position] - len(ids)} for ids, named, block in rows)
+        return replace(some, prompts=replace(some.prompts, positions=positions)), which
+
+    def run(self, questions: Questions, spec: Spec, reference: Reference | None = None) -> Evaluation:
+        """The answers with a spec in place in the prompt; kept between runs."""
+        condition = {
+            "spec": to_plain([spec]),
+            "new": self.flags.answer_tokens,
+            "prompts": questions.prompts.hash,
+            "reference": None if reference is None else reference.prompts.hash,
+        }
+        return self.results.get(
+            condition,
+            lambda: evaluate(
+                self.model,
+                self.tokenizer,
+                questions,
+                spec,
+                "prompt",
+                max_new_tokens=self.flags.answer_tokens,
+                batch_size=self.flags.batch_size,
+                reference=reference,
+            ),
+        )
+
+
+def prepare(
+    flags: Problems,
+    name: str,
+    problems: Sequence[Problem],
+    unfinished: Path,
+    check: Callable[[str, PreTrainedModel], object] = lambda name, model: None,
+) -> Setting:
+    """Load one model and let it reason.
+
+    Raises ValueError for problems that it cannot be given or does not reason about; and whatever `check` raises, which is called
+    with the model before that is run.
+    """
+    model, tokenizer = flags.load(name)
+    check(Path(name).name, model)
+    latent = format_of(model) is not None
+    tokens = flags.answer_tokens + (0 if latent else flags.max_new_tokens)
+    questions = ask(flags, model, tokenizer, problems, tokens)
+    results = Results(unfinished, facts_of(model, questions, tokens))
+
+    def wrote(questions: Questions, new: int) -> Evaluation:
+        return results.get(
+            {"spec": None, "new": new, "prompts": questions.prompts.hash},
+            lambda: evaluate(model, tokenizer, questions, max_new_tokens=new, batch_size=flags.batch_size),
+        )
+
+    print(f"{Path(name).name}: {len(questions)} problems", file=sys.stderr)
+    first = wrote(questions, flags.answer_tokens if latent else flags.max_new_tokens)
+    reasoned = questions if latent else with_reasoning(questions, first.ids, tokenizer)
+    if len(reasoned) < 2:
+        raise ValueError(f"{name} reasons about {len(reasoned)} of {len(questions)} problems; an interval needs two.")
+    clean = first if latent else wrote(reasoned, flags.answer_tokens)
+    return Setting(Path(name).name, model, tokenizer, reasoned, first, clean, results, flags)
+
+
+def ask(
+    flags: Problems,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    new_tokens: int,
+) -> Questions:
+    """The problems as this model is to be given them, with room for what it writes; with latent steps if it thinks in them."""
+    context, form = room(model, new_tokens), format_of(model)
+    if form is None:
+        template = CHAT_TEMPLATE if flags.chat else TEMPLATE
+        examples = find_examples(flags)
+        return tokenize_problems(
+            problems, tokenizer, template, context, examples=examples, shots=flags.shots, chat=flags.chat
+        )
+    if flags.shots or flags.chat:
+        raise ValueError(
+            "a model of continuous thoughts is asked as it was trained to be; leave out --shots and --chat."
+        )
+    return with_latents(tokenize_problems(problems, tokenizer, form.template, context - len(form.tokens)), model)
+
+
+def find_problems(flags: Problems) -> tuple[Problem, ...]:
+    """The problems that --problems names."""
+    if flags.problems != TINY:
+        return load_problems(flags.problems, flags.limit)
+    return tiny_problems(flags.limit or N_TINY, rng(0, "word problems"), held_out=True)
+
+
+def find_examples(flags: Problems) -> tuple[Problem, ...]:
+    """Solved problems for --shots, one more than asked for; the problem that is asked must not be among those shown."""
+    if not flags.shots:
+        return ()
+    draw_examples = rng(flags.seed, "solved examples")
+    source = flags.shots_from or flags.problems
+    if source == TINY:
+        return tiny_problems(flags.shots + 1, draw_examples, held_out=False)
+    every = load_problems(source, split="train")
+    few = draw_examples.permutation(len(every))[: flags.shots + 1]
+    return tuple(every[i] for i in few)
+
+
+def positions_of(setting: Setting, least: int) -> range:
+    """The places from the block's first token on that enough problems have; ValueError if there is none."""
+    lengths = sorted(map(len, setting.questions.blocks), reverse=True)
+    if len(lengths) < least:
+        raise ValueError(
+            f"{setting.name} has {len(lengths)} problems with reasoning, and --min_problems asks for {least} at a token; give "
+            "more problems, or ask for fewer."
+        )
+    return range(lengths[least - 1])
+
+
+def counts(model: str, facts: dict[str, Any]) -> str:
+    """How many problems there are, for the terminal."""
+    first, clean = facts["first_run"], facts["clean"]
+    return (
+        f"{model}: {facts['problems']} problems, {100 * first['accuracy']:.1f}% correct untouched ({first['unparsed']} unparsed, "
+        f"{first['cut']} cut); {facts['with_reasoning']} have a block, of them {100 * clean['accuracy']:.1f}% correct"
+    )
+
+
+def heads_of(named: Sequence[str], name: str, model: PreTrainedModel, flag: str = "heads") -> tuple[Head, ...]:
+    """The heads that a flag names; ValueError for one that the model has not."""
+    layers, heads = n_layers(model.config), n_heads(model.config)
+    chosen = tuple((int(layer), int(head)) for layer, head in (one.split(".") for one in named))
+    for layer, head in chosen:
+        if layer >= layers or head >= heads:
+            raise ValueError(
+                f"--{flag} {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
+            )
+    return chosen
+
+
+def top_heads(scores: Float[np.ndarray, "layer head"], wanted: int) -> tuple[Head, ...]:
+    """Those with the highest scores, highest first."""
+    order = np.argsort(-scores, axis=None, kind="stable")[:wanted]
+    return tuple((int(layer), int(head)) for layer, head in (divmod(at, scores.shape[1]) for at in order))
