@@ -114,6 +114,7 @@ def test_estimates_of_probability_equal_autograd(family: str) -> None:
     _compare(family, "unequal", _every_layer()[::2], "probability")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_estimates_under_eager_attention_equal_autograd(family: str) -> None:
     _compare(f"{family}/eager", "unequal", [s for s in _specs() if isinstance(s, tuple) or s.site in ("z", "scores")])
