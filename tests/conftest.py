@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ PLACES = {
     "test_packaging.py": "packaging",
     "test_readme.py": "docs",
 }
+INTERRUPTED = re.compile(r"_(kill|kills|killed|interrupted|goes_on|stops_while)(_|$)")
 
 # Taken before anything imports modelcards and registers ours.
 PLAIN_MODULES = dict(type_to_module_mapping)
@@ -41,7 +43,7 @@ def kinds(item: pytest.Item) -> Iterator[str]:
     yield from (kind for where, kind in PLACES.items() if place.is_relative_to(where))
     if "launch" in getattr(item, "fixturenames", ()):
         yield "processes"
-    if {"kill", "kills", "killed"} & set(item.name.partition("[")[0].split("_")):
+    if INTERRUPTED.search(item.name.partition("[")[0]):
         yield "kills"
     callspec = getattr(item, "callspec", None)
     values = callspec.params.values() if callspec else ()
