@@ -163,6 +163,7 @@ def test_heatmap_draws_each_head_at_its_place_with_whole_ticks(shape, first_laye
     figure = figures.head_heatmap(matrix, "t", "l", first_layer=first_layer)
     figure.draw_without_rendering()
     axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
     assert list(axes.get_yticks()) == list(layer_ticks) and list(axes.get_xticks()) == list(head_ticks)
     image = axes.images[0]
     assert np.array_equal(image.get_array(), matrix)
