@@ -23,7 +23,7 @@ from pyvene_ext.methods.attribution.screen import (
 from pyvene_ext.specs.ablation import Ablation, all_heads, donors
 from pyvene_ext.specs.joint import Spec, members, spec_name
 from tests.ground_truth import ablations as slow
-from tests.pyvene_ext.test_compile import PROMPTS, SETS, SITES, _change, _model, _specs, kv_specs
+from tests.pyvene_ext.engine.test_compile import PROMPTS, SETS, SITES, _change, _model, _specs, kv_specs
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 
@@ -114,6 +114,7 @@ def test_estimates_of_probability_equal_autograd(family: str) -> None:
     _compare(family, "unequal", _every_layer()[::2], "probability")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_estimates_under_eager_attention_equal_autograd(family: str) -> None:
     _compare(f"{family}/eager", "unequal", [s for s in _specs() if isinstance(s, tuple) or s.site in ("z", "scores")])

@@ -42,7 +42,7 @@ from tests.processes import start
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 PROMPTS = random_prompts((9, 6, 7, 9, 6, 7, 8, 9))
 PATIENCE = 60  # seconds, after which a process counts as hung
 MEMORY = 600_000  # makes several waves
@@ -317,7 +317,7 @@ SCRIPT = """
     import numpy as np
     from pyvene_ext.models.devices import processes
     from pyvene_ext.engine.sweep.execute import Executor
-    from tests.pyvene_ext.test_sweep_processes import swept, run_few_waves
+    from tests.pyvene_ext.engine.sweep.test_processes import swept, run_few_waves
 
     folder = Path(sys.argv[1])
     rank = processes().process_index

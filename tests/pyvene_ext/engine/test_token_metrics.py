@@ -20,7 +20,7 @@ from pyvene_ext.methods.patching.patch import all_patches, patch
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
 from tests.ground_truth import ablations as slow
-from tests.pyvene_ext.test_sweep_processes import Launch, assert_same_bits
+from tests.pyvene_ext.engine.sweep.test_processes import Launch, assert_same_bits
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, VOCAB, random_model
 

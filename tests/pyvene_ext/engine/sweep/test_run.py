@@ -25,7 +25,7 @@ from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
-from tests.pyvene_ext.test_compile import EDITS, SITES, kv_specs
+from tests.pyvene_ext.engine.test_compile import EDITS, SITES, kv_specs
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 from tests.traces import traces
@@ -50,7 +50,8 @@ def _with_common_beginnings() -> TokenizedPrompts:
 
 BEGINNINGS = _with_common_beginnings()
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-WITH_SDPA = [*FAMILIES, *(f"{family}/eager" for family in FAMILIES if family != "gemma2")]
+EAGER = [pytest.param(f"{family}/eager", marks=pytest.mark.slow) for family in FAMILIES if family != "gemma2"]
+WITH_EAGER = [*FAMILIES, *EAGER]  # of which Gemma 2 has no other
 
 
 @cache
@@ -139,13 +140,13 @@ def _compare(
     return fast
 
 
-@pytest.mark.parametrize("family", WITH_SDPA)
+@pytest.mark.parametrize("family", WITH_EAGER)
 def test_every_ablation_gives_what_the_plain_engine_gives(family):
     result = _compare(family, _every_spec())
     assert (np.abs(result.delta).max(1) > 1e-3).mean() > 0.7  # and not because nothing is changed
 
 
-@pytest.mark.parametrize("family", WITH_SDPA)
+@pytest.mark.parametrize("family", WITH_EAGER)
 def test_ablated_keys_and_values_give_what_the_plain_engine_gives(family):
     specs = kv_specs(family.partition("/")[0])
     result = _compare(family, specs)
@@ -153,7 +154,7 @@ def test_ablated_keys_and_values_give_what_the_plain_engine_gives(family):
     _compare(family, specs, prompts=BEGINNINGS)
 
 
-@pytest.mark.parametrize("family", WITH_SDPA)
+@pytest.mark.parametrize("family", WITH_EAGER)
 def test_joint_ablations_give_what_the_plain_engine_gives(family):
     _compare(family, _joint_specs())
 
@@ -169,8 +170,8 @@ def test_an_edit_of_a_joint_one_that_reaches_some_prompts_only(not_in):
     _compare("llama3_1", specs, prompts=replace(prompts, positions=tuple(places)))
 
 
-@pytest.mark.parametrize("memory", [None, 500_000])
-@pytest.mark.parametrize("family", WITH_SDPA)
+@pytest.mark.parametrize("memory", [None, pytest.param(500_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", WITH_EAGER)
 def test_what_prompts_begin_with_is_run_once_and_the_numbers_are_the_same(family, memory):
     # Positions behind their last token differ between prompts: 0 and 3 lie in the common beginning of all.
     specs = [*_every_spec()[::2], *_joint_specs()]
@@ -218,7 +219,7 @@ def test_the_logits_themselves_are_the_models(family):
         torch.testing.assert_close(replay.logits(hidden[:, -1], some), expected.gather(1, some), **CLOSE)
 
 
-@pytest.mark.parametrize("memory", [220_000, 260_000])
+@pytest.mark.parametrize("memory", [220_000, pytest.param(260_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["qwen2_5", "gemma2"])
 def test_however_little_memory_there_is_the_numbers_are_the_same(family, memory):
     specs = [*_every_spec()[::7], *_joint_specs()]

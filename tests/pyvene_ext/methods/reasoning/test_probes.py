@@ -22,7 +22,7 @@ from pyvene_ext.methods.reasoning.probes import (
 from pyvene_ext.stats.correlations import r_squared
 from tests.ground_truth import ablations as slow
 from tests.ground_truth import probes as by_hand
-from tests.pyvene_ext.test_continuous_thought import asked, thinking
+from tests.pyvene_ext.models.test_continuous_thought import asked, thinking
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 

@@ -32,7 +32,7 @@ from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, VOCAB, random_model, tiny_config
 
 PROMPTS = random_prompts((9, 6, 7, 6, 11))
-IOI = Path(__file__).parents[2] / "pyvene_ext/prompts/data/ioi_en.json"
+IOI = Path(__file__).parents[4] / "pyvene_ext/prompts/data/ioi_en.json"
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -55,6 +55,12 @@ def sweep_into(folder: Path, n_waves: int, seconds: float = 0.0) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def start(target: Callable[..., None], *args: Any) -> BaseProcess:
+    process = FORK.Process(target=target, args=args)
+    process.start()
+    return process
 
 
 def only_waves_folder(folder: Path) -> Path:
@@ -374,7 +380,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pyt
         pass
 
 
-def test_leftovers_of_killed_writers_go_and_files_of_others_stay(tmp_path: Path) -> None:
+def test_leftovers_of_dead_writers_go_and_files_of_others_stay(tmp_path: Path) -> None:
     with Store(tmp_path, FACTS, PLAN) as store:
         store.add(0, wave(0))
     waves = only_waves_folder(tmp_path).name
@@ -396,32 +402,39 @@ def test_leftovers_of_killed_writers_go_and_files_of_others_stay(tmp_path: Path)
 
 # -- several processes -------------------------------------------------------------------------------------------------
 
-HOLDER = """
-import sys
-from pyvene_ext.engine.sweep.store import Store
-with Store(sys.argv[1], {"dtype": "float32"}, {}) as store:
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+def hold(folder: Path) -> None:
+    with Store(folder, {"dtype": "float32"}, {}):
+        folder.with_name("held").touch()
+        signal.pause()
+
+
+def ask(folder: Path, said: Path) -> None:
+    try:
+        Store(folder, {"dtype": "float32"}, {})
+    except ValueError as error:
+        said.write_text(str(error), encoding="utf-8")
 
 
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-
-    with start() as first:
-        assert first.stdout is not None and first.stdout.readline() == "held\n"
-        before = files(tmp_path)
-        with pytest.raises(ValueError, match=f"is in use by another process \\(pid {first.pid} on .+\\); wait"):
-            Store(tmp_path, {"dtype": "float32"}, {})
-        with start() as second:
-            _, error = second.communicate()
-        assert second.returncode == 1 and f"ValueError: {tmp_path} is in use by another process" in error
-        assert files(tmp_path) == before, "who was refused changed nothing"
+    folder, said = tmp_path / "store", tmp_path / "said"
+    first = start(hold, folder)
+    try:
+        while not (tmp_path / "held").exists():
+            assert first.is_alive()
+            time.sleep(0.01)
+        before = files(folder)
+        sentence = f"{folder} is in use by another process (pid {first.pid} on "
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}.+\\); wait"):
+            Store(folder, {"dtype": "float32"}, {})
+        second = start(ask, folder, said)
+        second.join()
+        assert second.exitcode == 0 and said.read_text(encoding="utf-8").startswith(sentence)
+        assert files(folder) == before, "who was refused changed nothing"
+    finally:
         first.kill()
-    with Store(tmp_path, {"dtype": "float32"}, {}) as store, pytest.raises(ValueError, match=f"pid {os.getpid()} on"):
+        first.join()
+    with Store(folder, {"dtype": "float32"}, {}) as store, pytest.raises(ValueError, match=f"pid {os.getpid()} on"):
         Store(store.folder, {"dtype": "float32"}, {})
 
 
@@ -486,12 +499,6 @@ def test_members_of_one_group_add_waves_beside_the_holder(tmp_path: Path) -> Non
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
-
-
-def start(target: Callable[..., None], *args: Any) -> BaseProcess:
-    process = FORK.Process(target=target, args=args)
-    process.start()
-    return process
 
 
 @pytest.fixture(scope="module")

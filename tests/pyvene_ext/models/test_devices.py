@@ -324,7 +324,7 @@ def test_the_readme_counts_the_memory_of_llama_3_1_70b_as_the_plan_does() -> Non
         f"{token // 2**10} KiB a token, for 64 × 80 heads and a prompt of 32 tokens {whole:.2f} GiB, or {last:.2f} GiB with "
         f"`--positions last`. That makes {batches['all']} batches of 100 such prompts, or {batches['last']}."
     )
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
     table = "\n".join(rows)
     assert table in readme, f"README.md needs exactly these rows:\n{table}"
     assert text in " ".join(readme.split()), f"README.md needs this sentence: {text}"

@@ -16,6 +16,7 @@ import pytest
 from pyvene_ext import stats
 from pyvene_ext.runs import figures
 
+STUDIES = tuple((Path(__file__).resolve().parents[3] / "experiments").rglob("*.py"))
 RNG = np.random.default_rng(0)
 A, B = RNG.random((2, 5, 8))
 CURVE = stats.Interval(np.array([0.5, 0.9]), np.array([0.4, 0.8]), np.array([0.7, 1.0]))
@@ -162,6 +163,7 @@ def test_heatmap_draws_each_head_at_its_place_with_whole_ticks(shape, first_laye
     figure = figures.head_heatmap(matrix, "t", "l", first_layer=first_layer)
     figure.draw_without_rendering()
     axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
     assert list(axes.get_yticks()) == list(layer_ticks) and list(axes.get_xticks()) == list(head_ticks)
     image = axes.images[0]
     assert np.array_equal(image.get_array(), matrix)
@@ -436,7 +438,8 @@ def test_colours_of_one_figure_can_be_told_apart_by_everyone(which, vision):
 def test_every_colour_that_a_study_gives_a_category_is_of_the_palette():
     known = {name for name in vars(figures) if name.isupper() and str(getattr(figures, name)).startswith("#")}
     assert {getattr(figures, name) for name in known} == {*TOGETHER["categories"], *TOGETHER["routes"]} - {"black"}
-    for path in (Path(figures.__file__).parents[1] / "experiments").rglob("*.py"):
+    assert STUDIES
+    for path in STUDIES:
         text = path.read_text(encoding="utf-8")
         assert set(re.findall(r"figures\.([A-Z]+)\b", text)) <= known | {"STYLE", "SEQUENTIAL", "DIVERGING", "LAYERS"}
         greys = [tuple(code[i : i + 2] for i in (1, 3, 5)) for code in re.findall(r"#[0-9a-f]{6}", text)]
