@@ -1,7 +1,7 @@
 """Word problems whose answer is a number: loading them, reading answers out of text, and the tokens that a model is given.
 
 Problems come in GSM8K's form, `{"question", "answer"}`, where the answer is a worked solution with a calculation in `<<...>>` for
-each step and the number behind `####`.
+each step and the number after `####`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Problem(BaseModel):
     Attributes:
         question: its text.
         solution: the worked solution, with its `####`.
-        answer: the number behind `####`.
+        answer: the number after `####`.
         steps: how many `<<...>>` the solution has.
     """
 
@@ -63,7 +63,7 @@ class Found(NamedTuple):
 def find_answer(text: str) -> Found | None:
     """The answer that a text gives; None if it gives none, which is not the same as a wrong one.
 
-    Where there is a `####` with something behind it in its line, the answer is the last number of that line, and there is none if
+    Where there is a `####` with something after it in its line, the answer is the last number of that line, and there is none if
     the line has no number; so what a model goes on to write after its answer does not count. Otherwise it is the last number of
     the text. A number is `-?\\d+(\\.\\d+)?` once commas are stripped.
     """
@@ -91,7 +91,7 @@ def load_problems(name_or_path: str | Path, limit: int | None = None, split: str
 
     Raises:
         ValueError: an empty or broken file, a problem without question or answer, an answer without `####` or without a number
-            behind it, a limit below 1.
+            after it, a limit below 1.
         FileNotFoundError, OSError: a file that is not there, a hub that cannot be reached.
     """
     if limit is not None and limit < 1:
@@ -143,10 +143,10 @@ def _problem(row: Any, where: str) -> Problem:
     if not question.strip() or not solution.strip():
         raise ValueError(f"{where}: a problem has the texts 'question' and 'answer'.")
     if MARK not in solution:
-        raise ValueError(f"{where}: the answer has no {MARK}, behind which its number is to stand.")
+        raise ValueError(f"{where}: the answer has no {MARK}, after which its number is to stand.")
     matches = list(NUMBER.finditer(solution.rpartition(MARK)[2].replace(",", "")))
     if not matches:
-        raise ValueError(f"{where}: there is no number behind {MARK}.")
+        raise ValueError(f"{where}: there is no number after {MARK}.")
     return Problem(
         question=question,
         solution=solution,
@@ -215,9 +215,9 @@ def tokenize_problems(
 
     Args:
         template: a text with `{question}` in it once.
-        context: how many tokens the model takes (`room` gives it less what is to be generated).
+        context: how many tokens the model takes (`prompt_budget` gives it less what is to be generated).
         examples, shots: so many solved problems stand before each question: the first examples that are not that very problem,
-            in the same template with their solutions, an empty line behind each.
+            in the same template with their solutions, an empty line after each.
         chat: questions are what a user says and solutions what the assistant does, in the tokenizer's chat template, where the
             assistant is to go on.
 
@@ -281,7 +281,7 @@ def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrained
         raise ValueError(f"the tokenizer's chat template fails ({reason}); ask without one.") from None
 
 
-def room(model: PreTrainedModel, max_new_tokens: int) -> int:
+def prompt_budget(model: PreTrainedModel, max_new_tokens: int) -> int:
     """How many tokens a prompt may have; ValueError if there is no room for any."""
     longest = n_positions(model.config)
     if max_new_tokens < 1:
@@ -297,11 +297,11 @@ def with_reasoning(
     """The questions with the reasoning that was written, up to and with `####`: only the answer is left to be generated.
 
     The block is what stands before `####` (before the first token with any of it). Problems whose text has no `####`, or nothing
-    before it, are left out; `index` says which ones are there.
+    before it, are skipped; `index` says which ones are there.
 
     Args:
         questions: without reasoning.
-        written: for each, the tokens written behind the question, such as `Evaluation.ids` of an untouched run.
+        written: for each, the tokens written after the question, such as `Evaluation.ids` of an untouched run.
 
     Raises:
         ValueError: no text is left, or `written` is not one for each question.
@@ -310,13 +310,13 @@ def with_reasoning(
         raise ValueError(f"{len(written)} texts were given for {len(questions)} questions; give one each.")
     kept, rows, blocks = [], [], []
     for which, ids in enumerate(written):
-        behind = tokens_for(MARK, ids, tokenizer)
-        before = _before_mark(ids[:behind], tokenizer) if behind else 0
+        after = tokens_for(MARK, ids, tokenizer)
+        before = _before_mark(ids[:after], tokenizer) if after else 0
         if not before:
             continue
         start = questions.lengths[which]
         kept.append(which)
-        rows.append((*questions.prompts.input_ids[which][:start], *ids[:behind]))
+        rows.append((*questions.prompts.input_ids[which][:start], *ids[:after]))
         blocks.append(range(start, start + before))
     if not kept:
         raise ValueError(

@@ -1,12 +1,16 @@
+from .accuracy import RESAMPLES as RESAMPLES
 from .accuracy import accuracy_drop as accuracy_drop
 from .accuracy import in_points as in_points
 from .accuracy import percent_correct as percent_correct
 from .controls import Head as Head
 from .controls import Overlap as Overlap
 from .controls import StrataTest as StrataTest
+from .controls import head_label as head_label
 from .controls import head_overlap as head_overlap
 from .controls import layer_matched_random_heads as layer_matched_random_heads
 from .controls import mcnemar_p as mcnemar_p
+from .controls import random_heads_in_place as random_heads_in_place
+from .controls import share_as_large as share_as_large
 from .controls import strata_test as strata_test
 from .controls import verdict as verdict
 from .correlations import Coefficient as Coefficient
@@ -16,6 +20,7 @@ from .correlations import correlate_heads as correlate_heads
 from .correlations import correlate_layers as correlate_layers
 from .correlations import q_values as q_values
 from .correlations import r_squared as r_squared
+from .correlations import rank_correlation as rank_correlation
 from .intervals import Interval as Interval
 from .intervals import bootstrap_mean as bootstrap_mean
 from .intervals import frequency_interval as frequency_interval
@@ -23,4 +28,5 @@ from .intervals import paired_bootstrap as paired_bootstrap
 from .intervals import ratio_of_means as ratio_of_means
 from .tables import finite as finite
 from .tables import interval_columns as interval_columns
+from .tables import interval_in as interval_in
 from .tables import side_by_side as side_by_side

@@ -52,6 +52,11 @@ class Correlation:
         return record
 
 
+def rank_correlation(x: Float[np.ndarray, "*some"], y: Float[np.ndarray, "*some"]) -> float:
+    """Spearman's coefficient over all entries of two arrays of one shape."""
+    return float(stats.spearmanr(x, y, axis=None).statistic)
+
+
 def correlate_heads(
     a: Num[np.ndarray, "layer head"],
     b: Num[np.ndarray, "layer head"],

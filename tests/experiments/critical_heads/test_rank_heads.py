@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from critical_heads import rank_heads as study
-from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.heads.scores import read_head_scores
@@ -96,7 +95,7 @@ def test_scores_are_those_of_the_reasoning_that_the_model_writes(
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "load_model", None)
+    monkeypatch.setattr("pyvene_ext.models.loading.load_model", None)
     assert command(*flags) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and told in error[0] and not list(folder.iterdir())
