@@ -132,7 +132,7 @@ def main(config: Config) -> None:
         host = prepare(config, number, setting, donor, tokenizer)
         found, of_random = transplant(config, host)
         rows, randoms, fits = rows + found, randoms + of_random, fits + host.fits
-        facts[setting.name] = px.metadata(setting.model, **host.facts)
+        facts[setting.name] = px.metadata(setting.model, **setting.facts, **host.facts)
         del setting, host  # more than two models need not fit in memory together
     if not px.is_main_process():
         return

@@ -52,7 +52,7 @@ class Host:
     def facts(self) -> dict[str, Any]:
         """For the summary: what was solved, with which heads, and what that depends on."""
         pairs = [f"{head_label(place)} <- {head_label(head)}" for place, head in self.pairs]
-        return {**self.setting.facts, "solved": len(self.setting.questions), "heads": pairs, **self.depends_on}
+        return {"solved": len(self.setting.questions), "heads": pairs, **self.depends_on}
 
     @property
     def fits(self) -> list[dict[str, Any]]:
