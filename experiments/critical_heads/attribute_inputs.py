@@ -141,7 +141,7 @@ def main(config: Config) -> None:
 
 def check_heads(config: Config, number: int, name: str, model: PreTrainedModel) -> None:
     """Raise ValueError for a model that has no gradients, not these heads, or none that could be ranked; runs nothing."""
-    px.methods.check_differentiable(model)
+    px.methods.check_attributable(model)
     if (form := px.models.format_of(model)) is not None:
         px.models.refuse_latent_steps(model, [form.tokens])
     if config.target == "attention":

@@ -113,7 +113,9 @@ def table(scores: px.methods.BlockScores, top: int) -> str:
         columns.append([score, *(f"{px.stats.head_label(head)} {values[head]:.3f}" for head in heads)])
     lines = ["".join(f"{cell:>16}" for cell in row) for row in zip(*columns, strict=True)]
     pairs: list[tuple[px.flags.Score, px.flags.Score]] = [("flow", "hub"), ("flow", "skip"), ("hub", "skip")]
-    agree = [f"{a} and {b} {px.stats.rank_correlation(scores.of(a), scores.of(b)):.2f}" for a, b in pairs]
+    agree = [
+        f"{a} and {b} {px.stats.rank_correlation(scores.of(a).ravel(), scores.of(b).ravel()):.2f}" for a, b in pairs
+    ]
     return "\n".join([*lines, f"rank correlation over heads: {', '.join(agree)}"])
 
 

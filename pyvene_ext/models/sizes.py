@@ -1,4 +1,4 @@
-"""How large a model is: modelcards' answers for programs that read nothing else of them."""
+"""Sizes of a model: what most programs need of `modelcards`, under one import."""
 
 from __future__ import annotations
 
@@ -8,5 +8,12 @@ __all__ = ["has_heads", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
 
 
 def has_heads(site: str) -> bool:
-    """Whether a site ("z", "resid_pre" ...) is divided into heads."""
+    """Whether a site is split by heads.
+
+    Args:
+        site: its name in specs ("z", "resid_pre" ...).
+
+    Returns:
+        True if its activations have an axis of heads (q, k, v, z, result, scores, pattern ...) or experts.
+    """
     return COMPONENTS[FIELD_NAMES[site]].heads is not None

@@ -23,9 +23,8 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "activation_frequencies_ifr", "attribution_patching", "bench_sweep", "crosslingual_head_corr", "information_flow_routes",
-    "known_circuits", "make_prompts", "name_movers", "path_patching", "run_ablations",
-    "train_tiny_models", "train_tiny_thought", "translation_causes", "translation_heads",
+    "bench_sweep", "make_prompts", "name_movers", "run_ablations", "train_tiny_models",
+    "train_tiny_thought", "translation_causes", "translation_heads",
 }  # fmt: skip
 
 

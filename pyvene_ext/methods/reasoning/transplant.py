@@ -25,11 +25,13 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,9 +42,9 @@ from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import (
     StopForward,
     Where,
-    keep_places,
+    hook_component,
+    record_activations,
     replace_forward,
-    visit,
 )
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
@@ -194,7 +196,9 @@ def fit_maps(
     return {
         (a, b): Maps(
             _fitted(streams[0]["block_input", a], streams[1]["block_input", b], train, method, ridge),
-            _fitted(streams[1][_after_attention(donor), b], streams[0][_after_attention(host), a], train, method, ridge),
+            _fitted(
+                streams[1][_after_attention(donor), b], streams[0][_after_attention(host), a], train, method, ridge
+            ),
         )
         for a, b in layers
     }
@@ -256,7 +260,7 @@ def _streams(
     rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
     with evaluating(model), no_gradients(model), ExitStack() as hooks:
         hooks.enter_context(Taps(model, card_of(model), places))
-        seen = keep_places(model, places, hooks)
+        seen = record_activations(model, places, hooks)
         for batch in prompts.batches(batch_size, padding_side="left"):
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             for place in places:
@@ -291,10 +295,11 @@ def _fitted(
         gram.diagonal().add_(alpha * gram.trace() / len(gram))
         weight = torch.linalg.solve(gram, from_.T @ to)
     else:
-        left, _, right = torch.linalg.svd(from_.T @ to, full_matrices=False)
-        weight = left @ right
-        turned = from_ @ weight
-        weight = weight * ((turned * to).sum() / turned.square().sum())
+        wide = max(x.shape[1], y.shape[1])
+        a, b = (nn.functional.pad(z, (0, wide - z.shape[1])).numpy() for z in (from_, to))
+        rotation, overlap = orthogonal_procrustes(a, b)
+        weight = torch.from_numpy(rotation)[: x.shape[1], : y.shape[1]]
+        weight = weight * (overlap / (from_ @ weight).square().sum())
     offset = centre_y - centre_x @ weight
 
     def r2(which: Tensor) -> float:
@@ -398,8 +403,8 @@ def head_output(
         for earlier in range(layer):
             block = card_of(model).module(model, "block_output", earlier)
             hooks.enter_context(replace_forward(block, lambda hidden_states, *_, **__: hidden_states))
-        visit(model, ("block_input", layer), lambda _: stream, hooks)
-        visit(model, ("head_contribution", layer), at_contributions, hooks)
+        hook_component(model, ("block_input", layer), lambda _: stream, hooks)
+        hook_component(model, ("head_contribution", layer), at_contributions, hooks)
         # Not the decoder's own hooks: the host's, if that is it, are about the run that this is part of.
         model.base_model.forward(
             inputs_embeds=stream, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -467,8 +472,8 @@ class _Host:
     def enter(self, hooks: ExitStack) -> None:
         """Hang the hooks up until `hooks` are closed."""
         for layer in self.by_layer:
-            visit(self.model, ("block_input", layer), lambda x, layer=layer: self.ask(layer, x), hooks)  # type: ignore[misc]
-            visit(self.model, ("head_contribution", layer), lambda x, layer=layer: self.replace(layer, x), hooks)  # type: ignore[misc]
+            hook_component(self.model, ("block_input", layer), partial(self.ask, layer), hooks)
+            hook_component(self.model, ("head_contribution", layer), partial(self.replace, layer), hooks)
         # First of all, so that latent steps are thought with the new heads.
         begin = self.model.base_model.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True)
         hooks.callback(begin.remove)

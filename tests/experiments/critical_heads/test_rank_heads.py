@@ -87,7 +87,7 @@ def test_scores_are_those_of_the_reasoning_that_the_model_writes(
     ("flags", "told"),
     [
         (["--top", 0], "--top must be 1 or more, not 0."),
-        (["--models", MODEL, MODEL], "--models names one or more models, each once."),
+        (["--models", MODEL, MODEL], "--models names one or more, each once, not tiny-"),
         (["--batch_size", 0], "--batch_size must be 1 or more"),
         (["--problems", "none.jsonl"], "there is no file of problems none.jsonl"),
     ],
