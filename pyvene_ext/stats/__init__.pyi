@@ -1,4 +1,3 @@
-from .accuracy import RESAMPLES as RESAMPLES
 from .accuracy import accuracy_drop as accuracy_drop
 from .accuracy import in_points as in_points
 from .accuracy import percent_correct as percent_correct

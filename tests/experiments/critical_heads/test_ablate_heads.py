@@ -18,6 +18,7 @@ from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.tiny_tasks import draw
 from pyvene_ext.runs import ablated, figures
 from pyvene_ext.runs.figures.accuracy import ablation_curves
+from pyvene_ext.runs.flags import Loading
 from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.controls import mcnemar_p
 from tests.experiments.critical_heads import by_hand
@@ -313,7 +314,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     (folder / "empty.jsonl").write_text("\n", encoding="utf-8")
     (folder / "outside.csv").write_text("scores,layer,head\n0.5,6,0\n", encoding="utf-8")
     if (flags, told) in BEFORE_LOADING:
-        monkeypatch.setattr("pyvene_ext.models.loading.load_model", None)
+        monkeypatch.setattr(Loading, "load", None)
     monkeypatch.setattr(ablated, "evaluate", None)
     before = sorted(folder.rglob("*"))
     assert command(*flags) == 2

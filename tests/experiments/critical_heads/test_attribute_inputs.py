@@ -12,12 +12,11 @@ import torch
 import yaml
 from critical_heads import attribute_inputs as study
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.files import write_csv
-from pyvene_ext.methods.attribution import inputs
 from pyvene_ext.methods.attribution.by_tag import AttributedHead, head_rows, tag_rows
 from pyvene_ext.methods.attribution.inputs import InputAttribution, Target
-from pyvene_ext.methods.reasoning import block_scores
 from pyvene_ext.prompts.token_tags import tag_tokens
 from pyvene_ext.runs.figures.inputs import tag_shares
 from pyvene_ext.stats import accuracy
@@ -213,14 +212,14 @@ def test_what_is_attributable_is_said_plainly() -> None:
 
 def test_heads_and_hubs_come_from_the_ranking_made_here(folder: Path) -> None:
     kept = []
-    own = block_scores.block_scores
+    own = px.methods.block_scores
 
     def keeps(*args: Any, **kwargs: Any) -> Any:
         kept.append(own(*args, **kwargs))
         return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_scores, "block_scores", keeps)
+        patch.setattr(px.methods, "block_scores", keeps)
         assert command("--out", "x", "--random_heads", 0, "--n_heads", 2, "--sample", 3) == 0
     (scores,) = kept
     best = np.argsort(-scores.of("hub"), axis=None, kind="stable")[:2]
@@ -242,7 +241,7 @@ def test_the_same_command_gives_the_same_and_goes_on_where_it_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--out", "x", "--heads", "1.3", "2.1", "--hub", 2, "--random_heads", 1)
-    made = stop_at(monkeypatch, 3, inputs, "integrated_gradients")
+    made = stop_at(monkeypatch, 3, px.methods, "integrated_gradients")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0

@@ -14,9 +14,9 @@ import pytest
 import torch
 from critical_heads import probe_layers as study
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.reasoning import probes
 from pyvene_ext.methods.reasoning.probe_targets import ProbeTarget, problem_group, solution_number
 from pyvene_ext.methods.reasoning.probes import ALPHAS, deal_folds
 from pyvene_ext.prompts.problems import Problem
@@ -293,15 +293,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
         return own(*given, **more)
 
     monkeypatch.setattr(reasoning, "evaluate", counted)
-    read = probes.read_residuals
+    read = px.methods.read_residuals
 
     def stops(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(probes, "read_residuals", stops)
+    monkeypatch.setattr(px.methods, "read_residuals", stops)
     assert command(*FEW, *flags) == 130 and len(made) == 2
     assert all("unfinished" in path.parts for path in (folder / "x").rglob("*") if path.is_file())
-    monkeypatch.setattr(probes, "read_residuals", read)
+    monkeypatch.setattr(px.methods, "read_residuals", read)
     assert command(*FEW, *flags) == 0 and len(made) == 2
     assert not (folder / "x/unfinished").exists()
     assert command("--config", "x/config.yaml", "--out", "y") == 0 and len(made) == 4
@@ -339,7 +339,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pyvene_ext.models.loading.load_model", None)
+    monkeypatch.setattr(px.flags.Loading, "load", None)
     assert command("--out", "x", *flags) == 2
     assert message in capsys.readouterr().err and not list(folder.rglob("*"))
 

@@ -14,6 +14,7 @@ import torch
 from critical_heads import patch_hub
 from critical_heads import stratify_difficulty as study
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning import strata as statistics
@@ -304,7 +305,7 @@ def test_the_q_of_a_split_counts_the_splits_of_all_models(folder: Path, monkeypa
         row = statistics.row_of(found, split, "1", np.ones(N, bool), True, 0) | {"p": 1.0, "q": 1.0}
         return [row], {"model": found.name, "split": split, "p": next(p), "excess_p": 0.5}
 
-    monkeypatch.setattr(statistics, "split_by", known)
+    monkeypatch.setattr(px.methods, "split_by", known)
     monkeypatch.setattr(study, "verdicts_of", lambda *_: [])
     assert command(*FEW, "--models", MODEL, "tiny-qwen2.5", "--heads", "0.1", "--random_sets", 0) == 0
     tests = by_hand.table(folder / "x/tests.csv")
@@ -342,7 +343,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pyvene_ext.models.loading.load_model", None)
+    monkeypatch.setattr(px.flags.Loading, "load", None)
     assert command(*FEW, *flags) == 2
     assert message in capsys.readouterr().err and not list(folder.rglob("*"))
 
