@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 __all__ = [
+    "Ablations",
     "BatchSize",
     "Count",
     "Dataset",
@@ -45,6 +46,8 @@ __all__ = [
     "Out",
     "Problems",
     "Prompts",
+    "Ranking",
+    "Score",
     "Seed",
     "Sweep",
     "check_rankings",
@@ -57,6 +60,7 @@ Limit = Annotated[Annotated[int, Ge(1)] | None, Doc("only the first so many; by 
 Out = Annotated[Path | None, Doc("the folder that is written; by default outputs/STUDY/MODEL_DATASET")]
 Seed = Annotated[int, Ge(0), Doc("of every random draw")]
 Head = Annotated[str, Form(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
+Score = Literal["flow", "hub", "skip", "composite"]  # of `methods.reasoning.block_scores`
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,30 @@ class Problems(Loading):
         """Raise ValueError for two models of one name. A study's own `check_flags` calls it."""
         if len({Path(name).name for name in self.models}) < len(self.models):
             raise ValueError("--models names one or more models, each once.")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Which heads are critical, by their scores inside the block of reasoning (rank_heads.py)."""
+
+    by: Score = "flow"
+    """which score ranks the heads, where none are named and no ranking is given"""
+    rankings: tuple[str, ...] = ()
+    """for each model a CSV scores,layer,head, such as rank_heads.py writes"""
+
+    def ranking_of(self, number: int) -> str | None:
+        """The file for a model of --models, if there is one."""
+        return self.rankings[number] if self.rankings else None
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """How heads are ablated while a model solves problems by itself (`runs.ablated`)."""
+
+    random_sets: Annotated[int, Ge(0)] = 20
+    """random sets of other heads of the same layers; 0 for none"""
+    donors: Annotated[int, Ge(2)] = 64
+    """problems that means and other problems' activations are of"""
 
 
 def check_rankings(rankings: tuple[str, ...], models: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +18,11 @@ from pyvene_ext.stats.intervals import (
 )
 
 Head = tuple[int, int]  # (layer, head)
+
+
+def head_label(head: tuple[int, int]) -> str:
+    """A head as flags, tables and figures name it: "2.5" is head 5 of layer 2."""
+    return f"{head[0]}.{head[1]}"
 
 
 class Overlap(NamedTuple):
@@ -59,6 +64,11 @@ def mcnemar_p(before: np.ndarray, after: np.ndarray) -> float:
         raise ValueError("McNemar's test takes two vectors of booleans of one length, one each prompt.")
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+
+
+def share_as_large(value: float, random: Sequence[float] | np.ndarray) -> float:
+    """(1 + random values at least as large) / (1 + random values): the p of a comparison with random draws."""
+    return (1 + int((np.asarray(random) >= value - 1e-9).sum())) / (1 + len(random))
 
 
 CAUSAL, REDUNDANT = 10.0, 2.0  # points of accuracy
@@ -171,3 +181,37 @@ def layer_matched_random_heads(
         ]
         drawn[tuple(sorted(picked))] = None
     return list(drawn)
+
+
+def random_heads_in_place(
+    meant: Sequence[Head], n_heads: int, n_sets: int, rng: np.random.Generator
+) -> list[tuple[Head, ...]]:
+    """Random control sets for heads that are put in places: of the same layers, each once, none in the place it is meant for.
+
+    Args:
+        meant: the (layer, head) for each place.
+        n_heads: heads a layer.
+        n_sets: how many sets to draw.
+        rng: the generator to draw from.
+
+    Raises:
+        ValueError: a layer has no such heads.
+    """
+    by_layer: dict[int, list[int]] = defaultdict(list)
+    for place, (layer, _) in enumerate(meant):
+        by_layer[layer].append(place)
+    for layer, places in by_layer.items():
+        if n_sets and (n_heads == 1 or len({meant[at] for at in places}) < len(places) or len(places) > n_heads):
+            raise ValueError(
+                f"there are no random heads to put in place of those of the donor's layer {layer}: it has {n_heads}, and "
+                f"{len(places)} places take one from it; give each place another head."
+            )
+    sets: list[tuple[Head, ...]] = []
+    while len(sets) < n_sets:
+        chosen: dict[int, Head] = {}
+        for layer, places in by_layer.items():
+            while not all(at in chosen and chosen[at] != meant[at] for at in places):
+                drawn = rng.choice(n_heads, len(places), replace=False)
+                chosen |= {at: (layer, int(head)) for at, head in zip(places, drawn, strict=True)}
+        sets.append(tuple(chosen[at] for at in range(len(meant))))
+    return sets

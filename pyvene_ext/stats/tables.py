@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,11 @@ from pyvene_ext.stats.intervals import Interval
 def interval_columns(name: str, interval: Interval) -> dict[str, Any]:
     """The cells of a mean with its interval: NAME, NAME_low and NAME_high."""
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def interval_in(row: Mapping[str, Any], name: str) -> Interval:
+    """The mean and interval in a row of a table: what `interval_columns` wrote."""
+    return Interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 def side_by_side(rows: Sequence[dict[str, Any]], key: str, suffix: str, value: str) -> list[dict[str, Any]]:

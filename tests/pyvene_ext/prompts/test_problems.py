@@ -16,7 +16,7 @@ from pyvene_ext.prompts.problems import (
     Problem,
     find_answer,
     load_problems,
-    room,
+    prompt_budget,
     tokenize_problems,
     tokens_until,
     with_reasoning,
@@ -225,13 +225,13 @@ def test_questions_that_cannot_be_asked(tokenizer: Any) -> None:
         tokenize_problems([problem()], tokenizer, context=length - 1)
 
 
-def test_room_is_what_new_tokens_leave() -> None:
+def test_the_prompt_budget_is_what_new_tokens_leave() -> None:
     model = load_model("tiny-qwen2.5")[0]
-    assert room(model, 56) == 200
+    assert prompt_budget(model, 56) == 200
     with pytest.raises(ValueError, match="takes 256 in all"):
-        room(model, 256)
+        prompt_budget(model, 256)
     with pytest.raises(ValueError, match="must be 1 or more"):
-        room(model, 0)
+        prompt_budget(model, 0)
 
 
 def test_reasoning_is_a_block_up_to_the_mark(tokenizer: Any) -> None:

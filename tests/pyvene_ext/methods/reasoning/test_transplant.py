@@ -416,7 +416,7 @@ def test_texts_are_paired_where_the_pieces_are_the_same() -> None:
         assert one.convert_ids_to_tokens(list(mine))[1:] == other.convert_ids_to_tokens(list(its))
     split = bpe_tokenizer(["xyz"])
     with pytest.raises(
-        ValueError, match=r"another vocabulary .* of text 0 behind 'A', so that their tokens do not correspond"
+        ValueError, match=r"another vocabulary .* of text 0 after 'A', so that their tokens do not correspond"
     ):
         pair_texts(texts, one, split)
 

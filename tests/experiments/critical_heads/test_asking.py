@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 from critical_heads import rank_heads
-from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import CHAT_TEMPLATE, load_problems
 from pyvene_ext.prompts.tiny_tasks import is_held_out
+from pyvene_ext.runs import reasoning
+from pyvene_ext.runs.flags import Problems
 
 
 def asked(model: Any, tokenizer: Any, **flags: Any) -> list[str]:
     """The texts of the problems."""
-    given = common.Flags(**flags)
-    questions = common.ask(given, model, tokenizer, common.find_problems(given), 8)
+    given = Problems(**flags)
+    questions = reasoning.ask(given, model, tokenizer, reasoning.find_problems(given), 8)
     return [tokenizer.decode(ids) for ids in questions.prompts.input_ids]
 
 
@@ -34,7 +35,7 @@ def test_solved_examples_come_from_problems_that_are_not_asked(tmp_path: Path) -
         examples = text.removeprefix("<bos> ").split("Question:")[1:3]
         assert not any(is_held_out(f"Question:{example.partition(' Answer:')[0]} Answer:") for example in examples)
 
-    problems = common.find_problems(common.Flags(limit=3))
+    problems = reasoning.find_problems(Problems(limit=3))
     path = tmp_path / "problems.jsonl"
     path.write_text("\n".join(json.dumps({"question": p.question, "answer": p.solution}) for p in problems))
     for text, problem in zip(asked(model, tokenizer, problems=str(path), shots=2), problems, strict=True):
@@ -57,7 +58,7 @@ def test_chats_use_the_tokenizers_template() -> None:
 
     tokenizer.apply_chat_template = noting
     asked(model, tokenizer, limit=2, chat=True)
-    problems = common.find_problems(common.Flags(limit=2))
+    problems = reasoning.find_problems(Problems(limit=2))
     assert seen == [CHAT_TEMPLATE.replace("{question}", problem.question) for problem in problems]
 
 
