@@ -1,4 +1,4 @@
-"""Numbers as cells of tables: intervals in columns, one column a model, nothing that JSON lacks."""
+"""Numbers as table cells: intervals in columns, one column a model, values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -10,18 +10,29 @@ from pyvene_ext.stats.intervals import Interval
 
 
 def interval_columns(name: str, interval: Interval) -> dict[str, Any]:
-    """The cells of a mean with its interval: NAME, NAME_low and NAME_high."""
+    """The cells of a mean with its interval.
+
+    Args:
+        name: column of the mean.
+        interval: the numbers.
+
+    Returns:
+        Cells by column: NAME, NAME_low and NAME_high.
+    """
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def side_by_side(rows: Sequence[dict[str, Any]], key: str, suffix: str, value: str) -> list[dict[str, Any]]:
-    """A table with one row a `key` and one column MODEL_suffix a model; a model without that key has an empty cell.
+    """Pivot rows of several models into one row a `key`, with a column MODEL_suffix for each model.
 
     Args:
         rows: one a model and key, with columns "model", `key` and `value`.
-        key: the first column.
-        suffix: of the other columns' names.
-        value: what their cells hold.
+        key: first column of the new table.
+        suffix: ending of the other columns' names.
+        value: column of `rows` whose values fill the cells.
+
+    Returns:
+        The rows of the new table; NaN, written as an empty cell, where a model lacks a key.
     """
     models = dict.fromkeys(row["model"] for row in rows)
     found = {(row[key], row["model"]): row[value] for row in rows}
@@ -30,5 +41,5 @@ def side_by_side(rows: Sequence[dict[str, Any]], key: str, suffix: str, value: s
 
 
 def finite(value: float) -> float | None:
-    """A number for JSON, which has no NaN: None in its place."""
+    """Convert a number for JSON, which has no NaN: None if it is not finite."""
     return float(value) if math.isfinite(value) else None
