@@ -1,13 +1,13 @@
-"""Prove a card: every component of a model against plain torch hooks written without it.
+"""Verify a card: compare every component of a model with plain torch hooks that do not use the card.
 
     python -m pyvene_ext.verify --model Qwen/Qwen2.5-3B
     python -m pyvene_ext.verify --model path/to/folder --layers all
 
-For each component, unit, layer, padding side and attention implementation three things are checked on a batch of unequal
-lengths with other places in every example: what is read, the outputs after zeroing, the outputs after swapping in another
-prompt's values. The truth comes from `Truth`: out-of-place hooks on modules found by their usual names in transformers, and an
-attention written out here. It shares no line with the cards, the taps or pyvene. Afterwards the model must be what it was, to
-the last bit.
+For each component, unit, layer, padding side and attention implementation, three things are checked on a batch of unequal
+lengths, at different locations in each example: the activations read, the outputs after zeroing, and the outputs after swapping
+in another prompt's activations. The ground truth is `Truth`: out-of-place hooks on modules found by their usual names in
+transformers, and attention written out from its formula. It shares no code with the cards, the taps or pyvene. Afterwards the
+model must be unchanged, bit for bit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,17 @@ LENGTHS = (9, 6, 8)
 
 @dataclass
 class Row:
-    """One line of the table: a component with one unit."""
+    """One line of the table: a component with one unit.
+
+    Attributes:
+        component: its name.
+        unit: "pos", "h" or "h.pos".
+        checks: number of comparisons.
+        failures: comparisons that failed.
+        largest_error: largest difference from the ground truth.
+        effect: largest change of the outputs that an edit made.
+        first_failure: description of the first failure; empty if there is none.
+    """
 
     component: str
     unit: str
@@ -57,7 +67,14 @@ class Row:
 
 @dataclass
 class Report:
-    """What `verify_card` found."""
+    """The result of `verify_card`.
+
+    Attributes:
+        model: class of the model.
+        family: family of its card.
+        rows: one a component and unit.
+        problems: what went wrong beyond single comparisons.
+    """
 
     model: str
     family: str
@@ -66,12 +83,12 @@ class Report:
 
     @property
     def checks(self) -> int:
-        """How many comparisons were made."""
+        """Number of comparisons."""
         return sum(row.checks for row in self.rows)
 
     @property
     def failures(self) -> int:
-        """How many of them failed, and other problems found."""
+        """Number of failed comparisons and other problems."""
         return sum(row.failures for row in self.rows) + len(self.problems)
 
     def table(self) -> str:
@@ -98,13 +115,18 @@ def verify_card(
     """Check every component of `model`'s card against independent hooks.
 
     Args:
-        model: a transformers model with a card, any of its classes, in float32 for the tolerance to mean something.
-        layers: which layers; "ends" is the first, the middle and the last.
-        implementations: attention implementations to run under; one that the architecture does not support is skipped.
+        model: a transformers model of any class that its family's card covers; in float32, for which the tolerance is meant.
+        layers: layers to check; "ends" is the first, the middle and the last.
+        implementations: attention implementations to run under; those that the architecture does not support are skipped.
+        padding_sides: sides on which the batches are padded.
         tolerance: largest difference allowed, relative to the largest value where that exceeds 1.
+        progress: whether to show a progress bar.
 
     Returns:
-        A `Report`; `.failures` is 0 for a right card. An error raised by a check counts as a failure.
+        A `Report`; `.failures` is 0 for a correct card. An error raised by a check counts as a failure.
+
+    Raises:
+        ValueError: the model has no card, or lacks one of the layers.
     """
     card = card_of(model)
     report = Report(type(model).__name__, card.family)
@@ -143,7 +165,7 @@ def verify_card(
             "nothing was checked: name a layer, a padding side and an implementation the model supports"
         )
     if changed:
-        report.problems.append("the model is not what it was: hooks, modules, flags or outputs changed")
+        report.problems.append("the model was changed: its hooks, modules, flags or outputs differ from before")
     return report
 
 
@@ -159,7 +181,7 @@ def _check_component(
     truth = Truth(model)
     base, source = batches
     clean = truth.run(base)
-    held = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
+    values = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
     for unit in COMPONENTS[component].units:
         row = rows.setdefault((component, unit), Row(component, unit))
         there, from_there = _places(model, component, unit, base, 0), _places(model, component, unit, source, 1)
@@ -176,15 +198,15 @@ def _check_component(
                     else:
                         collected, found = intervenable(base, unit_locations={"base": [there.locations]})
                 if operation == "read":
-                    error = _difference(*(there.real(x, base) for x in (collected[1][0], there.take(held["base"]))))
+                    error = _difference(*(there.real(x, base) for x in (collected[1][0], there.take(values["base"]))))
                     expected = clean
                 else:
-                    new = from_there.take(held["source"]) if operation == "swap" else None
+                    new = from_there.take(values["source"]) if operation == "swap" else None
                     expected = truth.run(base, component, layer, partial(there.put, new))
                     row.effect = max(row.effect, float(_real(expected - clean, base).abs().max()))
                     error = 0.0
                 error = max(error, _difference(_real(first_tensor(found), base), _real(expected, base)))
-            except Exception as exception:  # a contributor wants all that is wrong, not the first thing
+            except Exception as exception:  # a contributor needs every failure, not only the first
                 row.failures += 1
                 row.first_failure = (
                     row.first_failure or f"{operation}, {where}: {type(exception).__name__}: {exception}"
@@ -198,7 +220,7 @@ def _check_component(
 
 @dataclass(frozen=True)
 class _UnitLocations:
-    """Places of one unit, other ones in every example, as pyvene writes them and as plain indexing."""
+    """Locations of one unit, different in each example, in pyvene's format and as plain indices."""
 
     unit: str
     heads: list[list[int]]
@@ -225,13 +247,13 @@ class _UnitLocations:
         return torch.stack(rows)
 
     def real(self, taken: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """What was taken, with padded positions blanked: implementations of attention differ in what they leave there."""
+        """Zero padded positions, where attention implementations differ."""
         if self.unit != "h":
             return taken
         return taken.masked_fill(~batch["attention_mask"].bool()[:, None, :, None], 0.0)
 
     def put(self, new: Tensor | None, x: Tensor) -> Tensor:
-        """A copy of `x` with `new` (zeros if None) at the places."""
+        """A copy of `x` with `new` (zeros if None) at the locations."""
         x = x.clone()
         for example in range(x.shape[0]):
             if self.unit == "pos":
@@ -259,7 +281,7 @@ def _places(model: Any, component: str, unit: str, batch: dict[str, Tensor], shi
 
 
 def _batch(model: Any, side: str, seed: int) -> dict[str, Tensor]:
-    """Random tokens, three prompts of unequal lengths (the same ones for each seed, so that real swaps with real)."""
+    """Three prompts of random tokens, of the same unequal lengths for each seed, so that swaps exchange real tokens."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, pad = model.config.vocab_size, model.config.pad_token_id or 0
     ids = torch.full((len(LENGTHS), max(LENGTHS)), pad)
@@ -274,12 +296,12 @@ def _batch(model: Any, side: str, seed: int) -> dict[str, Tensor]:
 
 
 def _real(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Outputs without the padded positions; a classifier has one row an example and none to leave out."""
+    """Outputs without padded positions; a classifier has one row an example and no positions."""
     return output[batch["attention_mask"].bool()] if output.ndim == 3 else output
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative where values exceed 1; masked scores (-inf) must be masked in both."""
+    """Largest difference, relative where values exceed 1; scores masked (-inf) in one must be masked in the other."""
     if found.shape != expected.shape:
         raise ValueError(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
     found, expected = (x.float().nan_to_num(nan=torch.nan, neginf=-1e9) for x in (found, expected))
@@ -288,7 +310,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:
-    """Everything a run must leave alone."""
+    """Everything that a run must leave unchanged."""
     with torch.no_grad():
         output = first_tensor(model(**_batch(model, "left", seed=3)))
     hooks = [
@@ -317,7 +339,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Verify the model with its head and without; 0 if all is right."""
+    """Verify a model with and without its language-model head; exit status 0 if every check passes."""
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
     failures = 0
     for part in (model, model.base_model):
