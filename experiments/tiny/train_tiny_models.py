@@ -442,8 +442,8 @@ def model_card(name: str, model: PreTrainedModel, evaluation: dict) -> str:
             *(f"| `{task}` | {accuracy[task]:.4f} | {REQUIRED[task]} |" for task in TASK_NAMES),
             "",
             f"{evaluation['prompts_per_task']} held-out prompts a task: one prompt in ten, chosen by a hash of its text, is "
-            "excluded from training. IOI: the name is the most likely of all tokens at the last position. Translation and arithmetic: "
-            "the greedily generated text equals the whole answer. Repeated: share of the predictable tokens of the second "
+            "excluded from training. IOI: the name is the most likely of all tokens at the last position. Translation and "
+            "arithmetic: the greedily generated text equals the whole answer. Repeated: share of the predictable tokens of the second "
             "block that get the highest probability. Only combinations are held out: every word, and every sum such as 7+5, "
             "occurs in training.",
             "",
