@@ -1,13 +1,13 @@
-"""Verify a card: compare every component of a model with plain torch hooks that do not use the card.
+"""Verify a card: compare every component of a model with plain torch hooks that are independent of the card.
 
     python -m pyvene_ext.verify --model Qwen/Qwen2.5-3B
     python -m pyvene_ext.verify --model path/to/folder --layers all
 
-For each component, unit, layer, padding side and attention implementation, three things are checked on a batch of unequal
-lengths, at different locations in each example: the activations read, the outputs after zeroing, and the outputs after swapping
-in another prompt's activations. The ground truth is `Truth`: out-of-place hooks on modules found by their usual names in
-transformers, and attention written out from its formula. It shares no code with the cards, the taps or pyvene. Afterwards the
-model must be unchanged, bit for bit.
+For each component, unit, layer, padding side and attention implementation three things are checked on a batch of unequal lengths,
+at different positions and heads in each example: the activation that is read, the outputs after zeroing it, and the outputs after
+swapping in another prompt's. The expected values come from `intervenable.truth`: out-of-place hooks on modules found by their
+usual names in transformers, and attention written out. It shares no code with the cards, the taps or pyvene. Finally the model
+must be bit-identical to what it was.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Row:
     """One line of the table: a component with one unit.
 
     Attributes:
-        component: its name.
+        component: pyvene's name of the component.
         unit: "pos", "h" or "h.pos".
-        checks: number of comparisons.
-        failures: comparisons that failed.
-        largest_error: largest difference from the ground truth.
-        effect: largest change of the outputs that an edit made.
-        first_failure: description of the first failure; empty if there is none.
+        checks: the number of comparisons.
+        failures: the number that failed.
+        largest_error: the largest difference, relative where values exceed 1.
+        effect: the largest change of an output by an edit.
+        first_failure: what failed first, and where.
     """
 
     component: str
@@ -70,10 +70,10 @@ class Report:
     """The result of `verify_card`.
 
     Attributes:
-        model: class of the model.
-        family: family of its card.
-        rows: one a component and unit.
-        problems: what went wrong beyond single comparisons.
+        model: the model's class.
+        family: the card's family.
+        rows: one row per component and unit.
+        problems: failures that belong to no row.
     """
 
     model: str
@@ -83,16 +83,16 @@ class Report:
 
     @property
     def checks(self) -> int:
-        """Number of comparisons."""
+        """The number of comparisons."""
         return sum(row.checks for row in self.rows)
 
     @property
     def failures(self) -> int:
-        """Number of failed comparisons and other problems."""
+        """The number of comparisons that failed, plus other problems."""
         return sum(row.failures for row in self.rows) + len(self.problems)
 
     def table(self) -> str:
-        """The rows as text, failures last."""
+        """Format the rows as text, failures last."""
         lines = [f"{'component':<30}{'unit':<8}{'checks':>7}{'failed':>8}{'largest error':>15}"]
         for row in self.rows:
             lines.append(f"{row.component:<30}{row.unit:<8}{row.checks:>7}{row.failures:>8}{row.largest_error:>15.1e}")
@@ -115,18 +115,18 @@ def verify_card(
     """Check every component of `model`'s card against independent hooks.
 
     Args:
-        model: a transformers model of any class that its family's card covers; in float32, for which the tolerance is meant.
-        layers: layers to check; "ends" is the first, the middle and the last.
-        implementations: attention implementations to run under; those that the architecture does not support are skipped.
-        padding_sides: sides on which the batches are padded.
-        tolerance: largest difference allowed, relative to the largest value where that exceeds 1.
-        progress: whether to show a progress bar.
+        model: a transformers model with a card, any of its classes; in float32, which the tolerance is meant for.
+        layers: which layers; "ends" is the first, the middle and the last.
+        implementations: attention implementations to run under; unsupported ones are skipped.
+        padding_sides: "left", "right" or both.
+        tolerance: largest difference allowed, relative to the largest value if that exceeds 1.
+        progress: show a progress bar.
 
     Returns:
         A `Report`; `.failures` is 0 for a correct card. An error raised by a check counts as a failure.
 
     Raises:
-        ValueError: the model has no card, or lacks one of the layers.
+        ValueError: there is no such layer.
     """
     card = card_of(model)
     report = Report(type(model).__name__, card.family)
@@ -162,10 +162,10 @@ def verify_card(
     report.problems += [f"{name}: no edit had any effect" for name, size in effect.items() if size < tolerance]
     if not report.checks:
         report.problems.append(
-            "nothing was checked: name a layer, a padding side and an implementation the model supports"
+            "nothing was checked: name a layer, a padding side and an implementation that the model supports"
         )
     if changed:
-        report.problems.append("the model was changed: its hooks, modules, flags or outputs differ from before")
+        report.problems.append("the checks changed the model: its hooks, modules, flags or outputs differ")
     return report
 
 
@@ -181,10 +181,10 @@ def _check_component(
     truth = Truth(model)
     base, source = batches
     clean = truth.run(base)
-    values = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
+    activations = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
     for unit in COMPONENTS[component].units:
         row = rows.setdefault((component, unit), Row(component, unit))
-        there, from_there = _places(model, component, unit, base, 0), _places(model, component, unit, source, 1)
+        base_at, source_at = _places(model, component, unit, base, 0), _places(model, component, unit, source, 1)
         for operation, kind in OPERATIONS.items():
             row.checks += 1
             try:
@@ -193,20 +193,22 @@ def _check_component(
                 with torch.no_grad():
                     if operation == "swap":
                         collected, found = intervenable(
-                            base, [source], {"sources->base": ([from_there.locations], [there.locations])}
+                            base, [source], {"sources->base": ([source_at.locations], [base_at.locations])}
                         )
                     else:
-                        collected, found = intervenable(base, unit_locations={"base": [there.locations]})
+                        collected, found = intervenable(base, unit_locations={"base": [base_at.locations]})
                 if operation == "read":
-                    error = _difference(*(there.real(x, base) for x in (collected[1][0], there.take(values["base"]))))
+                    error = _difference(
+                        *(base_at.real(x, base) for x in (collected[1][0], base_at.take(activations["base"])))
+                    )
                     expected = clean
                 else:
-                    new = from_there.take(values["source"]) if operation == "swap" else None
-                    expected = truth.run(base, component, layer, partial(there.put, new))
+                    new = source_at.take(activations["source"]) if operation == "swap" else None
+                    expected = truth.run(base, component, layer, partial(base_at.put, new))
                     row.effect = max(row.effect, float(_real(expected - clean, base).abs().max()))
                     error = 0.0
                 error = max(error, _difference(_real(first_tensor(found), base), _real(expected, base)))
-            except Exception as exception:  # a contributor needs every failure, not only the first
+            except Exception as exception:  # report every failure, not only the first
                 row.failures += 1
                 row.first_failure = (
                     row.first_failure or f"{operation}, {where}: {type(exception).__name__}: {exception}"
@@ -220,7 +222,7 @@ def _check_component(
 
 @dataclass(frozen=True)
 class _UnitLocations:
-    """Locations of one unit, different in each example, in pyvene's format and as plain indices."""
+    """Different locations in every example, as pyvene takes them and as plain indices."""
 
     unit: str
     heads: list[list[int]]
@@ -247,7 +249,7 @@ class _UnitLocations:
         return torch.stack(rows)
 
     def real(self, taken: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Zero padded positions, where attention implementations differ."""
+        """Zero the padded positions of what `take` returns: attention implementations differ there."""
         if self.unit != "h":
             return taken
         return taken.masked_fill(~batch["attention_mask"].bool()[:, None, :, None], 0.0)
@@ -281,7 +283,7 @@ def _places(model: Any, component: str, unit: str, batch: dict[str, Tensor], shi
 
 
 def _batch(model: Any, side: str, seed: int) -> dict[str, Tensor]:
-    """Three prompts of random tokens, of the same unequal lengths for each seed, so that swaps exchange real tokens."""
+    """Random tokens in three prompts, whose lengths differ but not between seeds, so that real tokens swap with real ones."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, pad = model.config.vocab_size, model.config.pad_token_id or 0
     ids = torch.full((len(LENGTHS), max(LENGTHS)), pad)
@@ -296,12 +298,12 @@ def _batch(model: Any, side: str, seed: int) -> dict[str, Tensor]:
 
 
 def _real(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Outputs without padded positions; a classifier has one row an example and no positions."""
+    """Outputs without padded positions; a classifier has one row per example and no padding."""
     return output[batch["attention_mask"].bool()] if output.ndim == 3 else output
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative where values exceed 1; scores masked (-inf) in one must be masked in the other."""
+    """Largest difference, relative where values exceed 1; masked scores (-inf) must be masked in both."""
     if found.shape != expected.shape:
         raise ValueError(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
     found, expected = (x.float().nan_to_num(nan=torch.nan, neginf=-1e9) for x in (found, expected))
@@ -310,7 +312,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:
-    """Everything that a run must leave unchanged."""
+    """Everything that a run must not change."""
     with torch.no_grad():
         output = first_tensor(model(**_batch(model, "left", seed=3)))
     hooks = [
@@ -339,7 +341,14 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Verify a model with and without its language-model head; exit status 0 if every check passes."""
+    """Verify the model with and without its head.
+
+    Args:
+        options: the flags.
+
+    Returns:
+        The exit code, 0 if there are no failures.
+    """
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
     failures = 0
     for part in (model, model.base_model):

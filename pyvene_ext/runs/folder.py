@@ -49,6 +49,8 @@ class RunFolder:
         flag: str = "out",
         summary: str | Path = "summary.json",
         config_file: str = "config.yaml",
+        path: Path | None = None,
+        beside: Sequence[Path] = (),
     ) -> None:
         """Choose the folder: the flag's, or outputs/STUDY/SUBJECT_SUBJECT, and check that it can be written.
 
@@ -59,15 +61,18 @@ class RunFolder:
             flag: name of the flag that gives the folder.
             summary: file that is written last.
             config_file: file of the flags; a study that keeps several runs in one folder names each.
+            path: the folder, if the flag names something else.
+            beside: files of the run outside the folder, which the study writes itself; those of an earlier run are removed first.
 
         Raises:
             ValueError: the folder cannot be written.
         """
         names = [_short(subject) for subject in subjects]
-        self.path = output_path(getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
+        self.path = output_path(path or getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
         self.of = ", ".join(names)
         self.unfinished = self.path / "unfinished"
         self._config, self._config_file, self._summary = config, self.path / config_file, self.path / summary
+        self._beside = tuple(beside)
         self._kinds: set[str] = set()
 
     @contextmanager
@@ -83,17 +88,18 @@ class RunFolder:
         Yields:
             None: the body of the context writes the files.
         """
-        self._summary.unlink(missing_ok=True)
+        for earlier in (self._summary, *self._beside):
+            earlier.unlink(missing_ok=True)
         for pattern in replacing:
             for earlier in self.path.glob(pattern):
                 earlier.unlink()
         yield
         write_config(self._config_file, self._config)
         write_json(self._summary, facts)
-        remove_leftovers(self._summary, *self.path.rglob("*"))
+        remove_leftovers(self._summary, *self._beside, *self.path.rglob("*"))
         discard(self.unfinished)
         kinds = [kind for kind in ("arrays", "tables", "figures") if kind in self._kinds]
-        print(f"\nwritten:\n  {self.path}/ ({', '.join(['summary', 'config', *kinds])})")
+        print("\nwritten:", *self._beside, f"{self.path}/ ({', '.join(['summary', 'config', *kinds])})", sep="\n  ")
 
     def array(self, name: str, values: np.ndarray) -> None:
         """Write an array to NAME.npy.

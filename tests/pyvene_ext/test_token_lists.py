@@ -76,10 +76,10 @@ def malicious(trace: Path) -> dict[str, bytes]:
 def test_a_pickle_that_imports_anything_is_refused_and_runs_nothing(name: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     path = written(tmp_path / "ids.pkl", malicious(trace)[name])
-    with pytest.raises(ValueError, match=r"ids.pkl is no pickle of lists of whole numbers \(it imports ") as caught:
+    with pytest.raises(ValueError, match=r"ids.pkl is not a pickle of lists of whole numbers \(it imports ") as caught:
         read_token_list(path)
     assert not trace.exists() and "\n" not in str(caught.value)
-    assert "nothing of it was run" in str(caught.value)
+    assert "nothing in it was run" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_these_pickles_do_run_something_when_they_are_loaded(tmp_path: Path) -> 
     ],
 )
 def test_a_damaged_pickle_is_refused_in_one_sentence(content: bytes, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ids.pkl is no pickle of lists of whole numbers \(.+\), and") as caught:
+    with pytest.raises(ValueError, match=r"ids.pkl is not a pickle of lists of whole numbers \(.+\), and") as caught:
         read_token_list(written(tmp_path / "ids.pkl", content))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 

@@ -45,7 +45,7 @@ from modelcards import Card, Taps, card_of, n_heads, n_layers, n_positions
 from modelcards.attention_taps import output_weight
 from pyvene_ext.io.files import read_csv, write_csv
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.hooks import split_heads, visit
+from pyvene_ext.models.hooks import hook_component, split_heads
 from pyvene_ext.models.modes import evaluating
 
 Occurrences = Literal["last", "all"]
@@ -247,9 +247,9 @@ def attention_scores(
             )
         )
         for layer in layers:
-            visit(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
+            hook_component(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
             if copying:
-                visit(model, ("head_value_output", layer), partial(at_values, layer), hooks)
+                hook_component(model, ("head_value_output", layer), partial(at_values, layer), hooks)
         for start in range(0, len(ids), batch_size):
             rows = slice(start, min(start + batch_size, len(ids)))
             model.base_model(input_ids=ids[rows].to(input_device(model)), use_cache=False)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from modelcards import Taps, card_of, dimensions, n_layers
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.hooks import Where, visit
+from pyvene_ext.models.hooks import Where, hook_component
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -100,7 +100,7 @@ def read_residuals(
 
             with ExitStack() as hooks, Taps(model, card_of(model), where.values()):
                 for number, place in enumerate(where.values()):
-                    visit(model, place, partial(keep, number), hooks)
+                    hook_component(model, place, partial(keep, number), hooks)
                 model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             bar.update(len(batch.index))
     return Residuals(tuple(where), found, mean)

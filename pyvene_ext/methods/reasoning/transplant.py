@@ -25,6 +25,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
@@ -41,9 +42,9 @@ from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import (
     StopForward,
     Where,
-    keep_places,
+    hook_component,
+    record_activations,
     replace_forward,
-    visit,
 )
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
@@ -257,7 +258,7 @@ def _streams(
     rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
     with evaluating(model), no_gradients(model), ExitStack() as hooks:
         hooks.enter_context(Taps(model, card_of(model), places))
-        seen = keep_places(model, places, hooks)
+        seen = record_activations(model, places, hooks)
         for batch in prompts.batches(batch_size, padding_side="left"):
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             for place in places:
@@ -404,8 +405,8 @@ def head_output(
         for earlier in range(layer):
             block = card_of(model).module(model, "block_output", earlier)
             hooks.enter_context(replace_forward(block, lambda hidden_states, *_, **__: hidden_states))
-        visit(model, ("block_input", layer), lambda _: stream, hooks)
-        visit(model, ("head_contribution", layer), at_contributions, hooks)
+        hook_component(model, ("block_input", layer), lambda _: stream, hooks)
+        hook_component(model, ("head_contribution", layer), at_contributions, hooks)
         # Not the decoder's own hooks: the host's, if that is it, are about the run that this is part of.
         model.base_model.forward(
             inputs_embeds=stream, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -473,8 +474,8 @@ class _Host:
     def enter(self, hooks: ExitStack) -> None:
         """Hang the hooks up until `hooks` are closed."""
         for layer in self.by_layer:
-            visit(self.model, ("block_input", layer), lambda x, layer=layer: self.ask(layer, x), hooks)  # type: ignore[misc]
-            visit(self.model, ("head_contribution", layer), lambda x, layer=layer: self.replace(layer, x), hooks)  # type: ignore[misc]
+            hook_component(self.model, ("block_input", layer), partial(self.ask, layer), hooks)
+            hook_component(self.model, ("head_contribution", layer), partial(self.replace, layer), hooks)
         # First of all, so that latent steps are thought with the new heads.
         begin = self.model.base_model.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True)
         hooks.callback(begin.remove)
