@@ -100,7 +100,9 @@ def write_card_pages() -> None:
 
 def as_restructured_text(_app: Sphinx, what: str, name: str, _object: Any, _options: Any, lines: list[str]) -> None:
     """Convert our docstrings, plain text with `code` and indented examples, to reStructuredText."""
-    kinds: list[bool] = []  # whether each line is part of an example: indented, after a blank line that follows unindented text
+    kinds: list[
+        bool
+    ] = []  # whether each line is part of an example: indented, after a blank line that follows unindented text
     above = ""
     for number, line in enumerate(lines):
         begins = line.startswith("    ") and number > 0 and not lines[number - 1].strip() and not above.startswith(" ")
