@@ -86,7 +86,7 @@ def test_what_is_written_is_read_again_rounded_and_none_leaves_no_file(tmp_path:
     np.testing.assert_array_equal(view.patterns["3.10"], [[1, 0, 0], [0.123, 0.877, 0], [0.333] * 3])
     write_views(tmp_path, [])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"second: 2 tokens have no pattern of shape \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"second: the pattern of 2 tokens is \[2 2\], not of shape \(3, 3\)"):
         write_views(tmp_path, [View("second", ["x", "y"], {"0.0": PATTERN})])
     assert not list(tmp_path.iterdir())
 
@@ -99,8 +99,8 @@ GOOD: dict[str, Any] = {"name": "p", "tokens": ["a", "b"], "heads": {"0.0": [[1]
     [
         ("{", "is not JSON"),
         ("[]", "should be a valid dict"),
-        (GOOD | {"tokens": ["a"]}, "head 0.0 on p must have a row of 1, one of 2 and so on up to 1"),
-        (GOOD | {"heads": {"0.0": [[1], [0.5, 0.5, 0]]}}, "must have a row of 1"),
+        (GOOD | {"tokens": ["a"]}, "head 0.0 on p must have rows of 1, 2 and so on up to 1 "),
+        (GOOD | {"heads": {"0.0": [[1], [0.5, 0.5, 0]]}}, "must have rows of 1, 2 and so on"),
         (GOOD | {"heads": {"0.0": [[1], [1.5, 0.5]]}}, r"heads.0.0.1.0: .*less than or equal to"),
         (GOOD | {"heads": {"0.0": [[1], [-0.5, 0.5]]}}, "greater than or equal to 0"),
         (GOOD | {"heads": {"<b>": [[1], [0.5, 0.5]]}}, "should match pattern"),

@@ -22,7 +22,7 @@ def test_mcnemars_p_is_the_two_sided_binomial_of_those_that_changed(lost: int, w
 
 def test_mcnemar_takes_booleans_of_one_length() -> None:
     for before, after in (([True], [True, False]), ([1, 0], [True, False]), ([[True]], [[True]])):
-        with pytest.raises(ValueError, match="two vectors of booleans of one length"):
+        with pytest.raises(ValueError, match="two boolean vectors of the same length"):
             mcnemar_p(np.array(before), np.array(after))
 
 
