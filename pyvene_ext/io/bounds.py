@@ -27,6 +27,11 @@ class Distinct:
 
 
 @dataclass(frozen=True)
+class Ascending:
+    """Each item larger than the one before."""
+
+
+@dataclass(frozen=True)
 class Form:
     """Text of a given form.
 
@@ -96,6 +101,8 @@ def _complaint(flag: str, value: Any, bounds: list[Any]) -> Iterator[str]:
         wanted += ["each once"] if any(isinstance(bound, Distinct) for bound in bounds) else []
         if (not value and "one or more" in wanted) or ("each once" in wanted and len(set(value)) < len(value)):
             yield f"--{flag} names {', '.join(wanted)}, not {' '.join(map(str, value)) or 'nothing'}."
+        if Ascending() in bounds and list(value) != sorted(set(value)):
+            yield f"--{flag} takes ascending numbers, not {' '.join(map(str, value))}."
     limits = {type(bound): dataclasses.astuple(bound)[0] for bound in bounds if type(bound) in LIMITS}
     if limits and not (math.isfinite(value) and all(LIMITS[kind][1](value, end) for kind, end in limits.items())):
         unit = next((f", in {bound.unit}" for bound in bounds if isinstance(bound, Unit)), "")

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import yaml
+from jaxtyping import Float
 from pydantic import (
     BaseModel,
     ValidationError,
@@ -255,6 +256,24 @@ def read_npy(path: str | Path) -> np.ndarray:
     ) as error:  # its header is a Python literal, for which NumPy, ast and tokenize raise different errors
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a complete .npy file of numbers ({reason}).") from None
+
+
+def read_head_matrix(path: str | Path) -> Float[np.ndarray, "layer head"]:
+    """One real number a head from a .npy file, as float64.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a .npy file of real numbers with two axes and at least one head.
+    """
+    matrix = read_npy(path)
+    if matrix.dtype.kind not in "iuf":
+        raise ValueError(f"{path} holds {matrix.dtype}, not real numbers; save it as float32 or float64.")
+    if matrix.ndim != 2 or not matrix.size:
+        raise ValueError(f"{path} has shape {matrix.shape}; a [layer head] matrix with at least one head is needed.")
+    return matrix.astype(np.float64)
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -311,7 +311,7 @@ def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrained
         raise ValueError(f"the tokenizer's chat template fails ({reason}); ask without one.") from None
 
 
-def room(model: PreTrainedModel, max_new_tokens: int) -> int:
+def prompt_budget(model: PreTrainedModel, max_new_tokens: int) -> int:
     """How many tokens a prompt may have; ValueError if there is no room for any."""
     longest = n_positions(model.config)
     if max_new_tokens < 1:

@@ -23,11 +23,8 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "ablate_heads", "activation_frequencies_ifr", "attribute_inputs", "attribution_patching", "bench_sweep",
-    "crosslingual_head_corr", "force_attention", "information_flow_routes", "known_circuits", "make_prompts",
-    "name_movers", "patch_hub", "path_patching", "probe_layers", "rank_heads", "run_ablations", "run_all",
-    "stratify_difficulty", "train_tiny_models", "train_tiny_thought", "translation_causes", "translation_heads",
-    "transplant_head",
+    "bench_sweep", "make_prompts", "name_movers", "train_tiny_models", "train_tiny_thought", "translation_causes",
+    "translation_heads",
 }  # fmt: skip
 
 

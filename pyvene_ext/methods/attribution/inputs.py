@@ -258,7 +258,7 @@ class _TargetOutput:
 
 def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, baseline: str, steps: int) -> None:
     """Raise ValueError for what `integrated_gradients` refuses; runs nothing."""
-    check_model(model)
+    check_attributable(model)
     check_prompts(model, prompts)
     refuse_latent_steps(model, prompts.input_ids)
     if steps < 1:
@@ -288,7 +288,7 @@ def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, bas
             )
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_attributable(model: PreTrainedModel) -> None:
     """Raise ValueError for a model through which no gradient goes that is one."""
     check_gradient("attention and of outputs of heads", model.dtype)
     for name, parameter in model.named_parameters():

@@ -219,7 +219,7 @@ class _Split:
             self.norm = FrozenNorm(final_norm, dimensions(model.config)["d_model"], "the final norm")
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """heads `answer layer head batch`, mlps `answer layer batch`; embed, bias, total, capped and added `answer batch`."""
+        """Heads `answer layer head batch`, mlps `answer layer batch`; embed, bias, total, capped and added `answer batch`."""
         last = self.layers[-1]
         places = [("block_input", 0), ("block_output", last), ("final_norm", 0)]
         for name in ("attention_value_output", "attention_output", "mlp_contribution"):

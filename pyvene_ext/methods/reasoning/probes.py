@@ -40,7 +40,7 @@ ALPHAS = tuple(10.0**power for power in range(-5, 5))  # penalties, each times t
 
 @dataclass(frozen=True)
 class Residuals:
-    """The residual stream at some tokens of every prompt, at every place from the embedding to behind the last block.
+    """The residual stream at some tokens of every prompt, at every place from the embedding to after the last block.
 
     Attributes:
         places: their names, such as resid_pre.0 (what enters the first block), resid_mid.0, resid_pre.1 ... resid_post.5.

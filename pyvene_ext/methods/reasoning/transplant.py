@@ -10,11 +10,11 @@ stream before the block, and what it would add to a stream of its own model goes
 between A and B is the donor's: the norm before attention, queries, keys and values of all positions with their biases (the head's
 own keys and values; the host's cache knows nothing of them), position embedding, scale, soft-cap, window, output projection.
 What a head adds to the stream is the component `head_contribution` on both sides: without the bias of the output projection,
-which belongs to no head, and behind Gemma 2's post-norm with the norm's scale as it is for all of the model's own heads. So in a
+which belongs to no head, and after Gemma 2's post-norm with the norm's scale as it is for all of the model's own heads. So in a
 Gemma 2 host the other heads' contributions stay what they are.
 
 A is affine and B linear: a contribution is a difference of streams, in which an offset cancels. A is fitted on what enters the
-two blocks, B on what stands behind their attention, where the head's output goes; behind the block, where attention and MLP run
+two blocks, B on the stream after their attention, where the head's output goes; after the block, where attention and MLP run
 side by side. Without maps (the donor's streams being of the host's kind) x and the output are taken as they are, and a head
 transplanted into its own place changes nothing.
 """
@@ -49,7 +49,7 @@ from pyvene_ext.models.hooks import (
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
-from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.controls import Head, head_label
 
 Method = Literal["ridge", "procrustes"]
 Layers = tuple[int, int]  # of the host and of the donor
@@ -136,7 +136,7 @@ def pair_texts(
         if ends[0] != ends[1]:
             first = next(min(filter(None, pair)) for pair in zip_longest(*ends) if pair[0] != pair[1])
             raise ValueError(
-                f"the donor has another vocabulary than the host, and only one of them ends a token of text {number} behind "
+                f"the donor has another vocabulary than the host, and only one of them ends a token of text {number} after "
                 f"{text[max(first - 12, 0) : first]!r}, so that their tokens do not correspond; use a donor whose tokenizer cuts "
                 "the texts into the same pieces."
             )
@@ -196,7 +196,9 @@ def fit_maps(
     return {
         (a, b): Maps(
             _fitted(streams[0]["block_input", a], streams[1]["block_input", b], train, method, ridge),
-            _fitted(streams[1][_behind(donor), b], streams[0][_behind(host), a], train, method, ridge),
+            _fitted(
+                streams[1][_after_attention(donor), b], streams[0][_after_attention(host), a], train, method, ridge
+            ),
         )
         for a, b in layers
     }
@@ -226,7 +228,7 @@ def _check_fit(
         )
 
 
-def _behind(model: PreTrainedModel) -> str:
+def _after_attention(model: PreTrainedModel) -> str:
     """Where the residual stream first holds what heads of a block have written."""
     return "block_output" if card_of(model).parallel else "resid_mid"
 
@@ -253,8 +255,8 @@ def _contexts(paired: Paired, train: Sequence[int], test: Sequence[int]) -> tupl
 def _streams(
     model: PreTrainedModel, prompts: TokenizedPrompts, kept: Sequence[list[int]], layers: Iterable[int], batch_size: int
 ) -> dict[Where, Float32[Tensor, "token d_model"]]:
-    """The residual stream before and behind attention of some layers, at the tokens that count."""
-    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _behind(model))]
+    """The residual stream before and after attention of some layers, at the tokens that count."""
+    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _after_attention(model))]
     rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
     with evaluating(model), no_gradients(model), ExitStack() as hooks:
         hooks.enter_context(Taps(model, card_of(model), places))
@@ -343,8 +345,8 @@ class Transplant:
             for what, (own, other) in (("residual streams of width", widths), ("heads of size", sizes)):
                 if own != other:
                     raise ValueError(
-                        f"the donor has {what} {other} and the host of {own}, so that head {_named(self.donor_head)} cannot be "
-                        "transplanted as it is; fit maps between the two (fit_maps)."
+                        f"the donor has {what} {other} and the host of {own}, so that head {head_label(self.donor_head)} "
+                        "cannot be transplanted as it is; fit maps between the two (fit_maps)."
                     )
             return
         into, back = (tuple(one.weight.shape) for one in self.maps)
@@ -364,7 +366,7 @@ def _check_head(who: str, model: PreTrainedModel, head: Head) -> None:
     _check_layer(who, model, head[0])
     if not 0 <= head[1] < n_heads(model.config):
         raise ValueError(
-            f"there is no head {_named(head)} in the {who}, whose layers have heads 0 to {n_heads(model.config) - 1}."
+            f"there is no head {head_label(head)} in the {who}, whose layers have heads 0 to {n_heads(model.config) - 1}."
         )
     projection = card_of(model).module(model, "attention_value_output", head[0])
     if output_weight(projection) is None:
@@ -372,10 +374,6 @@ def _check_head(who: str, model: PreTrainedModel, head: Head) -> None:
             f"the output projection of layer {head[0]} of the {who} is a {type(projection).__name__} whose weights cannot be "
             "split by heads; merge adapters, and load the model without quantisation and offloading."
         )
-
-
-def _named(head: Head) -> str:
-    return f"{head[0]}.{head[1]}"
 
 
 def head_output(
