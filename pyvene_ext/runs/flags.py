@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt, Unit
 from typing_extensions import Doc
 
-from pyvene_ext.io.bounds import EachOnce, Form, OneOrMore
+from pyvene_ext.io.bounds import EachOnce, Matches, OneOrMore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ BatchSize = Annotated[int, Ge(1), Doc("prompts a forward pass")]
 Limit = Annotated[Annotated[int, Ge(1)] | None, Doc("use only the first N; by default all")]
 Out = Annotated[Path | None, Doc("folder to write; by default outputs/STUDY/MODEL_DATASET")]
 Seed = Annotated[int, Ge(0), Doc("seed of every random draw")]
-Head = Annotated[str, Form(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
+Head = Annotated[str, Matches(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
 Score = Literal["flow", "hub", "skip", "composite"]  # of `methods.reasoning.block_scores`
 
 
