@@ -64,7 +64,7 @@ def compile_spec(spec: Spec, batch: Batch, resolved: Resolved) -> Compiled:
         if values is None:
             replacements.append(None)
             continue
-        values = [edit.in_columns(value, start) for value, start in zip(values, starts, strict=True)]
+        values = [edit.to_columns(value, start) for value, start in zip(values, starts, strict=True)]
         replacement = values[0].new_zeros(len(values), len(columns[0]), *values[0].shape[1:])
         for row, start, value in zip(replacement, starts, values, strict=True):
             offset = start if everywhere else 0

@@ -62,7 +62,7 @@ def generate(
                 f"{edit.name}: at generated tokens there is no such intervention; add a vector, ablate by zero or by the mean "
                 "over tokens, or choose the scope prompt."
             )
-    resolved = None if resolved is None else resolved.measured(batch_size=batch_size, progress=False)
+    resolved = None if resolved is None else resolved.with_statistics(batch_size=batch_size, progress=False)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": prompts.pad_id, **options}
     found: dict[int, list[int]] = {}
     with evaluating(model), no_gradients(model):

@@ -140,7 +140,7 @@ def run_resolved(
         each = "one for each of their tokens" if metric in TOKEN_METRICS else "one each"
         raise ValueError(f"clean holds {np.shape(clean)} values for {len(prompts)} prompts; give {each}.")
     shown = progress is True
-    resolved = resolved.measured(batch_size=batch_size, progress=shown)
+    resolved = resolved.with_statistics(batch_size=batch_size, progress=shown)
 
     runs_clean = clean is None or metric == "kl"
     before = np.empty(shape, np.float32) if runs_clean else np.asarray(clean, np.float32)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pyvene_ext.intervenable.statistics import Reference, check_reference_prompts
 from pyvene_ext.prompts.positions import Positions, token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
-from pyvene_ext.specs.base import Extent
+from pyvene_ext.specs.base import ModelShape
 from pyvene_ext.specs.joint import OneSpec, Spec, as_specs, members, needs, spec_name
 from pyvene_ext.specs.sources import Directions, Needs, Recorded, Sources
 
@@ -54,7 +54,7 @@ class Resolved:
         """What must be measured on the reference set or the source prompts."""
         return needs(self.specs)
 
-    def only(self, numbers: Iterable[int]) -> Resolved:
+    def select(self, numbers: Iterable[int]) -> Resolved:
         """Some of the specs, in this order."""
         return replace(self, specs=tuple(self.specs[number] for number in numbers))
 
@@ -62,12 +62,12 @@ class Resolved:
         """The same with concept directions for patches along one."""
         return replace(self, sources=replace(self.sources, directions=directions))
 
-    def measured(self, *, batch_size: int = 8, cache_dir: str | Path | None = None, progress: bool = True) -> Resolved:
+    def with_statistics(self, *, batch_size: int = 8, cache_dir: str | Path | None = None, progress: bool = True) -> Resolved:
         """The same with the statistics that the specs need, computed (or read from the cache) unless they are there."""
         wanted = self.needs
         if not wanted.places or self.sources.reference is not None:
             return self
-        given = self.prompts if self.sources.given is None else self.sources.given
+        given = self.prompts if self.sources.source_prompts is None else self.sources.source_prompts
         reference = Reference.compute(
             self.model, given, **wanted._asdict(), batch_size=batch_size, cache_dir=cache_dir, progress=progress
         )
@@ -117,12 +117,12 @@ def resolve(
     edits = [edit for spec in resolved for edit in members(spec)]
     tokens: dict[Positions, tuple[tuple[int, ...], ...]] = {}
     seen: set[tuple[type, Hashable]] = set()
-    extent = Extent.of(model)
+    model_shape = ModelShape.of(model)
     wanted = needs(resolved)
     if wanted.places:
         check_reference_prompts(prompts if given is None else given, wanted.position_means, wanted.bank)
     for edit in edits:
-        edit.check(extent)
+        edit.check(model_shape)
         if edit.positions not in tokens:
             tokens[edit.positions] = tuple(
                 tuple(token_indices(prompts, prompt, edit.positions)) for prompt in range(len(prompts))
@@ -135,5 +135,5 @@ def resolve(
         reference.check_model(model)
     if directions is not None:
         for edit in edits:
-            edit.check_directions(directions, extent)
+            edit.check_directions(directions, model_shape)
     return Resolved(resolved, sources, tokens)

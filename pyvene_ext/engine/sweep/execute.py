@@ -91,7 +91,7 @@ class DeviceEdits:
 
     def new(self, old: Float[Tensor, "entry d"], part: slice | Tensor) -> Float[Tensor, "entry d"]:
         """What comes in place of `old`."""
-        return self.spec.changed(old, None if self.values is None else self.values[part])
+        return self.spec.apply(old, None if self.values is None else self.values[part])
 
     def apply(self, x: Float[Tensor, "row pos d"], first: int, column: int, heads: int) -> None:
         """Edit rows `first` and following, of which `x` holds the columns from `column` on, in place."""

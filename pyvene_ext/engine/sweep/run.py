@@ -132,7 +132,7 @@ def sweep_resolved(
                 raise ValueError(f"{store} was begun by a version that cut the work otherwise; delete the folder.")
         if progress:
             tqdm.write(plan.summary(), file=sys.stderr)
-        resolved = resolved.measured(progress=progress)
+        resolved = resolved.with_statistics(progress=progress)
         mine = [number for number in range(len(plan.waves)) if number not in finished]
         mine = mine[group.process_index :: group.num_processes]
         engine = Executor(resolved, metric, plan)
@@ -188,7 +188,7 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
     """What the numbers depend on."""
     model, sources = resolved.model, resolved.sources
     parameter = next(model.parameters())
-    given = resolved.prompts if sources.given is None else sources.given
+    given = resolved.prompts if sources.source_prompts is None else sources.source_prompts
     facts = {
         "model weights": weight_hash(model),
         "model config": config_hash(model),
@@ -202,7 +202,7 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
         "metric": metric,
     }
     if sources.recorded is not None:
-        facts["reference set"] = sources.recorded.made_from
+        facts["reference set"] = sources.recorded.prompts_hash
     if sources.directions:
         facts["directions"] = data_hash(sorted((repr(at), x.tolist()) for at, x in sources.directions.items()))
     return facts

@@ -106,7 +106,7 @@ def frequencies(
             raise ValueError(f"{name} must be {wanted}, not {value}.")
     check_metric(model, prompts, metric)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
-    reference = resolved.measured(progress=progress).sources.reference
+    reference = resolved.with_statistics(progress=progress).sources.reference
 
     n = len(prompts.input_ids)
     order = rng(seed, "sequential").permutation(n)

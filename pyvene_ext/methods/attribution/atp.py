@@ -123,7 +123,7 @@ def atp_star(
     taps = Taps(model, card_of(model), places)
     with taps:  # raises now, not after the source prompts have run, where attention cannot be seen
         pass
-    resolved = resolved.measured(batch_size=batch_size, progress=progress)
+    resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     estimates = np.empty((len(specs), len(base)), np.float32)
     bar = tqdm(total=len(base), desc="estimates", unit="prompt", disable=not progress)
     with bar, evaluating(model), torch.inference_mode(False), taps:
@@ -219,7 +219,7 @@ def _patched(
     entries = entries_of_heads(resolved.model, FIELD_NAMES[edit.place[0]], old.shape[-1]).flatten().to(old.device)
     for row, prompt in enumerate(batch.index):
         columns = torch.tensor(resolved.tokens[edit.positions][prompt], device=old.device)
-        values = resolved.sources.measured.rows(edit.place, prompt, edit.positions)
+        values = resolved.sources.statistics.rows(edit.place, prompt, edit.positions)
         new[row, columns[:, None], entries] = values.flatten(1).to(old)
     return new
 

@@ -80,7 +80,7 @@ def estimate_resolved(
 ) -> Float32[np.ndarray, "n_interventions n_prompts"]:
     """`estimate` of what is resolved and checked already."""
     model, prompts = resolved.model, resolved.prompts
-    resolved = resolved.measured(batch_size=batch_size, progress=progress)
+    resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     joint = [members(spec) for spec in resolved.specs]
     estimates = np.empty((len(joint), len(prompts)), np.float32)
     bar = tqdm(total=len(prompts), desc="estimates", unit="prompt", disable=not progress)
@@ -132,7 +132,7 @@ class _Line:
 def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metric: str) -> _Line:
     """One forward and one backward pass."""
     card, sizes = card_of(model), dimensions(model.config)
-    places = dict.fromkeys(edit.linear_place for edit in edits)
+    places = dict.fromkeys(edit.first_order_place for edit in edits)
     uniform = dict.fromkeys(edit.layer or 0 for edit in edits if edit.is_uniform)
     # All heads side by side: a part of a tensor would be no part of the graph.
     named = {place: SIDE_BY_SIDE.get(place[0], FIELD_NAMES[place[0]]) for place in places}
@@ -174,14 +174,14 @@ def _first_order(edit: OneSpec, line: _Line, batch: Batch, resolved: Resolved) -
         x = x[rows, columns]
         return (x if edit.heads is None else x[:, :, list(edit.heads)]).float()
 
-    old = edited(line.old[edit.linear_place])
+    old = edited(line.old[edit.first_order_place])
     if edit.is_uniform:
         new = edited(line.uniform[edit.layer or 0])
     else:
         values = resolved.replacements(edit, batch.index)
         given = None if values is None else pad_sequence([value.float() for value in values], batch_first=True)
-        new = edit.changed(old, None if given is None else given.to(old.device))
-    by_token = ((old - new) * edited(line.gradient[edit.linear_place])).flatten(2).sum(-1)
+        new = edit.apply(old, None if given is None else given.to(old.device))
+    by_token = ((old - new) * edited(line.gradient[edit.first_order_place])).flatten(2).sum(-1)
     return (by_token.cpu() * real).sum(-1)
 
 
@@ -301,7 +301,7 @@ def screened(
             raise ValueError(
                 f"{name} must be {'from 0 to 1' if highest == 1 else 'a finite number from 0 on'}, not {value}."
             )
-    resolved = _resolved(model, specs, prompts, metric, reference).measured(batch_size=batch_size, progress=progress)
+    resolved = _resolved(model, specs, prompts, metric, reference).with_statistics(batch_size=batch_size, progress=progress)
     specs, reference = resolved.specs, resolved.sources.reference
     # By one process for all: what is run exactly must not hang on a last bit that differs between two GPUs.
     estimates = broadcast_from_main(

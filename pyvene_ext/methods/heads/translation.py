@@ -199,7 +199,7 @@ def path_changes(
     shape = n_layers(model.config), n_heads(model.config)
     senders = all_paths(model.config, ("logits",), positions="last", subspace=subspace)
     paths = [path for path in senders if path.sender_node.site == "z"]
-    sending: list[Spec] = [path.sending for path in paths]
+    sending: list[Spec] = [path.sender_patch for path in paths]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     directions = concept_directions(model, sending, plus, minus, missing="zeros", **options)
     clean, change = np.empty(len(plus), np.float32), np.empty((len(paths), len(plus)), np.float32)
@@ -215,7 +215,7 @@ def path_changes(
                 if kept is not None and is_main_process():
                     kept.add(number, done[number])
             clean[some], change[:, some] = done[number]["clean"], done[number]["change"]
-    for row, at in enumerate(path.sending for path in paths):
+    for row, at in enumerate(path.sender_patch for path in paths):
         if directions and not directions[at.place, at.positions][at.heads].any():
             change[row] = np.nan
     return change.reshape(*shape, -1), clean

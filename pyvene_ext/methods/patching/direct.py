@@ -61,9 +61,9 @@ def run_direct_paths(
         for prompt in range(len(base) if to_logits else 0):
             clean[prompt], found[to_logits, prompt] = terms.metric([paths[i] for i in to_logits], prompt, metric)
     if others:
-        specs: list[Spec] = [paths[number].received(where(paths[number]), paths[number].name) for number in others]
+        specs: list[Spec] = [paths[number].receiver_patches(where(paths[number]), paths[number].name) for number in others]
         # The terms are of source prompts that the engines do not see.
-        recorded = Recorded(terms.recorded, resolved.sources.measured.prompts.hash)
+        recorded = Recorded(terms.recorded, resolved.sources.statistics.prompts.hash)
         received = resolve(specs, model, base, recorded=recorded).with_directions(resolved.sources.directions)
         if engine == "plain":
             result = run_resolved(received, metric, batch_size=batch_size, progress=progress)
@@ -78,7 +78,7 @@ def run_direct_paths(
 
 def where(path: PathPatch) -> Positions:
     """Where the receivers are set: at every position (elsewhere to base's own) if one could change another elsewhere."""
-    return path.positions if path.one_place else "all"
+    return path.positions if path.has_independent_receivers else "all"
 
 
 class Terms:
@@ -97,8 +97,8 @@ class Terms:
         model, base, self.replay = self.model, self.base, Replay(resolved.model)
         self.paths, self.depth = {path.name: path for path in paths}, n_layers(model.config)
         check_projections(model)
-        places = [path.sending.place for path in paths]
-        for node in (node for path in paths for node in path.nodes):
+        places = [path.sender_patch.place for path in paths]
+        for node in (node for path in paths for node in path.receiver_nodes):
             places += [self._stands(node)] if node.site == "logits" else [self._stands(node), (node.site, node.layer)]
         at = dict.fromkeys(place for path in paths for place in _each(where(path), path.positions))
         self.of_base = Reference.compute(model, base, dict.fromkeys(places), bank=(*at, "last"), batch_size=batch_size)
@@ -164,7 +164,7 @@ class Terms:
 
     def _sent(self, path: PathPatch, prompt: int) -> Float[Tensor, "pos d_model"]:
         """What the sender's change adds to the residual stream."""
-        sender, (site, layer, head) = path.sending, path.sender_node
+        sender, (site, layer, head) = path.sender_patch, path.sender_node
         old = self.of_base.rows(sender.place, prompt, sender.positions)
         mine = old if head is None else old[:, head]
         new = new_value(sender, mine, prompt, self.resolved)

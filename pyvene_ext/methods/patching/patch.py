@@ -111,7 +111,7 @@ def patch(
     if engine == "plain" and store is not None:
         raise ValueError("the plain engine keeps nothing: leave store out, or use engine='sweep'.")
     resolved = resolve_patches(model, wanted, base, source, metric, engine, directions)
-    places = resolved.only(at_place)
+    places = resolved.select(at_place)
     plan = plan_resolved(places, memory=memory) if engine == "sweep" and at_place else None
     groups: dict[_Way, list[int]] = {}
     for number in at_path:
@@ -119,7 +119,7 @@ def patch(
     paths = {way: [wanted[number] for number in numbers] for way, numbers in groups.items()}
     plans = {way: plan_paths(resolved, paths[way], memory) for way in groups if way.fast}  # type: ignore[arg-type]
     # Everything is checked; from here on the model runs.
-    resolved = resolved.measured(batch_size=batch_size, progress=progress)
+    resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     if directions is None:
         directions = concept_directions(model, resolved.specs, base, source, batch_size=batch_size, progress=progress)
     resolved = resolved.with_directions(directions)
@@ -137,7 +137,7 @@ def patch(
         found[numbers] = after + (clean - before)
 
     if at_place:
-        places = resolved.only(at_place)
+        places = resolved.select(at_place)
         if plan is None:
             result = run_resolved(places, metric, batch_size=batch_size, progress=progress)
         else:
@@ -172,7 +172,7 @@ class _Way(NamedTuple):
 
     @classmethod
     def of(cls, path: PathPatch, engine: str) -> _Way:
-        return cls(path.direct, engine == "sweep" and path.one_place and not path.direct, path.freeze_mlps)
+        return cls(path.direct, engine == "sweep" and path.has_independent_receivers and not path.direct, path.freeze_mlps)
 
 
 def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
@@ -271,7 +271,7 @@ def resolve_patches(
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
     check_metric(model, base, metric)
-    activations: list[Spec] = [spec.sending if isinstance(spec, PathPatch) else spec for spec in specs]
+    activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
 
 

@@ -36,7 +36,7 @@ def new_value(
     """What a sender's patch puts in place of `old` in one prompt."""
     values = resolved.replacements(sender, [prompt])
     assert values is not None  # a patch has values
-    return sender.changed(old, values[0] if sender.heads is None else values[0][:, 0])
+    return sender.apply(old, values[0] if sender.heads is None else values[0][:, 0])
 
 
 class PlainPaths:
@@ -53,7 +53,7 @@ class PlainPaths:
         frozen = [("attention_value_output", layer) for layer in range(self.layers)]
         if path.freeze_mlps:
             frozen += [("mlp_contribution", layer) for layer in range(self.layers)]
-        sender, (site, layer, head) = path.sending, path.sender_node
+        sender, (site, layer, head) = path.sender_patch, path.sender_node
         place = {"z": "attention_value_output", "mlp_out": "mlp_contribution", "embed": "embeddings"}[site], layer or 0
         if place not in frozen:
             frozen.append(place)
@@ -68,7 +68,7 @@ class PlainPaths:
             x[row, at, width] = new_value(sender, x[row, at, width], prompt, self.resolved)
         values[frozen.index(place)] = x
 
-        read = [node for node in path.nodes if node.site != "logits"]
+        read = [node for node in path.receiver_nodes if node.site != "logits"]
         received, output = self._run(frozen, values, read, batch)
         if read:
             receivers = [(FIELD_NAMES[node.site], node.layer or 0) for node in read]

@@ -48,12 +48,12 @@ def sweep_paths(
 
     What receivers do with what they are given is kept in `store`; what they are given is found out again.
 
-    All paths freeze MLPs or none does, none is `direct`, and each has `one_place`.
+    All paths freeze MLPs or none does, none is `direct`, and each has `has_independent_receivers`.
     """
     (freeze_mlps,) = {path.freeze_mlps for path in paths}
     model, base = resolved.model, resolved.prompts
     clean, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
-    senders = {path.source_name: path.sending for path in paths}
+    senders = {path.sender_name: path.sender_patch for path in paths}
     sending = replace(resolved, specs=tuple(senders.values()))
     row = {name: n for n, name in enumerate(senders)}
     at_end = [n for n, path in enumerate(paths) if path.receivers == ("logits",)]
@@ -62,17 +62,17 @@ def sweep_paths(
         subset = list(plan.which)
         recorder = Recorder(Replay(model), sending, list(senders))
         for path in paths:
-            recorder.want([node for node in path.nodes if node.site != "logits"])
+            recorder.want([node for node in path.receiver_nodes if node.site != "logits"])
         frozen: tuple[Frozen, ...] = ("attention", "mlp") if freeze_mlps else ("attention",)
         executor = Executor(sending, metric, plan, frozen, recorder)
         to_logits = np.empty((len(senders), len(base)), np.float32)
         with evaluating(model), no_gradients(model):
             for wave in plan.waves:
                 clean[list(wave.prompts)], to_logits[np.ix_(wave.specs, wave.prompts)] = executor.run(wave)
-        found[np.ix_(at_end, subset)] = to_logits[[row[paths[n].source_name] for n in at_end]][:, subset]
+        found[np.ix_(at_end, subset)] = to_logits[[row[paths[n].sender_name] for n in at_end]][:, subset]
         if others:
-            specs: list[Spec] = [paths[n].received(paths[n].positions, paths[n].source_name) for n in others]
-            recorded = Recorded(recorder.recorded, resolved.sources.measured.prompts.hash)
+            specs: list[Spec] = [paths[n].receiver_patches(paths[n].positions, paths[n].sender_name) for n in others]
+            recorded = Recorded(recorder.recorded, resolved.sources.statistics.prompts.hash)
             received = resolve(specs, model, base, recorded=recorded).with_directions(resolved.sources.directions)
             through = sweep_resolved(
                 received,
@@ -88,7 +88,7 @@ def sweep_paths(
 def plan_paths(resolved: Resolved, paths: Sequence[PathPatch], memory: int | None) -> list[Plan]:
     """The senders' runs, some prompts at a time, so that what is recorded of these fits the memory; ValueError for too little."""
     refuse_latent_steps(resolved.model, resolved.prompts.input_ids)
-    sending = replace(resolved, specs=tuple({path.source_name: path.sending for path in paths}.values()))
+    sending = replace(resolved, specs=tuple({path.sender_name: path.sender_patch for path in paths}.values()))
     budget = default_budget(resolved.model, memory)
     return [make_plan(sending, subset, budget) for subset in _chunks(resolved, paths, budget.memory)]
 
@@ -97,7 +97,7 @@ def _chunks(resolved: Resolved, paths: Sequence[PathPatch], memory: int) -> Iter
     """The prompts, cut so that what is recorded of some fits the memory."""
     model, base = resolved.model, resolved.prompts
     d = dimensions(model.config)
-    wanted = {(path.source_name, node) for path in paths for node in path.nodes if node.site != "logits"}
+    wanted = {(path.sender_name, node) for path in paths for node in path.receiver_nodes if node.site != "logits"}
     a_token = sum(d["d_model"] if node.head is None else d["d_head"] for _, node in wanted) * model.dtype.itemsize
     chunk: list[int] = []
     full = 0
