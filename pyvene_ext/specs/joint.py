@@ -55,8 +55,8 @@ def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
         for edit in spec if isinstance(spec, tuple) else (spec,):
             if not isinstance(edit, SiteEdit):
                 raise ValueError(
-                    f"{edit!r} is not an ablation, activation patch, addition or forced attention, nor a tuple of them; run paths "
-                    "with pyvene_ext.patch."
+                    f"{edit!r} is not an ablation, activation patch, addition or forced attention, nor a tuple of them; run "
+                    "paths with pyvene_ext.patch."
                 )
     return found
 

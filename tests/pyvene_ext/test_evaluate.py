@@ -461,7 +461,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "noise",
         {"spec": Ablation(kind="noise", **Z), "scope": "new"},
-        "at generated tokens there is no such intervention",
+        "this intervention is not defined at generated tokens",
     ),
     ("per position", {"spec": Ablation(kind="mean", mean="per_position", **Z)}, "there is no such intervention"),
     ("no reference", {"spec": Ablation(kind="mean", **Z)}, "needs the texts of an untouched run; give Transcripts"),

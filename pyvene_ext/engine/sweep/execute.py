@@ -481,7 +481,7 @@ def empty_cache() -> None:
 def _not_finite(prompt: int, spec: Spec | None) -> ValueError:
     under = "" if spec is None else f" under {spec_name(spec)}"
     return ValueError(
-        f"the logits of prompt {prompt}{under} are not finite; use dtype float32 or bfloat16, or a gentler intervention."
+        f"the logits of prompt {prompt}{under} are not finite; use dtype float32 or bfloat16, or a weaker intervention."
     )
 
 

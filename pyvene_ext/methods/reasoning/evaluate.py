@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
-from pyvene_ext.engine.compile import Compiled, beyond_prompt, compile_spec, in_scope
+from pyvene_ext.engine.compile import Compiled, extend_to_new_tokens, compile_spec, select_scope
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
@@ -290,7 +290,7 @@ def check(
         edit.check(model)
         if scope != "prompt" and not edit.on_new_tokens:
             raise ValueError(
-                f"{edit.name}: at generated tokens there is no such intervention; ablate by zero, by the mean over tokens or by "
+                f"{edit.name}: this intervention is not defined at generated tokens; ablate by zero, by the mean over tokens or by "
                 "resampling, or choose the scope prompt."
             )
         if edit.needs.places and (held is None or (scope != "prompt" and held is reference)):
@@ -337,11 +337,11 @@ def _compiled(
     replacements = []
     for edit, values in zip(members(spec), compiled.replacements, strict=True):
         if values is not None:
-            values = beyond_prompt(values, new)
+            values = extend_to_new_tokens(values, new)
             if edit.kind == "resample":
                 assert isinstance(reference, Transcripts)  # `check` has seen to it
                 values = _resampled(edit, batch, questions, resolved, reference, new).to(values)
-            values = in_scope(values, scope, new)
+            values = select_scope(values, scope, new)
         replacements.append(values)
     return Compiled(compiled.config, compiled.unit_locations, tuple(replacements))
 
