@@ -299,7 +299,7 @@ def screened(
     for name, value, highest in (("tau", tau, np.inf), ("margin", margin, np.inf), ("check", check, 1.0)):
         if not 0 <= value <= highest or value == np.inf:
             raise ValueError(
-                f"{name} must be {'from 0 to 1' if highest == 1 else 'a finite number from 0 on'}, not {value}."
+                f"{name} must be {'from 0 to 1' if highest == 1 else 'a finite number of 0 or more'}, not {value}."
             )
     resolved = _resolved(model, specs, prompts, metric, reference).with_statistics(batch_size=batch_size, progress=progress)
     specs, reference = resolved.specs, resolved.sources.reference

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from modelcards import n_heads, n_layers
 from pyvene_ext.engine.metrics import paired_logit_diff
 from pyvene_ext.engine.resolve import resolve
-from pyvene_ext.engine.sweep.run import open_together, store_facts
+from pyvene_ext.engine.sweep.run import open_shared_store, store_facts
 from pyvene_ext.intervenable.statistics import Reference, label
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.patterns import read_patterns
@@ -205,7 +205,7 @@ def path_changes(
     clean, change = np.empty(len(plus), np.float32), np.empty((len(paths), len(plus)), np.float32)
     facts = store_facts(resolve(sending, model, plus, minus), "logit", range(len(plus)))
     with ExitStack() as stack:
-        kept = None if store is None else stack.enter_context(open_together(store, facts, {"prompts": AT_ONCE}))
+        kept = None if store is None else stack.enter_context(open_shared_store(store, facts, {"prompts": AT_ONCE}))
         done = on_all_ranks(lambda: {} if kept is None else kept.finished)
         for number, start in enumerate(range(0, len(plus), AT_ONCE)):
             some = range(start, min(start + AT_ONCE, len(plus)))

@@ -59,7 +59,7 @@ def sweep_paths(
     at_end = [n for n, path in enumerate(paths) if path.receivers == ("logits",)]
     others = [n for n in range(len(paths)) if n not in set(at_end)]
     for number, plan in enumerate(plans):
-        subset = list(plan.which)
+        subset = list(plan.subset)
         recorder = Recorder(Replay(model), sending, list(senders))
         for path in paths:
             recorder.want([node for node in path.receiver_nodes if node.site != "logits"])
@@ -134,7 +134,7 @@ class Recorder:
         value = self.values[path, place, prompt]
         return value if heads is None else value[:, [self.wanted[place].index(head) for head in heads]]
 
-    def before(self, layer: int, hidden: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+    def before_block(self, layer: int, hidden: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
         """What enters a block, and its queries, keys and values."""
         self._keep("resid_pre", layer, hidden, column, rows)
         sites = [site for site in ("q", "k", "v") if (site, layer) in self.wanted]
@@ -145,7 +145,7 @@ class Recorder:
             self._keep(site, layer, by_head[:, :, self.wanted[site, layer]], column, rows)
 
     @contextmanager
-    def during(self, layer: int, column: int, rows: list[tuple[int, int]]) -> Iterator[None]:
+    def around_block(self, layer: int, column: int, rows: list[tuple[int, int]]) -> Iterator[None]:
         """What the MLP is given, and the stream in the middle of a block."""
         sites = [site for site in ("mlp_in", "resid_mid") if (site, layer) in self.wanted]
         model, card = self.replay.model, self.replay.card
@@ -155,7 +155,7 @@ class Recorder:
                 visit(model, (FIELD_NAMES[site], layer), keep, stack)
             yield
 
-    def behind(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+    def after_block(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
         """What leaves a block."""
         self._keep("resid_post", layer, out, column, rows)
 
