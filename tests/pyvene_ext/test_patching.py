@@ -553,7 +553,7 @@ def test_where_base_and_source_do_not_differ_nothing_changes_and_where_not_alike
     two, turned = (replace(BASE, **{name: getattr(BASE, name)[1::2] for name in FIELDS}) for _ in range(2))
     turned = replace(turned, input_ids=turned.input_ids[::-1])
     with pytest.raises(
-        ValueError, match=r"embed:patch/subspace: base and source differ there in every pair in another way"
+        ValueError, match=r"embed:patch/subspace: base and source differ there in a different way in every pair"
     ):
         _patch("qwen2_5", [ActivationPatch(site="embed", subspace=True)], two, turned)
 
@@ -1092,13 +1092,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "ablation": (
         lambda: [Ablation(kind="zero", **HEAD)],
         {},
-        "z.0.0 is no patch; run it with pyvene_ext.run or sweep",
+        "z.0.0 is not a patch; run it with pyvene_ext.run or sweep",
     ),
-    "single ablation": (lambda: Ablation(kind="zero", **HEAD), {}, "z.0.0 is no patch"),
+    "single ablation": (lambda: Ablation(kind="zero", **HEAD), {}, "z.0.0 is not a patch"),
     "ablation among patches": (
         lambda: [(A(**HEAD), Ablation(kind="mean", site="mlp_out", layer=1))],
         {},
-        "mlp_out.1:mean is no patch",
+        "mlp_out.1:mean is not a patch",
     ),
     "path in a joint patch": (lambda: [(A(site="mlp_in", layer=0), PathPatch(**PATH))], {}, "path"),
     "place twice": (lambda: [(A(**HEAD), A(**HEAD))], {}, "each once"),

@@ -273,7 +273,7 @@ def resolve_patches(
     for patch in (patch for spec in specs for patch in members(spec)):
         if not isinstance(patch, ActivationPatch):
             raise ValueError(
-                f"{patch.name} is no patch; attribution patching takes ActivationPatch (screen.estimate ablations too)."
+                f"{patch.name} is not a patch; attribution patching takes ActivationPatch (screen.estimate ablations too)."
             )
         if qk_fix and patch.site in ("q", "k"):
             card_of(model).component(model, "attention_pattern")

@@ -301,7 +301,9 @@ def screened(
             raise ValueError(
                 f"{name} must be {'from 0 to 1' if highest == 1 else 'a finite number of 0 or more'}, not {value}."
             )
-    resolved = _resolved(model, specs, prompts, metric, reference).with_statistics(batch_size=batch_size, progress=progress)
+    resolved = _resolved(model, specs, prompts, metric, reference).with_statistics(
+        batch_size=batch_size, progress=progress
+    )
     specs, reference = resolved.specs, resolved.sources.reference
     # By one process for all: what is run exactly must not hang on a last bit that differs between two GPUs.
     estimates = broadcast_from_main(
