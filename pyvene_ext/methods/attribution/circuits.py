@@ -260,25 +260,25 @@ def _top(sizes: Float[np.ndarray, "sender receiver"], n: int, config: Any) -> Ed
 def _on_paths(matrix: Edges, config: Any) -> Edges:
     """The edges on a path from the embedding to the logits."""
     writing, reading = senders(config), receivers(config)
-    inlets = _inlets(config)
-    fed = np.zeros(len(writing), bool)  # from the embedding
+    entries = _entry_receivers(config)
+    from_embedding = np.zeros(len(writing), bool)  # from the embedding
     for row, sender in enumerate(writing):
-        fed[row] = sender.site == "embed" or matrix[np.ix_(fed, inlets[sender])].any()
-    leads = np.array([receiver.site == "logits" for receiver in reading])  # to the logits
+        from_embedding[row] = sender.site == "embed" or matrix[np.ix_(from_embedding, entries[sender])].any()
+    to_logits = np.array([receiver.site == "logits" for receiver in reading])  # to the logits
     for row in reversed(range(len(writing))):
-        leads[inlets[writing[row]]] |= (matrix[row] & leads).any()
-    return matrix & fed[:, None] & leads
+        to_logits[entries[writing[row]]] |= (matrix[row] & to_logits).any()
+    return matrix & from_embedding[:, None] & to_logits
 
 
-def _inlets(config: Any) -> dict[Node, Int[np.ndarray, " receiver"]]:
+def _entry_receivers(config: Any) -> dict[Node, Int[np.ndarray, " receiver"]]:
     """By which receivers each sender is entered."""
-    inlets: dict[Node, list[int]] = {sender: [] for sender in senders(config)}
+    entries: dict[Node, list[int]] = {sender: [] for sender in senders(config)}
     for column, node in enumerate(receivers(config)):
         if node.site == "mlp_in":
-            inlets[Node("mlp_out", node.layer)].append(column)
+            entries[Node("mlp_out", node.layer)].append(column)
         for head in query_heads(node, config):
-            inlets[Node("z", node.layer, head)].append(column)
-    return {sender: np.array(columns, int) for sender, columns in inlets.items()}
+            entries[Node("z", node.layer, head)].append(column)
+    return {sender: np.array(columns, int) for sender, columns in entries.items()}
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def run_circuits(
         batch_size: prompts a forward pass, all of one length.
 
     One forward pass of base and of source, and one of every circuit, in which a layer's receivers that miss different edges pass
-    its norm and projections one by one. Sums over senders are float32 whatever the model's dtype; what all senders add is held
+    its norm and projections one by one. Sums over senders are float32 whatever the model's dtype; what all senders add is added
     twice, senders x tokens x d_model a prompt.
 
     Raises ValueError, before the model runs: an edge that the model lacks, an unknown metric, prompts that are no pairs, a pair
@@ -412,17 +412,17 @@ def run_circuits(
         raise ValueError("nothing to run: give at least one circuit.")
     clean, of_source = (np.empty(len(base), np.float32) for _ in range(2))
     found = np.empty((len(matrices), len(base)), np.float32)
-    by_edge = _ByEdge(model)
+    edgewise = _EdgewiseModel(model)
     bar = tqdm(total=found.size, desc="circuits", unit="prompt", disable=not progress)
     with bar, evaluating(model), no_gradients(model):
         for index in _of_one_length(base, batch_size):
             batch, ids = _rows(base, index), _rows(source, index).input_ids
-            clean_logits = by_edge(batch.input_ids)[0]
+            clean_logits = edgewise(batch.input_ids)[0]
             measured = partial(_measured, metric, batch, clean_logits)
-            source_logits, carried = by_edge(ids)
+            source_logits, outputs = edgewise(ids)
             clean[index], of_source[index] = measured(clean_logits), measured(source_logits)
             for number, matrix in enumerate(matrices):
-                logits, _ = by_edge(batch.input_ids, by_edge.exists & ~matrix, carried)
+                logits, _ = edgewise(batch.input_ids, edgewise.exists & ~matrix, outputs)
                 found[number, index] = measured(logits)
                 bar.update(len(index))
     return CircuitRuns(metric, clean, of_source, found)
@@ -497,48 +497,48 @@ def faithfulness_curve(
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-class _Carried:
+class _SenderOutputs:
     """What senders add in a run, as it comes, and what that changes in the streams of receivers that miss some of it.
 
-    `held` is what each sender has added so far, `batch sender pos d_model`; in a run with edges outside, less what it adds in the
+    `added` is what each sender has added so far, `batch sender pos d_model`; in a run with edges ablated, less what it adds in the
     source prompts' run.
     """
 
     def __init__(
         self,
-        outside: Edges | None,
+        ablated: Edges | None,
         source: Float[Tensor, "batch sender pos d_model"] | None,
-        held: Float[Tensor, "batch sender pos d_model"],
+        added: Float[Tensor, "batch sender pos d_model"],
     ) -> None:
-        self.outside, self.source, self.held = outside, source, held
+        self.ablated, self.source, self.added = ablated, source, added
         self._count = 0
 
     def write(self, added: Float[Tensor, "batch some pos d_model"]) -> None:
         """The next senders write."""
         those = slice(self._count, self._count + added.shape[1])
-        added = added.to(self.held)
-        self.held[:, those] = added if self.source is None else added - self.source[:, those]
+        added = added.to(self.added)
+        self.added[:, those] = added if self.source is None else added - self.source[:, those]
         self._count = those.stop
 
-    def missed(self, readers: slice) -> tuple[Bool[np.ndarray, "sender kind"], Int[np.ndarray, " receiver"]]:
+    def ablated_senders(self, readers: slice) -> tuple[Bool[np.ndarray, "sender kind"], Int[np.ndarray, " receiver"]]:
         """Which senders some receivers miss, each kind of them once, and the kind of each receiver."""
-        if self.outside is None:
+        if self.ablated is None:
             return np.zeros((self._count, 1), bool), np.zeros(readers.stop - readers.start, int)
-        kinds, which = np.unique(self.outside[: self._count, readers], axis=1, return_inverse=True)
+        kinds, which = np.unique(self.ablated[: self._count, readers], axis=1, return_inverse=True)
         return kinds, which.reshape(-1)
 
-    def moved(
-        self, stream: Float[Tensor, "batch pos d_model"], missed: Bool[np.ndarray, "sender kind"]
+    def streams_of(
+        self, stream: Float[Tensor, "batch pos d_model"], ablated_senders: Bool[np.ndarray, "sender kind"]
     ) -> Float[Tensor, "batch kind pos d_model"]:
         """A stream as receivers find it that miss these senders."""
-        if not missed.any():
-            return stream[:, None].expand(-1, missed.shape[1], -1, -1)
-        weights = torch.from_numpy(missed).to(self.held)
-        change = torch.einsum("bspd,sk->bkpd", self.held[:, : self._count, -stream.shape[1] :], weights)
+        if not ablated_senders.any():
+            return stream[:, None].expand(-1, ablated_senders.shape[1], -1, -1)
+        weights = torch.from_numpy(ablated_senders).to(self.added)
+        change = torch.einsum("bspd,sk->bkpd", self.added[:, : self._count, -stream.shape[1] :], weights)
         return (stream[:, None].float() - change.to(stream.device)).to(stream.dtype)
 
 
-class _ByEdge:
+class _EdgewiseModel:
     """A model that runs with an input of its own for every receiver, on prompts of one length."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -552,48 +552,48 @@ class _ByEdge:
     def __call__(
         self,
         ids: Int[Tensor, "batch pos"],
-        outside: Edges | None = None,
+        ablated: Edges | None = None,
         source: Float[Tensor, "batch sender pos d_model"] | None = None,
     ) -> tuple[Float[Tensor, "batch vocab"], Float[Tensor, "batch sender pos d_model"]]:
-        """The last logits with the edges outside carrying what `source` holds; and, without these two, what each sender adds."""
+        """The last logits with the edges ablated carrying what `source` holds; and, without these two, what each sender adds."""
         hidden = self.replay.embed(ids.to(self.replay.device))
-        held = hidden.new_empty(len(hidden), len(self.exists), *hidden.shape[1:], dtype=torch.float32)
-        carried = _Carried(outside, source, held)
-        carried.write(hidden[:, None])
+        added = hidden.new_empty(len(hidden), len(self.exists), *hidden.shape[1:], dtype=torch.float32)
+        outputs = _SenderOutputs(ablated, source, added)
+        outputs.write(hidden[:, None])
         for layer in range(self.replay.n_layers):
-            hidden = self._block(layer, hidden, carried)
-        missed, _ = carried.missed(self._readers["logits", None])
-        return self.replay.logits(carried.moved(hidden[:, -1:], missed)[:, 0, 0]), carried.held
+            hidden = self._block(layer, hidden, outputs)
+        ablated_senders, _ = outputs.ablated_senders(self._readers["logits", None])
+        return self.replay.logits(outputs.streams_of(hidden[:, -1:], ablated_senders)[:, 0, 0]), outputs.added
 
-    def _block(self, layer: int, hidden: Float[Tensor, "batch pos d_model"], carried: _Carried) -> Tensor:
+    def _block(self, layer: int, hidden: Float[Tensor, "batch pos d_model"], outputs: _SenderOutputs) -> Tensor:
         """One block: queries, keys, values and the MLP's input from streams of their own, the rest the model's."""
         seen: dict[str, Tensor] = {}
-        edits = self._projections(layer, hidden, carried)
+        edits = self._projections(layer, hidden, outputs)
         # An edit that only looks: what the MLP adds, behind a post-norm if there is one.
         edits["mlp_out"] = lambda x: seen.__setitem__("mlp_out", x.clone())
 
         def read_by_mlp(stream: Tensor) -> Tensor:
-            carried.write(self._shares(layer, seen))
-            missed, _ = carried.missed(self._readers["mlp_in", layer])
-            return carried.moved(stream, missed)[:, 0]
+            outputs.write(self._shares(layer, seen))
+            ablated_senders, _ = outputs.ablated_senders(self._readers["mlp_in", layer])
+            return outputs.streams_of(stream, ablated_senders)[:, 0]
 
         at, card = ("resid_mid", layer), self.replay.card
         with Taps(self.replay.model, card, [at]), ExitStack() as hooks:
             visit(self.replay.model, at, read_by_mlp, hooks)
             hidden = self.replay.block(layer, hidden, (0, hidden.shape[1]), Past(), edits=edits, seen=seen)
-        carried.write(seen["mlp_out"][:, None])
+        outputs.write(seen["mlp_out"][:, None])
         return hidden
 
     def _projections(
-        self, layer: int, hidden: Float[Tensor, "batch pos d_model"], carried: _Carried
+        self, layer: int, hidden: Float[Tensor, "batch pos d_model"], outputs: _SenderOutputs
     ) -> dict[str, Callable[[Tensor], Any]]:
         """Edits that put in each head's q, k and v, made of its own stream; none where no head misses anything."""
         groups = {site: self._readers[site, layer] for site in ("q", "k", "v")}
         first, last = groups["q"].start, groups["v"].stop
-        missed, kind_of = carried.missed(slice(first, last))
-        if not missed.any():
+        ablated_senders, kind_of = outputs.ablated_senders(slice(first, last))
+        if not ablated_senders.any():
             return {}
-        streams = carried.moved(hidden, missed)
+        streams = outputs.streams_of(hidden, ablated_senders)
         normed = self.replay.attention_input(layer, streams.flatten(0, 1), (0, hidden.shape[1]))
         by_kind = normed.unflatten(0, streams.shape[:2])
         edits: dict[str, Callable[[Tensor], Any]] = {}
