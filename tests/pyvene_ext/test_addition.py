@@ -220,5 +220,5 @@ def test_generation_refuses_what_has_no_meaning_at_new_tokens() -> None:
         generate(model, PROMPTS, Ablation(kind="noise", site="mlp_out", layer=0))
     with pytest.raises(ValueError, match="unknown scope 'all'"):
         generate(model, PROMPTS, None, scope="all")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="is no addition"):
+    with pytest.raises(ValueError, match="is not an addition"):
         direct_logit_attribution(model, PROMPTS, Ablation(kind="zero", site="mlp_out", layer=0), progress=False)

@@ -111,13 +111,13 @@ def block_scores(
     shape = len(questions), n_layers(model.config), n_heads(model.config)
     flow, hub, skip, hub_at = (np.zeros(shape, dtype) for dtype in (np.float32, np.float32, np.float32, np.int64))
 
-    def see(layer: int, batch: Batch, pattern: Tensor) -> None:
+    def on_pattern(layer: int, batch: Batch, pattern: Tensor) -> None:
         for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
             own = pattern[row, :, -length:, -length:].float().cpu().numpy()
             found = pattern_scores(own, questions.blocks[prompt])
             hub[prompt, layer], hub_at[prompt, layer], skip[prompt, layer] = found
 
-    read_patterns(model, questions.prompts, see, batch_size=batch_size, progress=False)
+    read_patterns(model, questions.prompts, on_pattern, batch_size=batch_size, progress=False)
     with tqdm(total=len(questions), desc="flow", unit="prompt", disable=not progress) as bar:
         for start in range(0, len(questions), batch_size):  # all importances of all prompts would be large
             some = range(start, min(start + batch_size, len(questions)))
