@@ -105,5 +105,5 @@ def test_prompts_without_a_block_are_refused_before_the_model_runs(
 ) -> None:
     model = random_model("llama3_1")
     monkeypatch.setattr(type(model.base_model), "forward", None)
-    with pytest.raises(ValueError, match="prompt 0 has no block with tokens before and behind it"):
+    with pytest.raises(ValueError, match="prompt 0 has no block with tokens before and after it"):
         block_scores(model, replace(questions(), blocks=(block, *BLOCKS[1:])))

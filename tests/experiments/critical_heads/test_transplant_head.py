@@ -265,7 +265,7 @@ def test_a_donor_of_another_vocabulary_needs_equal_pieces(folder: Path, capsys: 
     assert command(*flags, "--donor_heads", "1.1") == 0
     bpe_tokenizer(["xyz"]).save_pretrained(folder / "other")
     assert command(*flags, "--donor_heads", "1.1") == 2
-    assert "only one of them ends a token of text 0 behind 'Q', so that their tokens" in capsys.readouterr().err
+    assert "only one of them ends a token of text 0 after 'Q', so that their tokens" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
