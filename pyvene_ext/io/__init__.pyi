@@ -12,6 +12,7 @@ from .files import cache_folder as cache_folder
 from .files import output_path as output_path
 from .files import parse_json as parse_json
 from .files import read_as as read_as
+from .files import read_head_matrix as read_head_matrix
 from .files import read_npy as read_npy
 from .files import read_yaml as read_yaml
 from .files import remove_leftovers as remove_leftovers

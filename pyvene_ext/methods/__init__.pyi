@@ -1,5 +1,6 @@
 from .attribution.atp import atp as atp
 from .attribution.atp import atp_star as atp_star
+from .attribution.atp import resolve_patches as resolve_patches
 from .attribution.edges import EdgeScores as EdgeScores
 from .attribution.edges import check_edges as check_edges
 from .attribution.edges import edge_attribution as edge_attribution
@@ -10,6 +11,7 @@ from .attribution.screen import screened as screened
 from .heads.copying import copy_ranks as copy_ranks
 from .heads.copying import copy_scores as copy_scores
 from .heads.flow import Flow as Flow
+from .heads.flow import FlowEdge as FlowEdge
 from .heads.flow import check_tau as check_tau
 from .heads.flow import flow_routes as flow_routes
 from .heads.lag import ablate_attention as ablate_attention

@@ -1,5 +1,5 @@
-from .devices import choose_device as choose_device
 from .devices import broadcast_from_main as broadcast_from_main
+from .devices import choose_device as choose_device
 from .devices import is_main_process as is_main_process
 from .identity import config_hash as config_hash
 from .identity import weight_hash as weight_hash

@@ -48,6 +48,8 @@ class RunFolder:
         flag: str = "out",
         summary: str | Path = "summary.json",
         config_file: str = "config.yaml",
+        path: Path | None = None,
+        beside: Sequence[Path] = (),
     ) -> None:
         """Choose the folder: what the flag says, else outputs/STUDY/SUBJECT_SUBJECT.
 
@@ -58,15 +60,18 @@ class RunFolder:
             flag: which of the flags names the folder.
             summary: the file that comes last, where it is not summary.json.
             config_file: likewise, of a study that keeps several runs in one folder.
+            path: the folder, where the flag names something else.
+            beside: files of the run outside the folder, which the study writes itself; those of an earlier run go first.
 
         Raises:
             ValueError: one may not write there.
         """
         names = [_short(subject) for subject in subjects]
-        self.path = output_path(getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
+        self.path = output_path(path or getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
         self.of = ", ".join(names)
         self.unfinished = self.path / "unfinished"
         self._config, self._config_file, self._summary = config, self.path / config_file, self.path / summary
+        self._beside = tuple(beside)
         self._kinds: set[str] = set()
 
     @contextmanager
@@ -77,17 +82,18 @@ class RunFolder:
             facts: the summary, mostly from `metadata`.
             replacing: patterns of files of an earlier run that this one might not overwrite.
         """
-        self._summary.unlink(missing_ok=True)
+        for earlier in (self._summary, *self._beside):
+            earlier.unlink(missing_ok=True)
         for pattern in replacing:
             for earlier in self.path.glob(pattern):
                 earlier.unlink()
         yield
         write_config(self._config_file, self._config)
         write_json(self._summary, facts)
-        remove_leftovers(self._summary, *self.path.rglob("*"))
+        remove_leftovers(self._summary, *self._beside, *self.path.rglob("*"))
         discard(self.unfinished)
         kinds = [kind for kind in ("arrays", "tables", "figures") if kind in self._kinds]
-        print(f"\nwritten:\n  {self.path}/ ({', '.join(['summary', 'config', *kinds])})")
+        print("\nwritten:", *self._beside, f"{self.path}/ ({', '.join(['summary', 'config', *kinds])})", sep="\n  ")
 
     def array(self, name: str, values: np.ndarray) -> None:
         """Write NAME.npy."""

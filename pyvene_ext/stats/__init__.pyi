@@ -21,6 +21,10 @@ from .intervals import bootstrap_mean as bootstrap_mean
 from .intervals import frequency_interval as frequency_interval
 from .intervals import paired_bootstrap as paired_bootstrap
 from .intervals import ratio_of_means as ratio_of_means
+from .rankings import auroc as auroc
+from .rankings import precision_at_k as precision_at_k
+from .rankings import rank_correlation as rank_correlation
 from .tables import finite as finite
 from .tables import interval_columns as interval_columns
 from .tables import side_by_side as side_by_side
+from .tables import threshold_table as threshold_table

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from pyvene_ext.stats.intervals import Interval
 
 
@@ -27,6 +30,22 @@ def side_by_side(rows: Sequence[dict[str, Any]], key: str, suffix: str, value: s
     found = {(row[key], row["model"]): row[value] for row in rows}
     keys = dict.fromkeys(row[key] for row in rows)
     return [{key: k, **{f"{model}_{suffix}": found.get((k, model), math.nan) for model in models}} for k in keys]
+
+
+def threshold_table(
+    taus: Float[np.ndarray, " tau"], frequencies: Float[np.ndarray, "tau layer head"]
+) -> list[dict[str, float]]:
+    """One row a threshold: the mean frequency over heads, and how it spreads over them. NaN is a head that was not run.
+
+    Args:
+        taus: the thresholds.
+        frequencies: of each head at each of them.
+    """
+    return [
+        {"tau": float(tau), "mean": float(at.mean())}
+        | {f"quantile_{q:g}": float(np.quantile(at, q)) for q in (0.1, 0.5, 0.9)}
+        for tau, at in zip(taus, frequencies[:, np.isfinite(frequencies[0])], strict=True)
+    ]
 
 
 def finite(value: float) -> float | None:

@@ -23,9 +23,9 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "ablate_heads", "activation_frequencies_ifr", "attribute_inputs", "attribution_patching", "bench_sweep",
-    "crosslingual_head_corr", "force_attention", "information_flow_routes", "known_circuits", "make_prompts",
-    "name_movers", "patch_hub", "path_patching", "probe_layers", "rank_heads", "run_ablations", "run_all",
+    "ablate_heads", "attribute_inputs", "bench_sweep",
+    "force_attention", "make_prompts",
+    "name_movers", "patch_hub", "probe_layers", "rank_heads", "run_ablations", "run_all",
     "stratify_difficulty", "train_tiny_models", "train_tiny_thought", "translation_causes", "translation_heads",
     "transplant_head",
 }  # fmt: skip

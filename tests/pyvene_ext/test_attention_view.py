@@ -122,7 +122,7 @@ def test_a_page_needs_no_network_and_shows_nothing_as_code() -> None:
     assert len(ours) < 10_000 and "<title>some &amp; &lt;i&gt;more</title>" in ours
     assert ours.count("</script>") == ours.count("<script") and "\\u003c/script>" in ours
     assert '"2.3":[[1.0],[0.0,1.0],[0.0,0.0,1.0]]' in ours
-    with pytest.raises(ValueError, match="nothing to look at"):
+    with pytest.raises(ValueError, match="no patterns to show"):
         attention_html([])
 
 

@@ -418,9 +418,9 @@ def test_latent_steps_without_the_token_before_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "given", "message"),
     [
-        ({"closing": (VOCAB,)}, True, "has token 61 and the model embeds 61"),
+        ({"closing": (VOCAB,)}, True, "has token 61 but the model embeds 61"),
         ({"latent": BOT}, True, "stands for latent steps alone"),
-        ({"template": "Q: "}, True, "holds {question} once"),
+        ({"template": "Q: "}, True, "has {question} once"),
         ({}, False, "exactly if the format has one"),
         ({"projection": False}, True, "exactly if the format has one"),
     ],

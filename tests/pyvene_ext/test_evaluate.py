@@ -529,7 +529,7 @@ def test_sources_for_too_few_new_tokens_are_refused() -> None:
         return Compiled(compiled.config, compiled.unit_locations, (more,))
 
     assert len(evaluate(model, tokenizer(end=None), questions, short, "both", max_new_tokens=2)) == len(LENGTHS)
-    with pytest.raises(ValueError, match="a source for 2 new tokens, and there are more"):
+    with pytest.raises(ValueError, match="a source for 2 new tokens, but there are more"):
         evaluate(model, tokenizer(end=None), questions, short, "both", max_new_tokens=6)
 
 

@@ -14,9 +14,9 @@ from transformers import CodeGenConfig, CodeGenForCausalLM, PreTrainedModel
 from pyvene_ext.intervenable.truth import Truth
 from pyvene_ext.methods.heads import flow as flow_module
 from pyvene_ext.methods.heads.flow import (
-    Edge,
     Flow,
-    Node,
+    FlowEdge,
+    StreamState,
     flow_routes,
     importances,
     proximity,
@@ -311,7 +311,7 @@ def searched(flow: Flow, prompt: int, tau: float) -> set[tuple[str, str, str, fl
     return {edge for edge in kept if edge[1] in reached}
 
 
-def in_words(edges: tuple[Edge, ...]) -> set[tuple[str, str, str, float]]:
+def in_words(edges: tuple[FlowEdge, ...]) -> set[tuple[str, str, str, float]]:
     return {(str(e.source), str(e.target), e.via, np.float32(e.importance)) for e in edges}
 
 
@@ -337,7 +337,7 @@ def test_an_importance_of_exactly_tau_is_not_above_it() -> None:
 
 def test_edges_go_down_from_the_last_token_of_the_last_layer() -> None:
     edges = sparse_flow(0).graph(0)
-    assert edges[0].target == Node("resid_post", 2, 3) and str(edges[0].target) == "resid_post.2@3"
+    assert edges[0].target == StreamState("resid_post", 2, 3) and str(edges[0].target) == "resid_post.2@3"
     order = [(-edge.target.layer, edge.target.site != "resid_post") for edge in edges]
     assert order == sorted(order)
     assert edges[0].as_dict() == {
@@ -353,7 +353,7 @@ def test_renormalised_edges_are_the_same_and_add_up_to_one_at_every_node(tau: fl
     flow = sparse_flow(1)
     plain, renormalised = flow.graph(0, tau), flow.graph(0, tau, renormalise=True)
     assert [edge[:3] for edge in plain] == [edge[:3] for edge in renormalised]
-    sums: dict[Node, list[float]] = {}
+    sums: dict[StreamState, list[float]] = {}
     for before, after in zip(plain, renormalised, strict=True):
         pair = sums.setdefault(after.target, [0.0, 0.0])
         pair[0] += before.importance

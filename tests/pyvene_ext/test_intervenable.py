@@ -458,7 +458,7 @@ def test_subspaces_that_pyvene_mixes_up_are_refused(model: Any, base: Any) -> No
     item = RepresentationConfig(1, "block_output", "pos", 1, None, VanillaIntervention, None, [[0, 10], [10, 42]])
     intervenable = IntervenableModel(config(item), model)
     source = random_inputs(seed=1)
-    with pytest.raises(ValueError, match="other subspaces in every example"):
+    with pytest.raises(ValueError, match="different subspaces per example"):
         intervenable(base, [source], {"sources->base": 8}, subspaces=[[[0], [1], [0]]])
     with pytest.raises(ValueError, match="subspaces for 2 examples, but base has 3"):
         intervenable(base, [source], {"sources->base": 8}, subspaces=[[[0], [0]]])
@@ -771,5 +771,5 @@ def test_serial_mode_refuses_what_it_would_skip(model: Any, base: Any) -> None:
         intervenable(base, [source, None], steps)
     with pytest.raises(ValueError, match="serial mode needs unit_locations"):
         intervenable(base, [source, source])
-    with pytest.raises(ValueError, match="one entry a step"):
+    with pytest.raises(ValueError, match="one entry per step"):
         intervenable(base, [source, source], {"source_0->base": (8, 8)})

@@ -263,7 +263,7 @@ def test_broken_and_incomplete_weights_are_refused(folder: Path) -> None:
     assert "lacks 6 of the weights of a LlamaForCausalLM (model.layers.1.mlp" in message
     weights["model.norm.weight"] = torch.zeros(5)
     save_file(weights, path, metadata={"format": "pt"})
-    assert f"{folder}: model.norm.weight is [5] in model.safetensors and [42] by config.json" in refusal(
+    assert f"{folder}: model.norm.weight has shape [5] in model.safetensors but [42] by config.json" in refusal(
         ValueError, folder
     )
 

@@ -110,7 +110,7 @@ def test_the_hub_is_asked_as_opus_100_is_arranged(
 @pytest.mark.parametrize("pair", ["en", "en-en", "en-fr-de", "en_", "e1-fr", "-fr"])
 def test_a_pair_of_languages_is_two_codes(pair: str) -> None:
     assert parse_languages("EN-fr") == EN_FR
-    with pytest.raises(ValueError, match="is no pair of languages"):
+    with pytest.raises(ValueError, match="is not a pair of languages"):
         parse_languages(pair)
 
 
@@ -218,7 +218,7 @@ def test_prompts_that_cannot_be_are_one_sentence() -> None:
         tokenize_pairs(WORDS, [CAT, SentencePair("the unheard cat", "le chat")], EN_FR)
     with pytest.raises(ValueError, match=r"prompt 0 .*does not know 'DE'"):
         tokenize_pairs(WORDS, [CAT], ("en", "de"))
-    with pytest.raises(ValueError, match=r"prompt 0 .*has 17 tokens and the model takes 16"):
+    with pytest.raises(ValueError, match=r"prompt 0 .*has 17 tokens but the model takes 16"):
         tokenize_pairs(WORDS, [CAT], EN_FR, max_length=16)
 
 

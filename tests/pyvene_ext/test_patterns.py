@@ -85,7 +85,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(attention: str) -> None
         (lambda prompts: "text", "must be tokenised, not a str"),
         (lambda prompts: prompts.take([]), "no prompts to look at"),
         (lambda prompts: replace(prompts, input_ids=((), *prompts.input_ids[1:])), "prompt 0 has no tokens"),
-        (lambda prompts: replace(prompts, input_ids=((4,) * 65,), positions=({},)), "65 tokens and the model takes 64"),
+        (lambda prompts: replace(prompts, input_ids=((4,) * 65,), positions=({},)), "65 tokens but the model takes 64"),
         (lambda prompts: replace(prompts, input_ids=((4, 61),), positions=({},)), "from 4 to 61 .* embeds 61 tokens"),
     ],
 )

@@ -18,7 +18,7 @@ from pyvene_ext.prompts.problems import (
     load_problems,
     room,
     tokenize_problems,
-    tokens_for,
+    tokens_until,
     with_reasoning,
 )
 
@@ -55,7 +55,7 @@ def test_solved_examples_stand_before_the_question_that_is_never_one_of_them(tok
     assert questions.given(0) == ()
     none = tokenize_problems([problem()], tokenizer, examples=others)
     assert none.prompts.input_ids == tokenize_problems([problem()], tokenizer).prompts.input_ids
-    with pytest.raises(ValueError, match="problem 0 is to have 3 solved examples and there are 2 besides itself"):
+    with pytest.raises(ValueError, match="problem 0 needs 3 solved examples but there are only 2 besides itself"):
         tokenize_problems([problem()], tokenizer, examples=others, shots=3)
     with pytest.raises(ValueError, match="ask for fewer solved examples"):
         tokenize_problems([problem()], tokenizer, context=60, examples=others, shots=2)
@@ -158,11 +158,11 @@ def test_gsm8k_is_read_from_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) 
             '{"question": "a", "answer": "#### 1"}\n{"question": "a", "answer": "5 #### none"}',
             "line 2: there is no number",
         ),
-        ('{"question": "a"}', "line 1: a problem has the texts"),
-        ('{"question": " ", "answer": "#### 1"}', "line 1: a problem has the texts"),
-        ('{"question": 3, "answer": "#### 1"}', "line 1: a problem has the texts"),
-        ("[1]", "line 1: a problem has the texts"),
-        ('{"question": ', "is not one JSON object a line"),
+        ('{"question": "a"}', "line 1: a problem needs the texts"),
+        ('{"question": " ", "answer": "#### 1"}', "line 1: a problem needs the texts"),
+        ('{"question": 3, "answer": "#### 1"}', "line 1: a problem needs the texts"),
+        ("[1]", "line 1: a problem needs the texts"),
+        ('{"question": ', "is not one JSON object per line"),
     ],
 )
 def test_a_bad_file_is_one_sentence(content: str, told: str, tmp_path: Path) -> None:
@@ -270,8 +270,8 @@ class Pieces:
 
 def test_a_mark_of_several_tokens_ends_the_block_before_its_first() -> None:
     pieces: Any = Pieces("12", "##", "## ", "9", " #", "###")
-    assert tokens_for("####", [0, 1, 2, 3], pieces) == 3
-    assert tokens_for("####", [0, 0], pieces) is None and tokens_for("####", [], pieces) is None
-    assert [tokens_for(n, [0, 1, 2], pieces) for n in (1, 2, 3, 4, 7, 8)] == [1, 1, 2, 2, 3, None]
+    assert tokens_until("####", [0, 1, 2, 3], pieces) == 3
+    assert tokens_until("####", [0, 0], pieces) is None and tokens_until("####", [], pieces) is None
+    assert [tokens_until(n, [0, 1, 2], pieces) for n in (1, 2, 3, 4, 7, 8)] == [1, 1, 2, 2, 3, None]
     assert module._before_mark([0, 1, 2], pieces) == 1
     assert module._before_mark([0, 3, 4, 5], pieces) == 2

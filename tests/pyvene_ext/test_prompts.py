@@ -101,7 +101,7 @@ def broken(**changes: object) -> str:
     [
         ("a.json", "", "is empty"),
         ("a.json", "[", r"is not JSON \(.*line 1 column 2\)"),
-        ("a.jsonl", json.dumps(PAIR) + "\n{", "not one JSON object a line.*line 2 column"),
+        ("a.jsonl", json.dumps(PAIR) + "\n{", "not one JSON object per line.*line 2 column"),
         ("a.jsonl", json.dumps(PAIR) + "\n3", "pair 1: should be an object"),
         ("a.json", "[]", "holds no pairs"),
         ("a.json", '{"pairs": []}', "holds no pairs"),
@@ -145,7 +145,7 @@ def test_other_bad_sources_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     two = datasets.DatasetDict(a=datasets.Dataset.from_list([PAIR]), b=datasets.Dataset.from_list([SHORT]))
     cases: list[tuple[object, type[Exception], str]] = [
         (latin, ValueError, "not UTF-8"),
-        (tmp_path, ValueError, "is a folder but no dataset"),
+        (tmp_path, ValueError, "is a folder but not a dataset"),
         (tmp_path / "none.json", FileNotFoundError, "there is no prompt file"),
         ("some/where/else", FileNotFoundError, "there is no prompt file"),
         (two, ValueError, "the splits a, b; choose one with split="),
@@ -162,7 +162,7 @@ def test_other_bad_sources_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         prompt_set(PAIR).save(tmp_path / "prompts.yaml")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="nobody/nothing is no file, and loading it as a data set of the hub failed"):
+    with pytest.raises(OSError, match="nobody/nothing is not a file, and loading it as a data set of the hub failed"):
         PromptSet.load("nobody/nothing")
 
 
@@ -340,7 +340,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize(
     ("changes", "tokenizer", "arguments", "message"),
     [
-        ({}, "words", {"max_length": 13}, "^prompt 0 of mine .* has 14 tokens and the model takes 13"),
+        ({}, "words", {"max_length": 13}, "^prompt 0 of mine .* has 14 tokens but the model takes 13"),
         ({"corrupt": None}, "words", {"text": "corrupt"}, "^prompt 0 of mine has no corrupt text"),
         ({"corrupt": ""}, "words", {"text": "corrupt"}, "^prompt 0 of mine .* has no tokens"),
         ({"corrupt": ""}, "words after <bos>", {"text": "corrupt"}, "^prompt 0 of mine .* has no tokens"),
@@ -374,7 +374,7 @@ def test_a_prompt_as_long_as_the_context_is_taken() -> None:
     with_shared = {"tokenizer": bpe_tokenizer(CHINESE_TEXTS, 262), "answers": "first_difference"}
     length = len(prompt_set(CHINESE).tokenize(**with_shared).input_ids[0])
     assert prompt_set(CHINESE).tokenize(**with_shared, max_length=length)
-    with pytest.raises(ValueError, match=f"has {length} tokens and the model takes {length - 1}"):
+    with pytest.raises(ValueError, match=f"has {length} tokens but the model takes {length - 1}"):
         prompt_set(CHINESE).tokenize(**with_shared, max_length=length - 1)
 
 
@@ -433,7 +433,7 @@ def test_bad_requests_of_batches_are_refused() -> None:
         tokenized.batches(2, "both")
     batch = next(tokenized.batches(5))
     for position in (-4, 3):
-        with pytest.raises(ValueError, match=f"position {position} lies outside of prompt 2, which has 3 tokens"):
+        with pytest.raises(ValueError, match=f"position {position} lies outside prompt 2, which has 3 tokens"):
             batch.columns(position)
 
 

@@ -349,7 +349,7 @@ def test_routes_are_as_wide_as_they_are_important_and_lie_side_by_side() -> None
     ("change", "message"),
     [
         ("{", "is not JSON"),
-        ({"tokens": ["a"]}, r"an edge from resid_mid.1@2 to resid_post.1@2, but 1 tokens"),
+        ({"tokens": ["a"]}, r"an edge from resid_mid.1@2 to resid_post.1@2 but only 1 tokens"),
         ({"edges": [ROUTES["edges"][0] | {"importance": 2}]}, "edges.0.importance: "),
         ({"edges": [ROUTES["edges"][0] | {"source": "resid_mid.x@2"}]}, "edges.0.source: "),
         ({"edges": [ROUTES["edges"][0] | {"via": "<b>"}]}, "edges.0.via: "),

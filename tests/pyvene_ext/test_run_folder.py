@@ -97,3 +97,15 @@ def test_several_runs_may_share_a_folder(here: Path) -> None:
         with run.writing({"mode": name}):
             run.array(name, np.arange(3))
     assert files(run.path) == {f"{name}{ending}" for name in ("zero", "mean") for ending in (".json", ".yaml", ".npy")}
+
+
+def test_files_beside_the_folder_go_first_and_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beside, summary = Path("f.npy"), here / "f.json"
+    run = RunFolder(Config(out=beside), "lens", "a", path=Path("f"), summary=summary, beside=(beside,))
+    for n in range(2):
+        with run.writing({"n": n}):
+            assert not beside.exists() and not summary.exists()
+            beside.touch()
+            Path(".f-abcdefgh.npy").touch()  # of a process that was killed
+    assert files(here) == {"f.npy", "f.json", "f/config.yaml"}
+    assert capsys.readouterr().out.endswith("\nwritten:\n  f.npy\n  f/ (summary, config)\n")

@@ -38,11 +38,11 @@ from pyvene_ext.methods.attribution.screen import DIFFERENTIABLE, estimate_resol
 from pyvene_ext.models.hooks import (
     SIDE_BY_SIDE,
     Where,
-    entries_of_heads,
-    keep_call,
-    keep_places,
+    head_entries,
+    hook_component,
+    record_activations,
+    record_call,
     split_heads,
-    visit,
 )
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
@@ -209,14 +209,14 @@ def _effects(
     dropped: set[int] = set()  # the layer whose attention and MLP no gradient passes through
     calls: dict[int, tuple[tuple, dict]] = {}
     with ExitStack() as hooks, torch.enable_grad():
-        seen = keep_places(
+        seen = record_activations(
             model, {where for group in groups for where in (group.edited, group.reads)}, hooks, graph=True
         )
         for layer in {group.edited[1] for group in groups if group.recomputes_pattern}:
-            keep_call(model, layer, calls, hooks)
+            record_call(model, layer, calls, hooks)
         for layer in range(n_layers(model.config)) if grad_drop else ():
             for component in ADDS:  # hooked after the tensors that are kept, so that their own gradient is 0
-                visit(model, (component, layer), _gate(dropped, layer), hooks)
+                hook_component(model, (component, layer), _gate(dropped, layer), hooks)
         total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
     changes = {}
     with torch.no_grad():
@@ -246,7 +246,7 @@ def _patched(
 ) -> Float[Tensor, "batch pos width"]:
     """A module's tensor with all heads' activations replaced by the source's, at the positions of a group."""
     new = old.clone()
-    entries = entries_of_heads(resolved.model, FIELD_NAMES[group.place[0]], old.shape[-1]).flatten().to(old.device)
+    entries = head_entries(resolved.model, FIELD_NAMES[group.place[0]], old.shape[-1]).flatten().to(old.device)
     for row, prompt in enumerate(batch.index):
         columns = torch.tensor(resolved.tokens[group.positions][prompt], device=old.device)
         values = resolved.sources.statistics.rows(group.place, prompt, group.positions)
@@ -261,8 +261,8 @@ def _pattern(
     component, layer = group.edited
     args, kwargs = calls[layer]
     with ExitStack() as hooks:
-        visit(model, (component, layer), lambda _: new, hooks)
-        seen = keep_places(model, {group.reads}, hooks)
+        hook_component(model, (component, layer), lambda _: new, hooks)
+        seen = record_activations(model, {group.reads}, hooks)
         card_of(model).module(model, "attention_input", layer)(*args, **kwargs)
     return seen[group.reads]
 

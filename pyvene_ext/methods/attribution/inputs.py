@@ -36,8 +36,8 @@ from pyvene_ext.models.hooks import (
     StopForward,
     Where,
     check_projections,
+    hook_component,
     split_heads,
-    visit,
 )
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
@@ -224,7 +224,7 @@ class _TargetOutput:
     def __enter__(self) -> _TargetOutput:
         with ExitStack() as hooks:
             hooks.enter_context(Taps(self.model, card_of(self.model), [self.where]))
-            visit(self.model, self.where, self._keep, hooks)
+            hook_component(self.model, self.where, self._keep, hooks)
             self.hooks = hooks.pop_all()
         return self
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from modelcards import Taps, card_of, n_layers
 from modelcards.attention_taps import MASKS_UNDERSTOOD
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.hooks import split_heads, visit
+from pyvene_ext.models.hooks import hook_component, split_heads
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
@@ -67,7 +67,7 @@ def read_patterns(
 
         hooks.enter_context(Taps(model, card, [("attention_pattern", layer) for layer in layers]))
         for layer in layers:
-            visit(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
+            hook_component(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
         for batch in batches:
             running[:] = [batch]
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)

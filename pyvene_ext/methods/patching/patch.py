@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -41,6 +41,9 @@ from pyvene_ext.specs.joint import Spec, as_specs, members, spec_name
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.specs.sources import Directions
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Patch = Spec | PathPatch
 
@@ -72,6 +75,14 @@ class Patched(Result):
     def mean_score(self) -> Float[np.ndarray, " n_interventions"]:
         """The mean over prompts of (patched - base), divided by the mean of (source - base)."""
         return _ratio((self.intervened - self.clean).mean(1), (self.source - self.clean).mean())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a patch and prompt.
+
+        Returns:
+            A table as of `Result.to_frame`, with the columns source and score besides.
+        """
+        return super().to_frame().assign(source=np.tile(self.source, len(self.names)), score=self.score.ravel())
 
 
 def _ratio(change: Float[np.ndarray, "*item"], gap: Any) -> Float[np.ndarray, "*item"]:

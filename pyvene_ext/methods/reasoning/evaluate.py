@@ -50,7 +50,7 @@ from pyvene_ext.prompts.problems import (
     Questions,
     as_text,
     find_answer,
-    tokens_for,
+    tokens_until,
 )
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.ablation import donors
@@ -516,7 +516,7 @@ def _collect(
         answers.append(None if found is None else found.value)
         held: list[float] = []
         if found is not None:
-            first, last = (tokens_for(at, everything, tokenizer) or 0 for at in (found.start + 1, found.end))
+            first, last = (tokens_until(at, everything, tokenizer) or 0 for at in (found.start + 1, found.end))
             held = log_probabilities[max(first - 1 - len(given), 0) : max(last - len(given), 0)]
         confidence.append(float(np.exp(np.mean(held))) if held else np.nan)
     return Evaluation(

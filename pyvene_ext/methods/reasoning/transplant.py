@@ -25,11 +25,13 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,9 +42,9 @@ from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import (
     StopForward,
     Where,
-    keep_places,
+    hook_component,
+    record_activations,
     replace_forward,
-    visit,
 )
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
@@ -297,7 +299,7 @@ def _streams(
     rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
     with evaluating(model), no_gradients(model), ExitStack() as hooks:
         hooks.enter_context(Taps(model, card_of(model), places))
-        seen = keep_places(model, places, hooks)
+        seen = record_activations(model, places, hooks)
         for batch in prompts.batches(batch_size, padding_side="left"):
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             for place in places:
@@ -332,10 +334,11 @@ def _fitted(
         gram.diagonal().add_(alpha * gram.trace() / len(gram))
         weight = torch.linalg.solve(gram, from_.T @ to)
     else:
-        left, _, right = torch.linalg.svd(from_.T @ to, full_matrices=False)
-        weight = left @ right
-        turned = from_ @ weight
-        weight = weight * ((turned * to).sum() / turned.square().sum())
+        wide = max(x.shape[1], y.shape[1])
+        a, b = (nn.functional.pad(z, (0, wide - z.shape[1])).numpy() for z in (from_, to))
+        rotation, overlap = orthogonal_procrustes(a, b)
+        weight = torch.from_numpy(rotation)[: x.shape[1], : y.shape[1]]
+        weight = weight * (overlap / (from_ @ weight).square().sum())
     offset = centre_y - centre_x @ weight
 
     def r2(which: Tensor) -> float:
@@ -466,8 +469,8 @@ def head_output(
         for earlier in range(layer):
             block = card_of(model).module(model, "block_output", earlier)
             hooks.enter_context(replace_forward(block, lambda hidden_states, *_, **__: hidden_states))
-        visit(model, ("block_input", layer), lambda _: stream, hooks)
-        visit(model, ("head_contribution", layer), at_contributions, hooks)
+        hook_component(model, ("block_input", layer), lambda _: stream, hooks)
+        hook_component(model, ("head_contribution", layer), at_contributions, hooks)
         # Call forward directly, without the decoder's hooks: if this is the host, they belong to the surrounding run.
         model.base_model.forward(
             inputs_embeds=stream, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -542,8 +545,8 @@ class _Host:
     def enter(self, hooks: ExitStack) -> None:
         """Register the hooks until `hooks` is closed."""
         for layer in self.by_layer:
-            visit(self.model, ("block_input", layer), lambda x, layer=layer: self.run_donors(layer, x), hooks)  # type: ignore[misc]
-            visit(self.model, ("head_contribution", layer), lambda x, layer=layer: self.replace(layer, x), hooks)  # type: ignore[misc]
+            hook_component(self.model, ("block_input", layer), partial(self.run_donors, layer), hooks)
+            hook_component(self.model, ("head_contribution", layer), partial(self.replace, layer), hooks)
         # First of all hooks, so that latent steps run with the new heads too.
         begin = self.model.base_model.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True)
         hooks.callback(begin.remove)

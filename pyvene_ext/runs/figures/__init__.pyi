@@ -1,3 +1,4 @@
+from .edges import edge_matrix as edge_matrix
 from .heads import compared_heads as compared_heads
 from .heads import faithfulness_curves as faithfulness_curves
 from .heads import frequency_curve as frequency_curve
@@ -8,6 +9,7 @@ from .heads import scatter_heads as scatter_heads
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
 from .patching import site_maps as site_maps
+from .routes import routes as routes
 from .style import AMBER as AMBER
 from .style import BLUE as BLUE
 from .style import DIVERGING as DIVERGING
