@@ -129,7 +129,7 @@ def main(config: Config) -> None:
         occurrences=config.occurrences,
         bos=list(bos),
         usable_tokens=len(tokens),
-        top={name: [px.models.head_label(head) for head in ranked(heads, name)[:SHOWN]] for name in kinds},
+        top={name: [px.stats.head_label(head) for head in ranked(heads, name)[:SHOWN]] for name in kinds},
     )
 
     print(summary(facts, kinds, heads))

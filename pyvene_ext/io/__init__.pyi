@@ -1,3 +1,4 @@
+from .bounds import Ascending as Ascending
 from .bounds import Distinct as Distinct
 from .bounds import EachOnce as EachOnce
 from .bounds import Form as Form

@@ -1,17 +1,19 @@
-"""How large a model is and what its heads are called: modelcards' answers for programs that read nothing else of them."""
+"""Sizes of a model: what most programs need of `modelcards`, under one import."""
 
 from __future__ import annotations
 
 from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers, n_positions
 
-__all__ = ["has_heads", "head_label", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
+__all__ = ["has_heads", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
 
 
 def has_heads(site: str) -> bool:
-    """Whether a site ("z", "resid_pre" ...) is divided into heads."""
+    """Whether a site is split by heads.
+
+    Args:
+        site: its name in specs ("z", "resid_pre" ...).
+
+    Returns:
+        True if its activations have an axis of heads (q, k, v, z, result, scores, pattern ...) or experts.
+    """
     return COMPONENTS[FIELD_NAMES[site]].heads is not None
-
-
-def head_label(head: tuple[int, int]) -> str:
-    """A head as flags, tables and figures name it: "2.5" is head 5 of layer 2."""
-    return f"{head[0]}.{head[1]}"

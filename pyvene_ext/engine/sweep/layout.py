@@ -244,7 +244,8 @@ class _Entering(NamedTuple):
 
 class Places(NamedTuple):
     """Where an edit is made on the prompts of a wave: `columns[prompt pos]`, which of the spec's positions they are (None:
-    all), and on which prompts it can change anything. One object serves all edits at these places."""
+    all), and on which prompts it can change anything. One object serves all edits at these places.
+    """
 
     columns: np.ndarray
     kept: np.ndarray | None

@@ -38,11 +38,11 @@ from pyvene_ext.methods.attribution.screen import DIFFERENTIABLE, estimate_resol
 from pyvene_ext.models.hooks import (
     SIDE_BY_SIDE,
     Where,
-    entries_of_heads,
-    keep_call,
-    keep_places,
+    head_entries,
+    hook_component,
+    record_activations,
+    record_call,
     split_heads,
-    visit,
 )
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
@@ -181,12 +181,14 @@ def _effects(
     shut: set[int] = set()  # the layer whose contributions no gradient passes
     calls: dict[int, tuple[tuple, dict]] = {}
     with ExitStack() as hooks, torch.enable_grad():
-        seen = keep_places(model, {where for edit in edits for where in (edit.edits, edit.reads)}, hooks, graph=True)
+        seen = record_activations(
+            model, {where for edit in edits for where in (edit.edits, edit.reads)}, hooks, graph=True
+        )
         for layer in {edit.edits[1] for edit in edits if edit.recomputes}:
-            keep_call(model, layer, calls, hooks)
+            record_call(model, layer, calls, hooks)
         for layer in range(n_layers(model.config)) if grad_drop else ():
             for component in ADDS:  # behind what is kept, so that its own gradient is 0
-                visit(model, (component, layer), _gate(shut, layer), hooks)
+                hook_component(model, (component, layer), _gate(shut, layer), hooks)
         total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
     changes = {}
     with torch.no_grad():
@@ -216,7 +218,7 @@ def _patched(
 ) -> Float[Tensor, "batch pos width"]:
     """A module's tensor with every head's source activations put in, at the positions of an edit."""
     new = old.clone()
-    entries = entries_of_heads(resolved.model, FIELD_NAMES[edit.place[0]], old.shape[-1]).flatten().to(old.device)
+    entries = head_entries(resolved.model, FIELD_NAMES[edit.place[0]], old.shape[-1]).flatten().to(old.device)
     for row, prompt in enumerate(batch.index):
         columns = torch.tensor(resolved.tokens[edit.positions][prompt], device=old.device)
         values = resolved.sources.measured.rows(edit.place, prompt, edit.positions)
@@ -231,8 +233,8 @@ def _pattern(
     component, layer = edit.edits
     args, kwargs = calls[layer]
     with ExitStack() as hooks:
-        visit(model, (component, layer), lambda _: new, hooks)
-        seen = keep_places(model, {edit.reads}, hooks)
+        hook_component(model, (component, layer), lambda _: new, hooks)
+        seen = record_activations(model, {edit.reads}, hooks)
         card_of(model).module(model, "attention_input", layer)(*args, **kwargs)
     return seen[edit.reads]
 

@@ -46,7 +46,7 @@ from pyvene_ext.engine.plain import METRICS
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.edges import check_edges
 from pyvene_ext.models.devices import no_gradients
-from pyvene_ext.models.hooks import visit
+from pyvene_ext.models.hooks import hook_component
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.replay import Past, Replay
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
@@ -356,7 +356,7 @@ class Curve:
         if scale == "log" and self.sizes[0] == 0:
             raise ValueError("size 0 has no place on a logarithmic scale; leave it out, or use scale='linear'.")
         x = np.log(self.sizes) if scale == "log" else self.sizes.astype(float)
-        return float(((self.values[1:] + self.values[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))
+        return float(np.trapezoid(self.values, x) / (x[-1] - x[0]))
 
 
 def run_circuit(
@@ -579,7 +579,7 @@ class _ByEdge:
 
         at, card = ("resid_mid", layer), self.replay.card
         with Taps(self.replay.model, card, [at]), ExitStack() as hooks:
-            visit(self.replay.model, at, read_by_mlp, hooks)
+            hook_component(self.replay.model, at, read_by_mlp, hooks)
             hidden = self.replay.block(layer, hidden, (0, hidden.shape[1]), Past(), edits=edits, seen=seen)
         carried.write(seen["mlp_out"][:, None])
         return hidden

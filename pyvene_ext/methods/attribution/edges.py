@@ -32,10 +32,10 @@ from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
     Where,
     check_projections,
-    entries_of_heads,
-    keep_places,
+    head_entries,
+    hook_component,
     on_input,
-    visit,
+    record_activations,
 )
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
@@ -220,8 +220,8 @@ class _Run:
             hooks.enter_context(Taps(model, card_of(model), [*places, *([stage.where] if stage else ())]))
             if stage is not None:
                 shift = share * changes[:, stage.senders].sum(1)
-                visit(model, stage.where, lambda x: (x.float() + shift.to(x.device)).to(x.dtype), hooks)
-            self.seen = keep_places(model, places, hooks, graph=True)
+                hook_component(model, stage.where, lambda x: (x.float() + shift.to(x.device)).to(x.dtype), hooks)
+            self.seen = record_activations(model, places, hooks, graph=True)
             self.total = METRICS[metric](answer_logits(model, batch), batch, clean).sum()
 
     def products(
@@ -253,7 +253,7 @@ class _Run:
         reads, stream = self.seen[inlet.reads], self.seen[inlet.stream]
         parts: Iterable[Any] = [slice(None)]
         if inlet.site in SIDE_BY_SIDE:
-            parts = entries_of_heads(self.model, FIELD_NAMES[inlet.site], reads.shape[-1])
+            parts = head_entries(self.model, FIELD_NAMES[inlet.site], reads.shape[-1])
         found: list[Tensor] = []
         for part in parts:
             own = torch.zeros_like(gradient)
@@ -290,7 +290,7 @@ def _contributions(
                 norm = card.module(model, "attention_contribution", layer)
                 hooks.enter_context(on_input(norm, partial(normed.__setitem__, layer)))
         hooks.enter_context(Taps(model, card, places))
-        seen = keep_places(model, places, hooks)
+        seen = record_activations(model, places, hooks)
         logits = answer_logits(model, batch)
     added = [seen["block_input", 0].float()[:, None]]
     for layer in layers:

@@ -35,8 +35,8 @@ from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
     Where,
     check_projections,
+    hook_component,
     split_heads,
-    visit,
 )
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
@@ -213,7 +213,7 @@ class _TargetOutput:
     def __enter__(self) -> _TargetOutput:
         with ExitStack() as hooks:
             hooks.enter_context(Taps(self.model, card_of(self.model), [self.where]))
-            visit(self.model, self.where, self._see, hooks)
+            hook_component(self.model, self.where, self._see, hooks)
             self.hooks = hooks.pop_all()
         return self
 
@@ -258,7 +258,7 @@ class _TargetOutput:
 
 def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, baseline: str, steps: int) -> None:
     """Raise ValueError for what `integrated_gradients` refuses; runs nothing."""
-    check_model(model)
+    check_attributable(model)
     check_prompts(model, prompts)
     refuse_latent_steps(model, prompts.input_ids)
     if steps < 1:
@@ -288,7 +288,7 @@ def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, bas
             )
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_attributable(model: PreTrainedModel) -> None:
     """Raise ValueError for a model through which no gradient goes that is one."""
     check_gradient("attention and of outputs of heads", model.dtype)
     for name, parameter in model.named_parameters():

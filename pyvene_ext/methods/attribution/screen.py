@@ -35,7 +35,7 @@ from pyvene_ext.intervenable.statistics import Place, Reference
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.gradients import answer_logits, check_gradient, check_places
 from pyvene_ext.models.devices import broadcast_from_main
-from pyvene_ext.models.hooks import SIDE_BY_SIDE, keep_places, split_heads
+from pyvene_ext.models.hooks import SIDE_BY_SIDE, record_activations, split_heads
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.specs.joint import (
@@ -141,8 +141,8 @@ def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metri
         # Which keys a query may see is read where the edit itself would read it.
         beside = [(component, layer) for component in BESIDE for layer in uniform]
         hooks.enter_context(Taps(model, card, [*kept, *beside]))
-        seen_beside = keep_places(model, beside, hooks)
-        seen = keep_places(model, kept, hooks, graph=True)
+        seen_beside = record_activations(model, beside, hooks)
+        seen = record_activations(model, kept, hooks, graph=True)
         total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
     old = [seen[named[place], place[1] or 0] for place in named]
     gradient = torch.autograd.grad(total, old)

@@ -33,10 +33,10 @@ from modelcards.attention_taps import output_weight
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import (
     check_projections,
+    hook_component,
     on_input,
     on_output,
     split_heads,
-    visit,
 )
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
@@ -272,7 +272,7 @@ def _watch(
         seen.clear()
 
     for component in READ:
-        visit(model, (component, layer), partial(keep, component), hooks)
+        hook_component(model, (component, layer), partial(keep, component), hooks)
     if card.post_norm_scale is not None:
         post_norm = card.module(model, "attention_contribution", layer)
         hooks.enter_context(on_input(post_norm, partial(seen.__setitem__, "attention_contribution")))

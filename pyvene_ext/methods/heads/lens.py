@@ -31,7 +31,7 @@ from modelcards.attention_taps import output_weight
 from pyvene_ext.engine import metrics
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.hooks import SIDE_BY_SIDE, Where, visit
+from pyvene_ext.models.hooks import SIDE_BY_SIDE, Where, hook_component
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.norms import TOLERANCE, FrozenNorm
@@ -219,7 +219,7 @@ class _Split:
             self.norm = FrozenNorm(final_norm, dimensions(model.config)["d_model"], "the final norm")
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """heads `answer layer head batch`, mlps `answer layer batch`; embed, bias, total, capped and added `answer batch`."""
+        """Heads `answer layer head batch`, mlps `answer layer batch`; embed, bias, total, capped and added `answer batch`."""
         last = self.layers[-1]
         places = [("block_input", 0), ("block_output", last), ("final_norm", 0)]
         for name in ("attention_value_output", "attention_output", "mlp_contribution"):
@@ -321,12 +321,12 @@ def _run(
         hooks.enter_context(Taps(replay.model, replay.card, [*places, *(place for place, _ in steered)]))
         for place, add in steered:
             if place[0] == "embeddings":  # in some families the input of the first block
-                visit(replay.model, place, add, hooks)
+                hook_component(replay.model, place, add, hooks)
         for place in places:
-            visit(replay.model, place, partial(keep, place), hooks)
+            hook_component(replay.model, place, partial(keep, place), hooks)
         for place, add in steered:
             if place[0] != "embeddings":
-                visit(replay.model, place, add, hooks)
+                hook_component(replay.model, place, add, hooks)
         replay.bare(**batch.inputs(input_device(replay.model)), use_cache=False)
     return seen
 

@@ -34,7 +34,7 @@ from pyvene_ext.prompts.tokenized import (
     Batch,
     TokenizedPrompts,
     encode,
-    held_tokens,
+    tokens_in_span,
 )
 
 KINDS = ("io", "s", "s1", "s2")
@@ -125,7 +125,7 @@ def _names(
         name = text[slice(*spans[places[0]])]
         mentions = []
         for start, end in (spans[place] for place in places):
-            held = held_tokens(offsets, start, end)
+            held = tokens_in_span(offsets, start, end)
             if len(held) != 1 or text[slice(*offsets[held[0]])].strip() != name:
                 pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens([ids[i] for i in held])))
                 return f"{name!r} is in the text as {pieces or 'no token'}"

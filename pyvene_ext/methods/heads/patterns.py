@@ -21,12 +21,17 @@ from transformers import PreTrainedModel
 from modelcards import Taps, card_of, n_layers
 from modelcards.attention_taps import MASKS_UNDERSTOOD
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.hooks import split_heads, visit
+from pyvene_ext.models.hooks import hook_component, split_heads
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 
 See = Callable[[int, Batch, Float[Tensor, "batch head query key"]], None]
+
+
+def check_patterns(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose attention patterns cannot be seen."""
+    card_of(model).component(model, "attention_pattern")
 
 
 def read_patterns(
@@ -68,7 +73,7 @@ def read_patterns(
 
         hooks.enter_context(Taps(model, card, [("attention_pattern", layer) for layer in layers]))
         for layer in layers:
-            visit(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
+            hook_component(model, ("attention_pattern", layer), partial(at_pattern, layer), hooks)
         for batch in batches:
             running[:] = [batch]
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)

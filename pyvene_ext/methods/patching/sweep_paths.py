@@ -24,7 +24,7 @@ from pyvene_ext.engine.sweep.plan import Plan, default_budget, make_plan
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.intervenable.statistics import Place
 from pyvene_ext.models.devices import no_gradients
-from pyvene_ext.models.hooks import visit
+from pyvene_ext.models.hooks import hook_component
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.replay import Replay
@@ -152,7 +152,7 @@ class Recorder:
         with ExitStack() as stack, Taps(model, card, [(FIELD_NAMES[site], layer) for site in sites]):
             for site in sites:
                 keep = partial(self._keep, site, layer, column=column, rows=rows)
-                visit(model, (FIELD_NAMES[site], layer), keep, stack)
+                hook_component(model, (FIELD_NAMES[site], layer), keep, stack)
             yield
 
     def behind(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:

@@ -1,7 +1,7 @@
 """What heads do inside a block of positions, from one forward pass: flow, hub, skip, and how they rank by all three.
 
 The block is a range of tokens between a question and an answer: reasoning, or latent steps. Queries are the block's tokens but
-the first, which has nothing of the block before it, and what stands behind the block, where the answer is read. Of each query and
+the first, which has nothing of the block before it, and what stands after the block, where the answer is read. Of each query and
 head
 
     flow    the share of what enters the residual stream there (importances of `flow`) that comes from earlier tokens
@@ -70,7 +70,7 @@ class BlockScores:
         return np.array([np.bincount(column).argmax() for column in columns]).reshape(layers, heads)
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_scores(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose heads cannot be scored; runs nothing."""
     try:
         check_routes(model)
@@ -82,7 +82,7 @@ def check_model(model: PreTrainedModel) -> None:
 def earlier_in_block(
     square: Float[np.ndarray, "*head query key"], block: range
 ) -> Float[np.ndarray, "*head query key"]:
-    """Of a matrix over a prompt's tokens: queries behind the block's first token by keys of the block, 0 where no earlier one."""
+    """Of a matrix over a prompt's tokens: queries after the block's first token by keys of the block, 0 where no earlier one."""
     # Query i of these is token block[0] + 1 + i and key j is token block[0] + j: the earlier ones are j <= i.
     return np.tril(square[..., block.start + 1 :, block.start : block.stop])
 
@@ -103,11 +103,11 @@ def block_scores(
     """The scores of all heads on prompts with a block (`problems.with_reasoning`).
 
     Raises:
-        ValueError: before the model runs: a prompt without a block, or with nothing behind it or before it.
+        ValueError: before the model runs: a prompt without a block, or with nothing before or after it.
     """
     for number, (block, ids) in enumerate(zip(questions.blocks, questions.prompts.input_ids, strict=True)):
         if not block or not 0 < block.start < block.stop < len(ids):
-            raise ValueError(f"prompt {number} has no block with tokens before and behind it; give its reasoning.")
+            raise ValueError(f"prompt {number} has no block with tokens before and after it; give its reasoning.")
     shape = len(questions), n_layers(model.config), n_heads(model.config)
     flow, hub, skip, hub_at = (np.zeros(shape, dtype) for dtype in (np.float32, np.float32, np.float32, np.int64))
 

@@ -50,7 +50,7 @@ from pyvene_ext.prompts.problems import (
     Questions,
     as_text,
     find_answer,
-    tokens_for,
+    tokens_until,
 )
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.ablation import donors
@@ -77,7 +77,7 @@ class Evaluation:
         texts: the solution as text; with what the prompt already held of it.
         answers: the number of `problems.find_answer`; None: unparsed.
         gold: the right ones.
-        ended: whether the text came to an end: an end token, or a new line after the answer behind `####`. The others were cut
+        ended: whether the text came to an end: an end token, or a new line after the answer after `####`. The others were cut
             at `max_new_tokens`.
         confidence: geometric mean probability of the generated tokens that hold the answer's number; NaN where there are none.
     """
@@ -351,7 +351,7 @@ def _resampled(
 ) -> Float[Tensor, "batch *head pos d"]:
     """For every row the activations of another problem's transcript, at the same distance from the end of its question.
 
-    What lies before a shorter transcript's first token, or behind its last, has that token's.
+    What lies before a shorter transcript's first token, or after its last, has that token's.
     """
     reference, width = given.reference, batch.input_ids.shape[1]
     givers = _givers(edit, questions, given)
@@ -436,8 +436,8 @@ class _Writing:
         self.ids[row].append(token)
         self.log_probabilities[row].append(log_probability)
         if self.marked[row] and token in reader.new_lines:
-            behind = reader.text(self.given[row], self.ids[row]).partition(MARK)[2].lstrip()
-            self.ended[row] = "\n" in behind and find_answer(behind.partition("\n")[0]) is not None
+            after = reader.text(self.given[row], self.ids[row]).partition(MARK)[2].lstrip()
+            self.ended[row] = "\n" in after and find_answer(after.partition("\n")[0]) is not None
         elif not self.marked[row] and token in reader.marks:
             self.marked[row] = MARK in reader.text(self.given[row], self.ids[row])
 
@@ -463,7 +463,7 @@ def _collect(
         answers.append(None if found is None else found.value)
         held: list[float] = []
         if found is not None:
-            first, last = (tokens_for(at, everything, tokenizer) or 0 for at in (found.start + 1, found.end))
+            first, last = (tokens_until(at, everything, tokenizer) or 0 for at in (found.start + 1, found.end))
             held = log_probabilities[max(first - 1 - len(given), 0) : max(last - len(given), 0)]
         confidence.append(float(np.exp(np.mean(held))) if held else np.nan)
     return Evaluation(

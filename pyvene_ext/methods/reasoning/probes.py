@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from modelcards import Taps, card_of, dimensions, n_layers
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.hooks import Where, visit
+from pyvene_ext.models.hooks import Where, hook_component
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -40,7 +40,7 @@ ALPHAS = tuple(10.0**power for power in range(-5, 5))  # penalties, each times t
 
 @dataclass(frozen=True)
 class Residuals:
-    """The residual stream at some tokens of every prompt, at every place from the embedding to behind the last block.
+    """The residual stream at some tokens of every prompt, at every place from the embedding to after the last block.
 
     Attributes:
         places: their names, such as resid_pre.0 (what enters the first block), resid_mid.0, resid_pre.1 ... resid_post.5.
@@ -100,7 +100,7 @@ def read_residuals(
 
             with ExitStack() as hooks, Taps(model, card_of(model), where.values()):
                 for number, place in enumerate(where.values()):
-                    visit(model, place, partial(keep, number), hooks)
+                    hook_component(model, place, partial(keep, number), hooks)
                 model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             bar.update(len(batch.index))
     return Residuals(tuple(where), found, mean)
@@ -123,6 +123,8 @@ def places_of(model: PreTrainedModel, mid: bool = False) -> dict[str, Where]:
 # -- probes ------------------------------------------------------------------------------------------------------------
 
 
+# Not scikit-learn's, with the same numbers in twice the time (ten times, if each penalty is fitted by itself); and its
+# StandardScaler makes a feature of a dimension that varies by float32's rounding only.
 class Ridge:
     """Ridge regression on some problems, for any penalties and targets: the features are taken apart once.
 
@@ -228,6 +230,7 @@ def deal_folds(groups: Sequence[Hashable], n_folds: int, generator: np.random.Ge
             f"{len(groups)} problems in {len(members)} groups cannot be dealt to {n_folds} folds; give more problems."
         )
     folds, sizes, lists = np.empty(len(groups), int), np.zeros(n_folds, int), list(members.values())
+    # Not scikit-learn's GroupKFold, whose folds are either drawn at random or of one size.
     order = generator.permutation(len(lists))
     # Large groups first, else the last one would make its fold the largest.
     for number in sorted(order, key=lambda number: -len(lists[number])):

@@ -10,11 +10,11 @@ stream before the block, and what it would add to a stream of its own model goes
 between A and B is the donor's: the norm before attention, queries, keys and values of all positions with their biases (the head's
 own keys and values; the host's cache knows nothing of them), position embedding, scale, soft-cap, window, output projection.
 What a head adds to the stream is the component `head_contribution` on both sides: without the bias of the output projection,
-which belongs to no head, and behind Gemma 2's post-norm with the norm's scale as it is for all of the model's own heads. So in a
+which belongs to no head, and after Gemma 2's post-norm with the norm's scale as it is for all of the model's own heads. So in a
 Gemma 2 host the other heads' contributions stay what they are.
 
 A is affine and B linear: a contribution is a difference of streams, in which an offset cancels. A is fitted on what enters the
-two blocks, B on what stands behind their attention, where the head's output goes; behind the block, where attention and MLP run
+two blocks, B on the stream after their attention, where the head's output goes; after the block, where attention and MLP run
 side by side. Without maps (the donor's streams being of the host's kind) x and the output are taken as they are, and a head
 transplanted into its own place changes nothing.
 """
@@ -25,11 +25,13 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,14 +42,14 @@ from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import (
     StopForward,
     Where,
-    keep_places,
+    hook_component,
+    record_activations,
     replace_forward,
-    visit,
 )
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
-from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.controls import Head, head_label
 
 Method = Literal["ridge", "procrustes"]
 Layers = tuple[int, int]  # of the host and of the donor
@@ -134,7 +136,7 @@ def pair_texts(
         if ends[0] != ends[1]:
             first = next(min(filter(None, pair)) for pair in zip_longest(*ends) if pair[0] != pair[1])
             raise ValueError(
-                f"the donor has another vocabulary than the host, and only one of them ends a token of text {number} behind "
+                f"the donor has another vocabulary than the host, and only one of them ends a token of text {number} after "
                 f"{text[max(first - 12, 0) : first]!r}, so that their tokens do not correspond; use a donor whose tokenizer cuts "
                 "the texts into the same pieces."
             )
@@ -194,7 +196,9 @@ def fit_maps(
     return {
         (a, b): Maps(
             _fitted(streams[0]["block_input", a], streams[1]["block_input", b], train, method, ridge),
-            _fitted(streams[1][_behind(donor), b], streams[0][_behind(host), a], train, method, ridge),
+            _fitted(
+                streams[1][_after_attention(donor), b], streams[0][_after_attention(host), a], train, method, ridge
+            ),
         )
         for a, b in layers
     }
@@ -224,7 +228,7 @@ def _check_fit(
         )
 
 
-def _behind(model: PreTrainedModel) -> str:
+def _after_attention(model: PreTrainedModel) -> str:
     """Where the residual stream first holds what heads of a block have written."""
     return "block_output" if card_of(model).parallel else "resid_mid"
 
@@ -251,12 +255,12 @@ def _contexts(paired: Paired, train: Sequence[int], test: Sequence[int]) -> tupl
 def _streams(
     model: PreTrainedModel, prompts: TokenizedPrompts, kept: Sequence[list[int]], layers: Iterable[int], batch_size: int
 ) -> dict[Where, Float32[Tensor, "token d_model"]]:
-    """The residual stream before and behind attention of some layers, at the tokens that count."""
-    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _behind(model))]
+    """The residual stream before and after attention of some layers, at the tokens that count."""
+    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _after_attention(model))]
     rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
     with evaluating(model), no_gradients(model), ExitStack() as hooks:
         hooks.enter_context(Taps(model, card_of(model), places))
-        seen = keep_places(model, places, hooks)
+        seen = record_activations(model, places, hooks)
         for batch in prompts.batches(batch_size, padding_side="left"):
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             for place in places:
@@ -291,10 +295,11 @@ def _fitted(
         gram.diagonal().add_(alpha * gram.trace() / len(gram))
         weight = torch.linalg.solve(gram, from_.T @ to)
     else:
-        left, _, right = torch.linalg.svd(from_.T @ to, full_matrices=False)
-        weight = left @ right
-        turned = from_ @ weight
-        weight = weight * ((turned * to).sum() / turned.square().sum())
+        wide = max(x.shape[1], y.shape[1])
+        a, b = (nn.functional.pad(z, (0, wide - z.shape[1])).numpy() for z in (from_, to))
+        rotation, overlap = orthogonal_procrustes(a, b)
+        weight = torch.from_numpy(rotation)[: x.shape[1], : y.shape[1]]
+        weight = weight * (overlap / (from_ @ weight).square().sum())
     offset = centre_y - centre_x @ weight
 
     def r2(which: Tensor) -> float:
@@ -340,8 +345,8 @@ class Transplant:
             for what, (own, other) in (("residual streams of width", widths), ("heads of size", sizes)):
                 if own != other:
                     raise ValueError(
-                        f"the donor has {what} {other} and the host of {own}, so that head {_named(self.donor_head)} cannot be "
-                        "transplanted as it is; fit maps between the two (fit_maps)."
+                        f"the donor has {what} {other} and the host of {own}, so that head {head_label(self.donor_head)} "
+                        "cannot be transplanted as it is; fit maps between the two (fit_maps)."
                     )
             return
         into, back = (tuple(one.weight.shape) for one in self.maps)
@@ -361,7 +366,7 @@ def _check_head(who: str, model: PreTrainedModel, head: Head) -> None:
     _check_layer(who, model, head[0])
     if not 0 <= head[1] < n_heads(model.config):
         raise ValueError(
-            f"there is no head {_named(head)} in the {who}, whose layers have heads 0 to {n_heads(model.config) - 1}."
+            f"there is no head {head_label(head)} in the {who}, whose layers have heads 0 to {n_heads(model.config) - 1}."
         )
     projection = card_of(model).module(model, "attention_value_output", head[0])
     if output_weight(projection) is None:
@@ -369,10 +374,6 @@ def _check_head(who: str, model: PreTrainedModel, head: Head) -> None:
             f"the output projection of layer {head[0]} of the {who} is a {type(projection).__name__} whose weights cannot be "
             "split by heads; merge adapters, and load the model without quantisation and offloading."
         )
-
-
-def _named(head: Head) -> str:
-    return f"{head[0]}.{head[1]}"
 
 
 def head_output(
@@ -402,8 +403,8 @@ def head_output(
         for earlier in range(layer):
             block = card_of(model).module(model, "block_output", earlier)
             hooks.enter_context(replace_forward(block, lambda hidden_states, *_, **__: hidden_states))
-        visit(model, ("block_input", layer), lambda _: stream, hooks)
-        visit(model, ("head_contribution", layer), at_contributions, hooks)
+        hook_component(model, ("block_input", layer), lambda _: stream, hooks)
+        hook_component(model, ("head_contribution", layer), at_contributions, hooks)
         # Not the decoder's own hooks: the host's, if that is it, are about the run that this is part of.
         model.base_model.forward(
             inputs_embeds=stream, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -471,8 +472,8 @@ class _Host:
     def enter(self, hooks: ExitStack) -> None:
         """Hang the hooks up until `hooks` are closed."""
         for layer in self.by_layer:
-            visit(self.model, ("block_input", layer), lambda x, layer=layer: self.ask(layer, x), hooks)  # type: ignore[misc]
-            visit(self.model, ("head_contribution", layer), lambda x, layer=layer: self.replace(layer, x), hooks)  # type: ignore[misc]
+            hook_component(self.model, ("block_input", layer), partial(self.ask, layer), hooks)
+            hook_component(self.model, ("head_contribution", layer), partial(self.replace, layer), hooks)
         # First of all, so that latent steps are thought with the new heads.
         begin = self.model.base_model.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True)
         hooks.callback(begin.remove)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from critical_heads import patch_hub as study
-from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.runs import reasoning
+from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at
@@ -27,7 +28,7 @@ LAYERS, KV_HEADS = 6, 2
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "RESAMPLES", 100)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 100)
     return tmp_path
 
 
@@ -132,7 +133,7 @@ def test_the_verdicts_name_the_worst_token_of_every_site(folder: Path, capsys: p
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--sites", "embed", "--seeds", 2, "--places", 2)
-    made = stop_at(monkeypatch, 5, common, "evaluate")
+    made = stop_at(monkeypatch, 5, reasoning, "evaluate")
     assert command("--out", "x", *flags) == 130
     assert command("--out", "x", *flags) == 0
     assert len(made) == 4 + 1 + 2  # two untouched runs, and four with noise
@@ -143,7 +144,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
 
 def test_a_start_is_the_middle_layer_and_all_tokens() -> None:
     model, *_ = by_hand.blocks(MODEL, 0)
-    specs = study.noise_at_hub(study.Config(), model.config, 4)
+    specs = study.specs_of(study.Config(), model, 4)
     assert list(specs) == ["embed", "resid.2", "kv"]
     assert [spec.name for spec in specs["kv"]][:3] == [f"{at}.0,1@hub:noise/seed4" for at in ("k.0", "v.0", "k.1")]  # type: ignore[union-attr]
     assert len(specs["kv"]) == 2 * LAYERS  # type: ignore[arg-type]
