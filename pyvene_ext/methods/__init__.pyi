@@ -33,6 +33,9 @@ from .heads.name_movers import find_names as find_names
 from .heads.name_movers import head_projections as head_projections
 from .heads.name_movers import named_places as named_places
 from .heads.patterns import check_prompts as check_prompts
+from .heads.published import KNOWN as KNOWN
+from .heads.published import precision_and_recall as precision_and_recall
+from .heads.published import read_known as read_known
 from .heads.scores import HeadScores as HeadScores
 from .heads.scores import attention_scores as attention_scores
 from .heads.scores import check_trim as check_trim

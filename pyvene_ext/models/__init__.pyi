@@ -1,5 +1,5 @@
-from .devices import choose_device as choose_device
 from .devices import broadcast_from_main as broadcast_from_main
+from .devices import choose_device as choose_device
 from .devices import is_main_process as is_main_process
 from .identity import config_hash as config_hash
 from .identity import weight_hash as weight_hash
@@ -10,6 +10,7 @@ from .loading import TINY_MODELS as TINY_MODELS
 from .loading import load_model as load_model
 from .sizes import has_heads as has_heads
 from .sizes import head_label as head_label
+from .sizes import heads_of as heads_of
 from .sizes import n_heads as n_heads
 from .sizes import n_kv_heads as n_kv_heads
 from .sizes import n_layers as n_layers

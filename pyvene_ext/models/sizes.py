@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers, n_positions
 
-__all__ = ["has_heads", "head_label", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["has_heads", "head_label", "heads_of", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
 
 
 def has_heads(site: str) -> bool:
@@ -15,3 +21,30 @@ def has_heads(site: str) -> bool:
 def head_label(head: tuple[int, int]) -> str:
     """A head as flags, tables and figures name it: "2.5" is head 5 of layer 2."""
     return f"{head[0]}.{head[1]}"
+
+
+def heads_of(
+    named: Sequence[str], name: str, model: PreTrainedModel, flag: str = "heads"
+) -> tuple[tuple[int, int], ...]:
+    """The heads that a flag names.
+
+    Args:
+        named: heads as `head_label` writes them.
+        name: the model's, for the error.
+        model: which must have the heads.
+        flag: for the error too.
+
+    Returns:
+        (layer, head) of each.
+
+    Raises:
+        ValueError: the model has no such head.
+    """
+    layers, heads = n_layers(model.config), n_heads(model.config)
+    chosen = tuple((int(layer), int(head)) for layer, head in (one.split(".") for one in named))
+    for layer, head in chosen:
+        if layer >= layers or head >= heads:
+            raise ValueError(
+                f"--{flag} {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
+            )
+    return chosen

@@ -1,6 +1,7 @@
 from . import figures as figures
 from . import flags as flags
 from . import reasoning as reasoning
+from . import translation as translation
 from .attention import HEADS as HEADS
 from .attention import View as View
 from .attention import look as look

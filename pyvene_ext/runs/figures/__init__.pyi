@@ -23,3 +23,5 @@ from .style import STYLE as STYLE
 from .style import check_path as check_path
 from .style import drawable as drawable
 from .style import save as save
+from .translation import ablated_sets as ablated_sets
+from .translation import word_probabilities as word_probabilities
