@@ -41,6 +41,8 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    Relative = Mapping[str, px.Interval]  # by MINUS_VARIANT, of every head in order
+
 SHOWN = 8  # heads in a table on the terminal
 RESAMPLES = 2000
 VARIANTS = {
@@ -49,7 +51,6 @@ VARIANTS = {
     "atp": "Attribution patching",
 }
 Rows = list[dict[str, Any]]
-Relative = Mapping[str, px.Interval]  # by MINUS_VARIANT, of every head in order
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from .attribution.inputs import InputAttribution as InputAttribution
 from .attribution.inputs import integrated_gradients as integrated_gradients
 from .attribution.screen import Screen as Screen
 from .attribution.screen import screened as screened
+from .heads.copying import INPUTS as INPUTS
+from .heads.copying import SIGNS as SIGNS
 from .heads.copying import copy_ranks as copy_ranks
 from .heads.copying import copy_scores as copy_scores
 from .heads.flow import Flow as Flow
@@ -29,9 +31,17 @@ from .heads.lens import direct_logit_attribution as direct_logit_attribution
 from .heads.lens import logit_lens as logit_lens
 from .heads.name_movers import Names as Names
 from .heads.name_movers import attention_to as attention_to
+from .heads.name_movers import copied_names as copied_names
 from .heads.name_movers import find_names as find_names
 from .heads.name_movers import head_projections as head_projections
 from .heads.name_movers import named_places as named_places
+from .heads.name_roles import ROLES as ROLES
+from .heads.name_roles import NameMeasures as NameMeasures
+from .heads.name_roles import count_roles as count_roles
+from .heads.name_roles import name_correlations as name_correlations
+from .heads.name_roles import name_measures as name_measures
+from .heads.name_roles import pooled_correlation as pooled_correlation
+from .heads.name_roles import role as role
 from .heads.patterns import check_prompts as check_prompts
 from .heads.published import KNOWN as KNOWN
 from .heads.published import precision_and_recall as precision_and_recall

@@ -69,6 +69,14 @@ class Names:
         return tuple(number for number, kind in enumerate(self.kinds) if kind not in ("s1", "s2"))
 
 
+def copied_names(names: Names) -> tuple[tuple[str, ...], Int[np.ndarray, "asked place prompt"]]:
+    """The mentions that copy scores are taken at; their own names, and for each another one of its prompt."""
+    places = tuple(kind for kind in names.kinds if kind != "s")
+    own = [names.ids[names.kinds.index(place)] for place in places]
+    other = [names.ids[names.kinds.index("s" if place == "io" else "io")] for place in places]
+    return places, np.stack([own, other])
+
+
 def find_names(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, others: Sequence[str] = ()) -> Names:
     """IO, S and the names at other positions, in all prompts where each is one token, at its positions and as an answer.
 
@@ -203,9 +211,9 @@ def head_projections(
 ) -> Float32[np.ndarray, "kind layer head prompt"]:
     """What each head adds to the residual stream at the last token, times the unembeddings of some tokens, in float32.
 
-    What a head adds is behind a post-norm (Gemma 2), its scale frozen at the clean run; the output projection's bias belongs to
-    no head. No final norm, as published; with `fold_norm` its scale, frozen likewise, its gain, and, where it subtracts the
-    mean, that too.
+    What a head adds is taken after a post-norm (Gemma 2), its scale frozen at the clean run; the output projection's bias
+    belongs to no head. No final norm, as published; with `fold_norm` its scale, frozen likewise, its gain, and, where it
+    subtracts the mean, that too.
 
     Raises:
         ValueError: `ids` do not fit, or weights cannot be taken apart.
@@ -239,13 +247,13 @@ def head_projections(
             z = last(("z", layer)).flatten(1)
             weight = replay.projection(layer)
             assert weight is not None  # looked at before anything ran
-            behind = directions
+            scaled = directions
             if card.post_norm_scale is not None:
                 attention = replay.module("attention_value_output", layer)(z.to(weight)).float()
                 scale = card.post_norm_scale(replay.module("attention_contribution", layer), attention)
-                behind = directions * scale[:, None].to(device)
+                scaled = directions * scale[:, None].to(device)
             by_input = (
-                card.residual_scale(model.config) * behind @ weight.to(device).float().T * z.to(device).float()[:, None]
+                card.residual_scale(model.config) * scaled @ weight.to(device).float().T * z.to(device).float()[:, None]
             )
             by_head = by_input.unflatten(-1, (n_heads(model.config), -1)).sum(-1)
             found[:, layer] = by_head.permute(1, 2, 0).cpu().numpy()

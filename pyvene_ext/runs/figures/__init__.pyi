@@ -7,6 +7,10 @@ from .heads import layer_lines as layer_lines
 from .heads import scatter_heads as scatter_heads
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
+from .name_movers import attention_against_projection as attention_against_projection
+from .name_movers import copies_and_effects as copies_and_effects
+from .name_movers import figures_of_name_movers as figures_of_name_movers
+from .name_movers import where_heads_look as where_heads_look
 from .patching import site_maps as site_maps
 from .style import AMBER as AMBER
 from .style import BLUE as BLUE
