@@ -45,6 +45,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pydoclint modelcards pyvene_ext
 	$(BIN)/mypy
 
 format: $(VENV)/installed

@@ -6,9 +6,12 @@ that asks more than to keep a notice stops it until `EXPLAINED` has a word on it
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
-from importlib.metadata import metadata, requires
+from functools import cache
+from importlib.metadata import requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -94,30 +97,21 @@ def _wanted(package: str, extras: set[str] | frozenset[str]) -> dict[str, set[st
     return wanted
 
 
-def licence(package: str) -> str:
-    """The licence as the metadata name it, in a few words."""
-    fields = metadata(package)
-    classified = [
-        line.split(" :: ")[-1] for line in fields.get_all("Classifier") or [] if line.startswith("License ::")
-    ]
-    text = fields.get("License") or ""
-    # Old metadata have the whole text in this field.
-    named = text if 0 < len(text) < 40 and "\n" not in text and text != "UNKNOWN" else None
-    found = fields.get("License-Expression") or named or " or ".join(classified)
-    if not found:
-        raise ValueError(f"the metadata of {package} name no licence; look it up.")
-    return found
+@cache
+def licences() -> dict[str, str]:
+    """The licence of each package that is installed, as pip-licenses finds it in the metadata."""
+    command = [sys.executable, "-m", "piplicenses", "--with-system", "--format=json"]
+    listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {canonicalize_name(package["Name"]): package["License"] for package in listed}
 
 
 def explained(package: str) -> str | None:
     """The word on a package whose licence asks for more than a notice; ValueError if there is none."""
-    parts = re.split(r" (?:AND|and) ", licence(package))
-    if all(PERMISSIVE.search(part) for part in parts):
+    licence = licences()[package]
+    if all(PERMISSIVE.search(part) for part in re.split(r" (?:AND|and) |; ", licence)):
         return None
     if package not in EXPLAINED:
-        raise ValueError(
-            f"{package} is under {licence(package)}; say in EXPLAINED what that means for whoever uses it."
-        )
+        raise ValueError(f"{package} is under {licence}; say in EXPLAINED what that means for whoever uses it.")
     return EXPLAINED[package]
 
 
@@ -126,7 +120,9 @@ def text() -> str:
     asked, askers = direct(), brought()
     rows = ["| package | licence | needed by |", "|---|---|---|"]
     for package in sorted(askers):
-        rows.append(f"| {package} | {licence(package)} | {asked.get(package) or ', '.join(sorted(askers[package]))} |")
+        rows.append(
+            f"| {package} | {licences()[package]} | {asked.get(package) or ', '.join(sorted(askers[package]))} |"
+        )
     words = "\n".join(f"* {package}: {words}" for package in sorted(askers) if (words := explained(package)))
     return HEAD + "\n" + "\n".join(rows) + "\n" + FOOT.format(explained=words)
 

@@ -71,7 +71,6 @@ def tapped_attention(
         dropout: probability, in training.
         softcap: of the scores, before the mask.
         is_causal: where there is no mask; by default as `module` says.
-        **_: what other implementations take.
 
     Returns:
         `batch n_query n_head d_head`, and the pattern `batch n_head n_query n_key` where the model's own implementation returns
@@ -337,7 +336,11 @@ def _added(tap: nn.Identity, multiplier: float, _: nn.Module, __: tuple, output:
 
 
 def redirect(attention: Any, implementation: str) -> Any:
-    """Switch one attention module to `implementation`, by a config of its own.
+    """Switch one attention module to another attention implementation, by a config of its own.
+
+    Args:
+        attention: the module.
+        implementation: a name in transformers' AttentionInterface.
 
     Returns:
         The config it had, to be put back.

@@ -79,6 +79,9 @@ class Card:
             own_logits: whether the language model's forward changes the output of `lm_head` (soft-cap, scale), so that its logits
                 are a tap.
             **fields: as the class has them.
+
+        Returns:
+            The card, with a mapping for each class.
         """
         name = classes[0].__module__.split(".")[2]  # transformers' folder, after which pyvene names its own
         plain = {
@@ -108,7 +111,7 @@ class Card:
 
     @property
     def model_type(self) -> str:
-        """transformers' `config.model_type`."""
+        """The `config.model_type` of transformers."""
         bare: Any = next(iter(self.mappings))
         return bare.config_class.model_type
 
@@ -147,6 +150,9 @@ class Card:
             name: the component.
             layer: ignored for a component that exists once.
 
+        Returns:
+            The module.
+
         Raises:
             ValueError: if the family or this model has no such module.
         """
@@ -160,6 +166,13 @@ class Card:
 
     def component(self, model: nn.Module, name: str) -> Component:
         """Return the component called `name`.
+
+        Args:
+            model: a model of the family.
+            name: the component.
+
+        Returns:
+            Its entry in the vocabulary.
 
         Raises:
             ValueError: if this model has none of that name; the error lists those it has.
@@ -184,7 +197,14 @@ class Card:
         )
 
     def width(self, model: Any, name: str) -> int | None:
-        """Return the size of the last axis an intervention on `name` sees; None where it varies with the prompt.
+        """Return the size of the last axis that an intervention on a component sees.
+
+        Args:
+            model: a model of the family.
+            name: the component.
+
+        Returns:
+            The size; None where it varies with the prompt.
 
         Raises:
             ValueError: if this model has no such component.

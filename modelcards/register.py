@@ -82,6 +82,12 @@ def register(*model_classes: type[nn.Module]) -> None:
 def card_of(model: nn.Module | type[nn.Module]) -> Card:
     """Return the card of a model or a model class, found through its base classes.
 
+    Args:
+        model: a model, whose config is looked at as well, or a class.
+
+    Returns:
+        The card.
+
     Raises:
         ValueError: if no card covers the class, or if the model's config has an option that its card does not cover.
     """

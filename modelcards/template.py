@@ -146,6 +146,9 @@ def with_head(prefix: str, places: Mapping, head: str = "") -> Mapping:
         prefix: name of the bare model in the class.
         places: module mapping of the bare class.
         head: module whose output are the logits, if there is one.
+
+    Returns:
+        The mapping.
     """
     return {**within(prefix, places), **({"logits": (head, CONST_OUTPUT_HOOK)} if head else {})}
 

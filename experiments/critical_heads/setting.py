@@ -99,9 +99,7 @@ def check_heads(named: Sequence[str], flag: str = "heads", once: bool = True) ->
 
 @contextmanager
 def written(folder: Path, config: Flags, summary: dict[str, Any], *earlier: str) -> Iterator[None]:
-    """Around the writing of a study's own files: those of an earlier run go first (`earlier`: more than its tables), and the
-    summary comes last, so that where it is, the rest is, and of this run.
-    """
+    """Around the writing of a study's own files: an earlier run's go first, and the summary comes last."""
     (folder / "summary.json").unlink(missing_ok=True)
     for pattern in ("*.csv", *earlier):
         for path in folder.glob(pattern):

@@ -1,5 +1,7 @@
-"""Make the sets that ship with the experiments, in `prompts/`: IOI prompts (ioi_en, ioi_zh), prompts of the task "most recent
-subject" (recent_en, recent_tiny), and parallel text (en_fr).
+"""Make the prompt sets that ship, in `pyvene_ext/prompts/data/`.
+
+They are IOI prompts (ioi_en, ioi_zh), prompts of the task "most recent subject" (recent_en, recent_tiny), and parallel text
+(en_fr).
 
     python experiments/tiny/make_prompts.py
 

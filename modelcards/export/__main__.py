@@ -118,6 +118,9 @@ def card_text(checkout: Checkout, exported: list[Exported], checks: list[list[An
         checkout: where they go.
         exported: the cards.
         checks: what their tests compared: class, component, unit, operation, largest difference.
+
+    Returns:
+        Markdown, the title in its first line.
     """
     rows = []
     for name in (model_class.__name__ for one in exported for model_class in one.names):

@@ -149,6 +149,10 @@ class Exported:
 def export(checkout: Checkout, cards: list[Card]) -> tuple[list[Exported], Files]:
     """Put cards into the checkout's terms.
 
+    Args:
+        checkout: where they go.
+        cards: which.
+
     Returns:
         The exported cards, and all files to be written, the registry among them.
 
@@ -250,6 +254,10 @@ def _reference(model_class: type[nn.Module]) -> str:
 
 class Source:
     """A Python file and the edits to be made in it, so that what they do not touch stays as it is, to the letter.
+
+    Args:
+        path: for messages.
+        text: the file's.
 
     Raises:
         ValueError: if it is no Python, here; if an edit finds another form than pyvene's, in the methods.
@@ -382,6 +390,9 @@ def _widths(card: Card, places: Mapping, products: bool) -> tuple[Mapping, list[
         places: the components that pyvene gets.
         products: whether the checkout can spell "heads x head size" (`--fixes 2`). Without, a component that needs it has no
             entry: it is read and written whole, but trainable interventions on it fail.
+
+    Returns:
+        Both.
     """
     ours, own = card.plain_widths, own_head_size(card)
     n_head, hidden = ours["n_head"][0], ours["block_input"][0]

@@ -34,6 +34,9 @@ print("\\n" + json.dumps({"run": result.testsRun, "failed": failed, "checks": ch
 class Checkout:
     """A clean git checkout of pyvene; everything is made from what is committed there.
 
+    Args:
+        root: its top folder.
+
     Raises:
         ValueError: if `root` is not the top folder of a git checkout of pyvene with its tests.
     """
@@ -115,10 +118,14 @@ class Checkout:
             yield Path(folder)
 
     def try_out(self, files: Files, tests: Iterable[str]) -> list[list[Any]]:
-        """Run the test files among `files` on a copy of the checkout that has them.
+        """Run some test files on a copy of the checkout that has the files to be written.
+
+        Args:
+            files: these.
+            tests: paths of the test files.
 
         Returns:
-            what the tests of cards noted in `CHECKS`.
+            What the tests of cards noted in `CHECKS`.
 
         Raises:
             ValueError: if one of them fails; it says which and why.

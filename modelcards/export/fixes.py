@@ -58,7 +58,13 @@ FIXES = tuple(Fix(path) for path in sorted((Path(__file__).parent / "patches").g
 
 
 def chosen(numbers: list[int]) -> list[Fix]:
-    """The fixes of these defects; all, if none is named.
+    """Select fixes by the numbers of the defects they mend.
+
+    Args:
+        numbers: of the defects; none: all.
+
+    Returns:
+        The fixes, each once.
 
     Raises:
         ValueError: for a number without a fix.
@@ -70,7 +76,14 @@ def chosen(numbers: list[int]) -> list[Fix]:
 
 
 def fixed(checkout: Checkout, fixes: list[Fix]) -> Files:
-    """The files that the fixes change, with all of them applied; a fix whose test is committed is there already.
+    """Apply fixes to a copy of a checkout; one whose test is committed there already is skipped.
+
+    Args:
+        checkout: left as it is.
+        fixes: which.
+
+    Returns:
+        The files that change, with all fixes applied.
 
     Raises:
         ValueError: if one does not apply.

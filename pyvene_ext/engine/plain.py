@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -34,6 +34,9 @@ from pyvene_ext.specs.joint import (
     Spec,
     needs,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Each takes the answer position's logits, [batch vocab], the batch and the clean logits.
 METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
@@ -71,6 +74,21 @@ class Result:
     def delta(self) -> Float32[np.ndarray, "n_interventions n_prompts *pos"]:
         """Clean minus intervened: positive where the intervention lowered the metric."""
         return self.clean - self.intervened
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row an intervention and prompt; of a token metric one for each of the prompt's tokens.
+
+        Returns:
+            A table with the columns intervention (its name), prompt (its number, from 0), pos (of a token metric), baseline,
+            intervened and delta.
+        """
+        import pandas as pd  # takes a second to import, and most runs need no table
+
+        names = ("intervention", "prompt", "pos")[: self.intervened.ndim]
+        rows = pd.MultiIndex.from_product([self.names, *map(range, self.intervened.shape[1:])], names=names)
+        baseline = np.broadcast_to(self.clean, self.intervened.shape)
+        columns = {"baseline": baseline, "intervened": self.intervened, "delta": self.delta}
+        return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, rows).reset_index()
 
 
 def reference_for(

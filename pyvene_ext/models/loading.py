@@ -40,12 +40,8 @@ TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 TINY_MODELS = tuple(sorted(path.parent.name for path in TINY_FOLDER.glob("*/config.json")))
 NO_TOKENIZER = "has no tokenizer that can be read; its tokenizer.json belongs beside config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-# Transformers makes an object for each of these, however many a config asks for.
-MOST = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 1000),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), 10_000),
-    "num_labels": 1_000_000,
-}
+# Transformers makes an object for each of these, and would fill the memory before it finds that the weights are of fewer.
+COUNTS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), range(1, 1001)) | {"num_labels": range(10**6)}
 SMALL = 2**22  # numbers, which may be asked for whatever the size of the weights' files
 TEXT = "Lisa gave the book to"  # which a model is tried on
 
@@ -89,7 +85,7 @@ def load_model(
     except Exception as error:
         raise _explained(error, name, revision, "has no config.json that can be read") from error
     _check_type(config, name)
-    _check_counts(config, name)
+    _check_config(config, name)
     try:
         if Path(source).is_dir():
             _check_files(Path(source), name)
@@ -214,14 +210,13 @@ def _check_type(config: dict[str, Any], name: str) -> None:
     raise ValueError(f"{name} has {its_type}{own_code}; use a model of one of the types {_list(supported)}.")
 
 
-def _check_counts(config: dict[str, Any], name: str) -> None:
-    """Raise ValueError for a config that asks for more parts than any model has, or for no layers or heads."""
-    for key, most in MOST.items():
-        least = 0 if key == "num_labels" else 1
-        value = config.get(key, least)
-        if type(value) is int and not least <= value <= most:
+def _check_config(config: dict[str, Any], name: str) -> None:
+    """Raise ValueError for a config that asks for more layers than any model has, for none, or for another file of weights."""
+    for key, possible in COUNTS.items():
+        if isinstance(value := config.get(key), int) and value not in possible:
             raise ValueError(
-                f"{name}: {key} in config.json is {_short(value)}, and not from {least} to {most}; copy or download it again."
+                f"{name}: {key} in config.json is {str(value)[:20]}, and not from {possible[0]} to {possible[-1]}; copy or "
+                "download it again."
             )
     if config.get("transformers_weights") is not None:
         raise ValueError(
@@ -245,7 +240,7 @@ def _check_files(folder: Path, name: str) -> None:
         for shard in shards:
             if Path(shard).is_absolute() or ".." in Path(shard).parts or Path(shard).suffix != ".safetensors":
                 raise ValueError(
-                    f"{name}: {index.name} names {_short(shard)!r}, which is no safetensors file of that folder; copy or "
+                    f"{name}: {index.name} names {shard[:60]!r}, which is no safetensors file of that folder; copy or "
                     "download it again."
                 )
         files = [folder / shard for shard in shards]
@@ -328,13 +323,6 @@ def _vocabulary(model: PreTrainedModel) -> int:
     """How many tokens the model embeds."""
     embeddings: Any = model.get_input_embeddings()
     return embeddings.weight.shape[0]
-
-
-def _short(value: object) -> str:
-    """A value for a sentence."""
-    if isinstance(value, int) and abs(value) >= 10**12:
-        return "a huge number"
-    return str(value)[:60]
 
 
 def _explained(error: Exception, name: str, revision: str | None, otherwise: str) -> Exception:

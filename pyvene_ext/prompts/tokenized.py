@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, n_positions
@@ -73,13 +74,9 @@ class TokenizedPrompts:
         names = [name for name in self.positions[0] if all(name in places for places in self.positions)]
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
-            lengths = [len(self.input_ids[i]) for i in index]
-            ids = torch.full((len(index), max(lengths)), self.pad_id)
-            mask = torch.zeros_like(ids)
-            for row, (i, length) in enumerate(zip(index, lengths, strict=True)):
-                columns = slice(-length, None) if padding_side == "left" else slice(length)
-                ids[row, columns] = torch.tensor(self.input_ids[i])
-                mask[row, columns] = 1
+            rows = [torch.tensor(self.input_ids[i], dtype=torch.long) for i in index]
+            ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side=padding_side)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
             yield Batch(
                 input_ids=ids,
                 attention_mask=mask,
@@ -87,7 +84,7 @@ class TokenizedPrompts:
                 answer_ids=torch.tensor([self.answer_ids[i] for i in index]),
                 positions={name: [self.positions[i][name] for i in index] for name in names},
                 index=index,
-                lengths=lengths,
+                lengths=list(map(len, rows)),
                 padding_side=padding_side,
             )
 

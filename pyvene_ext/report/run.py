@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pyvene_ext.io.files import parse_json, read_npy, read_yaml
+from pyvene_ext.io.files import parse_json, read_csv, read_npy, read_yaml
 from pyvene_ext.report.routes import Routes
 from pyvene_ext.runs.attention import FILE as ATTENTION
 from pyvene_ext.runs.attention import View, read_views
@@ -97,7 +96,7 @@ class Run:
             config,
             facts,
             {
-                path.relative_to(folder).as_posix(): _csv(path)
+                path.relative_to(folder).as_posix(): read_csv(path)
                 for path in files(folder, "*.csv") or files(folder, "tables/*.csv")
             },
             read_views(folder / ATTENTION) if (folder / ATTENTION).is_file() else [],
@@ -232,14 +231,3 @@ def _json(path: Path) -> Any:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
-
-
-def _csv(path: Path) -> list[Row]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a CSV file: {error}.") from None
-    if any(None in row or None in row.values() for row in rows):
-        raise ValueError(f"{path} has rows of unequal length.")
-    return rows

@@ -55,7 +55,7 @@ __all__ = [
 
 Count = Annotated[int, Ge(1)]
 ModelName = Annotated[str, Doc("a shipped tiny model, a folder, or a name on the hub")]
-BatchSize = Annotated[int, Ge(1), Doc("prompts a forward pass; the batches of a sweep follow from --memory")]
+BatchSize = Annotated[int, Ge(1), Doc("prompts a forward pass")]
 Limit = Annotated[Annotated[int, Ge(1)] | None, Doc("only the first so many; by default all")]
 Out = Annotated[Path | None, Doc("the folder that is written; by default outputs/STUDY/MODEL_DATASET")]
 Seed = Annotated[int, Ge(0), Doc("of every random draw")]
@@ -139,7 +139,7 @@ class Memory:
     """What interventions may take, where many run at once."""
 
     memory: Annotated[float, Gt(0), Unit("GiB")] | None = None
-    """GiB of working memory besides the weights; by default half of what the weights take, at least 0.25"""
+    """GiB besides the weights, from which batches of interventions follow; by default half of the weights, at least 0.25"""
 
     @property
     def memory_bytes(self) -> int | None:

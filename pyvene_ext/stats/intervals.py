@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Num
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 AT_ONCE = 4_000_000  # resampled numbers held at once: 32 MB an array
 
@@ -39,7 +40,10 @@ def frequency_interval(
         active: booleans or 0/1, any shape.
         axis: the axis averaged over; the results have the other axes.
         confidence: of the interval.
-        counted: which values count, in the shape of `active`; all by default. Where none does, mean and interval are nan.
+        counted: which values count, in the shape of `active`; all by default.
+
+    Returns:
+        The share and the interval's ends, nan where no value counts.
 
     Raises:
         ValueError: a value is neither 0 nor 1, or the axis is empty.
@@ -52,15 +56,11 @@ def frequency_interval(
     counted = np.ones(active.shape, bool) if counted is None else counted
     n = counted.sum(axis=axis, dtype=np.float64)
     n = np.where(n, n, np.nan)
-    frequency = (active * counted).sum(axis=axis, dtype=np.float64) / n
-    z = stats.norm.ppf((1 + confidence) / 2)
-    centre = frequency + z**2 / (2 * n)
-    half = z * np.sqrt(frequency * (1 - frequency) / n + (z / (2 * n)) ** 2)
-    scale = 1 + z**2 / n
+    ones = (active * counted).sum(axis=axis, dtype=np.float64)
+    frequency = ones / n
+    low, high = proportion_confint(ones, n, alpha=1 - confidence, method="wilson")
     # At 0 and 1 the end is exactly 0 or 1; rounding would put it a hair beside.
-    low = np.where(frequency == 0, 0.0, (centre - half) / scale)
-    high = np.where(frequency == 1, 1.0, (centre + half) / scale)
-    return Interval(frequency, low, high)
+    return Interval(frequency, np.where(frequency == 0, 0.0, low), np.where(frequency == 1, 1.0, high))
 
 
 def paired_bootstrap(

@@ -35,6 +35,7 @@ from pyvene_ext.methods.attribution.circuits import exists
 from pyvene_ext.prompts.problems import Questions, with_reasoning
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import figures
+from pyvene_ext.stats import accuracy
 from tests.labels import unlabelled
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES, MORE_FAMILIES
@@ -253,6 +254,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "few.tsv").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "ranking.csv").write_text("scores,layer,head\n1.0,0,1\n", encoding="utf-8")
     monkeypatch.setattr(figures, "save", labelled)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 20)
     monkeypatch.setattr(common, "RESAMPLES", 20)
     for module in (common, ablate_heads):
         monkeypatch.setattr(module, "with_reasoning", with_solutions)

@@ -427,7 +427,8 @@ def test_a_file_may_be_unsorted_and_name_some_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (b"", "lacks the column scores"),
+        (b"", "has no heads"),
+        (b"layer,head\n1,0\n", "lacks the column scores"),
         (b"scores,layer\n1,0\n", "lacks the column head; its first line must be scores,layer,head"),
         (b"scores,layer,head\n", "has no heads"),
         (b"scores,layer,head\n1,0,0\n1,3,0\n", "row 2: head 3.0 is outside a model of 3 layers with 6 heads"),
@@ -438,7 +439,9 @@ def test_a_file_may_be_unsorted_and_name_some_heads(tmp_path: Path) -> None:
         (b"scores,layer,head\ninf,0,1\n", "row 1: the score of head 0.1 is inf"),
         (b"scores,layer,head\nx,0,1\n", "row 1: 'x,0,1' is not a number and two whole numbers"),
         (b"scores,layer,head\n1,0.5,1\n", "row 1: '1,0.5,1' is not"),
-        (b"scores,layer,head\n1,0\n", "row 1: '1,0,' is not"),
+        (b"scores,layer,head\n1,0,\n", "row 1: '1,0,' is not"),
+        (b"scores,layer,head\n1,0\n", "has rows of unequal length"),
+        (b"scores,layer,head\n1,0,0,1\n", "has rows of unequal length"),
         (b"\x80\x02]q\x00.", "is not a CSV file"),
     ],
 )

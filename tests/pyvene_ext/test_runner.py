@@ -65,6 +65,21 @@ def test_delta_is_clean_minus_intervened_and_names_are_in_order() -> None:
     assert result.names == ("z.1.2", "z.1.2+resid_pre.2@last:mean")
 
 
+def test_a_frame_has_a_row_for_every_intervention_and_prompt() -> None:
+    result = run(
+        random_model("gpt2"), [Ablation(kind="zero", site="mlp_out", layer=layer) for layer in (1, 0, 1)], PROMPTS
+    )
+    frame = result.to_frame()
+    assert list(frame) == ["intervention", "prompt", "baseline", "intervened", "delta"]
+    assert frame["baseline"].dtype == np.float32
+    rows = iter(frame.itertuples(index=False))
+    for number, name in enumerate(result.names):
+        for prompt in range(len(PROMPTS)):
+            before, after = result.clean[prompt], result.intervened[number, prompt]
+            assert next(rows) == (name, prompt, before, after, before - after)
+    assert next(rows, None) is None
+
+
 def test_a_given_reference_and_a_given_clean_run_are_used() -> None:
     model = random_model("llama3_1")
     other = random_prompts((5, 8), seed=9)

@@ -77,6 +77,17 @@ def test_half_precision_is_summed_in_float32() -> None:
     torch.testing.assert_close(found, torch.full((1, 3), 1 / 40_000))
 
 
+def test_a_frame_has_a_row_for_every_token() -> None:
+    model, specs = model_and_specs("llama3_1")
+    result = run(model, specs[:2], PROMPTS, METRIC, progress=False)
+    frame = result.to_frame()
+    assert list(frame) == ["intervention", "prompt", "pos", "baseline", "intervened", "delta"]
+    assert len(frame) == result.intervened.size
+    for row, at in zip(frame.itertuples(index=False), np.ndindex(result.intervened.shape), strict=True):
+        before, after = result.clean[at[1:]], result.intervened[at]
+        assert tuple(row) == (result.names[at[0]], *at[1:], before, after, before - after)
+
+
 def test_some_of_the_prompts_and_a_given_clean_run() -> None:
     model, specs = model_and_specs("llama3_1")
     whole = sweep(model, specs, PROMPTS, METRIC, progress=False)

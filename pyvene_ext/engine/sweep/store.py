@@ -1,13 +1,13 @@
 """A folder that keeps the finished waves of a sweep while it runs, and the merged arrays after it.
 
 A wave is written whole or not at all, so killing the process at any moment loses no more than the wave in flight. While the sweep
-runs the folder holds `manifest.json`, `lock` and one `.npz` a wave; when it is complete, the manifest and one `.npy` an array.
+runs the folder holds `manifest.json`, `lock`, `owner` (of the lock) and one `.npz` a wave; when it is complete, the manifest and
+one `.npy` an array.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -15,10 +15,11 @@ import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import xxhash
+from filelock import FileLock, Timeout
 
 from pyvene_ext.io.files import atomic_path, parse_json
 from pyvene_ext.io.hashes import data_hash
@@ -46,7 +47,8 @@ class Store:
         self, folder: str | Path, facts: Mapping[str, Any], plan: Mapping[str, Any], *, member: bool = False
     ) -> None:
         self.folder = Path(folder)
-        self._lock: IO[str] | None = None
+        # Not a soft lock where the file system has no other: it would outlive a process that is killed.
+        self._lock = FileLock(self.folder / "lock", timeout=0.1, thread_local=False, fallback_to_soft=False)
         new = {"format": FORMAT, "complete": False, "facts": dict(facts), "plan": dict(plan), "arrays": {}}
         # As JSON gives it back, so that the first run sees what a resumed one will see.
         self._manifest: dict[str, Any] = json.loads(json.dumps(new, allow_nan=False))
@@ -107,20 +109,17 @@ class Store:
         return found
 
     def _take_lock(self) -> None:
-        """One process at a time; the kernel lets go of the lock when the process dies, however it dies."""
+        """One process at a time; the system lets go of the lock when the process dies, however it dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("a+", encoding="utf-8")
+        owner = self.folder / "owner"  # a file of its own, because not every system lets others read a locked one
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "just started"
+            self._lock.acquire()
+        except Timeout:
+            told = (owner.read_text(encoding="utf-8").strip() if owner.exists() else "") or "just started"
             raise ValueError(
-                f"{self.folder} is in use by another process ({owner}); wait for its end, or choose another folder."
+                f"{self.folder} is in use by another process ({told}); wait for its end, or choose another folder."
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -188,16 +187,14 @@ class Store:
         """Remove what a complete store does not need. What cannot be removed does no harm."""
         shutil.rmtree(self._waves, ignore_errors=True)
         # Whoever still gets hold of the removed lock reads the manifest next, and finds it complete.
-        with contextlib.suppress(OSError):
-            (self.folder / "lock").unlink()
+        for name in ("lock", "owner"):
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
 
     def close(self) -> None:
         """Let go of the lock."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):  # of a file system without locks
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # said aloud: a forked process may still have the file open
-            self._lock.close()
-            self._lock = None
+        with contextlib.suppress(OSError):  # of a file system without locks
+            self._lock.release()
 
     def __enter__(self) -> Store:
         return self
@@ -218,7 +215,9 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-        os.fsync(folder)
-    os.close(folder)
+    with contextlib.suppress(OSError):  # Windows opens no folder, and some network file systems cannot sync one
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -356,7 +356,7 @@ class Curve:
         if scale == "log" and self.sizes[0] == 0:
             raise ValueError("size 0 has no place on a logarithmic scale; leave it out, or use scale='linear'.")
         x = np.log(self.sizes) if scale == "log" else self.sizes.astype(float)
-        return float(((self.values[1:] + self.values[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))
+        return float(np.trapezoid(self.values, x) / (x[-1] - x[0]))
 
 
 def run_circuit(

@@ -26,7 +26,6 @@ is the same at any scale. Biases belong to no head; a soft-cap behind the unembe
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -44,7 +43,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import Card, Taps, card_of, n_heads, n_layers, n_positions
 from modelcards.attention_taps import output_weight
-from pyvene_ext.io.files import write_csv
+from pyvene_ext.io.files import read_csv, write_csv
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import split_heads, visit
 from pyvene_ext.models.modes import evaluating
@@ -81,24 +80,18 @@ def read_head_scores(path: str | Path, config: Any) -> list[tuple[float, int, in
         ValueError: a column is missing, there is no row, a score is not a finite number, or a head is not in the model or there
             twice.
     """
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
-            rows = list(reader)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a CSV file ({error}); give one with the columns scores,layer,head.") from None
-    if missing:
-        raise ValueError(f"{path} lacks the column {missing[0]}; its first line must be scores,layer,head.")
+    rows = read_csv(path)
     if not rows:
         raise ValueError(f"{path} has no heads; give at least one row below scores,layer,head.")
+    if missing := [column for column in COLUMNS if column not in rows[0]]:
+        raise ValueError(f"{path} lacks the column {missing[0]}; its first line must be scores,layer,head.")
     layers, heads = n_layers(config), n_heads(config)
     found: dict[tuple[int, int], float] = {}
     for number, row in enumerate(rows, start=1):
         try:
             score, layer, head = float(row["scores"]), int(row["layer"]), int(row["head"])
-        except (TypeError, ValueError):  # None where a row is short
-            told = ",".join(str(row[column] or "") for column in COLUMNS)
+        except ValueError:
+            told = ",".join(row[column] for column in COLUMNS)
             raise ValueError(
                 f"{path}, row {number}: {told!r} is not a number and two whole numbers; give scores,layer,head."
             ) from None

@@ -27,9 +27,11 @@ def patchable(
     """The pairs that correspond at named positions (`patch.corresponding`).
 
     Args:
-        clean, corrupt: the texts of every pair.
+        clean: the clean text of every pair.
+        corrupt: the corrupt one.
         names: the positions; none for every token.
-        dataset, positions: the flags that chose them, for errors.
+        dataset: the flag that chose the pairs, for errors.
+        positions: the flag that chose the names, for errors.
 
     Returns:
         The clean and the corrupt texts of these pairs, which pairs they are, and which are left out.

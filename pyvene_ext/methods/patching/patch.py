@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -42,6 +42,9 @@ from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.specs.sources import Directions
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Patch = Spec | PathPatch
 
 
@@ -68,6 +71,14 @@ class Patched(Result):
     def mean_score(self) -> Float[np.ndarray, " n_interventions"]:
         """Mean over prompts of (patched - base) over the mean of (source - base)."""
         return _ratio((self.intervened - self.clean).mean(1), (self.source - self.clean).mean())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a patch and prompt.
+
+        Returns:
+            A table as of `Result.to_frame`, with the columns source and score besides.
+        """
+        return super().to_frame().assign(source=np.tile(self.source, len(self.names)), score=self.score.ravel())
 
 
 def _ratio(change: Float[np.ndarray, "*item"], gap: Any) -> Float[np.ndarray, "*item"]:

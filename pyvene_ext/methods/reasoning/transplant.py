@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -291,10 +292,11 @@ def _fitted(
         gram.diagonal().add_(alpha * gram.trace() / len(gram))
         weight = torch.linalg.solve(gram, from_.T @ to)
     else:
-        left, _, right = torch.linalg.svd(from_.T @ to, full_matrices=False)
-        weight = left @ right
-        turned = from_ @ weight
-        weight = weight * ((turned * to).sum() / turned.square().sum())
+        wide = max(x.shape[1], y.shape[1])
+        a, b = (nn.functional.pad(z, (0, wide - z.shape[1])).numpy() for z in (from_, to))
+        rotation, overlap = orthogonal_procrustes(a, b)
+        weight = torch.from_numpy(rotation)[: x.shape[1], : y.shape[1]]
+        weight = weight * (overlap / (from_ @ weight).square().sum())
     offset = centre_y - centre_x @ weight
 
     def r2(which: Tensor) -> float:

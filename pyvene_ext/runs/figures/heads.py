@@ -94,7 +94,8 @@ def compared_heads(
     """Three maps side by side: two conditions on one colour scale, and a - b, white at 0.
 
     Args:
-        a, b: one number a head.
+        a: one number a head, of the first condition.
+        b: of the second.
         names: of the two conditions.
         title: above the figure.
         label: what the colours mean, with its unit.
@@ -229,8 +230,10 @@ def scatter_heads(
     """One point a head, coloured by layer, with the correlations in words and the line y = x.
 
     Args:
-        a, b: one number a head; pairs that are not finite are left out (the correlation says how many).
-        name_a, name_b: the names of the two conditions.
+        a: one number a head, of the first condition; pairs that are not finite are left out (the correlation says how many).
+        b: of the second.
+        name_a: the name of the first condition.
+        name_b: of the second.
         quantity: what the numbers are, with its unit.
         correlation: of `correlate_heads(a, b)`.
         title: above the figure.

@@ -120,5 +120,6 @@ def caption(figure: Figure, axes: Axes, title: str, xlabel: str, ylabel: str, pa
 
 
 def log_axis(axes: Axes) -> None:
+    """A horizontal axis in powers, its numbers written out."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import yaml
 from critical_heads import ablate_heads as study
-from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.tiny_tasks import draw
+from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.controls import mcnemar_p
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
@@ -31,7 +31,7 @@ HEADS = ((0, 7), (1, 7), (0, 0))  # by their scores in scores.csv
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a ranking of a few heads; figures take no time."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "RESAMPLES", 200)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 200)
     monkeypatch.setattr(study.figures, "save", lambda _, path: path.parent.mkdir(exist_ok=True) or path.touch())
     write_ranking(tmp_path / "scores.csv", HEADS)
     return tmp_path

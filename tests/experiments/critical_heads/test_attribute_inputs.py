@@ -17,6 +17,7 @@ from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.files import write_csv
 from pyvene_ext.methods.attribution.inputs import InputAttribution, Target
 from pyvene_ext.prompts.token_tags import tag_tokens
+from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.interrupted import stop_at
 
@@ -28,6 +29,7 @@ STEPS = 8
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 100)
     monkeypatch.setattr(common, "RESAMPLES", 100)
     return tmp_path
 

@@ -12,6 +12,7 @@ from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.latent_steps import Format, attach, save
+from pyvene_ext.runs import reasoning
 from tests.saved_models import save_with_random_weights, shipped_tokenizer
 from tests.tiny_random import CLASSES, tiny_config
 
@@ -72,7 +73,7 @@ def test_what_it_can_be_asked_goes_on_to_the_problems(
     def solves(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "evaluate", solves)
+    monkeypatch.setattr(reasoning, "evaluate", solves)
     assert run_study(module.main, module.Config, ["--models", MODEL, "--limit", "4", "--out", "x", *flags]) == 130
 
 
@@ -100,7 +101,7 @@ def test_what_latent_steps_cannot_be_asked_is_said_before_problems_are_solved(
     model = CLASSES["llama3_1"]["causal_lm"](config)
     attach(model, Format(opening=(words,), latent=words + 1, closing=(words + 2,), projection=False))
     save(model, shipped_tokenizer(), folder / "thinks")
-    monkeypatch.setattr(common, "evaluate", None)
+    monkeypatch.setattr(reasoning, "evaluate", None)
     module: Any = import_module(f"critical_heads.{study}")
     assert run_study(module.main, module.Config, ["--models", "thinks", "--limit", "4", "--out", "x", *flags]) == 2
     assert message in capsys.readouterr().err and not (folder / "x").exists()

@@ -14,6 +14,8 @@ from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.runs import reasoning
+from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.intervals import Interval
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import forced_attention as slow
@@ -26,7 +28,7 @@ MODEL = "tiny-llama3.1"
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "RESAMPLES", 100)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 100)
     return tmp_path
 
 
@@ -168,7 +170,7 @@ def test_several_models_stand_side_by_side(folder: Path) -> None:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--out", "x", "--shapes", "uniform", "sequential", "--no_sweep")
-    made = stop_at(monkeypatch, 5, common, "evaluate")
+    made = stop_at(monkeypatch, 5, reasoning, "evaluate")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0
@@ -206,7 +208,7 @@ def test_an_interval_of_no_change_has_a_width() -> None:
         (("--min_problems", "1"), "--min_problems must be 2 or more"),
         (("--min_problems", "9"), "6 problems with reasoning, and --min_problems asks for 9"),
         (("--limit", "0"), "--limit must be 1 or more"),
-        (("--models", "tiny-gemma2", "tiny-gemma2"), "--models names one or more models, each once"),
+        (("--models", "tiny-gemma2", "tiny-gemma2"), "--models names one or more, each once, not tiny-"),
         (("--max_new_tokens", "4"), "none of the 6 texts has reasoning and then ####"),
         (("--problems", "lost.jsonl"), "there is no file of problems lost.jsonl"),
     ],

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from critical_heads import ablate_heads, force_attention, patch_hub, rank_heads
-from critical_heads import setting as common
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -25,6 +24,7 @@ from pyvene_ext.models.latent_steps import (
 )
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.tiny_tasks import draw
+from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads.by_hand import table
 from tests.ground_truth.ablations import statistics
 from tests.ground_truth.continuous_thought import At, thought, written
@@ -98,7 +98,7 @@ def gold() -> list[int]:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "RESAMPLES", 100)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 100)
     for study in (ablate_heads, force_attention, patch_hub, rank_heads):
         monkeypatch.setattr(study.figures, "save", lambda *_: None)
     return tmp_path

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from critical_heads import patch_hub as study
-from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.runs import reasoning
+from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at
@@ -27,7 +28,7 @@ LAYERS, KV_HEADS = 6, 2
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "RESAMPLES", 100)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 100)
     return tmp_path
 
 
@@ -132,7 +133,7 @@ def test_the_verdicts_name_the_worst_token_of_every_site(folder: Path, capsys: p
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--sites", "embed", "--seeds", 2, "--places", 2)
-    made = stop_at(monkeypatch, 5, common, "evaluate")
+    made = stop_at(monkeypatch, 5, reasoning, "evaluate")
     assert command("--out", "x", *flags) == 130
     assert command("--out", "x", *flags) == 0
     assert len(made) == 4 + 1 + 2  # two untouched runs, and four with noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning.probes import ALPHAS, deal_folds
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.prompts.tiny_tasks import NAMES_EN, draw
+from pyvene_ext.runs import reasoning
+from pyvene_ext.runs.flags import Loading
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import probes as slow
 
@@ -250,7 +253,7 @@ def test_problems_that_are_wrong_are_a_class(folder: Path, monkeypatch: pytest.M
     def some_wrong(*given: Any, **more: Any) -> Any:
         setting = made(*given, **more)
         gold = tuple(value + (i % 3 == 0) for i, value in enumerate(setting.clean.gold))
-        return common.replace(setting, clean=common.replace(setting.clean, gold=gold))
+        return replace(setting, clean=replace(setting.clean, gold=gold))
 
     monkeypatch.setattr(common, "prepare", some_wrong)
     assert command(*FEW, "--positions", "mark", "--targets", "correct") == 0
@@ -280,13 +283,13 @@ def test_more_tiny_problems_than_other_studies_have_by_default(monkeypatch: pyte
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--positions", "mark", "--targets", "answer")
-    made, own = [], common.evaluate
+    made, own = [], reasoning.evaluate
 
     def counted(*given: Any, **more: Any) -> Any:
         made.append(1)
         return own(*given, **more)
 
-    monkeypatch.setattr(common, "evaluate", counted)
+    monkeypatch.setattr(reasoning, "evaluate", counted)
     read = study.read_residuals
 
     def stops(*_: Any, **__: Any) -> Any:
@@ -326,7 +329,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(common, "load_model", None)
+    monkeypatch.setattr(Loading, "load", None)
     assert command("--out", "x", *flags) == 2
     assert message in capsys.readouterr().err and not list(folder.rglob("*"))
 

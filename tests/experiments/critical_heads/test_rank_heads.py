@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from critical_heads import rank_heads as study
-from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.heads.scores import read_head_scores
@@ -16,6 +15,7 @@ from pyvene_ext.methods.reasoning.block_scores import SCORES, block_scores
 from pyvene_ext.prompts.problems import Problem, Questions
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.attention import read_views
+from pyvene_ext.runs.flags import Loading
 from tests.experiments.critical_heads import by_hand
 
 MODEL = "tiny-qwen2.5"
@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_reasoning_that_the_model_writes(
     ("flags", "told"),
     [
         (["--top", 0], "--top must be 1 or more, not 0."),
-        (["--models", MODEL, MODEL], "--models names one or more models, each once."),
+        (["--models", MODEL, MODEL], "--models names one or more, each once, not tiny-"),
         (["--batch_size", 0], "--batch_size must be 1 or more"),
         (["--problems", "none.jsonl"], "there is no file of problems none.jsonl"),
     ],
@@ -96,7 +96,7 @@ def test_scores_are_those_of_the_reasoning_that_the_model_writes(
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "load_model", None)
+    monkeypatch.setattr(Loading, "load", None)
     assert command(*flags) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and told in error[0] and not list(folder.iterdir())

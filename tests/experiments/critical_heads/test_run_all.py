@@ -15,6 +15,7 @@ from critical_heads import setting as common
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.io.files import write_json
+from pyvene_ext.stats import accuracy
 
 FEW = {
     "ablate_heads": {"n_heads": [1], "scope": ["reasoning"], "random_sets": 1},
@@ -47,6 +48,7 @@ NAMES = [
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 100)
     monkeypatch.setattr(common, "RESAMPLES", 100)
     Path("few.yaml").write_text(yaml.safe_dump(FEW))
     return tmp_path

@@ -21,6 +21,8 @@ from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.prompts.tiny_tasks import draw
+from pyvene_ext.runs.flags import Loading
+from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at
@@ -34,6 +36,7 @@ FEW = ("--limit", N, "--models", MODEL, "--out", "x", "--max_new_tokens", 20, "-
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 200)
     monkeypatch.setattr(common, "RESAMPLES", 200)
     return tmp_path
 
@@ -337,8 +340,9 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (study, ablation, common):
+    for module in (study, ablation):
         monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(Loading, "load", None)
     assert command(*FEW, *flags) == 2
     assert message in capsys.readouterr().err and not list(folder.rglob("*"))
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from critical_heads import setting as common
 from critical_heads import transplant_head as study
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import transplant as slow
 from tests.interrupted import stop_at
@@ -32,7 +32,7 @@ NAMED = ("--heads", *(f"{a}.{b}" for a, b in PLACES), "--donor_heads", *(f"{a}.{
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "RESAMPLES", 100)
+    monkeypatch.setattr(accuracy, "RESAMPLES", 100)
     return tmp_path
 
 
