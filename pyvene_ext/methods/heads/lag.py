@@ -182,7 +182,7 @@ def random_rankings(
         n_layers: of the model.
         n_heads: of each layer.
         draws: how many controls.
-        rng: source of randomness.
+        generator: source of randomness.
 
     Returns:
         The control rankings.
