@@ -53,7 +53,7 @@ from pyvene_ext.stats.controls import Head
 
 Method = Literal["ridge", "procrustes"]
 Layers = tuple[int, int]  # of the host and of the donor
-STEADY = 1e-4  # the ridge of a map whose alpha is not given
+STEADY = 1e-4  # the default alpha of ridge, for numerical stability
 
 
 # -- maps --------------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def _check_fit(
             _check_layer(who, model, layer)
     if len(paired.host) < 2:
         raise ValueError(
-            f"maps need texts to fit and others to test them, and there are {len(paired.host)}; give more."
+            f"maps need texts to fit and others to test them, but there are {len(paired.host)}; give more."
         )
 
 
@@ -589,10 +589,10 @@ class _Host:
     def of_donor(self, transplant: Transplant, stream: Tensor) -> Tensor:
         """What a donor's head writes, mapped to the host's stream."""
         donor, maps = transplant.donor, transplant.maps
-        given = stream if maps is None else maps.into(stream)
+        donor_stream = stream if maps is None else maps.into(stream)
         device = input_device(donor)
         mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
-        output = head_output(donor, transplant.donor_head, given.to(device, donor.dtype), mask, positions)
+        output = head_output(donor, transplant.donor_head, donor_stream.to(device, donor.dtype), mask, positions)
         return output if maps is None else maps.back.change(output)
 
     def replace(self, layer: int, contributions: Tensor) -> Tensor | None:
