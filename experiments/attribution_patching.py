@@ -34,8 +34,6 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    Edges = Mapping[EdgeMethod, px.methods.EdgeScores]
-
 SITES = ("z", "q", "k", "v", "mlp_out")
 ESTIMATES = ("atp", "qk_fix", "atp_star")
 LABELS = {"exact": "patched", "atp": "AtP", "qk_fix": "AtP with QK-fix", "atp_star": "AtP*"}
@@ -46,6 +44,8 @@ CELL = 0.09  # inches an edge takes in a figure
 
 EdgeMethod = Literal["eap", "eap_ig_inputs", "eap_ig_activations"]
 Scores = Mapping[str, Float32[np.ndarray, "patch prompt"]]
+if TYPE_CHECKING:
+    Edges = Mapping[EdgeMethod, px.methods.EdgeScores]
 
 
 @dataclass(frozen=True)

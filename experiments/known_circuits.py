@@ -131,16 +131,22 @@ def all_nodes(model: PreTrainedModel) -> list[px.ActivationPatch]:
 def edge_methods(config: Config) -> Methods:
     """The exact one first: path patching with MLPs frozen."""
 
-    def exact(model: PreTrainedModel, edges: Sequence[str], *pairs: px.TokenizedPrompts) -> Scores:
+    def exact(
+        model: PreTrainedModel, edges: Sequence[str], clean: px.TokenizedPrompts, corrupt: px.TokenizedPrompts
+    ) -> Scores:
         ends = [edge.split("->") for edge in edges]
         paths = [px.PathPatch(sender=sender, receivers=(receiver,), freeze_mlps=True) for sender, receiver in ends]
-        return px.patch(model, paths, *pairs, batch_size=config.batch_size, progress=False).delta
+        return px.patch(model, paths, clean, corrupt, batch_size=config.batch_size, progress=False).delta
 
     def by_gradient(
-        model: PreTrainedModel, edges: Sequence[str], *pairs: px.TokenizedPrompts, method: Any = "eap"
+        model: PreTrainedModel,
+        edges: Sequence[str],
+        clean: px.TokenizedPrompts,
+        corrupt: px.TokenizedPrompts,
+        method: Any = "eap",
     ) -> Scores:
         options: dict[str, Any] = {"steps": config.steps, "batch_size": config.batch_size, "progress": False}
-        found = px.methods.edge_attribution(model, *pairs, method=method, **options)
+        found = px.methods.edge_attribution(model, clean, corrupt, method=method, **options)
         return np.stack([found.edge(edge) for edge in edges])
 
     return {
@@ -155,8 +161,13 @@ def node_methods(config: Config) -> Methods:
     """The exact one first: activation patching."""
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": False}
 
-    def exact(model: PreTrainedModel, nodes: Sequence[px.ActivationPatch], *pairs: px.TokenizedPrompts) -> Scores:
-        return px.patch(model, nodes, *pairs, **options).delta
+    def exact(
+        model: PreTrainedModel,
+        nodes: Sequence[px.ActivationPatch],
+        clean: px.TokenizedPrompts,
+        corrupt: px.TokenizedPrompts,
+    ) -> Scores:
+        return px.patch(model, nodes, clean, corrupt, **options).delta
 
     return {
         "exact": exact,

@@ -347,7 +347,7 @@ def pooled_correlation(found: Measured, names: Names, head: Head, seed: int = 0,
 
 
 def all_correlations(found: Measured, names: Names) -> dict[Head, dict[str, Correlation]]:
-    """r and p of every head, by kind of name and pooled; without intervals."""
+    """R and p of every head, by kind of name and pooled; without intervals."""
     return {
         head: {
             kind: correlate_heads(found.attention[number, *head][None], found.projection[number, *head][None], 0, 1)

@@ -27,8 +27,13 @@ class Distinct:
 
 
 @dataclass(frozen=True)
-class Form:
-    """Text of a given form.
+class Ascending:
+    """Each item is larger than the one before it."""
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Text matches a pattern.
 
     Attributes:
         pattern: a regular expression for the whole text.
@@ -89,13 +94,15 @@ def complaints(flag: str, value: Any, hint: Any) -> Iterator[str]:
 
 def _complaint(flag: str, value: Any, bounds: list[Any]) -> Iterator[str]:
     for bound in bounds:
-        if isinstance(bound, Form) and not re.fullmatch(bound.pattern, value):
+        if isinstance(bound, Matches) and not re.fullmatch(bound.pattern, value):
             yield f"--{flag} names {bound.words}, not {value!r}."
     if isinstance(value, tuple):
         wanted = ["one or more"] if any(isinstance(bound, MinLen) for bound in bounds) else []
         wanted += ["each once"] if any(isinstance(bound, Distinct) for bound in bounds) else []
         if (not value and "one or more" in wanted) or ("each once" in wanted and len(set(value)) < len(value)):
             yield f"--{flag} names {', '.join(wanted)}, not {' '.join(map(str, value)) or 'nothing'}."
+        if Ascending() in bounds and list(value) != sorted(set(value)):
+            yield f"--{flag} takes ascending numbers, not {' '.join(map(str, value))}."
     limits = {type(bound): dataclasses.astuple(bound)[0] for bound in bounds if type(bound) in LIMITS}
     if limits and not (math.isfinite(value) and all(LIMITS[kind][1](value, end) for kind, end in limits.items())):
         unit = next((f", in {bound.unit}" for bound in bounds if isinstance(bound, Unit)), "")

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CodeGenConfig, CodeGe
 
 import pyvene_ext as px
 from pyvene_ext.engine.plain import run
-from pyvene_ext.engine.sweep import sweep as engine
+from pyvene_ext.engine.sweep import run as engine
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.io.cli import run as run_study

@@ -22,7 +22,7 @@ from pyvene_ext.runs import folder as run_folder
 from pyvene_ext.runs.figures.routes import NAMED
 from pyvene_ext.stats.correlations import correlate_heads
 from pyvene_ext.stats.intervals import frequency_interval
-from tests.pyvene_ext.test_flow import ARRAYS, by_hand, searched
+from tests.pyvene_ext.methods.heads.test_flow import ARRAYS, by_hand, searched
 from tests.saved_models import save_random_model, save_with_random_weights, shipped_tokenizer
 
 N = 3

@@ -23,11 +23,8 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "ablate_heads", "attribute_inputs", "bench_sweep",
-    "force_attention", "make_prompts",
-    "name_movers", "patch_hub", "probe_layers", "rank_heads", "run_ablations", "run_all",
-    "stratify_difficulty", "train_tiny_models", "train_tiny_thought", "translation_causes", "translation_heads",
-    "transplant_head",
+    "bench_sweep", "make_prompts", "name_movers", "train_tiny_models", "train_tiny_thought", "translation_causes",
+    "translation_heads",
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class Store:
             self._take_lock()
             found = self._found()  # again, because the last holder may have finished in between
         self._manifest = found or self._manifest
-        if self._manifest["complete"]:  # nothing is written any more: no lock is needed, and the folder may be read-only
+        if self._manifest["complete"]:  # nothing more is written: no lock is needed, and the folder may be read-only
             self.close()
             self._tidy()
         elif not member:

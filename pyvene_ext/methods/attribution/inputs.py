@@ -288,7 +288,7 @@ def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, bas
     Raises:
         ValueError: for whatever `integrated_gradients` refuses.
     """
-    check_model(model)
+    check_attributable(model)
     check_prompts(model, prompts)
     refuse_latent_steps(model, prompts.input_ids)
     if steps < 1:
@@ -318,7 +318,7 @@ def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, bas
             )
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_attributable(model: PreTrainedModel) -> None:
     """Check that gradients can be taken through a model.
 
     Args:

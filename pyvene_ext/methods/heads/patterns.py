@@ -29,6 +29,11 @@ from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenize
 OnPattern = Callable[[int, Batch, Float[Tensor, "batch head query key"]], None]
 
 
+def check_patterns(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose attention patterns cannot be seen."""
+    card_of(model).component(model, "attention_pattern")
+
+
 def read_patterns(
     model: PreTrainedModel,
     prompts: TokenizedPrompts,

@@ -122,7 +122,10 @@ def read_head_scores(path: str | Path, config: Any) -> list[tuple[float, int, in
 
 
 def usable_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trim: float | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trim: float | None = None,
+    among: Int[np.ndarray, " token"] | None = None,
 ) -> Int[np.ndarray, " token"]:
     """The ids to draw random tokens from: neither special nor added, and not among the most or the least frequent.
 
@@ -133,13 +136,16 @@ def usable_tokens(
         model: ids without an embedding in it are left out.
         tokenizer: the model's.
         trim: the share of the ids left out at each end; by default 0.1 for BPE and Unigram vocabularies, else 0.
+        among: only these ids, of which nothing is trimmed by default.
 
     Returns:
         The ids, ascending.
 
     Raises:
-        ValueError: `trim` is not in [0, 0.5).
+        ValueError: `trim` is not in [0, 0.5), or `among` holds an id beyond the vocabulary.
     """
+    if trim is None and among is not None:
+        trim = 0.0
     if trim is None:
         kind = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__
         trim = TRIM if kind in ("BPE", "Unigram") else 0.0
@@ -149,7 +155,14 @@ def usable_tokens(
     n_embedded = embeddings.weight.shape[0]
     ids = np.array(sorted({i for i in tokenizer.get_vocab().values() if i < n_embedded} - special), np.int64)
     cut = int(trim * len(ids))
-    return ids[cut : len(ids) - cut]
+    ids = ids[cut : len(ids) - cut]
+    if among is None:
+        return ids
+    if among.max() >= n_embedded:
+        raise ValueError(
+            f"the tokens hold the id {among.max()} and the vocabulary has {n_embedded} tokens; give ids of this tokenizer."
+        )
+    return np.intersect1d(among, ids)
 
 
 def check_trim(trim: float) -> None:

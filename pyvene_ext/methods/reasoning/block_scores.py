@@ -79,7 +79,7 @@ class BlockScores:
         return np.array([np.bincount(column).argmax() for column in columns]).reshape(layers, heads)
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_scores(model: PreTrainedModel) -> None:
     """Check that a model's heads can be scored; nothing is run.
 
     Args:

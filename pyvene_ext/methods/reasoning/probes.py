@@ -140,7 +140,7 @@ def places_of(model: PreTrainedModel, mid: bool = False) -> dict[str, Where]:
 # -- probes ------------------------------------------------------------------------------------------------------------
 
 
-# Not scikit-learn's, which computes the same numbers in twice the time (ten times, if each penalty is fitted separately), and whose
+# Not scikit-learn's, which takes twice the time for the same numbers (ten times, if each penalty is fitted separately), and whose
 # StandardScaler turns a dimension that varies by float32's rounding only into a feature.
 class Ridge:
     """Ridge regression on some problems, for any penalties and targets, from one decomposition of the features.

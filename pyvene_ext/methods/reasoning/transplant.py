@@ -49,7 +49,7 @@ from pyvene_ext.models.hooks import (
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
-from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.controls import Head, head_label
 
 Method = Literal["ridge", "procrustes"]
 Layers = tuple[int, int]  # of the host and of the donor
@@ -237,7 +237,9 @@ def fit_maps(
     return {
         (a, b): Maps(
             _fitted(streams[0]["block_input", a], streams[1]["block_input", b], train, method, ridge),
-            _fitted(streams[1][_after_heads(donor), b], streams[0][_after_heads(host), a], train, method, ridge),
+            _fitted(
+                streams[1][_after_attention(donor), b], streams[0][_after_attention(host), a], train, method, ridge
+            ),
         )
         for a, b in layers
     }
@@ -267,7 +269,7 @@ def _check_fit(
         )
 
 
-def _after_heads(model: PreTrainedModel) -> str:
+def _after_attention(model: PreTrainedModel) -> str:
     """The component at which the residual stream first contains what a block's heads have written."""
     return "block_output" if card_of(model).parallel else "resid_mid"
 
@@ -295,7 +297,7 @@ def _streams(
     model: PreTrainedModel, prompts: TokenizedPrompts, kept: Sequence[list[int]], layers: Iterable[int], batch_size: int
 ) -> dict[Where, Float32[Tensor, "token d_model"]]:
     """The residual stream before and after attention of some layers, at the tokens that count."""
-    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _after_heads(model))]
+    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _after_attention(model))]
     rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
     with evaluating(model), no_gradients(model), ExitStack() as hooks:
         hooks.enter_context(Taps(model, card_of(model), places))
@@ -394,8 +396,8 @@ class Transplant:
             for what, (own, other) in (("residual streams of width", widths), ("heads of size", sizes)):
                 if own != other:
                     raise ValueError(
-                        f"the donor has {what} {other} and the host of {own}, so that head {_named(self.donor_head)} cannot be "
-                        "transplanted as it is; fit maps between the two (fit_maps)."
+                        f"the donor has {what} {other} and the host of {own}, so that head {head_label(self.donor_head)} "
+                        "cannot be transplanted as it is; fit maps between the two (fit_maps)."
                     )
             return
         into, back = (tuple(one.weight.shape) for one in self.maps)
@@ -415,7 +417,7 @@ def _check_head(who: str, model: PreTrainedModel, head: Head) -> None:
     _check_layer(who, model, head[0])
     if not 0 <= head[1] < n_heads(model.config):
         raise ValueError(
-            f"there is no head {_named(head)} in the {who}, whose layers have heads 0 to {n_heads(model.config) - 1}."
+            f"there is no head {head_label(head)} in the {who}, whose layers have heads 0 to {n_heads(model.config) - 1}."
         )
     projection = card_of(model).module(model, "attention_value_output", head[0])
     if output_weight(projection) is None:
@@ -423,10 +425,6 @@ def _check_head(who: str, model: PreTrainedModel, head: Head) -> None:
             f"the output projection of layer {head[0]} of the {who} is a {type(projection).__name__} whose weights cannot be "
             "split by heads; merge adapters, and load the model without quantisation and offloading."
         )
-
-
-def _named(head: Head) -> str:
-    return f"{head[0]}.{head[1]}"
 
 
 def head_output(
