@@ -76,10 +76,10 @@ class Result:
         return self.clean - self.intervened
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an intervention and prompt; of a token metric one for each of the prompt's tokens.
+        """Convert to a table with one row per intervention and prompt (and token, for a metric with a value per token).
 
         Returns:
-            A table with the columns intervention (its name), prompt (its number, from 0), pos (of a token metric), baseline,
+            A table with the columns intervention (its name), prompt (its number, from 0), pos (for a token metric), baseline,
             intervened and delta.
         """
         import pandas as pd  # takes a second to import, and most runs need no table

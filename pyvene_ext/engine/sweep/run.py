@@ -258,7 +258,7 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
     """
     model, sources = resolved.model, resolved.sources
     parameter = next(model.parameters())
-    given = resolved.prompts if sources.source_prompts is None else sources.source_prompts
+    source = resolved.prompts if sources.source_prompts is None else sources.source_prompts
     facts = {
         "model weights": weight_hash(model),
         "model config": config_hash(model),
@@ -267,7 +267,7 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
         "attention implementation": model.config._attn_implementation,
         "prompts": resolved.prompts.hash,
         "subset": data_hash(list(which)),
-        "reference set": given.hash if resolved.needs.places else None,
+        "reference set": source.hash if resolved.needs.places else None,
         "specs": data_hash(to_plain(resolved.specs)),
         "metric": metric,
     }

@@ -548,7 +548,7 @@ def test_where_base_and_source_do_not_differ_nothing_changes_and_where_not_alike
     for engine in ("plain", "sweep"):
         result = _patch("qwen2_5", specs, source=same, engine=engine)
         np.testing.assert_allclose(result.intervened, [result.clean] * 2, **CLOSE)
-    with pytest.raises(ValueError, match="every pair in another way"):
+    with pytest.raises(ValueError, match="a different way in every pair"):
         concept_direction(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
     two, turned = (replace(BASE, **{name: getattr(BASE, name)[1::2] for name in FIELDS}) for _ in range(2))
     turned = replace(turned, input_ids=turned.input_ids[::-1])
