@@ -6,6 +6,7 @@ from .drops import drops_by_hub as drops_by_hub
 from .drops import drops_by_stratum as drops_by_stratum
 from .drops import drops_by_token as drops_by_token
 from .edges import edge_matrix as edge_matrix
+from .flow import routes as routes
 from .heads import compared_heads as compared_heads
 from .heads import faithfulness_curves as faithfulness_curves
 from .heads import frequency_curve as frequency_curve
@@ -21,7 +22,6 @@ from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
 from .patching import site_maps as site_maps
 from .probes import probe_curves as probe_curves
-from .routes import routes as routes
 from .style import AMBER as AMBER
 from .style import BLUE as BLUE
 from .style import DIVERGING as DIVERGING
