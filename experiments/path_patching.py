@@ -254,7 +254,7 @@ def pair_matrix(
     row, column = ({node: i for i, node in enumerate(nodes)} for nodes in (senders, receivers))
     found = np.full((len(row), len(column)), math.nan)
     for path, value in zip(paths, values, strict=True):
-        found[row[path.sender_node], column[path.nodes[0]]] = value
+        found[row[path.sender_node], column[path.receiver_nodes[0]]] = value
     return found
 
 

@@ -24,7 +24,7 @@ from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, evaluate, facts_of
 from pyvene_ext.models.latent_steps import format_of
-from pyvene_ext.models.sizes import n_heads, n_layers
+from pyvene_ext.models.sizes import heads_of, n_heads, n_layers
 from pyvene_ext.prompts.problems import (
     CHAT_TEMPLATE,
     TEMPLATE,
@@ -227,18 +227,6 @@ def counts(model: str, facts: dict[str, Any]) -> str:
         f"{model}: {facts['problems']} problems, {100 * first['accuracy']:.1f}% correct untouched ({first['unparsed']} unparsed, "
         f"{first['cut']} cut); {facts['with_reasoning']} have a block, of them {100 * clean['accuracy']:.1f}% correct"
     )
-
-
-def heads_of(named: Sequence[str], name: str, model: PreTrainedModel, flag: str = "heads") -> tuple[Head, ...]:
-    """The heads that a flag names; ValueError for one that the model has not."""
-    layers, heads = n_layers(model.config), n_heads(model.config)
-    chosen = tuple((int(layer), int(head)) for layer, head in (one.split(".") for one in named))
-    for layer, head in chosen:
-        if layer >= layers or head >= heads:
-            raise ValueError(
-                f"--{flag} {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
-            )
-    return chosen
 
 
 def given_heads(

@@ -95,7 +95,7 @@ def test_some_of_the_prompts_and_a_given_clean_run() -> None:
     np.testing.assert_allclose(some.intervened, whole.intervened[:, [3, 0]], **CLOSE)
     again = run(model, specs[:1], PROMPTS, METRIC, clean=whole.clean, progress=False)
     np.testing.assert_array_equal(again.clean, whole.clean)
-    with pytest.raises(ValueError, match=r"clean holds \(8,\) values for 8 prompts; give one for each of their tokens"):
+    with pytest.raises(ValueError, match=r"clean holds \(8,\) values for 8 prompts; give one per token"):
         run(model, specs[:1], PROMPTS, METRIC, clean=whole.clean[:, 0], progress=False)
 
 
@@ -146,14 +146,14 @@ def test_prompts_of_unequal_length_are_refused_before_the_model_runs(engine: Any
     model = random_model("llama3_1")
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(
-        ValueError, match=r"token_probabilities has a number for each token.*equally long, not 7 to 9 tokens"
+        ValueError, match=r"token_probabilities has one number per token.*the same length, not 7 to 9 tokens"
     ):
         engine(model, all_heads(model.config), UNEQUAL, METRIC)
 
 
 def test_whoever_needs_one_number_a_prompt_refuses_it() -> None:
     model, specs = model_and_specs("llama3_1")
-    told = "token_probabilities is a number for each token; here choose among logit_diff, probability"
+    told = "token_probabilities is one number per token; here choose among logit_diff, probability"
     with pytest.raises(ValueError, match=told):
         estimate(model, specs, PROMPTS, METRIC, progress=False)
     with pytest.raises(ValueError, match=told):
@@ -170,8 +170,8 @@ def test_wrong_shapes_and_ids_are_refused() -> None:
     for ids, told in (
         (torch.tensor([[1, 2]]), r"input_ids \[batch pos\]"),
         (torch.tensor([1, 2]), r"input_ids \[batch pos\]"),
-        (torch.tensor([[1], [VOCAB]]), f"token ids reach from 1 to {VOCAB}"),
-        (torch.tensor([[-1], [2]]), "token ids reach from -1"),
+        (torch.tensor([[1], [VOCAB]]), f"token ids range from 1 to {VOCAB}"),
+        (torch.tensor([[-1], [2]]), "token ids range from -1"),
     ):
         with pytest.raises(ValueError, match=told):
             metrics.token_probabilities(logits, ids)

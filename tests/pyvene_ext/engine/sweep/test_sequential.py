@@ -154,7 +154,7 @@ def test_coverage_at_a_width_of_a_tenth_is_at_least_92_of_100_away_from_the_ends
     [
         ({"width": 0}, "width must be above 0 and at most 1, not 0"),
         ({"block": 0}, "block must be at least 1"),
-        ({"tau": -0.1}, "tau must be a finite number from 0 on"),
+        ({"tau": -0.1}, "tau must be a finite number of 0 or more"),
         ({"tau": math.nan}, "tau must be"),
         ({"confidence": 95}, "confidence must be between 0 and 1, not 95"),
         ({"metric": "loss"}, "unknown metric"),
