@@ -227,26 +227,26 @@ class Problems(Loading):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which heads are critical, by their scores inside the block of reasoning (rank_heads.py)."""
+    """Ranking of critical heads by their scores within the block of reasoning (rank_heads.py)."""
 
     by: Score = "flow"
-    """which score ranks the heads, where none are named and no ranking is given"""
+    """score that ranks the heads, if neither heads nor rankings are given"""
     rankings: tuple[str, ...] = ()
-    """for each model a CSV scores,layer,head, such as rank_heads.py writes"""
+    """one CSV scores,layer,head for each model, as rank_heads.py writes it"""
 
     def ranking_of(self, number: int) -> str | None:
-        """The file for a model of --models, if there is one."""
+        """The ranking file of the model at this index of --models, if there is one."""
         return self.rankings[number] if self.rankings else None
 
 
 @dataclass(frozen=True)
 class Ablations:
-    """How heads are ablated while a model solves problems by itself (`runs.ablated`)."""
+    """Ablation of heads while a model writes its own solutions (`runs.ablated`)."""
 
     random_sets: Annotated[int, Ge(0)] = 20
     """random sets of other heads of the same layers; 0 for none"""
     donors: Annotated[int, Ge(2)] = 64
-    """problems that means and other problems' activations are of"""
+    """number of problems from which mean and resampled activations are taken"""
 
 
 @dataclass(frozen=True)
