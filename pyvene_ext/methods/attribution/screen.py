@@ -354,7 +354,7 @@ def screened(
     exact = sweep(model, [specs[i] for i in chosen], prompts, metric, reference, progress=progress)
     intervened = np.full_like(estimates, np.nan)
     intervened[chosen] = exact.intervened
-    result = Result(resolved.names, metric, exact.clean, intervened)
+    result = Result(resolved.names, metric, exact.baseline, intervened)
     return Screen(result, estimates, could_matter, checked, tau, margin)
 
 

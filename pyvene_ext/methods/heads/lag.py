@@ -329,7 +329,7 @@ def lag_curves(
     """
 
     def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
-        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.clean)
+        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.baseline)
 
     random = [of_set(chosen) for chosen in heads.random_sets(n)]
     own = of_set(heads.ranked[:n]) if head_type == "induction" else np.mean(random, 0)

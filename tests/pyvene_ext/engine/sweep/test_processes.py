@@ -57,7 +57,7 @@ def model_and_specs(family: str = "llama3_1") -> tuple[Any, list[Spec]]:
 def swept(store: Path | None = None, family: str = "llama3_1", metric: str = "logit_diff") -> dict[str, np.ndarray]:
     model, specs = model_and_specs(family)
     result = sweep(model, specs, PROMPTS, metric, memory=MEMORY, store=store, progress=False)
-    return {"clean": result.clean, "intervened": result.intervened}
+    return {"clean": result.baseline, "intervened": result.intervened}
 
 
 def as_rank(rank: int, port: int, folder: Path, target: Callable[..., Any], *args: Any) -> None:
