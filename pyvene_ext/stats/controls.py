@@ -60,6 +60,26 @@ def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> Overlap:
     return Overlap(shared, shared / (total - shared), expected, float(chance.sf(shared - 1)))
 
 
+class AgainstRandom(NamedTuple):
+    """How low a value is beside those of random sets.
+
+    Attributes:
+        mean: of the random sets' values.
+        lowest: the least of them.
+        p: the share of sets, the one in question counted with the random ones, whose value is as low.
+    """
+
+    mean: float
+    lowest: float
+    p: float
+
+
+def against_random(value: float, random: Sequence[float]) -> AgainstRandom:
+    """Compare what one set of heads leaves of a metric with what random sets leave."""
+    p = (1 + sum(other <= value for other in random)) / (1 + len(random))
+    return AgainstRandom(float(np.mean(random)), min(random), p)
+
+
 def mcnemar_p(before: np.ndarray, after: np.ndarray) -> float:
     """McNemar's exact test, two-sided, of whether as many prompts became wrong as became right.
 
@@ -224,6 +244,9 @@ def random_heads_in_place(
         n_heads: heads a layer.
         n_sets: how many sets to draw.
         rng: the generator to draw from.
+
+    Returns:
+        The sets, each with as many heads of every layer.
 
     Raises:
         ValueError: a layer has no such heads.

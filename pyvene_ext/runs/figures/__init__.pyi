@@ -19,6 +19,10 @@ from .inputs import tag_shares as tag_shares
 from .lag import lag_curves as lag_curves
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
+from .name_movers import attention_against_projection as attention_against_projection
+from .name_movers import copies_and_effects as copies_and_effects
+from .name_movers import figures_of_name_movers as figures_of_name_movers
+from .name_movers import where_heads_look as where_heads_look
 from .patching import site_maps as site_maps
 from .probes import probe_curves as probe_curves
 from .routes import routes as routes
@@ -37,3 +41,5 @@ from .style import STYLE as STYLE
 from .style import check_path as check_path
 from .style import drawable as drawable
 from .style import save as save
+from .translation import ablated_sets as ablated_sets
+from .translation import word_probabilities as word_probabilities

@@ -235,9 +235,7 @@ def test_a_store_in_use_is_refused_by_both_processes(launch: Any, tmp_path: Path
     finally:
         holder.kill()
         holder.join()
-    said = (
-        f"{tmp_path}/store is in use by another process (pid {holder.pid} on {socket.gethostname()}); wait until it ends"
-    )
+    said = f"{tmp_path}/store is in use by another process (pid {holder.pid} on {socket.gethostname()}); wait until it ends"
     assert len(done.sentences) == 2 and all(sentence.startswith(said) for sentence in done.sentences)
 
 
