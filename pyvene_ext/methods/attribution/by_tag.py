@@ -150,7 +150,14 @@ def _hub_share(found: AttributedHead, some: InputAttribution) -> float:
 
 
 def problem_rows(found: AttributedHead) -> list[Row]:
-    """Make the table by problem: one row per problem, for the head and for each of its controls."""
+    """Make the table by problem.
+
+    Args:
+        found: the attributions.
+
+    Returns:
+        One row per problem, for the head and for each of its controls.
+    """
     return [
         {
             "model": found.model,
@@ -169,7 +176,14 @@ def problem_rows(found: AttributedHead) -> list[Row]:
 
 
 def token_rows(found: AttributedHead) -> list[Row]:
-    """Make the table by token: one row per token of the head's problems."""
+    """Make the table by token.
+
+    Args:
+        found: the attributions.
+
+    Returns:
+        One row per token of the head's problems.
+    """
     return [
         {
             "model": found.model,

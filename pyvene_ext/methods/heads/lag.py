@@ -73,7 +73,14 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
 
 
 def lags_of(n_tokens: int) -> Int[np.ndarray, " lag"]:
-    """The lags of a list of `n_tokens`: each index minus the cue's, which is the middle one."""
+    """The lags of a list.
+
+    Args:
+        n_tokens: its length.
+
+    Returns:
+        Each index minus the cue's, which is the middle one.
+    """
     return np.arange(n_tokens) - n_tokens // 2
 
 
@@ -90,17 +97,38 @@ def curves_of(probabilities: Float[np.ndarray, "*some pos"]) -> Float64[np.ndarr
 
 
 def plus_one(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability at lag +1."""
+    """Select the probability at lag +1.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return curves[..., curves.shape[-1] // 2 + 1]
 
 
 def plus_one_bias(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability at lag +1 minus the mean over lags beyond 5 on either side."""
+    """Bias for lag +1: its probability minus the mean over lags beyond 5 on either side.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return plus_one(curves) - curves[..., np.abs(lags_of(curves.shape[-1])) > FAR].mean(-1)
 
 
 def recalled(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability that the next token is any token of the list except the cue."""
+    """Probability of recall: that the next token is any token of the list except the cue.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return curves[..., lags_of(curves.shape[-1]) != 0].sum(-1)
 
 
@@ -337,7 +365,14 @@ def lag_curves(
 
 
 def lag_table(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, Any]]:
-    """Make the table by lag: the mean probability with its standard error over permutations, and lag-CRP."""
+    """Make the table by lag.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One row per lag: the mean probability with its standard error over permutations, and lag-CRP.
+    """
     columns = (lags_of(curves.shape[1]).tolist(), curves.mean(0), standard_error(curves), lag_crp(curves))
     names = ("Lag", "Mean Probability", "Standard Error", "Conditional Response Probability")
     return [dict(zip(names, (row[0], *map(float, row[1:])), strict=True)) for row in zip(*columns, strict=True)]
@@ -385,7 +420,14 @@ def lag_summary(
 
 
 def lag_text(rows: Iterable[dict[str, Any]]) -> str:
-    """Format the rows of a summary as aligned text."""
+    """Format a summary as aligned text.
+
+    Args:
+        rows: those of `lag_summary`.
+
+    Returns:
+        One line per row, after a header.
+    """
     lines = [
         "heads    p(+1)     bias   change      95% interval      CRP(+1)   random sets: mean change [range], score"
     ]

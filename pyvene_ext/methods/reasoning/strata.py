@@ -78,7 +78,14 @@ def difficulty_strata(
 
 
 def stratum_order(stratum: str) -> tuple[bool, list[int]]:
-    """A sort key for strata: q2 before q10, unparsed last."""
+    """A sort key for strata.
+
+    Args:
+        stratum: its name.
+
+    Returns:
+        A key that puts q2 before q10, and unparsed last.
+    """
     return stratum.startswith(UNPARSED), [int(number) for number in re.findall(r"\d+", stratum)]
 
 
