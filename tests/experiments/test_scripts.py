@@ -24,10 +24,8 @@ HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
     "ablate_heads", "activation_frequencies_ifr", "attribute_inputs", "attribution_patching", "bench_sweep",
-    "crosslingual_head_corr", "force_attention", "information_flow_routes", "known_circuits", "make_prompts",
-    "patch_hub", "path_patching", "probe_layers", "rank_heads", "run_ablations", "run_all",
-    "stratify_difficulty", "train_tiny_models", "train_tiny_thought",
-    "transplant_head",
+    "crosslingual_head_corr", "force_attention", "information_flow_routes", "known_circuits", "patch_hub",
+    "path_patching", "probe_layers", "rank_heads", "run_ablations", "run_all", "stratify_difficulty", "transplant_head",
 }  # fmt: skip
 
 
