@@ -1,5 +1,6 @@
 # make demo     a head-importance study on a shipped model, from nothing
-# make test     style, types, documentation and tests
+# make test     style, types, and the tests that hold the promises: minutes
+# make test-all these, and the rest: documentation and tutorial, further families, fuzzing, kills, processes, packaging
 # make docs     the documentation, in docs/_build/html; runs the tutorial
 # make figures  the README's figures again
 # make lint     style and types only
@@ -15,7 +16,11 @@ DEMO := outputs/demo
 # Each head's output at the last token, where the answer is read, replaced by its mean there over the prompts.
 ABLATION := --kind mean --mean per_position --positions last --tau 1
 
-.PHONY: demo docs figures test lint format package licences clean
+# The markers of pyproject.toml that `make test` leaves out.
+REST := families or matrix or fuzz or kills or processes or packaging or docs or slow
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal  # neighbours share their models
+
+.PHONY: demo docs figures test test-all rest lint format package licences clean
 
 demo: $(VENV)/installed
 	$(BIN)/python experiments/activation_frequencies_ifr.py $(ABLATION) --dataset ioi_en --out $(DEMO)/ioi_en.npy
@@ -38,9 +43,13 @@ figures: $(VENV)/installed
 	cp outputs/figures/lens/figures/lens_logit_diff.png docs/figures/logit_lens.png
 	cp outputs/figures/lag/figures/tiny-gemma2_perm300_abl3_zero_induction_full.png docs/figures/lag.png
 
-test: $(VENV)/installed
-	$(MAKE) --no-print-directory -j 2 lint docs
-	$(BIN)/python -m pytest -n auto
+test: lint
+	$(PYTEST) -m "not ($(REST))"
+
+test-all: test rest
+
+rest: docs
+	$(PYTEST) -m "$(REST)"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -7,14 +7,14 @@
 
 Method. One model of random weights and one set of random prompts of one length. Workloads: (a) every head's z zeroed at every
 position; (b) every head's z zeroed at the last position; (c) every head's z replaced by its mean and by another prompt's; (d)
-MLP outputs and the residual stream (before, within, behind a layer) zeroed, one position at a time. The unit of time is a plain
+MLP outputs and the residual stream (before, within, after a layer) zeroed, one position at a time. The unit of time is a plain
 forward: all layers on all tokens and the logits of all positions, timed in turn with what is measured; medians. Plain hooks,
 pyvene, and nnsight and TransformerLens where installed do one intervention at a time, at the same cost whichever it is, so they
 are timed on a random sample; the sweep engine runs the whole workload (or as much of it as fits the budget: "n" says how
 many), and its time holds everything: clean run, means and other prompts' activations, each of which the others get for nothing.
 
 The bound is counted: the floating-point operations (torch's FlopCounterMode) of those pieces of the plain forward that an exact
-result cannot do without. Shared by all interventions: the clean run without its logits. For each: what stands behind the edit in
+result cannot do without. Shared by all interventions: the clean run without its logits. For each: what comes after the edit in
 its own layer, and all later layers, on the edited and later tokens; of the last layer keys and values there, the rest at the last
 token. Peak memory is that of a process in which nothing but the one engine has run, weights and libraries included (on a GPU:
 allocated tensors), and is given beside a plain forward's.
@@ -45,11 +45,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyvene
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from scipy.stats import linregress
 from torch import Tensor
@@ -57,6 +58,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+import pyvene_ext as px
 from modelcards import dimensions, n_heads, n_kv_heads, n_layers
 from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.metrics import logit_diff
@@ -64,7 +66,7 @@ from pyvene_ext.engine.plain import reference_for
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.io.cli import run
-from pyvene_ext.io.files import atomic_path, write_json, write_yaml
+from pyvene_ext.io.files import atomic_path, output_path, write_json, write_yaml
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
@@ -105,41 +107,39 @@ FLAGS = dict(zip(("layers", "hidden", "heads", "kv_heads", "d_mlp", "vocab"), li
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(px.flags.Memory):
     size: Literal["default", "small", "tiny", "qwen2.5-3b", "gemma-2-2b", "llama-3.1-8b"] = "default"
     """the model's shape; default: 24 layers, hidden 896, 14 heads on 2 K/V heads, MLP 4864, vocabulary 32,000"""
-    layers: int | None = None
+    layers: px.flags.Count | None = None
     """instead of the size's, like the next five"""
-    hidden: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    d_mlp: int | None = None
-    vocab: int | None = None
-    prompts: int = 8
+    hidden: px.flags.Count | None = None
+    heads: px.flags.Count | None = None
+    kv_heads: px.flags.Count | None = None
+    d_mlp: px.flags.Count | None = None
+    vocab: Annotated[int, Ge(4)] | None = None
+    prompts: px.flags.Count = 8
     """how many prompts"""
-    tokens: int = 32
+    tokens: px.flags.Count = 32
     """how long each is"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of the weights"""
     device: str | None = None
     """cpu, cuda ...; by default a GPU if there is one"""
-    workload: tuple[Letter, ...] = ("a", "b", "c", "d")
+    workload: px.flags.OneOrMore[Letter] = ("a", "b", "c", "d")
     """which of the workloads"""
-    sample: int = 4
+    sample: px.flags.Count = 4
     """interventions on which the engines other than ours are timed and compared"""
-    budget_minutes: float = 10
+    budget_minutes: Annotated[float, Gt(0)] = 10
     """about how long all may take; what does not fit is cut to a random part, (c) and (d) first"""
-    memory: float | None = None
-    """working memory of the sweep engine in GiB, besides the weights; by default its own choice"""
     compile: bool = False
     """let torch.compile fuse the MLPs of the sweep engine's calls"""
-    threads: int | None = None
+    threads: px.flags.Count | None = None
     """of torch; by default torch's choice"""
     growth: bool = False
     """measure growth instead of the workloads"""
-    seed: int = 0
+    seed: px.flags.Seed = 0
     """of weights, prompts and samples"""
-    out: Path | None = None
+    out: px.flags.Out = None
     """the folder; by default outputs/bench_sweep/SIZE, or SIZE_growth"""
 
 
@@ -226,31 +226,18 @@ def main(config: Config) -> None:
 
 def checked(config: Config) -> tuple[Config, Path]:
     """The config with its device named, and the folder of the results; raises ValueError for what cannot be run."""
-    for name in ("prompts", "tokens", "sample", *(f for f in FLAGS if getattr(config, f) is not None)):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be 1 or more, not {getattr(config, name)}.")
-    for name in ("budget_minutes", "memory", "threads"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise ValueError(f"--{name} must be more than 0, not {getattr(config, name)}.")
-    if not config.workload or len(set(config.workload)) < len(config.workload):
-        raise ValueError("--workload names one or more of a b c d, each once.")
     shape = model_config(config)
     hidden, heads, kv_heads = shape.hidden_size, n_heads(shape), n_kv_heads(shape)
     if heads % kv_heads or (getattr(shape, "head_dim", None) is None and hidden % heads) or d_head(shape) % 2:
         raise ValueError(
             f"--heads {heads} must be a multiple of --kv_heads {kv_heads} and divide --hidden {hidden} into even parts."
         )
-    if shape.vocab_size < 4:
-        raise ValueError(f"--vocab must be 4 or more, not {shape.vocab_size}.")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    out = config.out or Path("outputs/bench_sweep") / (config.size + ("_growth" if config.growth else ""))
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: {existing} is not a folder one may write in.")
+    out = output_path(config.out, Path("outputs/bench_sweep") / (config.size + ("_growth" if config.growth else "")))
     return dataclasses.replace(config, device=device), out
 
 
@@ -372,7 +359,7 @@ def own_arithmetic(spec: Ablation, pieces: Pieces, tokens: int) -> float:
     later, one = (tokens - edited.start) / tokens, 1 / tokens  # the edited and later tokens, and the last one, of all
     layer, last = spec.layer, len(pieces.layers) - 1
     if layer == last and spec.site != "resid_pre" and edited.stop < tokens:
-        return 0.0  # nothing reads what stands at another token behind the last attention
+        return 0.0  # nothing reads what stands at another token after the last attention
     behind = {
         "z": pieces.head[layer] + pieces.mlp[layer],
         "resid_mid": pieces.mlp[layer],
@@ -635,8 +622,8 @@ def swept(
     case: Case, specs: list[Ablation], config: Config, progress: bool = False
 ) -> Float[np.ndarray, "spec prompt"]:
     """The sweep engine's results, everything included."""
-    memory = None if config.memory is None else int(config.memory * 2**30)
-    return sweep(case.model, specs, case.prompts, memory=memory, compile=config.compile, progress=progress).intervened
+    options: dict[str, Any] = {"memory": config.memory_bytes, "compile": config.compile, "progress": progress}
+    return sweep(case.model, specs, case.prompts, **options).intervened
 
 
 def time_sweep(case: Case, specs: list[Ablation], config: Config) -> dict[str, Any]:

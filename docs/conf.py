@@ -47,7 +47,7 @@ autodoc_default_options = {
 }
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
-napoleon_use_param = False  # else of "base, source" the first would be the second's type
+napoleon_use_param = False  # otherwise "base, source" would be read as a name and its type
 napoleon_custom_sections = [("Attributes", "params_style")]  # their types stand in the signature
 maximum_signature_line_length = 88
 nitpicky = True
@@ -72,13 +72,13 @@ nb_output_stderr = "remove"
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of the tutorial's process
 
 
-# Points of lists and *emphasis*, which are kept; other stars, bars, signs of addresses, and underscores
-# at the end of a word, which are no markup.
+# List bullets and *emphasis*, which are kept, and other stars, bars, at signs and trailing underscores,
+# which are escaped.
 MARKUP = re.compile(r"^ *\* |(?<!\w)\*\w[^*\n]*\w\*(?!\w)|[*|@]|(?<=\w)_(?!\w)", re.MULTILINE)
 
 
 def public_modules() -> Iterator[str]:
-    """Every module that the reference must have. A family's modules hold its card, which has a page of its own."""
+    """Every module that the reference must list; a family's modules hold its card, which has its own page."""
     for package in (pyvene_ext, modelcards):
         yield package.__name__
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -99,8 +99,10 @@ def write_card_pages() -> None:
 
 
 def as_restructured_text(_app: Sphinx, what: str, name: str, _object: Any, _options: Any, lines: list[str]) -> None:
-    """Our docstrings are plain text with `code` and indented examples, which reStructuredText would misread."""
-    kinds: list[bool] = []  # of each line, whether it is of an example: indented, after a blank line below the margin
+    """Convert our docstrings, plain text with `code` and indented examples, to reStructuredText."""
+    kinds: list[
+        bool
+    ] = []  # whether each line is part of an example: indented, after a blank line that follows unindented text
     above = ""
     for number, line in enumerate(lines):
         begins = line.startswith("    ") and number > 0 and not lines[number - 1].strip() and not above.startswith(" ")
@@ -110,12 +112,12 @@ def as_restructured_text(_app: Sphinx, what: str, name: str, _object: Any, _opti
     for example, group in groupby(zip(kinds, lines, strict=True), key=itemgetter(0)):
         some = [line for _, line in group]
         written += ["::", "", *some] if example else prose("\n".join(some), name).split("\n")
-    # Else napoleon takes what stands before a colon in a property's first line for its type.
+    # Otherwise napoleon takes the text before a colon in a property's first line for its type.
     lines[:] = ["..", "", *written] if what in ("attribute", "property") else written
 
 
 def prose(text: str, name: str) -> str:
-    """Words in backticks as links if they are names of ours, else as code; what else would be markup as it stands."""
+    """Turn backticked names of ours into links and other backticked words into code, and escape all other markup."""
     parts = re.split(r"`([^`]+)`", text)
     for number, part in enumerate(parts):
         if number % 2:
@@ -128,17 +130,17 @@ def prose(text: str, name: str) -> str:
 
 
 def skip_aliases(_app: Sphinx, _what: str, _name: str, member: Any, _skip: bool, _options: Any) -> bool | None:
-    """Fields of named tuples are told in the class's own words."""
+    """Skip fields of named tuples, which the class's docstring describes."""
     return True if str(getattr(member, "__doc__", "")).startswith("Alias for field number") else None
 
 
 def plain_types(_app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, signature: str, returns: str) -> Any:
-    """Fields of pydantic's models without their validators."""
+    """Show the fields of pydantic models without their validators."""
     return signature and (re.sub(r"Annotated\[(\w+), (?:[^\[\]]|\[[^\[\]]*\])*\]", r"\1", signature), returns)
 
 
 def full_name(word: str, scope: str) -> str | None:
-    """Where the function, class or module is that a docstring calls `word`; None if it is none of ours."""
+    """The full name of the function, class or module that a docstring calls `word`; None if it is not ours."""
     if not re.fullmatch(r"[A-Za-z][\w.]*", word):
         return None
     scopes = [f"{outer}." for outer in accumulate(scope.split("."), "{}.{}".format)]
@@ -153,20 +155,20 @@ def full_name(word: str, scope: str) -> str | None:
             home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
         if home.startswith(("pyvene_ext", "modelcards")) and not re.search(r"\._|\.None$", home) and found.__doc__:
             return home
-    # What is not there at all becomes a link that breaks.
+    # A name of ours that does not exist becomes a broken link, and so a warning.
     return word if re.match(r"(pyvene_ext|modelcards)\.", word) and pydoc.locate(word) is None else None
 
 
 def check_reference(_app: Sphinx, env: Any) -> None:
-    """A public module without a place in the reference is a warning, and so an error."""
+    """Warn of public modules that the reference does not list; `make docs` turns that into an error."""
     there = env.domains.python_domain.modules
     for module in public_modules():
         if module not in there:
-            logging.getLogger(__name__).warning("docs/api.md has no place for the module %s", module)
+            logging.getLogger(__name__).warning("docs/api.md does not list the module %s", module)
 
 
 def resolve_reexported(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
-    """A link to `pyvene_ext.run` leads to where it is defined."""
+    """Resolve a link to a re-exported name, such as `pyvene_ext.run`, to where it is defined."""
     target = full_name(node.get("reftarget", ""), "")
     if node.get("refdomain") != "py" or target in (None, node["reftarget"]):
         return None
@@ -174,6 +176,7 @@ def resolve_reexported(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
 
 
 def setup(app: Sphinx) -> None:
+    """Connect the functions above to Sphinx."""
     write_card_pages()
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", plain_types)

@@ -129,7 +129,7 @@ def main(config: Config) -> None:
         occurrences=config.occurrences,
         bos=list(bos),
         usable_tokens=len(tokens),
-        top={name: [px.models.head_label(head) for head in ranked(heads, name)[:SHOWN]] for name in kinds},
+        top={name: [px.stats.head_label(head) for head in ranked(heads, name)[:SHOWN]] for name in kinds},
     )
 
     print(summary(facts, kinds, heads))
@@ -182,7 +182,7 @@ def summarise(found: px.methods.HeadScores, control: px.methods.HeadScores, n_se
         kinds[name] = Kind(
             sequences=scores.reshape(n_seeds, -1, *scores.shape[1:]),
             mean=scores.mean(0),
-            se=scores.std(0, ddof=1) / np.sqrt(len(scores)),
+            se=px.stats.standard_error(scores),
             control=None if of_control is None else of_control.mean(0),
         )
     return kinds

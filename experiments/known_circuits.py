@@ -1,17 +1,17 @@
 """Which method finds a circuit that is known? Path patching and attribution on planted circuits, and on the shipped models.
 
     python experiments/known_circuits.py
-    python experiments/known_circuits.py --models tiny-qwen2.5 tiny-llama3.1 --pairs 16 --steps 20
+    python experiments/known_circuits.py --models tiny-qwen2.5 tiny-llama3.1 --limit 16 --steps 20
 
-Method. Planted models (`planted_circuits.py`) have weights set by hand, so that their edges are known. Every edge is scored by
-its mean |effect| on the logit difference, corrupt into clean: exactly, by path patching with MLPs frozen, and to first order by
-EAP (Syed et al. 2023) and EAP-IG of inputs and of activations (Hanna et al. 2024). A score is as good as its ranking: AUROC, the
-chance that a planted edge ranks above another, and precision at k, the share of planted edges among the k highest, k being
+Method. Planted models (`tiny/planted_circuits.py`) have weights set by hand, so that their edges are known. Every edge is scored
+by its mean |effect| on the logit difference, corrupt into clean: exactly, by path patching with MLPs frozen, and to first order
+by EAP (Syed et al. 2023) and EAP-IG of inputs and of activations (Hanna et al. 2024). A score is as good as its ranking: AUROC,
+the chance that a planted edge ranks above another, and precision at k, the share of planted edges among the k highest, k being
 their number. Where a softmax is saturated or a backup waits, a linear method must fail.
 
-On trained models no circuit is known; there, the rank correlation (Spearman) of each method with the exact value, over all edges
-by path patching, and over all nodes (z, q, k, v of heads, MLPs) by activation patching, with AtP (Nanda 2023) and AtP* (Kramar
-et al. 2024).
+No circuit of the trained models is known. They have the rank correlation (Spearman) of each method with the exact value, over all
+edges by path patching, and over all nodes (z, q, k, v of heads, MLPs) by activation patching, with AtP (Nanda 2023) and AtP*
+(Kramar et al. 2024).
 
 Written to the folder OUT: planted.csv, trained.csv, config.yaml (running it again gives the same), and summary.json.
 """
@@ -19,172 +19,166 @@ Written to the folder OUT: planted.csv, trained.csv, config.yaml (running it aga
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float
-from scipy.stats import rankdata, spearmanr
-from tiny.planted_circuits import ARCHITECTURES, CASES, planted
+from jaxtyping import Float
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.cli import write_config
-from pyvene_ext.io.files import remove_leftovers, write_csv, write_json
-from pyvene_ext.methods.attribution.atp import atp, atp_star
-from pyvene_ext.methods.attribution.edges import edge_attribution
-from pyvene_ext.methods.patching.pairs import both_texts
-from pyvene_ext.methods.patching.patch import all_patches, patch
-from pyvene_ext.models.devices import choose_device, is_main_process
-from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.sets import PromptSet
-from pyvene_ext.prompts.shipped import find_prompts
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.runs.facts import metadata
-from pyvene_ext.specs.graph import reaches, receivers, senders
-from pyvene_ext.specs.patch import ActivationPatch
-from pyvene_ext.specs.path import PathPatch
+import pyvene_ext as px
 
-PROMPTS = "ioi_en"
-Scores = Float[np.ndarray, "edge prompt"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Scores = Float[np.ndarray, "item prompt"]
+Methods = Mapping[str, Callable[..., Scores]]
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Config:
-    models: tuple[str, ...] = ("tiny-qwen2.5", "tiny-gemma2", "tiny-llama3.1")
+class Config(px.flags.Loading, px.flags.Prompts):
+    models: px.flags.OneOrMore[px.flags.ModelName] = ("tiny-qwen2.5", "tiny-gemma2", "tiny-llama3.1")
     """shipped tiny models, folders, or names on the hub, for the rank correlations; every edge is patched exactly"""
-    planted_prompts: int = 4
+    limit: px.flags.Limit = 4
+    """pairs of prompts of the trained models"""
+    batch_size: px.flags.BatchSize = 8
+    planted_prompts: px.flags.Count = 4
     """pairs of prompts of each planted circuit"""
-    pairs: int = 4
-    """first pairs of ioi_en for the trained models"""
-    steps: int = 5
+    steps: px.flags.Count = 5
     """of the integrated gradients"""
-    out: Path = Path("outputs/known_circuits")
-    """the folder that is written"""
-    device: str | None = None
-    """cpu or cuda ...; by default a GPU if there is one"""
-    seed: int = 0
+    out: px.flags.Out = None
+    seed: px.flags.Seed = 0
     """of the planted models' distractors and prompts"""
 
 
 def main(config: Config) -> None:
-    if not is_main_process():
-        return
-    for flag in ("planted_prompts", "pairs", "steps"):
-        if getattr(config, flag) < 1:
-            raise ValueError(f"--{flag} must be 1 or more, not {getattr(config, flag)}.")
-    prompt_set = PromptSet.load(find_prompts(PROMPTS))
-    if config.pairs > len(prompt_set):
-        raise ValueError(f"--pairs {config.pairs} is more than the {len(prompt_set)} pairs of {PROMPTS}.")
-    trained = [load_model(name, device=choose_device(config.device)) for name in config.models]
-    methods = edge_methods(config.steps)
+    if not px.is_main_process():
+        return  # small models, and few prompts
+    # Everything that can be wrong is found before the first forward pass.
+    run = px.RunFolder(config, "known_circuits")
+    prompt_set = config.load_prompts()
+    trained = {name: config.load(name) for name in config.models}
+    pairs = {name: config.tokenize_pairs(prompt_set, *loaded) for name, loaded in trained.items()}
+    of_edges, of_nodes = edge_methods(config), node_methods(config)
 
     # Planted circuits: does the ranking of edges find them?
-    on_planted = []
-    for name in tqdm(CASES, desc="planted circuits", unit="circuit"):
-        for architecture in ARCHITECTURES:
-            case = planted(name, architecture, n_prompts=config.planted_prompts, seed=config.seed)
-            edges = edges_of(case.model)
-            known = np.array([edge in case.edges for edge in edges])
-            for method, score in methods.items():
-                ranking = np.abs(score(case.model, edges, case.clean, case.corrupt)).mean(1)
-                row = {"circuit": name, "architecture": architecture, "method": method, "n_planted": int(known.sum())}
-                on_planted.append(row | {"auroc": auroc(ranking, known), "precision": precision(ranking, known)})
+    on_planted = planted_table(of_edges, config.planted_prompts, config.seed)
 
     # Trained models: does an approximation rank edges and nodes as the exact values do?
-    on_trained: list[dict[str, Any]] = []
-    for name, (model, tokenizer) in zip(config.models, tqdm(trained, desc="trained models", unit="model"), strict=True):
-        clean, corrupt = (text.take(range(config.pairs)) for text in both_texts(prompt_set, model, tokenizer))
-        edges = edges_of(model)
-        nodes = [spec for site in ("z", "q", "k", "v", "mlp_out") for spec in all_patches(model.config, site)]
-        for over, names, scores in (
-            ("edges", edges, {m: score(model, edges, clean, corrupt) for m, score in methods.items()}),
-            ("nodes", nodes, {m: score(model, nodes, clean, corrupt) for m, score in NODE_METHODS.items()}),
-        ):
-            exact, *others = (np.abs(values).mean(1) for values in scores.values())
-            on_trained += [
-                {"model": name, "over": over, "n": len(names), "method": m, "spearman": float(spearmanr(exact, o)[0])}
-                for m, o in zip(list(scores)[1:], others, strict=True)
-            ]
+    on_trained: Rows = []
+    for name in tqdm(trained, desc="trained models", unit="model"):
+        model, _ = trained[name]
+        for over, items, methods in (("edges", all_edges(model), of_edges), ("nodes", all_nodes(model), of_nodes)):
+            found = agreement(methods, model, items, *pairs[name])
+            on_trained += [{"model": name, "over": over, "n": len(items), **row} for row in found]
 
-    write_csv(config.out / "planted.csv", on_planted)
-    write_csv(config.out / "trained.csv", on_trained)
-    write_config(config.out / "config.yaml", config)
-    facts = metadata(trained[0][0], models=list(config.models), seed=config.seed)
-    write_json(config.out / "summary.json", facts | {"planted": on_planted, "trained": on_trained})
-    remove_leftovers(*config.out.rglob("*"))
-    print(summary(on_planted, on_trained, list(methods)))
-    print(f"\nwritten:\n  {config.out}/ (tables, config, summary)")
+    model, _ = trained[config.models[0]]
+    facts = px.metadata(model, models=list(config.models), seed=config.seed)
+    print(summary(on_planted, on_trained, list(of_edges)))
+    with run.writing(facts | {"planted": on_planted, "trained": on_trained}):
+        run.table("planted", on_planted)
+        run.table("trained", on_trained)
 
 
-# -- scores of edges and nodes: delta of every one of them on every prompt ----------------------------------------------------
+def planted_table(methods: Methods, n_prompts: int, seed: int) -> Rows:
+    """One row a circuit, architecture and method: how well the ranking of edges finds the planted ones."""
+    from tiny import planted_circuits
+
+    rows = []
+    for name in tqdm(planted_circuits.CASES, desc="planted circuits", unit="circuit"):
+        for architecture in planted_circuits.ARCHITECTURES:
+            case = planted_circuits.planted(name, architecture, n_prompts=n_prompts, seed=seed)
+            edges = all_edges(case.model)
+            known = np.array([edge in case.edges for edge in edges])
+            for method, score in methods.items():
+                sizes = np.abs(score(case.model, edges, case.clean, case.corrupt)).mean(1)
+                row = {"circuit": name, "architecture": architecture, "method": method, "n_planted": int(known.sum())}
+                found = {"auroc": px.stats.auroc(sizes, known), "precision": px.stats.precision_at_k(sizes, known)}
+                rows.append(row | found)
+    return rows
 
 
-def edges_of(model: PreTrainedModel) -> list[str]:
+def agreement(
+    methods: Methods,
+    model: PreTrainedModel,
+    items: Sequence[Any],
+    clean: px.TokenizedPrompts,
+    corrupt: px.TokenizedPrompts,
+) -> Rows:
+    """The rank correlation of each method with the exact values, which come first."""
+    sizes = {method: np.abs(score(model, items, clean, corrupt)).mean(1) for method, score in methods.items()}
+    exact, *others = sizes.items()
+    return [{"method": m, "spearman": px.stats.rank_correlation(exact[1], of_method)} for m, of_method in others]
+
+
+# -- scores of edges and nodes: delta of every one of them on every prompt ---------------------------------------------
+
+
+def all_edges(model: PreTrainedModel) -> list[str]:
     """Every edge by its name."""
-    return [f"{s}->{r}" for s in senders(model.config) for r in receivers(model.config) if reaches(s, r)]
+    senders, receivers = px.specs.senders(model.config), px.specs.receivers(model.config)
+    return [f"{s}->{r}" for s in senders for r in receivers if px.specs.reaches(s, r)]
 
 
-def exactly(model: PreTrainedModel, edges: Sequence[str], clean: TokenizedPrompts, corrupt: TokenizedPrompts) -> Scores:
-    """Path patching, MLPs frozen."""
-    ends = [edge.split("->") for edge in edges]
-    paths = [PathPatch(sender=sender, receivers=(receiver,), freeze_mlps=True) for sender, receiver in ends]
-    return patch(model, paths, clean, corrupt, progress=False).delta
+def all_nodes(model: PreTrainedModel) -> list[px.ActivationPatch]:
+    """A patch of every head's z, q, k and v and every MLP."""
+    return [spec for site in ("z", "q", "k", "v", "mlp_out") for spec in px.all_patches(model.config, site)]
 
 
-def by_gradient(
-    model: PreTrainedModel, edges: Sequence[str], clean: TokenizedPrompts, corrupt: TokenizedPrompts, **options: Any
-) -> Scores:
-    """EAP and its kin."""
-    found = edge_attribution(model, clean, corrupt, progress=False, **options)
-    return np.stack([found.edge(edge) for edge in edges])
+def edge_methods(config: Config) -> Methods:
+    """The exact one first: path patching with MLPs frozen."""
 
+    def exact(
+        model: PreTrainedModel, edges: Sequence[str], clean: px.TokenizedPrompts, corrupt: px.TokenizedPrompts
+    ) -> Scores:
+        ends = [edge.split("->") for edge in edges]
+        paths = [px.PathPatch(sender=sender, receivers=(receiver,), freeze_mlps=True) for sender, receiver in ends]
+        return px.patch(model, paths, clean, corrupt, batch_size=config.batch_size, progress=False).delta
 
-def edge_methods(steps: int) -> dict[str, Callable[..., Scores]]:
-    """The exact one first."""
+    def by_gradient(
+        model: PreTrainedModel,
+        edges: Sequence[str],
+        clean: px.TokenizedPrompts,
+        corrupt: px.TokenizedPrompts,
+        method: Any = "eap",
+    ) -> Scores:
+        options: dict[str, Any] = {"steps": config.steps, "batch_size": config.batch_size, "progress": False}
+        found = px.methods.edge_attribution(model, clean, corrupt, method=method, **options)
+        return np.stack([found.edge(edge) for edge in edges])
+
     return {
-        "exact": exactly,
+        "exact": exact,
         "EAP": by_gradient,
-        "EAP-IG inputs": partial(by_gradient, method="eap_ig_inputs", steps=steps),
-        "EAP-IG activations": partial(by_gradient, method="eap_ig_activations", steps=steps),
+        "EAP-IG inputs": partial(by_gradient, method="eap_ig_inputs"),
+        "EAP-IG activations": partial(by_gradient, method="eap_ig_activations"),
     }
 
 
-def exact_nodes(
-    model: PreTrainedModel, nodes: Sequence[ActivationPatch], clean: TokenizedPrompts, corrupt: TokenizedPrompts
-) -> Scores:
-    """Activation patching."""
-    return patch(model, nodes, clean, corrupt, progress=False).delta
+def node_methods(config: Config) -> Methods:
+    """The exact one first: activation patching."""
+    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": False}
+
+    def exact(
+        model: PreTrainedModel,
+        nodes: Sequence[px.ActivationPatch],
+        clean: px.TokenizedPrompts,
+        corrupt: px.TokenizedPrompts,
+    ) -> Scores:
+        return px.patch(model, nodes, clean, corrupt, **options).delta
+
+    return {
+        "exact": exact,
+        "AtP": partial(px.methods.atp, **options),
+        "AtP, QK-fix": partial(px.methods.atp_star, grad_drop=False, **options),
+        "AtP*": partial(px.methods.atp_star, **options),
+    }
 
 
-NODE_METHODS: dict[str, Callable[..., Scores]] = {
-    "exact": exact_nodes,
-    "AtP": partial(atp, progress=False),
-    "AtP, QK-fix": partial(atp_star, grad_drop=False, progress=False),
-    "AtP*": partial(atp_star, progress=False),
-}
-
-
-# -- how good a ranking is ----------------------------------------------------------------------------------------------------
-
-
-def auroc(scores: Float[np.ndarray, " edge"], known: Bool[np.ndarray, " edge"]) -> float:
-    """The chance that a planted edge scores above another; ties count half (Mann-Whitney's U over the number of pairs)."""
-    n = int(known.sum())
-    return float((rankdata(scores)[known].sum() - n * (n + 1) / 2) / (n * (len(known) - n)))
-
-
-def precision(scores: Float[np.ndarray, " edge"], known: Bool[np.ndarray, " edge"]) -> float:
-    """The share of planted edges among as many of the highest scores."""
-    return float(known[np.argsort(-scores, kind="stable")[: known.sum()]].mean())
-
-
-def summary(on_planted: list[dict[str, Any]], on_trained: list[dict[str, Any]], methods: list[str]) -> str:
-    """The two tables of the terminal."""
+def summary(on_planted: Rows, on_trained: Rows, methods: list[str]) -> str:
+    """What the terminal shows: both tables."""
     lines = ["AUROC / precision at k of the planted edges", f"{'circuit':26}" + "".join(f"{m:>20}" for m in methods)]
     rows = {(r["circuit"], r["architecture"], r["method"]): r for r in on_planted}
     for circuit, architecture in dict.fromkeys((r["circuit"], r["architecture"]) for r in on_planted):
@@ -198,4 +192,4 @@ def summary(on_planted: list[dict[str, Any]], on_trained: list[dict[str, Any]], 
 
 
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

@@ -126,7 +126,7 @@ def main(config: Config) -> None:
         logit_diff_before_cap=float(found.logit_diff_before_cap.mean()),
         does_the_task=clean.low > 0,
         **role_facts(heads, whole),
-        shown=[px.models.head_label(head) for head in shown],
+        shown=[px.stats.head_label(head) for head in shown],
     )
 
     figures = px.figures.figures_of_name_movers(
@@ -269,7 +269,7 @@ def by_head(heads: Rows, measure: str) -> Float[np.ndarray, "layer head"]:
 
 def named(row: dict[str, Any]) -> str:
     """The head of a row."""
-    return px.models.head_label((row["layer"], row["head"]))
+    return px.stats.head_label((row["layer"], row["head"]))
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

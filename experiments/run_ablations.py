@@ -15,20 +15,18 @@ below L/2 only (nearer the input), `bottom` the rest. All sets see the same perm
 
 The control (ours) is many random sets: of the same layers, head for head, and none of the --max_heads_abl heads with the highest
 scores. A layer that consists of such heads has no control: ask for fewer heads, or for no control with --random_draws 0. The
-control is as clean as the heads that are left in a layer: the table has the mean induction score of the sets beside it. (Of the
-shipped models tiny-gemma2 has layers with both kinds of heads; in tiny-qwen2.5 all heads of layer 3, in tiny-llama3.1 most of
-layer 1 look at what followed, and their random sets lower the peak as well.)
+control is as clean as the heads that are left in a layer: the table has the mean induction score of the sets beside it.
 
 Induction scores are computed on two blocks of random tokens, because the cue has been shown once before: heads that share their
 attention among several earlier occurrences score low with more blocks. For a CSV of `induction_scores.py` that means --repeats 2
-or --occurrences all; its default ranks other heads first in tiny-gemma2, without which lag +1 stays as it is.
+or --occurrences all; its default may rank other heads first.
 
 The +1-lag bias is p(+1) less the mean of p beyond lag 5 on either side. Its change against no ablation has a 95% interval, the
 percentile bootstrap over permutations, each with and without ablation drawn together. The share of random sets that lower it at
 least as much is (1 + count) / (1 + sets); draws that turn out to be the same set count once, and small layers have few sets: with
 one set the share cannot be below 1/2. (The far lags hold the list's first token, where models that have learnt to go round and
-round put what lag +1 loses, so that the bias may fall by more than p(+1).) Lag-CRP (Kahana 1996) is the curve
-given that one of the list's other tokens is next.
+round put what lag +1 loses, so that the bias may fall by more than p(+1).) Lag-CRP (Kahana 1996) is the curve given that one of
+the list's other tokens is next.
 
 With --head_type random there are the random sets alone, and their mean takes the place of the induction heads.
 
@@ -37,72 +35,25 @@ tables/NAME.csv, the curve with its standard error over permutations, and lag-CR
 sets' curves as a band, and without _ablN all levels in one; heads/NAME.json, the heads as [layer, head], of random those of each
 set; arrays/NAME.npy [permutation lag], of random NAME_bias.npy [set permutation] too; tables/..._summary.csv, what the terminal
 shows; heads/MODEL_induction_scores.csv, where they were computed; MODEL_permP_MODES_TYPE_LAYERS.yaml (running it again with
---config gives the same) and .json, what was run. A run that was interrupted goes on where it stopped when the same command is
-given again.
+--config gives the same) and .json, what was run. An interrupted run goes on where it stopped when the command is given again.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import matplotlib
 import numpy as np
-from jaxtyping import Float
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from annotated_types import Ge
+from jaxtyping import Float, Int
 from pydantic import BeforeValidator
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelcards import n_heads, n_layers, n_positions
-from pyvene_ext.engine.sweep import sweep
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.cli import write_config
-from pyvene_ext.io.files import (
-    output_path,
-    remove_leftovers,
-    write_csv,
-    write_json,
-    write_npy,
-)
-from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.heads.lag import (
-    FEWEST,
-    Layers,
-    Mode,
-    ablate_attention,
-    curves_of,
-    lag_crp,
-    lag_prompts,
-    lags_of,
-    plus_one,
-    plus_one_bias,
-    random_rankings,
-    rank_heads,
-    recalled,
-)
-from pyvene_ext.methods.heads.scores import (
-    attention_scores,
-    leading_bos,
-    random_tokens,
-    read_head_scores,
-    usable_tokens,
-    write_head_scores,
-)
-from pyvene_ext.models.devices import broadcast_from_main, choose_device, is_main_process
-from pyvene_ext.models.loading import TINY_MODELS, load_model
-from pyvene_ext.prompts.token_lists import read_token_list
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.facts import metadata
-from pyvene_ext.runs.sweeps import discard
-from pyvene_ext.specs.joint import Spec
-from pyvene_ext.stats.controls import Head
-from pyvene_ext.stats.intervals import paired_bootstrap, ratio_of_means
+import pyvene_ext as px
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Short for their names on the hub; any other hub id, folder or shipped tiny model is given as it is.
 KNOWN = {
@@ -121,13 +72,10 @@ KNOWN = {
 }
 N_TOKENS, TINY_N_TOKENS = 500, 20
 TO_ABL, TINY_TO_ABL = "0-1-5-10-20-50", "0-1-2-3-4"
-# Of the random tokens for induction scores. Two blocks, because the cue of a prompt has been there once before: with more, heads
-# that look at several earlier occurrences would score low.
-BLOCK, REPEATS, EXAMPLES = 25, 2, 10
-ZOOM = 10  # lags on either side in the second panel of a figure
-COLOURS = ("black", figures.BLUE, figures.SKY, figures.GREEN, figures.AMBER, figures.ORANGE, figures.PINK)
 Type = Literal["induction", "random"]
-Setting = tuple[Mode, Layers]
+Mode = Literal["zero", "mean"]
+Layers = Literal["full", "top", "bottom"]
+Ranking = list[tuple[float, int, int]]  # score, layer, head; highest score first
 
 
 def _listed(value: Any) -> Any:
@@ -135,10 +83,10 @@ def _listed(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(px.flags.Loading, px.flags.Sweep):
     model_name: str = "tiny-gemma2"
     """a shipped tiny model, a folder, a name on the hub, or the end of a known one such as Llama-3.1-8B-Instruct"""
-    permutations: int = 300
+    permutations: Annotated[int, Ge(2)] = 300
     """prompts: random orders of the same tokens"""
     max_heads_abl: int | None = None
     """how many of the heads with the highest scores the random sets leave alone; by default the largest of --to_abl"""
@@ -146,128 +94,92 @@ class Config:
     """induction: the heads with the highest induction scores, with random ones beside them; random: those alone"""
     to_abl: str | None = None
     """how many heads to ablate, 0 for none; by default 0-1-5-10-20-50, on the shipped tiny models (8 heads a layer) 0-1-2-3-4"""
-    mode: Annotated[tuple[Mode, ...], BeforeValidator(_listed)] = ("zero",)
+    mode: Annotated[px.flags.OneOrMore[Mode], BeforeValidator(_listed)] = ("zero",)
     """what comes in place of attention: nothing (zero), equal attention (mean), or one after the other"""
-    layer_abl: Annotated[tuple[Layers, ...], BeforeValidator(_listed)] = ("full",)
+    layer_abl: Annotated[px.flags.OneOrMore[Layers], BeforeValidator(_listed)] = ("full",)
     """which layers' heads: all, the half nearer the input (top), the other half (bottom); several are done one after the other"""
     tokens_path: Path | None = None
     """a JSON file, or pickle, of a list of token ids (or a list of such lists); by default all ordinary ones of the tokenizer"""
-    n_tokens: int | None = None
+    n_tokens: Annotated[int, Ge(12)] | None = None
     """length of the list; by default 500, on the shipped tiny models (which repeat 40 tokens at most) 20"""
     induction_scores_csv: Path | None = None
     """scores,layer,head; by default they are computed, on 10 sequences of 25 random tokens shown twice (of induction_scores.py:
     --repeats 2, or --occurrences all)"""
-    output_dir: Path | None = None
-    """the folder of what is written; by default outputs/ablations/MODEL"""
-    random_draws: int = 20
+    output_dir: px.flags.Out = None
+    """the folder that is written; by default outputs/ablations/MODEL"""
+    random_draws: Annotated[int, Ge(0)] = 20
     """random sets for each set of induction heads; 0 for none"""
-    memory: float | None = None
-    """GiB of working memory besides the weights; by default half of what the weights take, at least 0.25"""
-    device: str | None = None
-    """cpu, cuda ..., or auto to spread the model over what there is; by default a GPU if there is one"""
-    dtype: str = "auto"
-    """of the weights; auto keeps the checkpoint's"""
-    seed: int = 42
+    seed: px.flags.Seed = 42
     """of the tokens, permutations, random heads and bootstrap"""
 
+    @property
+    def tiny(self) -> bool:
+        """Whether the model is one of those that ship."""
+        return self.model_name in px.TINY_MODELS
 
-@dataclass(frozen=True)
-class Curves:
-    """Probability by lag with a number of heads ablated: of the set itself, and of each of the random sets."""
+    @property
+    def name(self) -> str:
+        """The model in file names."""
+        return Path(self.model_name).resolve().name
 
-    n: int
-    own: Float[np.ndarray, "permutation lag"]
-    random: Float[np.ndarray, "set permutation lag"]
+    @property
+    def settings(self) -> list[tuple[Mode, Layers]]:
+        """The grid."""
+        return [(mode, layers) for mode in self.mode for layers in self.layer_abl]
 
+    @property
+    def stem(self) -> str:
+        """How all files but the induction scores begin."""
+        return f"{self.name}_perm{self.permutations}"
 
-@dataclass(frozen=True)
-class Heads:
-    """The rankings whose prefixes are ablated, of one choice of layers."""
+    @property
+    def run_files(self) -> dict[str, Any]:
+        """The summary and the config, by the arguments of a run folder: several runs share one."""
+        name = f"{self.stem}_{'-'.join(self.mode)}_{self.head_type}_{'-'.join(self.layer_abl)}"
+        return {"summary": f"{name}.json", "config_file": f"{name}.yaml"}
 
-    ranked: tuple[Head, ...]
-    random: list[tuple[Head, ...]]
-    scores: dict[Head, float]
-
-    def random_sets(self, n: int) -> list[tuple[Head, ...]]:
-        """The random sets of `n` heads. Of draws that begin with the same heads one counts: small layers have few sets."""
-        return list({frozenset(ranking[:n]): ranking[:n] for ranking in self.random}.values())
+    def check_flags(self) -> None:
+        if self.head_type == "random" and not self.random_draws:
+            raise ValueError("--random_draws must be 1 or more, not 0, with --head_type random.")
 
 
 def main(config: Config) -> None:
-    # What is run. Everything that can be wrong is found before the first forward pass, what the files alone tell at once.
+    # Everything that can be wrong is found before the first forward pass, what the files alone tell before the model is loaded.
     levels = levels_of(config)
-    n_tokens = (TINY_N_TOKENS if tiny(config) else N_TOKENS) if config.n_tokens is None else config.n_tokens
-    check_flags(config, n_tokens)
-    folder = output_path(config.output_dir, Path("outputs/ablations") / name_of(config), "--output_dir")
-    listed = None if config.tokens_path is None else np.array(read_token_list(config.tokens_path), np.int64)
-    if listed is not None:
-        check_count(len(np.unique(listed)), n_tokens, str(config.tokens_path))
+    run = px.RunFolder(config, "ablations", config.name, flag="output_dir", **config.run_files)
+    n_tokens = config.n_tokens or (TINY_N_TOKENS if config.tiny else N_TOKENS)
+    listed = listed_tokens(config, n_tokens)
     source = config.model_name if Path(config.model_name).is_dir() else KNOWN.get(config.model_name, config.model_name)
-    model, tokenizer = load_model(source, dtype=config.dtype, device=choose_device(config.device))
-    longest = n_positions(model.config)
-    if n_tokens + 1 > longest:
-        raise ValueError(
-            f"--n_tokens {n_tokens} makes prompts of {n_tokens + 1} tokens and {config.model_name} takes {longest}; take fewer."
-        )
-    pool = usable(model, tokenizer, listed)
-    check_count(len(pool), n_tokens, "the tokenizer" if listed is None else str(config.tokens_path))
-    prompts = lag_prompts(pool, n_tokens, config.permutations, config.seed)
+    model, tokenizer = config.load(source)
+    pool = usable_tokens(config, model, tokenizer, listed, n_tokens)
+    prompts = px.methods.lag_prompts(pool, n_tokens, config.permutations, config.seed)
 
-    # Which heads: a ranking of each choice of layers, and random ones that match it.
-    most = levels[-1]
-    if config.induction_scores_csv is None:
-        if (needed := BLOCK * REPEATS + len(leading_bos(tokenizer))) > longest:
-            raise ValueError(
-                f"induction scores are computed on {needed} tokens and {config.model_name} takes {longest}; give them with "
-                "--induction_scores_csv."
-            )
-        sizes = n_layers(model.config), n_heads(model.config)
-        for layers in config.layer_abl:  # before any is scored
-            ranking(config, [(0.0, *head) for head in np.ndindex(sizes)], layers, sizes[0], most)
-        matrix = broadcast_from_main(lambda: induction_scores(config, model, tokenizer))
-        scores = sorted(((float(x), *at) for at, x in np.ndenumerate(matrix)), key=lambda row: (-row[0], row[1:]))
-    else:
-        scores = read_head_scores(config.induction_scores_csv, model.config)
-    heads = {layers: heads_of(config, model, scores, layers, most) for layers in config.layer_abl}
+    # Which heads: a ranking of each choice of layers by induction score, and random ones that match it.
+    scores, matrix = ranked_scores(config, model, tokenizer, levels[-1])
+    heads = {layers: ranked_heads(config, model, scores, layers, levels[-1]) for layers in config.layer_abl}
 
     # Every set of heads on every permutation: one sweep, in which equal sets of different settings are one.
-    sets = {key: ablate_attention(*key) for key in wanted_sets(config, heads, levels)}
-    specs: dict[Spec, int] = {spec: row for row, spec in enumerate(dict.fromkeys(sets.values()))}
-    result = sweep(
-        model,
-        list(specs),
-        prompts,
-        "token_probabilities",
-        memory=None if config.memory is None else int(config.memory * 2**30),
-        store=folder / "unfinished",
-        progress=is_main_process(),
-    )
-    if not is_main_process():
+    sets = {
+        (chosen, mode): px.methods.ablate_attention(chosen, mode)
+        for mode, layers in config.settings
+        for n in filter(None, levels)
+        for chosen in heads[layers].sets(n, config.head_type)
+    }
+    specs = {spec: row for row, spec in enumerate(dict.fromkeys(sets.values()))}
+    options: dict[str, Any] = {"metric": "token_probabilities", "memory": config.memory_bytes}
+    if config.dry_run:
+        if px.is_main_process():
+            print(px.plan_sweep(model, list(specs), prompts, **options).summary())
         return
+    options |= {"compile": config.compile, "store": run.unfinished, "progress": px.is_main_process()}
+    result = px.sweep.sweep(model, list(specs), prompts, **options)
+    if not px.is_main_process():
+        return
+    rows = {key: specs[spec] for key, spec in sets.items()}
 
-    # The files. What was run comes last: where it is, the rest is.
-    stem = f"{name_of(config)}_perm{config.permutations}"
-    run_name = f"{stem}_{'-'.join(config.mode)}_{config.head_type}_{'-'.join(config.layer_abl)}"
-    if (folder / f"{run_name}.json").exists():
-        print(f"replacing the run that was finished before: {folder / run_name}.json", file=sys.stderr)
-        (folder / f"{run_name}.json").unlink()
-    if config.induction_scores_csv is None:
-        write_head_scores(folder / f"heads/{name_of(config)}_induction_scores.csv", matrix)
-    shown: list[str] = []
-    clean = curves_of(result.clean)
-    summaries = {}
-    for mode, layers in settings(config):
-
-        def measured(chosen: tuple[Head, ...], mode: Mode = mode) -> Float[np.ndarray, "permutation lag"]:
-            return curves_of(result.intervened[specs[sets[chosen, mode]]]) if chosen else clean
-
-        found = [curves_at(n, heads[layers], config.head_type, measured) for n in levels]
-        rows = [summary_row(config, at, clean, heads[layers]) for at in found]
-        write_setting(folder, stem, config, (mode, layers), heads[layers], found, rows)
-        summaries[f"{mode}_{layers}"] = rows
-        shown.append(f"{mode}, {layers} layers\n{table(rows, config)}")
-    write_config(folder / f"{run_name}.yaml", config)
-    facts = metadata(
+    # The curve over lags with every number of heads ablated, and its bias to lag +1, beside the random sets; setting by setting.
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    facts = px.metadata(
         model,
         model=source,
         prompts_hash=prompts.hash,
@@ -280,35 +192,24 @@ def main(config: Config) -> None:
         seed=config.seed,
         summaries=summaries,
     )
-    write_json(folder / f"{run_name}.json", facts)
-    remove_leftovers(*folder.rglob("*"))
-    discard(folder / "unfinished")
-    print(f"{config.model_name}: {config.permutations} permutations of {n_tokens} tokens, {config.head_type} heads\n")
-    print("\n\n".join(shown))
-    print(f"\nwritten:\n  {folder}/ (tables, figures, heads, arrays, {run_name}.yaml and .json)")
+    with run.writing(facts):
+        if matrix is not None:
+            px.methods.write_head_scores(run.path / f"heads/{config.name}_induction_scores.csv", matrix)
+        for mode, layers in config.settings:
+            here, clean = heads[layers], px.methods.curves_of(result.clean)
+            found = [px.methods.lag_curves(result, rows, here, mode, n, config.head_type) for n in levels]
+            table = [px.methods.lag_summary(at, clean, here, config.head_type, config.seed) for at in found]
+            write_setting(run, config, (mode, layers), here, found, table)
+            summaries[f"{mode}_{layers}"] = table
+        print(summary(config, n_tokens, summaries))
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
 
 
-def tiny(config: Config) -> bool:
-    """Whether the model is one of those that ship."""
-    return config.model_name in TINY_MODELS
-
-
-def name_of(config: Config) -> str:
-    """The model in file names."""
-    return Path(config.model_name).resolve().name
-
-
-def settings(config: Config) -> Iterator[Setting]:
-    """The grid."""
-    return ((mode, layers) for mode in config.mode for layers in config.layer_abl)
-
-
 def levels_of(config: Config) -> list[int]:
     """The numbers of heads of --to_abl."""
-    text = (TINY_TO_ABL if tiny(config) else TO_ABL) if config.to_abl is None else config.to_abl
+    text = (TINY_TO_ABL if config.tiny else TO_ABL) if config.to_abl is None else config.to_abl
     parts = text.split("-")
     levels = [int(part) for part in parts if part.isdecimal() and len(part) < 7]
     if len(levels) < len(parts) or levels != sorted(set(levels)) or not any(levels):
@@ -322,244 +223,128 @@ def levels_of(config: Config) -> list[int]:
     return levels
 
 
-def check_flags(config: Config, n_tokens: int) -> None:
-    """Raise ValueError for flags that make no sense."""
-    draws = 1 if config.head_type == "random" else 0
-    for flag, value, fits, wanted in (
-        ("permutations", config.permutations, config.permutations >= 2, "2 or more, for an interval"),
-        ("n_tokens", n_tokens, n_tokens >= FEWEST, f"{FEWEST} or more, so that there are lags beyond 5"),
-        ("random_draws", config.random_draws, config.random_draws >= draws, f"{draws} or more"),
-        ("memory", config.memory, config.memory is None or 0 < config.memory < 2**20, "above 0, in GiB"),
-        ("seed", config.seed, config.seed >= 0, "0 or more"),
-    ):
-        if not fits:
-            raise ValueError(f"--{flag} must be {wanted}, not {value}.")
-    for flag, chosen in (("mode", config.mode), ("layer_abl", config.layer_abl)):
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(f"--{flag} names one or more, each once.")
+def listed_tokens(config: Config, n_tokens: int) -> Int[np.ndarray, " token"] | None:
+    """The tokens of --tokens_path; ValueError if they are too few."""
+    if config.tokens_path is None:
+        return None
+    listed = np.array(px.prompts.read_token_list(config.tokens_path), np.int64)
+    check_count(len(np.unique(listed)), n_tokens, str(config.tokens_path))
+    return listed
 
 
 def check_count(usable: int, n_tokens: int, where: str) -> None:
     """Raise ValueError if there are too few tokens."""
     if usable < n_tokens:
-        raise ValueError(
-            f"{where} has {usable} usable tokens (distinct, not special) and {n_tokens} are wanted; give more, or a smaller "
-            "--n_tokens."
-        )
+        found = f"{where} has {usable} usable tokens (distinct, not special)"
+        raise ValueError(f"{found} and {n_tokens} are wanted; give more, or a smaller --n_tokens.")
 
 
-def usable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, listed: np.ndarray | None) -> np.ndarray:
+def usable_tokens(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    listed: Int[np.ndarray, " token"] | None,
+    n_tokens: int,
+) -> Int[np.ndarray, " token"]:
     """The tokens that lists are drawn from: those of the file but the special ones, or all ordinary ones of the tokenizer."""
-    if listed is None:
-        return usable_tokens(model, tokenizer)
-    n_vocab = len(cast(Tensor, model.get_input_embeddings().weight))
-    if listed.max() >= n_vocab:
+    longest = px.models.n_positions(model.config)
+    if n_tokens + 1 > longest:
         raise ValueError(
-            f"--tokens_path holds the id {listed.max()} and the vocabulary has {n_vocab} tokens; give ids of this tokenizer."
+            f"--n_tokens {n_tokens} makes prompts of {n_tokens + 1} tokens and {config.model_name} takes {longest}; take fewer."
         )
-    return np.intersect1d(listed, usable_tokens(model, tokenizer, trim=0))
+    pool = px.methods.usable_tokens(model, tokenizer, among=listed)
+    check_count(len(pool), n_tokens, "the tokenizer" if listed is None else str(config.tokens_path))
+    return pool
 
 
-def induction_scores(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Float[np.ndarray, "layer head"]:
-    """Attention to what followed the last occurrence, on random tokens that repeat."""
-    bos = leading_bos(tokenizer)
-    draw = rng(config.seed, "induction scores")
-    ids = random_tokens(usable_tokens(model, tokenizer), BLOCK, REPEATS, examples=EXAMPLES, rng=draw, bos=bos)
-    return attention_scores(model, ids, BLOCK, first=len(bos), progress=False).induction.mean(0)
+def ranked_scores(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int
+) -> tuple[Ranking, Float[np.ndarray, "layer head"] | None]:
+    """Induction scores with their heads, highest first: those of the CSV, or computed, and then as a matrix too."""
+    if config.induction_scores_csv is not None:
+        return px.methods.read_head_scores(config.induction_scores_csv, model.config), None
+    sizes = px.models.n_layers(model.config), px.models.n_heads(model.config)
+    for layers in config.layer_abl:  # before any is scored
+        first_heads(config, [(0.0, *head) for head in np.ndindex(sizes)], layers, sizes[0], most)
+    draw = px.rng(config.seed, "induction scores")
+    matrix = px.models.broadcast_from_main(lambda: px.methods.cue_scores(model, tokenizer, draw))
+    rows = [(float(score), *head) for head, score in np.ndenumerate(matrix)]
+    return sorted(rows, key=lambda row: (-row[0], row[1:])), matrix
 
 
-def heads_of(
-    config: Config, model: PreTrainedModel, scores: list[tuple[float, int, int]], layers: Layers, most: int
-) -> Heads:
-    """The ranking of some layers' heads, and the random ones that match it."""
-    sizes = n_layers(model.config), n_heads(model.config)
-    by_head = {(layer, head): score for score, layer, head in scores}
-    ranked = ranking(config, scores, layers, sizes[0], most)
-    if not config.random_draws:
-        return Heads(ranked, [], by_head)
-    try:
-        random = random_rankings(ranked, most, *sizes, config.random_draws, rng(config.seed, "random heads", layers))
-    except ValueError as error:
-        raise ValueError(f"{str(error).removesuffix('.')}, or take --random_draws 0 for no control.") from None
-    return Heads(ranked, random, by_head)
-
-
-def ranking(
-    config: Config, scores: list[tuple[float, int, int]], layers: Layers, depth: int, most: int
-) -> tuple[Head, ...]:
+def first_heads(config: Config, scores: Ranking, layers: Layers, depth: int, most: int) -> tuple[px.stats.Head, ...]:
     """The heads of some layers that the random sets leave alone, those with the highest scores first."""
     try:
-        return rank_heads(scores, layers, depth, config.max_heads_abl or most)
+        return px.methods.rank_heads(scores, layers, depth, config.max_heads_abl or most)
     except ValueError as error:
         flag = "--to_abl" if config.max_heads_abl is None else "--max_heads_abl"
         raise ValueError(f"{flag}: {error}") from None
 
 
-def wanted_sets(
-    config: Config, heads: dict[Layers, Heads], levels: list[int]
-) -> Iterator[tuple[tuple[Head, ...], Mode]]:
-    """Every set of heads that is ablated, and how."""
-    for mode, layers in settings(config):
-        of_layers = heads[layers]
-        for n in filter(None, levels):
-            own = [of_layers.ranked[:n]] if config.head_type == "induction" else []
-            for chosen in (*own, *of_layers.random_sets(n)):
-                yield chosen, mode
+def ranked_heads(
+    config: Config, model: PreTrainedModel, scores: Ranking, layers: Layers, most: int
+) -> px.methods.RankedHeads:
+    """The ranking of some layers' heads, and the random ones that match it."""
+    sizes = px.models.n_layers(model.config), px.models.n_heads(model.config)
+    ranked = first_heads(config, scores, layers, sizes[0], most)
+    random: list[tuple[px.stats.Head, ...]] = []
+    if config.random_draws:
+        draws = px.rng(config.seed, "random heads", layers)
+        try:
+            random = px.methods.random_rankings(ranked, most, *sizes, config.random_draws, draws)
+        except ValueError as error:
+            raise ValueError(f"{str(error).removesuffix('.')}, or take --random_draws 0 for no control.") from None
+    return px.methods.RankedHeads(ranked, random, {(layer, head): score for score, layer, head in scores})
 
 
 # -- what was found ----------------------------------------------------------------------------------------------------
 
 
-def curves_at(n: int, heads: Heads, head_type: Type, measured: Callable[[tuple[Head, ...]], np.ndarray]) -> Curves:
-    """The curves with `n` heads ablated."""
-    random = [measured(chosen) for chosen in heads.random_sets(n)]
-    own = measured(heads.ranked[:n]) if head_type == "induction" else np.mean(random, 0)
-    return Curves(n, own, np.reshape(random, (-1, *own.shape)))
-
-
-def standard_error(values: Float[np.ndarray, " permutation *some"]) -> Float[np.ndarray, "*some"]:
-    """Of the mean over permutations."""
-    return values.std(0, ddof=1) / np.sqrt(len(values))
-
-
-def summary_row(
-    config: Config, at: Curves, clean: Float[np.ndarray, "permutation lag"], heads: Heads
-) -> dict[str, Any]:
-    """One row of the summary: a number of heads."""
-    bias, before = plus_one_bias(at.own), plus_one_bias(clean)
-    change = paired_bootstrap(bias, before, rng(config.seed, "bias", at.n))
-    crp = ratio_of_means(plus_one(at.own)[None], recalled(at.own), rng(config.seed, "crp", at.n))
-    row: dict[str, Any] = {
-        "heads": at.n,
-        "p(+1)": plus_one(at.own).mean(),
-        "standard error": standard_error(plus_one(at.own)),
-        "bias": bias.mean(),
-        "change": change.mean,
-        "change low": change.low,
-        "change high": change.high,
-        "crp(+1)": crp.mean[0],
-        "crp low": crp.low[0],
-        "crp high": crp.high[0],
-    }
-    if at.n and len(at.random):
-        changes = plus_one_bias(at.random).mean(1) - before.mean()
-        row |= {"random sets": len(changes), "random change": changes.mean()}
-        row |= {"random lowest": changes.min(), "random highest": changes.max()}
-        row |= mean_score("random score", heads, itertools.chain(*heads.random_sets(at.n)))
-        if config.head_type == "induction":
-            row |= mean_score("score", heads, heads.ranked[: at.n])
-            row["share as low"] = (1 + int((changes <= change.mean).sum())) / (1 + len(changes))
-    return {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
-
-
-def mean_score(name: str, heads: Heads, chosen: Iterable[Head]) -> dict[str, float]:
-    """The mean induction score of some heads, unless a CSV leaves one out."""
-    chosen = list(chosen)
-    known = [heads.scores[head] for head in chosen if head in heads.scores]
-    return {name: float(np.mean(known))} if len(known) == len(chosen) else {}
-
-
-def table(rows: list[dict[str, Any]], config: Config) -> str:
-    """What the terminal shows of a setting."""
-    lines = [
-        "heads    p(+1)     bias   change      95% interval      CRP(+1)   random sets: mean change [range], score"
-    ]
-    for row in rows:
-        line = f"{row['heads']:5d} {row['p(+1)']:8.4f} {row['bias']:8.4f} {row['change']:8.4f} "
-        line += f"[{row['change low']:7.4f}, {row['change high']:7.4f}] {row['crp(+1)']:8.4f}"
-        if "random change" in row:
-            line += f"   {row['random sets']:2d}: {row['random change']:7.4f} "
-            line += f"[{row['random lowest']:7.4f}, {row['random highest']:7.4f}]"
-            line += f", {row['random score']:.2f}" if "random score" in row else ""
-        if "share as low" in row:
-            line += f" (own {row['score']:.2f})" if "score" in row else ""
-            line += f", share as low {row['share as low']:.3f}"
-        lines.append(line)
-    few = [str(row["heads"]) for row in rows if row["heads"] and row.get("random sets", np.inf) < config.random_draws]
-    if few:
-        lines.append(
-            f"with {', '.join(few)} heads there are fewer different random sets than the {config.random_draws} asked for: their "
-            "range is narrow and the share cannot be low; take a smaller --max_heads_abl, or another --layer_abl"
-        )
-    return "\n".join(lines)
-
-
 def write_setting(
-    folder: Path,
-    stem: str,
+    run: px.RunFolder,
     config: Config,
-    setting: Setting,
-    heads: Heads,
-    found: list[Curves],
-    rows: list[dict[str, Any]],
+    setting: tuple[Mode, Layers],
+    heads: px.methods.RankedHeads,
+    found: list[px.methods.LagCurves],
+    table: list[dict[str, Any]],
 ) -> None:
     """Tables, arrays, heads and figures of one mode and choice of layers."""
     mode, layers = setting
 
     def name(kind: Type, n: int | None = None) -> str:
-        return f"{stem}{'' if n is None else f'_abl{n}'}_{mode}_{kind}_{layers}"
+        return f"{config.stem}{'' if n is None else f'_abl{n}'}_{mode}_{kind}_{layers}"
 
+    title = f"{config.name}, {config.head_type} heads, {mode}, {layers} layers"
     for at in found:
         chosen: dict[Type, Any] = {"random": heads.random_sets(at.n), "induction": heads.ranked[: at.n]}
         curves: dict[Type, np.ndarray] = {"induction": at.own} if config.head_type == "induction" else {}
         if len(at.random):
             curves["random"] = at.random.mean(0)
-            write_npy(folder / f"arrays/{name('random', at.n)}_bias.npy", plus_one_bias(at.random).astype(np.float32))
+            run.array(f"arrays/{name('random', at.n)}_bias", px.methods.plus_one_bias(at.random).astype(np.float32))
         for kind, own in curves.items():
-            write_csv(folder / f"tables/{name(kind, at.n)}.csv", curve_rows(own))
-            write_npy(folder / f"arrays/{name(kind, at.n)}.npy", own.astype(np.float32))
-            about = {"head_type": kind, "layer_abl": layers, "mode": mode, "heads": chosen[kind]}
-            write_json(folder / f"heads/{name(kind, at.n)}.json", about)
-        title = f"{name_of(config)}, {config.head_type} heads, {mode}, {layers} layers"
-        figures.save(draw(title, [at], at.random), folder / f"figures/{name(config.head_type, at.n)}.png")
-    drawing = draw(title, found, found[-1].random)
-    figures.save(drawing, folder / f"figures/{name(config.head_type)}.png")
-    columns = dict.fromkeys(column for row in rows for column in row)
-    filled = [{column: row.get(column, "") for column in columns} for row in rows]  # no heads have no random ones
-    write_csv(folder / f"tables/{name(config.head_type)}_summary.csv", filled)
+            run.table(f"tables/{name(kind, at.n)}", px.methods.lag_table(own))
+            run.array(f"arrays/{name(kind, at.n)}", own.astype(np.float32))
+            record = {"head_type": kind, "layer_abl": layers, "mode": mode, "heads": chosen[kind]}
+            run.json(f"heads/{name(kind, at.n)}", record)
+        run.figure(name(config.head_type, at.n), px.figures.lag_curves([at], at.random, title))
+    run.figure(name(config.head_type), px.figures.lag_curves(found, found[-1].random, title))
+    run.table(f"tables/{name(config.head_type)}_summary", px.stats.filled(table))  # no heads have no random ones
 
 
-def curve_rows(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, Any]]:
-    """One row a lag."""
-    columns = (lags_of(curves.shape[1]).tolist(), curves.mean(0), standard_error(curves), lag_crp(curves))
-    names = ("Lag", "Mean Probability", "Standard Error", "Conditional Response Probability")
-    return [dict(zip(names, (row[0], *map(float, row[1:])), strict=True)) for row in zip(*columns, strict=True)]
-
-
-@matplotlib.rc_context(figures.STYLE)
-def draw(title: str, found: list[Curves], random: Float[np.ndarray, "set permutation lag"]) -> Figure:
-    """A line a number of heads, with its standard error; the random sets' mean and range; of many lags the near ones again."""
-    lags = lags_of(found[0].own.shape[1])
-    few = len(lags) <= 4 * ZOOM
-    panels = [(np.ones(len(lags), bool), "." if few else "")]
-    if not few:
-        panels.append((np.abs(lags) <= ZOOM, "."))
-    figure = Figure(figsize=(2.8 + 2.8 * len(panels), 3.4))
-    row = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=(1.6, 1)[: len(panels)])[0]
-    for axes, (shown, marker) in zip(row, panels, strict=True):
-        axes.axvline(0, color=figures.GREY, linewidth=0.8, linestyle="--")
-        if len(random):
-            curves = random.mean(1)[:, shown]
-            axes.fill_between(lags[shown], curves.min(0), curves.max(0), color="#bdbdbd", linewidth=0.6, alpha=0.8)
-            label = f"{found[-1].n} random heads: mean and range ({len(random)} set{'s' * (len(random) > 1)})"
-            grey: dict[str, Any] = {"color": figures.GREY, "linewidth": 2.2, "linestyle": ":", "zorder": 3}
-            axes.plot(lags[shown], curves.mean(0), label=label, **grey)
-        for number, at in enumerate(found):
-            colour = COLOURS[number % len(COLOURS)]
-            mean, error = at.own.mean(0)[shown], standard_error(at.own)[shown]
-            axes.plot(lags[shown], mean, color=colour, linewidth=1.2, marker=marker, label=f"{at.n} ablated")
-            axes.fill_between(lags[shown], mean - error, mean + error, color=colour, linewidth=0, alpha=0.25)
-        axes.set_xlabel("lag")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid()
-        axes.margins(x=0.01)
-    row[0].set_ylabel("probability (mean over permutations)")
-    row[0].set_title(title)
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
+def summary(config: Config, n_tokens: int, summaries: dict[str, list[dict[str, Any]]]) -> str:
+    """What the terminal shows: a table a setting."""
+    parts = [f"{config.model_name}: {config.permutations} permutations of {n_tokens} tokens, {config.head_type} heads"]
+    for mode, layers in config.settings:
+        rows = summaries[f"{mode}_{layers}"]
+        lines = [f"{mode}, {layers} layers", px.methods.lag_text(rows)]
+        if few := [str(row["heads"]) for row in rows if row.get("random sets", np.inf) < config.random_draws]:
+            lines.append(
+                f"with {', '.join(few)} heads there are fewer different random sets than the {config.random_draws} asked for: "
+                "their range is narrow and the share cannot be low; take a smaller --max_heads_abl, or another --layer_abl"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

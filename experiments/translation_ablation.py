@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     facts = px.metadata(
         setting.model,
         **setting.facts,
-        heads=[px.models.head_label(head) for head in setting.heads],
+        heads=[px.stats.head_label(head) for head in setting.heads],
         sets={kind: set_facts([row for row in rows if row["kind"] == kind], measured[kind]) for kind in config.kinds},
         random_sets={control.name: {"n": len(control.sets), "apart": control.apart} for control in controls},
     )
@@ -153,7 +153,7 @@ def set_table(kind: str, sets: Sets, measures: Measures, seed: int) -> Rows:
     clean, intervened = measures["logit_diff"]
     for number, (name, heads) in enumerate(sets):
         drop = px.stats.paired_bootstrap(clean, intervened[number], px.rng(seed, "drop"), RESAMPLES)
-        row: dict[str, Any] = {"kind": kind, "set": name, "heads": " ".join(map(px.models.head_label, sorted(heads)))}
+        row: dict[str, Any] = {"kind": kind, "set": name, "heads": " ".join(map(px.stats.head_label, sorted(heads)))}
         row |= {"drop": drop.mean, "low": drop.low, "high": drop.high}
         for measure, (before, after) in measures.items():
             row |= {f"{measure}_clean": float(before.mean()), measure: float(after[number].mean())}

@@ -1,4 +1,4 @@
-"""Which heads align a translation with its source? Diagonals of attention on sentence pairs, against mismatched pairs.
+r"""Which heads align a translation with its source? Diagonals of attention on sentence pairs, against mismatched pairs.
 
     python experiments/translation_heads.py
     python experiments/translation_heads.py --model Qwen/Qwen2.5-3B --dtype bfloat16 --pairs en-fr en-de en-ja --check_known
@@ -6,7 +6,7 @@
     python experiments/translation_heads.py --dataset sentences.tsv --pairs de-en --show_heads 4.5 3.0 --show_sentences 0 7
 
 Method. Each pair of sentences is one prompt, "EN: <a> FR: <b>" (`--template`). Kept are pairs with 3 to 50 words in a, no digit
-and none of % - _ \\ / * &, U+3000 or a note of music, whose numbers of tokens differ by 5 at most; in scripts without spaces a
+and none of % - _ \ / * &, U+3000 or a note of music, whose numbers of tokens differ by 5 at most; in scripts without spaces a
 character counts as a word (ours). Of a head's attention pattern the part is cut out in which the translation, from the token on
 where its label begins (found by its place in the text), looks at what is before, without the start token. A sentence's score is
 the mean of the diagonals at offsets 0, +1 and -1, each the mean of its entries; a head's is the mean over sentences. Crops that
@@ -211,7 +211,7 @@ def facts_of(sentences: px.translation.Sentences, scores: px.translation.Scores)
         "skipped_control": skipped[1],
         "hash": px.io.data_hash([sentences.kept]),
         "threshold": scores.threshold,
-        "found": [px.models.head_label(head) for head in scores.found],
+        "found": [px.stats.head_label(head) for head in scores.found],
     }
 
 

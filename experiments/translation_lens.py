@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     facts = px.metadata(
         model,
         **setting.facts,
-        heads=[px.models.head_label(head) for head in setting.heads],
+        heads=[px.stats.head_label(head) for head in setting.heads],
         looked_at=pairs,
     )
 

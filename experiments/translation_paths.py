@@ -184,7 +184,7 @@ def finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 def labels(heads: Any) -> list[str]:
     """The names of heads."""
-    return [px.models.head_label((layer, head)) for layer, head in heads]
+    return [px.stats.head_label((layer, head)) for layer, head in heads]
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

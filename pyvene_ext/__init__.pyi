@@ -18,6 +18,7 @@ from .engine.plain import Result as Result
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
 from .engine.resolve import resolve as resolve
+from .engine.sweep import plan_sweep as plan_sweep
 from .intervenable.model import IntervenableModel as IntervenableModel
 from .intervenable.statistics import Reference as Reference
 from .io.seeds import rng as rng

@@ -1,4 +1,4 @@
-"""The public names of `pyvene_ext.methods.attribution.atp`."""
+"""Short name of `pyvene_ext.methods.attribution.atp`: its public names."""
 
 from pyvene_ext.methods.attribution.atp import atp, atp_star
 

@@ -1,4 +1,4 @@
-"""The public names of `pyvene_ext.methods.attribution.circuits`."""
+"""Short name of `pyvene_ext.methods.attribution.circuits`: its public names."""
 
 from pyvene_ext.methods.attribution.circuits import (
     Circuit,

@@ -1,4 +1,4 @@
-"""The public names of `pyvene_ext.methods.attribution.edges`."""
+"""Short name of `pyvene_ext.methods.attribution.edges`: its public names."""
 
 from pyvene_ext.methods.attribution.edges import edge_attribution
 

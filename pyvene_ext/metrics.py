@@ -1,4 +1,4 @@
-"""The public names of `pyvene_ext.engine.metrics`."""
+"""Short name of `pyvene_ext.engine.metrics`: its public names."""
 
 from pyvene_ext.engine.metrics import (
     accuracy,

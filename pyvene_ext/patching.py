@@ -1,4 +1,4 @@
-"""The public names of `pyvene_ext.methods.patching.patch`."""
+"""Short name of `pyvene_ext.methods.patching.patch`: its public names."""
 
 from pyvene_ext.methods.patching.patch import Patched, all_patches, all_paths, corresponding, patch
 

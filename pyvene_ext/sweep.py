@@ -1,4 +1,4 @@
-"""The public names of `pyvene_ext.engine.sweep`."""
+"""Short name of `pyvene_ext.engine.sweep`: its public names."""
 
 from pyvene_ext.engine.sweep import Plan, Sequential, frequencies, plan_sweep, sweep
 

@@ -1,13 +1,13 @@
-"""Prove a card: every component of a model against plain torch hooks written without it.
+"""Verify a card: compare every component of a model with plain torch hooks that are independent of the card.
 
     python -m pyvene_ext.verify --model Qwen/Qwen2.5-3B
     python -m pyvene_ext.verify --model path/to/folder --layers all
 
-For each component, unit, layer, padding side and attention implementation three things are checked on a batch of unequal
-lengths with other places in every example: what is read, the outputs after zeroing, the outputs after swapping in another
-prompt's values. The truth comes from `Truth`: out-of-place hooks on modules found by their usual names in transformers, and an
-attention written out here. It shares no line with the cards, the taps or pyvene. Afterwards the model must be what it was, to
-the last bit.
+For each component, unit, layer, padding side and attention implementation three things are checked on a batch of unequal lengths,
+at different positions and heads in each example: the activation that is read, the outputs after zeroing it, and the outputs after
+swapping in another prompt's. The expected values come from `intervenable.truth`: out-of-place hooks on modules found by their
+usual names in transformers, and attention written out. It shares no code with the cards, the taps or pyvene. Finally the model
+must be bit-identical to what it was.
 """
 
 from __future__ import annotations
@@ -44,7 +44,17 @@ LENGTHS = (9, 6, 8)
 
 @dataclass
 class Row:
-    """One line of the table: a component with one unit."""
+    """One line of the table: a component with one unit.
+
+    Attributes:
+        component: pyvene's name of the component.
+        unit: "pos", "h" or "h.pos".
+        checks: the number of comparisons.
+        failures: the number that failed.
+        largest_error: the largest difference, relative where values exceed 1.
+        effect: the largest change of an output by an edit.
+        first_failure: what failed first, and where.
+    """
 
     component: str
     unit: str
@@ -57,7 +67,14 @@ class Row:
 
 @dataclass
 class Report:
-    """What `verify_card` found."""
+    """The result of `verify_card`.
+
+    Attributes:
+        model: the model's class.
+        family: the card's family.
+        rows: one row per component and unit.
+        problems: failures that belong to no row.
+    """
 
     model: str
     family: str
@@ -66,16 +83,16 @@ class Report:
 
     @property
     def checks(self) -> int:
-        """How many comparisons were made."""
+        """The number of comparisons."""
         return sum(row.checks for row in self.rows)
 
     @property
     def failures(self) -> int:
-        """How many of them failed, and other problems found."""
+        """The number of comparisons that failed, plus other problems."""
         return sum(row.failures for row in self.rows) + len(self.problems)
 
     def table(self) -> str:
-        """The rows as text, failures last."""
+        """Format the rows as text, failures last."""
         lines = [f"{'component':<30}{'unit':<8}{'checks':>7}{'failed':>8}{'largest error':>15}"]
         for row in self.rows:
             lines.append(f"{row.component:<30}{row.unit:<8}{row.checks:>7}{row.failures:>8}{row.largest_error:>15.1e}")
@@ -98,13 +115,18 @@ def verify_card(
     """Check every component of `model`'s card against independent hooks.
 
     Args:
-        model: a transformers model with a card, any of its classes, in float32 for the tolerance to mean something.
+        model: a transformers model with a card, any of its classes; in float32, which the tolerance is meant for.
         layers: which layers; "ends" is the first, the middle and the last.
-        implementations: attention implementations to run under; one that the architecture does not support is skipped.
-        tolerance: largest difference allowed, relative to the largest value where that exceeds 1.
+        implementations: attention implementations to run under; unsupported ones are skipped.
+        padding_sides: "left", "right" or both.
+        tolerance: largest difference allowed, relative to the largest value if that exceeds 1.
+        progress: show a progress bar.
 
     Returns:
-        A `Report`; `.failures` is 0 for a right card. An error raised by a check counts as a failure.
+        A `Report`; `.failures` is 0 for a correct card. An error raised by a check counts as a failure.
+
+    Raises:
+        ValueError: there is no such layer.
     """
     card = card_of(model)
     report = Report(type(model).__name__, card.family)
@@ -140,10 +162,10 @@ def verify_card(
     report.problems += [f"{name}: no edit had any effect" for name, size in effect.items() if size < tolerance]
     if not report.checks:
         report.problems.append(
-            "nothing was checked: name a layer, a padding side and an implementation the model supports"
+            "nothing was checked: name a layer, a padding side and an implementation that the model supports"
         )
     if changed:
-        report.problems.append("the model is not what it was: hooks, modules, flags or outputs changed")
+        report.problems.append("the checks changed the model: its hooks, modules, flags or outputs differ")
     return report
 
 
@@ -159,10 +181,10 @@ def _check_component(
     truth = Truth(model)
     base, source = batches
     clean = truth.run(base)
-    held = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
+    activations = {"base": truth.read(base, component, layer), "source": truth.read(source, component, layer)}
     for unit in COMPONENTS[component].units:
         row = rows.setdefault((component, unit), Row(component, unit))
-        there, from_there = _places(model, component, unit, base, 0), _places(model, component, unit, source, 1)
+        base_at, source_at = _places(model, component, unit, base, 0), _places(model, component, unit, source, 1)
         for operation, kind in OPERATIONS.items():
             row.checks += 1
             try:
@@ -171,20 +193,22 @@ def _check_component(
                 with torch.no_grad():
                     if operation == "swap":
                         collected, found = intervenable(
-                            base, [source], {"sources->base": ([from_there.locations], [there.locations])}
+                            base, [source], {"sources->base": ([source_at.locations], [base_at.locations])}
                         )
                     else:
-                        collected, found = intervenable(base, unit_locations={"base": [there.locations]})
+                        collected, found = intervenable(base, unit_locations={"base": [base_at.locations]})
                 if operation == "read":
-                    error = _difference(*(there.real(x, base) for x in (collected[1][0], there.take(held["base"]))))
+                    error = _difference(
+                        *(base_at.real(x, base) for x in (collected[1][0], base_at.take(activations["base"])))
+                    )
                     expected = clean
                 else:
-                    new = from_there.take(held["source"]) if operation == "swap" else None
-                    expected = truth.run(base, component, layer, partial(there.put, new))
+                    new = source_at.take(activations["source"]) if operation == "swap" else None
+                    expected = truth.run(base, component, layer, partial(base_at.put, new))
                     row.effect = max(row.effect, float(_real(expected - clean, base).abs().max()))
                     error = 0.0
                 error = max(error, _difference(_real(first_tensor(found), base), _real(expected, base)))
-            except Exception as exception:  # a contributor wants all that is wrong, not the first thing
+            except Exception as exception:  # report every failure, not only the first
                 row.failures += 1
                 row.first_failure = (
                     row.first_failure or f"{operation}, {where}: {type(exception).__name__}: {exception}"
@@ -198,7 +222,7 @@ def _check_component(
 
 @dataclass(frozen=True)
 class _UnitLocations:
-    """Places of one unit, other ones in every example, as pyvene writes them and as plain indexing."""
+    """Different locations in every example, as pyvene takes them and as plain indices."""
 
     unit: str
     heads: list[list[int]]
@@ -225,13 +249,13 @@ class _UnitLocations:
         return torch.stack(rows)
 
     def real(self, taken: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """What was taken, with padded positions blanked: implementations of attention differ in what they leave there."""
+        """Zero the padded positions of what `take` returns: attention implementations differ there."""
         if self.unit != "h":
             return taken
         return taken.masked_fill(~batch["attention_mask"].bool()[:, None, :, None], 0.0)
 
     def put(self, new: Tensor | None, x: Tensor) -> Tensor:
-        """A copy of `x` with `new` (zeros if None) at the places."""
+        """A copy of `x` with `new` (zeros if None) at the locations."""
         x = x.clone()
         for example in range(x.shape[0]):
             if self.unit == "pos":
@@ -259,7 +283,7 @@ def _places(model: Any, component: str, unit: str, batch: dict[str, Tensor], shi
 
 
 def _batch(model: Any, side: str, seed: int) -> dict[str, Tensor]:
-    """Random tokens, three prompts of unequal lengths (the same ones for each seed, so that real swaps with real)."""
+    """Random tokens in three prompts, whose lengths differ but not between seeds, so that real tokens swap with real ones."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, pad = model.config.vocab_size, model.config.pad_token_id or 0
     ids = torch.full((len(LENGTHS), max(LENGTHS)), pad)
@@ -274,7 +298,7 @@ def _batch(model: Any, side: str, seed: int) -> dict[str, Tensor]:
 
 
 def _real(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Outputs without the padded positions; a classifier has one row an example and none to leave out."""
+    """Outputs without padded positions; a classifier has one row per example and no padding."""
     return output[batch["attention_mask"].bool()] if output.ndim == 3 else output
 
 
@@ -288,7 +312,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _fingerprint(model: Any) -> tuple[Any, ...]:
-    """Everything a run must leave alone."""
+    """Everything that a run must not change."""
     with torch.no_grad():
         output = first_tensor(model(**_batch(model, "left", seed=3)))
     hooks = [
@@ -317,7 +341,14 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Verify the model with its head and without; 0 if all is right."""
+    """Verify the model with and without its head.
+
+    Args:
+        options: the flags.
+
+    Returns:
+        The exit code, 0 if there are no failures.
+    """
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
     failures = 0
     for part in (model, model.base_model):

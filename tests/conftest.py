@@ -1,16 +1,54 @@
-"""Shared set-up: one thread a process, and pyvene's own cards kept for the tests that show what is wrong with them."""
+"""Shared set-up: markers of the tiers, one thread a process, and pyvene's own cards, kept for the tests of their defects."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from pyvene.models.intervenable_modelcard import type_to_dimension_mapping, type_to_module_mapping
 
+from tests.tiny_random import CORE_FAMILIES, MORE_FAMILIES
+
+TESTS = Path(__file__).parent
+BEYOND = set(MORE_FAMILIES) - set(CORE_FAMILIES)
+# Tests that are known by their place.
+PLACES = {
+    "fuzz": "fuzz",
+    "experiments/test_every_family.py": "matrix",
+    "pyvene_ext/engine/sweep/test_processes.py": "processes",
+    "modelcards/test_export.py": "packaging",
+    "test_packaging.py": "packaging",
+    "test_readme.py": "docs",
+}
+INTERRUPTED = re.compile(r"_(kill|kills|killed|interrupted|goes_on|stops_while)(_|$)")
+
 # Taken before anything imports modelcards and registers ours.
 PLAIN_MODULES = dict(type_to_module_mapping)
 PLAIN_DIMENSIONS = dict(type_to_dimension_mapping)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test with what it is; `make test` leaves out what CONTRIBUTING's "Checks" gives to `make test-all`."""
+    for item in items:
+        for kind in kinds(item):
+            item.add_marker(kind)
+
+
+def kinds(item: pytest.Item) -> Iterator[str]:
+    """The markers of a test by its place, its fixtures, its name and the families it is called with."""
+    place = item.path.relative_to(TESTS)
+    yield from (kind for where, kind in PLACES.items() if place.is_relative_to(where))
+    if "launch" in getattr(item, "fixturenames", ()):
+        yield "processes"
+    if INTERRUPTED.search(item.name.partition("[")[0]):
+        yield "kills"
+    callspec = getattr(item, "callspec", None)
+    values = callspec.params.values() if callspec else ()
+    if any(str(getattr(value, "family", value)).partition("/")[0] in BEYOND for value in values):
+        yield "families"
 
 
 @pytest.fixture(autouse=True, scope="session")

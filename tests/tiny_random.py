@@ -1,7 +1,8 @@
 """Tiny random models, one per family, with awkward shapes on purpose.
 
 `FAMILIES` are those on which everything is tested. `MORE_FAMILIES` share most of their code with them and have tests of their
-own: `tests/modelcards` proves their cards, `tests/pyvene_ext/test_every_family.py` what is built on these.
+own: `tests/modelcards` proves their cards, `tests/pyvene_ext/test_every_family.py` what is built on these. `make test` takes
+`CORE_FAMILIES`, one of each way to build a block; `make test-all` takes the rest, which `tests/conftest.py` marks `families`.
 
 head_dim x heads differs from the hidden size wherever the family allows it, key/value heads are grouped (one of them in
 Gemma 2), sizes are odd or not powers of two, windows are shorter than the prompts.
@@ -171,6 +172,8 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _OWN_CLASSES = {"gemma3": {"causal_lm": "Gemma3ForCausalLM", "classifier": "Gemma3TextForSequenceClassification"}}
 MORE_FAMILIES = tuple(_MORE)
+# Attention and MLP side by side, experts, attention written out, learned positions with an offset.
+CORE_FAMILIES = (*FAMILIES, "cohere", "mixtral", "bloom", "opt")
 for _family, (_bare, _) in _MORE.items():
     _named = {
         cls: _bare.removesuffix("Model") + end

@@ -11,7 +11,7 @@ question, block and `####` gives the scores, each a mean over the block's later 
 tokens of the block (information flow routes, Ferrando and Voita 2024). hub: the attention that one token of the block gets from
 all later ones, for the token that gets most. skip: the attention that goes past the block to the question, its first token left
 out. composite: the mean of the three ranks. They say where a head looks and what it moves, not whether that matters:
-ablate_heads.py tells.
+ablate_heads.py shows that.
 
 Written to the folder OUT: heads/MODEL_SCORE.csv for each score (scores,layer,head, highest first; what ablate_heads.py takes);
 scores.csv, all scores of all heads with the token of the block that most often is the hub; figures/MODEL_SCORE.png;
@@ -24,39 +24,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.files import write_csv
-from pyvene_ext.methods.heads.scores import write_head_scores
-from pyvene_ext.methods.reasoning.block_scores import (
-    SCORES,
-    BlockScores,
-    Score,
-    block_scores,
-    check_model,
-)
-from pyvene_ext.models.devices import is_main_process
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.attention import (
-    HEADS,
-    View,
-    look,
-    write_views,
-)
-from pyvene_ext.runs.facts import metadata
+import pyvene_ext as px
 
-# Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-from critical_heads import setting as common
+    from pyvene_ext.runs.attention import View
 
 Row = dict[str, Any]
-LABELS: dict[Score, str] = {
+LABELS: dict[px.flags.Score, str] = {
     "flow": "share of resid_mid from the block",
     "hub": "attention to the hub",
     "skip": "attention to the question",
@@ -65,88 +45,79 @@ LABELS: dict[Score, str] = {
 
 
 @dataclass(frozen=True)
-class Config(common.Flags):
-    top: int = 10
+class Config(px.flags.Problems):
+    top: px.flags.Count = 10
     """how many heads the terminal shows of each score"""
 
 
 def main(config: Config) -> None:
-    # What is run.
-    check_flags(config)
-    folder = common.folder_of(config, "rank_heads")
-    problems = common.find_problems(config)
+    run = px.RunFolder(config, "critical_heads/rank_heads", config.problems, *config.models)
+    problems = px.reasoning.find_problems(config)
 
-    # One model after the other.
-    found: dict[str, BlockScores] = {}
+    # Each model solves the problems; one forward pass over its reasoning scores all heads.
+    found: dict[str, px.methods.BlockScores] = {}
     views: list[View] = []
     facts: Row = {}
     for name in config.models:
-        setting = common.prepare(config, name, problems, folder, lambda _, model: check_model(model))
-        found[setting.name] = block_scores(
-            setting.model, setting.questions, batch_size=config.batch_size, progress=True
-        )
-        ids = setting.questions.prompts.input_ids
-        heads = common.top_heads(found[setting.name].of("composite"), HEADS)
+        setting = px.reasoning.prepare(config, name, problems, run.unfinished, check)
+        scores = px.methods.block_scores(setting.model, setting.questions, batch_size=config.batch_size, progress=True)
+        found[setting.name] = scores
+        first = px.reasoning.top_heads(scores.of("composite"), px.runs.HEADS)
         names = [f"{setting.name}, problem {index}" for index in setting.questions.index]
-        views += look(setting.model, setting.tokenizer, ids, heads, names=names)
-        facts[setting.name] = metadata(setting.model, **setting.facts)
-
-    if not is_main_process():
+        views += px.runs.look(setting.model, setting.tokenizer, setting.questions.prompts.input_ids, first, names=names)
+        facts[setting.name] = px.metadata(setting.model, **setting.facts)
+    if not px.is_main_process():
         return
 
-    # The files.
-    with common.written(folder, config, {"models": facts}):
-        for model, scores in found.items():
-            for score in SCORES:
-                write_head_scores(folder / f"heads/{model}_{score}.csv", scores.of(score))
-                title = f"{model}: {score}, {len(scores.flow)} problems"
-                figure = figures.head_heatmap(scores.of(score), title, LABELS[score])
-                figures.save(figure, folder / f"figures/{model}_{score}.png")
-        write_views(folder, views)
-        write_csv(folder / "scores.csv", [row for model, scores in found.items() for row in rows_of(model, scores)])
-
     for model, scores in found.items():
-        print(common.counts(model, facts[model]))
+        print(px.reasoning.counts(model, facts[model]))
         print(table(scores, config.top) + "\n")
-    print(f"written:\n  {folder}/ (heads, scores, figures, config, summary)")
+    with run.writing({"models": facts}, replacing=("*.csv",)):
+        for model, scores in found.items():
+            for score in px.methods.SCORES:
+                px.methods.write_head_scores(run.path / f"heads/{model}_{score}.csv", scores.of(score))
+                title = f"{model}: {score}, {len(scores.flow)} problems"
+                figure = px.figures.head_heatmap(scores.of(score), title, LABELS[score])
+                run.figure(f"{model}_{score}", figure)
+        run.views(views)
+        run.table("scores", [row for model, scores in found.items() for row in rows_of(model, scores)])
 
 
-def check_flags(config: Config) -> None:
-    """Raise ValueError for flags that make no sense."""
-    common.check_flags(config)
-    if config.top < 1:
-        raise ValueError(f"--top must be 1 or more, not {config.top}.")
+def check(_: str, model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose heads cannot be scored."""
+    px.methods.check_scores(model)
 
 
-def rows_of(model: str, scores: BlockScores) -> list[Row]:
+def rows_of(model: str, scores: px.methods.BlockScores) -> list[Row]:
     """One row a head."""
-    values = {score: scores.of(score) for score in SCORES}
+    values = {score: scores.of(score) for score in px.methods.SCORES}
     hubs = scores.usual_hub()
     return [
         {
             "model": model,
             "layer": layer,
             "head": head,
-            **{score: float(values[score][layer, head]) for score in SCORES},
+            **{score: float(values[score][layer, head]) for score in px.methods.SCORES},
             "hub_at": int(hubs[layer, head]),
         }
         for layer, head in np.ndindex(hubs.shape)
     ]
 
 
-def table(scores: BlockScores, top: int) -> str:
+def table(scores: px.methods.BlockScores, top: int) -> str:
     """The first heads by each score, and how the scores agree."""
     columns: list[Sequence[str]] = []
-    for score in SCORES:
+    for score in px.methods.SCORES:
         values = scores.of(score)
-        columns.append(
-            [score, *(f"{common.in_short(head)} {values[head]:.3f}" for head in common.top_heads(values, top))]
-        )
+        heads = px.reasoning.top_heads(values, top)
+        columns.append([score, *(f"{px.stats.head_label(head)} {values[head]:.3f}" for head in heads)])
     lines = ["".join(f"{cell:>16}" for cell in row) for row in zip(*columns, strict=True)]
-    pairs = [("flow", "hub"), ("flow", "skip"), ("hub", "skip")]
-    agree = [f"{a} and {b} {spearmanr(scores.of(a), scores.of(b), axis=None).statistic:.2f}" for a, b in pairs]  # type: ignore[arg-type]
+    pairs: list[tuple[px.flags.Score, px.flags.Score]] = [("flow", "hub"), ("flow", "skip"), ("hub", "skip")]
+    agree = [
+        f"{a} and {b} {px.stats.rank_correlation(scores.of(a).ravel(), scores.of(b).ravel()):.2f}" for a, b in pairs
+    ]
     return "\n".join([*lines, f"rank correlation over heads: {', '.join(agree)}"])
 
 
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

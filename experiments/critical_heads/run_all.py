@@ -28,30 +28,12 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import pydantic
+import pyvene_ext as px
 
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.cli import write_config
-from pyvene_ext.io.errors import one_sentence
-from pyvene_ext.io.files import (
-    parse_json,
-    read_yaml,
-    remove_leftovers,
-    write_csv,
-    write_json,
-)
-from pyvene_ext.io.hashes import data_hash
-from pyvene_ext.io.packages import need
-from pyvene_ext.methods.reasoning.block_scores import Score
-from pyvene_ext.models.devices import is_main_process
-from pyvene_ext.report import write_report
-
-# Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from critical_heads import setting as common
+if TYPE_CHECKING:
+    from types import ModuleType
 
 Study = Literal[
     "rank_heads",
@@ -63,18 +45,26 @@ Study = Literal[
     "attribute_inputs",
     "stratify_difficulty",
 ]
+STUDIES: tuple[Study, ...] = get_args(Study)
+RANKS_NOTHING = {"rank_heads", "patch_hub", "force_attention", "probe_layers"}
 
 
 @dataclass(frozen=True)
-class Config(common.Flags):
-    models: tuple[str, ...] = ("tiny-qwen2.5", "tiny-llama3.1")
+class Config(px.flags.Problems):
+    models: px.flags.OneOrMore[str] = ("tiny-qwen2.5", "tiny-llama3.1")
     """two of: a shipped tiny model, a folder, a name on the hub"""
-    only: tuple[Study, ...] = get_args(Study)
+    only: px.flags.OneOrMore[Study] = STUDIES
     """which studies; rank_heads runs whenever one needs its rankings"""
-    by: Score = "flow"
+    by: px.flags.Score = "flow"
     """which score ranks the heads"""
     settings: Path | None = None
     """a YAML file with flags of single studies"""
+
+    def check_flags(self) -> None:
+        px.io.need("report")
+        super().check_flags()
+        if len(self.models) != 2:
+            raise ValueError(f"--models names two models, which are compared, not {len(self.models)}.")
 
 
 @dataclass(frozen=True)
@@ -89,17 +79,18 @@ class Part:
         return Path(self.flags.out)
 
     def run(self) -> None:
-        import_module(f"critical_heads.{self.study}").main(self.flags)
+        module_of(self.study).main(self.flags)
 
 
 def main(config: Config) -> None:
-    # What is run, and with which flags; what is wrong with them is said before anything runs.
-    check_flags(config)
-    folder = common.folder_of(config, "all")
-    problems = common.find_problems(config)
-    parts = planned(config, folder)
-    done_file = folder / "unfinished.json"
-    facts = data_hash([[part.study, _plain(part.flags)] for part in parts] + [one.model_dump() for one in problems])
+    # Which studies run, and with which flags; what is wrong with them is said before anything runs.
+    run = px.RunFolder(config, "critical_heads/all", config.problems, *config.models)
+    problems = px.reasoning.find_problems(config)
+    parts = planned(config, run.path)
+    done_file = run.path / "unfinished.json"
+    facts = px.io.data_hash(
+        [[part.study, plain(part.flags)] for part in parts] + [one.model_dump() for one in problems]
+    )
     done = done_before(done_file, facts)
 
     # One study after the other.
@@ -116,63 +107,53 @@ def main(config: Config) -> None:
             print(f"not done: {failed[part.folder.name]}", file=sys.stderr)
             continue
         done.add(part.folder.name)
-        if is_main_process():
-            write_json(done_file, {"facts": facts, "done": sorted(done)})
-    if not is_main_process():
+        if px.is_main_process():
+            px.io.write_json(done_file, {"facts": facts, "done": sorted(done)})
+    if not px.is_main_process():
         return
     if not done:
         raise ValueError("no study could be done; each said why above.")
 
-    # The files. The summary comes last: where it is, the rest is, and of this run.
-    (folder / "summary.json").unlink(missing_ok=True)
+    # All verdicts and all pages side by side.
     finished = [part.folder for part in parts if part.folder.name in done]
     verdicts = [
         {"study": part.name, "verdict": verdict}
         for part in finished
         for verdict in json.loads((part / "summary.json").read_text(encoding="utf-8")).get("verdicts", ())
     ]
-    names = " and ".join(Path(name).name for name in config.models)
-    write_report(finished, folder / "report.html", f"Critical heads in reasoning: {names}")
-    write_csv(folder / "verdicts.csv", verdicts or [{"study": "", "verdict": ""}])
-    write_config(folder / "config.yaml", config)
-    write_json(folder / "summary.json", {"done": [part.name for part in finished], "failed": failed})
-    remove_leftovers(*folder.glob("*"))
-    done_file.unlink()
 
-    print("\n=== verdicts")
-    for row in verdicts:
-        print(f"{row['study']}: {row['verdict']}")
-    for study, why in failed.items():
-        print(f"{study}: not done: {why}")
-    print(f"\nwritten:\n  {folder / 'report.html'}\n  {folder}/ (a folder each study, verdicts, config, summary)")
+    print(summary(verdicts, failed, run.path / "report.html"))
+    with run.writing({"done": [part.name for part in finished], "failed": failed}):
+        names = " and ".join(Path(name).name for name in config.models)
+        px.report.write_report(finished, run.path / "report.html", f"Critical heads in reasoning: {names}")
+        run.table("verdicts", verdicts or [{"study": "", "verdict": ""}])
+    done_file.unlink()
 
 
 def done_before(path: Path, facts: str) -> set[str]:
     """The studies that an interrupted run has done; none if it was another one, or its file is damaged."""
     try:
-        kept = parse_json(path.read_bytes())
+        kept = px.io.parse_json(path.read_bytes())
         done = set(map(str, kept["done"])) if kept["facts"] == facts else set()
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {name for name in done if (path.parent / name / "summary.json").exists()}
 
 
-def check_flags(config: Config) -> None:
-    """Raise ValueError for flags that make no sense; MissingExtra without plotly."""
-    need("report")
-    common.check_flags(config)
-    if len(config.models) != 2:
-        raise ValueError(f"--models names two models, which are compared, not {len(config.models)}.")
-    if not config.only or len(set(config.only)) < len(config.only):
-        raise ValueError("--only names one or more studies, each once.")
+# -- studies and their flags -------------------------------------------------------------------------------------------
+
+
+def module_of(study: Study) -> ModuleType:
+    """A study of this folder: beside a script, or in the package when this is imported."""
+    return import_module(f"{__package__}.{study}" if __package__ else study)
 
 
 def planned(config: Config, folder: Path) -> list[Part]:
     """Every study with its flags; ValueError for flags that a study does not know or take."""
     settings = read_settings(config.settings)
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(common.Flags)}
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(px.flags.Problems)}
     parts = []
-    for study in get_args(Study):
+    for study in STUDIES:
         if study not in config.only and not (study == "rank_heads" and set(config.only) - RANKS_NOTHING):
             continue
         own = settings.get(study, {})
@@ -184,14 +165,15 @@ def planned(config: Config, folder: Path) -> list[Part]:
             for named, ranking in (("heads", "rankings"), ("donor_heads", "donor_ranking")):
                 if named in own:
                     heads.pop(ranking, None)
-            parts.append(Part(study, made(study, shared | heads | {"out": out} | own)))
+            flags = px.io.config_from(
+                module_of(study).Config, shared | heads | {"out": out} | own, f"--settings: {study}"
+            )
+            px.io.check(flags)
+            parts.append(Part(study, flags))
     return parts
 
 
-RANKS_NOTHING = {"rank_heads", "patch_hub", "force_attention", "probe_layers"}
-
-
-def ranked(config: Config, study: Study, folder: Path, host: str | None = None) -> dict[str, Any]:
+def ranked(config: Config, study: str, folder: Path, host: str | None = None) -> dict[str, Any]:
     """The flags by which a study takes its models and heads."""
     score = "hub" if study == "attribute_inputs" else config.by
     rankings = {name: str(folder / "rank_heads" / "heads" / f"{Path(name).name}_{score}.csv") for name in config.models}
@@ -205,32 +187,25 @@ def read_settings(path: Path | None) -> dict[str, dict[str, Any]]:
     """Flags of single studies; ValueError for a file that holds something else."""
     if path is None:
         return {}
-    values = read_yaml(path)
-    known = get_args(Study)
-    if not isinstance(values, dict) or not all(name in known and isinstance(v, dict) for name, v in values.items()):
+    values = px.io.read_yaml(path)
+    if not isinstance(values, dict) or not all(name in STUDIES and isinstance(v, dict) for name, v in values.items()):
         raise ValueError(
-            f"{path} must hold flags by study, as 'ablate_heads: {{n_heads: [1, 2]}}'; there are {', '.join(known)}."
+            f"{path} must hold flags by study, as 'ablate_heads: {{n_heads: [1, 2]}}'; there are {', '.join(STUDIES)}."
         )
     return values
 
 
-def made(study: Study, values: dict[str, Any]) -> Any:
-    """A study's flags; ValueError for one that it does not have or that is wrong."""
-    flags = import_module(f"critical_heads.{study}").Config
-    known = {field.name for field in dataclasses.fields(flags)}
-    if unknown := values.keys() - known:
-        raise ValueError(f"--settings: {study} has no flag {sorted(unknown)[0]!r}; its --help lists them.")
-    try:
-        made = pydantic.TypeAdapter(flags).validate_python(values)
-    except pydantic.ValidationError as error:
-        raise ValueError(f"--settings: {study}: {one_sentence(error)}") from None
-    getattr(import_module(f"critical_heads.{study}"), "check_flags", common.check_flags)(made)
-    return made
-
-
-def _plain(flags: Any) -> dict[str, Any]:
+def plain(flags: Any) -> dict[str, Any]:
+    """A study's flags as JSON has them."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(flags).items()}
 
 
+def summary(verdicts: list[dict[str, str]], failed: dict[str, str], report: Path) -> str:
+    """What the terminal shows."""
+    lines = ["\n=== verdicts", *(f"{row['study']}: {row['verdict']}" for row in verdicts)]
+    lines += [f"{study}: not done: {why}" for study, why in failed.items()]
+    return "\n".join([*lines, f"\nall of it on one page: {report}"])
+
+
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

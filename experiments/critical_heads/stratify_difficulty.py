@@ -36,365 +36,170 @@ goes on where it stopped.
 from __future__ import annotations
 
 import math
-import re
 import sys
-import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import matplotlib
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from annotated_types import Ge
 from tqdm import tqdm
 
-from pyvene_ext.engine.plain import reference_for
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.files import write_csv
-from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.reasoning.block_scores import Score
-from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, facts_of
-from pyvene_ext.models.devices import choose_device, is_main_process
-from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.problems import Problem
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.facts import metadata
-from pyvene_ext.specs.ablation import heads_together
-from pyvene_ext.stats.controls import Head, strata_test, verdict
-from pyvene_ext.stats.correlations import q_values
-from pyvene_ext.stats.intervals import Interval
+import pyvene_ext as px
 
-# Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from critical_heads import ablate_heads as ablation
-from critical_heads import patch_hub
-from critical_heads import setting as common
+if TYPE_CHECKING:
+    from pyvene_ext.methods.reasoning.strata import ProblemEffects, Split
+    from pyvene_ext.prompts.problems import Problem
 
 Row = dict[str, Any]
-Split = Literal["confidence", "steps", "both"]
-SPLITS: tuple[Split, ...] = ("confidence", "steps", "both")
-UNPARSED = "unparsed"
 
 
 @dataclass(frozen=True)
-class Config(common.Flags):
-    heads: tuple[str, ...] = ()
+class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
+    max_new_tokens: Annotated[int, Ge(2)] = 32  # the first new token follows from the question alone
+    heads: px.flags.EachOnce[px.flags.Head] = ()
     """which heads to ablate, as layer.head; by default the first of a ranking"""
-    n_heads: int = 1
+    n_heads: px.flags.Count = 1
     """how many heads of the ranking to ablate"""
-    by: Score = "flow"
-    """which score ranks the heads, where no --rankings are given"""
-    rankings: tuple[str, ...] = ()
-    """for each model a CSV scores,layer,head, such as rank_heads.py writes"""
-    kind: ablation.Kind = "zero"
-    """what comes in place of the heads' outputs"""
-    scope: ablation.Scope = "reasoning"
+    kind: Literal["zero", "mean", "resample"] = "zero"
+    """what replaces the heads' outputs"""
+    scope: Literal["reasoning", "new", "both"] = "reasoning"
     """at which tokens: reasoning, new (with the answer), both (with the question)"""
-    random_sets: int = 20
-    """random sets of other heads of the same layers; 0 for none"""
-    donors: int = 64
-    """problems that means and other problems' activations are of"""
     hub: int | None = None
     """in place of all that: noise at this token of the reasoning (negative: from its end)"""
-    site: patch_hub.Site = "embed"
-    """with --hub: where the noise is put (resid: behind the block in the middle)"""
-    noise_seeds: int = 5
+    site: Literal["embed", "resid", "kv"] = "embed"
+    """with --hub: where the noise is put (resid: after the block in the middle)"""
+    noise_seeds: px.flags.Count = 5
     """with --hub: draws of the noise"""
-    quantiles: int = 4
+    quantiles: Annotated[int, Ge(2)] = 4
     """parts by confidence"""
-    min_problems: int = 20
+    min_problems: Annotated[int, Ge(2)] = 20
     """a stratum with fewer problems has no verdict"""
 
-
-@dataclass(frozen=True)
-class Measured:
-    """What an intervention does to each problem.
-
-    Attributes:
-        what: the intervention, in words.
-        first: the untouched run from the question on, of all problems.
-        which: the problems that are compared; the arrays are of these.
-        clean: right without the intervention.
-        after: right with it; with several seeds the share of them.
-        unparsed: no answer with it; likewise.
-        random: the same with each random set; None without.
-    """
-
-    name: str
-    what: str
-    first: Evaluation
-    which: Int[np.ndarray, " problem"]
-    clean: Bool[np.ndarray, " problem"]
-    after: Float[np.ndarray, " problem"]
-    unparsed: Float[np.ndarray, " problem"]
-    random: Bool[np.ndarray, "set problem"] | None
-    facts: Row
+    def check_flags(self) -> None:
+        super().check_flags()
+        px.flags.check_rankings(self.rankings, self.models)
+        if bool(self.heads) + bool(self.rankings) + (self.hub is not None) > 1:
+            raise ValueError("--heads, --rankings and --hub are different interventions; give one of them.")
 
 
 def main(config: Config) -> None:
-    # What is run.
-    check_flags(config)
-    folder = common.folder_of(config, "stratify_difficulty")
-    problems = common.find_problems(config)
+    run = px.RunFolder(config, "critical_heads/stratify_difficulty", config.problems, *config.models)
+    problems = px.reasoning.find_problems(config)
     if len(problems) < 2:
         raise ValueError("there is one problem, and an interval needs two; give more.")
 
-    # One model after the other.
+    # Each model solves the problems with and without the intervention; its drop in every stratum.
     rows: list[Row] = []
     tests: list[Row] = []
     tables: dict[str, list[Row]] = {}
     facts: Row = {}
     for number, name in enumerate(config.models):
         if config.hub is None:
-            found = with_heads_ablated(config, name, number, problems, folder)
+            found = with_heads_ablated(config, name, number, problems, run.unfinished)
         else:
-            found = with_noise_at_hub(config, name, problems, folder)
-        strata, edges = strata_of(found.first, problems, config.quantiles)
+            found = with_noise_at(config.hub, config, name, problems, run.unfinished)
+        strata, edges = px.methods.difficulty_strata(found.first, problems, config.quantiles)
         here = {split: [names[which] for which in found.which] for split, names in strata.items()}
-        for split in SPLITS:
-            some, test = split_by(found, split, here[split], config)
+        for split in px.methods.SPLITS:
+            some, test = px.methods.split_by(found, split, here[split], config.min_problems, config.seed)
             rows, tests = rows + some, [*tests, test]
         tables[found.name] = each_problem(found, problems, here)
         facts[found.name] = {**found.facts, "intervention": found.what, "edges": edges}
-    for p, q in (("p", "q"), ("excess_p", "excess_q")):
-        for test, value in zip(tests, q_values(np.array([test[p] for test in tests])), strict=True):
-            test[q] = float(value)
-
-    if not is_main_process():
+    if not px.is_main_process():
         return
 
-    # The files.
+    # Whether drops differ between strata, over the splits of all models.
+    for p, q in (("p", "q"), ("excess_p", "excess_q")):
+        for test, value in zip(tests, px.stats.q_values(np.array([test[p] for test in tests])), strict=True):
+            test[q] = float(value)
     verdicts = verdicts_of(rows, tests, facts)
-    with common.written(folder, config, {"models": facts, "verdicts": verdicts}, "*/*.csv", "figures/*"):
-        for split in SPLITS:
-            some = sorted((row for row in rows if row["split"] == split), key=lambda row: order(row["stratum"]))
-            write_csv(folder / f"drop_by_{split}.csv", common.side_by_side(some, "stratum", "drop", "drop"))
-        write_csv(folder / "strata.csv", rows)
-        write_csv(folder / "tests.csv", tests)
-        for model, table in tables.items():
-            write_csv(folder / f"problems/{model}.csv", table)
-            mine = [row for row in rows if row["model"] == model]
-            title = f"{model}: {facts[model]['intervention']}"
-            figures.save(bars(title, mine), folder / f"figures/{model}.png")
-            figures.save(crossed(title, mine), folder / f"figures/{model}_both.png")
 
     print(summary(rows, facts, verdicts))
-    print(f"\nwritten:\n  {folder}/ (tables, figures, problems, config, summary)")
-
-
-# -- what is asked for -------------------------------------------------------------------------------------------------
-
-
-def check_flags(config: Config) -> None:
-    """Raise ValueError for flags that make no sense."""
-    common.check_flags(config)
-    for flag, least in (
-        ("n_heads", 1),
-        ("random_sets", 0),
-        ("donors", 2),
-        ("noise_seeds", 1),
-        ("quantiles", 2),
-        ("min_problems", 2),
-    ):
-        if (value := getattr(config, flag)) < least:
-            raise ValueError(f"--{flag} must be {least} or more, not {value}.")
-    if bool(config.heads) + bool(config.rankings) + (config.hub is not None) > 1:
-        raise ValueError("--heads, --rankings and --hub are different interventions; give one of them.")
-    common.check_rankings(config.rankings, config)
-    common.check_heads(config.heads)
-    if config.max_new_tokens < 2:
-        raise ValueError("--max_new_tokens must be 2 or more: the first new token follows from the question alone.")
-
-
-def strata_of(
-    first: Evaluation, problems: Sequence[Problem], quantiles: int
-) -> tuple[dict[Split, list[str]], list[float]]:
-    """The strata of all problems by each split, and the edges of the parts by confidence."""
-    known = first.confidence[np.isfinite(first.confidence)]
-    edges = np.unique(np.quantile(known, np.linspace(0, 1, quantiles + 1))) if known.size else known
-    parts = np.searchsorted(edges[1:-1], first.confidence, side="right") + 1
-    confidence = [
-        f"q{part}" if np.isfinite(value) else UNPARSED for part, value in zip(parts, first.confidence, strict=True)
-    ]
-    steps = [str(problem.steps) for problem in problems]
-    both = [f"{part}, {number}" for part, number in zip(confidence, steps, strict=True)]
-    return {"confidence": confidence, "steps": steps, "both": both}, edges.tolist()
-
-
-def order(stratum: str) -> tuple[bool, list[int]]:
-    """q2 before q10, unparsed last."""
-    return stratum.startswith(UNPARSED), [int(number) for number in re.findall(r"\d+", stratum)]
+    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv", "*/*.csv", "figures/*")):
+        for split in px.methods.SPLITS:
+            of_split = [row for row in rows if row["split"] == split]
+            of_split.sort(key=lambda row: px.methods.stratum_order(row["stratum"]))
+            run.table(f"drop_by_{split}", px.stats.side_by_side(of_split, "stratum", "drop", "drop"))
+        run.table("strata", rows)
+        run.table("tests", tests)
+        for model, table in tables.items():
+            run.table(f"problems/{model}", table)
+            mine = [row for row in rows if row["model"] == model]
+            title = f"{model}: {facts[model]['intervention']}"
+            run.figure(model, px.figures.drops_by_stratum(title, mine))
+            run.figure(f"{model}_both", px.figures.crossed_strata(title, mine))
 
 
 # -- interventions -----------------------------------------------------------------------------------------------------
 
 
-def flags_of(config: Config) -> dict[str, Any]:
-    """The flags that all studies have."""
-    return {field.name: getattr(config, field.name) for field in fields(common.Flags)}
-
-
-def with_heads_ablated(config: Config, name: str, number: int, problems: Sequence[Problem], folder: Path) -> Measured:
+def with_heads_ablated(
+    config: Config, name: str, number: int, problems: Sequence[Problem], unfinished: Path
+) -> ProblemEffects:
     """The model solves all problems without some heads."""
-    settings = ablation.Config(
-        **flags_of(config),
-        n_heads=(config.n_heads,),
+    solver, _, heads, controls = px.runs.ablated.prepare(
+        config,
+        name,
+        problems,
+        unfinished,
+        wanted=config.n_heads,
         by=config.by,
-        kind=(config.kind,),
-        scope=(config.scope,),
         random_sets=config.random_sets,
-        donors=config.donors,
+        named=config.heads,
+        ranking=config.ranking_of(number),
     )
-    if config.heads:
-        study, heads, controls = with_named_heads(settings, config.heads, name, problems, folder)
-    else:
-        path = config.rankings[number] if config.rankings else None
-        study, heads, _, controls = ablation.prepare(settings, name, path, problems, folder)
     sets = list({frozenset(some): some for some in controls}.values())
-    reference = ablation.transcripts(study, config.kind, [heads, *sets])
-    (positions, scope), runs = study.places(config.scope), []
-    for some in tqdm([heads, *sets], desc=study.name, unit="set", disable=not is_main_process()):
-        runs.append(
-            study.run(heads_together(some, config.kind, positions=positions, seed=config.seed), scope, reference)
-        )
-    words = " ".join(f"{layer}.{head}" for layer, head in heads)
-    return Measured(
-        name=study.name,
-        what=f"{config.kind} ablation of {words} at {ablation.SCOPES[config.scope]}",
-        first=study.clean,
+    reference = solver.transcripts(config.kind, [heads, *sets], config.donors)
+    runs = [
+        solver.ablate(some, config.kind, config.scope, reference)
+        for some in tqdm([heads, *sets], desc=solver.name, unit="set", disable=not px.is_main_process())
+    ]
+    words = " ".join(map(px.stats.head_label, heads))
+    return px.methods.ProblemEffects(
+        name=solver.name,
+        what=f"{config.kind} ablation of {words} at {px.runs.ablated.SCOPES[config.scope]}",
+        first=solver.clean,
         which=np.arange(len(problems)),
-        clean=study.clean.correct,
+        clean=solver.clean.correct,
         after=runs[0].correct.astype(np.float64),
         unparsed=(~runs[0].parsed).astype(np.float64),
         random=np.array([run.correct for run in runs[1:]]) if sets else None,
-        facts=metadata(study.model, problems=len(problems), clean=study.clean.summary(), random_sets=len(sets)),
+        facts=px.metadata(solver.model, problems=len(problems), clean=solver.clean.summary(), random_sets=len(sets)),
     )
 
 
-def with_named_heads(
-    settings: ablation.Config, named: Sequence[str], name: str, problems: Sequence[Problem], folder: Path
-) -> tuple[ablation.Model, tuple[Head, ...], list[tuple[Head, ...]]]:
-    """One model, the heads that were named, and as many random sets as are asked for."""
-    model, tokenizer = load_model(name, dtype=settings.dtype, device=choose_device(settings.device))
-    heads = common.heads_of(named, name, model)
-    controls = ablation.random_sets(settings, heads, model)
-    questions = common.ask(settings, model, tokenizer, problems, settings.max_new_tokens)
-    results = Results(folder / "unfinished", facts_of(model, questions, settings.max_new_tokens))
-    return ablation.Model(Path(name).name, model, tokenizer, questions, results, settings), heads, controls
-
-
-def with_noise_at_hub(config: Config, name: str, problems: Sequence[Problem], folder: Path) -> Measured:
-    """The model answers behind the reasoning it wrote, with noise at one token of that."""
-    setting = common.prepare(config, name, problems, folder)
-    assert config.hub is not None  # else heads are ablated
-    questions, which = setting.at(config.hub)
+def with_noise_at(hub: int, config: Config, name: str, problems: Sequence[Problem], unfinished: Path) -> ProblemEffects:
+    """The model answers after the reasoning it wrote, with noise at one token of that."""
+    setting = px.reasoning.prepare(config, name, problems, unfinished)
+    questions, which = setting.at(hub)
     if len(which) < 2:
-        raise ValueError(
-            f"--hub {config.hub}: {len(which)} problems of {setting.name} have a token there in their block."
-        )
-    settings = patch_hub.Config(**flags_of(config), sites=(config.site,))
+        raise ValueError(f"--hub {hub}: {len(which)} problems of {setting.name} have a token there in their block.")
     seeds = range(config.seed, config.seed + config.noise_seeds)
-    ((where, _),) = patch_hub.noise_at_hub(settings, setting.model.config, config.seed).items()
-    specs = [patch_hub.noise_at_hub(settings, setting.model.config, seed)[where] for seed in seeds]
+    by_seed = [px.methods.noise_at("hub", setting.model.config, (config.site,), seed) for seed in seeds]
+    (where,) = by_seed[0]
+    specs = [of_seed[where] for of_seed in by_seed]
     prompts = setting.questions.prompts
-    reference = reference_for(specs, setting.model, prompts, batch_size=config.batch_size, progress=False)
+    reference = px.reference_for(specs, setting.model, prompts, batch_size=config.batch_size, progress=False)
     runs = [setting.run(questions, spec, reference) for spec in tqdm(specs, desc=setting.name, unit="seed")]
-    return Measured(
+    return px.methods.ProblemEffects(
         name=setting.name,
-        what=f"noise at token {config.hub} of the reasoning, {where}",
+        what=f"noise at token {hub} of the reasoning, {where}",
         first=setting.first,
         which=np.array(setting.questions.index)[which],
         clean=setting.clean.correct[which],
         after=np.mean([run.correct for run in runs], 0),
         unparsed=np.mean([~run.parsed for run in runs], 0),
         random=None,
-        facts=metadata(setting.model, **setting.facts),
+        facts=px.metadata(setting.model, **setting.facts),
     )
 
 
-# -- what is found -----------------------------------------------------------------------------------------------------
+# -- what is written and shown -----------------------------------------------------------------------------------------
 
 
-def split_by(found: Measured, split: Split, names: Sequence[str], config: Config) -> tuple[list[Row], Row]:
-    """A row a stratum, and the test of their differences."""
-    strata = sorted(set(names), key=order)
-    at = {stratum: np.array([name == stratum for name in names]) for stratum in strata}
-    enough = [stratum for stratum in strata if at[stratum].sum() >= config.min_problems]
-    tested = np.any([at[stratum] for stratum in enough], 0) if enough else np.zeros(len(names), bool)
-    of_tested = [name for name, there in zip(names, tested, strict=True) if there]
-
-    def test(gain: Float[np.ndarray, " problem"], what: str) -> tuple[float, dict[str, float]]:
-        if len(enough) < 2:
-            return math.nan, {}
-        return strata_test(gain[tested], of_tested, rng(config.seed, "strata", split, what), common.RESAMPLES)
-
-    p, each = test(found.clean - found.after, "drop")
-    excess_p = math.nan
-    if found.random is not None:
-        excess_p, _ = test(found.random.mean(0) - found.after, "excess")
-    q = q_values(np.array([each.get(stratum, math.nan) for stratum in strata]))
-    rows = [
-        row_of(found, split, stratum, at[stratum], stratum in enough, config)
-        | {"p": each.get(stratum, math.nan), "q": float(of_stratum)}
-        for stratum, of_stratum in zip(strata, q, strict=True)
-    ]
-    about = {"model": found.name, "split": split, "problems": int(tested.sum()), "strata": len(enough)}
-    return rows, {**about, "p": p, "excess_p": excess_p}
-
-
-def row_of(
-    found: Measured, split: Split, stratum: str, here: Bool[np.ndarray, " problem"], enough: bool, config: Config
-) -> Row:
-    """One stratum; without intervals where it has too few problems."""
-    clean, after, names = found.clean[here], found.after[here], (split, stratum)
-    before, then = common.accuracy(clean), mean_of(after, config.seed, *names)
-    nothing = Interval(math.nan, math.nan, math.nan)
-    drop = common.drop_of(clean, after, config.seed, "drop", *names) if enough else nothing
-    random, excess = math.nan, nothing
-    if found.random is not None:
-        by_set = found.random[:, here]
-        random = 100 * float(clean.mean() - by_set.mean())
-        if enough:
-            excess = common.drop_of(by_set.mean(0), after, config.seed, "excess", *names)
-    mean = 100 * float(clean.mean() - after.mean())
-    return {
-        "model": found.name,
-        "split": split,
-        "stratum": stratum,
-        "problems": int(here.sum()),
-        "clean_accuracy": before.mean,
-        "clean_low": before.low,
-        "clean_high": before.high,
-        "accuracy": then.mean,
-        "low": then.low,
-        "high": then.high,
-        "unparsed": 100 * float(found.unparsed[here].mean()),
-        "drop": mean,
-        "drop_low": float(drop.low),
-        "drop_high": float(drop.high),
-        "relative_drop": mean / float(clean.mean()) if clean.any() else math.nan,
-        "random_drop": random,
-        "excess": float(excess.mean),
-        "excess_low": float(excess.low),
-        "excess_high": float(excess.high),
-        "verdict": verdict(drop) if enough else "",
-    }
-
-
-def mean_of(right: Float[np.ndarray, " problem"], seed: int, *names: str) -> Interval:
-    """Accuracy in percent: Wilson's interval, or the bootstrap's where problems are right for some seeds only."""
-    if np.isin(right, (0, 1)).all():
-        return common.accuracy(right.astype(bool))
-    mean = common.drop_of(right, np.zeros_like(right), seed, "accuracy", *names)
-    return Interval(mean.mean, max(mean.low, 0.0), min(mean.high, 100.0))
-
-
-def each_problem(found: Measured, problems: Sequence[Problem], strata: dict[Split, list[str]]) -> list[Row]:
+def each_problem(found: ProblemEffects, problems: Sequence[Problem], strata: dict[Split, list[str]]) -> list[Row]:
     """A row a problem."""
     rows = []
     for i, which in enumerate(found.which.tolist()):
@@ -414,9 +219,6 @@ def each_problem(found: Measured, problems: Sequence[Problem], strata: dict[Spli
     return rows
 
 
-# -- what is said of it ------------------------------------------------------------------------------------------------
-
-
 def verdicts_of(rows: Sequence[Row], tests: Sequence[Row], facts: Row) -> list[str]:
     """One line a model and split."""
     lines = []
@@ -432,7 +234,9 @@ def verdicts_of(rows: Sequence[Row], tests: Sequence[Row], facts: Row) -> list[s
             parts = []
             for what, row in (("most", most), ("least", least))[: 1 + (least is not most)]:
                 about = f"{row['stratum']} ({row['problems']} problems)"
-                parts.append(f"{what} in {about}: {common.in_words(drop_in(row))}: {row['verdict']}")
+                parts.append(
+                    f"{what} in {about}: {px.stats.in_points(px.stats.interval_in(row, 'drop'))}: {row['verdict']}"
+                )
                 if not math.isnan(row["random_drop"]):
                     parts[-1] += f" (random heads {row['random_drop']:.1f})"
             line += "; ".join(parts)
@@ -444,10 +248,6 @@ def verdicts_of(rows: Sequence[Row], tests: Sequence[Row], facts: Row) -> list[s
                 line += f"; the {what} {differs} between strata (p = {test[p]:.2g}, q = {test[q]:.2g})"
         lines.append(line + (f"; {few} strata with few problems" if few else ""))
     return lines
-
-
-def drop_in(row: Row) -> Interval:
-    return Interval(row["drop"], row["drop_low"], row["drop_high"])
 
 
 def summary(rows: Sequence[Row], facts: Row, verdicts: Sequence[str]) -> str:
@@ -470,77 +270,12 @@ def summary(rows: Sequence[Row], facts: Row, verdicts: Sequence[str]) -> str:
             line += f"{row['q']:6.2g}  {row['verdict'] or 'few problems'}"
             lines.append(line.replace("nan", " - "))
         lines.append("")
-    return "\n".join([*lines, "verdicts (drop above 10 points: causal, below 2: redundant)", *verdicts])
+    return "\n".join([*lines, px.reasoning.VERDICTS, *verdicts])
 
 
 def ends(row: Row, low: str, high: str) -> str:
     return "" if math.isnan(row[low]) else f"[{row[low]:.1f}, {row[high]:.1f}]"
 
 
-@matplotlib.rc_context(figures.STYLE)
-def bars(title: str, rows: Sequence[Row]) -> Figure:
-    """The drop by confidence and by steps, with its interval and what random heads cost."""
-    sides = [[row for row in rows if row["split"] == split] for split in SPLITS[:2]]
-    widths = [max(len(side), 2) for side in sides]
-    figure = Figure(figsize=(2.6 + 0.75 * sum(widths), 3.6))
-    figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())), fontsize=10)
-    panels = figure.subplots(1, 2, sharey=True, width_ratios=widths)
-    for axes, side, xlabel in zip(
-        panels, sides, ("confidence, from low to high", "steps of the solution"), strict=True
-    ):
-        x, drop = np.arange(len(side)), np.array([row["drop"] for row in side])
-        few = [math.isnan(row["drop_low"]) for row in side]
-        faces = ["#dcdcdc" if too_few else figures.BLUE for too_few in few]
-        axes.bar(x, drop, 0.62, color=faces)
-        errors = [np.abs(drop - [row[end] for row in side]) for end in ("drop_low", "drop_high")]
-        axes.errorbar(x, drop, errors, fmt="none", ecolor="black", elinewidth=0.9, capsize=2)
-        axes.plot(x, [row["random_drop"] for row in side], "D", color=figures.ORANGE, markersize=5)
-        axes.axhline(0, color=figures.GREY, linewidth=0.8)
-        labels = [f"{row['stratum']}\nn = {row['problems']}\nfrom {row['clean_accuracy']:.0f}%" for row in side]
-        axes.set_xticks(x, labels)
-        axes.set(xlabel=xlabel, xlim=(-0.6, max(len(side), 2) - 0.4))
-        axes.grid(axis="y")
-    panels[0].set_ylabel("drop in accuracy (points, 95% interval)")
-    handles: list[Any] = [Patch(color=figures.BLUE, label="intervention")]
-    if any(math.isnan(row["drop_low"]) for side in sides for row in side):
-        handles.append(Patch(color="#dcdcdc", label="few problems"))
-    if not all(math.isnan(row["random_drop"]) for row in rows):
-        handles.append(Line2D([], [], color=figures.ORANGE, marker="D", ls="", label="random heads of the same layers"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    return figure
-
-
-@matplotlib.rc_context(figures.STYLE)
-def crossed(title: str, rows: Sequence[Row]) -> Figure:
-    """The drop by confidence and steps together, in colour and in numbers."""
-    cells = {row["stratum"]: row for row in rows if row["split"] == "both"}
-    parts, steps = ([row["stratum"] for row in rows if row["split"] == split] for split in SPLITS[:2])
-    shown = np.full((len(parts), len(steps)), np.nan)
-    for i, j in np.ndindex(shown.shape):
-        row = cells.get(f"{parts[i]}, {steps[j]}")
-        if row is not None and row["verdict"]:
-            shown[i, j] = row["drop"]
-    figure = Figure(figsize=(2.6 + 1.0 * max(len(steps), 2), 1.7 + 0.62 * max(len(parts), 2)))
-    figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())), fontsize=10)
-    axes = figure.add_subplot()
-    axes.set_facecolor("#ececec")
-    image = axes.imshow(np.ma.masked_invalid(shown), cmap=figures.SEQUENTIAL, vmin=0, vmax=100, aspect="auto")
-    for i, j in np.ndindex(shown.shape):
-        row = cells.get(f"{parts[i]}, {steps[j]}")
-        if row is None:
-            words, colour = "none", figures.GREY
-        elif not row["verdict"]:
-            words, colour = f"n = {row['problems']}", figures.GREY
-        else:
-            words = f"{row['drop']:.0f} {ends(row, 'drop_low', 'drop_high')}\nn = {row['problems']}"
-            colour = "black" if row["drop"] > 60 else "white"
-        axes.text(j, i, words, ha="center", va="center", color=colour, fontsize=7)
-    axes.set_xticks(range(len(steps)), steps)
-    axes.set_yticks(range(len(parts)), parts)
-    axes.set(xlabel="steps of the solution", ylabel="confidence, from low to high")
-    figure.colorbar(image, ax=axes, label="drop (points)")
-    return figure
-
-
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

@@ -7,15 +7,15 @@
     python experiments/critical_heads/transplant_head.py --models Qwen/Qwen2.5-1.5B-Instruct --donor Qwen/Qwen2.5-0.5B-Instruct \
         --problems gsm8k --limit 300 --max_new_tokens 320 --rankings host.csv --donor_ranking donor.csv
 
-Method. The host solves the problems untouched. The reasoning it wrote is given again, and the answer behind `####` is generated
+Method. The host solves the problems untouched. The reasoning it wrote is given again, and the answer after `####` is generated
 while the first n heads of a ranking work no more at the tokens of question and reasoning, and in the place of each stands the
 donor's head of the same rank. A transplanted head is given x A, where x is the host's residual stream before the block; its
 queries, its own keys and values, its rotary embedding, scale and window are the donor's; what it would add to the donor's stream
 goes through B into the host's (`transplant` has the details). A and B are fitted on paired residual streams of
---fit_problems problems, which are then left out of everything else: ridge regression, or a Procrustes rotation with a scale. R2
+--fit_problems problems, which are then skipped by everything else: ridge regression, or a Procrustes rotation with a scale. R2
 is of problems kept out of the fit, at contexts that no fitted problem has. The donor must cut texts into the same tokens.
 
-Conditions: zero, nothing comes in the heads' place; self, their own heads are transplanted with identity maps, which must change
+Conditions: zero, nothing replaces the heads; self, their own heads are transplanted with identity maps, which must change
 nothing; transplant; without_maps, the donor's heads with the streams as they are, where the two models have the same width and
 head size. The control is random heads: of the donor's same layers, in each place another head than the one that is meant for it.
 
@@ -35,393 +35,213 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from annotated_types import Ge, Gt, Lt
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelcards import dimensions, n_heads, n_layers, n_positions
-from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.files import write_csv
-from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.heads.lag import rank_heads
-from pyvene_ext.methods.heads.scores import read_head_scores
-from pyvene_ext.methods.reasoning.block_scores import Score, block_scores
-from pyvene_ext.methods.reasoning.block_scores import check_model as check_scores
-from pyvene_ext.methods.reasoning.evaluate import Evaluation, evaluate
-from pyvene_ext.methods.reasoning.transplant import (
-    Layers,
-    Maps,
-    Method,
-    Paired,
-    Transplant,
-    fit_maps,
-    pair_texts,
-    transplanted,
-)
-from pyvene_ext.models.devices import choose_device, is_main_process
-from pyvene_ext.models.identity import config_hash, weight_hash
-from pyvene_ext.models.latent_steps import format_of
-from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.problems import Questions, as_text
-from pyvene_ext.runs import figures
-from pyvene_ext.runs.facts import metadata
-from pyvene_ext.stats.controls import Head, mcnemar_p, verdict
-from pyvene_ext.stats.intervals import Interval
+import pyvene_ext as px
 
-# Also as a script, this folder's files import one another as what they are: modules of the package critical_heads.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from critical_heads import setting as common
+    from pyvene_ext.runs.reasoning import Setting
+    from pyvene_ext.runs.transplants import Host
 
 Row = dict[str, Any]
-Heads = tuple[Head, ...]
-COLOURS = {"zero": figures.GREY, "transplant": figures.BLUE, "without_maps": figures.GREEN, "self": figures.PINK}
-LABELS = {"zero": "nothing in their place", "transplant": "the donor's heads", "self": "their own heads (control)"}
-LABELS |= {"without_maps": "the donor's heads without maps"}
+Heads = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Config(common.Flags):
-    donor: str = "tiny-llama3.1"
+class Config(px.flags.Problems, px.flags.Ranking):
+    donor: px.flags.ModelName = "tiny-llama3.1"
     """the model whose heads are transplanted; named as --models are, which are the hosts"""
-    heads: tuple[str, ...] = ()
+    heads: px.flags.EachOnce[px.flags.Head] = ()
     """heads of the host, as layer.head, the first one first; by default those of the ranking"""
-    donor_heads: tuple[str, ...] = ()
+    donor_heads: tuple[px.flags.Head, ...] = ()
     """heads of the donor, each for the place of the head at its place in --heads or in the ranking"""
-    by: Score = "flow"
-    """which score ranks the heads, where neither heads nor a file are given"""
-    rankings: tuple[str, ...] = ()
-    """for each host a CSV scores,layer,head, such as rank_heads.py writes"""
     donor_ranking: str | None = None
-    """the same for the donor"""
-    n_heads: tuple[int, ...] = ()
+    """as --rankings, for the donor"""
+    n_heads: Annotated[tuple[px.flags.Count, ...], px.io.Ascending()] = ()
     """how many heads to replace, one number after the other; by default 1 2 4 6, or all that are named"""
-    method: Method = "ridge"
+    method: Literal["ridge", "procrustes"] = "ridge"
     """how the maps are fitted"""
-    alpha: float | None = None
+    alpha: Annotated[float, Gt(0)] | None = None
     """the penalty of ridge; by default a small one, for which there must be more tokens than dimensions"""
-    fit_problems: int = 100
+    fit_problems: Annotated[int, Ge(2)] = 100
     """problems with reasoning that the maps are fitted and tested on; the others are solved"""
-    test_share: float = 0.25
+    test_share: Annotated[float, Gt(0), Lt(1)] = 0.25
     """how many of these are for the test"""
-    random_sets: int = 20
+    random_sets: Annotated[int, Ge(0)] = 20
     """sets of random heads of the donor; 0 for none"""
 
+    def check_flags(self) -> None:
+        super().check_flags()
+        px.flags.check_rankings(self.rankings, self.models)
+        if self.heads and self.rankings:
+            raise ValueError("--heads and --rankings were both given; give one of them.")
+        if self.donor_heads and self.donor_ranking:
+            raise ValueError("--donor_heads and --donor_ranking were both given; give one of them.")
+        if self.heads and self.donor_heads and len(self.heads) != len(self.donor_heads):
+            raise ValueError(
+                f"--heads names {len(self.heads)} heads and --donor_heads {len(self.donor_heads)}; give each place its head."
+            )
+        for flag in ("heads", "donor_heads"):
+            if 0 < (named := len(getattr(self, flag))) < self.levels[-1]:
+                raise ValueError(f"--n_heads asks for {self.levels[-1]} heads and --{flag} names {named}.")
 
-@dataclass(frozen=True)
-class Study:
-    """One host, with the donor's heads that are to come into it."""
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """How many heads are replaced, one number after the other."""
+        chosen = self.heads or self.donor_heads
+        return self.n_heads or ((len(chosen),) if chosen else (1, 2, 4, 6))
 
-    setting: common.Setting
-    config: Config
-    donor: PreTrainedModel
-    pairs: tuple[tuple[Head, Head], ...]
-    random: list[Heads]
-    maps: dict[Layers, Maps]
-    depends_on: Row
+    def host_heads(self, number: int, model: PreTrainedModel) -> Heads:
+        """As many heads of a host as are replaced at most; none where they are still to be ranked."""
+        name = Path(self.models[number]).name
+        return px.reasoning.given_heads(model, name, self.levels[-1], self.heads, self.ranking_of(number))
 
-    def transplants(self, heads: Sequence[Head], n: int, mapped: bool = True) -> list[Transplant]:
-        """These heads of the donor in the first n places."""
-        return [
-            Transplant(place, self.donor, head, self.maps[place[0], head[0]] if mapped else None)
-            for (place, _), head in zip(self.pairs[:n], heads[:n], strict=True)
-        ]
-
-    def run(self, condition: str, transplants: Sequence[Transplant], without: Sequence[Head] = ()) -> Evaluation:
-        """The answers under a condition; kept between runs."""
-        setting, config = self.setting, self.config
-        key = {
-            **self.depends_on,
-            "condition": condition,
-            "transplants": [[*one.head, *one.donor_head] for one in transplants],
-            "without": [list(head) for head in without],
-            "new": config.answer_tokens,
-            "prompts": setting.questions.prompts.hash,
-        }
-
-        def measure() -> Evaluation:
-            with transplanted(setting.model, transplants, without=without):
-                return evaluate(
-                    setting.model,
-                    setting.tokenizer,
-                    setting.questions,
-                    max_new_tokens=config.answer_tokens,
-                    batch_size=config.batch_size,
-                )
-
-        return setting.results.get(key, measure)
+    def given_donor_heads(self, donor: PreTrainedModel) -> Heads:
+        """The same for the donor."""
+        name, wanted = Path(self.donor).name, self.levels[-1]
+        return px.reasoning.given_heads(donor, name, wanted, self.donor_heads, self.donor_ranking, "donor_heads")
 
 
 def main(config: Config) -> None:
-    # What is run.
-    check_flags(config)
-    folder = common.folder_of(config, f"transplant_head/{Path(config.donor).name}")
-    problems = common.find_problems(config)
-    donor, tokenizer = load_model(config.donor, dtype=config.dtype, device=choose_device(config.device))
-    check_model(donor, donor_heads(config, donor))
+    study = f"critical_heads/transplant_head/{Path(config.donor).name}"
+    run = px.RunFolder(config, study, config.problems, *config.models)
+    problems = px.reasoning.find_problems(config)
+    donor, tokenizer = config.load(config.donor)
+    if not config.given_donor_heads(donor):
+        px.methods.check_scores(donor)
 
-    # One host after the other.
+    # Each host answers after the reasoning it wrote, with the donor's heads in the place of its own.
     rows: list[Row] = []
     randoms: list[Row] = []
     fits: list[Row] = []
     facts: Row = {}
     for number, name in enumerate(config.models):
-
-        def check(_: str, model: PreTrainedModel, number: int = number) -> None:
-            check_model(model, host_heads(config, number, model))
-            if (form := format_of(model)) is not None and format_of(donor) != form:
-                raise ValueError(
-                    f"{Path(config.models[number]).name} thinks in latent steps that {Path(config.donor).name} does not know; "
-                    "use a donor with the same ones."
-                )
-
-        setting = common.prepare(config, name, problems, folder, check)
-        study = prepare(config, number, setting, donor, tokenizer)
-        found, of_random = transplants(study)
-        rows, randoms, fits = rows + found, randoms + of_random, fits + fits_of(study)
-        pairs = [f"{common.in_short(place)} <- {common.in_short(head)}" for place, head in study.pairs]
-        counted = {**setting.facts, "solved": len(study.setting.questions), "heads": pairs}
-        facts[setting.name] = metadata(setting.model, **counted, **study.depends_on)
-        del setting, study  # more than two models need not fit in memory together
-
-    if not is_main_process():
+        setting = px.reasoning.prepare(
+            config, name, problems, run.unfinished, partial(check_host, config, number, donor)
+        )
+        host = prepare(config, number, setting, donor, tokenizer)
+        found, of_random = transplant(config, host)
+        rows, randoms, fits = rows + found, randoms + of_random, fits + host.fits
+        facts[setting.name] = px.metadata(setting.model, **setting.facts, **host.facts)
+        del setting, host  # more than two models need not fit in memory together
+    if not px.is_main_process():
         return
 
-    # The files.
-    verdicts = verdicts_of(rows, config)
-    with common.written(folder, config, {"models": facts, "verdicts": verdicts}):
-        figures.save(figure(rows, config), folder / "figures/accuracy.png")
-        write_csv(folder / "transplants.csv", rows)
-        wide = [{**row, "model": f"{row['model']}_{row['condition']}"} for row in rows]
-        write_csv(folder / "accuracy.csv", common.side_by_side(wide, "n_heads", "acc", "accuracy"))
-        write_csv(folder / "maps.csv", fits)
-        if randoms:
-            write_csv(folder / "random_sets.csv", randoms)
+    # Whether the donor's heads do the work of those that they replace, and more of it than random heads.
+    verdicts = verdicts_of(rows)
 
     print(summary(config, facts, fits, rows, verdicts))
-    print(f"\nwritten:\n  {folder}/ (tables, figure, config, summary)")
+    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv",)):
+        run.figure("accuracy", px.figures.transplant_curves(rows))
+        run.table("transplants", rows)
+        wide = [{**row, "model": f"{row['model']}_{row['condition']}"} for row in rows]
+        run.table("accuracy", px.stats.side_by_side(wide, "n_heads", "acc", "accuracy"))
+        run.table("maps", fits)
+        if randoms:
+            run.table("random_sets", randoms)
 
 
-# -- what is asked for -------------------------------------------------------------------------------------------------
+# -- hosts, heads and maps ---------------------------------------------------------------------------------------------
 
 
-def check_flags(config: Config) -> None:
-    """Raise ValueError for flags that make no sense."""
-    common.check_flags(config)
-    common.check_heads(config.heads)
-    common.check_heads(config.donor_heads, "donor_heads", once=False)
-    if config.heads and config.rankings:
-        raise ValueError("--heads and --rankings were both given; give one of them.")
-    if config.donor_heads and config.donor_ranking:
-        raise ValueError("--donor_heads and --donor_ranking were both given; give one of them.")
-    common.check_rankings(config.rankings, config)
-    if config.heads and config.donor_heads and len(config.heads) != len(config.donor_heads):
+def check_host(config: Config, number: int, donor: PreTrainedModel, name: str, host: PreTrainedModel) -> None:
+    """Raise ValueError for heads that the host has not or that cannot be ranked, and for latent steps that the donor lacks."""
+    if not config.host_heads(number, host):
+        px.methods.check_scores(host)
+    form = px.models.format_of(host)
+    if form is not None and px.models.format_of(donor) != form:
         raise ValueError(
-            f"--heads names {len(config.heads)} heads and --donor_heads {len(config.donor_heads)}; give each place its head."
+            f"{name} thinks in latent steps that {Path(config.donor).name} does not know; use a donor with the same ones."
         )
-    levels = list(numbers(config))
-    if levels[0] < 1 or levels != sorted(set(levels)):
-        raise ValueError(f"--n_heads takes ascending numbers of heads from 1 on, not {' '.join(map(str, levels))}.")
-    for flag in ("heads", "donor_heads"):
-        if 0 < len(getattr(config, flag)) < levels[-1]:
-            raise ValueError(f"--n_heads asks for {levels[-1]} heads and --{flag} names {len(getattr(config, flag))}.")
-    for flag, least in (("fit_problems", 2), ("random_sets", 0)):
-        if (value := getattr(config, flag)) < least:
-            raise ValueError(f"--{flag} must be {least} or more, not {value}.")
-    if not 0 < config.test_share < 1:
-        raise ValueError(f"--test_share must lie between 0 and 1, not be {config.test_share}.")
-    if config.alpha is not None and not 0 < config.alpha < math.inf:
-        raise ValueError(f"--alpha must be above 0, not {config.alpha}.")
-
-
-def check_model(model: PreTrainedModel, heads: Heads | None) -> None:
-    """Raise ValueError for heads that are to be ranked and cannot be."""
-    if heads is None:
-        check_scores(model)
-
-
-def numbers(config: Config) -> tuple[int, ...]:
-    """How many heads are replaced, one number after the other."""
-    chosen = config.heads or config.donor_heads
-    return config.n_heads or ((len(chosen),) if chosen else (1, 2, 4, 6))
-
-
-def host_heads(config: Config, number: int, model: PreTrainedModel) -> Heads | None:
-    path = config.rankings[number] if config.rankings else None
-    return given_heads(config, config.models[number], model, "heads", path)
-
-
-def donor_heads(config: Config, donor: PreTrainedModel) -> Heads | None:
-    return given_heads(config, config.donor, donor, "donor_heads", config.donor_ranking)
-
-
-def given_heads(
-    config: Config, name: str, model: PreTrainedModel, flag: Literal["heads", "donor_heads"], path: str | None
-) -> Heads | None:
-    """As many heads of a model as are replaced at most, from a file or a flag; None where they are still to be ranked.
-
-    Raises ValueError for heads that the model has not.
-    """
-    layers, heads, most = n_layers(model.config), n_heads(model.config), numbers(config)[-1]
-    name = Path(name).name
-    if most > layers * heads:
-        raise ValueError(f"--n_heads asks for {most} heads and {name} has {layers * heads}; ask for fewer.")
-    if path is not None:
-        return rank_heads(read_head_scores(path, model.config), "full", layers, most)
-    return common.heads_of(getattr(config, flag), name, model, flag)[:most] or None
 
 
 def prepare(
-    config: Config, number: int, setting: common.Setting, donor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Study:
-    """Which of the donor's heads come into which places, and the maps, fitted on problems that are then left out."""
-    everything = setting.questions
-    if len(everything) < config.fit_problems + 2:
-        raise ValueError(
-            f"{setting.name} reasons about {len(everything)} problems; --fit_problems {config.fit_problems} leaves fewer than "
-            "the two that an interval needs."
-        )
-    same = tokenizer.get_vocab() == setting.tokenizer.get_vocab()
-    longest, context = max(map(len, everything.prompts.input_ids)), n_positions(donor.config)
-    if longest > context:
-        raise ValueError(
-            f"a problem with its reasoning has {longest} tokens and {config.donor} takes {context}; use another donor, or a "
-            "smaller --max_new_tokens."
-        )
-    ranked = host_heads(config, number, setting.model) or top(setting.model, everything, config)
-    heads = donor_heads(config, donor)
-    if heads is None and not same:
-        raise ValueError(
-            f"{config.donor} has another vocabulary than {setting.name}, so that its heads cannot be ranked on the same tokens; "
-            "name --donor_heads or a --donor_ranking."
-        )
-    pairs = tuple(zip(ranked, heads or top(donor, everything, config), strict=True))
-    random = random_heads(config, pairs, n_heads(donor.config))
-
-    fitted = everything.take(range(config.fit_problems))
-    texts = [as_text(ids, setting.tokenizer) for ids in fitted.prompts.input_ids]
-    paired = Paired(fitted.prompts, fitted.prompts) if same else pair_texts(texts, setting.tokenizer, tokenizer)
-    maps = fit_maps(
-        setting.model,
+    config: Config, number: int, setting: Setting, donor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Host:
+    """Which of the donor's heads come into which places, and the maps."""
+    return px.runs.transplants.prepare(
+        setting,
         donor,
-        paired,
-        [(place[0], head[0]) for place, head in pairs],
+        config.donor,
+        tokenizer,
+        host_heads=config.host_heads(number, setting.model),
+        donor_heads=config.given_donor_heads(donor),
+        wanted=config.levels[-1],
+        by=config.by,
+        random_sets=config.random_sets,
+        fit_problems=config.fit_problems,
         method=config.method,
         alpha=config.alpha,
         test_share=config.test_share,
-        seed=config.seed,
-        batch_size=config.batch_size,
     )
-    solved = range(config.fit_problems, len(everything))
-    depends_on = {
-        "donor": config.donor,
-        "donor weights": weight_hash(donor),
-        "donor config": config_hash(donor),
-        "maps": {
-            "fitted on": paired.host.hash,
-            **{name: getattr(config, name) for name in ("method", "alpha", "test_share", "seed")},
-        },
-    }
-    some = replace(setting, questions=everything.take(solved), clean=setting.clean.take(solved))
-    return Study(some, config, donor, pairs, random, maps, depends_on)
 
 
-def top(model: PreTrainedModel, questions: Questions, config: Config) -> Heads:
-    """The first heads by their scores inside the block of reasoning."""
-    scores = block_scores(model, questions, batch_size=config.batch_size)
-    return common.top_heads(scores.of(config.by), numbers(config)[-1])
+# -- measurement and statistics ----------------------------------------------------------------------------------------
 
 
-def random_heads(config: Config, pairs: Sequence[tuple[Head, Head]], heads: int) -> list[Heads]:
-    """Sets of other heads of the donor: of the same layers, each once, none where it is the one meant for the place."""
-    draw = rng(config.seed, "random donor heads")
-    by_layer: dict[int, list[int]] = defaultdict(list)
-    for at, (_, (layer, _)) in enumerate(pairs):
-        by_layer[layer].append(at)
-    for layer, places in by_layer.items():
-        if config.random_sets and (
-            heads == 1 or len({pairs[at][1] for at in places}) < len(places) or len(places) > heads
-        ):
-            raise ValueError(
-                f"there are no random heads to put in place of those of the donor's layer {layer}: it has {heads}, and "
-                f"{len(places)} places take one from it; give each place another head, or take --random_sets 0."
-            )
-    sets: list[Heads] = []
-    while len(sets) < config.random_sets:
-        chosen: dict[int, Head] = {}
-        for layer, places in by_layer.items():
-            while not all(at in chosen and chosen[at] != pairs[at][1] for at in places):
-                drawn = draw.choice(heads, len(places), replace=False)
-                chosen |= {at: (layer, int(head)) for at, head in zip(places, drawn, strict=True)}
-        sets.append(tuple(chosen[at] for at in range(len(pairs))))
-    return sets
-
-
-# -- what is found -----------------------------------------------------------------------------------------------------
-
-
-def transplants(study: Study) -> tuple[list[Row], list[Row]]:
+def transplant(config: Config, host: Host) -> tuple[list[Row], list[Row]]:
     """Every number of heads under every condition, and every random set."""
-    config, setting = study.config, study.setting
-    places, heads = zip(*study.pairs, strict=True)
-    own = [Transplant(place, setting.model, place) for place in places]
-    sets, unmapped = study.random, fits_as_it_is(study)
+    setting = host.setting
+    places, heads = zip(*host.pairs, strict=True)
+    sets, unmapped = host.random, host.same_sizes
     rows: list[Row] = []
     randoms: list[Row] = []
-    total = len(numbers(config)) * (3 + unmapped + len(sets))
-    with tqdm(total=total, desc=setting.name, unit="set", disable=not is_main_process()) as bar:
+    total = len(config.levels) * (3 + unmapped + len(sets))
+    with tqdm(total=total, desc=setting.name, unit="set", disable=not px.is_main_process()) as bar:
 
-        def run(*args: Any) -> Evaluation:
+        def run(*args: Any) -> px.methods.Evaluation:
             bar.update()
-            return study.run(*args)
+            return host.run(*args)
 
-        for n in numbers(config):
+        for n in config.levels:
             zero = run("zero", [], places[:n])
-            found = {"zero": zero, "self": run("self", own[:n])}
+            found = {"zero": zero, "self": run("self", host.own(n))}
             if unmapped:
-                found["without_maps"] = run("without_maps", study.transplants(heads, n, mapped=False))
-            found["transplant"] = run("transplant", study.transplants(heads, n))
-            others = {some[:n]: run("transplant", study.transplants(some, n)) for some in sets}
+                found["without_maps"] = run("without_maps", host.transplants(heads, n, mapped=False))
+            found["transplant"] = run("transplant", host.transplants(heads, n))
+            others = {some[:n]: run("transplant", host.transplants(some, n)) for some in sets}
             for condition, answers in found.items():
                 controls = list(others.values()) if condition == "transplant" else []
-                rows.append(row_of(study, n, condition, answers, zero, controls))
+                rows.append(row_of(config, host, n, condition, answers, zero, controls))
             for some, answers in others.items():
                 drop = 100 * (setting.clean.accuracy - answers.accuracy)
-                names = " ".join(map(common.in_short, some))
+                names = " ".join(map(px.stats.head_label, some))
                 about = {"model": setting.name, "n_heads": n, "donor_heads": names, "drop": drop}
                 randoms.append({**about, "unparsed": int((~answers.parsed).sum())})
     return rows, randoms
 
 
-def fits_as_it_is(study: Study) -> bool:
-    """Whether the donor's heads can also be transplanted without maps."""
-    sizes = [dimensions(model.config) for model in (study.setting.model, study.donor)]
-    return all(sizes[0][name] == sizes[1][name] for name in ("d_model", "d_head"))
-
-
 def row_of(
-    study: Study, n: int, condition: str, answers: Evaluation, zero: Evaluation, others: Sequence[Evaluation]
+    config: Config,
+    host: Host,
+    n: int,
+    condition: str,
+    answers: px.methods.Evaluation,
+    zero: px.methods.Evaluation,
+    others: Sequence[px.methods.Evaluation],
 ) -> Row:
     """One number of heads under one condition: accuracy in percent, its loss in points."""
-    seed, clean = study.config.seed, study.setting.clean
-    accuracy = common.accuracy(answers.correct)
-    drop = common.drop_of(clean.correct, answers.correct, seed, condition, n)
-    gain = common.drop_of(answers.correct, zero.correct, seed, condition, n, "gain")
+    seed, clean = config.seed, host.setting.clean
+    accuracy = px.stats.percent_correct(answers.correct)
+    drop = px.stats.accuracy_drop(clean.correct, answers.correct, seed, condition, n)
+    gain = px.stats.accuracy_drop(answers.correct, zero.correct, seed, condition, n, "gain")
     row: Row = {
-        "model": study.setting.name,
-        "donor": Path(study.config.donor).name,
+        "model": host.setting.name,
+        "donor": Path(config.donor).name,
         "n_heads": n,
         "condition": condition,
-        "heads": " ".join(common.in_short(place) for place, _ in study.pairs[:n]),
-        "donor_heads": " ".join(common.in_short(head) for _, head in study.pairs[:n]),
+        "heads": " ".join(px.stats.head_label(place) for place, _ in host.pairs[:n]),
+        "donor_heads": " ".join(px.stats.head_label(head) for _, head in host.pairs[:n]),
         "problems": len(answers),
         "accuracy": accuracy.mean,
         "low": accuracy.low,
@@ -429,9 +249,9 @@ def row_of(
         "unparsed": int((~answers.parsed).sum()),
         "changed": sum(a != b for a, b in zip(answers.ids, clean.ids, strict=True)),
         "clean_accuracy": 100 * clean.accuracy,
-        **common.of_interval("drop", drop),
-        "mcnemar_p": mcnemar_p(clean.correct, answers.correct),
-        **common.of_interval("gain", gain),
+        **px.stats.interval_columns("drop", drop),
+        "mcnemar_p": px.stats.mcnemar_p(clean.correct, answers.correct),
+        **px.stats.interval_columns("gain", gain),
         "random_sets": len(others),
     }
     names = (
@@ -446,45 +266,36 @@ def row_of(
     row |= dict.fromkeys(names, math.nan)
     if others:
         of_random = np.array([100 * other.accuracy for other in others])
-        excess = common.drop_of(answers.correct, np.mean([other.correct for other in others], 0), seed, n, "excess")
-        share = (1 + int((of_random >= accuracy.mean - 1e-9).sum())) / (1 + len(others))
+        excess = px.stats.accuracy_drop(
+            answers.correct, np.mean([other.correct for other in others], 0), seed, n, "excess"
+        )
+        share = px.stats.share_as_large(accuracy.mean, of_random)
         values = (of_random.mean(), of_random.min(), of_random.max(), *excess, share)
         row |= {name: float(value) for name, value in zip(names, values, strict=True)}
     return row
 
 
-def interval_in(row: Row, name: str) -> Interval:
-    return Interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+# -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def fits_of(study: Study) -> list[Row]:
-    """One row a map."""
-    return [
-        {"model": study.setting.name, "host_layer": host, "donor_layer": donor, "map": name, **fit.as_dict()}
-        for (host, donor), maps in study.maps.items()
-        for name, fit in (("A", maps.into.fit), ("B", maps.back.fit))
-        if fit is not None
-    ]
-
-
-def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
+def verdicts_of(rows: Sequence[Row]) -> list[str]:
     """Two lines a model and number of heads: what they are needed for, and whether the donor's do it."""
     found = {(row["model"], row["n_heads"], row["condition"]): row for row in rows}
     lines = []
     for model, n in dict.fromkeys((row["model"], row["n_heads"]) for row in rows):
         zero, moved, own = (found[model, n, condition] for condition in ("zero", "transplant", "self"))
-        drops = {name: interval_in(row, "drop") for name, row in (("zero", zero), ("moved", moved))}
-        gain, excess = interval_in(moved, "gain"), interval_in(moved, "excess")
+        drops = {name: px.stats.interval_in(row, "drop") for name, row in (("zero", zero), ("moved", moved))}
+        gain, excess = px.stats.interval_in(moved, "gain"), px.stats.interval_in(moved, "excess")
         line = (
-            f"{model}, {n} head{'s' * (n > 1)}: nothing in their place costs {common.in_words(drops['zero'])}: "
-            f"{verdict(drops['zero'])}; those of {moved['donor']} cost {common.in_words(drops['moved'])}: "
-            f"{verdict(drops['moved'])}; that gives back {common.in_words(gain)}"
+            f"{model}, {n} head{'s' * (n > 1)}: nothing in their place costs {px.stats.in_points(drops['zero'])}: "
+            f"{px.stats.verdict(drops['zero'])}; those of {moved['donor']} cost {px.stats.in_points(drops['moved'])}: "
+            f"{px.stats.verdict(drops['moved'])}; that gives back {px.stats.in_points(gain)}"
         )
         as_good = round(moved["share_as_good"] * (1 + moved["random_sets"])) - 1 if moved["random_sets"] else 0
         if moved["random_sets"]:
             line += (
-                f", and is {common.in_words(excess)} beyond random heads of the donor, {as_good} of {moved['random_sets']} sets "
-                "being as good"
+                f", and is {px.stats.in_points(excess)} beyond random heads of the donor, {as_good} of {moved['random_sets']} "
+                "sets being as good"
             )
         if gain.low <= 0:
             line += ": not shown to do any of their work"
@@ -499,42 +310,11 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
     return lines
 
 
-@matplotlib.rc_context(figures.STYLE)
-def figure(rows: Sequence[Row], config: Config) -> Figure:
-    """Accuracy by the number of heads, a line a condition, a panel a model; the random sets as their mean and range."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    drawing = Figure(figsize=(1.4 + 4.4 * len(models), 3.8))
-    panels = drawing.subplots(1, len(models), sharey=True, squeeze=False)[0]
-    for axes, model in zip(panels, models, strict=True):
-        mine = [row for row in rows if row["model"] == model]
-        axes.axhline(mine[0]["clean_accuracy"], color="black", linewidth=0.8, linestyle="--", label="untouched")
-        for condition in dict.fromkeys(row["condition"] for row in mine):
-            some = [row for row in mine if row["condition"] == condition]
-            x, y = (np.array([row[key] for row in some]) for key in ("n_heads", "accuracy"))
-            ends = [y - [row["low"] for row in some], [row["high"] for row in some] - y]
-            colour, mark = COLOURS[condition], "D:" if condition == "self" else "o-"
-            axes.errorbar(x, y, ends, fmt=mark, color=colour, markersize=4, capsize=2, label=LABELS[condition])
-            if some[0]["random_sets"]:
-                mean, least, most = (
-                    [row[f"random_{key}"] for row in some] for key in ("accuracy", "lowest", "highest")
-                )
-                axes.fill_between(x, least, most, color=figures.ORANGE, alpha=0.15, linewidth=0)
-                axes.plot(
-                    x, mean, "s:", color=figures.ORANGE, markersize=3, label="random heads of the donor, mean and range"
-                )
-        axes.set(title=f"{model} with heads of {mine[0]['donor']}", xlabel="heads replaced", ylim=(-3, 103))
-        axes.set_xticks(numbers(config))
-        axes.grid(axis="y")
-    panels[0].set_ylabel("accuracy (%, 95% interval)")
-    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return drawing
-
-
 def summary(config: Config, facts: Row, fits: Sequence[Row], rows: Sequence[Row], verdicts: Sequence[str]) -> str:
     """What the terminal shows."""
     lines = []
     for model, found in facts.items():
-        lines.append(common.counts(model, found))
+        lines.append(px.reasoning.counts(model, found))
         lines.append(f"maps fitted on {config.fit_problems} of these; the {found['solved']} others are solved")
         lines.append(f"heads: {', '.join(found['heads'])}")
         for fit in (fit for fit in fits if fit["model"] == model):
@@ -556,8 +336,8 @@ def summary(config: Config, facts: Row, fits: Sequence[Row], rows: Sequence[Row]
                 line += f"  {row['random_accuracy']:.1f}% [{row['random_lowest']:.1f}, {row['random_highest']:.1f}]"
             lines.append(line)
         lines.append("")
-    return "\n".join([*lines, "verdicts (drop above 10 points: causal, below 2: redundant)", *verdicts])
+    return "\n".join([*lines, px.reasoning.VERDICTS, *verdicts])
 
 
 if __name__ == "__main__":
-    sys.exit(run_study(main, Config))
+    sys.exit(px.io.run(main, Config))

@@ -395,8 +395,8 @@ Answer: | <<7+5=12>> <<12-3=9>> #### 9 |
 
 QWEN_TOKENIZER = (
     "",
-    "`tokenizer_config.json` has an empty `auto_map`: without one, AutoTokenizer replaces the tokenizer of every Qwen2 folder by "
-    "Qwen's own byte-pair encoding. With `trust_remote_code=True` it would look for code, of which there is none, and fail.",
+    "`tokenizer_config.json` has an empty `auto_map`: without it, AutoTokenizer replaces the tokenizer of every Qwen2 folder by "
+    "Qwen's own byte-pair encoding. Loading with `trust_remote_code=True` fails, because there is no code to load.",
 )
 
 
@@ -413,11 +413,11 @@ def model_card(name: str, model: PreTrainedModel, evaluation: dict) -> str:
         "MLP size": config.intermediate_size,
         "embeddings": "tied" if config.tie_word_embeddings else "not tied",
         "positions": f"{config.max_position_embeddings}, {json.dumps(config.rope_parameters)}",
-        "vocabulary": f"{config.vocab_size} words, numbers and marks",
+        "vocabulary": f"{config.vocab_size} words, numbers and punctuation marks",
     }
     if config.model_type == "gemma2":
         facts["attention"] = (
-            f"layers in turn sliding ({config.sliding_window} tokens) and full; soft-caps {config.attn_logit_softcapping} "
+            f"alternating sliding ({config.sliding_window} tokens) and full layers; soft-caps {config.attn_logit_softcapping} "
             f"(scores, eager attention only) and {config.final_logit_softcapping} (logits)"
         )
     accuracy = evaluation["accuracy"]
@@ -426,8 +426,8 @@ def model_card(name: str, model: PreTrainedModel, evaluation: dict) -> str:
         [
             f"# {name}",
             "",
-            "A tiny trained model with real circuits, for demonstrations and tests. It knows six tasks over a few hundred words "
-            "and nothing else.",
+            "A tiny trained model with real circuits, for demonstrations and tests. It was trained on six tasks over a few "
+            "hundred words, and can do nothing else.",
             "",
             "| | |",
             "|---|---|",
@@ -440,15 +440,16 @@ def model_card(name: str, model: PreTrainedModel, evaluation: dict) -> str:
             "|---|---|---|",
             *(f"| `{task}` | {accuracy[task]:.4f} | {REQUIRED[task]} |" for task in TASK_NAMES),
             "",
-            f"{evaluation['prompts_per_task']} fresh prompts a task; one prompt in ten, by a hash of its text, was never trained "
-            "on. IOI: the name is the most likely of all tokens at the last position. Translation and arithmetic: the greedily "
-            "generated text equals the whole answer. Repeated: share of the predictable tokens of the second block that are "
-            "the most likely. What is held out are combinations: every word, and every sum such as 7+5, occurs in training.",
+            f"{evaluation['prompts_per_task']} held-out prompts a task: one prompt in ten, chosen by a hash of its text, is "
+            "excluded from training. IOI: the name is the most likely of all tokens at the last position. Translation and "
+            "arithmetic: the greedily generated text equals the whole answer. Repeated: share of the predictable tokens of the "
+            "second block that get the highest probability. Only combinations are held out: every word, and every sum such as "
+            "7+5, occurs in training.",
             "",
             "## Tokenizer",
             "",
-            "Word-level, shared by the three tiny models. `<bos>` is put first (leave it out with `add_special_tokens=False`); "
-            '" Lisa" and "Lisa" are the same token; marks are tokens of their own; Chinese words are found without spaces; '
+            "Word-level, shared by the three tiny models. `<bos>` is prepended (omit it with `add_special_tokens=False`); "
+            '" Lisa" and "Lisa" are the same token; punctuation marks are separate tokens; Chinese words need no spaces; '
             "numbers up to 30 are one token each; padding is on the left.",
             *(QWEN_TOKENIZER if config.model_type == "qwen2" else ()),
             "",
@@ -457,14 +458,14 @@ def model_card(name: str, model: PreTrainedModel, evaluation: dict) -> str:
             f"Seed {evaluation['seed']}, {recipe['steps']} steps, each of {shares}; the longest repeated block grows from "
             f"{BLOCK_SIZES[0]} tokens to {BLOCK_SIZES[1]} over the first {recipe['growth']:.0%} of the steps; AdamW, learning "
             f"rate {recipe['learning_rate']}, {recipe['warmup']} steps of warm-up, cosine decay; {evaluation['cpu_minutes']} "
-            f"processor minutes on {evaluation['threads']} thread(s). Loss by task in `loss.csv`:",
+            f"CPU minutes on {evaluation['threads']} thread(s). Loss by task in `loss.csv`:",
             "",
             "![training loss](loss.png)",
             "",
             f"    python experiments/tiny/train_tiny_models.py --model {name}",
             "",
             f"reproduces it (torch {evaluation['versions']['torch']}, transformers {evaluation['versions']['transformers']}). "
-            "The weights are the same bit for bit only on the same processor, torch version and number of threads.",
+            "The weights are reproduced bit for bit only on the same processor, torch version and number of threads.",
             "",
         ]
     )

@@ -1,4 +1,4 @@
-"""pyvene's IntervenableModel, checked and exact: locations, generation, intervention classes, statistics collected through it.
+"""pyvene's IntervenableModel, checked and exact: locations, generation, intervention classes, activation statistics.
 
-What a kind of intervention means belongs in `specs`; how many are run at once belongs in `engine`.
+What a kind of intervention means belongs in `specs`; how many run at once belongs in `engine`.
 """

@@ -1,7 +1,7 @@
-"""What pyvene accepts in silence and we refuse with one sentence: configs and unit locations.
+"""Checks of configs and unit locations that pyvene would silently accept.
 
-pyvene reads locations in many short forms, some of which mean different things to different interventions. `resolve_locations`
-turns every form into one, nested lists of absolute columns, after checking each number against the model and the batch.
+pyvene takes locations in many short forms, some of which mean different things to different interventions. `resolve_locations`
+converts every form into one, nested lists of absolute columns, after checking each number against the model and the batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ Locations = list[Any]  # per key: [batch n] for one-level units, [[batch n_head]
 
 
 def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
-    """Refuse components, layers, units and groups that this model does not have or pyvene would misread."""
+    """Refuse components, layers, units and groups that this model does not have or that pyvene would misread.
+
+    Args:
+        config: the interventions.
+        model: the model.
+        card: its family's card.
+
+    Raises:
+        ValueError: says which representation is wrong and what to use instead.
+    """
     if not config.representations:
         raise ValueError("the config names no representation: give at least one RepresentationConfig.")
     if config.mode not in ("parallel", "serial"):
@@ -37,7 +46,7 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
         if "." in representation.component:
             if representation.component.rpartition(".")[2] not in ("input", "output"):
                 raise ValueError(f"the module path {representation.component!r} must end in .input or .output.")
-            continue  # the rest of a raw path is the user's own business
+            continue  # the rest of a raw path is up to the user
         component = card.component(model, representation.component)
         if type(representation.layer) is not int:
             raise ValueError(f"the layer of {component.name} must be a whole number, not {representation.layer!r}.")
@@ -60,24 +69,43 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
 
 
 def is_collect(representation: RepresentationConfig, kind: Any) -> bool:
-    """Whether a representation only reads."""
+    """Whether a representation only collects activations."""
     kind = type(representation.intervention) if representation.intervention is not None else kind
     return isinstance(kind, type) and issubclass(kind, CollectIntervention)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What locations are checked against: one tokenised batch."""
+    """The shape and padding of one tokenised batch, which locations are checked against.
+
+    Attributes:
+        name: what messages call it ("base", "source 0").
+        batch: the number of examples.
+        length: the number of columns, without cached ones.
+        past: the number of cached columns.
+        mask: 1 for real tokens, over this call's own columns; None without an attention mask.
+    """
 
     name: str
     batch: int
     length: int
     past: int
-    mask: list[list[int]] | None  # over this call's own columns
+    mask: list[list[int]] | None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], name: str) -> Inputs:
-        """Read the shape and the padding of a batch given to the model."""
+        """Read the shape and padding of a batch.
+
+        Args:
+            inputs: keyword arguments of the model's forward.
+            name: what messages call the batch.
+
+        Returns:
+            Its shape and padding.
+
+        Raises:
+            ValueError: not a tokenised batch, a mask of another shape, or a cache that is not a transformers Cache.
+        """
         tensors = [inputs.get(field) for field in ("input_ids", "inputs_embeds")] if isinstance(inputs, Mapping) else []
         tensor = next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim >= 2), None)
         if tensor is None:
@@ -93,14 +121,23 @@ class Inputs:
         rows = None
         if isinstance(mask, Tensor) and mask.ndim == 2:
             if mask.shape[0] != batch or mask.shape[1] < length:
-                raise ValueError(f"the attention_mask of {name} is {tuple(mask.shape)} for tokens {(batch, length)}.")
+                raise ValueError(
+                    f"the attention_mask of {name} is {tuple(mask.shape)} for tokens {(batch, length)}; give one value per token."
+                )
             rows = mask[:, mask.shape[1] - length :].bool().int().tolist()
         return cls(name, batch, length, past, rows)
 
 
 @dataclass(frozen=True)
 class Representation:
-    """One key of an intervenable model, as far as its locations go."""
+    """What the locations of one of an intervenable model's keys depend on.
+
+    Attributes:
+        component: pyvene's name of the component, or a raw module path.
+        unit: "pos", "h" or "h.pos".
+        layer: the layer, or None for a component without layers.
+        takes_source: whether the intervention needs a source.
+    """
 
     component: str
     unit: str
@@ -111,8 +148,8 @@ class Representation:
         return self.component if self.layer is None else f"{self.component} at layer {self.layer}"
 
 
-def all_of(place: Representation, config: Any, inputs: Inputs) -> Any:
-    """The locations that name every position, and every head where there are heads; None for a raw module path."""
+def everywhere(place: Representation, config: Any, inputs: Inputs) -> Any:
+    """The locations of every position, and of every head if the component has heads; None for a raw module path."""
     component = COMPONENTS.get(place.component)
     if component is None:
         return None
@@ -130,7 +167,7 @@ def check_unit_counts(
     interventions: Mapping[str, Any],
     representations: Mapping[str, RepresentationConfig],
 ) -> None:
-    """A trainable intervention has weights for so many units at once; give it as many places."""
+    """Raise ValueError if a trainable intervention gets another number of units than its weights are for."""
     for key, place, rows in zip(keys, places, locations or [], strict=False):
         if not isinstance(interventions[key], TrainableIntervention) or rows is None:
             continue
@@ -145,7 +182,7 @@ def check_unit_counts(
 
 
 def check_subspaces(subspaces: Any, interventions: Mapping[str, Any], batch: int) -> None:
-    """Refuse subspaces that pyvene mixes up: other ones in every example, in an intervention that sees units apart."""
+    """Refuse subspaces that pyvene mixes up: different ones per example, in an intervention that sees units separately."""
     if not isinstance(subspaces, list) or not any(isinstance(rows, list) for rows in subspaces):
         return
     for (key, intervention), rows in zip(interventions.items(), subspaces, strict=False):
@@ -157,7 +194,7 @@ def check_subspaces(subspaces: Any, interventions: Mapping[str, Any], batch: int
             )
         if isinstance(intervention, LocalistRepresentationIntervention) and any(row != rows[0] for row in rows):
             raise ValueError(
-                f"{key} ({intervention}) has other subspaces in every example, which pyvene mixes up across positions: give all "
+                f"{key} ({intervention}) has different subspaces per example, which pyvene mixes up across positions: give all "
                 "examples of a call the same."
             )
 
@@ -165,14 +202,18 @@ def check_subspaces(subspaces: Any, interventions: Mapping[str, Any], batch: int
 def resolve_locations(
     value: Any, key: str, places: Sequence[Representation], config: Any, base: Inputs, sources: Sequence[Inputs | None]
 ) -> tuple[Locations | None, Locations | None]:
-    """Turn one entry of pyvene's `unit_locations` into (source locations, base locations), one per place.
+    """Convert one entry of pyvene's `unit_locations` into nested lists of absolute columns.
 
     Args:
         value: an int, a flat list, a pair (source, base), or pyvene's nested lists.
         key: the entry's name: `base`, `sources->base`, or serial mode's `source_0->source_1` and so on.
-        places: the keys it speaks of.
+        places: the representations that the entry is about.
         config: the model's config, for head counts.
-        base, sources: the batches (one source a place; None where there is none).
+        base: the base batch.
+        sources: for each representation its source batch, or None.
+
+    Returns:
+        Source locations (None without sources) and base locations, one entry per representation.
 
     Raises:
         ValueError: says what is wrong, where, and how to write what was probably meant.
@@ -180,7 +221,7 @@ def resolve_locations(
     value = _plain(value)
     if value is None:
         raise ValueError(
-            f"the locations under {key!r} are None: list places, or leave unit_locations out for everything."
+            f"the locations under {key!r} are None: list places, or leave unit_locations out to intervene everywhere."
         )
     if _is_flat(value) and len(value) == 2 and not (isinstance(value, tuple) and key != "base"):
         raise ValueError(
@@ -239,7 +280,7 @@ def _one_place(place: Representation, locations: Any, config: Any, inputs: Input
     levels = place.unit.split(".")
     per_level = [locations] if len(levels) == 1 else locations
     if len(per_level) != len(levels):
-        raise ValueError(f"{place} needs [heads, positions] for its unit 'h.pos', got {len(per_level)} lists.")
+        raise ValueError(f"{place} needs [heads, positions] for its unit 'h.pos', not {len(per_level)} lists.")
     checked = []
     for level, rows in zip(levels, per_level, strict=True):
         if not isinstance(rows, list) or any(not _is_flat(row) or not isinstance(row, list) for row in rows):
@@ -254,8 +295,8 @@ def _one_place(place: Representation, locations: Any, config: Any, inputs: Input
             )
         if len({len(row) for row in rows}) > 1 or not rows[0]:
             raise ValueError(
-                f"the examples of {inputs.name} have {sorted({len(row) for row in rows})} places in {place}: give every example "
-                "the same number (at least one), or run them in separate calls."
+                f"the examples of {inputs.name} have {sorted({len(row) for row in rows})} locations in {place}: give every "
+                "example the same number (at least one), or run them in separate calls."
             )
         if level == "h":
             checked.append([[_head(head, place, config) for head in row] for row in rows])
@@ -305,12 +346,12 @@ def _columns(row: list[int], example: int, place: Representation, inputs: Inputs
 
 
 def _over_keys(place: Representation) -> bool:
-    """Whether positions of this place are keys', cached ones included."""
+    """Whether this component's positions are those of keys, cached ones included."""
     return place.component in ("key_rotated", "head_key_rotated")
 
 
 def _plain(value: Any) -> Any:
-    """Tensors, arrays and ranges as lists."""
+    """Convert tensors, arrays and ranges to lists."""
     if isinstance(value, range):
         return list(value)
     if hasattr(value, "tolist"):

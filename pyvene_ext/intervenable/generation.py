@@ -1,4 +1,4 @@
-"""Interventions while tokens are generated: by position, so that they mean the same with and without a cache."""
+"""Interventions during generation, by position, so that they mean the same with and without a cache."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from torch import Tensor, nn
 
 
 class Generation:
-    """Which columns of a tensor to intervene on while tokens are generated.
+    """Which columns of a tensor to intervene on during generation.
 
-    `apply` cuts the columns of the prompt and of each new token out of whatever part of the sequence a forward pass covers, and
-    lets the intervention work on each cut as if it were the whole: positions mean the same with and without a cache.
-
-    Args:
-        prompt, batch: columns and examples of the prompt.
-        on_prompt, on_new_tokens: where to intervene.
-        rows: given a new token's number, 0 being the first, which examples to intervene on there; by default all.
+    `apply` slices the columns of the prompt and of each new token out of whatever part of the sequence a forward pass covers, and
+    runs the intervention on each slice as if it were the whole sequence: positions mean the same with and without a cache.
     """
 
     def __init__(
@@ -29,13 +24,22 @@ class Generation:
         on_new_tokens: bool,
         rows: Callable[[int], Tensor] | None = None,
     ) -> None:
+        """Describe one call of `generate`.
+
+        Args:
+            prompt: columns of the prompt.
+            batch: examples of the prompt.
+            on_prompt: intervene on the prompt.
+            on_new_tokens: intervene on new tokens.
+            rows: given a new token's index, 0 for the first, the examples to intervene on there (`batch`, bool); default all.
+        """
         self.prompt, self.batch = prompt, batch
         self.on_prompt, self.on_new_tokens, self.rows = on_prompt, on_new_tokens, rows
         self.total = prompt
-        self._given: dict[str, Any] = {}
+        self._prompt_locations: dict[str, Any] = {}
 
     def count(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before each forward pass: how many columns the sequence has after it."""
+        """Hook before each forward pass: record how many columns the sequence will have after it."""
         cache = kwargs.get("past_key_values")
         ids = kwargs.get("input_ids")
         ids = kwargs["inputs_embeds"] if ids is None else ids
@@ -50,44 +54,57 @@ class Generation:
         activations: dict[str, Any],
         key: str,
     ) -> None:
+        """Run an intervention on the columns of one forward pass, in place.
+
+        Args:
+            intervene: edits a slice of the tensor in place.
+            tensor: the activation, `batch*beam pos d` or with heads.
+            live: the list of locations that `intervene` reads, refilled for each slice; None if it takes none.
+            unit: "pos", "h" or "h.pos".
+            activations: sources by key; `activations[key]` is replaced by each slice's own part and restored.
+            key: the intervention.
+
+        Raises:
+            ValueError: the source has too few positions for the tokens generated.
+        """
         # A query-side tensor ends at the last column; a key-side one starts at the first (a static cache is longer still).
         first = max(self.total - tensor.shape[1], 0)
-        given = self._given.setdefault(key, own_copy(live))
+        locations = self._prompt_locations.setdefault(key, copy_nested(live))
         beams = tensor.shape[0] // self.batch
         source = activations.get(key)
         if beams > 1 and isinstance(source, Tensor):
             activations[key] = source.repeat_interleave(beams, 0)
-        by_position: Any = activations.get(key)  # of a source with rows for new tokens too, each place gets its part
-        split = self.given_positions(given, unit)
-        apart = self.on_new_tokens and positions_of(by_position) > 1
+        by_position: Any = activations.get(key)
+        split = self.n_prompt_positions(locations, unit)
+        sliced = self.on_new_tokens and n_source_positions(by_position) > 1  # the source has rows for new tokens too
         if self.on_prompt and first < self.prompt:
             part = slice(0, min(self.prompt, self.total) - first)
-            if apart:
+            if sliced:
                 activations[key] = by_position[..., :split, :]
-            self._at(intervene, tensor, part, live, _shifted(given, unit, first, part.stop), beams)
+            self._at(intervene, tensor, part, live, _shifted(locations, unit, first, part.stop), beams)
         if self.on_new_tokens:
             for column in range(max(first, self.prompt), min(self.total, first + tensor.shape[1])):
                 part = slice(column - first, column - first + 1)
                 new = column - self.prompt
-                if apart:
+                if sliced:
                     if split + new >= by_position.shape[-2]:
                         raise ValueError(
-                            f"{key} has a source for {by_position.shape[-2] - split} new tokens, and there are more; give it "
-                            "longer ones, or generate fewer."
+                            f"{key} has a source for {by_position.shape[-2] - split} new tokens, but there are more; give a "
+                            "longer source, or generate fewer."
                         )
                     activations[key] = by_position[..., split + new : split + new + 1, :]
                 rows = None if self.rows is None else self.rows(new).to(tensor.device)
-                self._at(intervene, tensor, part, live, _only_position(given, unit, self.batch), beams, rows)
+                self._at(intervene, tensor, part, live, _only_position(locations, unit, self.batch), beams, rows)
         if source is not None:
             activations[key] = source
 
-    def given_positions(self, given: Any, unit: str) -> int:
-        """How many positions of the prompt are intervened on, which is how many rows of a source belong to it."""
+    def n_prompt_positions(self, locations: Any, unit: str) -> int:
+        """How many positions of the prompt are intervened on, and so how many rows of a source belong to the prompt."""
         if not self.on_prompt:
             return 0
-        if given is None or unit == "h":
+        if locations is None or unit == "h":
             return self.prompt
-        return len((given if unit == "pos" else given[1])[0])
+        return len((locations if unit == "pos" else locations[1])[0])
 
     @staticmethod
     def _at(
@@ -111,11 +128,11 @@ class Generation:
         tensor[:, part] = piece
 
 
-def _shifted(given: Any, unit: str, first: int, stop: int) -> Any:
-    """Prompt locations seen from a tensor that starts at column `first`; None if it holds none of them."""
-    if given is None or unit == "h":
-        return given
-    rows = given if unit == "pos" else given[1]
+def _shifted(locations: Any, unit: str, first: int, stop: int) -> Any:
+    """Prompt locations relative to a tensor that starts at column `first`; None if it contains none of them."""
+    if locations is None or unit == "h":
+        return locations
+    rows = locations if unit == "pos" else locations[1]
     shifted = [[column - first for column in row if first <= column < first + stop] for row in rows]
     if len({len(row) for row in shifted}) > 1:
         raise ValueError(
@@ -123,19 +140,19 @@ def _shifted(given: Any, unit: str, first: int, stop: int) -> Any:
         )
     if not shifted[0]:
         return None
-    return shifted if unit == "pos" else [given[0], shifted]
+    return shifted if unit == "pos" else [locations[0], shifted]
 
 
-def _only_position(given: Any, unit: str, batch: int) -> Any:
-    """The locations for a tensor that holds one new token."""
-    if given is None or unit == "h":
-        return given
+def _only_position(locations: Any, unit: str, batch: int) -> Any:
+    """The locations in a tensor of one new token."""
+    if locations is None or unit == "h":
+        return locations
     here = [[0]] * batch
-    return here if unit == "pos" else [given[0], here]
+    return here if unit == "pos" else [locations[0], here]
 
 
 def _per_beam(locations: list[Any], beams: int) -> list[Any]:
-    """Each example's locations once a beam: [batch n] or [[batch n], [batch n]]."""
+    """Repeat each example's locations for every beam: [batch n] or [[batch n], [batch n]]."""
     if beams == 1:
         return locations
     if isinstance(locations[0][0], list):
@@ -143,11 +160,11 @@ def _per_beam(locations: list[Any], beams: int) -> list[Any]:
     return [row for row in locations for _ in range(beams)]
 
 
-def positions_of(source: Any) -> int:
+def n_source_positions(source: Any) -> int:
     """How many positions a source has rows for."""
     return source.shape[-2] if isinstance(source, Tensor) and source.ndim > 2 else 1
 
 
-def own_copy(locations: Any) -> Any:
-    """Nested lists copied at every level."""
-    return [own_copy(item) for item in locations] if isinstance(locations, list) else locations
+def copy_nested(locations: Any) -> Any:
+    """Copy nested lists at every level."""
+    return [copy_nested(item) for item in locations] if isinstance(locations, list) else locations

@@ -1,12 +1,12 @@
-"""An IntervenableModel that can be trusted: pyvene's own, with its signature, minus its silent failures.
+"""pyvene's IntervenableModel with the same signature and without its silent failures.
 
-What differs from `pyvene.IntervenableModel`:
+Differences from `pyvene.IntervenableModel`:
 
-* Locations, units, heads, layers, groups and sources are checked before anything runs (`checks`); afterwards, that
-  every intervention really fired.
+* Locations, units, heads, layers, groups and sources are checked before anything runs (`checks`); after a run, every intervention
+  must have fired.
 * Edits are made on a copy and returned, so that they never reach the caller's tensors, other outputs or autograd's saved values.
-* Only its own hooks are removed. After construction and after every call, also one that raised, the model is as it was: hooks,
-  train mode, grad flags, config, attention implementation.
+* Only its own hooks are removed. Construction and every call, even one that raises, leave the model as it was: hooks, train mode,
+  grad flags, config, attention implementation.
 * Negative positions count back from each example's last real token (attention mask), under either padding side.
 * `generate` intervenes on the prompt, on new tokens or on both, by position, the same with and without a cache.
 * Trainable interventions get the component's exact width, whatever the head size.
@@ -33,37 +33,38 @@ from modelcards import COMPONENTS, Card, Taps, card_of, register
 from pyvene_ext.intervenable.checks import (
     Inputs,
     Representation,
-    all_of,
     check_config,
     check_subspaces,
     check_unit_counts,
+    everywhere,
     is_collect,
     resolve_locations,
 )
-from pyvene_ext.intervenable.generation import Generation, own_copy, positions_of
+from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
 from pyvene_ext.models.latent_steps import is_unrolling
-from pyvene_ext.models.modes import flags_kept
+from pyvene_ext.models.modes import restoring_flags
 
-# The residual stream between attention and MLP is an argument of a norm and, behind it, of the sum: no hook can hand both a new
-# tensor. It is a fresh sum that nothing else holds and autograd does not save, so here, and only here, the edit is in place.
+# The residual stream between attention and MLP enters a norm and, later, a sum: no hook can give both a new tensor. It is a fresh
+# sum that nothing else refers to and autograd does not save, so here, and only here, the edit is in place.
 EDITED_IN_PLACE = frozenset({"resid_mid"})
 
 
 class IntervenableModel(pyvene.IntervenableModel):
-    """pyvene's IntervenableModel for models with a card, checked and exact.
-
-    Args:
-        config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it.
-        model: a transformers model of a class that `modelcards` covers, or a subclass of one.
-        **kwargs: pyvene's. `use_fast` is accepted and has no effect: the general path is as fast and never wrong.
-
-    Raises:
-        ValueError: for anything in `config` that this model does not have or that pyvene would misread.
-    """
+    """pyvene's IntervenableModel for models with a card, checked and exact."""
 
     intervention_hooks: dict[str, Callable[..., Any]]
 
     def __init__(self, config: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Build the interventions of a config.
+
+        Args:
+            config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it.
+            model: a transformers model of a class that `modelcards` covers, or a subclass of one.
+            **kwargs: pyvene's. `use_fast` is accepted and has no effect: the general path is as fast and never wrong.
+
+        Raises:
+            ValueError: `config` has something that this model does not have or that pyvene would misread.
+        """
         card = card_of(model)
         register(type(model))
         if not isinstance(config, IntervenableConfig):
@@ -71,7 +72,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         check_config(config, model, card)
         taps = Taps(model, card, [(item.component, item.layer) for item in config.representations])
         kwargs.pop("use_fast", None)
-        with taps, flags_kept(model):
+        with taps, restoring_flags(model):
             super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))
@@ -104,18 +105,30 @@ class IntervenableModel(pyvene.IntervenableModel):
     ) -> Any:
         """Run the model on `base` with the interventions; arguments and result are pyvene's.
 
-        `unit_locations=None` means every position (and head). Returns `(original or None, intervened)`, or
-        `((original or None, collected), intervened)` if the config collects.
+        Args:
+            base: a tokenised batch, the keyword arguments of the model's forward.
+            sources: a source batch, or a list with one per group of interventions (None for a group without).
+            unit_locations: where to intervene, as pyvene takes it (`checks.resolve_locations`); None: every position and head.
+            source_representations: source activations instead of source batches, by key or in the order of the keys.
+            subspaces: the subspaces of each intervention, as pyvene takes them.
+            labels: for the model's loss.
+            output_original_output: also run the model without interventions.
+            return_dict: return pyvene's output object instead of a tuple.
+            use_cache: as for the model.
+            intervention_additional_kwargs: passed to the interventions.
+
+        Returns:
+            `(original or None, intervened)`, or `((original or None, collected), intervened)` if the config collects.
 
         Raises:
-            ValueError: for locations that do not exist or are ambiguous, a missing source, an intervention that never fired.
+            ValueError: a location that does not exist or is ambiguous, a missing source, or an intervention that never fired.
         """
         sources = self._checked_sources(sources, source_representations)
         inputs = Inputs.of(base, "base")
         locations = self._resolved(inputs, sources, unit_locations)
         self._check_inputs(base, sources, output_original_output, labels)
         check_subspaces(subspaces, self.interventions, inputs.batch)
-        # Run here and not by pyvene, because it is to be the user's own model, without taps.
+        # Run here and not by pyvene, so that the original is the user's own model, without taps.
         original = self.model(**base) if output_original_output else None
         with self._running():
             outcome = super().forward(
@@ -154,23 +167,33 @@ class IntervenableModel(pyvene.IntervenableModel):
     ) -> Any:
         """Generate with the interventions on the prompt, on the new tokens, or on both.
 
-        Args:
-            unit_locations: heads, and positions of the prompt. None: every position and head.
-            intervene_on_prompt: intervene at the prompt's positions in `unit_locations`.
-            intervene_on_new_tokens: intervene at the position of every token generated so far; heads are taken from
-                `unit_locations`, its positions do not matter. Default: the opposite of `intervene_on_prompt`, as pyvene has it.
-                The first new token follows from the prompt alone, so it changes only with the prompt.
-            new_token_rows: given a new token's number, 0 being the first, the examples to intervene on there (booleans, one an
-                example); by default all.
-            decode: called in place of the model's `generate`, with the same arguments; it runs the model step by step.
-            **kwargs: for the model's own `generate`.
+        An intervention belongs to a position, not to a decoding step, so the same tokens come out with and without a cache. New
+        tokens need a source of exactly one position; or a source that has, after the prompt's positions, one for each new token.
 
-        An intervention stands at a position, not at a step: the same tokens come out with and without a cache. New tokens take
-        a source of exactly one position; or, behind the positions for the prompt, one for each new token.
+        Args:
+            base: the tokenised prompts, keyword arguments of the model's `generate`.
+            sources: as for `forward`.
+            unit_locations: heads, and positions of the prompt. None: every position and head.
+            source_representations: as for `forward`.
+            intervene_on_prompt: intervene at the prompt's positions in `unit_locations`.
+            subspaces: as for `forward`.
+            output_original_output: also generate without interventions.
+            intervention_additional_kwargs: passed to the interventions.
+            intervene_on_new_tokens: intervene at the position of every token generated so far; heads are taken from
+                `unit_locations`, its positions do not matter. Default: the opposite of `intervene_on_prompt`, as in pyvene. The
+                first new token depends on the prompt alone, so only interventions on the prompt change it.
+            new_token_rows: given a new token's index, 0 for the first, the examples to intervene on there (`batch`, bool);
+                default all.
+            decode: called instead of the model's `generate`, with the same arguments; it runs the model step by step.
+            **kwargs: passed to the model's own `generate`.
 
         Returns:
-            `(original or None, intervened)` as pyvene does; with collects, `((original or None, collected), intervened)`, where
-            every forward pass adds its activations, which with a cache are those of the new columns alone.
+            `(original or None, intervened)`, as pyvene does; if the config collects, `((original or None, collected),
+            intervened)`, where every forward pass adds its activations, which with a cache are those of the new columns only.
+
+        Raises:
+            ValueError: as for `forward`; nothing to intervene on; a mode or option that generation does not support; or a source
+                that does not fit the new tokens.
         """
         if intervene_on_new_tokens is None:
             intervene_on_new_tokens = not intervene_on_prompt
@@ -218,7 +241,7 @@ class IntervenableModel(pyvene.IntervenableModel):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Taps in place, hooks watched; nothing left on the model afterwards."""
+        """Install the taps, check that every intervention fires, and remove all hooks at the end."""
         if self._active:
             raise RuntimeError(
                 "this intervenable model is running already: finish that call first, or build a second one."
@@ -248,7 +271,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         return not intervention.is_source_constant
 
     def _checked_sources(self, sources: Any, representations: Any) -> list[Any]:
-        """One source a group, in a list of our own; every intervention that needs one has one."""
+        """One source per group, in a list of our own; every intervention that needs a source has one."""
         groups = self._intervention_group
         sources = list(sources) if isinstance(sources, list | tuple) else [sources]
         if len(sources) == 1:
@@ -293,12 +316,12 @@ class IntervenableModel(pyvene.IntervenableModel):
         return sources
 
     def _check_inputs(self, base: Any, sources: list[Any], twice: bool | None, labels: Tensor | None) -> None:
-        """Refuse what would run and give something else than asked for."""
+        """Refuse inputs that would run but give something other than asked for."""
         caches = [inputs["past_key_values"] for inputs in (base, *sources) if inputs and "past_key_values" in inputs]
         caches = [id(cache) for cache in caches if cache is not None]
         if twice and base.get("past_key_values") is not None:
             raise ValueError(
-                "output_original_output runs base twice, and past_key_values would grow twice: run the original by itself, with "
+                "output_original_output runs base twice, and past_key_values would grow twice: run the original separately, with "
                 "its own copy of the cache."
             )
         if len(set(caches)) < len(caches):
@@ -307,18 +330,17 @@ class IntervenableModel(pyvene.IntervenableModel):
             )
         if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
             raise ValueError(
-                "gradient checkpointing computes blocks again without the interventions, and the gradients would be wrong: call "
+                "gradient checkpointing recomputes blocks without the interventions, so the gradients would be wrong: call "
                 "model.activation_checkpointing_disable() or model.eval()."
             )
         if any(item.component == "logits" for item in self.representations.values()):
             if base.get("logits_to_keep"):
                 raise ValueError(
-                    "logits_to_keep cuts the positions an intervention on the logits counts: leave it out."
+                    "logits_to_keep drops positions that an intervention on the logits counts: leave it out."
                 )
-            by_itself = card_of(self.model).is_tap(
-                self.model, "logits"
-            )  # soft-capped or scaled by the model's own forward
-            if by_itself and (labels is not None or base.get("labels") is not None):
+            # A tap if the model's own forward soft-caps or scales them.
+            rescaled = card_of(self.model).is_tap(self.model, "logits")
+            if rescaled and (labels is not None or base.get("labels") is not None):
                 raise ValueError(
                     "the loss of this model is computed before its soft-capped or scaled logits can be edited: leave labels "
                     "out."
@@ -339,16 +361,16 @@ class IntervenableModel(pyvene.IntervenableModel):
                 raise ValueError("serial mode needs unit_locations for every step, such as 'source_0->base'.")
             if any(known is not None and known.length != inputs.length for known in source_of_key.values()):
                 raise ValueError("without unit_locations everything is swapped, which needs sources as long as base.")
-            # Written out, because pyvene would not split what it is given no location for into heads.
+            # Spelled out, because without locations pyvene would not split the activations by heads.
             places = [self._place(key) for key in self.sorted_keys]
-            everything = [all_of(place, self.model_config, inputs) for place in places]
+            locations = [everywhere(place, self.model_config, inputs) for place in places]
             has_source = any(known is not None for known in source_of_key.values())
-            return {"sources->base": (everything if has_source else None, everything)}
+            return {"sources->base": (locations if has_source else None, locations)}
         if not isinstance(unit_locations, Mapping) or len(unit_locations) != (
             1 if self.mode == "parallel" else len(groups)
         ):
             raise ValueError(
-                "unit_locations must be a dict with the one entry 'base' or 'sources->base' (in serial mode: one entry a step)."
+                "unit_locations must be a dict with one entry, 'base' or 'sources->base' (in serial mode one entry per step)."
             )
         resolved: dict[str, Any] = {}
         for entry, value in unit_locations.items():
@@ -371,7 +393,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         return resolved
 
     def _serial_step(self, entry: str, sources: list[Any], base: Inputs) -> tuple[int, list[str], Inputs]:
-        """Which keys a serial entry `source_0->source_1` speaks of, and the batch its right side indexes."""
+        """The group number and keys of a serial entry `source_0->source_1`, and the batch that its right side indexes."""
         groups = list(self._intervention_group.values())
         last = len(groups) - 1
         names = [f"source_{i}->{'base' if i == last else f'source_{i + 1}'}" for i in range(last + 1)]
@@ -391,31 +413,31 @@ class IntervenableModel(pyvene.IntervenableModel):
         assert self._generation is not None
         if not self._generation.on_new_tokens:
             return
-        given = dict(zip(self.sorted_keys, locations, strict=True))
+        by_key = dict(zip(self.sorted_keys, locations, strict=True))
         for key, activation in self.activations.items():
-            of_prompt = self._generation.given_positions(given[key], self.representations[key].unit)
-            if 1 < positions_of(activation) <= of_prompt:
+            n_prompt = self._generation.n_prompt_positions(by_key[key], self.representations[key].unit)
+            if 1 < n_source_positions(activation) <= n_prompt:
                 raise ValueError(
                     f"{key} has a source of {activation.shape[-2]} positions, and every new token takes exactly one: give a "
-                    "source of one position (unit 'pos' or 'h.pos'), or intervene on the prompt alone."
+                    "source of one position (unit 'pos' or 'h.pos'), or intervene on the prompt only."
                 )
 
-    # -- pyvene's own steps, mended ---------------------------------------------------------------------------------------
+    # -- pyvene's own steps, corrected ------------------------------------------------------------------------------------
 
     def _broadcast_unit_locations(self, batch_size: int, unit_locations: Any) -> Any:
-        """Resolved already: pyvene's version latches `use_fast`, which sends later calls to example 0's position."""
+        """Return locations that are resolved already: pyvene's version would set `use_fast`, which breaks later calls."""
         if unit_locations is not None:
             return unit_locations
         nowhere = [None] * len(self.interventions)
         return {"sources->base": (nowhere, nowhere)}
 
     def _broadcast_source_representations(self, source_representations: Any) -> Any:
-        """A dict of our own: pyvene empties the one it is given after the call."""
+        """Return a dict of our own: pyvene empties the caller's after the call."""
         given = super()._broadcast_source_representations(source_representations)
         return {key: value for key, value in given.items() if value is not None} if given is not None else None
 
     def _remove_forward_hooks(self) -> None:
-        """Our own hooks only; pyvene's version strips the model of everybody's."""
+        """Remove our own hooks only; pyvene's version removes all hooks of the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -423,21 +445,21 @@ class IntervenableModel(pyvene.IntervenableModel):
     def _intervention_getter(self, keys: list[str], unit_locations: Any) -> HandlerList:
         self._reading = True
         try:
-            return super()._intervention_getter(keys, [own_copy(item) for item in unit_locations])
+            return super()._intervention_getter(keys, [copy_nested(item) for item in unit_locations])
         finally:
             self._reading = False
 
     def _intervention_setter(self, keys: list[str], unit_locations_base: Any, *args: Any, **kwargs: Any) -> HandlerList:
-        # The callback pyvene makes holds this very list; during generation the hook refills it for each part of the sequence.
-        self._live = own_copy(unit_locations_base[0])
+        # pyvene's callback refers to this very list; during generation the hook refills it for each part of the sequence.
+        self._live = copy_nested(unit_locations_base[0])
         return super()._intervention_setter(keys, [self._live], *args, **kwargs)
 
     def get_device(self) -> torch.device:
-        """Device of the module being intervened on (they may differ), else of the model."""
+        """The device of the module being intervened on (modules may be on different ones), else the model's."""
         return self._hook_device or super().get_device()
 
     def _hook_type(self, key: str, register_hook: Callable[..., Any]) -> Callable[..., Any]:
-        """What pyvene calls to hang `callback`, which edits a tensor in place, on a module: we hand it a copy and return that."""
+        """Wrap the function by which pyvene hooks a module: its callback edits in place, so it gets a copy, which is returned."""
         before_module = "pre_hook" in register_hook.__name__
         intervention = self.interventions[key]
         in_place = self.representations[key].component in EDITED_IN_PLACE
@@ -463,7 +485,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                 def apply(part: Tensor) -> None:
                     edits = self._intervention_state[key].setter_version()
                     callback(module, inputs, kwargs, part)
-                    # A callback whose intervention returned None went home without an edit.
+                    # If the intervention returns None, pyvene's callback makes no edit.
                     if reads or self._intervention_state[key].setter_version() > edits:
                         self._fired.add(use)
                     self._intervention_state[key].reset()
@@ -490,18 +512,25 @@ class IntervenableModel(pyvene.IntervenableModel):
 
         return attach
 
-    # -- what a user may call ---------------------------------------------------------------------------------------------
+    # -- public methods ---------------------------------------------------------------------------------------------------
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the trainable interventions, and the model's own only after `enable_model_gradients()`.
 
-        Construction no longer freezes the user's model, so its flags do not say what is to be trained here.
+        Construction does not freeze the user's model, so the model's grad flags do not tell what is to be trained here.
         """
         return [parameter for _, parameter in self.named_parameters()]
 
     def named_parameters(self, recurse: bool = True) -> list[tuple[str, nn.Parameter]]:
-        """`get_trainable_parameters` with names, as pyvene returns them."""
-        trainable = {  # by identity: a linked intervention stands under several keys
+        """The trainable parameters with their names.
+
+        Args:
+            recurse: ignored, as in pyvene.
+
+        Returns:
+            The names and the parameters of `get_trainable_parameters`.
+        """
+        trainable = {  # by identity: a linked intervention has several keys
             id(intervention): (key, intervention)
             for key, intervention in reversed(self.interventions.items())
             if isinstance(intervention, TrainableIntervention)
@@ -523,12 +552,22 @@ class IntervenableModel(pyvene.IntervenableModel):
         from_huggingface_hub: bool = False,
         include_model: bool = False,
     ) -> IntervenableModel:
-        """An intervenable model that `save` wrote, as one of this class; arguments are pyvene's.
+        """Load an intervenable model that `save` wrote; arguments are pyvene's.
 
-        Only intervention classes of pyvene and of this package are made, and weights are read without running code.
+        Only intervention classes of pyvene and of this package are instantiated, and weights are read without executing code.
+
+        Args:
+            load_directory: a folder, or a repository on the hub.
+            model: the model to intervene on.
+            local_directory: where to put files from the hub.
+            from_huggingface_hub: take `load_directory` for a repository even if there is such a folder.
+            include_model: also load the model's own weights, in place.
+
+        Returns:
+            The intervenable model.
 
         Raises:
-            ValueError: for an intervention class from elsewhere.
+            ValueError: an intervention class from elsewhere.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
             load_directory = snapshot_download(load_directory, local_dir=local_directory)
@@ -556,7 +595,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         raise TypeError("an intervenable model cannot be copied: copy the model and build a new one from the config.")
 
     def __str__(self) -> str:
-        """What this model intervenes on, as JSON."""
+        """The interventions as JSON."""
         return json.dumps(
             {
                 "model_type": self.model_type.__name__,
@@ -568,7 +607,7 @@ class IntervenableModel(pyvene.IntervenableModel):
 
 
 def _intervention_class(name: str) -> type:
-    """The class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
+    """Import the class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
     module, _, cls = name.removeprefix("<class '").removesuffix("'>").rpartition(".")
     try:
         found = (
@@ -584,7 +623,7 @@ def _intervention_class(name: str) -> type:
 
 
 def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor a hook sees, as pyvene picks it, and how to hand a changed one back."""
+    """The tensor that a hook edits, chosen as pyvene does, and a function that puts an edited one back."""
     if before_module:
         args, kwargs = value
         if args:
@@ -600,14 +639,14 @@ def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Te
 
 
 def _with_entry(output: dict, name: str, new: Tensor) -> dict:
-    output[name] = new  # a model output of this very call, which nobody else holds yet
+    output[name] = new  # a model output of this very call, which nothing else refers to yet
     return output
 
 
 def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card) -> IntervenableConfig:
-    """Make the interventions ourselves, because pyvene can only pass on a width that its dimension mapping can spell.
+    """Build the interventions with exact widths, because pyvene can only pass widths that its dimension mapping can express.
 
-    A collecting one gets none: pyvene would cut what it collects at one unit's width.
+    Collecting ones get none: pyvene would truncate what they collect to one unit's width.
     """
     types = config.intervention_types
     representations = []
@@ -618,8 +657,8 @@ def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card)
             settings = {**item._asdict(), "embed_dim": width * int(item.max_number_of_units) if width else None}
             if width is None and issubclass(kind, TrainableIntervention):
                 raise ValueError(
-                    f"{kind.__name__} needs a place of fixed width, which {item.component} has not: name a component of the card "
-                    "other than scores and pattern."
+                    f"{kind.__name__} needs a component of fixed width, which {item.component} is not: use a component of the "
+                    "card other than scores and pattern."
                 )
             item = item._replace(intervention=kind(**settings), intervention_type=None)
         elif item.intervention is not None:

@@ -1,7 +1,7 @@
-"""What activations look like over a reference set of prompts: mean, spread, mean by position, and rows to resample from.
+"""Statistics of activations over a reference set of prompts: mean, standard deviation, mean by position, and rows to resample.
 
-Everything asked for is collected through the model's card in one streaming pass over the prompts: all sites and layers in the
-same forward passes, one batch of activations in memory at a time, sums in float64 whatever the model's dtype, padding left out.
+All sites and layers are collected through the model's card in one streaming pass over the prompts, with one batch of activations
+in memory at a time, sums in float64 whatever the model's dtype, and padding excluded.
 """
 
 from __future__ import annotations
@@ -34,11 +34,18 @@ from pyvene_ext.prompts.positions import Positions, token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 Place = tuple[str, int | None]
-FORMAT = 1  # of the cache files
+FORMAT = 1  # version of the cache files
 
 
 def label(place: Place) -> str:
-    """A site and its layer as one word: "z.3", "embed"."""
+    """Label a place.
+
+    Args:
+        place: a site and its layer, None for a site without layers.
+
+    Returns:
+        "z.3", "embed".
+    """
     return ".".join(str(part) for part in place if part is not None)
 
 
@@ -48,11 +55,11 @@ class Reference:
 
     Attributes:
         prompts: the reference set.
-        places: the (site, layer) pairs covered, `site` in the words of `pyvene_ext.specs`.
-        position_means: the positions whose mean over prompts is kept; "all": of every token, the prompts having equal lengths.
+        places: the (site, layer) pairs covered, sites named as in `pyvene_ext.specs`.
+        position_means: the positions with a mean over prompts; "all" for every token of prompts of equal length.
         bank: the positions whose activations are kept prompt by prompt, in the model's dtype, to resample from.
-        weights: hash of the model they were computed on.
-        tensors: what was computed, by "mean/z.3", "std/z.3", "at/z.3/2" (the mean at `position_means[2]`) and "bank/z.3".
+        weights: hash of the model's weights.
+        tensors: the statistics, by "mean/z.3", "std/z.3", "at/z.3/2" (the mean at `position_means[2]`) and "bank/z.3".
     """
 
     prompts: TokenizedPrompts
@@ -76,10 +83,25 @@ class Reference:
         cache_dir: str | Path | None = None,
         progress: bool = False,
     ) -> Reference:
-        """Collect the statistics, or read them from `cache_dir` if the same were kept there for these weights and prompts.
+        """Collect the statistics, or read them from a cache.
 
-        A cache file that is damaged or belongs to something else is computed again. Raises ValueError for an empty set, a
-        position that some prompt lacks, unequal lengths with "all" in `position_means`, and activations that are not finite.
+        Args:
+            model: a model whose family has a card.
+            prompts: the reference set.
+            places: (site, layer) pairs.
+            position_means: positions to average over prompts at; "all" for every token.
+            bank: positions to keep activations of.
+            batch_size: prompts per forward pass.
+            cache_dir: folder of the cache, keyed by weights, config, prompts and what is asked for; None for no cache. A damaged
+                file is recomputed.
+            progress: show a progress bar.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ValueError: an empty set, a position that some prompt lacks, unequal lengths with "all" in `position_means`, or
+                activations that are not finite.
         """
         wanted = cls(prompts, tuple(places), tuple(position_means), tuple(bank))
         check_reference_prompts(prompts, wanted.position_means, wanted.bank)
@@ -92,44 +114,91 @@ class Reference:
         if tensors is None:
             tensors = wanted._collect(model, batch_size, progress)
             with atomic_path(path) as temporary:
-                save_file(tensors, temporary, metadata={"key": _seal(key, tensors)})
+                save_file(tensors, temporary, metadata={"key": _stamp(key, tensors)})
         return replace(wanted, tensors=tensors)
 
     def mean(self, place: Place) -> Float[Tensor, "*head d"]:
-        """Mean over all real tokens of all prompts."""
+        """Mean over all real tokens of all prompts.
+
+        Args:
+            place: site and layer.
+
+        Returns:
+            The mean, with a head axis if the site has heads.
+        """
         return self.tensors[f"mean/{label(place)}"]
 
     def std(self, place: Place) -> Float[Tensor, "*head d"]:
-        """Population standard deviation per dimension over all real tokens of all prompts."""
+        """Population standard deviation of each dimension over all real tokens of all prompts.
+
+        Args:
+            place: site and layer.
+
+        Returns:
+            The standard deviation, with a head axis if the site has heads.
+        """
         return self.tensors[f"std/{label(place)}"]
 
     def position_mean(self, place: Place, position: str | int) -> Float[Tensor, "pos *head d"]:
-        """Mean over prompts at one position (one row), or with "all" at every token (one row a token)."""
+        """Mean over prompts at one position.
+
+        Args:
+            place: site and layer.
+            position: one of `position_means`.
+
+        Returns:
+            One row, or one per token for "all".
+        """
         return self.tensors[f"at/{label(place)}/{self.position_means.index(position)}"]
 
     def rows(self, place: Place, prompt: int, positions: Positions) -> Float[Tensor, "pos *head d"]:
-        """The activations of one reference prompt at positions that are in the bank."""
+        """The activations of one reference prompt.
+
+        Args:
+            place: site and layer.
+            prompt: the prompt's index in the reference set.
+            positions: positions that the bank has.
+
+        Returns:
+            One row per token.
+        """
         kept = self._bank_rows[prompt]
         tokens = token_indices(self.prompts, prompt, positions)
         return self.tensors[f"bank/{label(place)}"][[kept[token] for token in tokens]]
 
     def require(self, places: Iterable[Place], position_means: Iterable[str | int], bank: Iterable[str | int]) -> None:
-        """Raise ValueError unless everything asked for is here."""
-        for what, wanted, there in (
+        """Check that these statistics cover what is asked for.
+
+        Args:
+            places: (site, layer) pairs.
+            position_means: positions with a mean over prompts.
+            bank: positions to resample from.
+
+        Raises:
+            ValueError: something is missing; says what.
+        """
+        for what, wanted, covered in (
             ("places", places, self.places),
             ("position_means", position_means, self.position_means),
             ("bank", () if "all" in self.bank else bank, self.bank),
         ):
-            if lacking := [
-                label(value) if isinstance(value, tuple) else str(value) for value in wanted if value not in there
+            if missing := [
+                label(value) if isinstance(value, tuple) else str(value) for value in wanted if value not in covered
             ]:
                 raise ValueError(
-                    f"the reference statistics were computed without {', '.join(lacking)} in {what}; compute them with "
+                    f"the reference statistics were computed without {', '.join(missing)} in {what}; compute them with "
                     "reference_for on the same specs."
                 )
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raise ValueError if the statistics are of a model with other weights."""
+        """Check that the statistics belong to a model.
+
+        Args:
+            model: the model.
+
+        Raises:
+            ValueError: its weights differ from those that the statistics were computed on.
+        """
         if self._model() is not model and self.weights != weight_hash(model):
             raise ValueError(
                 "the reference statistics belong to a model with other weights; compute them on this one with reference_for."
@@ -137,7 +206,7 @@ class Reference:
 
     @cached_property
     def _bank_rows(self) -> list[dict[int, int]]:
-        """For every prompt: which row of the bank holds which token."""
+        """For every prompt, the row of the bank that holds each token."""
         rows, count = [], 0
         for prompt in range(len(self.prompts.input_ids)):
             tokens = sorted(set(token_indices(self.prompts, prompt, self.bank)))
@@ -146,7 +215,7 @@ class Reference:
         return rows
 
     def _key(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What the statistics depend on."""
+        """Everything that the statistics depend on."""
         return {
             "format": FORMAT,
             "weights": self.weights,
@@ -158,7 +227,7 @@ class Reference:
         }
 
     def _collect(self, model: PreTrainedModel, batch_size: int, progress: bool) -> dict[str, Tensor]:
-        """One pass over the prompts; every batch's activations are folded into sums and forgotten."""
+        """One pass over the prompts; each batch's activations are added to sums and dropped."""
         components = [COMPONENTS[FIELD_NAMES[site]] for site, _ in self.places]
         representations = [
             RepresentationConfig(
@@ -190,7 +259,7 @@ class Reference:
 
 
 class _Sums:
-    """Sums of one place's activations over tokens and prompts, and the rows that resampling needs."""
+    """Sums of one place's activations over tokens and prompts, and the rows to resample from."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -200,7 +269,7 @@ class _Sums:
         self.kept: dict[int, Tensor] = {}
 
     def add(self, prompt: int, rows: Float[Tensor, "pos *head d"], at: list[list[int]], keep: list[int]) -> None:
-        """Fold in the real tokens of one prompt."""
+        """Add the real tokens of one prompt."""
         wide = rows.double()
         self.count += len(wide)
         self.total = self.total + wide.sum(0)
@@ -225,7 +294,16 @@ class _Sums:
 def check_reference_prompts(
     prompts: TokenizedPrompts, position_means: Iterable[str | int], bank: Iterable[str | int]
 ) -> None:
-    """Raise ValueError where a reference set cannot give what is asked of it."""
+    """Check that a reference set has what is asked of it.
+
+    Args:
+        prompts: the reference set.
+        position_means: positions with a mean over prompts.
+        bank: positions to resample from.
+
+    Raises:
+        ValueError: no prompts, a position that some prompt lacks, or unequal lengths with "all" in `position_means`.
+    """
     if not prompts.input_ids:
         raise ValueError("the reference set has no prompts; give at least one.")
     position_means = tuple(position_means)
@@ -233,25 +311,25 @@ def check_reference_prompts(
         try:
             token_indices(prompts, prompt, (*position_means, *bank))
         except ValueError as error:
-            raise ValueError(f"of the reference (source) prompts: {error}") from None
+            raise ValueError(f"in the reference (source) prompts, {error}") from None
         if "all" in position_means and len(ids) != len(prompts.input_ids[0]):
             raise ValueError(
-                f"a mean per position over all positions needs prompts of equal length, but reference prompt {prompt} has "
-                f'{len(ids)} tokens and prompt 0 has {len(prompts.input_ids[0])}; use mean="over_tokens" or named positions.'
+                f"a mean at every position needs prompts of equal length, but reference prompt {prompt} has {len(ids)} tokens "
+                f'and prompt 0 has {len(prompts.input_ids[0])}; use mean="over_tokens" or named positions.'
             )
 
 
-def _seal(key: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """What a cache file of this key with these tensors says of itself."""
+def _stamp(key: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """The metadata of an intact cache file with this key and these tensors."""
     return json.dumps([key, tensors_hash(sorted(tensors.items()))])
 
 
 def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors of a whole cache file of exactly this key, else None."""
+    """The tensors of an intact cache file with exactly this key, else None."""
     try:
         with safe_open(path, "pt") as file:
-            seal = (file.metadata() or {}).get("key")
+            stamp = (file.metadata() or {}).get("key")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors if seal == _seal(key, tensors) else None
+        return tensors if stamp == _stamp(key, tensors) else None
     except (OSError, SafetensorError):
         return None

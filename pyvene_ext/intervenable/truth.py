@@ -1,7 +1,7 @@
-"""The slow, obvious versions of every component: plain hooks and an attention written out, to check cards against.
+"""Slow, obvious versions of every component, to check cards against: plain hooks, and attention written out.
 
-`Truth` shares no line with the cards, the taps or pyvene: it finds modules by their usual names in transformers, edits out of
-place, runs eager attention, and recomputes attention's inner places from the formula.
+`Truth` shares no code with the cards, the taps or pyvene: it finds modules by their usual names in transformers, edits out of
+place, runs eager attention, and recomputes attention's inner activations from the formula.
 """
 
 from __future__ import annotations
@@ -21,27 +21,56 @@ Change = Callable[[Tensor], Tensor]  # [batch pos d], or [batch head pos d] wher
 
 
 class Truth:
-    """The slow, obvious versions: run a model with one edit at one place, through hooks of our own."""
+    """Run a model with edits of its components, or read them, through independent hooks."""
 
     def __init__(self, model: Any) -> None:
+        """Take a transformers model of a family that this module knows."""
         self.model = model
         self.decoder: Any = getattr(model.base_model, "decoder", model.base_model)
         self.blocks: Any = _first(self.decoder, "layers", "h")
         self.sizes = dimensions(model.config)
 
     def run(self, inputs: dict[str, Tensor], component: str = "", layer: int = 0, edit: Change | None = None) -> Tensor:
-        """The model's outputs (logits or last hidden states) with `edit` applied at the place."""
+        """Run the model with one edit.
+
+        Args:
+            inputs: a tokenised batch, keyword arguments of the model's forward.
+            component: pyvene's name of a component.
+            layer: its layer.
+            edit: takes the component's activation, `batch pos d` or `batch head pos d`, and returns an edited copy; None for
+                none.
+
+        Returns:
+            Logits, or last hidden states of a model without head.
+        """
         return self.run_with(inputs, [] if edit is None else [(component, layer, edit)])
 
     def run_with(self, inputs: dict[str, Tensor], edits: Iterable[tuple[str, int, Change]]) -> Tensor:
-        """The same with several edits, each at a component of a layer; of one place the last named comes last."""
+        """Run the model with several edits.
+
+        Args:
+            inputs: a tokenised batch, keyword arguments of the model's forward.
+            edits: component, layer and edit of each; several at one place apply in order.
+
+        Returns:
+            Logits, or last hidden states of a model without head.
+        """
         with _eager(self.model), torch.no_grad(), ExitStack() as stack:
             for component, layer, edit in edits:
                 stack.enter_context(self._place(component, layer, edit, inputs["input_ids"].shape))
             return first_tensor(self.model(**inputs))
 
     def read(self, inputs: dict[str, Tensor], component: str, layer: int) -> Tensor:
-        """What the place holds in an untouched run."""
+        """Read a component in a run without edits.
+
+        Args:
+            inputs: a tokenised batch, keyword arguments of the model's forward.
+            component: pyvene's name of a component.
+            layer: its layer.
+
+        Returns:
+            `batch pos d`, or `batch head pos d` for a component with heads.
+        """
         seen: list[Tensor] = []
 
         def look(x: Tensor) -> Tensor:
@@ -55,25 +84,25 @@ class Truth:
     def _place(self, component: str, layer: int, edit: Change, shape: torch.Size) -> Iterator[None]:
         block: Any = self.blocks[layer]
         attention: Any = _first(block, "self_attn", "attn", "attention", "self_attention")
-        mlp: Any = getattr(block, "mlp", block)  # OPT's blocks have the MLP's parts themselves
+        mlp: Any = getattr(block, "mlp", block)  # OPT's blocks contain the MLP's layers directly
         projection: Any = _first(attention, "o_proj", "c_proj", "dense", "out_proj")
         down: Any = (
             None if hasattr(mlp, "experts") else _first(mlp, "down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2")
         )
-        bloom = self.model.config.model_type == "bloom"  # whose attention and MLP add to the residual themselves
+        bloom = self.model.config.model_type == "bloom"  # BLOOM's attention and MLP add the residual themselves
         output, mlp_output = (projection, down) if bloom else (attention, down if mlp is block else mlp)
         post_norms = hasattr(block, "post_feedforward_layernorm")
         adds_attention = block.post_attention_layernorm if post_norms else output
         adds_mlp = block.post_feedforward_layernorm if post_norms else mlp_output
-        times = getattr(block, "residual_multiplier", 1.0)
+        scale = getattr(block, "residual_multiplier", 1.0)
         by_head = partial(_by_head, edit, self.sizes["n_head"])
         with ExitStack() as stack:
 
             def at(module: nn.Module, side: str, change: Change) -> None:
-                def seen(x: Tensor) -> Tensor:  # some modules see all tokens of a batch one after the other
+                def unflattened(x: Tensor) -> Tensor:  # some modules see the tokens of all examples as one axis
                     return change(x.view(*shape, -1)).view_as(x) if x.ndim == 2 else change(x)
 
-                stack.callback(_hook(module, side, seen).remove)
+                stack.callback(_hook(module, side, unflattened).remove)
 
             match component:
                 case "embeddings":
@@ -85,20 +114,18 @@ class Truth:
                 case "resid_mid":
                     before: list[Tensor] = []
                     at(block, "in", lambda x: before.append(x) or x)  # type: ignore[func-returns-value]
-                    if (
-                        times != 1.0
-                    ):  # multiplied here instead, so that what is added next gives the edit to the last bit
+                    if scale != 1.0:  # scaled here instead, so that the block's own sum reproduces the edit exactly
                         block.residual_multiplier = 1.0
-                        stack.callback(setattr, block, "residual_multiplier", times)
-                        at(adds_mlp, "out", lambda x: times * x)
-                    at(adds_attention, "out", lambda x: edit(before[-1] + times * x) - before[-1])
+                        stack.callback(setattr, block, "residual_multiplier", scale)
+                        at(adds_mlp, "out", lambda x: scale * x)
+                    at(adds_attention, "out", lambda x: edit(before[-1] + scale * x) - before[-1])
                 case "attention_contribution":
-                    at(adds_attention, "out", lambda x: edit(times * x) / times)
+                    at(adds_attention, "out", lambda x: edit(scale * x) / scale)
                 case "mlp_contribution":
-                    at(adds_mlp, "out", lambda x: edit(times * x) / times)
+                    at(adds_mlp, "out", lambda x: edit(scale * x) / scale)
                 case "head_contribution":
                     self._head_contribution(
-                        at, projection, block.post_attention_layernorm if post_norms else None, edit, times
+                        at, projection, block.post_attention_layernorm if post_norms else None, edit, scale
                     )
                 case "attention_input":
                     at(attention, "in", edit)
@@ -150,11 +177,11 @@ class Truth:
             yield
 
     def _projected(self, at: Callable[..., None], attention: Any, name: str, edit: Change, by_head: bool) -> None:
-        """Change queries, keys or values, wherever the columns of each head lie in what a projection puts out."""
+        """Edit queries, keys or values, wherever a projection puts the columns of each head."""
         heads, groups, width = self.sizes["n_head"], self.sizes["n_kv_head"], self.sizes["d_head"]
         index, count = ("query", "key", "value").index(name), heads if name == "query" else groups
         starts = [head * width for head in range(count)]
-        if hasattr(attention, "query_key_value") and groups == heads:  # each head's three together
+        if hasattr(attention, "query_key_value") and groups == heads:  # q, k and v of each head are adjacent
             fused, starts = attention.query_key_value, [(3 * head + index) * width for head in range(count)]
         elif (
             fused := getattr(attention, "c_attn", None)
@@ -167,29 +194,31 @@ class Truth:
             fused = getattr(attention, f"{name[0]}_proj")
 
         def change(x: Tensor) -> Tensor:
-            mine = torch.stack([x[..., start : start + width] for start in starts], 1)
-            mine = edit(mine) if by_head else torch.stack(edit(torch.cat(list(mine.unbind(1)), -1)).chunk(count, -1), 1)
+            split = torch.stack([x[..., start : start + width] for start in starts], 1)
+            joined = torch.cat(list(split.unbind(1)), -1)
+            split = edit(split) if by_head else torch.stack(edit(joined).chunk(count, -1), 1)
             x = x.clone()
             for head, start in enumerate(starts):
-                x[..., start : start + width] = mine[:, head]
+                x[..., start : start + width] = split[:, head]
             return x
 
         at(fused, "out", change)
 
     def _head_contribution(
-        self, at: Callable[..., None], projection: Any, post_norm: Any, edit: Change, times: float
+        self, at: Callable[..., None], projection: Any, post_norm: Any, edit: Change, residual_scale: float
     ) -> None:
         heads, width = self.sizes["n_head"], self.sizes["d_head"]
         shares: list[Tensor] = []
 
         def split(z: Tensor) -> Tensor:
-            rows = projection.weight if hasattr(projection, "nf") else projection.weight.T  # Conv1D has it transposed
+            # transformers' Conv1D stores the transpose of nn.Linear's weight.
+            rows = projection.weight if hasattr(projection, "nf") else projection.weight.T
             shares[:] = [z[..., h * width : (h + 1) * width] @ rows[h * width : (h + 1) * width] for h in range(heads)]
             return z
 
         def replace(total: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-            parts = torch.stack([share * scale for share in shares], dim=1) * times  # batch head pos d_model
-            return total - parts.sum(1) / times + edit(parts).sum(1) / times
+            parts = torch.stack([share * scale for share in shares], dim=1) * residual_scale  # batch head pos d_model
+            return total - parts.sum(1) / residual_scale + edit(parts).sum(1) / residual_scale
 
         at(projection, "in", split)
         if post_norm is None:
@@ -201,13 +230,13 @@ class Truth:
 
 
 def _route(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
-    """Change the router's logits; then softmax, each token's best experts, and their weights, normalised in some families."""
+    """Edit the router's logits, then recompute the choice: softmax, top-k experts, weights (normalised in some families)."""
     router = mlp.gate
 
     def routed(_: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits = edit(output[0].view(*shape, -1)).flatten(0, 1)
-        likely = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
-        weights, chosen = likely.topk(router.top_k)  # of equal ones whichever topk takes
+        probabilities = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+        weights, chosen = probabilities.topk(router.top_k)  # ties go to whichever topk takes
         if getattr(router, "norm_topk_prob", True):
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights, chosen
@@ -216,7 +245,7 @@ def _route(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
 
 
 def _mix(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
-    """Change what each expert adds, `batch expert pos d_model`: its weight times down(act(gate) * up), 0 where not chosen."""
+    """Edit each expert's contribution, `batch expert pos d_model`: its weight times down(act(gate) * up), 0 if not chosen."""
     experts = mlp.experts
 
     def mixed(_: nn.Module, args: tuple[Tensor, Tensor, Tensor], total: Tensor) -> Tensor:
@@ -224,8 +253,8 @@ def _mix(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
         parts = []
         for expert in range(len(experts.down_proj)):
             gate, up = (rows @ experts.gate_up_proj[expert].T).chunk(2, -1)
-            mine = (weights * (chosen == expert)).sum(-1, keepdim=True)
-            parts.append(mine * ((experts.act_fn(gate) * up) @ experts.down_proj[expert].T))
+            weight = (weights * (chosen == expert)).sum(-1, keepdim=True)
+            parts.append(weight * ((experts.act_fn(gate) * up) @ experts.down_proj[expert].T))
         by_expert = torch.stack(parts, 1).view(*shape, len(parts), -1).transpose(1, 2)
         return total + (edit(by_expert) - by_expert).sum(1).flatten(0, 1)
 
@@ -233,14 +262,14 @@ def _mix(mlp: Any, edit: Change, shape: torch.Size) -> Callable[[], None]:
 
 
 def _by_head(edit: Change, heads: int, x: Tensor) -> Tensor:
-    """Show an edit `batch pos heads*d` as `batch heads pos d`."""
+    """Apply an edit of `batch head pos d` to `batch pos head*d`."""
     split = torch.stack(x.chunk(heads, dim=-1), dim=1)
     return torch.cat(list(edit(split).unbind(1)), dim=-1)
 
 
 @contextmanager
 def _attention_written_out(attention: Any, component: str, edit: Change) -> Iterator[None]:
-    """Replace one module's eager attention by the formula, with an edit at one of its inner places."""
+    """Replace one module's eager attention by the formula, with an edit of one of its inner activations."""
     by_place: dict[str, Change] = {component.removeprefix("head_"): edit}
     if component in ("query_rotated", "key_rotated"):
         by_place = {component: lambda x: _flat_edit(edit, x)}
@@ -262,14 +291,14 @@ def _attention_written_out(attention: Any, component: str, edit: Change) -> Iter
         all_scores = all_scores * options["scaling"]
         if options.get("softcap"):
             all_scores = options["softcap"] * torch.tanh(all_scores / options["softcap"])
-        assert mask is not None  # transformers always makes one for eager attention
-        closed = (mask[..., : key.shape[2]] < torch.finfo(mask.dtype).min / 2).expand_as(all_scores)
-        all_scores = all_scores.masked_fill(closed, -torch.inf)
-        all_scores = by_place.get("attention_scores", _unchanged)(all_scores).masked_fill(closed, -torch.inf)
+        assert mask is not None  # transformers always passes one to eager attention
+        masked = (mask[..., : key.shape[2]] < torch.finfo(mask.dtype).min / 2).expand_as(all_scores)
+        all_scores = all_scores.masked_fill(masked, -torch.inf)
+        all_scores = by_place.get("attention_scores", _unchanged)(all_scores).masked_fill(masked, -torch.inf)
         exponential = torch.exp(all_scores - all_scores.amax(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).min))
         pattern = exponential / exponential.sum(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).tiny)
         for name in ("attention_pattern", "attention_weight"):
-            pattern = by_place.get(name, _unchanged)(pattern).masked_fill(closed, 0.0)
+            pattern = by_place.get(name, _unchanged)(pattern).masked_fill(masked, 0.0)
         for h in range(query.shape[1]):
             outputs.append(pattern[:, h] @ value[:, h // group])
         return torch.stack(outputs, dim=2), pattern
@@ -286,7 +315,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _flat_edit(edit: Change, x: Tensor) -> Tensor:
-    """Show an edit `batch heads pos d` as `batch pos heads*d`."""
+    """Apply an edit of `batch pos head*d` to `batch head pos d`."""
     flat = torch.cat(list(x.unbind(1)), dim=-1)
     return torch.stack(edit(flat).chunk(x.shape[1], dim=-1), dim=1)
 
@@ -306,12 +335,20 @@ def _first(module: Any, *names: str) -> Any:
         if hasattr(module, name):
             return getattr(module, name)
     raise ValueError(
-        f"{type(module).__name__} has none of {', '.join(names)}: teach pyvene_ext.verify this architecture."
+        f"{type(module).__name__} has none of {', '.join(names)}: add this architecture's names to "
+        "pyvene_ext.intervenable.truth."
     )
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Logits or last hidden states, which come first."""
+    """The first tensor of a model's output: logits or last hidden states.
+
+    Args:
+        output: a tensor, a tuple or a model output.
+
+    Returns:
+        The tensor.
+    """
     return output if isinstance(output, Tensor) else output[0]
 
 

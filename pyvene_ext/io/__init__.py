@@ -1,6 +1,6 @@
 """Files that are complete or absent, hashes, seeds, optional packages, and the command line.
 
-Nothing here knows models, prompts or interventions, and nothing here imports torch's models or pyvene.
+Nothing here depends on models, prompts or interventions, and nothing here imports transformers or pyvene.
 """
 
 import lazy_loader

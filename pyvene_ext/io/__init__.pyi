@@ -1,9 +1,10 @@
+from .bounds import Ascending as Ascending
 from .bounds import Distinct as Distinct
 from .bounds import EachOnce as EachOnce
-from .bounds import Form as Form
+from .bounds import Matches as Matches
 from .bounds import OneOrMore as OneOrMore
 from .bounds import check as check
-from .cli import made as made
+from .cli import config_from as config_from
 from .cli import run as run
 from .cli import write_config as write_config
 from .errors import one_sentence as one_sentence
@@ -12,6 +13,7 @@ from .files import cache_folder as cache_folder
 from .files import output_path as output_path
 from .files import parse_json as parse_json
 from .files import read_as as read_as
+from .files import read_head_matrix as read_head_matrix
 from .files import read_npy as read_npy
 from .files import read_yaml as read_yaml
 from .files import remove_leftovers as remove_leftovers

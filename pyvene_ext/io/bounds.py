@@ -1,7 +1,8 @@
-"""What a flag may be, said in its type and checked in one place: `top: Annotated[int, Ge(1)] = 5`.
+"""Bounds of flags, declared in their types and checked in one place: `top: Annotated[int, Ge(1)] = 5`.
 
-Bounds are those of `annotated_types` (Ge, Gt, Le, Lt, MinLen, Unit), and below; on the items of a tuple, in the type of an item.
-None is checked against nothing. What concerns several flags is a method `check_flags` of their dataclass; it raises ValueError.
+Bounds are those of `annotated_types` (Ge, Gt, Le, Lt, MinLen, Unit) and those below; bounds on the items of a tuple stand in the
+type of an item. None is always accepted. A check of several flags together is a method `check_flags` of their dataclass, which
+raises ValueError.
 """
 
 from __future__ import annotations
@@ -22,12 +23,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Distinct:
-    """No item twice."""
+    """No item occurs twice."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """Text of a form: a regular expression, and the same in words, "heads as layer.head, such as 2.5"."""
+class Ascending:
+    """Each item is larger than the one before it."""
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Text matches a pattern.
+
+    Attributes:
+        pattern: a regular expression for the whole text.
+        words: the same in words, such as "heads as layer.head, such as 2.5".
+    """
 
     pattern: str
     words: str
@@ -38,10 +49,13 @@ OneOrMore = Annotated[tuple[T, ...], MinLen(1), Distinct()]
 
 
 def check(config: Any) -> None:
-    """Hold every flag of a dataclass to the bounds in its type, then call its `check_flags`, if it has one.
+    """Check every flag of a dataclass against the bounds in its type, then call its `check_flags`, if it has one.
+
+    Args:
+        config: an instance of a dataclass of flags.
 
     Raises:
-        ValueError: one sentence, "--limit must be 1 or more, not 0."
+        ValueError: one sentence, such as "--limit must be 1 or more, not 0."
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
@@ -52,7 +66,16 @@ def check(config: Any) -> None:
 
 
 def complaints(flag: str, value: Any, hint: Any) -> Iterator[str]:
-    """What is wrong with a value, by the bounds in a type."""
+    """List the bounds of a type that a value breaks.
+
+    Args:
+        flag: the flag's name.
+        value: its value.
+        hint: its type, with bounds in `Annotated`.
+
+    Yields:
+        str: one sentence for each broken bound.
+    """
     if value is None:
         return
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -64,20 +87,22 @@ def complaints(flag: str, value: Any, hint: Any) -> Iterator[str]:
         of_items = args[:1] * len(value) if args[-1] is Ellipsis else args
         for item, of_item in zip(value, of_items, strict=False):
             yield from complaints(flag, item, of_item)
-    else:  # of a union, the other than None
+    else:  # the members of a union other than None
         for arg in args if origin is not typing.Literal else ():
             yield from complaints(flag, value, arg)
 
 
 def _complaint(flag: str, value: Any, bounds: list[Any]) -> Iterator[str]:
     for bound in bounds:
-        if isinstance(bound, Form) and not re.fullmatch(bound.pattern, value):
+        if isinstance(bound, Matches) and not re.fullmatch(bound.pattern, value):
             yield f"--{flag} names {bound.words}, not {value!r}."
     if isinstance(value, tuple):
         wanted = ["one or more"] if any(isinstance(bound, MinLen) for bound in bounds) else []
         wanted += ["each once"] if any(isinstance(bound, Distinct) for bound in bounds) else []
         if (not value and "one or more" in wanted) or ("each once" in wanted and len(set(value)) < len(value)):
             yield f"--{flag} names {', '.join(wanted)}, not {' '.join(map(str, value)) or 'nothing'}."
+        if Ascending() in bounds and list(value) != sorted(set(value)):
+            yield f"--{flag} takes ascending numbers, not {' '.join(map(str, value))}."
     limits = {type(bound): dataclasses.astuple(bound)[0] for bound in bounds if type(bound) in LIMITS}
     if limits and not (math.isfinite(value) and all(LIMITS[kind][1](value, end) for kind, end in limits.items())):
         unit = next((f", in {bound.unit}" for bound in bounds if isinstance(bound, Unit)), "")

@@ -1,7 +1,7 @@
 """The command line of every study: flags from one config class, and one sentence when something is wrong.
 
-Nothing heavy is imported here, and a study imports nothing heavy before its flags are parsed: help, and what a typing error
-gets, come within a second.
+Nothing heavy is imported here, and a study imports nothing heavy before its flags are parsed, so that help and the answer to a
+mistyped flag come within a second.
 """
 
 from __future__ import annotations
@@ -40,17 +40,20 @@ CONFIG_HELP = (
 
 
 def run(study: Callable[[Config], object], config: type[Config], args: Sequence[str] | None = None) -> int:
-    """Read the flags into a `config`, call `study` with it, and return the exit code: `sys.exit(run(main, Config))`.
+    """Parse flags into a `config` and call `study` with it: `sys.exit(run(main, Config))`.
 
-    The exit code is what `study` returns if that is a number, else 0. Flags may be written with underscores or dashes. `--help`
-    shows the first line of the module's docstring, the flags by group (those of a base class of `config` are a group), and then
-    the rest of the docstring. What users can mend (ValueError, OSError, MissingExtra) becomes one line on stderr and exit code 2,
-    as for an unknown flag; any other exception is a defect of ours and keeps its traceback. Ctrl-C gives 130, as in a shell.
+    Flags may be written with underscores or dashes. `--help` shows the first line of the module's docstring, the flags by group
+    (each base class of `config` is a group), and the rest of the docstring. Errors that users can fix (ValueError, OSError,
+    MissingExtra) become one line on stderr and exit code 2, as for an unknown flag; any other exception is a bug and keeps its
+    traceback.
 
     Args:
         study: called with the config, whose flags are within their bounds (`io.bounds.check`).
         config: a dataclass; its fields are the flags, described by their docstrings or by a `Doc` in their types.
-        args: the command line without the program's name; `sys.argv[1:]` by default.
+        args: the command line without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        The exit code: what `study` returns if that is a number, else 0; 2 for an error; 130 for Ctrl-C, as in a shell.
     """
     title, _, manual = (inspect.getdoc(inspect.getmodule(study)) or "").partition("\n")
     try:
@@ -72,11 +75,19 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
     return outcome if isinstance(outcome, int) else 0
 
 
-def made(config: type[Config], values: Mapping[str, Any], source: str) -> Config:
-    """A config from plain values, such as a YAML file's.
+def config_from(config: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Build a config from plain values, such as those of a YAML file.
+
+    Args:
+        config: a dataclass of flags.
+        values: values by flag.
+        source: what messages call the source of the values, such as the file's name.
+
+    Returns:
+        The config; bounds are checked for pydantic's own types of bounds only (`io.bounds.check` checks all).
 
     Raises:
-        ValueError: a flag that `config` does not have, or a value that it cannot have; `source` says where it stands.
+        ValueError: an unknown flag, or a value of a wrong type.
     """
     known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     for key in values:
@@ -96,11 +107,16 @@ def made(config: type[Config], values: Mapping[str, Any], source: str) -> Config
         raise ValueError(f"{source}: {one_sentence(error)}") from None
 
 
-BOUNDS = ("greater_than", "less_than", "too_short", "finite_number")  # errors of pydantic that `bounds` words better
+BOUNDS = (
+    "greater_than",
+    "less_than",
+    "too_short",
+    "finite_number",
+)  # pydantic's errors for which `bounds` has a better message
 
 
 def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config | None]:
-    """The flags without `--config FILE`, and what the file says as a `config`; ValueError if it says something else."""
+    """The flags without `--config FILE`, and the file's flags as a `config`; ValueError if it has others."""
     place = next((i for i, arg in enumerate(args) if arg.split("=")[0] == "--config"), None)
     if place is None:
         return args, None
@@ -110,20 +126,25 @@ def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config
         name = next(iter(args[place + 1 :]), "")
     values = read_yaml(name)
     if not isinstance(values, dict):
-        raise ValueError(f"{name} must hold one flag a line, as 'name: value'.")
-    return args[:place] + rest, made(config, values, name)
+        raise ValueError(f"{name} must hold one flag per line, as 'name: value'.")
+    return args[:place] + rest, config_from(config, values, name)
 
 
 def groups(config: type) -> dict[str, list[dataclasses.Field[Any]]]:
-    """The flags of a config class by the base class that they come from, in the order of the bases; its own are "study".
+    """Group the flags of a config class by the base class that they come from.
 
-    Those that a base declares itself come before those of its own bases: the model before how it is loaded.
+    Args:
+        config: a dataclass of flags.
+
+    Returns:
+        Fields by group, in the order of the bases, last its own as "study". Fields that a base declares itself come before those
+        of its own bases (the model before how it is loaded).
     """
     bases = [base for base in config.__mro__[1:] if dataclasses.is_dataclass(base)]
     found: dict[str, list[dataclasses.Field[Any]]] = {
         name: [] for name in (*(base.__name__.lower() for base in bases), "study")
     }
-    for base in config.__mro__:  # a field belongs to the first base that has it, also where the study sets its default
+    for base in config.__mro__:  # a field belongs to the first base that has it, even if the study changes its default
         for field in dataclasses.fields(config):
             if field.name in vars(base).get("__annotations__", ()) and not any(
                 field in some for some in found.values()
@@ -134,7 +155,7 @@ def groups(config: type) -> dict[str, list[dataclasses.Field[Any]]]:
 
 
 def _parsed(config: type[Config], default: Config | None, args: list[str], description: str) -> Config:
-    """The command line as a config. tyro shows nested dataclasses as groups, so that it is given one for each group."""
+    """Parse the command line. Since tyro shows nested dataclasses as groups, it gets one for each group."""
     hints = typing.get_type_hints(config, include_extras=True)
     parts: list[tuple[str, Any, Any]] = []
     for group, fields in groups(config).items():
@@ -154,7 +175,7 @@ def _parsed(config: type[Config], default: Config | None, args: list[str], descr
 
 
 def _without_none(hint: Any, value: Any) -> dict[str, Any]:
-    """How a flag that may be None is shown: its words say what is done without it, not "default: None"."""
+    """How help shows a flag that is None by default: its description says what happens then, so "default: None" is omitted."""
     if value is not None:
         return {}
     while typing.get_origin(hint) is Annotated:
@@ -167,7 +188,7 @@ def _without_none(hint: Any, value: Any) -> dict[str, Any]:
 
 
 def _help(config: type, name: str, hint: Any) -> str:
-    """What a flag is for: its docstring in the class that declares it or the next base, else the `Doc` in its type."""
+    """A flag's description: its docstring in the class that declares it or the next base, else the `Doc` in its type."""
     for base in config.__mro__:
         if words := _docstrings(base).get(name):
             return words
@@ -203,11 +224,16 @@ def _one_line(error: ValueError | OSError | MissingExtra) -> str:
 
 
 def write_config(path: str | Path, config: Any) -> None:
-    """Write a dataclass of flags as the YAML that `--config` reads, group by group."""
+    """Write a dataclass of flags as the YAML file that `--config` reads, group by group.
+
+    Args:
+        path: the file.
+        config: an instance of a dataclass of flags.
+    """
     values = {field.name: getattr(config, field.name) for fields in groups(type(config)).values() for field in fields}
     write_yaml(path, {name: _plain(value) for name, value in values.items()})
 
 
 def _plain(value: Any) -> Any:
-    """A flag as YAML has it."""
+    """Convert a flag's value to one that YAML can write."""
     return str(value) if isinstance(value, Path) else value

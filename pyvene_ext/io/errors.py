@@ -1,4 +1,4 @@
-"""Validation errors of pydantic in one sentence."""
+"""One-sentence messages for pydantic's validation errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from pydantic import (
 
 
 def one_sentence(error: ValidationError) -> str:
-    """What pydantic found, without its line breaks, codes and links: "heads.0: Input should be a valid integer"."""
+    """Word a validation error without pydantic's line breaks, codes and links.
+
+    Args:
+        error: the error.
+
+    Returns:
+        Such as "heads.0: Input should be a valid integer".
+    """
     found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
     return "; ".join(f"{where}: {message}" if where else message for where, message in found)

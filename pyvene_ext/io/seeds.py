@@ -1,4 +1,4 @@
-"""One seed a run, one generator a named use of it."""
+"""One seed per run, one generator per named use."""
 
 from __future__ import annotations
 
@@ -7,5 +7,13 @@ import xxhash
 
 
 def rng(seed: int, *names: str | int) -> np.random.Generator:
-    """A generator for one named use of the run's one seed, so that a new draw somewhere never shifts another."""
+    """Derive a generator from the run's seed, so that a new draw somewhere never changes another.
+
+    Args:
+        seed: the run's one seed.
+        *names: what the generator is for; other names give an independent generator.
+
+    Returns:
+        The generator.
+    """
     return np.random.default_rng([seed, *(xxhash.xxh32_intdigest(str(name).encode()) for name in names)])

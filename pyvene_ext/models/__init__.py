@@ -1,6 +1,6 @@
-"""Models: loaded, placed on devices, hooked, identified by their weights, and run block by block.
+"""Models: loading them, placing them on devices, hooking, hashing their weights, and running them block by block.
 
-What a family's modules are called belongs in `modelcards`; what is done to activations belongs in the rooms after this one.
+What a family's modules are called belongs in `modelcards`; what is done to activations belongs in the later rooms.
 """
 
 import lazy_loader

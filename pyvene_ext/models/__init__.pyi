@@ -9,7 +9,6 @@ from .loading import TINY_FOLDER as TINY_FOLDER
 from .loading import TINY_MODELS as TINY_MODELS
 from .loading import load_model as load_model
 from .sizes import has_heads as has_heads
-from .sizes import head_label as head_label
 from .sizes import heads_of as heads_of
 from .sizes import n_heads as n_heads
 from .sizes import n_kv_heads as n_kv_heads

@@ -1,24 +1,24 @@
-"""Checkpoints of CODI's training code as folders that every study takes: adapters merged, projection beside the weights.
+"""Convert checkpoints of CODI's training code into folders that every study takes: adapters merged, the projection in a file.
 
     python -m pyvene_ext.models.codi --checkpoint DOWNLOADED_FOLDER --base gpt2 --out codi-gpt2
     python -m pyvene_ext.models.codi --checkpoint DOWNLOADED_FOLDER --base meta-llama/Llama-3.2-1B --out codi-llama
     python experiments/critical_heads/patch_hub.py --models codi-gpt2 --problems gsm8k --answer_tokens 16
 
-Read are, and nothing else: the base model, whose config, tokenizer and (where the checkpoint lacks them) weights are used; and of
-the checkpoint model.safetensors, else pytorch_model.bin, which is read without running what a pickle may say. Its entries are
-named as that code names them (repository zhenyi4/codi; not tried on the published weights):
+Two things are read: the base model (its config, its tokenizer, and any weights that the checkpoint lacks), and the checkpoint's
+model.safetensors, else its pytorch_model.bin, which is read without executing pickled code. Entries are named as in that code
+(repository zhenyi4/codi; not tried on the published weights):
 
-    codi.[base_model.model.]NAME          a weight of the base model; `.base_layer.` in a name is left out
+    codi.[base_model.model.]NAME          a weight of the base model; `.base_layer.` in a name is dropped
     ...lora_A[.default].weight, lora_B    a LoRA adapter: alpha / r * B A is added to the weight (r is A's; alpha is --lora_alpha)
     prj.1, prj.3, prj.ln                  the projection
 
 The embeddings have three rows more than the base model's vocabulary: padding, which stands for latent steps here, BOT and EOT.
 Prompts are the bare question, [the end token with --eos], BOT, latent steps, EOT, [the end token with --eos].
 
-What differs from that code's evaluation: a prompt's padding is neither seen nor counted in positions, also by latent steps, so
-that batches give what single questions do; padding and BOT are never written (EOT is not there either); adapters are merged, in
-float32. Not supported: quantised or DoRA adapters, adapters of embeddings, a second decoder, models without adapters saved under
-other names.
+Differences from that code's evaluation: padding is neither attended to nor counted in positions, at latent steps too, so that
+batched and single questions give the same result; padding and BOT are never generated (nor is EOT there); adapters are merged,
+in float32. Not supported: quantised or DoRA adapters, adapters of embeddings, a second decoder, and models without adapters saved
+under other names.
 """
 
 from __future__ import annotations
@@ -49,29 +49,32 @@ from pyvene_ext.models.latent_steps import (
 from pyvene_ext.models.loading import load_model
 
 NEW_TOKENS = 3  # padding, BOT, EOT
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # made anew with every model
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # recomputed for every model
 LORA = re.compile(r"(.+)\.lora_(A|B)(\.default)?\.weight")
 
 
 @dataclass(frozen=True)
 class Config:
+    """The checkpoint, and how it was trained."""
+
     checkpoint: Path
     """the folder with model.safetensors or pytorch_model.bin"""
     base: str
     """the model it was trained from: a folder or a name on the hub"""
     out: Path
-    """the folder that is written"""
+    """the output folder"""
     lora_alpha: float = 32
-    """of the adapters, as trained"""
+    """the adapters' alpha, as in training"""
     steps: int = 6
     """latent steps (inf_latent_iterations)"""
     eos: bool = False
-    """the end token stands before BOT and behind EOT (trained without remove_eos)"""
+    """put the end token before BOT and after EOT (trained without remove_eos)"""
     template: str = "{question}"
-    """of the question"""
+    """template of the question"""
 
 
 def main(config: Config) -> None:
+    """Convert one checkpoint."""
     if config.steps < 1:
         raise ValueError(f"--steps must be 1 or more, not {config.steps}.")
     folder = output_path(config.out, config.out)
@@ -99,7 +102,7 @@ def main(config: Config) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name; ValueError if there are none that can be read."""
+    """All tensors of a checkpoint, by name; ValueError if they cannot be read."""
     safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
     try:
         if safe.is_file():
@@ -112,16 +115,24 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"the weights in {folder} cannot be read ({str(error).split(chr(10))[0]}).") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{pickled} holds something else than named tensors; give the checkpoint of a whole model.")
+        raise ValueError(f"{pickled} does not hold named tensors; give the checkpoint of a whole model.")
     return dict(state)
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, state: Mapping[str, Tensor], alpha: float) -> int:
-    """Put a checkpoint's weights in a model, then add its adapters; how many there were.
+    """Copy a checkpoint's weights into a model in place, then add its adapters.
+
+    Args:
+        model: the base model, its embeddings already resized.
+        state: the checkpoint's tensors by name, without the projection.
+        alpha: LoRA's alpha.
+
+    Returns:
+        The number of adapters merged.
 
     Raises:
-        ValueError: an entry that belongs nowhere or has another shape, half an adapter, embeddings without the new tokens.
+        ValueError: an entry that the model lacks or that has another shape, half an adapter, or no token embeddings.
     """
     weights: dict[str, Tensor] = {}
     lora: dict[str, dict[str, Tensor]] = {}
@@ -135,12 +146,12 @@ def merge(model: PreTrainedModel, state: Mapping[str, Tensor], alpha: float) -> 
     embeddings: Any = model.get_input_embeddings()
     if not any(own.get(name) is embeddings.weight for name in weights):
         raise ValueError(
-            "the checkpoint has no token embeddings, without which BOT and EOT mean nothing; give the whole one."
+            "the checkpoint has no token embeddings, so BOT and EOT would be undefined; give the whole checkpoint."
         )
     for name in (*weights, *lora):
         if name not in own:
             raise ValueError(
-                f"the checkpoint's {name} is no weight of the base model; give the base it was trained from."
+                f"the checkpoint's {name} is not a weight of the base model; give the base that it was trained from."
             )
     for name, tensor in weights.items():
         check_shape(name, own[name], tensor)
@@ -148,7 +159,7 @@ def merge(model: PreTrainedModel, state: Mapping[str, Tensor], alpha: float) -> 
     for name, parts in lora.items():
         if set(parts) != {"A", "B"}:
             raise ValueError(
-                f"of the adapter of {name} the checkpoint has only lora_{next(iter(parts))}; get it whole."
+                f"the adapter of {name} has only lora_{next(iter(parts))} in the checkpoint; get the whole checkpoint."
             )
         change = alpha / len(parts["A"]) * parts["B"] @ parts["A"]
         change = change.T if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else change
@@ -158,10 +169,11 @@ def merge(model: PreTrainedModel, state: Mapping[str, Tensor], alpha: float) -> 
 
 
 def check_shape(name: str, own: Tensor, given: Tensor) -> None:
+    """Raise ValueError if a checkpoint's tensor does not have the shape of the model's weight."""
     if own.shape != given.shape:
         raise ValueError(
-            f"the checkpoint's {name} is {list(given.shape)} and the base model's {list(own.shape)}; give the base that it was "
-            "trained from."
+            f"{name} has shape {list(given.shape)} in the checkpoint but {list(own.shape)} in the base model; give the base that "
+            "it was trained from."
         )
 
 

@@ -1,4 +1,4 @@
-"""Models spread over devices, which accelerate's hooks bring together, and work spread over the processes of one launch."""
+"""Models spread over devices by accelerate, and work shared by the processes of one launch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ T = TypeVar("T")
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: the device of its first weights, or the one that accelerate brings them to."""
+    """The device that a model takes its inputs on.
+
+    Args:
+        model: the model, on one device or spread over several.
+
+    Returns:
+        The device of its first weights, or the one that accelerate loads them to; the CPU for a model without weights.
+    """
     for module in model.modules():
         if has_offloaded_params(module):
             return torch.device(module._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
@@ -28,10 +35,20 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def on_cpu(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The entry `name` of a model's state dict with its values, which lie elsewhere if accelerate has offloaded them.
+    """One entry of a model's state dict on the CPU, loaded if accelerate has offloaded it.
 
-    No more than what is offloaded together with it, mostly one module's own weights, is in memory for it. Raises ValueError
-    where there are no values.
+    Only what was offloaded together with it, usually one module's own weights, is loaded.
+
+    Args:
+        model: the model.
+        name: the entry's name in the state dict.
+        tensor: the entry; on the meta device if it is offloaded.
+
+    Returns:
+        The values, detached.
+
+    Raises:
+        ValueError: the entry has no values anywhere.
     """
     if not tensor.is_meta:
         return tensor.detach().cpu()
@@ -49,7 +66,14 @@ def on_cpu(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def weights_on_a_device(model: nn.Module) -> int:
-    """Bytes of a model's weights on the device that holds most of them; what is offloaded is on none."""
+    """Measure a model's share of the fullest device.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Bytes of weights on the device that holds most of them; offloaded weights do not count.
+    """
     held: Counter[torch.device] = Counter()
     for parameter in model.parameters():
         held[parameter.device] += parameter.nbytes
@@ -57,38 +81,62 @@ def weights_on_a_device(model: nn.Module) -> int:
 
 
 def no_gradients(model: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which no graph is made, and which leaves nothing on the model.
+    """A context without autograd that leaves no trace on the model.
 
-    Of inference mode, which is a little faster, accelerate would leave parameters that can never have a gradient again.
+    It is inference mode, which is a little faster than no_grad, unless the model is offloaded: then accelerate would load
+    parameters as inference tensors, which can never have a gradient again.
+
+    Args:
+        model: the model that will run.
+
+    Returns:
+        The context.
     """
     hooked = (
         module for module in model.modules() if "_hf_hook" in vars(module)
-    )  # hasattr takes long where there is none
+    )  # hasattr is slow where the attribute is missing
     return torch.no_grad() if any(map(has_offloaded_params, hooked)) else torch.inference_mode()
 
 
 def processes() -> PartialState:
     """The processes of an `accelerate launch` or `torchrun`; a single one where nothing was launched."""
-    # Unless told, accelerate takes processes without a GPU for strangers to each other, and each would do all the work.
+    # By default accelerate treats processes without a GPU as independent, and each would do all the work.
     return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @cache
-def _patient() -> Any:
-    # In the launch's own group waiting is an error after ten minutes, and one process may have hours more to do than another.
+def _without_timeout() -> Any:
+    # The launch's own group times out after ten minutes, and one process may have hours more to do than another.
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
 def all_gather(value: T) -> list[T]:
-    """What every process gives, in their order, in every process; waits until all have come here."""
+    """Gather one value from every process, by rank; waits until all processes call it.
+
+    Args:
+        value: this process's value, picklable.
+
+    Returns:
+        The values of all processes, the same list in each of them.
+    """
     values: list[T] = [value] * processes().num_processes
     if len(values) > 1:
-        torch.distributed.all_gather_object(values, value, group=_patient())
+        torch.distributed.all_gather_object(values, value, group=_without_timeout())
     return values
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
-    """Do something in every process; a ValueError in one of them is raised in all, so that none waits for another in vain."""
+    """Run an action in every process; a ValueError in one of them is raised in all, so that no process waits forever.
+
+    Args:
+        action: called once in each process.
+
+    Returns:
+        What `action` returns in this process.
+
+    Raises:
+        ValueError: this process's own, else that of the first process that failed.
+    """
     error: ValueError | None = None
     try:
         outcome = action()
@@ -100,18 +148,36 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def broadcast_from_main(action: Callable[[], T]) -> T:
-    """What the first process gets by doing something, in all of them; or its ValueError."""
+    """Run an action in the main process only and give its result to all.
+
+    Args:
+        action: called in the main process.
+
+    Returns:
+        Its result, in every process.
+
+    Raises:
+        ValueError: the main process's, raised in every process.
+    """
     outcome = on_all_ranks(lambda: action() if processes().is_main_process else None)
     return all_gather(outcome)[0]  # type: ignore[return-value]
 
 
 def is_main_process() -> bool:
-    """Whether this process prints and writes: the only one, or the first of those that `accelerate launch` has started."""
+    """Whether this process prints and writes files: the only one, or the first that `accelerate launch` started."""
     return processes().is_main_process
 
 
 def choose_device(wanted: str | None) -> str:
-    """The device of this process: `wanted` if given, else a GPU if there is one; of several processes each takes its own."""
+    """The device for this process.
+
+    Args:
+        wanted: a torch device, or None for a GPU if there is one. Under `accelerate launch`, None and "cuda" give each process
+            its own GPU.
+
+    Returns:
+        The device's name.
+    """
     group = processes()
     if group.num_processes > 1 and wanted in (None, "cuda"):
         return str(group.device)

@@ -1,4 +1,4 @@
-"""What a model's places hold while it runs, read or changed as it goes by; and whether its weights can be taken apart."""
+"""Hooks on a model's components: read, replace or record activations during a forward pass; and split tensors by heads."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from modelcards import card_of, dimensions, n_layers
 from modelcards.attention_taps import output_weight
 
 Where = tuple[str, int]  # a component and its layer
-# Sites of heads, by the component that has all heads side by side: a part of a tensor would be no part of the graph.
+# For each head-wise site, the component that holds all heads side by side: a slice of a tensor is not part of the graph.
 SIDE_BY_SIDE = {"q": "query_output", "k": "key_output", "v": "value_output", "z": "attention_value_output"}
 OWN_INPUT = ("attention_input", "mlp_input")
-See = Callable[[Tensor], Tensor | None]  # what it returns goes on in place of what it was given
+HookFn = Callable[[Tensor], Tensor | None]  # reads an activation; what it returns, unless None, replaces it
 
 
 class StopForward(Exception):
-    """Ends a forward pass from inside: everything that was wanted of it is there."""
+    """Raised inside a forward pass to end it early, once everything needed has been recorded."""
 
 
 @contextmanager
-def on_input(module: nn.Module, see: See) -> Iterator[None]:
-    """For a while, `see` is given what a module is given; whoever else holds a tensor that is replaced keeps it as it is."""
+def on_input(module: nn.Module, fn: HookFn) -> Iterator[None]:
+    """Call `fn` on a module's input inside the block.
+
+    Args:
+        module: the module; its input is the first argument, or `hidden_states`.
+        fn: reads the input; what it returns, unless None, is passed to the module instead. Other users of the same tensor keep
+            the original.
+    """
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        new = see(args[0] if args else kwargs["hidden_states"])
+        new = fn(args[0] if args else kwargs["hidden_states"])
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
@@ -44,12 +50,17 @@ def on_input(module: nn.Module, see: See) -> Iterator[None]:
 
 
 @contextmanager
-def on_output(module: nn.Module, see: See) -> Iterator[None]:
-    """For a while, `see` is given what a module gives, or the first of several."""
+def on_output(module: nn.Module, fn: HookFn) -> Iterator[None]:
+    """Call `fn` on a module's output inside the block.
+
+    Args:
+        module: the module; of a tuple, its output is the first entry.
+        fn: reads the output; what it returns, unless None, replaces it.
+    """
 
     def hook(_: nn.Module, args: tuple, output: Any) -> Any:
         first, *rest = output if isinstance(output, tuple) else (output,)
-        new = see(first)
+        new = fn(first)
         return new if new is None or not isinstance(output, tuple) else (new, *rest)
 
     handle = module.register_forward_hook(hook)
@@ -61,7 +72,12 @@ def on_output(module: nn.Module, see: See) -> Iterator[None]:
 
 @contextmanager
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Call `function` in place of a module's forward, for a while; its hooks stay."""
+    """Call `function` instead of a module's forward inside the block; the module's hooks still run.
+
+    Args:
+        module: the module.
+        function: takes the arguments of the module's forward and returns its output.
+    """
     own = module.__dict__.get("forward")  # accelerate puts one there
     module.forward = function
     try:
@@ -73,32 +89,49 @@ def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator
             module.forward = own
 
 
-def visit(model: PreTrainedModel, where: Where, see: See, hooks: ExitStack) -> None:
-    """`see` what a component's module gets or gives, as its card says, all heads side by side, until `hooks` are closed.
+def hook_component(model: PreTrainedModel, where: Where, fn: HookFn, hooks: ExitStack) -> None:
+    """Hook one component of a layer.
 
-    Components inside attention are there within `modelcards.Taps` only.
+    Args:
+        model: a model whose family has a card. Components inside attention need `modelcards.Taps` around the forward pass.
+        where: the component and its layer.
+        fn: reads the component's activation, all heads side by side; what it returns, unless None, replaces it.
+        hooks: closing it removes the hook.
+
+    Raises:
+        ValueError: the family has no such component.
     """
     component, layer = where
     card = card_of(model)
     card.component(model, component)  # raises for what a family lacks
     at_input = card.mapping(type(model))[component][1] == CONST_INPUT_HOOK
-    hooks.enter_context((on_input if at_input else on_output)(card.module(model, component, layer), see))
+    hooks.enter_context((on_input if at_input else on_output)(card.module(model, component, layer), fn))
 
 
-def keep_places(
+def record_activations(
     model: PreTrainedModel, places: Iterable[Where], hooks: ExitStack, graph: bool = False
 ) -> dict[Where, Tensor]:
-    """What a run will show at these places; with `graph` it can be asked for gradients there."""
+    """Record activations of the next forward pass.
+
+    Args:
+        model: a model whose family has a card.
+        places: components and their layers.
+        hooks: closing it removes the hooks.
+        graph: make every recorded tensor part of the autograd graph, so that it can have a gradient.
+
+    Returns:
+        A dict that the forward pass fills: the activation of each place, all heads side by side.
+    """
     seen: dict[Where, Tensor] = {}
     card = card_of(model)
 
-    def keep(where: Where) -> See:
+    def keep(where: Where) -> HookFn:
         def kept(x: Tensor) -> Tensor | None:
             if graph and not x.requires_grad:
-                x.requires_grad_()  # itself, no copy: the residual stream also goes on beside the module that is hooked
+                x.requires_grad_()  # the tensor itself, not a copy: the residual stream also bypasses the hooked module
             if graph and (where[0] in OWN_INPUT or card.is_tap(model, where[0])):
-                # A view for this module alone: in some families others are given the same tensor (the stream itself in OLMo 2);
-                # and a tap's tensor is part of the graph only where it goes on as another one.
+                # A view for this module alone: in some families other modules get the same tensor (OLMo 2's get the stream
+                # itself), and a tap's tensor joins the graph only if a new tensor replaces it.
                 seen[where] = x.view_as(x)
                 return seen[where]
             seen[where] = x
@@ -108,12 +141,19 @@ def keep_places(
         return kept
 
     for where in places:
-        visit(model, where, keep(where), hooks)
+        hook_component(model, where, keep(where), hooks)
     return seen
 
 
-def keep_call(model: PreTrainedModel, layer: int, calls: dict[int, tuple[tuple, dict]], hooks: ExitStack) -> None:
-    """Remember how a layer's attention module is called."""
+def record_call(model: PreTrainedModel, layer: int, calls: dict[int, tuple[tuple, dict]], hooks: ExitStack) -> None:
+    """Record the arguments of a layer's attention module in the next forward pass.
+
+    Args:
+        model: a model whose family has a card.
+        layer: the layer.
+        calls: filled with the positional and keyword arguments, by layer.
+        hooks: closing it removes the hook.
+    """
 
     def keep(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         calls[layer] = args, kwargs
@@ -123,21 +163,46 @@ def keep_call(model: PreTrainedModel, layer: int, calls: dict[int, tuple[tuple, 
 
 
 def split_heads(x: Tensor, component: str, model: PreTrainedModel) -> Tensor:
-    """A component out of what its module gives: `batch head pos width`, or `batch pos width` without heads."""
+    """Take one component out of the tensor that its module reads or writes.
+
+    Args:
+        x: the module's tensor, `batch pos width`, all heads side by side (and q, k and v, if they are fused).
+        component: pyvene's name of the component.
+        model: the model, whose card says how the tensor is laid out.
+
+    Returns:
+        `batch head pos d_head`, or `batch pos d` for a component without heads.
+    """
     sizes = dimensions(model.config)
     for split, part in card_of(model).mapping(type(model))[component][2:]:
         x = split(x, sizes.get(part, part))
     return x
 
 
-def entries_of_heads(model: PreTrainedModel, component: str, width: int) -> Int[Tensor, "head d_head"]:
-    """Which entries of a module's last axis belong to each head; one row of all of them without heads."""
+def head_entries(model: PreTrainedModel, component: str, width: int) -> Int[Tensor, "head d_head"]:
+    """Which entries of a module's last axis belong to each head.
+
+    Args:
+        model: the model, whose card says how the tensor is laid out.
+        component: pyvene's name of the component.
+        width: the size of the last axis.
+
+    Returns:
+        Indices by head; a component without heads has one row.
+    """
     found = split_heads(torch.arange(width)[None, None], component, model)
     return found[0, :, 0] if found.ndim == 4 else found[0]
 
 
 def check_projections(model: PreTrainedModel) -> None:
-    """Raise ValueError where an output projection cannot be taken apart by heads."""
+    """Check that every layer's output projection can be split by heads.
+
+    Args:
+        model: a model whose family has a card.
+
+    Raises:
+        ValueError: a projection is quantised, offloaded or wrapped by an adapter; names its layer.
+    """
     for layer in range(n_layers(model.config)):
         projection = card_of(model).module(model, "attention_value_output", layer)
         if output_weight(projection) is None:

@@ -1,21 +1,21 @@
 """Continuous thoughts: models that reason in hidden states instead of words, as ordinary models with ordinary positions.
 
 A prompt of such a model (CODI, Shen et al. 2025, arXiv 2502.21074; without projection: Coconut, Hao et al. 2024) is the question,
-the tokens `opening` (the last of them begins the thought), some latent steps, and the tokens `closing`, behind which it writes
-its answer. What enters the network at a latent step is the last hidden state (behind the final norm) of the position before,
-through a projection. Here a latent step is a placeholder token in the prompt, so it is a position as any other: it can be named,
-ablated, noised, forced, and its activations read.
+the tokens `opening` (the last of them begins the thought), some latent steps, and the tokens `closing`, after which the model
+writes its answer. The embedding of a latent step is the last hidden state (after the final norm) of the position before it,
+through a projection. Here a latent step is a placeholder token in the prompt, so it is a position like any other: it can be
+named, ablated, noised, forced, and its activations read.
 
-`attach` makes a causal language model such a model. Whenever the decoder is given placeholders it runs once for each step before
-it runs for good: the first run gives the state behind `opening`, hence what enters at the first step, and so on; later positions
-never change earlier ones, so this is exactly what stepping with a cache gives. Interventions hang on the decoder's modules. They
-stand in every one of these runs, at the same positions and with the same values, so a thought that comes behind an intervention
-is what the model then thinks. Whoever only reads waits for the last run (`is_unrolling`).
+`attach` turns a causal language model into such a model. Given placeholders, the decoder first runs once for each latent step and
+then once for the output: the first run yields the state at the end of `opening`, which is the embedding of the first latent step,
+and so on. Later positions never change earlier ones, so this is exactly what stepping with a cache gives. Interventions are hooks
+on the decoder's modules. They act in each of these runs, at the same positions and with the same values, so every thought after
+an intervention is recomputed under it. Code that only reads activations waits for the last run (`is_unrolling`).
 
-A folder of such a model is an ordinary one of transformers (config.json, model.safetensors, tokenizer) with two things more,
-which `save` writes and `load_model` reads: `continuous_thought` in config.json, the fields of `Format`; and
-projection.safetensors, with 1.weight, 1.bias (d_model to any width), 3.weight, 3.bias (back), and where a layer norm follows
-ln.weight, ln.bias. `pyvene_ext.models.codi` makes one from a checkpoint of CODI's own training code.
+A folder of such a model is an ordinary transformers folder (config.json, model.safetensors, tokenizer) with two additions, which
+`save` writes and `load_model` reads: `continuous_thought` in config.json, the fields of `Format`; and projection.safetensors,
+with 1.weight, 1.bias (d_model to any width), 3.weight, 3.bias (back), and if a layer norm follows ln.weight, ln.bias.
+`pyvene_ext.models.codi` writes one from a checkpoint of CODI's own training code.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ FIELD = "continuous_thought"
 
 
 class Format(BaseModel):
-    """How a model is asked.
+    """The prompt format of a model with continuous thoughts.
 
     Attributes:
         opening: tokens between the question and the latent steps; the last one begins the thought.
-        latent: the token that stands for a latent step. Its embedding is never used.
-        closing: tokens behind the latent steps.
-        steps: how many latent steps there are.
-        template: of the question, a text with `{question}` in it once.
-        projection: whether states are projected before they enter; else they enter as they are.
+        latent: the placeholder token of a latent step. Its own embedding is never used.
+        closing: tokens after the latent steps.
+        steps: the number of latent steps.
+        template: the question's template, with `{question}` in it once.
+        projection: whether hidden states are projected before they become embeddings; else they are used unchanged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,43 +60,66 @@ class Format(BaseModel):
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """What stands behind the question."""
+        """The tokens after the question."""
         return (*self.opening, *(self.latent,) * self.steps, *self.closing)
 
 
 def format_of(model: nn.Module) -> Format | None:
-    """How this model is asked, if it is one of continuous thoughts."""
+    """The prompt format of a model with continuous thoughts.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Its format, or None for an ordinary model.
+    """
     steps = getattr(model, "latent_steps", None)
     return steps.format if isinstance(steps, LatentSteps) else None
 
 
 def is_unrolling(model: nn.Module) -> bool:
-    """Whether the decoder runs only to find out what enters at a latent step; what it holds then is not yet to be read."""
+    """Whether the decoder is running only to compute a latent step's embedding; hooks that read skip such a run.
+
+    Args:
+        model: any model.
+
+    Returns:
+        False for an ordinary model.
+    """
     steps = getattr(model, "latent_steps", None)
     return isinstance(steps, LatentSteps) and steps.is_unrolling
 
 
 def refuse_latent_steps(model: nn.Module, prompts: Iterable[Sequence[int]]) -> None:
-    """Raise ValueError for prompts with latent steps: for what runs a few layers at a time, or asks for one run's gradients."""
+    """Refuse prompts with latent steps, for methods that run some layers only or need the gradients of a single run.
+
+    Args:
+        model: the model.
+        prompts: the token ids of each prompt.
+
+    Raises:
+        ValueError: a prompt has a latent step.
+    """
     form = format_of(model)
     if form is not None and any(form.latent in ids for ids in prompts):
         raise ValueError(
-            "these prompts have latent steps, and what happens at one of them changes what enters at the next; only "
-            "pyvene_ext.run and pyvene_ext.methods.reasoning.evaluate compute that."
+            "these prompts have latent steps, each of which depends on the ones before it; only pyvene_ext.run and "
+            "pyvene_ext.methods.reasoning.evaluate compute that, so use one of them."
         )
 
 
 class LatentSteps(nn.Module):
-    """The projection, and two hooks: before the decoder runs, and behind the token embeddings."""
+    """The projection and the hooks of a model's latent steps: around the decoder and after the token embeddings."""
 
     def __init__(self, form: Format, projection: nn.Module) -> None:
+        """Start with no latent step computed."""
         super().__init__()
         self.format, self.projection = form, projection
         self.is_unrolling = False
         self._known: list[tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, "n d_model"]]] = []
 
     def unroll(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Find out what enters at the latent steps of a batch, one step after the other."""
+        """Compute the embeddings of a batch's latent steps, one step after the other."""
         self._known = []
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None or not (placed := ids == self.format.latent).any():
@@ -104,8 +127,8 @@ class LatentSteps(nn.Module):
         cache = kwargs.get("past_key_values")
         if placed[:, 0].any() or (cache is not None and cache.get_seq_length()):
             raise ValueError(
-                "a latent step follows from the token before it, which this forward pass does not have; give the prompt from its "
-                "first token to its last latent step at once."
+                "a latent step follows from the token before it, which this forward pass does not have; pass the prompt from its "
+                "first token to its last latent step in one call."
             )
         number = placed.cumsum(-1) * placed
         draft = {
@@ -118,7 +141,7 @@ class LatentSteps(nn.Module):
         self.is_unrolling = True
         try:
             for step in range(1, int(number.max()) + 1):
-                # Not the decoder's own hooks, this one among them, but those of all its modules.
+                # This skips the decoder's own hooks (this one among them) but runs those of all its modules.
                 states = decoder.forward(*args, **draft).last_hidden_state
                 rows, columns = (number == step).nonzero(as_tuple=True)
                 self._known.append((rows, columns, self.projection(states[rows, columns - 1])))
@@ -126,11 +149,11 @@ class LatentSteps(nn.Module):
             self.is_unrolling = False
 
     def forget(self, *_: Any) -> None:
-        """After the decoder has run."""
+        """Drop the embeddings, once the decoder has run."""
         self._known = []
 
     def fill(self, embeddings: nn.Module, args: tuple, output: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
-        """Put what is known in the place of placeholders."""
+        """Replace the embeddings of placeholders by those computed so far."""
         if not self._known:
             return None
         filled = output.clone()
@@ -140,7 +163,16 @@ class LatentSteps(nn.Module):
 
 
 def projection(d_model: int, width: int, norm: bool = True) -> nn.Sequential:
-    """CODI's projection, its parts named as in its checkpoints."""
+    """Build CODI's projection, its parts named as in its checkpoints.
+
+    Args:
+        d_model: width of the residual stream.
+        width: width of the hidden layer.
+        norm: end with a layer norm.
+
+    Returns:
+        A randomly initialised projection from d_model to d_model.
+    """
     parts: list[tuple[str, nn.Module]] = [
         ("1", nn.Linear(d_model, width)),
         ("2", nn.GELU()),
@@ -150,15 +182,17 @@ def projection(d_model: int, width: int, norm: bool = True) -> nn.Sequential:
 
 
 def attach(model: PreTrainedModel, form: Format, how: nn.Module | None = None) -> None:
-    """Make a causal language model one of continuous thoughts, in place.
+    """Give a causal language model latent steps, in place.
+
+    From then on generation that heeds `generation_config.suppress_tokens` never writes the tokens of the format.
 
     Args:
-        how: the projection; None: states enter as they are. It is moved to the model's device and dtype.
-
-    The tokens of the format are from then on never written by generation that heeds `generation_config.suppress_tokens`.
+        model: a causal language model.
+        form: the prompt format; its tokens must be in the model's vocabulary.
+        how: the projection from d_model to d_model, moved to the model's device and dtype; None uses hidden states unchanged.
 
     Raises:
-        ValueError: the model is one already, or the format does not fit it.
+        ValueError: the model has latent steps already, or the format does not fit it.
     """
     embeddings: Any = model.get_input_embeddings()
     special = {*form.opening[-1:], form.latent, *form.closing[:1]}
@@ -166,15 +200,16 @@ def attach(model: PreTrainedModel, form: Format, how: nn.Module | None = None) -
         raise ValueError("this model has latent steps already; load it again.")
     if max(*form.tokens) >= len(embeddings.weight):
         raise ValueError(
-            f"the continuous thought has token {max(form.tokens)} and the model embeds {len(embeddings.weight)}; use the "
+            f"the continuous thought has token {max(form.tokens)} but the model embeds {len(embeddings.weight)} tokens; use the "
             "checkpoint that belongs to it."
         )
     if form.latent in (*form.opening, *form.closing) or form.template.count("{question}") != 1:
         raise ValueError(
-            "in a continuous thought the latent token stands for latent steps alone, and the template holds {question} once."
+            "in a continuous thought the latent token stands for latent steps alone and the template has {question} once; "
+            "correct the format."
         )
     if form.projection == (how is None):
-        raise ValueError("a projection must be given exactly if the format has one.")
+        raise ValueError("give a projection exactly if the format has one.")
     steps = LatentSteps(form, (how or nn.Identity()).to(embeddings.weight.device, embeddings.weight.dtype))
     model.latent_steps = steps.train(model.training)
     setattr(model.config, FIELD, form.model_dump(mode="json"))
@@ -189,7 +224,16 @@ def attach(model: PreTrainedModel, form: Format, how: nn.Module | None = None) -
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a model with latent steps as a folder that `load_model` takes."""
+    """Write a model with latent steps to a folder that `load_model` reads.
+
+    Args:
+        model: a model with latent steps.
+        tokenizer: its tokenizer.
+        folder: the output folder.
+
+    Raises:
+        ValueError: the model has no latent steps.
+    """
     form = format_of(model)
     if form is None:
         raise ValueError("this model has no latent steps; save it with save_pretrained.")
@@ -202,10 +246,16 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
 
 
 def restore(model: PreTrainedModel, name: str, source: str, revision: str | None = None) -> None:
-    """Attach the latent steps that a loaded model's config and files speak of; nothing where there are none.
+    """Attach the latent steps that a loaded model's config and files describe, if they describe any.
+
+    Args:
+        model: the loaded model.
+        name: what messages call it.
+        source: its folder or its repository on the hub.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        ValueError: a format or projection that is missing, broken or of another model.
+        ValueError: the format or projection is missing, broken or another model's.
     """
     described = getattr(model.config, FIELD, None)
     if described is None:
@@ -223,7 +273,7 @@ def restore(model: PreTrainedModel, name: str, source: str, revision: str | None
 
 
 def read_projection(source: str, revision: str | None, d_model: int) -> nn.Module:
-    """The projection in a folder or on the hub."""
+    """Read the projection from a folder or the hub."""
     try:
         path = cached_file(source, PROJECTION, revision=revision)
         state = load_file(str(path))
@@ -233,13 +283,24 @@ def read_projection(source: str, revision: str | None, d_model: int) -> nn.Modul
 
 
 def projection_from(state: dict[str, Tensor], d_model: int) -> nn.Module:
-    """A projection with these weights; ValueError if they are none."""
+    """Build a projection from its weights.
+
+    Args:
+        state: the weights, named as in CODI's checkpoints.
+        d_model: width of the residual stream.
+
+    Returns:
+        The projection, in float32.
+
+    Raises:
+        ValueError: a weight is missing, surplus, or of another shape.
+    """
     first = state.get("1.weight")
-    made = projection(
+    built = projection(
         d_model, len(first) if first is not None and first.ndim else 1, any("ln" in name for name in state)
     )
-    wanted = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
     if wanted != (found := {name: tuple(tensor.shape) for name, tensor in state.items()}):
-        raise ValueError(f"a projection has the weights {wanted}, and not {found}.")
-    made.load_state_dict(state)
-    return made
+        raise ValueError(f"a projection has the weights {wanted}, not {found}; get the checkpoint's own projection.")
+    built.load_state_dict(state)
+    return built

@@ -40,10 +40,10 @@ TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 TINY_MODELS = tuple(sorted(path.parent.name for path in TINY_FOLDER.glob("*/config.json")))
 NO_TOKENIZER = "has no tokenizer that can be read; its tokenizer.json belongs beside config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-# Transformers makes an object for each of these, and would fill the memory before it finds that the weights are of fewer.
+# Transformers creates an object for each of these, and would run out of memory before it finds that the weights are of fewer.
 COUNTS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), range(1, 1001)) | {"num_labels": range(10**6)}
-SMALL = 2**22  # numbers, which may be asked for whatever the size of the weights' files
-TEXT = "Lisa gave the book to"  # which a model is tried on
+SMALL = 2**22  # parameters and buffers that a config may ask for whatever the size of the weights' files
+TEXT = "Lisa gave the book to"  # to try a model on
 
 
 def load_model(
@@ -54,29 +54,35 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model of a family that has a card, in eval mode, and its tokenizer.
+    """Load a causal language model of a family that has a card, in eval mode, with its tokenizer.
 
-    Weights are read from safetensors only and code from a repository is never run, so that loading a model runs nothing that came
-    with it. Files that contradict one another are refused, and so is a model that does not run (a few tokens are tried, unless a
-    part of it is left on the disk). Where the tokenizer has no padding token, the one returned uses its end token (the model's
-    config is left alone).
+    Weights are read from safetensors only and code from a repository is never run, so loading a model executes nothing that came
+    with it. Files that contradict one another are refused, and so is a model that fails on a few tokens (not tried if part of it
+    stays on disk). A tokenizer without a padding token gets its end token as one; the model's config is left alone.
 
     Args:
         name_or_path: one of `TINY_MODELS`, else a local folder, else a repository on the hub.
         dtype: one of `DTYPES`; "auto" keeps the checkpoint's.
-        device: where the model goes, e.g. "cuda"; default the CPU. "auto" spreads a model that is larger than one GPU over all of
-            them, then over the CPU's memory, then leaves the rest on the disk.
+        device: where the model goes, such as "cuda"; default the CPU. "auto" spreads a model that is larger than one GPU over all
+            of them, then over the CPU's memory, and leaves the rest on disk.
         attn_implementation: "eager", "sdpa" ...; default transformers' choice.
         device_map: which module goes where (accelerate), instead of `device`.
         revision: branch, tag or commit on the hub.
 
-    Raises, in one sentence: ValueError for arguments and for checkpoints that cannot be used (no card, own code, no safetensors,
-    missing, broken or surplus weights, no tokenizer or another model's), FileNotFoundError for a name that leads nowhere,
-    PermissionError for a gated model without access, ConnectionError without network, other OSError as the hub reports it.
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: a wrong argument, or a checkpoint that cannot be used (no card, own code, no safetensors, missing, broken or
+            surplus weights, no tokenizer or another model's).
+        FileNotFoundError: there is no such folder or repository.
+        PermissionError: a gated model without access.
+        ConnectionError: the hub cannot be reached.
+        OSError: another error that the hub reports.
     """
     _check_arguments(dtype, device, attn_implementation, device_map)
     name, source = str(name_or_path), _source(name_or_path)
-    # Else transformers has a bot of the hub convert pickled weights, and loads the bot's instead of the revision asked for.
+    # By default transformers lets a bot of the hub convert pickled weights, and loads the bot's revision instead of this one.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
@@ -113,13 +119,13 @@ def load_model(
         model.to(device)
     try:
         tokenizer = _tokenizer(source, revision)
-        tokenizer("a b")  # some of what its files say is only looked at then
+        tokenizer("a b")  # some errors in its files show only in use
     except Exception as error:
         raise _explained(error, name, revision, NO_TOKENIZER) from error
-    # Without files, transformers makes up an empty tokenizer for some families.
+    # If there are no files, transformers returns an empty tokenizer for some families.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(f"{name} {NO_TOKENIZER}.")
-    # Some tokens that were added later are not embedded, and are then never met.
+    # Some added tokens have no embedding, and never occur in text.
     last = max(set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values()), default=0)
     if last >= _vocabulary(model):
         raise ValueError(
@@ -135,7 +141,7 @@ def load_model(
 def _check_arguments(dtype: str, device: str | None, attn_implementation: str | None, device_map: Any) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose among {', '.join(DTYPES)}.")
-    # What transformers does not know it would take for code to fetch from the hub.
+    # Transformers would take an unknown name for code to fetch from the hub.
     known = ("eager", *AttentionInterface().valid_keys())
     if attn_implementation is not None and attn_implementation not in known:
         raise ValueError(f"unknown attn_implementation {attn_implementation!r}; use eager or sdpa.")
@@ -153,13 +159,13 @@ def _check_arguments(dtype: str, device: str | None, attn_implementation: str | 
         wanted = torch.device(device)
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}; use cpu, cuda, cuda:1 ..., mps or auto.") from None
-    there = torch.cuda.device_count() if wanted.type == "cuda" else int(torch.backends.mps.is_available())
-    if wanted.type in ("cuda", "mps") and (wanted.index or 0) >= there:
-        raise ValueError(f"device {device!r} was asked for but this machine offers {there} of its kind; use cpu.")
+    available = torch.cuda.device_count() if wanted.type == "cuda" else int(torch.backends.mps.is_available())
+    if wanted.type in ("cuda", "mps") and (wanted.index or 0) >= available:
+        raise ValueError(f"device {device!r} was asked for but this machine offers {available} of its kind; use cpu.")
 
 
 def _source(name_or_path: str | Path) -> str:
-    """What transformers is to load: a folder or a hub id."""
+    """The folder or hub id for transformers to load."""
     name = str(name_or_path)
     if name in TINY_MODELS:
         return str(TINY_FOLDER / name)
@@ -182,17 +188,17 @@ def _source(name_or_path: str | Path) -> str:
 
 
 def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """What `AutoTokenizer` gives, unless it contradicts the tokenizer.json that was saved with the model.
+    """The tokenizer of `AutoTokenizer`, unless it contradicts the tokenizer.json saved with the model.
 
-    Where no class is named, and for Qwen2 whatever is named, transformers builds the family's own kind of tokenizer around the
-    saved vocabulary; a model trained with another kind would then read other tokens, without a word.
+    If no class is named, and for Qwen2 always, transformers builds the family's own kind of tokenizer around the saved
+    vocabulary; a model trained with another kind would then silently get other tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     if type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
     try:
         as_saved = PreTrainedTokenizerFast.from_pretrained(source, revision=revision or "main")
-    except Exception:  # there is no tokenizer.json, for which every version of transformers has another error
+    except Exception:  # there is no tokenizer.json; the error depends on the version of transformers
         return tokenizer
     words = sorted(as_saved.get_vocab())
     probe = " ".join(words[:: len(words) // 500 + 1])
@@ -220,15 +226,15 @@ def _check_config(config: dict[str, Any], name: str) -> None:
             )
     if config.get("transformers_weights") is not None:
         raise ValueError(
-            f"{name} names a file of its own for its weights (transformers_weights in config.json), which is never read; get a "
-            "checkpoint with model.safetensors."
+            f"{name} names its own file of weights (transformers_weights in config.json), which is never read; get a checkpoint "
+            "with model.safetensors."
         )
 
 
 def _check_files(folder: Path, name: str) -> None:
     """Raise ValueError for weights outside of the folder or not in safetensors, and for a config that does not fit them.
 
-    What transformers finds missing or of another size it makes up first, in memory, however large it is; and it casts anything.
+    Transformers would first allocate weights that are missing or of another size, however large, and would cast any dtype.
     """
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -240,22 +246,22 @@ def _check_files(folder: Path, name: str) -> None:
         for shard in shards:
             if Path(shard).is_absolute() or ".." in Path(shard).parts or Path(shard).suffix != ".safetensors":
                 raise ValueError(
-                    f"{name}: {index.name} names {shard[:60]!r}, which is no safetensors file of that folder; copy or "
+                    f"{name}: {index.name} names {shard[:60]!r}, which is not a safetensors file of that folder; copy or "
                     "download it again."
                 )
         files = [folder / shard for shard in shards]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        # Of eager attention, which every machine has: this one is never run.
+        # With eager attention, which works on every machine; this model is never run.
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     files = [file for file in files if file.is_file()]
     quantised = hasattr(config, "quantization_config")
     asked = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
-    there = sum(file.stat().st_size for file in files)
-    # A byte is a number or, of weights that are quantised, at most eight.
-    if files and asked > max(SMALL, there * (8 if quantised else 1)):
+    size = sum(file.stat().st_size for file in files)
+    # A byte stores at most one number, or eight if the weights are quantised.
+    if files and asked > max(SMALL, size * (8 if quantised else 1)):
         raise ValueError(
-            f"{name}: config.json asks for {asked:.3g} numbers and the weights are {there:.3g} bytes; get files that belong "
+            f"{name}: config.json asks for {asked:.3g} numbers but the weights are {size:.3g} bytes; get files that belong "
             "together."
         )
     own = dict(model.named_parameters(remove_duplicate=False))
@@ -265,18 +271,18 @@ def _check_files(folder: Path, name: str) -> None:
                 found = weights.get_slice(key)
                 if not found.get_dtype().startswith(("F", "BF")):
                     raise ValueError(
-                        f"{name}: {key} is of {found.get_dtype()} in {file.name}, and weights are floating point; copy or "
+                        f"{name}: {key} has dtype {found.get_dtype()} in {file.name}, which is not floating point; copy or "
                         "download it again."
                     )
                 if (shape := found.get_shape()) != list(own[key].shape):
                     raise ValueError(
-                        f"{name}: {key} is {shape} in {file.name} and {list(own[key].shape)} by config.json; get files that "
-                        "belong together."
+                        f"{name}: {key} has shape {shape} in {file.name} but {list(own[key].shape)} by config.json; get files "
+                        "that belong together."
                     )
 
 
 def _check_layers(model: PreTrainedModel, unexpected: Iterable[str], name: str) -> None:
-    """Raise ValueError for weights of layers that the config does not count; other surplus is common and does no harm."""
+    """Raise ValueError for weights of layers beyond the config's; other surplus weights are common and harmless."""
     own = {*model.state_dict(), *model.base_model.state_dict()}
     if surplus := [key for key in sorted(unexpected) if re.sub(r"\.\d+\.", ".0.", f".{key}", count=1)[1:] in own]:
         raise ValueError(
@@ -286,16 +292,16 @@ def _check_layers(model: PreTrainedModel, unexpected: Iterable[str], name: str) 
 
 @torch.no_grad()
 def _check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ValueError for weights that are not numbers, and for a model that fails on a few words."""
+    """Raise ValueError for weights that are not finite, and for a model that fails on a few words."""
     parameters = dict(model.named_parameters())
     if any(parameter.is_meta for parameter in parameters.values()):
         return
-    # Rows of tokens that nobody writes may hold anything.
+    # Embedding and unembedding rows of unused tokens may hold anything.
     words = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
-    spared = {id(parameter) for module in words for parameter in module.parameters()}
+    exempt = {id(parameter) for module in words for parameter in module.parameters()}
     for key, parameter in parameters.items():
         if (
-            id(parameter) not in spared
+            id(parameter) not in exempt
             and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             and not parameter.isfinite().all()
         ):
@@ -303,7 +309,9 @@ def _check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
     written = [i for i in tokenizer(TEXT, add_special_tokens=False)["input_ids"] if i < _vocabulary(model)] or [0]
     ids = torch.tensor(written[: n_positions(model.config)], device=input_device(model))
     try:
-        logits = model.eval()(ids[None], use_cache=True).logits  # as in generation, which asks more of a config
+        logits = model.eval()(
+            ids[None], use_cache=True
+        ).logits  # with a cache, as in generation, which needs more of a config
     except Exception as error:
         raise ValueError(
             f"{name} cannot be run here ({_first_line(error)}); look at its config.json, or load it in another dtype."
@@ -326,7 +334,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _explained(error: Exception, name: str, revision: str | None, otherwise: str) -> Exception:
-    """The one sentence that says what to do about an error of transformers or the hub; `otherwise` if it is of no known kind."""
+    """Turn an error of transformers or the hub into one sentence that says what to do; `otherwise` words any unknown kind."""
     causes: list[BaseException] = [error]
     while following := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(following)
@@ -361,7 +369,7 @@ def _explained(error: Exception, name: str, revision: str | None, otherwise: str
         )
     if "ignore_mismatched_sizes" in str(error):
         return ValueError(
-            f"{name} has weights of other shapes than its config.json says; get files that belong together."
+            f"{name} has weights whose shapes differ from its config.json; get files that belong together."
         )
     if reason := caused_by(SafetensorError):
         return ValueError(f"the weights of {name} are broken ({reason}); copy or download them again.")
@@ -370,7 +378,7 @@ def _explained(error: Exception, name: str, revision: str | None, otherwise: str
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, StrictDataclassFieldValidationError):  # its first line says which, the second what
+    if isinstance(error, StrictDataclassFieldValidationError):  # its first line names the field, the second the error
         return " ".join(str(error).split())
     line = str(error).strip().split("\n")[0].rstrip(" .:")
     # The text of a KeyError is the key.

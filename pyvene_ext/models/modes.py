@@ -1,4 +1,4 @@
-"""A model in eval mode for a while, and its training modes and gradient flags as they were afterwards."""
+"""Eval mode for the length of a block; training modes and gradient flags are restored after it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode for a while; every module's own mode afterwards."""
-    with flags_kept(model):
+    """Put a model in eval mode inside the block, and restore every module's mode after it.
+
+    Args:
+        model: the model.
+    """
+    with restoring_flags(model):
         if any(module.training for module in model.modules()):
             model.eval()
         yield
 
 
 @contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's train mode and every parameter's grad flag are afterwards as they were."""
+def restoring_flags(model: nn.Module) -> Iterator[None]:
+    """Restore every module's train mode and every parameter's grad flag after the block.
+
+    Args:
+        model: the model.
+    """
     modules = list(model.modules())
     training = [module.training for module in modules]
     # By name: accelerate puts new parameters in place of those that it offloads.
@@ -29,7 +37,7 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode, flags in zip(modules, training, wanted, strict=True):
-            if module.training != mode:  # few do, and setting what is set takes its time
+            if module.training != mode:  # rarely so, and setting an attribute of a module is slow
                 module.training = mode
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad != flags.get(name, parameter.requires_grad):

@@ -1,4 +1,4 @@
-"""Norms with their scale frozen, which makes them linear: what an activation's parts, or a change of it, become behind a norm."""
+"""Norms with their scale frozen, which makes them linear: what an activation's parts, or a change of it, become after a norm."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-TOLERANCE = 1e-4  # of a sum of parts, relative to the sum of their sizes
+TOLERANCE = 1e-4  # of the linear form against the module's own output, relative to the output's largest entry
 
 
 class FrozenNorm:
-    """A norm whose scale is frozen, as a linear map: scale * gain * x + offset, of x less its mean if the norm subtracts it.
+    """A norm with its scale frozen, as a linear map: scale * gain * x + offset, where x is centred if the norm centres it.
 
-    Gain, offset and whether the mean is subtracted are found by calling the module with its weights in float32, so that it does
-    not matter what they are called and what is added to them; the result is held to the module's own output.
+    Gain, offset and whether the norm centres are found by calling the module with its weights in float32, so that it does not
+    matter what the weights are called or what is added to them (Gemma's 1 + weight). Every use checks the linear form against
+    the module's own output. This is the usual "LayerNorm scale frozen" of direct logit attribution (Elhage et al. 2021).
     """
 
     def __init__(self, norm: nn.Module, d_model: int, name: str) -> None:
+        """Find the norm's gain and offset.
+
+        Args:
+            norm: a LayerNorm or RMSNorm of any class.
+            d_model: the width it normalises over.
+            name: what messages call it.
+        """
         self._name = f"{name} ({type(norm).__name__})"
         self._norm, self._weights = norm, {name: x.detach().float() for name, x in norm.named_parameters()}
         device = next((parameter.device for parameter in norm.parameters()), torch.device("cpu"))
-        # Large, so that the norm's epsilon is nothing beside it; no entry is 0, with or without the mean subtracted.
+        # Large, so that the norm's epsilon is negligible; no entry is 0, centred or not.
         probe = 1000.0 * torch.where(torch.arange(d_model, device=device) % 3 == 0, 1.0, -1.0)
         self.offset = self._call(torch.zeros_like(probe)[None])[0]
         out = self._call(probe[None])[0]
@@ -31,14 +39,36 @@ class FrozenNorm:
     def direction(
         self, x: Float[Tensor, "batch d_model"], unembedding: Float[Tensor, "batch answer d_model"]
     ) -> Float[Tensor, "batch answer d_model"]:
-        """What a part of `x` is multiplied with for its share of the logits; ValueError if the norm is none that is linear so."""
+        """The direction to project a part of `x` on for its share of each answer's logit.
+
+        Args:
+            x: what enters the norm; its scale is frozen at `x`.
+            unembedding: the answers' rows of the unembedding.
+
+        Returns:
+            One direction for each answer; the dot product with a part of `x` is that part's direct contribution.
+
+        Raises:
+            ValueError: the norm is not linear once its scale is frozen, or `x` is not finite.
+        """
         gain, scale = self._frozen_at(x)
         return self._centre(unembedding * gain) * scale[:, None]
 
     def change(
         self, x: Float[Tensor, "row d_model"], added: Float[Tensor, "row d_model"]
     ) -> Float[Tensor, "row d_model"]:
-        """What adding this to `x` adds to the norm's output; ValueError if the norm is none that is linear so."""
+        """How the norm's output changes when `added` is added to `x`, the scale frozen at `x`.
+
+        Args:
+            x: what enters the norm.
+            added: the change of `x`.
+
+        Returns:
+            The change of the norm's output.
+
+        Raises:
+            ValueError: the norm is not linear once its scale is frozen, or `x` is not finite.
+        """
         gain, scale = self._frozen_at(x)
         return self._centre(added) * gain * scale
 
@@ -50,7 +80,7 @@ class FrozenNorm:
         scale = (out * unscaled).sum(-1, keepdim=True) / unscaled.square().sum(-1, keepdim=True)
         if not ((out - scale * unscaled).abs().amax(-1) <= TOLERANCE * out.abs().amax(-1)).all():
             raise ValueError(
-                f"{self._name} is not linear once its scale is frozen, so that what it gives has no parts; this takes models "
+                f"{self._name} is not linear once its scale is frozen, so its output cannot be split into parts; use a model "
                 "with LayerNorms or RMSNorms, and finite activations."
             )
         return gain, scale

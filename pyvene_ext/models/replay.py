@@ -1,12 +1,12 @@
 """A model's own blocks, called one by one on chosen rows and columns, with the arguments of the model's own forward.
 
-Nothing here knows an architecture. What a block is given beside the hidden state (masks, rotary tables) is recorded while the
-model's forward runs with its blocks left out. What need not be computed again (attention of a row whose edit comes behind it,
-the MLP of a row whose edit comes behind that) is handed over in place of the module's output, and the rest of the block, norms
-and residual sums, is the model's own code.
+Nothing here depends on an architecture. A block's arguments other than the hidden state (masks, rotary tables) are recorded while
+the model's forward runs with its blocks skipped. What need not be recomputed (attention of a row that is edited after attention,
+the MLP of a row that is edited after the MLP) is passed in as the module's output, and the rest of the block, norms and residual
+sums, is the model's own code.
 
-A row is one prompt under one intervention, a column a token counted from the prompt's first. All rows of a call have one length
-and no padding, so that the arguments are those of a single prompt and fit any number of rows.
+A row is one prompt under one intervention, a column is a token counted from the prompt's first. All rows of a call have the same
+length and no padding, so the arguments are those of a single prompt and fit any number of rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, output_weight
 from modelcards.template import at_layer
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
-    See,
+    HookFn,
     StopForward,
     on_input,
     on_output,
@@ -43,14 +43,14 @@ InPlace = Callable[[Tensor], None]  # changes an activation in place
 
 @dataclass
 class Past:
-    """What a block takes for its cache: keys and values of earlier columns go in front, and those it made are kept.
+    """A block's cache: it prepends the keys and values of earlier columns, and keeps those that the block computes.
 
     Attributes:
-        before: keys and values `row n_kv_head earlier d_head` of the columns in front of the call's, None if there are none.
-        shared: keys and values `prompt n_kv_head earlier d_head` that stand in front of those, each for several rows, and whether
-            the prompts alternate from row to row (`modelcards.shared_past`).
-        only: stop the block as soon as it has made its keys and values.
-        made: what it made, `row n_kv_head pos d_head` each.
+        before: keys and values `row n_kv_head earlier d_head` of the columns before the call's, None if there are none.
+        shared: keys and values `prompt n_kv_head earlier d_head` of the columns before those, each shared by several rows, and
+            whether the prompts alternate from row to row (`models.shared_past`).
+        only: stop the block as soon as it has computed its keys and values.
+        made: the keys and values that it computed, `row n_kv_head pos d_head` each.
     """
 
     before: tuple[Tensor, Tensor] | None = None
@@ -60,22 +60,22 @@ class Past:
 
     @property
     def keys_values(self) -> tuple[Tensor, Tensor]:
-        """What the block made, once it has run."""
+        """The block's own keys and values, `row n_kv_head pos d_head` each, once it has run."""
         assert self.made is not None
         return self.made
 
-    def spread(self, rows: int) -> None:
-        """Copy what is shared for each of the rows."""
+    def expand(self, rows: int) -> None:
+        """Copy the shared keys and values for each of the rows."""
         assert self.shared is not None
         *shared, alternating = self.shared
-        times = rows // len(shared[0])
-        own = [x.repeat(times, 1, 1, 1) if alternating else x.repeat_interleave(times, 0) for x in shared]
+        copies = rows // len(shared[0])
+        own = [x.repeat(copies, 1, 1, 1) if alternating else x.repeat_interleave(copies, 0) for x in shared]
         if self.before is not None:
             own = [torch.cat(pair, 2) for pair in zip(own, self.before, strict=True)]
         self.before, self.shared = (own[0], own[1]), None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention."""
+        """Take new keys and values from the model's attention and return all of them, as a transformers cache does."""
         self.made = keys, values
         if self.only:
             raise StopForward
@@ -87,33 +87,56 @@ class Past:
 
 
 class Replay:
-    """The blocks, the unembedding and what they are called with; the model is as it was after every call."""
+    """A model's blocks and unembedding with their recorded arguments; every call leaves the model unchanged."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Take a model whose family has a card; nothing runs yet."""
         self.model, self.card = model, card_of(model)
         bare = getattr(model, model.base_model_prefix)
-        self.bare = getattr(bare, "decoder", bare)  # OPT's language model calls what its bare model consists of
+        self.bare = getattr(bare, "decoder", bare)  # OPT's language model calls the bare model's decoder
         self.n_layers = n_layers(model.config)
         self.dtype = model.dtype
         self.device = input_device(model)
-        self._token = int(model.config.pad_token_id == 0)  # any but the padding token, of which some models warn
+        self._token = int(model.config.pad_token_id == 0)  # any but the padding token, which some models warn about
         self._arguments: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
         self._modules: dict[tuple[str, int], nn.Module] = {}
         self._adders: dict[int, nn.Module] = {}
 
     def module(self, component: str, layer: int = 0) -> nn.Module:
-        """The module at whose input or output a component lives."""
+        """The module whose input or output is a component.
+
+        Args:
+            component: pyvene's name of the component.
+            layer: its layer; 0 for a component without layers.
+
+        Returns:
+            The module.
+        """
         if (component, layer) not in self._modules:
             self._modules[component, layer] = self.card.module(self.model, component, layer)
         return self._modules[component, layer]
 
     def embed(self, ids: Int[Tensor, "row pos"]) -> Hidden:
-        """What enters the first block."""
+        """Embed tokens.
+
+        Args:
+            ids: token ids, unpadded.
+
+        Returns:
+            The input of the first block.
+        """
         (first, *_), _ = self._record(ids, 0)[0]
         return first
 
     def projection(self, layer: int) -> Float[Tensor, "d_in d_model"] | None:
-        """The output projection's weight, None where it cannot be taken apart."""
+        """The weight of a layer's output projection.
+
+        Args:
+            layer: the layer.
+
+        Returns:
+            The weight, or None if it cannot be split by heads.
+        """
         return output_weight(self.module("attention_value_output", layer))
 
     def block(
@@ -128,20 +151,28 @@ class Replay:
         edits: Mapping[str, InPlace] | None = None,
         seen: dict[str, Tensor] | None = None,
     ) -> Hidden:
-        """One block on rows that stand at `columns` (first, one behind the last).
+        """Run one block.
 
         Args:
-            attention: outputs of the attention module for the last rows, which then is not run on them; less the residual, where
-                the module adds it.
-            mlp: outputs of the MLP for the last rows, likewise.
-            edits: by site (q, k, v, scores, pattern, z, attn_out, resid_mid, mlp_in, mlp_out): changes `row pos d` in place, of
-                all rows at attn_out and behind it, of those whose attention runs before.
+            layer: the block.
+            hidden: the block's input.
+            columns: the columns `[start, stop)` that the positions of `hidden` have in their prompts.
+            past: the keys and values of earlier columns.
+            attention: known outputs of the attention module for the last rows, on which it is then not run; without the residual,
+                if the module adds it.
+            mlp: known outputs of the MLP for the last rows, likewise.
+            edits: by site (q, k, v, scores, pattern, z, attn_out, resid_mid, mlp_in, mlp_out), functions that change an
+                activation in place: that of all rows at attn_out and later sites, that of the rows whose attention runs at
+                earlier ones.
             seen: filled with z, and the outputs of the attention module and of the MLP, by "z", "attention" and "mlp".
+
+        Returns:
+            The block's output.
         """
         edits = edits or {}
         inside = [(f"attention_{site}", edits[site]) for site in ("scores", "pattern") if site in edits]
-        # What no module of the model puts out, or is given, is edited where taps show it.
-        shown: list[tuple[str, See]] = [*inside]
+        # An activation that is neither input nor output of a module of the model is edited at its tap.
+        shown: list[tuple[str, HookFn]] = [*inside]
         shown += [(name, _on_a_copy(edits[at])) for at, name in ADDED.items() if at in edits and self._is_tap(name)]
         if "resid_mid" in edits and self._is_tap("resid_mid"):
             shown.append(("resid_mid", edits["resid_mid"]))
@@ -163,7 +194,7 @@ class Replay:
                     stack.enter_context(replace_forward(mlp_module, _partly(mlp_module.forward, mlp)))
             if past.shared is not None:
                 if inside or not self._is_shared_past_understood:
-                    past.spread(len(hidden) - (0 if attention is None else len(attention)))
+                    past.expand(len(hidden) - (0 if attention is None else len(attention)))
                 else:
                     stack.enter_context(shared_past(attention_module, *past.shared))
             for site in ("q", "k", "v"):
@@ -173,18 +204,18 @@ class Replay:
                 shown.append(("mlp_output", lambda x: seen.__setitem__("mlp", x.clone())))
             if shown:
                 stack.enter_context(Taps(self.model, self.card, [(component, layer) for component, _ in shown]))
-            for component, see in shown:
-                stack.enter_context(on_output(self.card.module(self.model, component, layer), see))
+            for component, fn in shown:
+                stack.enter_context(on_output(self.card.module(self.model, component, layer), fn))
             if "z" in edits:
                 stack.enter_context(on_input(self.module("attention_value_output", layer), edits["z"]))
             if "attn_out" in edits and not self._is_tap("attention_contribution"):
                 edit = edits["attn_out"]
                 of_sum = _less(hidden, edit) if self.card.sums_inside else edit
-                stack.enter_context(on_output(self._behind_attention(layer), of_sum))
+                stack.enter_context(on_output(self._attention_adder(layer), of_sum))
             if "resid_mid" in edits and not self._is_tap("resid_mid"):
                 stack.enter_context(on_input(self.module("resid_mid", layer), edits["resid_mid"]))
             if "mlp_in" in edits and not self._is_tap("mlp_input"):
-                # The MLP's own: others may be given the same tensor.
+                # On a copy, because other modules may get the same tensor.
                 stack.enter_context(on_input(self.module("mlp_input", layer), _on_a_copy(edits["mlp_in"])))
             if "mlp_out" in edits and not self._is_tap("mlp_contribution"):
                 stack.enter_context(on_output(self.module("mlp_contribution", layer), edits["mlp_out"]))
@@ -202,7 +233,17 @@ class Replay:
     def keys_values(
         self, layer: int, hidden: Hidden, columns: tuple[int, int], edits: Mapping[str, InPlace] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block, edited at k and v, and nothing else."""
+        """Compute the keys and values of a block and stop there.
+
+        Args:
+            layer: the block.
+            hidden: the block's input.
+            columns: the columns `[start, stop)` of its positions.
+            edits: functions that change k or v in place.
+
+        Returns:
+            Keys (rotated) and values, `row n_kv_head pos d_head` each.
+        """
         past = Past(only=True)
         with ExitStack() as stack, suppress(StopForward):
             for site, edit in (edits or {}).items():
@@ -211,7 +252,16 @@ class Replay:
         return past.keys_values
 
     def attention_input(self, layer: int, hidden: Hidden, columns: tuple[int, int]) -> Hidden:
-        """What a block's attention is given, behind the norm, and nothing else."""
+        """Compute the input of a block's attention, after the norm, and stop there.
+
+        Args:
+            layer: the block.
+            hidden: the block's input.
+            columns: the columns `[start, stop)` of its positions.
+
+        Returns:
+            The input of the attention module.
+        """
         found: list[Tensor] = []
 
         def stop(*args: Any, **kwargs: Any) -> None:
@@ -223,7 +273,16 @@ class Replay:
         return found[0]
 
     def projected(self, site: str, layer: int, normed: Hidden) -> Float[Tensor, "row pos d"]:
-        """q, k or v of all heads side by side, of what `attention_input` gives."""
+        """Compute q, k or v before rotation.
+
+        Args:
+            site: "q", "k" or "v".
+            layer: the block.
+            normed: what `attention_input` returns.
+
+        Returns:
+            The projection of all heads, side by side.
+        """
         component = PROJECTIONS[site]
         if self.card.fused is not None:
             return self._out_of_fused(site, self._fused(layer)(normed)).flatten(2)
@@ -233,19 +292,34 @@ class Replay:
         return x
 
     def logits(self, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, "row k"] | None = None) -> Tensor:
-        """Logits of what leaves the last block, as the model makes them (soft-cap, scale): of `ids` (`row k`) or of all tokens.
+        """Compute logits from the output of the last block, through the final norm and the model's own scale or soft-cap.
 
-        Only the rows of the unembedding that `ids` names are used, in float32 whatever the model's dtype.
+        Args:
+            hidden: the last block's output at one position of each row.
+            ids: the tokens wanted of each row: only their rows of the unembedding are used, in float32 whatever the model's
+                dtype.
+                None: all tokens.
+
+        Returns:
+            Logits, `row k` or `row vocab`.
         """
         return self.unembed(self.module("final_norm")(hidden[:, None])[:, 0], ids)
 
     def unembed(self, normed: Float[Tensor, "row d_model"], ids: Int[Tensor, "row k"] | None = None) -> Tensor:
-        """`logits` of what leaves the final norm."""
+        """Compute logits from the output of the final norm.
+
+        Args:
+            normed: the final norm's output at one position of each row.
+            ids: as for `logits`.
+
+        Returns:
+            Logits, `row k` or `row vocab`.
+        """
         head = self.model.get_output_embeddings()
         weight = output_weight(head)
         with ExitStack() as stack:
             done: Any = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normed[:, None])
-            done.router_logits = None  # which models with experts ask for
+            done.router_logits = None  # models with experts read it
             stack.enter_context(replace_forward(self.bare, lambda *_, **__: done))
             if ids is not None and weight is not None:
                 chosen = ids.to(weight.device)
@@ -259,7 +333,16 @@ class Replay:
         return logits if ids is None or weight is not None else logits.gather(1, ids.to(logits.device))
 
     def arguments(self, start: int, stop: int) -> list[tuple[tuple, dict]]:
-        """What every block is called with for one prompt's columns `[start, stop)`, earlier ones being in the cache."""
+        """The arguments of every block for a prompt's columns `[start, stop)`, earlier ones being in the cache.
+
+        Args:
+            start: the first column.
+            stop: one past the last column.
+
+        Returns:
+            For each block, positional and keyword arguments; the first is a hidden state to be replaced, `Past` stands for a
+            cache.
+        """
         if (start, stop) not in self._arguments:
             ids = torch.full((1, stop - start), self._token, device=self.device)
             self._arguments[start, stop] = self._record(ids, start)
@@ -267,9 +350,9 @@ class Replay:
 
     @contextmanager
     def compiled_mlps(self) -> Iterator[None]:
-        """Let torch.compile fuse what the MLPs do, for a while; one graph serves all layers and numbers of rows.
+        """Within the context, run the MLPs through torch.compile; one graph serves all layers and any number of rows.
 
-        The blocks as a whole do not compile: which rows run through attention, and over which keys, differs from call to call.
+        Whole blocks do not compile: which rows run through attention, and over which keys, differs from call to call.
         """
         with ExitStack() as stack:
             for layer in range(self.n_layers):
@@ -278,13 +361,13 @@ class Replay:
             yield
 
     def _on_projection(self, site: str, layer: int, edit: InPlace) -> AbstractContextManager[None]:
-        """InPlace q, k or v of all heads side by side, `row pos d`, where they leave their projection."""
+        """Edit q, k or v of all heads side by side, `row pos d`, at the output of their projection."""
         component = PROJECTIONS[site]
         if self.card.fused is not None:
 
             def of_fused(x: Tensor) -> None:
                 own = self._out_of_fused(site, x)
-                flat = own.flatten(2)  # a copy where heads do not lie side by side
+                flat = own.flatten(2)  # a copy if heads are not adjacent
                 edit(flat)
                 if flat.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
                     own.copy_(flat.view(own.shape))
@@ -300,7 +383,7 @@ class Replay:
         return on_output(self.module(component, layer), part)
 
     def _fused(self, layer: int) -> nn.Module:
-        """The module that makes q, k and v at once."""
+        """The module that computes q, k and v in one projection."""
         path, _, _ = self.card.mapping(type(self.model))["query_output"][0].rpartition(".")
         return self.model.get_submodule(at_layer(path, layer))
 
@@ -313,45 +396,47 @@ class Replay:
 
     @property
     def _is_shared_past_understood(self) -> bool:
-        by_interface = "attention_scores" in self.card.mapping(
-            type(self.model)
-        )  # the one that `shared_past` is put into
+        # `shared_past` needs attention that goes through transformers' AttentionInterface.
+        by_interface = "attention_scores" in self.card.mapping(type(self.model))
         return by_interface and self.model.config._attn_implementation in MASKS_UNDERSTOOD
 
-    def _behind_attention(self, layer: int) -> nn.Module:
-        """The module whose output attention adds to the residual."""
+    def _attention_adder(self, layer: int) -> nn.Module:
+        """The module whose output attention adds to the residual stream."""
         if layer not in self._adders:
             attention, adder = self.module("attention_input", layer), self.module("attention_contribution", layer)
-            # Where it is inside of attention, rows that skip attention do not come by.
+            # Rows that skip attention would not reach a module inside it.
             self._adders[layer] = attention if any(module is adder for module in attention.modules()) else adder
         return self._adders[layer]
 
     def _record(self, ids: Int[Tensor, "row pos"], start: int) -> list[tuple[tuple, dict]]:
-        """Run the model's forward with every block left out; how each was called, its hidden state first, `Past` for a cache."""
-        cache = DynamicCache()  # without a config: no layer of it forgets what has left a sliding window
+        """Run the model's forward with every block skipped.
+
+        Returns how each block was called, its hidden state first, with `Past` in place of the cache.
+        """
+        cache = DynamicCache()  # without a config, so that no layer drops what has left a sliding window
         if start:
             nothing = torch.empty(len(ids), 1, start, 1, device=self.device)
             cache.update(nothing, nothing, 0)
         calls: list[tuple[tuple, dict]] = []
 
-        def left_out(given: Tensor | tuple[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            (hidden_states,) = given if isinstance(given, tuple) else (given,)
+        def skipped(entering: Tensor | tuple[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor]:
+            (hidden_states,) = entering if isinstance(entering, tuple) else (entering,)
             swap = {id(cache): Past}
             args = tuple(swap.get(id(value), value) for value in args)
             calls.append(((hidden_states, *args), {name: swap.get(id(v), v) for name, v in kwargs.items()}))
             if len(calls) == self.n_layers:
                 raise StopForward
-            return (hidden_states,)  # of which some models take the first, and the others hand it on as it is
+            return (hidden_states,)  # some models take the first entry, the others pass the tuple to the next block
 
         with ExitStack() as stack, suppress(StopForward):
             for layer in range(self.n_layers):
-                stack.enter_context(replace_forward(self.module("block_output", layer), left_out))
+                stack.enter_context(replace_forward(self.module("block_output", layer), skipped))
             self.bare(input_ids=ids, past_key_values=cache, use_cache=False)
         return calls
 
 
 def _call(block: nn.Module, hidden: Tensor, recorded: tuple[tuple, dict], past: Past) -> Tensor:
-    """Call a block as it was called when recorded, on another hidden state and cache."""
+    """Call a block with its recorded arguments, on another hidden state and cache."""
     (_, *args), kwargs = recorded
     swapped = (past if value is Past else value for value in args)
     output = block(hidden, *swapped, **{name: past if value is Past else value for name, value in kwargs.items()})
@@ -359,7 +444,7 @@ def _call(block: nn.Module, hidden: Tensor, recorded: tuple[tuple, dict], past: 
 
 
 def _partly(forward: Callable[..., Any], known: Tensor) -> Callable[..., Any]:
-    """`forward` on the first rows only; the outputs of the last ones are known."""
+    """Run `forward` on the first rows only; the outputs of the last rows are known."""
 
     def partly(*args: Any, **kwargs: Any) -> Any:
         name = "" if args else "hidden_states"
@@ -367,7 +452,7 @@ def _partly(forward: Callable[..., Any], known: Tensor) -> Callable[..., Any]:
         here, first = known.to(x.device), x[: len(x) - len(known)]
         if not len(first):
             return here
-        # What else has these rows: the residual, where attention adds it.
+        # Other arguments with these rows: the residual, where attention adds it (BLOOM).
         others = [a[: len(first)] if isinstance(a, Tensor) and a.shape == x.shape else a for a in args[1:]]
         output = forward(**{name: first}, **kwargs) if name else forward(first, *others, **kwargs)
         if isinstance(output, tuple):
@@ -378,7 +463,7 @@ def _partly(forward: Callable[..., Any], known: Tensor) -> Callable[..., Any]:
 
 
 def _with_alibi(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of an attention that is given its bias, recorded for one row, for as many as it is called with."""
+    """Repeat an attention's ALiBi bias, which was recorded for one row, for as many rows as it is called with."""
 
     def repeated(*args: Any, alibi: Tensor, **kwargs: Any) -> Any:
         return forward(*args, alibi=alibi.repeat(len(args[0]), 1, 1), **kwargs)
@@ -386,8 +471,8 @@ def _with_alibi(forward: Callable[..., Any]) -> Callable[..., Any]:
     return repeated
 
 
-def _on_a_copy(edit: InPlace) -> See:
-    """An edit in place that leaves what it was given as it is."""
+def _on_a_copy(edit: InPlace) -> HookFn:
+    """Turn an edit in place into one that returns an edited copy."""
 
     def edited(x: Tensor) -> Tensor:
         x = x.clone()
@@ -397,8 +482,8 @@ def _on_a_copy(edit: InPlace) -> See:
     return edited
 
 
-def _less(residual: Tensor, edit: InPlace) -> See:
-    """An edit of what is added to the residual, for a module that returns the sum."""
+def _less(residual: Tensor, edit: InPlace) -> HookFn:
+    """Edit what a module adds to the residual, where the module returns the sum."""
 
     def edited(x: Tensor) -> Tensor:
         added = x - residual
@@ -409,5 +494,5 @@ def _less(residual: Tensor, edit: InPlace) -> See:
 
 
 def _with_pattern(output: Any) -> tuple:
-    """What an attention module returns: its output and, where it has one, the pattern."""
+    """An attention module's return value: its output, then the pattern or None."""
     return output if isinstance(output, tuple) else (output, None)

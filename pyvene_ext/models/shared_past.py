@@ -1,8 +1,8 @@
-"""Attention of many rows over the same earlier keys, which are held once and not copied for every row.
+"""Attention of many rows over the same earlier keys, which are stored once and not copied for every row.
 
-Rows are continuations of a few prompts: what stands before them is the same for all rows of a prompt. While a
-`with shared_past(attention, keys, values)` lasts, that module's attention runs through `shared_past_attention`, registered once
-with transformers' AttentionInterface, which puts those keys and values in front of each row's own.
+Rows continue a few prompts, and all rows of a prompt share its earlier columns. Inside `with shared_past(attention, keys, values,
+alternating)` that module's attention runs through `shared_past_attention`, registered once with transformers' AttentionInterface,
+which prepends those keys and values to each row's own.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from transformers.masking_utils import sdpa_mask
 from modelcards.attention_taps import redirect, visible_keys
 
 IMPLEMENTATION = "pyvene_shared_past"
-NARROW = 8  # a product whose result has fewer columns is several times faster on its side
+NARROW = 8  # a matrix product with fewer columns than this is several times faster when computed transposed
 
 
 @contextmanager
 def shared_past(attention: nn.Module, keys: Tensor, values: Tensor, alternating: bool) -> Iterator[None]:
-    """Let the rows of a call continue P prompts: rows 0, P, 2P ... the first, rows 1, P+1 ... the second, and so on.
+    """Inside the block, let the rows of a call attend to the earlier keys of P prompts.
 
     Args:
-        attention: the attention module; as it was afterwards.
-        keys, values: `prompt n_kv_head earlier d_head`, rotated, of the columns in front of the call's.
-        alternating: as above; else the rows of a prompt stand together, first all those of the first prompt.
+        attention: the attention module; restored after the block.
+        keys: `prompt n_kv_head earlier d_head`, rotated, of the columns before the call's.
+        values: `prompt n_kv_head earlier d_head`.
+        alternating: rows 0, P, 2P ... continue the first prompt, rows 1, P+1 ... the second, and so on; else the rows of a prompt
+            are adjacent, first all those of the first prompt.
     """
     own = redirect(attention, IMPLEMENTATION)
     attention.config.shared_past = keys, values, alternating  # type: ignore[union-attr]
@@ -51,14 +53,21 @@ def shared_past_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers computes it, in eval mode, over the shared keys and then each row's own.
+    """Compute attention as transformers does in eval mode, over the shared keys and then each row's own.
 
     Args:
+        module: the attention module; `module.config.shared_past` holds the arguments of `shared_past`.
         query: `row n_head n_query d_head`, rotated.
-        key, value: `row n_kv_head own d_head`, rotated.
-        attention_mask: over all keys, `1 1 n_query earlier+own`, as made for one prompt: None (plain causal), bool or float.
+        key: `row n_kv_head own d_head`, rotated.
+        value: `row n_kv_head own d_head`.
+        attention_mask: over all keys, `1 1 n_query earlier+own`, as built for one prompt: None (plain causal), bool or float.
+        scaling: factor of the scores; default 1 / sqrt(d_head).
+        dropout: ignored, as in eval mode.
+        softcap: cap of the scores (Gemma 2); None for no cap.
+        is_causal: as in transformers; default the module's.
 
-    Returns `row n_query n_head d_head`.
+    Returns:
+        `row n_query n_head d_head`, and None for the pattern.
     """
     config: Any = module.config
     *past, alternating = config.shared_past
@@ -66,27 +75,27 @@ def shared_past_attention(
     prompts, groups, earlier, width = past_keys.shape
     rows, heads, n_query = query.shape[:3]
     own, each = key.shape[2], heads // groups  # own keys of a row; query heads that share a K/V head
-    times = rows // prompts
+    copies = rows // prompts  # rows of a prompt
 
-    def by_prompt(x: Tensor) -> Tensor:  # row*group each*query w -> prompt*group time*each*query w
+    def by_prompt(x: Tensor) -> Tensor:  # row*group each*query w -> prompt*group copy*each*query w
         if alternating:
-            x = x.view(times, prompts, groups, each * n_query, x.shape[-1]).permute(1, 2, 0, 3, 4)
+            x = x.view(copies, prompts, groups, each * n_query, x.shape[-1]).permute(1, 2, 0, 3, 4)
         else:
-            x = x.view(prompts, times, groups, each * n_query, x.shape[-1]).transpose(1, 2)
-        return x.reshape(prompts * groups, times * each * n_query, x.shape[-1])
+            x = x.view(prompts, copies, groups, each * n_query, x.shape[-1]).transpose(1, 2)
+        return x.reshape(prompts * groups, copies * each * n_query, x.shape[-1])
 
     def by_row(x: Tensor) -> Tensor:
-        x = x.view(prompts, groups, times, each * n_query, x.shape[-1])
+        x = x.view(prompts, groups, copies, each * n_query, x.shape[-1])
         x = x.permute(2, 0, 1, 3, 4) if alternating else x.transpose(1, 2)
         return x.reshape(rows * groups, each * n_query, x.shape[-1])
 
     scaling = width**-0.5 if scaling is None else scaling
-    key, past_keys = key * scaling, past_keys * scaling  # of which there are fewer than of queries
+    key, past_keys = key * scaling, past_keys * scaling  # keys are fewer than queries
     query = query.reshape(rows * groups, each * n_query, width)
     key, value = key.reshape(rows * groups, own, width), value.reshape(rows * groups, own, width)
     past_keys, past_values = (x.reshape(prompts * groups, earlier, width) for x in (past_keys, past_values))
     to_own = by_prompt(query @ key.transpose(1, 2))
-    if own == 1:  # room for its score in what the product with the shared keys gives, instead of a copy behind that
+    if own == 1:  # leave a column for its score in the product with the shared keys, which saves a copy
         past_keys, past_values = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (past_keys, past_values))
         scores = by_prompt(query) @ past_keys.transpose(1, 2)
         scores[..., -1:] = to_own
@@ -95,7 +104,7 @@ def shared_past_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None or n_query > 1:
-        by_query = scores.view(-1, times * each, n_query, earlier + own)
+        by_query = scores.view(-1, copies * each, n_query, earlier + own)
         visible, bias = visible_keys(module, by_query, attention_mask, is_causal)
         by_query = by_query if bias is None else by_query + bias
         scores = by_query.masked_fill(~visible, -torch.inf).view_as(scores)

@@ -1,4 +1,4 @@
-"""How large a model is and what its heads are called: modelcards' answers for programs that read nothing else of them."""
+"""Sizes of a model: what most programs need of `modelcards`, under one import."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers, n
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["has_heads", "head_label", "heads_of", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
+__all__ = ["has_heads", "heads_of", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
 
 
 def has_heads(site: str) -> bool:
-    """Whether a site ("z", "resid_pre" ...) is divided into heads."""
+    """Whether a site is split by heads.
+
+    Args:
+        site: its name in specs ("z", "resid_pre" ...).
+
+    Returns:
+        True if its activations have an axis of heads (q, k, v, z, result, scores, pattern ...) or experts.
+    """
     return COMPONENTS[FIELD_NAMES[site]].heads is not None
-
-
-def head_label(head: tuple[int, int]) -> str:
-    """A head as flags, tables and figures name it: "2.5" is head 5 of layer 2."""
-    return f"{head[0]}.{head[1]}"
 
 
 def heads_of(
@@ -29,7 +31,7 @@ def heads_of(
     """The heads that a flag names.
 
     Args:
-        named: heads as `head_label` writes them.
+        named: heads as layer.head.
         name: the model's, for the error.
         model: which must have the heads.
         flag: for the error too.

@@ -1,6 +1,6 @@
-"""What goes into a model: prompt sets, their tokens and named positions, word problems, parallel text, token lists.
+"""Inputs of a model: prompt sets, their tokens and named positions, word problems, parallel text, token lists.
 
-Reading and checking text belongs here; what is done at a position does not.
+Reading and checking text belongs here; interventions at a position do not.
 """
 
 import lazy_loader

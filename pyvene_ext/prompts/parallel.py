@@ -1,13 +1,14 @@
-"""Parallel text: sentences with their translations, the filters and controls of the study of translation heads, as prompts.
+"""Parallel text as prompts: sentences with their translations, and the filters and controls of the translation-heads study.
 
     pairs = load_pairs("sentences.tsv", ("en", "fr"))
     kept, dropped = filter_pairs(pairs, tokenizer)
     prompts = tokenize_pairs(tokenizer, kept, ("en", "fr"))             # "EN: the cat sees the dog. FR: le chat voit le chien."
     control = tokenize_pairs(tokenizer, swap_neighbours(kept, tokenizer), ("en", "fr"))
 
-A TSV file has a first line of language codes, tab-separated, and one sentence a column below. A JSONL file has one object a line,
-`{"en": ..., "fr": ...}` or `{"translation": {"en": ..., "fr": ...}}`. Both may hold further languages. Anything else is the name
-of a data set on the hub that is arranged as opus-100: a configuration a pair, its languages in alphabetical order.
+A TSV file has language codes in its first line, tab-separated, and one sentence per column in the others. A JSONL file has one
+object per line, `{"en": ..., "fr": ...}` or `{"translation": {"en": ..., "fr": ...}}`. Both may hold further languages. Anything
+else is the name of a data set on the hub with the layout of opus-100: one configuration per pair, its languages in alphabetical
+order.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from pyvene_ext.prompts.tokenized import (
     TokenizedPrompt,
     TokenizedPrompts,
     encode,
-    held_tokens,
     tokenize_prompt,
+    tokens_in_span,
 )
 
 Languages = tuple[str, str]
@@ -37,8 +38,8 @@ TEMPLATE = "{source_label}: {source} {target_label}: {target}"
 OPUS_100 = "Helsinki-NLP/opus-100"
 WORDS = (3, 50)
 TOKEN_DIFFERENCE = 5
-UNWANTED = re.compile(r"[%\-_\\/*&\u3000\u2669-\u266f]")  # the last are notes of music
-# Chinese, Japanese, Thai, Lao and Khmer write no spaces between words: each character stands for a word there.
+UNWANTED = re.compile(r"[%\-_\\/*&\u3000\u2669-\u266f]")  # the last are musical symbols
+# Chinese, Japanese, Thai, Lao and Khmer are written without spaces: each character counts as a word there.
 SPACELESS = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
 
@@ -51,10 +52,20 @@ class SentencePair(NamedTuple):
 
 
 def parse_languages(pair: str) -> Languages:
-    """The two languages of "en-fr", source first. Raises ValueError for anything else."""
+    """Split "en-fr" into its two languages, source first.
+
+    Args:
+        pair: two different language codes, joined by a hyphen.
+
+    Returns:
+        The codes, in lower case.
+
+    Raises:
+        ValueError: anything else.
+    """
     codes = tuple(pair.lower().split("-"))
     if len(codes) != 2 or not all(re.fullmatch(r"[a-z_]+", code) for code in codes) or codes[0] == codes[1]:
-        raise ValueError(f"{pair!r} is no pair of languages; write two different codes as in en-fr, source first.")
+        raise ValueError(f"{pair!r} is not a pair of languages; write two different codes as in en-fr, source first.")
     return codes[0], codes[1]
 
 
@@ -62,16 +73,21 @@ def parse_languages(pair: str) -> Languages:
 
 
 def load_pairs(source: str | Path, languages: Languages, split: str | None = None) -> list[SentencePair]:
-    """The sentences of two languages, in their order; a side may be empty, which `filter_pairs` drops and counts.
+    """Load the sentences of two languages.
 
     Args:
         source: a .tsv or .jsonl file, or the name of a data set on the hub.
         languages: source and target language, by their codes in the file.
-        split: of a data set on the hub; by default "train[:1000]", and "test" for pairs without English, which opus-100 has no
-            training sentences of.
+        split: split of a data set on the hub; default "train[:1000]", or "test" for pairs without English, for which opus-100 has
+            no training sentences.
 
-    Raises FileNotFoundError for a missing file, ValueError in one sentence, with file and line, for content that is no parallel
-    text of these languages, and OSError for a data set that cannot be loaded.
+    Returns:
+        The pairs, in order; a side may be empty (`filter_pairs` drops and counts such pairs).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the content is not parallel text of these languages; says in which file and line.
+        OSError: the data set cannot be loaded from the hub.
     """
     path = Path(source)
     if path.suffix.lower() in (".tsv", ".jsonl"):
@@ -84,7 +100,7 @@ def load_pairs(source: str | Path, languages: Languages, split: str | None = Non
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = _from_tsv(path, lines) if path.suffix.lower() == ".tsv" else _from_jsonl(path, lines)
     elif path.exists():
-        raise ValueError(f"{path} is no parallel text by its name; give a .tsv or a .jsonl file.")
+        raise ValueError(f"{path} is not named as parallel text; give a .tsv or a .jsonl file.")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise FileNotFoundError(f"there is no file {path} of parallel text; check the path.")
     else:
@@ -102,7 +118,7 @@ def _from_tsv(path: Path, lines: list[tuple[int, str]]) -> Iterable[tuple[str, d
         if len(cells) != len(header):
             raise ValueError(
                 f"{path}, line {number} has {len(cells)} columns but the first line names {len(header)} languages; put one "
-                "sentence a column, with one tab between two."
+                "sentence in each column, separated by single tabs."
             )
         yield f"{path}, line {number}", dict(zip(header, cells, strict=True))
 
@@ -134,7 +150,7 @@ def _from_hub(name: str, languages: Languages, split: str | None) -> Iterable[tu
 def _pair(where: str, row: Any, languages: Languages) -> SentencePair:
     texts = row.get("translation", row) if isinstance(row, dict) else None
     if not isinstance(texts, dict):
-        raise ValueError(f"{where}: should be an object with one text a language, not {row!r}.")
+        raise ValueError(f"{where}: should be an object with one text per language, not {row!r}.")
     for language in languages:
         if not isinstance(texts.get(language), str):
             raise ValueError(
@@ -148,17 +164,32 @@ def _pair(where: str, row: Any, languages: Languages) -> SentencePair:
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """`[start, end)` of every word: what stands between spaces; in scripts that write none, every character (ours)."""
+    """Split a text into words.
+
+    Args:
+        text: any text.
+
+    Returns:
+        `[start, end)` in characters of every word: a run between spaces, or in scripts without spaces each character (our
+        addition to the published filter).
+    """
     return [match.span() for match in WORD.finditer(text)]
 
 
 def filter_pairs(
     pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[SentencePair], Counter[str]]:
-    """The pairs that the study of translation heads keeps, and how many are dropped for which reason (the first that holds).
+    r"""Filter pairs as the translation-heads study does.
 
-    Kept are pairs with something on both sides, 3 to 50 words in the source, no digit and none of `% - _ \\ / * &`, U+3000 or a
-    note of music on either side, and numbers of tokens that differ by 5 at most.
+    A pair is kept if both sides have text, the source has 3 to 50 words, neither side has a digit, one of `% - _ \ / * &`, U+3000
+    or a musical symbol, and the two sides differ by at most 5 tokens.
+
+    Args:
+        pairs: sentence pairs.
+        tokenizer: counts the tokens.
+
+    Returns:
+        The pairs kept, and the number dropped by reason (the first that applies).
     """
     kept, dropped = [], Counter[str]()
     for pair in pairs:
@@ -179,22 +210,30 @@ def filter_pairs(
 
 
 def swap_neighbours(pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenizerBase) -> list[SentencePair]:
-    """The control: every source with the target of another pair that is about as long, in the order of `pairs`.
+    """Build the control: every source with the target of another pair of similar length.
 
-    The pairs are sorted by the number of tokens of their targets, and neighbours swap targets; of an odd number the last three
-    go round. Where two neighbours have the same target a "control" would be a translation, and is left out.
+    Pairs are sorted by the number of tokens in their targets, and neighbours swap targets; if the number of pairs is odd, the
+    last three rotate theirs. If two neighbours have the same target the "control" would be a translation, and is dropped.
 
-    Raises ValueError for fewer than two pairs.
+    Args:
+        pairs: two sentence pairs or more.
+        tokenizer: counts the tokens.
+
+    Returns:
+        The mismatched pairs, in the order of `pairs`.
+
+    Raises:
+        ValueError: fewer than two pairs.
     """
     if len(pairs) < 2:
-        raise ValueError(f"a control swaps the targets of neighbours, which takes two pairs or more, not {len(pairs)}.")
+        raise ValueError(f"a control swaps targets between pairs, which takes two pairs or more, not {len(pairs)}.")
     order = sorted(range(len(pairs)), key=lambda i: _n_tokens(tokenizer, pairs[i].target))
-    giver: dict[int, int] = {}
+    partner: dict[int, int] = {}  # the pair whose target each pair gets
     starts = range(0, len(order) - 1, 2)
     for start in starts:
-        group = order[start : start + 2] if start != starts[-1] else order[start:]  # the last is of two or three
-        giver |= zip(group, group[1:] + group[:1], strict=True)
-    swapped = [SentencePair(pair.source, pairs[giver[i]].target) for i, pair in enumerate(pairs)]
+        group = order[start : start + 2] if start != starts[-1] else order[start:]  # the last has two or three
+        partner |= zip(group, group[1:] + group[:1], strict=True)
+    swapped = [SentencePair(pair.source, pairs[partner[i]].target) for i, pair in enumerate(pairs)]
     return [new for new, pair in zip(swapped, pairs, strict=True) if new.target != pair.target]
 
 
@@ -206,12 +245,19 @@ def _n_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def label_of(language: str) -> str:
-    """What a prompt calls a language: "EN"."""
+    """The label of a language in a prompt: "EN" for "en"."""
     return language.upper()
 
 
 def check_template(template: str) -> None:
-    """Raise ValueError unless a template has the four parts of a prompt, the target's label behind the source."""
+    """Check that a template has the four parts of a translation prompt, the target's label and the target last.
+
+    Args:
+        template: a text like `TEMPLATE`.
+
+    Raises:
+        ValueError: a part is missing, there twice or out of order.
+    """
     fields, wanted = (re.findall(r"\{[^{}]*\}|[{}]", text) for text in (template, TEMPLATE))
     if sorted(fields) != sorted(wanted) or fields[-2:] != wanted[-2:]:
         raise ValueError(
@@ -220,11 +266,20 @@ def check_template(template: str) -> None:
 
 
 def render(pair: SentencePair, languages: Languages, template: str = TEMPLATE) -> tuple[str, tuple[int, int]]:
-    """The text of a pair's prompt, and `[start, end)` of the target's label in it."""
-    before, behind = template.split("{target_label}")
+    """Fill a template with a pair.
+
+    Args:
+        pair: source and target sentence.
+        languages: their codes.
+        template: a text that passes `check_template`.
+
+    Returns:
+        The text, and `[start, end)` in characters of the target's label in it.
+    """
+    before, after = template.split("{target_label}")
     source, target = map(label_of, languages)
-    start = len(front := before.format(source_label=source, source=pair.source))
-    return front + target + behind.format(target=pair.target), (start, start + len(target))
+    start = len(opening := before.format(source_label=source, source=pair.source))
+    return opening + target + after.format(target=pair.target), (start, start + len(target))
 
 
 def tokenize_pairs(
@@ -234,13 +289,23 @@ def tokenize_pairs(
     template: str = TEMPLATE,
     max_length: int | None = None,
 ) -> TokenizedPrompts:
-    """The prompts of pairs, with the positions "label", the token where the target's label begins, and "first", the first token
-    behind a start token. They have no answers (both ids are 0).
+    """Tokenise translation prompts, one per pair.
 
-    The label is found by its place in the text, so that a sentence may hold the same word.
+    Args:
+        tokenizer: a fast one.
+        pairs: sentence pairs.
+        languages: their codes.
+        template: a text like `TEMPLATE`.
+        max_length: the most tokens that a prompt may have.
 
-    Raises ValueError, naming the prompt, for words that the tokenizer does not know, a label that no token holds, and a prompt of
-    more than `max_length` tokens.
+    Returns:
+        The prompts, without answers (both ids are 0), with the positions "label", the token where the target's label begins
+        (found by its place in the text, since the sentence may contain the same word), and "first", the first token after any
+        start token.
+
+    Raises:
+        ValueError: a word that the tokenizer does not know, a label without a token, or a prompt of more than `max_length`
+            tokens; names the prompt.
     """
     check_template(template)
     if not tokenizer.is_fast:
@@ -252,13 +317,13 @@ def tokenize_pairs(
         text, span = render(pair, languages, template)
         where = f"prompt {number} ({text!r})"
         ids, offsets = encode(tokenizer, text, where)
-        label = held_tokens(offsets, *span)
+        label = tokens_in_span(offsets, *span)
         if not label:
             raise ValueError(
                 f"{where}: no token holds the label {text[slice(*span)]!r}; use another template, or another tokenizer."
             )
         if max_length is not None and len(ids) > max_length:
-            raise ValueError(f"{where} has {len(ids)} tokens and the model takes {max_length}; leave the pair out.")
+            raise ValueError(f"{where} has {len(ids)} tokens but the model takes {max_length}; leave the pair out.")
         first = int(ids[0] == tokenizer.bos_token_id)
         positions = {"end": -1, "last": -1, "label": label[0] - len(ids), "first": first - len(ids)}
         rows.append(TokenizedPrompt(tuple(ids), (0, 0), positions))
@@ -266,7 +331,18 @@ def tokenize_pairs(
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> TokenizedPrompts:
-    """Texts by themselves as prompts without answers (both ids are 0)."""
+    """Tokenise plain texts.
+
+    Args:
+        tokenizer: a fast one.
+        texts: the texts.
+
+    Returns:
+        One prompt per text, without answers (both ids are 0).
+
+    Raises:
+        ValueError: an empty text, or a word that the tokenizer does not know; names the text.
+    """
     encoded = [encode(tokenizer, text, f"text {number} ({text!r})").ids for number, text in enumerate(texts)]
     return _prompts([TokenizedPrompt(tuple(ids), (0, 0), {"end": -1, "last": -1}) for ids in encoded], tokenizer)
 
@@ -282,15 +358,15 @@ def _prompts(rows: Sequence[TokenizedPrompt], tokenizer: PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class WordPrompts:
-    """Prompts that end before one word of the translation, two by two: rows 2i and 2i + 1 are each other's swap.
+    """Prompts that end just before one word of the translation, in couples: rows 2i and 2i + 1 are each other's swap.
 
     Attributes:
-        plus: the prompts (X+); each has as answers the first tokens of its own next word and of its swap's, and the positions
-            "source_first" and "source", the first and the last token of the sentence to be translated.
-        minus: what differs (X-), with the same answers: by "source" the swap's prompt, by "label" its own with the source's
-            label in place of the target's, so that nothing asks for a translation.
+        plus: the prompts (X+); the answers of each are the first tokens of its own next word and of its swap's; its positions
+            "source_first" and "source" are the first and last token of the sentence to translate.
+        minus: the counterfactual prompts (X-), with the same answers: under "source" the swap's prompt, under "label" the prompt
+            itself with the source's label in place of the target's, so that nothing asks for a translation.
         words: the next word of every prompt.
-        dropped: how many pairs are in no prompt, by reason.
+        dropped: the number of pairs without a prompt, by reason.
     """
 
     plus: TokenizedPrompts
@@ -299,7 +375,7 @@ class WordPrompts:
     dropped: Counter[str]
 
     def __add__(self, other: WordPrompts) -> WordPrompts:
-        """The prompts of both, those of another word behind the ones of the first."""
+        """Concatenate the prompts of two words."""
         plus, *minus = (
             replace(
                 mine,
@@ -313,7 +389,14 @@ class WordPrompts:
         return WordPrompts(plus, of_minus, self.words + other.words, self.dropped + other.dropped)
 
     def first(self, n: int) -> WordPrompts:
-        """At most so many prompts, whole swaps."""
+        """Keep the first couples.
+
+        Args:
+            n: the most prompts to keep; rounded down to whole couples.
+
+        Returns:
+            The first prompts.
+        """
         kept = range(min(len(self.words), n // 2 * 2))
         minus = {what: prompts.take(kept) for what, prompts in self.minus.items()}
         return replace(self, plus=self.plus.take(kept), minus=minus, words=self.words[: len(kept)])
@@ -328,48 +411,60 @@ def word_prompts(
     template: str = TEMPLATE,
     max_length: int | None = None,
 ) -> WordPrompts:
-    """Prompts that ask for one word of the translation, the words before it given.
+    """Build prompts that ask for one word of the translation, given the words before it.
 
-    `word` counts from 0. Two pairs are each other's swap if their translations begin with the same words and go on with different
-    ones; so that the sentence to be translated alone tells which of the two comes next. Among those, neighbours in number of
-    words are taken. Where the two words begin with the same tokens, these join both prompts.
+    Two pairs can be swapped if their translations share the words before `word` and differ in it, so that only the sentence to
+    translate determines which of the two words comes next. Among those, pairs with similar numbers of words are coupled. If the
+    two words begin with the same tokens, these are appended to both prompts.
 
-    Raises ValueError if no two pairs are each other's swap, or the tokenizer does not know a word.
+    Args:
+        tokenizer: a fast one.
+        pairs: sentence pairs.
+        languages: their codes.
+        word: the word asked for, counted from 0.
+        template: a text like `TEMPLATE`.
+        max_length: the most tokens that a prompt may have; couples with longer ones are dropped.
+
+    Returns:
+        The prompts, their counterfactuals, and the number of pairs dropped by reason.
+
+    Raises:
+        ValueError: no two pairs can be swapped at this word.
     """
     check_template(template)
     if word < 0:
-        raise ValueError(f"word counts the words of a translation from 0, so it cannot be {word}.")
+        raise ValueError(f"word counts the words of a translation from 0, so it cannot be {word}; give 0 or more.")
     dropped = Counter[str]()
-    groups: dict[str, list[_Asked]] = {}
+    groups: dict[str, list[_Target]] = {}
     for pair in pairs:
         spans = word_spans(pair.target)
         if len(spans) <= word:
             dropped[f"no word {word} in the translation"] += 1
             continue
-        asked = _Asked(pair, *spans[word])
-        groups.setdefault(pair.target[: asked.start], []).append(asked)
+        target = _Target(pair, *spans[word])
+        groups.setdefault(pair.target[: target.start], []).append(target)
     rows: list[_Row] = []
-    untold = ""
+    last_error = ""
     for group in groups.values():
-        waiting: list[_Asked] = []
-        for asked in sorted(group, key=lambda one: len(word_spans(one.pair.source))):
-            other = next((one for one in waiting if one.word != asked.word), None)
+        single: list[_Target] = []
+        for target in sorted(group, key=lambda one: len(word_spans(one.pair.source))):
+            other = next((one for one in single if one.word != target.word), None)
             if other is None:
-                waiting.append(asked)
+                single.append(target)
                 continue
-            waiting.remove(other)
+            single.remove(other)
             try:
-                rows += _couple(tokenizer, (other, asked), languages, template, max_length)
+                rows += _couple(tokenizer, (other, target), languages, template, max_length)
             except ValueError as error:
                 dropped["tokens do not tell the words apart"] += 2
-                untold = f" {error}"
-        dropped["no other pair to swap with"] += len(waiting)
+                last_error = f" {error}"
+        dropped["no other pair to swap with"] += len(single)
     dropped = +dropped
     if not rows:
         why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         raise ValueError(
             f"no two of {len(pairs)} pairs can be swapped at word {word} ({why}); choose another word, or give more pairs."
-            + untold
+            + last_error
         )
     plus, source, label, words = zip(*rows, strict=True)
     minus: dict[Minus, TokenizedPrompts] = {"source": _prompts(source, tokenizer), "label": _prompts(label, tokenizer)}
@@ -379,8 +474,8 @@ def word_prompts(
 _Row = tuple[TokenizedPrompt, TokenizedPrompt, TokenizedPrompt, str]
 
 
-class _Asked(NamedTuple):
-    """A pair and the characters of its target that are asked for."""
+class _Target(NamedTuple):
+    """A pair, and `[start, end)` in its target sentence of the word that a prompt asks for."""
 
     pair: SentencePair
     start: int
@@ -391,30 +486,30 @@ class _Asked(NamedTuple):
         return self.pair.target[self.start : self.end]
 
     def texts(self, languages: Languages, template: str) -> tuple[str, str]:
-        """The prompt up to the word, and what the word adds to it."""
+        """The prompt up to the word, and the text that the word appends to it."""
         whole, _ = render(self.pair, languages, template)
         target = len(whole) - len(self.pair.target)
         prompt = whole[: target + self.start].rstrip()
         return prompt, whole[len(prompt) : target + self.end]
 
     def places(self, languages: Languages, template: str) -> dict[str, tuple[int, int]]:
-        """The first character and all characters of the source in the prompt."""
+        """The spans of the source's first character and of the whole source in the prompt."""
         start = len(template.split("{source}")[0].format(source_label=label_of(languages[0])))
         return {"source_first": (start, start + 1), "source": (start, start + len(self.pair.source))}
 
 
 def _couple(
     tokenizer: PreTrainedTokenizerBase,
-    couple: tuple[_Asked, _Asked],
+    couple: tuple[_Target, _Target],
     languages: Languages,
     template: str,
     max_length: int | None,
 ) -> list[_Row]:
-    """X+, both X- and word of both; ValueError where tokens do not tell the two words apart."""
+    """X+, both X- and the word, for each of the couple; ValueError if tokens do not tell the two words apart."""
 
-    def tokenized(asked: _Asked, wanted: _Asked, languages: Languages) -> TokenizedPrompt:
-        prompt, places = asked.texts(languages, template)[0], asked.places(languages, template)
-        answers = [one.texts(languages, template)[1] for one in (wanted, *(one for one in couple if one is not wanted))]
+    def tokenized(shown: _Target, right: _Target, languages: Languages) -> TokenizedPrompt:
+        prompt, places = shown.texts(languages, template)[0], shown.places(languages, template)
+        answers = [one.texts(languages, template)[1] for one in (right, *(one for one in couple if one is not right))]
         return tokenize_prompt(
             tokenizer,
             prompt,
@@ -426,10 +521,10 @@ def _couple(
         )
 
     rows: list[_Row] = []
-    for asked, other in (couple, couple[::-1]):
-        plus = tokenized(asked, asked, languages)
-        source, label = tokenized(other, asked, languages), tokenized(asked, asked, (languages[0], languages[0]))
+    for target, other in (couple, couple[::-1]):
+        plus = tokenized(target, target, languages)
+        source, label = tokenized(other, target, languages), tokenized(target, target, (languages[0], languages[0]))
         if not plus.answer_ids == source.answer_ids == label.answer_ids:
-            raise ValueError(f"the word {asked.word!r} has other tokens in X- than in X+.")
-        rows.append((plus, source, label, asked.word))
+            raise ValueError(f"the word {target.word!r} has different tokens in X+ and X-.")
+        rows.append((plus, source, label, target.word))
     return rows

@@ -1,4 +1,4 @@
-"""Named positions of tokenised prompts as token numbers."""
+"""Resolve named positions of tokenised prompts to token indices."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ Positions = str | tuple[str | int, ...]
 
 
 def token_indices(prompts: TokenizedPrompts, prompt: int, positions: Positions | int) -> list[int]:
-    """The tokens of one prompt, counted from its first real token, that `positions` names.
+    """Find the tokens of one prompt that `positions` names.
 
-    `positions` is "all", "last", a name of the prompt set, an integer (negative: from the last token) or a tuple of these.
-    Raises ValueError where the prompt has no such name or token.
+    Args:
+        prompts: the prompt set.
+        prompt: the prompt's index in the set.
+        positions: "all", "last", a name of the prompt set, an integer (negative: from the last token), or a tuple of these.
+
+    Returns:
+        Token indices, counted from the prompt's first real token.
+
+    Raises:
+        ValueError: the prompt has no such name or token.
     """
     length = len(prompts.input_ids[prompt])
     if positions == "all":

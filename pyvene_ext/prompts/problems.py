@@ -1,7 +1,7 @@
-"""Word problems whose answer is a number: loading them, reading answers out of text, and the tokens that a model is given.
+"""Word problems whose answer is a number: loading them, extracting answers from text, and tokenising prompts.
 
-Problems come in GSM8K's form, `{"question", "answer"}`, where the answer is a worked solution with a calculation in `<<...>>` for
-each step and the number behind `####`.
+Problems have GSM8K's form, `{"question", "answer"}`, where the answer is a worked solution with a calculation in `<<...>>` for
+each step and the number after `####`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Problem(BaseModel):
     """One problem.
 
     Attributes:
-        question: its text.
+        question: the text of the question.
         solution: the worked solution, with its `####`.
-        answer: the number behind `####`.
-        steps: how many `<<...>>` the solution has.
+        answer: the number after `####`.
+        steps: the number of `<<...>>` in the solution.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,20 +52,26 @@ class Problem(BaseModel):
     steps: int = Field(ge=0)
 
 
-class Found(NamedTuple):
-    """A number in a text, and the characters that hold it."""
+class FoundNumber(NamedTuple):
+    """A number in a text, and `[start, end)` in characters of where it stands."""
 
     value: float
     start: int
     end: int
 
 
-def find_answer(text: str) -> Found | None:
-    """The answer that a text gives; None if it gives none, which is not the same as a wrong one.
+def find_answer(text: str) -> FoundNumber | None:
+    r"""Extract the answer from a text.
 
-    Where there is a `####` with something behind it in its line, the answer is the last number of that line, and there is none if
-    the line has no number; so what a model goes on to write after its answer does not count. Otherwise it is the last number of
-    the text. A number is `-?\\d+(\\.\\d+)?` once commas are stripped.
+    If the text has a `####` with something after it, the answer is the last number of that line, and there is none if the line
+    has no number; so whatever a model writes after its answer does not count. Otherwise it is the last number of the text. A
+    number is `-?\d+(\.\d+)?` once commas are removed.
+
+    Args:
+        text: what a model wrote.
+
+    Returns:
+        The number and its place, or None if the text gives no answer (which is not the same as a wrong answer).
     """
     start, end = 0, len(text)
     if MARK in text:
@@ -78,21 +84,25 @@ def find_answer(text: str) -> Found | None:
     if not matches:
         return None
     first, last = matches[-1].span()
-    return Found(float(matches[-1].group()), kept[first], kept[last - 1] + 1)
+    return FoundNumber(float(matches[-1].group()), kept[first], kept[last - 1] + 1)
 
 
 def load_problems(name_or_path: str | Path, limit: int | None = None, split: str = "test") -> tuple[Problem, ...]:
-    """Problems from a file or from GSM8K on the hub.
+    """Load problems from a file, or GSM8K (Cobbe et al. 2021) from the hub.
 
     Args:
-        name_or_path: a .jsonl file (one problem a line) or .json file (a list of them), or "gsm8k" or "openai/gsm8k".
-        limit: no more than so many, the first ones.
-        split: of the set on the hub.
+        name_or_path: a .jsonl file (one problem per line) or .json file (a list of them), or "gsm8k" or "openai/gsm8k".
+        limit: the most problems to load, the first ones.
+        split: split of GSM8K.
+
+    Returns:
+        The problems, in order.
 
     Raises:
         ValueError: an empty or broken file, a problem without question or answer, an answer without `####` or without a number
-            behind it, a limit below 1.
-        FileNotFoundError, OSError: a file that is not there, a hub that cannot be reached.
+            after it, a limit below 1.
+        FileNotFoundError: there is no such file.
+        OSError: the hub cannot be reached.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, not {limit}.")
@@ -119,7 +129,7 @@ def _from_hub(split: str) -> Iterable[Any]:
 
 def _from_file(path: Path) -> list[tuple[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of problems {path}; check the path, or say gsm8k for the hub's.")
+        raise FileNotFoundError(f"there is no file of problems {path}; check the path, or give gsm8k for the hub's.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -130,7 +140,7 @@ def _from_file(path: Path) -> list[tuple[str, Any]]:
             return [(f"{path}, line {i}", parse_json(line)) for i, line in lines]
         content = parse_json(text) if text.strip() else []
     except json.JSONDecodeError as error:
-        form = "one JSON object a line" if path.suffix.lower() == ".jsonl" else "JSON"
+        form = "one JSON object per line" if path.suffix.lower() == ".jsonl" else "JSON"
         raise ValueError(f"{path} is not {form} ({error.msg}).") from None
     if not isinstance(content, list):
         raise ValueError(f"{path} must hold a list of problems with question and answer.")
@@ -141,12 +151,12 @@ def _problem(row: Any, where: str) -> Problem:
     fields = [row.get(name) if isinstance(row, dict) else None for name in ("question", "answer")]
     question, solution = (field if isinstance(field, str) else "" for field in fields)
     if not question.strip() or not solution.strip():
-        raise ValueError(f"{where}: a problem has the texts 'question' and 'answer'.")
+        raise ValueError(f"{where}: a problem needs the texts 'question' and 'answer'.")
     if MARK not in solution:
-        raise ValueError(f"{where}: the answer has no {MARK}, behind which its number is to stand.")
+        raise ValueError(f"{where}: the answer has no {MARK}; its number must follow one.")
     matches = list(NUMBER.finditer(solution.rpartition(MARK)[2].replace(",", "")))
     if not matches:
-        raise ValueError(f"{where}: there is no number behind {MARK}.")
+        raise ValueError(f"{where}: there is no number after {MARK}.")
     return Problem(
         question=question,
         solution=solution,
@@ -160,15 +170,15 @@ def _problem(row: Any, where: str) -> Problem:
 
 @dataclass(frozen=True)
 class Questions:
-    """Problems as one tokenizer sees them, perhaps with the beginning of a solution.
+    """Tokenised problems, optionally with the beginning of a solution.
 
     Attributes:
-        problems: in the order of the prompts.
-        prompts: what a model is given. With a block its first and last tokens are the positions "block_first" and "block_last".
-        lengths: how many tokens of each prompt are the question (template and all).
-        blocks: the tokens of each prompt that are reasoning, counted from its first token; empty where nothing is given of the
-            solution.
-        index: which problem of the set that was loaded each is.
+        problems: the problems, in the order of the prompts.
+        prompts: the prompts. If they have a reasoning block, its first and last tokens are the positions "block_first" and
+            "block_last".
+        lengths: for each prompt, how many tokens are the question with its template.
+        blocks: for each prompt, the tokens that are reasoning, counted from its first token; empty without a solution.
+        index: for each prompt, the problem's index in the set that was loaded.
     """
 
     problems: tuple[Problem, ...]
@@ -182,11 +192,18 @@ class Questions:
 
     @cached_property
     def hash(self) -> str:
-        """Of tokens and gold answers."""
+        """Hash of the tokens and the gold answers."""
         return data_hash([self.prompts.hash, self.lengths, [problem.answer for problem in self.problems]])
 
     def take(self, which: Iterable[int]) -> Questions:
-        """Some of them, in this order."""
+        """Select some of the questions.
+
+        Args:
+            which: their indices, in the order wanted.
+
+        Returns:
+            The questions selected.
+        """
         which = list(which)
         return Questions(
             prompts=self.prompts.take(which),
@@ -197,7 +214,14 @@ class Questions:
         )
 
     def given(self, which: int) -> tuple[int, ...]:
-        """The tokens of a solution's beginning that are in a prompt."""
+        """The part of a solution that is already in a prompt.
+
+        Args:
+            which: the prompt's index.
+
+        Returns:
+            The token ids after the question.
+        """
         return self.prompts.input_ids[which][self.lengths[which] :]
 
 
@@ -211,19 +235,25 @@ def tokenize_problems(
     shots: int = 0,
     chat: bool = False,
 ) -> Questions:
-    """Every question in its template, as tokens.
+    """Tokenise every question in its template.
 
     Args:
+        problems: the problems.
+        tokenizer: the model's tokenizer.
         template: a text with `{question}` in it once.
-        context: how many tokens the model takes (`room` gives it less what is to be generated).
-        examples, shots: so many solved problems stand before each question: the first examples that are not that very problem,
-            in the same template with their solutions, an empty line behind each.
-        chat: questions are what a user says and solutions what the assistant does, in the tokenizer's chat template, where the
-            assistant is to go on.
+        context: the most tokens that a prompt may have (`prompt_budget`).
+        examples: solved problems to put before each question: the first ones that are not the problem itself, in the same
+            template with their solutions, an empty line after each.
+        shots: how many of them.
+        chat: use the tokenizer's chat template, with questions as the user's turns and solutions as the assistant's, up to where
+            the assistant goes on.
+
+    Returns:
+        One prompt per problem, without a reasoning block.
 
     Raises:
-        ValueError: no problems, a template without `{question}`, words that the tokenizer does not know, a prompt longer than the
-            context, too few examples, no chat template.
+        ValueError: no problems, a template without `{question}`, words that the tokenizer does not know, a prompt longer than
+            `context`, too few examples, or no chat template.
     """
     if not problems:
         raise ValueError("there are no problems; give at least one.")
@@ -236,8 +266,8 @@ def tokenize_problems(
         before = [example for example in examples if example.question.split() != problem.question.split()][:shots]
         if len(before) < shots:
             raise ValueError(
-                f"problem {number} is to have {shots} solved examples and there are {len(before)} besides itself; give more "
-                "of them, or ask for fewer."
+                f"problem {number} needs {shots} solved examples but there are only {len(before)} besides itself; give more, or "
+                "ask for fewer."
             )
         turns = [(template.replace("{question}", example.question), example.solution.strip()) for example in before]
         asked = template.replace("{question}", problem.question)
@@ -256,7 +286,7 @@ def tokenize_problems(
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     prompts = TokenizedPrompts(
         input_ids=tuple(rows),
-        answer_ids=((0, 0),) * len(rows),  # the answer is read from what is written
+        answer_ids=((0, 0),) * len(rows),  # the answer is read from what the model generates
         positions=({"end": -1, "last": -1},) * len(rows),
         pad_id=next(pad for pad in pads if pad is not None),
     )
@@ -266,7 +296,7 @@ def tokenize_problems(
 
 
 def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A conversation up to where the assistant is to speak; the chat template says itself which special tokens there are."""
+    """Tokenise a conversation up to the assistant's next turn; special tokens come from the chat template."""
     messages = [
         {"role": role, "content": content}
         for turn in turns
@@ -276,13 +306,24 @@ def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrained
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # a template is a program, in a sandbox, which may fail in any way
+    except Exception as error:  # a template is a sandboxed program, which may fail in any way
         reason = " ".join(str(error).split())
         raise ValueError(f"the tokenizer's chat template fails ({reason}); ask without one.") from None
 
 
-def room(model: PreTrainedModel, max_new_tokens: int) -> int:
-    """How many tokens a prompt may have; ValueError if there is no room for any."""
+def prompt_budget(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have, if a model is to generate after it.
+
+    Args:
+        model: a model whose family has a card.
+        max_new_tokens: the most tokens to generate.
+
+    Returns:
+        The model's context less the tokens to generate.
+
+    Raises:
+        ValueError: fewer than one new token, or no tokens left for a prompt.
+    """
     longest = n_positions(model.config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
@@ -294,33 +335,37 @@ def room(model: PreTrainedModel, max_new_tokens: int) -> int:
 def with_reasoning(
     questions: Questions, written: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> Questions:
-    """The questions with the reasoning that was written, up to and with `####`: only the answer is left to be generated.
+    """Append generated reasoning to the questions, up to and including `####`, so that only the answer remains to be generated.
 
-    The block is what stands before `####` (before the first token with any of it). Problems whose text has no `####`, or nothing
-    before it, are left out; `index` says which ones are there.
+    The reasoning block ends before the first token that contains any of `####`. Problems whose text has no `####`, or nothing
+    before it, are dropped; `Questions.index` lists those kept.
 
     Args:
-        questions: without reasoning.
-        written: for each, the tokens written behind the question, such as `Evaluation.ids` of an untouched run.
+        questions: questions without reasoning.
+        written: for each, the tokens generated after the question, such as `Evaluation.ids` of a run without interventions.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        The questions that have reasoning, with blocks and the positions "block_first" and "block_last".
 
     Raises:
-        ValueError: no text is left, or `written` is not one for each question.
+        ValueError: no question has reasoning, or `written` does not have one text per question.
     """
     if len(written) != len(questions):
         raise ValueError(f"{len(written)} texts were given for {len(questions)} questions; give one each.")
     kept, rows, blocks = [], [], []
     for which, ids in enumerate(written):
-        behind = tokens_for(MARK, ids, tokenizer)
-        before = _before_mark(ids[:behind], tokenizer) if behind else 0
+        marked = tokens_until(MARK, ids, tokenizer)
+        before = _before_mark(ids[:marked], tokenizer) if marked else 0
         if not before:
             continue
         start = questions.lengths[which]
         kept.append(which)
-        rows.append((*questions.prompts.input_ids[which][:start], *ids[:behind]))
+        rows.append((*questions.prompts.input_ids[which][:start], *ids[:marked]))
         blocks.append(range(start, start + before))
     if not kept:
         raise ValueError(
-            f"none of the {len(questions)} texts has reasoning and then {MARK}; there is no block to study."
+            f"none of the {len(questions)} texts has reasoning and then {MARK}; generate more tokens, or give other problems."
         )
     some = questions.take(kept)
     positions = tuple(
@@ -335,16 +380,18 @@ def with_reasoning(
 
 
 def with_latents(questions: Questions, model: PreTrainedModel) -> Questions:
-    """The questions with the latent steps of a model of continuous thoughts: only the answer is left to be generated.
-
-    The block is the latent steps, which are the positions "latent_0", "latent_1" ... too; the token that begins the thought is
-    "bot" and the one that ends it "eot".
+    """Append the latent steps of a model with continuous thoughts, so that only the answer remains to be generated.
 
     Args:
-        questions: without reasoning, in the template of `continuous_thought.format_of(model)`.
+        questions: questions without reasoning, in the template of `models.format_of(model)`.
+        model: a model with latent steps.
+
+    Returns:
+        The questions with the latent steps as their block. Positions are "latent_0", "latent_1" ..., "bot", the token that begins
+        the thought, "eot", the one that ends it, "block_first" and "block_last".
 
     Raises:
-        ValueError: the model has no latent steps, or batches would be padded with the token that stands for them.
+        ValueError: the model has no latent steps, or batches would be padded with its latent token.
     """
     form = format_of(model)
     if form is None:
@@ -364,38 +411,58 @@ def with_latents(questions: Questions, model: PreTrainedModel) -> Questions:
     )
 
 
-def tokens_for(part: str | int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """How many of these tokens it takes for their text to hold `part`, or to have so many characters; None if it never does."""
+def tokens_until(part: str | int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Count the tokens up to a part of their text.
 
-    def there(count: int) -> bool:
+    Args:
+        part: a substring, or a number of characters.
+        ids: the tokens.
+        tokenizer: decodes them.
+
+    Returns:
+        The fewest first tokens whose text contains `part`, or has that many characters; None if all of them do not.
+    """
+
+    def suffices(count: int) -> bool:
         text = as_text(ids[:count], tokenizer)
         return part in text if isinstance(part, str) else len(text) >= part
 
-    if not there(len(ids)):
+    if not suffices(len(ids)):
         return None
-    return bisect.bisect_left(range(len(ids)), True, key=there)
+    return bisect.bisect_left(range(len(ids)), True, key=suffices)
 
 
 def as_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tokens say, special ones left out."""
+    """Decode tokens, without special ones.
+
+    Args:
+        ids: the tokens.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        Their text.
+    """
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _before_mark(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens stand before the first one with any of the `####` that ends these."""
-    marked = 1
-    while MARK not in as_text(ids[len(ids) - marked :], tokenizer):
-        marked += 1
-    return len(ids) - marked
+    """How many tokens come before the first one with any of the final `####`."""
+    count = 1
+    while MARK not in as_text(ids[len(ids) - count :], tokenizer):
+        count += 1
+    return len(ids) - count
 
 
 def tiny_problems(count: int, generator: np.random.Generator, held_out: bool) -> tuple[Problem, ...]:
-    """Word problems of the shipped tiny models.
+    """Draw word problems of the kind that the shipped tiny models were trained on.
 
     Args:
-        count: how many.
-        generator: draws them.
-        held_out: of those that the models were not trained on, else of the others.
+        count: the number of problems.
+        generator: the random generator.
+        held_out: draw from the problems that the models were not trained on, else from the others.
+
+    Returns:
+        The problems; the same one may come twice.
     """
     found = []
     for _ in range(count):

@@ -1,8 +1,8 @@
 """Prompt sets: one file format, named positions, answers tokenised in context, batches of unequal lengths.
 
 A prompt set is a JSON file `{"n_examples", "description", "pairs": [...]}`, a bare JSON list of pairs, a JSONL file with one pair
-a line, or a `datasets` dataset with one pair a row. A pair has the fields of `Prompt`; fields of other names are left out, and
-a null counts as absent. `n_examples` may be absent; if it is there it must be the number of pairs.
+per line, or a `datasets` dataset with one pair per row. A pair has the fields of `Prompt`; other fields are ignored, and null
+counts as absent. `n_examples` is optional; if given, it must equal the number of pairs.
 """
 
 from __future__ import annotations
@@ -37,20 +37,23 @@ BUILT_IN_POSITIONS = ("end", "last", "io", "s1", "s2", "subject")
 
 
 class Prompt(BaseModel):
-    """One prompt with its right answer (IO), the wrong one (S) and the places in it that have a name.
+    """One prompt with its right answer (IO), its wrong answer (S) and its named positions, as in IOI (Wang et al. 2022).
+
+    A name is matched as a whole word in scripts with upper and lower case ("Mark" is not in "Market") and anywhere in others
+    (Chinese has no spaces between words), but never inside the other, longer name.
 
     Attributes:
-        clean: the text whose continuation is `io_token`; mentions both names.
+        clean: the text that `io_token` continues; mentions both names.
         corrupt: the contrast text of patching studies, if there is one.
-        io_name, s_name: the indirect object (right answer) and the subject (wrong answer).
-        io_token: the text appended to ask for the right answer, ending with `io_name`; default a space and `io_name`. The wrong
+        io_name: the indirect object, the right answer.
+        s_name: the subject, the wrong answer.
+        io_token: the right answer as appended to the prompt, ending with `io_name`; default a space and `io_name`. The wrong
             answer is the same text with `s_name` in place of `io_name`.
-        positions: names for places of one's own: a substring that occurs exactly once, or `[start, end)` in characters of
-            `clean`.
+        positions: further named positions: a substring that occurs exactly once, or `[start, end)` in characters of `clean`.
 
-    A name is matched as a whole word where the script has upper and lower case ("Mark" is not in "Market") and anywhere in
-    scripts that have not (Chinese writes no spaces), but never inside the other, longer name. Raises pydantic's ValidationError
-    (a ValueError) for a missing field, equal names, a name that `clean` does not mention, and a position that cannot be placed.
+    Raises:
+        ValueError: a missing field, equal names, a name that `clean` does not mention, or a position that cannot be found
+            (pydantic's ValidationError).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -65,11 +68,11 @@ class Prompt(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        # A column of a `datasets` dataset, and a key of a struct in one, is there for all rows if it is there for one.
+        # In a `datasets` dataset every row has all columns, and all keys of a struct, with nulls where there is no value.
         if not isinstance(data, dict):
             return data
         data = {name: value for name, value in data.items() if value is not None}
-        for name in data:  # other fields are the user's own, but not one that is ours misspelt
+        for name in data:  # other fields are the user's own, but a misspelt one of ours is an error
             close = difflib.get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.8)
             if name not in cls.model_fields and close and close[0] not in data:
                 raise ValueError(f"unknown field {name!r}; did you mean {close[0]!r}?")
@@ -103,15 +106,21 @@ class Prompt(BaseModel):
 
     @property
     def answers(self) -> tuple[str, str]:
-        """The texts appended to a prompt to ask for IO and for S."""
+        """The texts that IO and S append to the prompt."""
         return self.io_token, self.io_token.removesuffix(self.io_name) + self.s_name
 
     def spans(self, text: Text) -> dict[str, tuple[int, int]]:
-        """`[start, end)` in characters of every named place but the end, in one of the two texts.
+        """Find the named positions in one of the two texts.
 
-        "io" is the first mention of IO, "s1" the first and "s2" the last of S, "subject" is "s2": in "..., Mark gave the book to"
-        it is the mention that acts as subject of the last clause. In `corrupt` a name that is not there has no place, and places
-        given in characters belong to `clean` only.
+        "io" is the first mention of IO, "s1" the first and "s2" the last mention of S. "subject" is "s2": in "..., Mark gave the
+        book to" it is the subject of the last clause. Names that `corrupt` does not mention have no position there, and positions
+        given in characters exist in `clean` only.
+
+        Args:
+            text: "clean" or "corrupt".
+
+        Returns:
+            `[start, end)` in characters by name, without "end" and "last".
         """
         string = self.clean if text == "clean" else self.corrupt or ""
         found = {}
@@ -131,12 +140,15 @@ class Prompt(BaseModel):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts with a name; raises ValueError if there are none.
+    """A named set of prompts.
 
     Attributes:
-        prompts: at least one.
-        name: what messages and metadata call the set.
+        prompts: one prompt or more.
+        name: the set's name in messages and metadata.
         description: free text.
+
+    Raises:
+        ValueError: there are no prompts.
     """
 
     prompts: tuple[Prompt, ...]
@@ -149,15 +161,22 @@ class PromptSet:
 
     @classmethod
     def load(cls, source: Any, split: str | None = None) -> PromptSet:
-        """Read a prompt set.
+        """Load a prompt set.
 
         Args:
-            source: the name of a set that ships ("ioi_en"), a path to a `.json` or `.jsonl` file or to a folder of
+            source: the name of a shipped set ("ioi_en"), a path to a `.json` or `.jsonl` file or to a folder of
                 `Dataset.save_to_disk`, a `datasets.Dataset` (or `DatasetDict`), or the id of a data set on the hub.
-            split: which split, of a `datasets` source that has several.
+            split: the split, if a `datasets` source has several.
 
-        Raises FileNotFoundError for a missing file, ValueError in one sentence, with file and pair (counted from 0), for content
-        that is not a prompt set and for a near miss of a shipped name, and OSError if a hub id cannot be loaded.
+        Returns:
+            The prompt set.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the content is not a prompt set (says in which file and pair, counted from 0), or a near miss of a shipped
+                name.
+            TypeError: `source` is neither a path nor a data set.
+            OSError: the hub id cannot be loaded.
         """
         if not isinstance(source, str | Path):
             return _from_dataset(source, "the dataset", split)
@@ -167,13 +186,20 @@ class PromptSet:
         if path.suffix.lower() in (".json", ".jsonl"):
             return _from_file(path)
         if path.is_file():
-            raise ValueError(f"{path} is no prompt set by its name; give it the suffix .json or .jsonl.")
+            raise ValueError(f"{path} is not named as a prompt set; give it the suffix .json or .jsonl.")
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
             raise FileNotFoundError(f"there is no prompt file {path}; check the path.")
         return _from_dataset(_hub_dataset(str(source)), str(source), split)
 
     def save(self, path: str | Path) -> None:
-        """Write `.json` (with number and description) or `.jsonl` (pairs only); `load` reads back the same prompts."""
+        """Write the prompts so that `load` reads them back.
+
+        Args:
+            path: a `.json` file (pairs, their number and the description) or a `.jsonl` file (pairs only).
+
+        Raises:
+            ValueError: the name has another suffix.
+        """
         path = Path(path)
         pairs = [prompt.model_dump(mode="json", exclude_defaults=True) for prompt in self]
         if path.suffix.lower() == ".json":
@@ -187,7 +213,7 @@ class PromptSet:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of the prompts, in order; not of name and description."""
+        """Hash of the prompts in order, without name and description."""
         return data_hash([prompt.model_dump(mode="json") for prompt in self])
 
     def __len__(self) -> int:
@@ -206,21 +232,25 @@ class PromptSet:
         answers: Answers = "first_token",
         max_length: int | None = None,
     ) -> TokenizedPrompts:
-        """Token ids, answer ids and token positions of every prompt.
+        """Tokenise every prompt with its answers and positions.
 
-        Prompts get the special tokens that the tokenizer puts before a text by default; those it puts after one (an end token)
-        are left out, since the prompt goes on. Answers are tokenised in context: the ids of prompt + answer must begin with the
-        prompt's. A position is the last token of its place.
+        Prompts get the special tokens that the tokenizer prepends by default but not those it appends (an end token), since the
+        prompt is to be continued. Answers are tokenised in context: the ids of prompt + answer must begin with the prompt's. A
+        position of several tokens is its last token.
 
         Args:
-            tokenizer: a fast one, which knows the characters a token stands for.
-            text: which text of each prompt.
+            tokenizer: a fast one, which knows the characters of each token.
+            text: which text of each prompt, "clean" or "corrupt".
             answers: "first_token" compares the first tokens of the two answers; "first_difference" appends the tokens that both
-                answers begin with to the prompt (so that "end" is the last of those) and compares the first that differ.
-            max_length: the longest prompt the model takes, in tokens.
+                answers begin with to the prompt (so that "end" is the last of those) and compares the first tokens that differ.
+            max_length: the most tokens that a prompt may have.
 
-        Raises ValueError in one sentence naming the prompt: no corrupt text, words the tokenizer does not know, an answer that
-        merges with the end of the prompt, answers that no token tells apart, a prompt that is empty or too long.
+        Returns:
+            The tokenised prompts.
+
+        Raises:
+            ValueError: no corrupt text, a word that the tokenizer does not know, an answer that merges with the end of the
+                prompt, answers that no token tells apart, or a prompt that is empty or too long; names the prompt.
         """
         if text not in ("clean", "corrupt"):
             raise ValueError(f"text must be 'clean' or 'corrupt', not {text!r}.")
@@ -228,7 +258,7 @@ class PromptSet:
             raise ValueError(f"answers must be 'first_token' or 'first_difference', not {answers!r}.")
         if not tokenizer.is_fast:
             raise ValueError(
-                f"{type(tokenizer).__name__} is a slow tokenizer, which cannot say where a name is; load the fast one."
+                f"{type(tokenizer).__name__} is a slow tokenizer, which cannot locate names; load the fast one."
             )
         rows = []
         for index, prompt in enumerate(self):
@@ -254,7 +284,7 @@ class PromptSet:
 
 
 def _mentions(text: str, name: str, other: str) -> list[tuple[int, int]]:
-    """Where `name` stands as a word of its own and not within a mention of `other`."""
+    """The mentions of `name` as a whole word and not inside a mention of `other`."""
     longer_first = sorted((name, other), key=len, reverse=True)
     matches = re.finditer("|".join(map(re.escape, longer_first)), text)
     return [match.span() for match in matches if match.group() == name and not _inside_word(text, *match.span())]
@@ -266,7 +296,7 @@ def _inside_word(text: str, start: int, end: int) -> bool:
 
 
 def _in_cased_word(character: str) -> bool:
-    # Scripts with case put spaces between words; those without either do not (Chinese, Thai) or add particles to names (Korean).
+    # Scripts with case have spaces between words; others do not (Chinese, Thai), or attach particles to names (Korean).
     return character.lower() != character.upper() or character.isdigit()
 
 
@@ -293,7 +323,7 @@ def _from_file(path: Path) -> PromptSet:
     if isinstance(content, list):
         return _from_pairs(content, str(path), path.stem)
     if not isinstance(content, dict) or not isinstance(content.get("pairs"), list):
-        raise ValueError(f"{path} is no prompt set; it should be a list of pairs, or an object with a list 'pairs'.")
+        raise ValueError(f"{path} is not a prompt set; it should be a list of pairs, or an object with a list 'pairs'.")
     pairs, number = content["pairs"], content.get("n_examples")
     if number is not None and number != len(pairs):
         raise ValueError(
@@ -307,7 +337,7 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         return parse_json(text)
     except json.JSONDecodeError as error:
         at = f"{error.msg}, line {line or error.lineno} column {error.colno}"
-        raise ValueError(f"{path} is not {'JSON' if line is None else 'one JSON object a line'} ({at}).") from None
+        raise ValueError(f"{path} is not {'JSON' if line is None else 'one JSON object per line'} ({at}).") from None
 
 
 def _saved_dataset(path: Path) -> Any:
@@ -317,7 +347,7 @@ def _saved_dataset(path: Path) -> Any:
         return datasets.load_from_disk(str(path))
     except (OSError, ValueError):
         raise ValueError(
-            f"{path} is a folder but no dataset; give a .json or .jsonl file, or a folder of Dataset.save_to_disk."
+            f"{path} is a folder but not a dataset; give a .json or .jsonl file, or a folder of Dataset.save_to_disk."
         ) from None
 
 
@@ -328,7 +358,9 @@ def _hub_dataset(name: str) -> Any:
         return datasets.load_dataset(name)
     except Exception as error:  # the hub, the network and the readers of a dozen formats each raise their own kinds
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise OSError(f"{name} is no file, and loading it as a data set of the hub failed ({reason}).") from error
+        raise OSError(
+            f"{name} is not a file, and loading it as a data set of the hub failed ({reason}); check the name."
+        ) from error
 
 
 def _from_dataset(dataset: Any, where: str, split: str | None) -> PromptSet:

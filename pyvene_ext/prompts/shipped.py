@@ -9,10 +9,16 @@ PROMPTS = Path(__file__).parent / "data"
 
 
 def find_prompts(dataset: str) -> str | Path:
-    """A shipped set's file by its name; anything else as it is.
+    """Find the file of a shipped prompt set.
+
+    Args:
+        dataset: the name of a shipped set ("ioi_en"), or anything else that names a data set.
+
+    Returns:
+        The shipped file, or `dataset` unchanged.
 
     Raises:
-        ValueError: a near miss of a shipped name, which is not looked for on the hub.
+        ValueError: a near miss of a shipped name, which would otherwise be looked up on the hub.
     """
     shipped = {path.stem: path for path in PROMPTS.glob("*.*") if path.suffix in (".json", ".tsv")}
     close = difflib.get_close_matches(dataset, shipped, n=1, cutoff=0.75)

@@ -1,10 +1,10 @@
-"""The tasks that the shipped tiny models are trained on, as seeded generators of text.
+"""The tasks that the shipped tiny models are trained on, as seeded text generators.
 
-Every generator is a pure function of a NumPy generator and returns an `Example`: a prompt and the answer that follows it.
-Studies draw their prompts from here too, so that no word is unknown to the models.
+Every task is a pure function of a NumPy generator and returns an `Example`: a prompt and the answer that follows it. Studies draw
+their prompts from here too, so that every word is in the models' vocabulary.
 
-Training and evaluation never share a prompt: `is_held_out` decides by a hash of the prompt's text, and `draw` keeps to
-one side of it.
+Training and evaluation never share a prompt: `is_held_out` decides by a hash of the prompt's text, and `draw` returns prompts of
+one side only.
 """
 
 # ruff: noqa: SIM905  (word lists are easier to read, and to add to, as text)
@@ -24,7 +24,7 @@ HELD_OUT_SHARE = 10  # one prompt in ten is never trained on
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer that follows it; `prompt + answer` is the whole text."""
+    """A prompt and its answer; `prompt + answer` is the whole text."""
 
     prompt: str
     answer: str
@@ -32,9 +32,15 @@ class Example:
 
 @dataclass(frozen=True)
 class IOIPair:
-    """An indirect-object prompt (`clean`) and the same sentence with three other names (`corrupt`, "ABC").
+    """An indirect-object prompt and its ABC counterfactual (Wang et al. 2022).
 
-    `order` says in which order the two names come, S being the one that returns: "ABBA" is IO S S, "BABA" is S IO S.
+    Attributes:
+        clean: the prompt.
+        corrupt: the same sentence with three other names.
+        io_name: the indirect object.
+        s_name: the subject, which is named twice.
+        io_token: the right answer as appended to the prompt.
+        order: "ABBA" (IO S S) or "BABA" (S IO S).
     """
 
     clean: str
@@ -80,7 +86,7 @@ TEMPLATES_ZH = (
     "{first}和{second}一起去{place}，后来{subject}把{object}交给了",
 )
 
-# English:French. No noun begins with a vowel, which would need elision ("l'"), and no word is spelt alike in both.
+# English:French. No noun begins with a vowel, which would need elision ("l'"), and no word is spelt the same in both.
 NOUNS_MASCULINE = (
     "cat:chat dog:chien boy:garçon king:roi horse:cheval rabbit:lapin wolf:loup brother:frère father:père doctor:médecin "
     "baker:boulanger fish:poisson neighbour:voisin fox:renard pig:cochon duck:canard sheep:mouton painter:peintre"
@@ -114,12 +120,12 @@ PUNCTUATION = (",", ".", "?", ":", "，", "。", "+", "-", "=", "<<", ">>", "###
 
 
 def chinese_words() -> list[str]:
-    """Every Chinese word, the longest first: the order in which a segmenter must try them."""
+    """Every Chinese word, longest first: the order in which a segmenter must try them."""
     return sorted({*NAMES_ZH, *PLACES_ZH, *OBJECTS_ZH, *OTHER_ZH}, key=lambda word: (-len(word), word))
 
 
 def vocabulary() -> list[str]:
-    """Every word, number and mark of the tasks, sorted; the tokenizer has one token for each."""
+    """Every word, number and punctuation mark of the tasks, sorted; the tokenizer has one token for each."""
     templates = " ".join((*TEMPLATES_EN, *GAINS, *LOSSES, STORY)).replace("{", " {").split()
     words = {part.strip(",.?:") for part in templates if not part.startswith("{")}
     words |= {*NAMES_EN, *PLACES_EN, *OBJECTS_EN, *THINGS, *PUNCTUATION, *chinese_words(), "EN", "FR"}
@@ -134,7 +140,16 @@ def vocabulary() -> list[str]:
 
 
 def ioi_pair(rng: np.random.Generator, language: str, order: str | None = None) -> IOIPair:
-    """One indirect-object pair in "en" or "zh"; `order` ("ABBA" or "BABA") is drawn where it is not given."""
+    """Draw one indirect-object pair.
+
+    Args:
+        rng: the random generator.
+        language: "en" or "zh".
+        order: "ABBA" or "BABA"; None draws one.
+
+    Returns:
+        The pair.
+    """
     names, places, objects, templates = {
         "en": (NAMES_EN, PLACES_EN, OBJECTS_EN, TEMPLATES_EN),
         "zh": (NAMES_ZH, PLACES_ZH, OBJECTS_ZH, TEMPLATES_ZH),
@@ -166,7 +181,7 @@ def ioi_zh(rng: np.random.Generator) -> Example:
 
 
 def sentence_pair(rng: np.random.Generator) -> tuple[str, str]:
-    """An English sentence and its French translation: other word order, articles and adjectives agreeing in gender."""
+    """Draw an English sentence and its French translation, which has another word order and agreement in gender."""
     english, french = [], []
     for role in ("subject", "object"):
         feminine = int(rng.integers(2))
@@ -227,12 +242,28 @@ TASKS: dict[str, Callable[[np.random.Generator], Example]] = {
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a prompt belongs to evaluation; decided by a hash of its text, so every program agrees."""
+    """Whether a prompt is for evaluation only, by a hash of its text, so that every program agrees.
+
+    Args:
+        text: the prompt's text.
+
+    Returns:
+        True for one prompt in ten.
+    """
     return xxhash.xxh64_intdigest(text.encode("utf-8")) % HELD_OUT_SHARE == 0
 
 
 def draw(task: str, rng: np.random.Generator, held_out: bool) -> Example:
-    """One example of a task, from the held-out prompts or from the training prompts."""
+    """Draw one example of a task.
+
+    Args:
+        task: a key of `TASKS`.
+        rng: the random generator.
+        held_out: draw from the held-out prompts, else from the training prompts.
+
+    Returns:
+        The example.
+    """
     while True:
         example = TASKS[task](rng)
         if is_held_out(example.prompt) == held_out:
@@ -242,11 +273,22 @@ def draw(task: str, rng: np.random.Generator, held_out: bool) -> Example:
 def repeated_block(
     rng: np.random.Generator, token_ids: Sequence[int], block: int, length: int, held_out: bool, rotate: bool = False
 ) -> list[int]:
-    """A random block of distinct tokens, repeated until there are `length` tokens.
+    """Draw a block of distinct random tokens and repeat it, as in tests for induction heads.
 
-    The first token of the second block cannot be predicted: nothing says yet that the block repeats. Every later one can.
-    With `rotate` the repetition enters the block at a random place and goes round, so that the distance back to the same
-    token is not the same within a text, and only the tokens tell what comes next (but for the first time it goes round).
+    The first token of the second block is unpredictable, because nothing shows yet that the block repeats; every later one is
+    predictable.
+
+    Args:
+        rng: the random generator.
+        token_ids: the tokens to draw from.
+        block: the number of tokens in the block.
+        length: the number of tokens in all.
+        held_out: draw a held-out block, else a training block.
+        rotate: start the repetition at a random place in the block and wrap around, so that the distance to a token's previous
+            occurrence varies within a text and only the tokens themselves predict what comes next.
+
+    Returns:
+        The token ids.
     """
     while True:
         ids = [token_ids[i] for i in rng.choice(len(token_ids), size=block, replace=False)]

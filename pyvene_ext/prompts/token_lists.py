@@ -1,6 +1,6 @@
-"""Lists of token ids from files: JSON, and pickles that hold nothing but lists of whole numbers.
+"""Lists of token ids from files: JSON, or pickles that hold nothing but lists of whole numbers.
 
-A pickle runs something only through what it imports, and here it can import nothing.
+A pickle can execute code only through what it imports, and here it cannot import anything.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any
 from pyvene_ext.io.files import parse_json
 
 PICKLES = (".pkl", ".pickle")
-MOST = 10_000_000  # ids; a pickle can name one long list over and over in a few bytes
+MOST = 10_000_000  # ids; a pickle can repeat a long list many times in a few bytes
 
 
 def read_token_list(path: str | Path) -> list[int]:
-    """Read a list of token ids, or of such lists (the tokens of some words). Nothing in the file is run.
+    """Read token ids from a file, without executing anything in it.
 
     Args:
-        path: the file; a name that ends in .pkl or .pickle is a pickle, any other JSON.
+        path: a pickle if the name ends in .pkl or .pickle, else JSON; it holds a list of whole numbers, or a list of such lists
+            (the tokens of several words).
 
     Returns:
-        The ids in order, lists end to end.
+        The ids in order, nested lists concatenated.
 
     Raises:
         ValueError: the file holds anything else.
@@ -35,7 +36,7 @@ def read_token_list(path: str | Path) -> list[int]:
         except Exception as error:  # a damaged pickle raises anything
             reason = " ".join(str(error).split())[:80] or type(error).__name__
             raise ValueError(
-                f"{path} is no pickle of lists of whole numbers ({reason}), and nothing of it was run; write the ids as JSON."
+                f"{path} is not a pickle of lists of whole numbers ({reason}), and nothing in it was run; write the ids as JSON."
             ) from None
     else:
         try:
@@ -53,9 +54,9 @@ def read_token_list(path: str | Path) -> list[int]:
     return ids
 
 
-# Python's own version: the one in C takes as much memory as a number in the file says.
+# The version in Python: the one in C allocates as much memory as a number in the file asks for.
 class _WithoutImports(pickle._Unpickler):
-    """Reads plain data; whatever runs code in a pickle is first imported by name, which is refused."""
+    """Reads plain data; code that a pickle executes must first be imported by name, which is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it imports {module}.{name}")

@@ -1,16 +1,16 @@
-"""What the tokens of a word problem stand for: numbers, operators, entities, and the rest.
+"""Tag the tokens of a word problem as numbers, operators, entities, or other.
 
-Tags are of characters, so that a token has the same tag however the tokenizer cuts words; of a token with characters of several
-kinds the first of these counts:
+Characters are tagged, so that tags do not depend on how the tokenizer splits words; a token with characters of several kinds gets
+the first of these:
 
-    number     digits, with the commas and the point inside; or a number word (two, twenty, hundred ...)
-    operator   one of + - * / = and their like, unless between two letters ("six-pack", "km/h")
-    entity     what the problem names: a capitalised word, or a word behind a number ("6 cakes"), and that word again wherever it
-               stands, with or without an s at its end; in both cases but for words that say nothing (`PLAIN`)
+    number     digits, with commas and a point between them; or a number word (two, twenty, hundred ...)
+    operator   one of + - * / = and the like, unless between two letters ("six-pack", "km/h")
+    entity     a thing in the problem: a capitalised word, or a word after a number ("6 cakes") and its other occurrences, with or
+               without a final s; function words (`PLAIN`) are never entities
     other      everything else
 
-No dictionary, no parser: in "6 red cakes" the entity is red, and a capitalised word at the beginning of a sentence counts unless
-it is in `PLAIN`. Only English is known.
+There is no dictionary and no parser: in "6 red cakes" the entity is red, and a capitalised word that begins a sentence counts
+unless it is in `PLAIN`. English only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,14 @@ OPERATOR = re.compile(r"(?<![^\W\d_])[-+*/=×÷−^%]|[-+*/=×÷−^%](?![^\W\d_
 
 
 def tags_of(text: str) -> list[Tag]:
-    """The tag of every character."""
+    """Tag every character of a text.
+
+    Args:
+        text: the text.
+
+    Returns:
+        One tag per character.
+    """
     things = set()
     for number in NUMBER.finditer(text):
         word = WORD.match(text, number.end() + len(text[number.end() :]) - len(text[number.end() :].lstrip(" ")))
@@ -65,18 +72,34 @@ def _stem(word: str) -> str:
 
 
 def spans_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """What tokens say, special ones left out, and which characters each stands for; none for a special one."""
+    """Decode tokens and locate each in the text.
+
+    Args:
+        ids: the tokens.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        The text without special tokens, and `[start, end)` in characters of each token; empty for a special one.
+    """
     text, spans = "", []
     for count in range(1, len(ids) + 1):
         longer = str(tokenizer.decode(list(ids[:count]), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        # Bytes that are no whole character yet read as U+FFFD; the character belongs to all tokens with bytes of it.
+        # Bytes of an incomplete character decode to U+FFFD; the character belongs to every token with bytes of it.
         spans.append((len(text.rstrip("\ufffd")), len(longer)))
         text = longer
     return text, spans
 
 
 def tag_tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tag], list[str]]:
-    """The tag of every token, and its text."""
+    """Tag every token.
+
+    Args:
+        ids: the tokens.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        Each token's tag, and each token's text.
+    """
     text, spans = spans_of(ids, tokenizer)
     tags = tags_of(text)
     of_tokens: list[Tag] = [min(tags[start:end], key=TAGS.index, default="other") for start, end in spans]

@@ -1,4 +1,4 @@
-"""Prompts as tokens: answers in context, token positions, batches of unequal lengths."""
+"""Tokenised prompts: answers in context, token positions, batches of unequal lengths."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PaddingSide = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """A prompt set as one tokenizer sees it, unpadded.
+    """A tokenised prompt set, unpadded.
 
     Attributes:
         input_ids: the tokens of every prompt.
-        answer_ids: for every prompt, the ids whose logits at its last token are compared: IO's, then S's.
+        answer_ids: for every prompt, the two ids whose logits are compared at its last token: IO's, then S's.
         positions: for every prompt, token positions by name, counted from its last token (-1). Always has "end" and "last" (both
             -1); "io", "s1", "s2" and "subject" where the names occur; and the prompt's own.
-        pad_id: what fills a batch up; masked, so its value changes nothing.
+        pad_id: the padding token; it is masked, so its value does not matter.
     """
 
     input_ids: tuple[tuple[int, ...], ...]
@@ -39,7 +39,7 @@ class TokenizedPrompts:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of ids, answer ids and positions; so it depends on the tokenizer."""
+        """Hash of ids, answer ids and positions, which depends on the tokenizer."""
         return data_hash([self.input_ids, self.answer_ids, self.positions])
 
     def __hash__(self) -> int:
@@ -49,7 +49,14 @@ class TokenizedPrompts:
         return len(self.input_ids)
 
     def take(self, which: Iterable[int]) -> TokenizedPrompts:
-        """Some of the prompts, in this order."""
+        """Select some of the prompts.
+
+        Args:
+            which: their indices, in the order wanted.
+
+        Returns:
+            The prompts selected.
+        """
         which = list(which)
         return replace(
             self,
@@ -59,9 +66,17 @@ class TokenizedPrompts:
         )
 
     def batches(self, batch_size: int, padding_side: PaddingSide = "left") -> Iterator[Batch]:
-        """The prompts by length, shortest first (equal lengths in the order given), padded to the longest of their batch.
+        """Iterate over padded batches, shortest prompts first (equal lengths in the order of the set).
 
-        Positions that some prompt of the set lacks are in no batch. Raises ValueError for a batch size below 1.
+        Args:
+            batch_size: prompts per batch; the last batch may have fewer.
+            padding_side: "left" or "right".
+
+        Returns:
+            The batches, each padded to its longest prompt. Only positions that every prompt of the set has are kept.
+
+        Raises:
+            ValueError: a batch size below 1, or another padding side.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
@@ -90,7 +105,15 @@ class TokenizedPrompts:
 
 
 def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
-    """Raise ValueError for prompt sets that have not been tokenised, or not for this model, and for prompts too long for it."""
+    """Check that prompt sets are tokenised, and for this model.
+
+    Args:
+        model: a model whose family has a card.
+        *prompts: tokenised prompt sets.
+
+    Raises:
+        ValueError: a set that is not tokenised, or a prompt that is empty, too long, or has ids beyond the model's embeddings.
+    """
     card_of(model)
     embeddings: Any = model.get_input_embeddings()
     context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
@@ -103,10 +126,10 @@ def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
             if not ids:
                 raise ValueError(f"prompt {prompt} has no tokens; give it some text.")
             if len(ids) > context:
-                raise ValueError(f"prompt {prompt} has {len(ids)} tokens and the model takes {context}; shorten it.")
+                raise ValueError(f"prompt {prompt} has {len(ids)} tokens but the model takes {context}; shorten it.")
             if not 0 <= min(ids) <= max(ids) < n_vocab:
                 raise ValueError(
-                    f"the ids of prompt {prompt} go from {min(ids)} to {max(ids)} but the model embeds {n_vocab} tokens; use "
+                    f"the ids of prompt {prompt} range from {min(ids)} to {max(ids)} but the model embeds {n_vocab} tokens; use "
                     "its own tokenizer."
                 )
 
@@ -116,12 +139,13 @@ class Batch:
     """Some prompts, padded on one side.
 
     Attributes:
-        input_ids, attention_mask: the tokens, and 1 where they are real.
-        position_ids: counted from each prompt's first real token, which GPT-2 does not do by itself under left padding.
-        answer_ids: ids of IO and S.
+        input_ids: the tokens and the padding.
+        attention_mask: 1 for real tokens, 0 for padding.
+        position_ids: counted from each prompt's first real token (GPT-2's own default is wrong under left padding).
+        answer_ids: the ids of IO and S.
         positions: named positions of each prompt, counted from its last real token (-1).
-        index: which prompt of the set each row is.
-        lengths: real tokens of each row.
+        index: the index in the set of each row's prompt.
+        lengths: the number of real tokens of each row.
         padding_side: "left" or "right".
     """
 
@@ -135,12 +159,26 @@ class Batch:
     padding_side: PaddingSide
 
     def inputs(self, device: str | torch.device | None = None) -> dict[str, Tensor]:
-        """What a model's forward (or pyvene's `base`) takes, on `device` if one is given."""
+        """The keyword arguments of a model's forward, or pyvene's `base`.
+
+        Args:
+            device: where to put the tensors; None leaves them where they are.
+
+        Returns:
+            input_ids, attention_mask and position_ids.
+        """
         names = ("input_ids", "attention_mask", "position_ids")
         return {name: getattr(self, name).to(device) for name in names}
 
     def to(self, device: str | torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Move the batch's tensors.
+
+        Args:
+            device: the target device.
+
+        Returns:
+            The same batch on that device.
+        """
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -150,9 +188,16 @@ class Batch:
         )
 
     def columns(self, position: str | int) -> list[int]:
-        """For each row, the column of a named position, or of an integer: 0 is the first real token and -1 the last.
+        """Find the column of a position in each row.
 
-        Raises ValueError for a name that some prompt of the set lacks and for an integer outside of a prompt.
+        Args:
+            position: a name, or an integer: 0 is the first real token and -1 the last.
+
+        Returns:
+            One column per row.
+
+        Raises:
+            ValueError: a name that some prompt of the set lacks, or an integer outside a prompt.
         """
         if isinstance(position, str) and position not in self.positions:
             raise ValueError(
@@ -163,13 +208,13 @@ class Batch:
         columns = []
         for at, length, prompt in zip(wanted, self.lengths, self.index, strict=True):
             if not -length <= at < length:
-                raise ValueError(f"position {at} lies outside of prompt {prompt}, which has {length} tokens.")
+                raise ValueError(f"position {at} lies outside prompt {prompt}, which has {length} tokens.")
             columns.append(at % length + (width - length if self.padding_side == "left" else 0))
         return columns
 
     @property
     def last_columns(self) -> list[int]:
-        """The column of each row's last real token, where its answer is read."""
+        """The column of each row's last real token, where the answer's logits are read."""
         return self.columns(-1)
 
 
@@ -190,20 +235,34 @@ def tokenize_prompt(
     max_length: int | None,
     where: str,
 ) -> TokenizedPrompt:
-    """Tokenise one prompt as `PromptSet.tokenize` describes; `where` names it in messages.
+    """Tokenise one prompt as `PromptSet.tokenize` describes.
 
-    `answer_texts` are what IO and S append to `text`, `spans` its named places in characters.
+    Args:
+        tokenizer: a fast one.
+        text: the prompt.
+        answer_texts: the texts that IO and S append to it.
+        spans: its named positions, `[start, end)` in characters.
+        answers: "first_token" or "first_difference".
+        max_length: the most tokens that it may have.
+        where: what messages call it.
+
+    Returns:
+        Its token ids, answer ids and positions.
+
+    Raises:
+        ValueError: a word that the tokenizer does not know, an answer that merges with the end of the prompt, answers that no
+            token tells apart, a position without a token, or a prompt that is empty or too long.
     """
     ids, offsets = encode(tokenizer, text, where)
     io, s = (_continuation(tokenizer, text, ids, answer, where) for answer in answer_texts)
-    # What both answers begin with says nothing about the choice between them.
+    # Tokens that both answers begin with do not tell them apart.
     shared = 0
     while shared < min(len(io), len(s)) and io[shared] == s[shared]:
         shared += 1
     if shared == min(len(io), len(s)):
         raise ValueError(
-            f"{where}: the tokens of one of the answers {answer_texts} begin the other's, so that no token tells them apart; "
-            "use other names."
+            f"{where}: the tokens of one of the answers {answer_texts} begin the other's, so no token tells them apart; use "
+            "other names."
         )
     if shared and answers == "first_token":
         raise ValueError(
@@ -213,11 +272,11 @@ def tokenize_prompt(
     ids = ids + io[:shared]
     if max_length is not None and len(ids) > max_length:
         raise ValueError(
-            f"{where} has {len(ids)} tokens and the model takes {max_length}; shorten it, or use another model."
+            f"{where} has {len(ids)} tokens but the model takes {max_length}; shorten it, or use another model."
         )
     positions = {"end": -1, "last": -1}
     for name, (start, end) in spans.items():
-        held = held_tokens(offsets, start, end)
+        held = tokens_in_span(offsets, start, end)
         if not held:
             raise ValueError(f"{where}: no token holds {text[start:end]!r}, the place {name!r}.")
         positions[name] = held[-1] - len(ids)
@@ -225,14 +284,26 @@ def tokenize_prompt(
 
 
 class Encoded(NamedTuple):
-    """Token ids of a text, and which characters each stands for."""
+    """Token ids of a text, and `[start, end)` in characters of each token."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, string: str, where: str) -> Encoded:
-    """Ids and character offsets, without what the tokenizer appends; words it does not know are refused."""
+    """Tokenise a text with its leading special tokens but without those that the tokenizer appends.
+
+    Args:
+        tokenizer: a fast one.
+        string: the text.
+        where: what messages call it.
+
+    Returns:
+        Ids and character offsets.
+
+    Raises:
+        ValueError: no tokens, a start token written out in the text, or a word that the tokenizer does not know.
+    """
     encoding = tokenizer(string, return_offsets_mapping=True, return_special_tokens_mask=True)
     ids, offsets, special = (encoding[key] for key in ("input_ids", "offset_mapping", "special_tokens_mask"))
     of_text = [i for i, added in enumerate(special) if not added]
@@ -242,7 +313,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, string: str, where: str) -> Encod
         added = tokenizer.convert_ids_to_tokens(ids[0])
         raise ValueError(f"{where} begins with {added!r}, which the tokenizer adds itself; leave it out of the text.")
     ids, offsets = ids[: of_text[-1] + 1], offsets[: of_text[-1] + 1]
-    # GPT-2 calls its end token the unknown token too, so one that was written out in the text is no unknown word.
+    # GPT-2's end token is also its unknown token, so one that is written out in the text is not an unknown word.
     words = [
         string[start:end] for token, (start, end) in zip(ids, offsets, strict=True) if token == tokenizer.unk_token_id
     ]
@@ -261,12 +332,21 @@ def _continuation(
     longer = encode(tokenizer, string + answer, where).ids
     if longer[: len(ids)] != ids:
         raise ValueError(
-            f"{where}: the answer {answer!r} merges with the end of the prompt when tokenised, so that no position predicts it; "
-            "end the prompt with a whole word, or let io_token begin with a space."
+            f"{where}: the answer {answer!r} merges with the end of the prompt when tokenised, so no position predicts it; end "
+            "the prompt with a whole word, or let io_token begin with a space."
         )
     return longer[len(ids) :]
 
 
-def held_tokens(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:
-    """The tokens that hold characters of `[start, end)`, in their order."""
+def tokens_in_span(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Find the tokens that overlap a span of characters.
+
+    Args:
+        offsets: `[start, end)` in characters of each token.
+        start: the span's first character.
+        end: one past its last character.
+
+    Returns:
+        Their indices, in order.
+    """
     return [i for i, (begins, ends) in enumerate(offsets) if begins < end and ends > start]

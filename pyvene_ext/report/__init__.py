@@ -1,4 +1,4 @@
-"""One page for one run or several, which needs no network: `python -m pyvene_ext.report --help` says what is on it."""
+"""One HTML page for one or several runs, which works offline: `python -m pyvene_ext.report --help` describes it."""
 
 import lazy_loader
 

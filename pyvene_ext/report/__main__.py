@@ -1,14 +1,14 @@
-"""One page for one run or several: what was run, what it found, heads to hover over, figures. It needs no network.
+"""Write one HTML page for one or several runs: provenance, findings, heads to hover over, figures. It works offline.
 
     python -m pyvene_ext.report outputs/activation_frequencies_ifr/tiny-qwen2.5_ioi_en
     python -m pyvene_ext.report outputs/english outputs/chinese --out outputs/both.html
 
-A run is the folder that a study has written: config.yaml, JSON files of facts, CSV tables, figures. On the page stand command,
-model, data, hashes, versions and flags; the study's verdicts; of every table with the columns layer and head a map, one column of
-numbers at a time, and the first heads with their intervals; the effect of each head prompt by prompt, where the run has kept it
-(deltas.npy, prompts.json); where heads look (attention.json, `attention`); routes to a prediction (routes.json);
-the figures, with links to their PDFs; tables to sort; and links to all files. Where tables of two runs have the same numbers for
-the same heads, a table gives their rank correlation (Spearman).
+A run is the folder that a study has written: config.yaml, JSON files of facts, CSV tables, figures. The page has command, model,
+data, hashes, versions and flags; the study's verdicts; for every table with the columns layer and head, a map of one column at a
+time and the top heads with their intervals; the effect of each head prompt by prompt, if the run has kept it (deltas.npy,
+prompts.json); attention patterns (attention.json); routes to a prediction (routes.json); the figures, with links to their PDFs;
+sortable tables; and links to all files. If tables of two runs have the same column for the same heads, their rank correlation
+(Spearman).
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from pyvene_ext.report import write_report
 
 @dataclass(frozen=True)
 class Config:
+    """The runs, and the page."""
+
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """folders of finished runs"""
     out: Path | None = None
-    """the page; by default report.html in the first folder"""
+    """the page; default report.html in the first folder"""
 
 
 def main(config: Config) -> None:
+    """Write the page."""
     out = config.out or (config.folders[0] if config.folders else Path()) / "report.html"
     write_report(config.folders, out)
     print(f"written: {out}")

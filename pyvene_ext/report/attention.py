@@ -1,6 +1,6 @@
-"""Where heads look, to be looked at: a study's patterns (`runs.attention`) drawn with their tokens.
+"""Attention patterns of a study (`runs.attention`), drawn with their tokens.
 
-One prompt and head at a time, with every weight under the mouse.
+One prompt and head at a time; hovering shows each weight.
 """
 
 from __future__ import annotations
@@ -15,28 +15,36 @@ from pyvene_ext.runs.figures import SEQUENTIAL
 
 
 def escaped(text: str) -> str:
-    """Text for plotly, which reads tags but leaves quotation marks alone."""
+    """Escape text for plotly, which interprets tags but not quotation marks."""
     return html.escape(text, quote=False)
 
 
 def shown_token(token: str) -> str:
-    """A token for an axis: without the spaces around it, unless it has nothing else."""
+    """Format a token for an axis: without surrounding spaces, unless it has nothing else."""
     return token.strip() or repr(token)[1:-1].replace(" ", "␣")
 
 
 def attention_html(views: Sequence[View]) -> str:
-    """A menu of prompts, one of heads, and the chosen pattern, as a part of a page that has plotly.js and, below, `SCRIPT`.
+    """Draw patterns as an HTML fragment with menus of prompts and heads.
 
-    Raises ValueError if there is no view, or a pattern does not belong to its tokens; MissingExtra without plotly.
+    Args:
+        views: patterns by prompt, one or more.
+
+    Returns:
+        A fragment for a page that loads plotly.js and, after the fragment, `SCRIPT`.
+
+    Raises:
+        ValueError: there is no view, or a pattern does not fit its tokens.
+        MissingExtra: plotly is not installed.
     """
     need("report")
     from plotly.colors import get_colorscale  # takes a while to import
 
     if not views:
-        raise ValueError("there is nothing to look at; give at least one head and prompt.")
+        raise ValueError("there are no patterns to show; give at least one head and prompt.")
     prompts = [plain(view) | {"tokens": list(map(shown_token, view.tokens))} for view in views]
     data = {"colours": get_colorscale(SEQUENTIAL), "prompts": prompts}
-    # Text in a script ends at "</script", whatever it is within.
+    # A script element ends at "</script", even inside a string.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return (
         '<div class="attention"><label>prompt <select name="prompt"></select></label> '
@@ -46,7 +54,19 @@ def attention_html(views: Sequence[View]) -> str:
 
 
 def attention_page(views: Sequence[View], title: str) -> str:
-    """The same as a page by itself, which needs no network."""
+    """Draw patterns as a page of its own, which works offline.
+
+    Args:
+        views: patterns by prompt, one or more.
+        title: the page's title.
+
+    Returns:
+        The page as HTML.
+
+    Raises:
+        ValueError: there is no view, or a pattern does not fit its tokens.
+        MissingExtra: plotly is not installed.
+    """
     need("report")
     from plotly.offline import get_plotlyjs
 
@@ -63,7 +83,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem aut
 h1 { font-size: 1.5rem } select { font: inherit; max-width: 44rem; margin-right: 1rem }
 """
 
-# Plotly takes < and & for HTML.
+# Plotly interprets < and & as HTML.
 SCRIPT = r"""
 for (const box of document.querySelectorAll("div.attention")) {
   const {prompts, colours} = JSON.parse(box.querySelector("script").textContent);

@@ -1,4 +1,4 @@
-"""The page of one or several runs as HTML."""
+"""The HTML page of one or several runs."""
 
 from __future__ import annotations
 
@@ -23,21 +23,28 @@ from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
 from pyvene_ext.report.routes import draw_routes
 from pyvene_ext.report.run import Row, Run, columns, files, rounded
 
-SHOWN = 500  # rows of a table, prompts of a slider; the files have them all
-AT_LEAST = 5  # heads, for a correlation
-LONG = 120  # characters of a fact that is worth a line above the results
+SHOWN = 500  # the most rows of a table, and the most prompts of a slider; the files have all of them
+AT_LEAST = 5  # heads for a correlation
+LONG = 120  # characters of a fact before it is cut
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path, title: str | None = None) -> None:
     """Write the page of one or several runs.
 
-    Raises ValueError for a folder that is not one of a finished run, or named twice; MissingExtra without plotly.
+    Args:
+        folders: run folders.
+        out: the page's file.
+        title: the page's title; default the names of the runs.
+
+    Raises:
+        ValueError: no folder, one that is not of a finished run, or one named twice.
+        MissingExtra: plotly is not installed.
     """
     need("report")
     if not folders:
-        raise ValueError("name one or more folders of runs.")
+        raise ValueError("there are no folders; name one or more folders of runs.")
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise ValueError("name each folder once.")
+        raise ValueError("a folder is named twice; name each folder once.")
     runs = [Run.read(folder) for folder in folders]
     with atomic_path(out) as temporary:
         temporary.write_text(
@@ -46,7 +53,16 @@ def write_report(folders: Sequence[str | Path], out: str | Path, title: str | No
 
 
 def page(runs: Sequence[Run], title: str, home: Path) -> str:
-    """The page as HTML, with links to the files as seen from `home`."""
+    """Render the page.
+
+    Args:
+        runs: the runs.
+        title: the page's title.
+        home: the page's folder, which links to files are relative to.
+
+    Returns:
+        The page as HTML.
+    """
     from plotly.offline import get_plotlyjs  # takes a while to import
 
     body = [f"<h1>{html.escape(title)}</h1>"]
@@ -69,12 +85,12 @@ def _of_run(run: Run, home: Path, plots: Iterator[int]) -> Iterator[str]:
     def drawn(figure: Any) -> str:
         look = {"font": {"family": "system-ui, sans-serif", "size": 13}, "hoverlabel": {"align": "left"}}
         figure.update_layout(template="none", **look)
-        # A number instead of a random name: the same runs give the same page.
+        # A number instead of a random name, so that the same runs give the same page.
         return figure.to_html(
             full_html=False, include_plotlyjs=False, div_id=f"plot{next(plots)}", config={"displaylogo": False}
         )
 
-    yield from _what_was_run(run)
+    yield from _provenance(run)
     yield "".join(f'<p class="verdict">{html.escape(line)}</p>' for line in run.verdicts)
     drawings = [
         f"<figure><figcaption>{html.escape(name)}</figcaption>{drawn(figure)}</figure>"
@@ -107,13 +123,13 @@ def _of_run(run: Run, home: Path, plots: Iterator[int]) -> Iterator[str]:
         if path.is_file()
         and "unfinished" not in path.parts
         and not path.name.startswith(".")
-        and path.name != "report.html"  # or the page would be another one the second time
+        and path.name != "report.html"  # which would make the page differ the second time
     ]
     yield _folded("files", f"<ul>{''.join(links)}</ul>")
 
 
-def _what_was_run(run: Run) -> Iterator[str]:
-    """Command, model, data, versions and flags, and what the study counted: a line each."""
+def _provenance(run: Run) -> Iterator[str]:
+    """Command, model, hashes, versions, flags and the study's counts, one line each."""
     lines: list[tuple[str, str]] = []
     for record in run.records:
         lines.append(("command", f"<code>{html.escape(str(record['command']))}</code>"))
@@ -129,7 +145,7 @@ def _what_was_run(run: Run) -> Iterator[str]:
             versions = {name: version for name, version in versions.items() if version is not None}
             python = {"python": record["python"]} if "python" in record else {}
             lines.append(("versions", _pairs(python | versions, ": ")))
-        told = {"command", "model", "model_type", "revision", "dtype", "device", "time", "python", *hashes}
+        listed = {"command", "model", "model_type", "revision", "dtype", "device", "time", "python", *hashes}
         config = run.config if isinstance(run.config, dict) else {}
         lines.append(
             (
@@ -138,19 +154,19 @@ def _what_was_run(run: Run) -> Iterator[str]:
                     {
                         name: rounded(str(value)) if isinstance(value, float) else value
                         for name, value in record.items()
-                        if name not in told and name not in config and isinstance(value, str | int | float)
+                        if name not in listed and name not in config and isinstance(value, str | int | float)
                     }
                 ),
             )
         )
     flags = run.config if isinstance(run.config, dict) else {"config.yaml": run.config}
     lines.append(("flags", _pairs({name: value for name, value in flags.items() if value is not None})))
-    cells = dict.fromkeys((name, cell) for name, cell in lines if cell)  # models that were run together share some
+    cells = dict.fromkeys((name, cell) for name, cell in lines if cell)  # models run together share some lines
     yield f'<dl class="run">{"".join(f"<dt>{name}</dt><dd>{cell}</dd>" for name, cell in cells)}</dl>'
 
 
 def _hashes(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every hash in a record, however deep, with its name."""
+    """Every hash in a record, at any depth, with its name."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _hashes(inner, f"{name}.{key}" if name else str(key))
@@ -172,7 +188,7 @@ def _pairs(of: dict[Any, Any], between: str = " ") -> str:
 
 def _figure(path: Path, home: Path) -> str:
     content = path.read_bytes()
-    width = int.from_bytes(content[16:20]) * 45 // 100  # of its 200 dots to the inch a screen has 96
+    width = int.from_bytes(content[16:20]) * 45 // 100  # figures have 200 dots per inch, screens 96
     files = [path, *(other for ending in (".pdf", ".svg") if (other := path.with_suffix(ending)).is_file())]
     links = " · ".join(_link(file, home, file.suffix[1:].upper()) for file in files)
     name = html.escape(path.stem)
@@ -186,7 +202,7 @@ def _link(path: Path, home: Path, text: str) -> str:
 
 
 def _side_by_side(runs: Sequence[Run]) -> Iterator[str]:
-    """Rank correlations of what tables of several runs say of the same heads."""
+    """Rank correlations between runs of the same column for the same heads."""
     rows = []
     found = [run.by_head() for run in runs]
     for (a, of_a), (b, of_b) in itertools.combinations(zip(runs, found, strict=True), 2):
@@ -202,7 +218,7 @@ def _side_by_side(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """A table that is sorted by a click on a column; numbers stand with their intervals, and go by the number."""
+    """A table that sorts when a heading is clicked; numbers are shown with their intervals and sort by value."""
     shown = columns(rows)
     head = "".join(f"<th>{html.escape(column.title)}</th>" for column in shown)
     body = "".join(
@@ -233,7 +249,7 @@ th, td { padding: .15rem .5rem; border-bottom: 1px solid #ddd; text-align: right
 pre { overflow-x: auto; background: #f7f7f7; padding: .5rem }
 """
 
-# Numbers sort as numbers and come before words; a second click turns the order round.
+# Numbers sort as numbers and before words; a second click reverses the order.
 SORT = """
 for (const th of document.querySelectorAll("table.sortable th")) th.onclick = () => {
   const body = th.closest("table").tBodies[0], column = th.cellIndex;

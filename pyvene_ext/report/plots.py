@@ -1,4 +1,4 @@
-"""The drawings of heads in a report: maps, the first heads with their intervals, and effects prompt by prompt."""
+"""A report's plots of heads: maps, the top heads with their intervals, and effects prompt by prompt."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ import numpy as np
 from jaxtyping import Float
 
 from pyvene_ext.report.attention import escaped
-from pyvene_ext.report.run import Column, Head, Row, by_group, columns, in_group, number
+from pyvene_ext.report.run import Column, Head, Row, by_group, column_label, columns, number
 from pyvene_ext.runs.figures import BLUE, DIVERGING, SEQUENTIAL
 
-BARS = 20  # heads that are drawn with their intervals
-LINES = 12  # under the mouse
+BARS = 20  # heads drawn with their intervals
+LINES = 12  # lines of a hover text
 
 
 def head_maps(rows: Sequence[Row]) -> Any | None:
-    """Maps of heads with a menu of the columns whose numbers differ, and the whole row under the mouse."""
+    """Draw maps of heads with a menu of the columns whose numbers vary; hovering shows the whole row.
+
+    Args:
+        rows: a table.
+
+    Returns:
+        A plotly figure, or None if there is nothing to draw.
+    """
     import plotly.graph_objects as plotly
 
     every, groups = columns(rows), by_group(rows)
@@ -35,18 +42,25 @@ def head_maps(rows: Sequence[Row]) -> Any | None:
                 for head, row in heads.items():
                     values[head] = number(row[column.name])
                 looks.append(_colours(values) | {"colorbar": _bar(column.name), "text": words.tolist()})
-                labels.append(in_group(group, column.name))
+                labels.append(column_label(group, column.name))
     if not looks:
         return None
     trace = plotly.Heatmap(hovertemplate="%{text}<extra></extra>", **GAPS, **looks[0])
-    # The words are in the page once, unless the menu changes them too.
-    same = {"text"} if len(groups) == 1 else set()
-    changes = [{name: [value] for name, value in look.items() if name not in same} for look in looks]
+    # With one group the hover text is the same for all columns, so the page has it once.
+    constant = {"text"} if len(groups) == 1 else set()
+    changes = [{name: [value] for name, value in look.items() if name not in constant} for look in looks]
     return plotly.Figure([trace], _axes(*shape) | _menu(labels, [[change] for change in changes]))
 
 
 def first_heads(rows: Sequence[Row]) -> Any | None:
-    """The heads with the largest numbers, with their intervals, of every column that has any."""
+    """Draw the heads with the largest numbers, for every column with intervals.
+
+    Args:
+        rows: a table.
+
+    Returns:
+        A plotly figure, or None if no column has intervals.
+    """
     import plotly.graph_objects as plotly
 
     every = columns(rows)
@@ -54,7 +68,7 @@ def first_heads(rows: Sequence[Row]) -> Any | None:
     labels: list[str] = []
     for group, heads in by_group(rows).items():
         for column in every:
-            if column.ends is None or column.ends[0].endswith("lowest"):  # a range of random sets is no interval
+            if column.ends is None or column.ends[0].endswith("lowest"):  # a range over random sets is not an interval
                 continue
             known = [(head, row) for head, row in heads.items() if math.isfinite(number(row[column.name]))]
             first = sorted(known, key=lambda item: -abs(number(item[1][column.name])))[:BARS]
@@ -74,7 +88,7 @@ def first_heads(rows: Sequence[Row]) -> Any | None:
                     visible=not traces,
                 )
             )
-            labels.append(in_group(group, column.title))
+            labels.append(column_label(group, column.title))
     if not traces:
         return None
     changes: list[list[dict[str, Any]]] = [
@@ -91,14 +105,22 @@ def first_heads(rows: Sequence[Row]) -> Any | None:
 
 
 def prompt_by_prompt(texts: Sequence[str], deltas: Float[np.ndarray, "layer head prompt"]) -> Any:
-    """The effect of each head on one prompt at a time, with a slider over the prompts."""
+    """Draw the effect of each head on one prompt at a time, with a slider over the prompts.
+
+    Args:
+        texts: the prompts.
+        deltas: the effects.
+
+    Returns:
+        A plotly figure.
+    """
     import plotly.graph_objects as plotly
 
     most = float(np.abs(deltas[np.isfinite(deltas)]).max(initial=0))
-    told = "head %{y}.%{x}<br>delta: %{z}<extra></extra>"
+    template = "head %{y}.%{x}<br>delta: %{z}<extra></extra>"
     traces = [
         plotly.Heatmap(
-            hovertemplate=told, visible=i == 0, colorbar=_bar("delta"), **GAPS, **_colours(deltas[..., i], most)
+            hovertemplate=template, visible=i == 0, colorbar=_bar("delta"), **GAPS, **_colours(deltas[..., i], most)
         )
         for i in range(len(texts))
     ]
@@ -119,14 +141,14 @@ GAPS = {"hoverongaps": False, "xgap": 1, "ygap": 1}
 
 
 def _colours(values: Float[np.ndarray, "layer head"], most: float | None = None) -> dict[str, Any]:
-    """Numbers in the colours of `figures.head_heatmap`, white at 0 if there are both signs; a gap where there is none."""
+    """Colours as in `figures.head_heatmap`, white at 0 if there are both signs; a gap for a missing number."""
     from plotly.colors import get_colorscale
 
     known = values[np.isfinite(values)]
     if most is None and known.min() < 0 < known.max():
         most = float(np.abs(known).max())
     return {
-        # Rounded, because a page of many prompts is large.
+        # Rounded, because a page with many prompts is large.
         "z": [[float(f"{x:.4g}") if np.isfinite(x) else None for x in row] for row in values.tolist()],
         "colorscale": get_colorscale(SEQUENTIAL if most is None else DIVERGING),
         "zmin": float(known.min()) if most is None else -most,
@@ -169,7 +191,7 @@ def _in_words(every: Sequence[Column], head: Head, row: Row) -> str:
     """A row of a table, numbers with their intervals."""
     cells = [(column.title, column.cell(row)) for column in every if column.name not in ("layer", "head")]
     words = [f"{escaped(name)}: {escaped(cell)}" for name, cell in cells]
-    # A label that is higher than the drawing is not shown at all.
+    # Plotly does not show a hover text that is taller than the plot.
     each = math.ceil(len(words) / LINES)
     lines = [" · ".join(words[start : start + each]) for start in range(0, len(words), each or 1)]
     return "<br>".join([f"<b>head {head[0]}.{head[1]}</b>", *lines])

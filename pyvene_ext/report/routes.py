@@ -1,4 +1,4 @@
-"""The routes to one prediction, as `information_flow_routes.py` writes them: read again, and drawn with names under the mouse."""
+"""The routes to one prediction, as written by `information_flow_routes.py`, drawn with names shown on hovering."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from pyvene_ext.runs.figures import BLUE, LIGHT, ORANGE
 
 NODE = re.compile(r"(resid_pre|resid_mid|resid_post)\.(\d{1,6})@(\d{1,6})", re.ASCII)
 KINDS = {"residual": LIGHT, "MLP": ORANGE, "attention": BLUE}
-STEPS = 8  # of the widths of lines, and of the slider
+STEPS = 8  # line widths, and positions of the slider
 
 
 class DrawnEdge(BaseModel):
-    """One part of a state of the residual stream."""
+    """What one state of the residual stream contributes to another.
+
+    Attributes:
+        source: the state it comes from, such as "resid_mid.3@7".
+        target: the state it is added to.
+        via: "residual", "mlp" or a head, such as "2.5".
+        importance: its share of the target, from 0 to 1.
+    """
 
     source: Annotated[str, Field(pattern=f"^{NODE.pattern}$")]
     target: Annotated[str, Field(pattern=f"^{NODE.pattern}$")]
@@ -30,16 +37,25 @@ class DrawnEdge(BaseModel):
 
     @property
     def nodes(self) -> tuple[StreamState, StreamState]:
-        """Source and target."""
+        """Source and target, parsed."""
         return _node(self.source), _node(self.target)
 
     @property
     def kind(self) -> str:
+        """One of `KINDS`."""
         return {"residual": "residual", "mlp": "MLP"}.get(self.via, "attention")
 
 
 class Routes(BaseModel):
-    """The routes of one prompt: edges of an importance above `tau`."""
+    """The routes of one prompt.
+
+    Attributes:
+        prompt: the prompt's index in its set.
+        tokens: its tokens as text.
+        tau: the threshold; every edge is more important.
+        renormalised: whether importances were renormalised after low ones were removed.
+        edges: the edges.
+    """
 
     prompt: int
     tokens: list[str]
@@ -49,31 +65,47 @@ class Routes(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Routes:
-        """Read a file; ValueError, naming it, if it holds no routes."""
+        """Read a file.
+
+        Args:
+            path: a routes.json.
+
+        Returns:
+            The routes.
+
+        Raises:
+            ValueError: the file does not hold routes; names the file.
+        """
         routes = read_as(cls, path)
         for edge in routes.edges:
             if max(node.pos for node in edge.nodes) >= len(routes.tokens):
                 raise ValueError(
-                    f"{path}: an edge from {edge.source} to {edge.target}, but {len(routes.tokens)} tokens."
+                    f"{path} has an edge from {edge.source} to {edge.target} but only {len(routes.tokens)} tokens; run it again."
                 )
         return routes
 
 
 class _Lines(NamedTuple):
-    """Lines of one kind and width, one behind the other, with gaps; and their middles, with what is told there."""
+    """Lines of one kind and width, concatenated with gaps; and points near their middles that show text on hovering."""
 
     x: list[float | None]
     y: list[float | None]
-    x_told: list[float]
-    y_told: list[float]
-    told: list[str]
+    x_hover: list[float]
+    y_hover: list[float]
+    hover: list[str]
 
 
 def draw_routes(routes: Routes) -> Any:
-    """Tokens from left to right, layers upwards, every edge as wide and as dark as it is important.
+    """Draw routes: tokens from left to right, layers upwards, every edge as wide and as dark as it is important.
 
-    Names and importance of an edge are under the mouse in the middle of its line. Several heads between the same two states have
-    a line each, side by side. A slider hides what is of little importance.
+    Hovering over the middle of an edge shows its names and importance. Several heads between the same two states have a line
+    each, side by side. A slider hides edges of little importance.
+
+    Args:
+        routes: the routes of one prompt.
+
+    Returns:
+        A plotly figure.
     """
     import plotly.graph_objects as plotly
 
@@ -82,7 +114,7 @@ def draw_routes(routes: Routes) -> Any:
     limits = np.geomspace(max(routes.tau, most / 100), most, STEPS, endpoint=False) if most else np.zeros(1)
     nodes = dict.fromkeys(node for edge in routes.edges for node in edge.nodes)
     traces: list[Any] = []
-    levels: list[int] = []  # a trace is shown while the slider is at its level or below
+    levels: list[int] = []  # a trace is visible while the slider is at its level or below
     for (level, kind), lines in sorted(_lines(routes, tokens, limits).items()):
         share = (level + 1) / STEPS
         common = {"name": kind, "legendgroup": kind, "showlegend": False}
@@ -92,8 +124,8 @@ def draw_routes(routes: Routes) -> Any:
                 x=lines.x, y=lines.y, mode="lines", line=line, opacity=0.35 + 0.6 * share, hoverinfo="skip", **common
             )
         )
-        # Unseen: plotly tells of points, and not of lines.
-        traces.append(_points(lines.x_told, lines.y_told, lines.told, {"size": 12, "opacity": 0}, **common))
+        # Invisible points, because plotly shows hover text for points but not along lines.
+        traces.append(_points(lines.x_hover, lines.y_hover, lines.hover, {"size": 12, "opacity": 0}, **common))
         levels += [level, level]
     for kind, colour in KINDS.items():
         line = {"color": colour, "width": 4}
@@ -138,7 +170,7 @@ def draw_routes(routes: Routes) -> Any:
 
 
 def _lines(routes: Routes, tokens: list[str], limits: np.ndarray) -> dict[tuple[int, str], _Lines]:
-    """The lines by level of importance and kind."""
+    """Group the edges' lines by level of importance and kind."""
     found: dict[tuple[int, str], _Lines] = defaultdict(lambda: _Lines([], [], [], [], []))
     beside: Counter[tuple[StreamState, StreamState, str]] = Counter()
     for edge in sorted(routes.edges, key=lambda edge: -edge.importance):
@@ -150,23 +182,23 @@ def _lines(routes: Routes, tokens: list[str], limits: np.ndarray) -> dict[tuple[
         lines.x.extend([*x.tolist(), None])
         lines.y.extend([*y.tolist(), None])
         middle = slice(6, 15, 4)
-        lines.x_told.extend(x[middle].tolist())
-        lines.y_told.extend(y[middle].tolist())
+        lines.x_hover.extend(x[middle].tolist())
+        lines.y_hover.extend(y[middle].tolist())
         words = f"<b>{edge.kind if edge.via in ('residual', 'mlp') else f'head {edge.via}'}</b>"
         words += f"<br>{tokens[source.pos]} → {tokens[target.pos]}<br>{edge.source} → {edge.target}"
-        lines.told.extend([f"{words}<br>importance {edge.importance:.3f}"] * 3)
+        lines.hover.extend([f"{words}<br>importance {edge.importance:.3f}"] * 3)
     return found
 
 
 def _points(x: list[float], y: list[float], words: list[str], marker: dict[str, Any], **more: Any) -> Any:
     import plotly.graph_objects as plotly
 
-    told = "%{text}<extra></extra>"
-    return plotly.Scatter(x=x, y=y, text=words, mode="markers", marker=marker, hovertemplate=told, **more)
+    template = "%{text}<extra></extra>"
+    return plotly.Scatter(x=x, y=y, text=words, mode="markers", marker=marker, hovertemplate=template, **more)
 
 
 def _bow(source: StreamState, target: StreamState, kind: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """A line from state to state, the first, second ... of its kind between the two; bent where it would hide another."""
+    """A line between two states, the first, second ... of its kind; curved if it would hide another."""
     (x0, y0), (x1, y1) = _place(source), _place(target)
     if x0 == x1:
         by = {"residual": 0.0, "MLP": 0.22, "attention": -0.22 - 0.09 * number}[kind]
@@ -184,5 +216,5 @@ def _place(node: StreamState) -> tuple[float, float]:
 
 def _node(name: str) -> StreamState:
     found = NODE.fullmatch(name)
-    assert found, name  # so says DrawnEdge
+    assert found, name  # DrawnEdge has checked it
     return StreamState(found[1], int(found[2]), int(found[3]))

@@ -1,4 +1,4 @@
-"""What a study has left in its folder, read again."""
+"""Read a study's run folder."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ from pyvene_ext.runs.attention import View, read_views
 Row = dict[str, str]
 Head = tuple[int, int]
 ROUTES, PROMPTS, DELTAS = "routes.json", "prompts.json", "deltas.npy"
-# A table may hold a map for each value of such a column (a pair of languages, a site), if there are no more of them.
-GROUPS = 12
+GROUPS = 12  # the most maps of one table, which has one for each value of a text column (a language pair, a site)
 ENDS = {"low": "high", "lowest": "highest"}
 
 
 class Column(NamedTuple):
-    """A column of a table, with those that belong to it.
+    """A column of a table, with the columns of its interval or standard error.
 
     Attributes:
-        name: of its cells.
-        measures: whether it holds numbers (or nothing), and not a layer or a head.
-        ends: the columns that hold the ends of an interval around it, or of a range.
-        error: the column that holds its standard error.
+        name: the column's name.
+        measures: whether its cells are numbers (or empty) and not layers or heads.
+        ends: the columns of the two ends of its interval or range.
+        error: the column of its standard error.
     """
 
     name: str
@@ -42,13 +41,20 @@ class Column(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What stands above the cells: "drop [low, high]"."""
+        """The heading: "drop [low, high]"."""
         if self.ends:
             return f"{self.name} [{', '.join(end.rpartition('_')[2] for end in self.ends)}]"
         return f"{self.name} ± se" if self.error else self.name
 
     def cell(self, row: Row) -> str:
-        """Number and interval as one text: "0.42 [0.31, 0.55]"."""
+        """Format one row's number and interval.
+
+        Args:
+            row: the row.
+
+        Returns:
+            Such as "0.42 [0.31, 0.55]".
+        """
         text = rounded(row[self.name])
         if self.ends and all(row[end] for end in self.ends):
             return f"{text} [{', '.join(rounded(row[end]) for end in self.ends)}]"
@@ -57,14 +63,15 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a study has left in its folder.
+    """The contents of a run folder.
 
     Attributes:
-        config: the flags it was run with; where the folder holds several runs, those of each by its name.
-        facts: its JSON files by name, but for those below.
-        tables: its CSV files by name, as text.
-        attention: where some of its heads look.
-        routes: of one prompt, if it has followed any.
+        folder: the folder.
+        config: the flags; if the folder has several runs, the flags of each by its name.
+        facts: the JSON files by name, except those below.
+        tables: the CSV files by name, cells as text.
+        attention: attention patterns of some heads.
+        routes: the routes of one prompt, if the study has traced any.
     """
 
     folder: Path
@@ -76,16 +83,26 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
-        """Read a folder; ValueError if it is not one of a finished run."""
+        """Read a run folder.
+
+        Args:
+            folder: the folder.
+
+        Returns:
+            Its contents.
+
+        Raises:
+            ValueError: it is not the folder of a finished run, or one of its files is damaged.
+        """
         folder = Path(folder)
         # Some studies put the files of many runs in one folder, each under the run's name.
         configs = files(folder, "config.yaml") or files(folder, "*.yaml")
         if not configs:
-            raise ValueError(f"{folder} has no config.yaml, so that it is no folder of a finished run.")
+            raise ValueError(f"{folder} has no config.yaml; give the folder of a finished run.")
         config = {path.stem: read_yaml(path) for path in configs}
         if len(config) == 1:
             (config,) = config.values()
-        beside = folder.parent / f"{folder.name}.json"  # of a study whose main file is an array, NAME.npy
+        beside = folder.parent / f"{folder.name}.json"  # written by studies whose main file is an array, NAME.npy
         facts = {
             path.name: _json(path)
             for path in (*files(folder, "*.json"), *([beside] if beside.is_file() else []))
@@ -105,27 +122,29 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The folder's name."""
         return self.folder.name
 
     @property
     def verdicts(self) -> list[str]:
-        """The study's own words on what it found."""
-        said = [facts.get("verdicts") for facts in self.facts.values() if isinstance(facts, dict)]
-        return [str(line) for lines in said if isinstance(lines, list) for line in lines]
+        """The study's verdicts on what it found, one sentence each."""
+        found = [facts.get("verdicts") for facts in self.facts.values() if isinstance(facts, dict)]
+        return [str(line) for lines in found if isinstance(lines, list) for line in lines]
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What was run with what, as `runs.metadata` wrote it: one record, or one a model."""
+        """The metadata of the run, as `runs.metadata` returns it: one record, or one per model."""
         return list(_records(list(self.facts.values())))
 
     def by_head(self) -> dict[tuple[str, str], dict[Head, float]]:
-        """Every column of numbers that has one row a head, by table and column: a number for each (layer, head).
+        """Collect every column of numbers with one row per head, by table and column.
 
-        Where a table has one row a head and some other thing, the column's name says which: "en-fr: difference". Ends of
-        intervals and standard errors are no columns of their own.
+        Returns:
+            A number for each (layer, head). If a table has one row per head and value of a text column, the column's name
+            includes that value: "en-fr: difference". Ends of intervals and standard errors are not columns of their own.
         """
         return {
-            (name, in_group(group, column.name)): {
+            (name, column_label(group, column.name)): {
                 head: value for head, row in heads.items() if math.isfinite(value := number(row[column.name]))
             }
             for name, rows in self.tables.items()
@@ -134,7 +153,14 @@ class Run:
         }
 
     def by_prompt(self) -> tuple[list[str], Float[np.ndarray, "layer head prompt"]] | None:
-        """Texts, and the effect of each head on each, if the run has kept them; ValueError if they do not belong together."""
+        """Read the effect of each head on each prompt.
+
+        Returns:
+            The prompts' texts and the effects, or None if the run has not kept them.
+
+        Raises:
+            ValueError: texts and effects do not fit together.
+        """
         texts, path = self.facts.get(PROMPTS), self.folder / DELTAS
         if texts is None or not path.is_file():
             return None
@@ -145,10 +171,16 @@ class Run:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns of a table, those that belong to another with it.
+    """Group a table's columns: each with its interval or standard error.
 
-    NAME_low and NAME_high side by side are the ends of NAME, or of the column before them if there is no NAME, as are low and
-    high; lowest and highest likewise. NAME_se is the standard error of NAME.
+    Adjacent columns NAME_low and NAME_high are the ends of NAME, or of the column before them if there is no NAME, and so are low
+    and high; likewise lowest and highest. NAME_se is the standard error of NAME.
+
+    Args:
+        rows: the table.
+
+    Returns:
+        Its columns, without ends and errors.
     """
     names = list(rows[0]) if rows else []
     numeric = [name for name in names if name not in ("layer", "head") and is_numeric(rows, name)]
@@ -169,7 +201,15 @@ def measures(rows: Sequence[Row]) -> list[Column]:
 
 
 def by_group(rows: Sequence[Row]) -> dict[str, dict[Head, Row]]:
-    """The rows by (layer, head), under "" or under what tells rows of one head apart; nothing if a head has two rows still."""
+    """Index a table by head.
+
+    Args:
+        rows: the table.
+
+    Returns:
+        Rows by (layer, head), under "" or, if heads have several rows, under the values of the text columns that distinguish
+        them; empty if no text columns do, or for a table without heads.
+    """
     if not rows or not {"layer", "head"} <= rows[0].keys():
         return {}
     rows = [row for row in rows if row["layer"].isdecimal() and row["head"].isdecimal()]  # an MLP has no head
@@ -179,7 +219,7 @@ def by_group(rows: Sequence[Row]) -> dict[str, dict[Head, Row]]:
         for name, some in values.items()
         if name not in ("layer", "head") and 1 < len(some) <= GROUPS and not is_numeric(rows, name)
     ]
-    # As few of them as it takes, the first ones first.
+    # As few text columns as suffice, the first ones first.
     for names in itertools.chain.from_iterable(itertools.combinations(words, n) for n in range(len(words) + 1)):
         groups: dict[str, dict[Head, Row]] = {}
         for row in rows:
@@ -190,17 +230,18 @@ def by_group(rows: Sequence[Row]) -> dict[str, dict[Head, Row]]:
     return {}
 
 
-def in_group(group: str, column: str) -> str:
+def column_label(group: str, column: str) -> str:
+    """Label a column of one group: "en-fr: difference"."""
     return f"{group}: {column}" if group else column
 
 
 def is_numeric(rows: Sequence[Row], name: str) -> bool:
-    """Whether a column holds numbers, or nothing."""
+    """Whether every cell of a column is a number or empty."""
     return all(row[name] == "" or math.isfinite(number(row[name])) for row in rows)
 
 
 def number(text: str) -> float:
-    """A cell as a number; NaN if it is none."""
+    """Parse a cell; NaN if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -208,11 +249,13 @@ def number(text: str) -> float:
 
 
 def rounded(text: str) -> str:
+    """Round a cell to four digits; whole numbers and text stay as they are."""
     value = number(text)
     return f"{value:.4g}" if math.isfinite(value) and value != int(value) else text
 
 
 def files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match a pattern, sorted, without hidden ones."""
     return [path for path in sorted(folder.glob(pattern)) if path.is_file() and not path.name.startswith(".")]
 
 

@@ -1,7 +1,9 @@
+from . import ablated as ablated
 from . import figures as figures
 from . import flags as flags
 from . import reasoning as reasoning
 from . import translation as translation
+from . import transplants as transplants
 from .attention import HEADS as HEADS
 from .attention import View as View
 from .attention import look as look

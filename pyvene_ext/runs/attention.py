@@ -1,9 +1,9 @@
-"""Where heads look, as a study leaves it: patterns of some heads on some prompts, in one small file beside the others.
+"""Attention patterns of selected heads on selected prompts, in one small file of a run folder.
 
     write_views(folder, look(model, tokenizer, prompts.input_ids, heads[:HEADS]))
 
-The file, attention.json, holds {"prompts": [{"name", "tokens": [...], "heads": {"3.5": [[1.0], [0.25, 0.75], ...]}}]}. A row is a
-token that looks, with a weight for every token before it and for itself, rounded to three places. `report.attention` draws it.
+The file, attention.json, holds {"prompts": [{"name", "tokens": [...], "heads": {"3.5": [[1.0], [0.25, 0.75], ...]}}]}. Each row
+is a query token, with one weight a key token up to and including itself, rounded to three decimals. `report.attention` draws it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.stats.controls import Head
 
 FILE = "attention.json"
-HEADS, PROMPTS = 5, 5  # that a study shows if not told otherwise
-CELLS = 400_000  # weights in a file, two megabytes or so; longer prompts are fewer
+HEADS, PROMPTS = 5, 5  # that a study shows by default
+CELLS = 400_000  # attention weights in a file, about two megabytes; of longer prompts fewer fit
 
 
 @dataclass(frozen=True)
 class View:
-    """Some heads on one prompt.
+    """Attention patterns of some heads on one prompt.
 
     Attributes:
-        name: what menus call the prompt.
-        tokens: as they are to be shown.
-        patterns: where each token (row) looks, by head ("3.5").
+        name: the prompt's name in menus.
+        tokens: the tokens as text.
+        patterns: pattern of each head, by its label ("3.5").
     """
 
     name: str
@@ -54,31 +54,34 @@ def look(
     which: Iterable[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[View]:
-    """The patterns of some heads on some prompts, one prompt a forward pass; nothing if the model's attention cannot be seen.
+    """Read the attention patterns of some heads on some prompts, one prompt a forward pass.
 
     Args:
-        model: with a card.
-        tokenizer: the prompts'.
-        prompts: to choose from, as ids.
+        model: a model whose family has a card.
+        tokenizer: the one that made the prompts.
+        prompts: prompts to choose from, as token ids.
         heads: (layer, head), in the order of the menu.
-        which: the prompts; by default the first few, without those that would make the file too large.
-        names: of all prompts; by default "prompt 0" and so on.
+        which: indices of the prompts to show; by default the first few, skipping those that would make the file too large.
+        names: names of all prompts; by default "prompt 0" and so on.
+
+    Returns:
+        One view a prompt; none if the family's attention patterns cannot be read.
     """
     heads = list(dict.fromkeys(heads))
-    which = list(which) if which is not None else _that_fit(prompts, len(heads))
+    which = list(which) if which is not None else _prompts_that_fit(prompts, len(heads))
     if not heads or not which or not can_be_seen(model):
         return []
     found: dict[tuple[int, Head], np.ndarray] = {}
 
-    def see(layer: int, batch: Batch, pattern: Float[Tensor, "batch head query key"]) -> None:
+    def keep(layer: int, batch: Batch, pattern: Float[Tensor, "batch head query key"]) -> None:
         for head in heads:
             if head[0] == layer:
                 found[batch.index[0], head] = pattern[0, head[1]].float().cpu().numpy()
 
     ids = [tuple(prompts[prompt]) for prompt in which]
-    nowhere = ({"end": -1, "last": -1},) * len(ids)
-    some = TokenizedPrompts(tuple(ids), ((0, 0),) * len(ids), nowhere, pad_id=0)  # not padded: one a batch
-    read_patterns(model, some, see, batch_size=1, progress=False)
+    positions = ({"end": -1, "last": -1},) * len(ids)
+    some = TokenizedPrompts(tuple(ids), ((0, 0),) * len(ids), positions, pad_id=0)  # one prompt a batch: no padding
+    read_patterns(model, some, keep, batch_size=1, progress=False)
     return [
         View(
             names[prompt] if names else f"prompt {prompt}",
@@ -89,20 +92,28 @@ def look(
     ]
 
 
-def _that_fit(prompts: Sequence[Sequence[int]], heads: int) -> list[int]:
-    """The first few prompts, without those that would take a file beyond its size."""
+def _prompts_that_fit(prompts: Sequence[Sequence[int]], heads: int) -> list[int]:
+    """The first few prompts, skipping those that would exceed the size of a file."""
     chosen: list[int] = []
-    room = CELLS
+    budget = CELLS
     for prompt, ids in enumerate(prompts):
         needed = heads * len(ids) * (len(ids) + 1) // 2
-        if needed <= room and len(chosen) < PROMPTS:
+        if needed <= budget and len(chosen) < PROMPTS:
             chosen.append(prompt)
-            room -= needed
+            budget -= needed
     return chosen
 
 
 def write_views(folder: Path, views: Sequence[View]) -> None:
-    """Write the views into the folder of a run; if there are none, leave no file of an earlier run there."""
+    """Write views into a run folder; if there are none, remove the file of an earlier run.
+
+    Args:
+        folder: the run folder.
+        views: what `look` returns.
+
+    Raises:
+        ValueError: a pattern is not of the shape of its tokens.
+    """
     path = folder / FILE
     if not views:
         path.unlink(missing_ok=True)
@@ -127,15 +138,25 @@ class _File(BaseModel):
 
 
 def read_views(path: str | Path) -> list[View]:
-    """What `write_views` has written. Raises ValueError, naming the file, for anything else."""
+    """Read what `write_views` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        One view a prompt, with square patterns.
+
+    Raises:
+        ValueError: the file is not of that form.
+    """
     views = []
     for prompt in read_as(_File, path).prompts:
         patterns = {}
         for head, rows in prompt.heads.items():
             if [len(row) for row in rows] != list(range(1, len(prompt.tokens) + 1)):
                 raise ValueError(
-                    f"{path}: head {head} on {prompt.name} must have a row of 1, one of 2 and so on up to "
-                    f"{len(prompt.tokens)} weights, as many as there are tokens."
+                    f"{path}: head {head} on {prompt.name} must have rows of 1, 2 and so on up to {len(prompt.tokens)} "
+                    "weights, one row a token."
                 )
             patterns[head] = np.zeros((len(rows), len(rows)))
             for query, row in enumerate(rows):
@@ -145,12 +166,12 @@ def read_views(path: str | Path) -> list[View]:
 
 
 def plain(view: View) -> dict[str, Any]:
-    """A view as the file has it; ValueError for a pattern that does not belong to the tokens."""
+    """Convert a view to the file's format; ValueError for a pattern that does not fit the tokens."""
     heads = {}
     for head, pattern in view.patterns.items():
         n = len(view.tokens)
         if np.shape(pattern) != (n, n):
-            raise ValueError(f"{view.name}: {n} tokens have no pattern of shape {np.shape(pattern)}.")
+            raise ValueError(f"{view.name}: the pattern of {n} tokens is [{n} {n}], not of shape {np.shape(pattern)}.")
         rounded = np.asarray(pattern, np.float64).round(3)
         heads[head] = [rounded[query, : query + 1].tolist() for query in range(n)]
     return {"name": view.name, "tokens": list(view.tokens), "heads": heads}

@@ -1,4 +1,4 @@
-"""What a reader needs to repeat a run."""
+"""The metadata of a run: what a reader needs to repeat it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ REPORTED_PACKAGES = ("pyvene-ext", "pyvene", "torch", "transformers", "numpy", "
 
 
 def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:
-    """What a reader needs to repeat a run: command, weights, versions, device, dtype, time, and `facts` (model, seed ...)."""
+    """Collect what a reader needs to repeat a run: command, weights, versions, device, dtype, time.
+
+    Args:
+        model: the model that was run.
+        **facts: further entries, such as the model's name and the seed.
+
+    Returns:
+        Plain data for a JSON file.
+    """
     parameter = next(model.parameters())
     config = getattr(model, "config", None)
     return {

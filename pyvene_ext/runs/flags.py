@@ -1,16 +1,16 @@
-"""The flags that studies share, in groups: what each means, how far it may go, and what it is for.
+"""The flags that studies share, in groups, each with its meaning and bounds.
 
     @dataclass(frozen=True)
     class Config(px.flags.Model, px.flags.Prompts, px.flags.Sweep):
         position: str = "last"
         \"\"\"where the lens reads\"\"\"
 
-A group is a base class of a study's config, not a part of it, because the same flat names then hold in the program
-(`config.limit`), on the command line (`--limit`) and in config.yaml (`limit:`), and a study can give a flag another default by
-one line. `--help` shows each base as a group. Types carry bounds and words (`Limit`, `Count` ...), so that a study that calls a
-flag otherwise, because a published script does, still describes it once: `model_name: px.flags.ModelName`.
+A group is a base class of a study's config rather than a field of it. The same flat name then works in the program
+(`config.limit`), on the command line (`--limit`) and in config.yaml (`limit:`), and a study overrides a default in one line.
+`--help` shows each base class as a group. Types carry bounds and descriptions (`Limit`, `Count` ...), so that a study whose
+published script names a flag differently still shares the description: `model_name: px.flags.ModelName`.
 
-Nothing heavy is imported before a group is asked for what it is for.
+Heavy imports wait until a method of a group is called.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt, Unit
 from typing_extensions import Doc
 
-from pyvene_ext.io.bounds import EachOnce, Form, OneOrMore
+from pyvene_ext.io.bounds import EachOnce, Matches, OneOrMore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 __all__ = [
+    "Ablations",
     "BatchSize",
     "Count",
     "Dataset",
@@ -45,6 +46,8 @@ __all__ = [
     "Out",
     "Problems",
     "Prompts",
+    "Ranking",
+    "Score",
     "Seed",
     "Sweep",
     "TranslatedWords",
@@ -56,10 +59,11 @@ __all__ = [
 Count = Annotated[int, Ge(1)]
 ModelName = Annotated[str, Doc("a shipped tiny model, a folder, or a name on the hub")]
 BatchSize = Annotated[int, Ge(1), Doc("prompts a forward pass")]
-Limit = Annotated[Annotated[int, Ge(1)] | None, Doc("only the first so many; by default all")]
-Out = Annotated[Path | None, Doc("the folder that is written; by default outputs/STUDY/MODEL_DATASET")]
-Seed = Annotated[int, Ge(0), Doc("of every random draw")]
-Head = Annotated[str, Form(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
+Limit = Annotated[Annotated[int, Ge(1)] | None, Doc("use only the first N; by default all")]
+Out = Annotated[Path | None, Doc("folder to write; by default outputs/STUDY/MODEL_DATASET")]
+Seed = Annotated[int, Ge(0), Doc("seed of every random draw")]
+Head = Annotated[str, Matches(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
+Score = Literal["flow", "hub", "skip", "composite"]  # of `methods.reasoning.block_scores`
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,24 @@ class Loading:
     """How models are loaded."""
 
     device: str | None = None
-    """cpu, cuda ..., or auto to spread the model over what there is; by default a GPU if there is one"""
+    """cpu, cuda ..., or auto to spread the model over all devices; by default a GPU if there is one"""
     dtype: str = "auto"
-    """of the weights; auto keeps the checkpoint's"""
+    """dtype of the weights; auto keeps the checkpoint's"""
     revision: str | None = None
     """branch, tag or commit of a model on the hub; by default the newest"""
 
     def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A model and its tokenizer (`models.loading.load_model` says what is refused)."""
+        """Load a model and its tokenizer with these flags.
+
+        Args:
+            name: a shipped tiny model, a folder, or a name on the hub.
+
+        Returns:
+            Model, in evaluation mode, and tokenizer.
+
+        Raises:
+            ValueError: see `models.loading.load_model`.
+        """
         from pyvene_ext.models.devices import choose_device
         from pyvene_ext.models.loading import load_model
 
@@ -83,13 +97,13 @@ class Loading:
 
 @dataclass(frozen=True)
 class Model(Loading):
-    """One model, and the seed of what is drawn for it."""
+    """One model, and the seed of random draws."""
 
     model: ModelName = "tiny-qwen2.5"
     seed: Seed = 0
 
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and its tokenizer."""
+        """Load the model of --model and its tokenizer."""
         return self.load(self.model)
 
 
@@ -103,7 +117,7 @@ class Dataset:
     batch_size: BatchSize = 16
 
     def load_prompts(self) -> PromptSet:
-        """The prompt set, or its first --limit prompts."""
+        """Load the prompt set, or its first --limit prompts."""
         from pyvene_ext.prompts.sets import PromptSet
 
         found = PromptSet.load(self.dataset)
@@ -115,12 +129,24 @@ class Prompts(Dataset):
     """Prompts with two answers each."""
 
     answers: Literal["first_token", "first_difference"] = "first_token"
-    """first_difference for names of several tokens that begin alike: the shared tokens join the prompt"""
+    """first_difference: for names whose first tokens are the same, append the shared tokens to the prompt"""
 
     def tokenize(
         self, prompts: PromptSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> TokenizedPrompts:
-        """The clean texts as tokens; ValueError for one that is too long for the model."""
+        """Tokenize the clean texts.
+
+        Args:
+            prompts: what `load_prompts` returns.
+            model: the model that will run them.
+            tokenizer: the model's.
+
+        Returns:
+            The clean texts, with the positions and answers of each prompt.
+
+        Raises:
+            ValueError: a prompt is too long for the model, or its answers cannot be told apart (see --answers).
+        """
         from pyvene_ext.models.sizes import n_positions
 
         return prompts.tokenize(tokenizer, answers=self.answers, max_length=n_positions(model.config))
@@ -128,7 +154,19 @@ class Prompts(Dataset):
     def tokenize_pairs(
         self, prompts: PromptSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[TokenizedPrompts, TokenizedPrompts]:
-        """The clean and the corrupt texts as tokens."""
+        """Tokenize the clean and the corrupt texts.
+
+        Args:
+            prompts: what `load_prompts` returns.
+            model: the model that will run them.
+            tokenizer: the model's.
+
+        Returns:
+            Clean and corrupt texts, in the same order.
+
+        Raises:
+            ValueError: as `tokenize`, and where a prompt has no corrupt text.
+        """
         from pyvene_ext.methods.patching.pairs import both_texts
 
         return both_texts(prompts, model, tokenizer, self.answers)
@@ -136,14 +174,14 @@ class Prompts(Dataset):
 
 @dataclass(frozen=True)
 class Memory:
-    """What interventions may take, where many run at once."""
+    """Memory of interventions that run together in one batch."""
 
     memory: Annotated[float, Gt(0), Unit("GiB")] | None = None
-    """GiB besides the weights, from which batches of interventions follow; by default half of the weights, at least 0.25"""
+    """GiB besides the weights, which sets the size of batches; by default half of the weights, at least 0.25"""
 
     @property
     def memory_bytes(self) -> int | None:
-        """--memory in bytes."""
+        """The value of --memory in bytes."""
         return None if self.memory is None else min(int(self.memory * 2**30), 2**60)
 
 
@@ -152,9 +190,9 @@ class Sweep(Memory):
     """How a sweep runs."""
 
     compile: bool = False
-    """let torch.compile fuse the MLPs: a minute at the start, for long runs on a GPU"""
+    """let torch.compile fuse the MLPs: takes a minute at the start and pays in long runs on a GPU"""
     dry_run: bool = False
-    """show what would be done, and neither run nor write anything"""
+    """show what would be done, without running or writing anything"""
 
 
 @dataclass(frozen=True)
@@ -165,28 +203,50 @@ class Problems(Loading):
     """one or more of: a shipped tiny model, a folder, a name on the hub"""
     problems: str = "tiny"
     """tiny (held-out word problems of the tiny models), gsm8k, or a .jsonl or .json file in GSM8K's form"""
-    out: Annotated[
-        Path | None, Doc("the folder that is written; by default outputs/critical_heads/STUDY/PROBLEMS_MODELS")
-    ] = None
+    out: Annotated[Path | None, Doc("folder to write; by default outputs/critical_heads/STUDY/PROBLEMS_MODELS")] = None
     limit: Limit = None
     shots: Annotated[int, Ge(0)] = 0
-    """so many solved problems are put before each question, for models that are no instruct models"""
+    """number of solved problems put before each question, for base models"""
     shots_from: str | None = None
-    """where they are taken from, as in --problems; by default problems that tiny or gsm8k train on, or a file's other problems"""
+    """source of the solved problems, as --problems; by default what tiny or gsm8k train on, or the other problems of a file"""
     chat: bool = False
     """ask in the chat template of the model's tokenizer, for instruct models"""
     max_new_tokens: Count = 32
-    """where the reasoning is cut, with its answer"""
+    """limit of the reasoning, with its answer"""
     answer_tokens: Count = 8
-    """where the answer is cut, once the reasoning is given"""
+    """limit of the answer alone, where the reasoning is given"""
     batch_size: Count = 64
     """problems a forward pass"""
     seed: Seed = 0
 
     def check_flags(self) -> None:
-        """Raise ValueError for two models of one name. A study's own `check_flags` calls it."""
+        """Raise ValueError for two models of the same name; a study's own `check_flags` must call this."""
         if len({Path(name).name for name in self.models}) < len(self.models):
             raise ValueError("--models names one or more models, each once.")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Which heads are critical, by their scores inside the block of reasoning (rank_heads.py)."""
+
+    by: Score = "flow"
+    """which score ranks the heads, where none are named and no ranking is given"""
+    rankings: tuple[str, ...] = ()
+    """for each model a CSV scores,layer,head, such as rank_heads.py writes"""
+
+    def ranking_of(self, number: int) -> str | None:
+        """The file for a model of --models, if there is one."""
+        return self.rankings[number] if self.rankings else None
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """How heads are ablated while a model solves problems by itself (`runs.ablated`)."""
+
+    random_sets: Annotated[int, Ge(0)] = 20
+    """random sets of other heads of the same layers; 0 for none"""
+    donors: Annotated[int, Ge(2)] = 64
+    """problems that means and other problems' activations are of"""
 
 
 @dataclass(frozen=True)
@@ -237,6 +297,14 @@ class TranslationHeads(TranslatedWords):
 
 
 def check_rankings(rankings: tuple[str, ...], models: tuple[str, ...]) -> None:
-    """Raise ValueError unless there is a ranking for each model, or none at all."""
+    """Check that there is one ranking a model, or none at all.
+
+    Args:
+        rankings: the files of --rankings.
+        models: the names of --models.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
     if rankings and len(rankings) != len(models):
-        raise ValueError(f"--rankings names {len(rankings)} files for {len(models)} models; give one each.")
+        raise ValueError(f"--rankings names {len(rankings)} files for {len(models)} models; give one file a model.")

@@ -1,14 +1,15 @@
-"""The folder of a run: where a study writes, what an earlier run left there, and the order in which its files appear.
+"""A run folder: where a study writes its files, in an order that makes a complete run recognisable.
 
-    run = RunFolder(config, "logit_lens", config.model, config.dataset)   # first: may one write there?
+    run = RunFolder(config, "logit_lens", config.model, config.dataset)   # first, since it checks that the folder can be written
     ...
     with run.writing(facts, replacing=("*.npy", "figures/*")):
         run.array("lens_rank", ranks)
         run.table("heads", rows)
         run.figure("lens_rank", figure)
 
-The summary of an earlier run goes first and that of this run comes last: where it is, the rest is, and of one run. What an
-interrupted run has finished is in `unfinished` until then. Only the main process writes; a study returns before in the others.
+The summary of an earlier run is removed first, and that of this run is written last, so that a folder with a summary is complete
+and holds the files of one run. Until then `unfinished` keeps the work of an interrupted run. Only the main process writes; the
+study returns before this point in the other processes.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        of: what is run, for titles: "tiny-qwen2.5, ioi_en".
-        unfinished: the store of what an interrupted run has finished, for `store=` of a sweep.
+        of: model and data, for titles: "tiny-qwen2.5, ioi_en".
+        unfinished: folder of the work of an interrupted run, for `store=` of a sweep.
     """
 
     def __init__(
@@ -48,75 +49,106 @@ class RunFolder:
         flag: str = "out",
         summary: str | Path = "summary.json",
         config_file: str = "config.yaml",
+        path: Path | None = None,
+        beside: Sequence[Path] = (),
     ) -> None:
-        """Choose the folder: what the flag says, else outputs/STUDY/SUBJECT_SUBJECT.
+        """Choose the folder: the flag's, or outputs/STUDY/SUBJECT_SUBJECT, and check that it can be written.
 
         Args:
-            config: the flags; written with the files.
-            study: its name.
-            subjects: what the run is on: models, data sets. Paths are named by their last part.
-            flag: which of the flags names the folder.
-            summary: the file that comes last, where it is not summary.json.
-            config_file: likewise, of a study that keeps several runs in one folder.
+            config: the flags of the run, which `writing` saves.
+            study: name of the study.
+            *subjects: models and data sets of the run; a path is named by its last part.
+            flag: name of the flag that gives the folder.
+            summary: file that is written last.
+            config_file: file of the flags; a study that keeps several runs in one folder names each.
+            path: the folder, if the flag names something else.
+            beside: files of the run outside the folder, which the study writes itself; those of an earlier run are removed first.
 
         Raises:
-            ValueError: one may not write there.
+            ValueError: the folder cannot be written.
         """
         names = [_short(subject) for subject in subjects]
-        self.path = output_path(getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
+        self.path = output_path(path or getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
         self.of = ", ".join(names)
         self.unfinished = self.path / "unfinished"
         self._config, self._config_file, self._summary = config, self.path / config_file, self.path / summary
+        self._beside = tuple(beside)
         self._kinds: set[str] = set()
 
     @contextmanager
     def writing(self, facts: Mapping[str, Any], *, replacing: Sequence[str] = ()) -> Iterator[None]:
-        """Around the writing of a study's files; then writes config and summary, drops what was unfinished, and says so.
+        """Write a study's files inside this context; on leaving, it adds config and summary and discards unfinished work.
+
+        An exception inside leaves the folder without a summary, and keeps the unfinished work.
 
         Args:
-            facts: the summary, mostly from `metadata`.
-            replacing: patterns of files of an earlier run that this one might not overwrite.
+            facts: contents of the summary, mostly from `metadata`.
+            replacing: glob patterns of files of an earlier run to delete first, as this run might not overwrite them.
+
+        Yields:
+            None: the body of the context writes the files.
         """
-        self._summary.unlink(missing_ok=True)
+        for earlier in (self._summary, *self._beside):
+            earlier.unlink(missing_ok=True)
         for pattern in replacing:
             for earlier in self.path.glob(pattern):
                 earlier.unlink()
         yield
         write_config(self._config_file, self._config)
         write_json(self._summary, facts)
-        remove_leftovers(self._summary, *self.path.rglob("*"))
+        remove_leftovers(self._summary, *self._beside, *self.path.rglob("*"))
         discard(self.unfinished)
         kinds = [kind for kind in ("arrays", "tables", "figures") if kind in self._kinds]
-        print(f"\nwritten:\n  {self.path}/ ({', '.join(['summary', 'config', *kinds])})")
+        print("\nwritten:", *self._beside, f"{self.path}/ ({', '.join(['summary', 'config', *kinds])})", sep="\n  ")
 
     def array(self, name: str, values: np.ndarray) -> None:
-        """Write NAME.npy."""
+        """Write an array to NAME.npy.
+
+        Args:
+            name: file name without its ending.
+            values: the array.
+        """
         self._kinds.add("arrays")
         write_npy(self.path / f"{name}.npy", values)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write NAME.csv, its columns named as in the first row; NaN is an empty cell."""
+        """Write a table to NAME.csv; NaN becomes an empty cell.
+
+        Args:
+            name: file name without its ending.
+            rows: cells by column; the first row names the columns.
+        """
         self._kinds.add("tables")
         write_csv(self.path / f"{name}.csv", rows)
 
     def figure(self, name: str, figure: Figure) -> None:
-        """Write figures/NAME.png, and the same as .pdf."""
+        """Write a figure to figures/NAME.png and figures/NAME.pdf.
+
+        Args:
+            name: file name without its ending.
+            figure: the figure.
+        """
         from pyvene_ext.runs.figures import save
 
         self._kinds.add("figures")
         save(figure, self.path / f"figures/{name}.png")
 
     def json(self, name: str, value: Any) -> None:
-        """Write NAME.json."""
+        """Write plain data to NAME.json.
+
+        Args:
+            name: file name without its ending.
+            value: the data.
+        """
         write_json(self.path / f"{name}.json", value)
 
     def views(self, views: Sequence[View]) -> None:
-        """Write where heads look (`runs.attention.look`), for the report; if there are no views, none of an earlier run stay."""
+        """Write attention patterns (`runs.attention.look`) for the report; without any, remove those of an earlier run."""
         write_views(self.path, views)
 
 
 def _short(subject: str) -> str:
-    """A model or data set in file names: the last part of its path, without the ending of a data file."""
+    """The name of a model or data set in file names: the last part of its path, without the ending of a data file."""
     path = Path(subject)
     name = path.name or path.resolve().name
     return name.removesuffix(path.suffix) if path.suffix in DATA else name

@@ -2,7 +2,7 @@
 
 A block is the reasoning that the untouched model itself wrote for a problem, all of it before `####`. It is given again, up to
 and with the `####`, under each condition, and what the model then writes is its answer. Problems for which it wrote no reasoning,
-or no `####`, have no block; they are left out and counted. The block of a model of continuous thoughts is its latent steps
+or no `####`, have no block; they are skipped and reported. The block of a model of continuous thoughts is its latent steps
 (`models.latent_steps`), and every problem has one; after it such a model writes its answer right away.
 """
 
@@ -20,16 +20,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.lag import rank_heads
+from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, evaluate, facts_of
 from pyvene_ext.models.latent_steps import format_of
-from pyvene_ext.models.sizes import heads_of  # noqa: F401  (a name of studies of reasoning)
+from pyvene_ext.models.sizes import heads_of, n_heads, n_layers
 from pyvene_ext.prompts.problems import (
     CHAT_TEMPLATE,
     TEMPLATE,
     Problem,
     Questions,
     load_problems,
-    room,
+    prompt_budget,
     tiny_problems,
     tokenize_problems,
     with_latents,
@@ -42,6 +44,7 @@ from pyvene_ext.stats.controls import Head
 
 TINY = "tiny"
 N_TINY = 400  # problems that a study of the tiny models has by default
+VERDICTS = "verdicts (drop above 10 points: causal, below 2: redundant)"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,28 @@ class Setting:
         rows = zip(some.prompts.input_ids, some.prompts.positions, some.blocks, strict=True)
         positions = tuple({**named, "hub": block[position] - len(ids)} for ids, named, block in rows)
         return replace(some, prompts=replace(some.prompts, positions=positions)), which
+
+    def tokens_at(self, position: str) -> list[int | None]:
+        """The token of each problem, counted from its first, that a position names; None where a block is too short.
+
+        Args:
+            position: question_last, block_first, block_last, mark (the last token given), or a token of the block by its number.
+        """
+        found: list[int | None] = []
+        questions = self.questions
+        for block, ids, length in zip(questions.blocks, questions.prompts.input_ids, questions.lengths, strict=True):
+            named = {
+                "question_last": length - 1,
+                "block_first": block[0],
+                "block_last": block[-1],
+                "mark": len(ids) - 1,
+            }
+            if position in named:
+                found.append(named[position])
+            else:
+                number = int(position)
+                found.append(block[number] if -len(block) <= number < len(block) else None)
+        return found
 
     def run(self, questions: Questions, spec: Spec, reference: Reference | None = None) -> Evaluation:
         """The answers with a spec in place in the prompt; kept between runs."""
@@ -150,7 +175,7 @@ def ask(
     new_tokens: int,
 ) -> Questions:
     """The problems as this model is to be given them, with room for what it writes; with latent steps if it thinks in them."""
-    context, form = room(model, new_tokens), format_of(model)
+    context, form = prompt_budget(model, new_tokens), format_of(model)
     if form is None:
         template = CHAT_TEMPLATE if flags.chat else TEMPLATE
         examples = find_examples(flags)
@@ -202,6 +227,37 @@ def counts(model: str, facts: dict[str, Any]) -> str:
         f"{model}: {facts['problems']} problems, {100 * first['accuracy']:.1f}% correct untouched ({first['unparsed']} unparsed, "
         f"{first['cut']} cut); {facts['with_reasoning']} have a block, of them {100 * clean['accuracy']:.1f}% correct"
     )
+
+
+def given_heads(
+    model: PreTrainedModel,
+    name: str,
+    wanted: int,
+    named: Sequence[str] = (),
+    ranking: str | None = None,
+    flag: str = "heads",
+) -> tuple[Head, ...]:
+    """The first `wanted` heads that a flag names or a file ranks; none where they are still to be ranked.
+
+    Args:
+        model: whose heads they are.
+        name: what errors call it.
+        wanted: how many heads.
+        named: heads as layer.head, from `flag`.
+        ranking: a CSV scores,layer,head, such as rank_heads.py writes; counts where no heads are named.
+        flag: what errors call it.
+
+    Raises:
+        ValueError: a head that the model has not, more heads than it has, or than the file ranks.
+    """
+    if named:
+        return heads_of(named, name, model, flag)[:wanted]
+    layers, heads = n_layers(model.config), n_heads(model.config)
+    if wanted > layers * heads:
+        raise ValueError(f"--n_heads asks for {wanted} heads and {name} has {layers * heads}; ask for fewer.")
+    if ranking is None:
+        return ()
+    return rank_heads(read_head_scores(ranking, model.config), "full", layers, wanted)
 
 
 def top_heads(scores: Float[np.ndarray, "layer head"], wanted: int) -> tuple[Head, ...]:

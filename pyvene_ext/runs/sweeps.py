@@ -1,4 +1,4 @@
-"""The unfinished work of a study: every sweep it makes has a store, and they go when the study has written its files."""
+"""The unfinished work of a study: each of its sweeps has a store, and all are discarded once the study has written its files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pyvene_ext.engine.plain import Result
 from pyvene_ext.engine.resolve import resolve
-from pyvene_ext.engine.sweep.run import open_together, store_facts, sweep
+from pyvene_ext.engine.sweep.run import open_shared_store, store_facts, sweep
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.files import to_plain
@@ -30,16 +30,30 @@ def unfinished_in(
     memory: int | None = None,
     compile: bool = False,
 ) -> Iterator[Callable[..., Result]]:
-    """Gives a `sweep` that keeps what it has finished in `folder`, whatever of these specs and prompts it is called with.
+    """Open a folder of stores and yield a `sweep` that keeps finished batches there, whichever of the specs and prompts it runs.
 
-    A screen or a sequential run calls it several times, on specs and prompts that only the run itself finds out; each call has a
-    store of its own, named by them. A study that is started again makes the same calls and finds them done as far as they were.
+    A screen or a sequential run calls it several times, on specs and prompts that depend on earlier results. Each call has a
+    store of its own, named by a hash of its specs and prompts. When the study is started again, the same calls resume where
+    they stopped.
 
-    Raises ValueError if the folder holds work on other specs, prompts, weights or another metric, or is in use.
+    Args:
+        folder: where the stores lie, usually `RunFolder.unfinished`.
+        model: the model of all calls.
+        specs: all specs that calls may run.
+        prompts: all prompts that calls may run on, chosen by `subset`.
+        metric: metric of all calls.
+        memory: bytes for a batch of interventions.
+        compile: whether torch.compile fuses the MLPs.
+
+    Yields:
+        Callable[..., Result]: a function with the signature of `sweep`, without `memory`, `compile` and `store`.
+
+    Raises:
+        ValueError: the folder holds work on other specs, prompts, weights or another metric, or another process uses it.
     """
     folder = Path(folder)
     facts = store_facts(resolve(specs, model, prompts), metric, range(len(prompts)))
-    with open_together(folder, facts, {}):
+    with open_shared_store(folder, facts, {}):
 
         def kept(
             model: PreTrainedModel,
@@ -55,11 +69,10 @@ def unfinished_in(
 
 
 def discard(folder: str | Path) -> None:
-    """Remove unfinished work, because the files that it was for are written."""
+    """Remove the unfinished work of a run whose files are written."""
     folder = Path(folder)
-    doomed = folder.with_name(
-        f".{folder.name}-removed"
-    )  # at once: a store that a killed process has half removed is no store
+    # Renamed first, which is atomic: a process killed halfway through the removal must not leave half a store.
+    doomed = folder.with_name(f".{folder.name}-removed")
     shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():
         folder.rename(doomed)

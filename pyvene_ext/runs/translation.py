@@ -26,7 +26,7 @@ from pyvene_ext.methods.heads.published import KNOWN, read_known
 from pyvene_ext.methods.heads.translation import found_heads, translation_scores
 from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.models.loading import TINY_MODELS
-from pyvene_ext.models.sizes import head_label, heads_of, n_positions
+from pyvene_ext.models.sizes import heads_of, n_positions
 from pyvene_ext.prompts.parallel import (
     OPUS_100,
     Languages,
@@ -42,7 +42,7 @@ from pyvene_ext.prompts.parallel import (
 from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.flags import TranslatedWords, Translation
-from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.controls import Head, head_label
 
 THRESHOLDS = {"difference": 0.05, "translation": 0.13}
 

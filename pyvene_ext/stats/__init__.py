@@ -1,6 +1,7 @@
-"""Statistics of results: intervals, correlations, tests, and the random heads that found heads are compared with.
+"""Statistics of results: intervals, correlations, tests, and random control sets of heads.
 
-Only arrays come in; models and prompts are not known here. Everything is float64; every random draw comes from `io.seeds.rng`.
+Functions take arrays; models and prompts belong elsewhere. Everything is computed in float64, and every random draw comes from a
+generator of `io.seeds.rng`.
 """
 
 import lazy_loader

@@ -6,9 +6,12 @@ from .controls import Head as Head
 from .controls import Overlap as Overlap
 from .controls import StrataTest as StrataTest
 from .controls import against_random as against_random
+from .controls import head_label as head_label
 from .controls import head_overlap as head_overlap
 from .controls import layer_matched_random_heads as layer_matched_random_heads
 from .controls import mcnemar_p as mcnemar_p
+from .controls import random_heads_in_place as random_heads_in_place
+from .controls import share_as_large as share_as_large
 from .controls import strata_test as strata_test
 from .controls import verdict as verdict
 from .correlations import Coefficient as Coefficient
@@ -23,6 +26,13 @@ from .intervals import bootstrap_mean as bootstrap_mean
 from .intervals import frequency_interval as frequency_interval
 from .intervals import paired_bootstrap as paired_bootstrap
 from .intervals import ratio_of_means as ratio_of_means
+from .intervals import standard_error as standard_error
+from .rankings import auroc as auroc
+from .rankings import precision_at_k as precision_at_k
+from .rankings import rank_correlation as rank_correlation
+from .tables import filled as filled
 from .tables import finite as finite
 from .tables import interval_columns as interval_columns
+from .tables import interval_in as interval_in
 from .tables import side_by_side as side_by_side
+from .tables import threshold_table as threshold_table

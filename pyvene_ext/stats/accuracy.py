@@ -1,4 +1,4 @@
-"""Accuracy over problems, and what an intervention costs of it, in points of 100."""
+"""Accuracy over problems, and how much of it an intervention costs, in percentage points."""
 
 from __future__ import annotations
 
@@ -9,21 +9,40 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.stats.intervals import Interval, frequency_interval, paired_bootstrap
 
 RESAMPLES = 10_000
-FEW = 5  # changed problems, below which their spread is hardly known
+FEW = 5  # with fewer changed problems than this, a bootstrap cannot estimate their spread
 
 
 def percent_correct(correct: Bool[np.ndarray, " problem"]) -> Interval:
-    """Percent correct with Wilson's 95% interval."""
+    """Percent correct with its Wilson 95% interval.
+
+    Args:
+        correct: whether each problem was solved.
+
+    Returns:
+        Mean and ends of the interval, in percent.
+    """
     return Interval(*(100 * float(value) for value in frequency_interval(correct)))
 
 
 def accuracy_drop(
     clean: Num[np.ndarray, " problem"], after: Num[np.ndarray, " problem"], seed: int, *names: str | int
 ) -> Interval:
-    """Points of accuracy lost: mean and paired bootstrap 95% interval.
+    """Loss of accuracy in percentage points: mean and paired bootstrap 95% interval.
 
-    Where next to no problem changes, or all do alike, a bootstrap knows next to no spread, however few the problems are. The ends
-    are then at least as far from the mean as Wilson's interval goes for a share of 0.
+    When hardly any problem changes, or all change alike, the bootstrap sees next to no spread, however few problems there are.
+    Each end is then placed at least as far from the mean as the upper end of Wilson's interval for a frequency of 0.
+
+    Args:
+        clean: correctness of each problem in the clean run, 0 or 1, or a mean over several runs of the problem.
+        after: the same under the intervention, problems in the same order.
+        seed: the run's seed.
+        *names: what this comparison is called; with `seed` they determine the resamples.
+
+    Returns:
+        Mean and ends of the interval, in points, clipped to [-100, 100].
+
+    Raises:
+        ValueError: fewer than two problems, or the two do not match in length.
     """
     drop = Interval(*(100 * value for value in paired_bootstrap(clean, after, rng(seed, *names), RESAMPLES)))
     if np.count_nonzero(clean != after) >= FEW and drop.low < drop.high:
@@ -34,5 +53,5 @@ def accuracy_drop(
 
 
 def in_points(drop: Interval) -> str:
-    """A drop for the terminal: "12.5 points [8.0, 17.0]"."""
+    """Format a drop for the terminal: "12.5 points [8.0, 17.0]"."""
     return f"{drop.mean:.1f} points [{drop.low:.1f}, {drop.high:.1f}]"

@@ -1,4 +1,4 @@
-"""Correlations over heads, with bootstrap intervals and within-layer permutation tests; shares and R^2."""
+"""Correlations over heads with bootstrap intervals and within-layer permutation tests; cluster bootstrap weights and R^2."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from scipy import stats
 
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.stats import intervals
-from pyvene_ext.stats.intervals import (
-    _percentile_interval,
-)
+from pyvene_ext.stats.intervals import _percentile_interval
 
 
 @dataclass(frozen=True)
 class Coefficient:
-    """One correlation coefficient: its value, SciPy's p, the bootstrap 95% interval, and the within-layer permutation p.
+    """One correlation coefficient.
 
-    `p` takes heads as independent draws, which heads of one layer are not; `p_within_layers` does not need that.
+    Attributes:
+        r: its value.
+        p: SciPy's p-value, which assumes independent heads; heads of one layer are not.
+        low: lower end of the bootstrap 95% interval.
+        high: upper end.
+        p_within_layers: p-value of the within-layer permutation test, which does not assume that.
     """
 
     r: float = math.nan
@@ -33,9 +36,14 @@ class Coefficient:
 
 @dataclass(frozen=True)
 class Correlation:
-    """How two [layer head] matrices go together: `n` paired heads, `dropped` pairs with a non-finite side.
+    """Correlation of two [layer head] matrices.
 
-    `note` says in words why a number is nan or needs care; it is empty when all is well.
+    Attributes:
+        n: number of paired heads.
+        dropped: pairs dropped because a value was not finite.
+        pearson: Pearson's r.
+        spearman: Spearman's rank correlation.
+        note: why a number is nan or needs care; empty if neither is the case.
     """
 
     n: int
@@ -45,7 +53,7 @@ class Correlation:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file, with None in place of nan."""
+        """Convert to plain data for a JSON file, with None in place of nan."""
         record = asdict(self)
         for name in ("pearson", "spearman"):
             record[name] = {key: None if math.isnan(value) else value for key, value in record[name].items()}
@@ -58,33 +66,36 @@ def correlate_heads(
     seed: int = 0,
     n_resamples: int = 10_000,
 ) -> Correlation:
-    """Pearson and Spearman correlation of two matrices, every head one paired point.
+    """Pearson and Spearman correlation of two matrices, each head one paired observation.
 
-    Pairs with a NaN or infinite side are dropped and counted. Fewer than three pairs, or a constant side, give nan with a note.
+    Pairs with a NaN or infinite value are dropped and counted. Fewer than three pairs, or a constant matrix, give nan and a note.
 
-    The 95% interval is the percentile bootstrap over heads. Percentile, because it never leaves [-1, 1] and still exists where
-    BCa does not (its jackknife breaks down when one head carries all the variance, common for frequencies that are mostly 0).
-    A resample in which one side is constant has no correlation; it is left out, and the note says how many were.
+    The 95% interval is a percentile bootstrap over heads: it never leaves [-1, 1], and it exists where BCa does not (BCa's
+    jackknife breaks down when one head carries all the variance, as is common for frequencies that are mostly 0). A resample in
+    which one matrix is constant has no correlation; such resamples are dropped, and the note gives their number.
 
-    `p_within_layers` permutes heads within each layer, never across. Its null hypothesis is that *within a layer* it does not
-    matter which head of `a` is paired with which head of `b`. So it tests for association beyond what layer alone gives: two
-    matrices that merely both grow with depth are strongly correlated, yet get a large p here. Two-sided: the share of
-    permutations whose coefficient is at least as far from the null's mean as the observed one, (1 + count) / (1 + n_resamples).
-    That mean is not 0 but what the layer means give; the distance to it is the summed within-layer covariance, which is what
-    gets compared.
+    `p_within_layers` permutes heads within each layer, never across layers. Its null hypothesis is that *within a layer* it does
+    not matter which head of `a` is paired with which head of `b`. It thus tests for association beyond that due to layer alone:
+    two matrices that merely both grow with depth are strongly correlated, yet get a large p here. It is two-sided: the share of
+    permutations whose coefficient is at least as far from the null mean as the observed one, (1 + count) / (1 + n_resamples).
+    The null mean is not 0 but the coefficient due to the layer means; the distance from it is the summed within-layer covariance,
+    which is what the code compares.
 
     Args:
         a: one number a head, [layer head].
         b: the same heads in the same order, [layer head].
         seed: the run's seed; the same seed and data give the same numbers.
-        n_resamples: bootstrap resamples, and permutations.
+        n_resamples: number of bootstrap resamples, and of permutations.
+
+    Returns:
+        Both coefficients with their intervals and p-values.
 
     Raises:
         ValueError: the shapes differ or are not [layer head], or n_resamples is below 1.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 2 or a.shape != b.shape:
-        raise ValueError(f"two [layer head] matrices of one shape are needed, not {a.shape} and {b.shape}.")
+        raise ValueError(f"a and b must be [layer head] matrices of the same shape, not {a.shape} and {b.shape}.")
     if n_resamples < 1:
         raise ValueError(f"n_resamples is {n_resamples}; take at least 1 (10000 gives steady intervals).")
 
@@ -118,13 +129,27 @@ def correlate_layers(
     seed: int = 0,
     n_resamples: int = 10_000,
 ) -> list[Correlation]:
-    """`correlate_heads` for each layer on its own, in order.
+    """`correlate_heads` for each layer separately.
 
-    A layer's numbers depend on that layer and the seed only, so they are the same whichever other layers are there. With one
-    layer, `p_within_layers` is the ordinary permutation test. Many layers are many tests: see `q_values`.
+    A layer's numbers depend on that layer and the seed only, not on which other layers are given. Within one layer,
+    `p_within_layers` is the ordinary permutation test. Testing every layer is multiple testing: see `q_values`.
+
+    Args:
+        a: one number a head, [layer head].
+        b: the same heads in the same order, [layer head].
+        seed: the run's seed.
+        n_resamples: number of bootstrap resamples, and of permutations.
+
+    Returns:
+        One correlation a layer, in order.
+
+    Raises:
+        ValueError: the shapes differ or are not [layer head], or n_resamples is below 1.
     """
     if np.ndim(a) != 2 or np.shape(a) != np.shape(b):
-        raise ValueError(f"two [layer head] matrices of one shape are needed, not {np.shape(a)} and {np.shape(b)}.")
+        raise ValueError(
+            f"a and b must be [layer head] matrices of the same shape, not {np.shape(a)} and {np.shape(b)}."
+        )
     return [correlate_heads(a[i : i + 1], b[i : i + 1], seed, n_resamples) for i in range(len(a))]
 
 
@@ -133,7 +158,7 @@ def _unit(values: Float[np.ndarray, "*rows n"]) -> Float[np.ndarray, "*rows n"]:
     mean = values.mean(axis=-1, keepdims=True)
     centred = values - mean
     norm = np.linalg.norm(centred, axis=-1, keepdims=True)
-    # SciPy's own bound for "nearly constant", below which it warns: what is left is rounding.
+    # SciPy's own threshold for "nearly constant", below which it warns: only rounding error is left.
     norm[norm <= 1e-13 * np.abs(mean)] = np.nan
     return centred / norm
 
@@ -151,7 +176,7 @@ def _bootstrap(
         coefficients[0, start:stop] = (_unit(x_new) * _unit(y_new)).sum(axis=1)
         x_new, y_new = stats.rankdata(x_new, axis=1), stats.rankdata(y_new, axis=1)
         coefficients[1, start:stop] = (_unit(x_new) * _unit(y_new)).sum(axis=1)
-    # Values a rounding error apart are constant here and still have ranks: both coefficients go by the values.
+    # Values that differ by rounding error count as constant although their ranks differ: nan for both coefficients.
     coefficients[1, np.isnan(coefficients[0])] = np.nan
     return coefficients
 
@@ -163,7 +188,7 @@ def _p_within_layers(
     n_resamples: int,
     rng: np.random.Generator,
 ) -> tuple[float, float]:
-    """Two-sided p of Pearson and of Spearman, permuting within layers; both see the same permutations."""
+    """Two-sided p of Pearson and of Spearman under the same permutations within layers."""
     x_units = np.stack([_unit(x), _unit(stats.rankdata(x))])
     y_units = np.stack([_unit(y), _unit(stats.rankdata(y))])
     observed, permuted = np.zeros(2), np.zeros((2, n_resamples))
@@ -174,14 +199,21 @@ def _p_within_layers(
         order = rng.permuted(np.tile(np.arange(here.sum()), (n_resamples, 1)), axis=1)
         observed += (x_here * y_here).sum(axis=1)
         permuted += np.einsum("krh,kh->kr", y_here[:, order], x_here)
-    # Sums of one set of numbers in another order differ by rounding; without the slack, ties would be lost by chance.
-    as_far = np.abs(permuted) >= np.abs(observed)[:, None] - 1e-12
-    p_pearson, p_spearman = (1 + as_far.sum(axis=1)) / (1 + n_resamples)
+    # The same numbers summed in another order differ by rounding error; without the tolerance, ties would be lost by chance.
+    as_extreme = np.abs(permuted) >= np.abs(observed)[:, None] - 1e-12
+    p_pearson, p_spearman = (1 + as_extreme.sum(axis=1)) / (1 + n_resamples)
     return float(p_pearson), float(p_spearman)
 
 
 def q_values(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
-    """Benjamini-Hochberg adjusted p-values (SciPy's `false_discovery_control`); nan stays nan and is not counted as a test."""
+    """Benjamini-Hochberg adjusted p-values (1995; SciPy's `false_discovery_control`).
+
+    Args:
+        p: one p-value a test; nan stays nan and does not count as a test.
+
+    Returns:
+        One q-value a test.
+    """
     p = np.asarray(p, dtype=np.float64)
     q = np.full_like(p, np.nan)
     tested = np.isfinite(p)
@@ -193,7 +225,16 @@ def q_values(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
 def cluster_shares(
     groups: Int[np.ndarray, " item"], rng: np.random.Generator, n_resamples: int
 ) -> Float[np.ndarray, "resample item"]:
-    """How often each item is in a bootstrap resample of whole groups: items of a group are not independent draws."""
+    """Bootstrap counts of items when whole groups are resampled (cluster bootstrap): items of a group are not independent.
+
+    Args:
+        groups: the group of each item.
+        rng: generator to draw from.
+        n_resamples: number of resamples.
+
+    Returns:
+        How often each item occurs in each resample.
+    """
     _, group = np.unique(groups, return_inverse=True)
     n = int(group.max()) + 1
     return rng.multinomial(n, np.full(n, 1 / n), n_resamples)[:, group].astype(np.float64)
@@ -204,17 +245,25 @@ def r_squared(
     predicted: Float[np.ndarray, "*model item column"],
     shares: Float[np.ndarray, "resample item"] | None = None,
 ) -> Float[np.ndarray, "*model"] | Float[np.ndarray, "*model resample"]:
-    """The share of the variance about the items' own mean that predictions explain, over all columns; or of each resample.
+    """Coefficient of determination over all columns together (variance-weighted), of all items or of each resample.
 
-    It is 0 for one that is the mean everywhere and below 0 for a worse one; NaN where all items are alike.
+    Predicting the items' mean everywhere scores 0, anything worse is negative. Where all items are equal the score is NaN.
+
+    Args:
+        y: targets.
+        predicted: predictions of one or more models.
+        shares: how often each item occurs in each resample (`cluster_shares`); by default each item once.
+
+    Returns:
+        R^2 of each model, or of each model on each resample.
     """
-    # As scikit-learn's variance-weighted r2_score, which takes one resample a call and 280 times as long.
+    # Equals scikit-learn's variance-weighted r2_score, which takes one resample a call and is 280 times slower.
     weights = np.ones((1, len(y))) if shares is None else shares
-    missed = ((y - predicted) ** 2).sum(-1) @ weights.T
-    centred = y - y.mean(0)  # else the variance of numbers far from 0 is a small difference of large sums
+    residual = ((y - predicted) ** 2).sum(-1) @ weights.T
+    centred = y - y.mean(0)  # otherwise the variance of values far from 0 is a small difference of large sums
     mean = weights @ centred / weights.sum(1, keepdims=True)
-    there = (weights @ centred**2 - weights.sum(1, keepdims=True) * mean**2).sum(1)
-    # A sum of squares that is rounding only is none.
-    there = np.where(there > 1e-12 * (weights @ y**2).sum(1), there, np.nan)
-    found = 1 - missed / there
-    return found[..., 0] if shares is None else found
+    total = (weights @ centred**2 - weights.sum(1, keepdims=True) * mean**2).sum(1)
+    # A sum of squares within rounding error of 0 is 0.
+    total = np.where(total > 1e-12 * (weights @ y**2).sum(1), total, np.nan)
+    scores = 1 - residual / total
+    return scores[..., 0] if shares is None else scores

@@ -1,4 +1,4 @@
-"""Confidence intervals: of means, frequencies, paired differences and ratios."""
+"""Confidence intervals of means, frequencies, paired differences and ratios."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from jaxtyping import Float, Num
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-AT_ONCE = 4_000_000  # resampled numbers held at once: 32 MB an array
+AT_ONCE = 4_000_000  # resampled values in memory at a time: 32 MB an array
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its confidence interval: three numbers, or three arrays of one shape."""
+    """A mean with its confidence interval: three numbers, or three arrays of the same shape.
+
+    Attributes:
+        mean: the estimate.
+        low: lower end of the interval.
+        high: upper end.
+    """
 
     mean: Any
     low: Any
@@ -25,32 +31,32 @@ def _percentile_interval(resampled: Float[np.ndarray, " resample"]) -> tuple[flo
     defined = resampled[np.isfinite(resampled)]
     if not defined.size:
         return math.nan, math.nan
-    low, high = np.clip(np.quantile(defined, (0.025, 0.975)), -1.0, 1.0)  # rounding can pass 1 by an ulp
+    low, high = np.clip(np.quantile(defined, (0.025, 0.975)), -1.0, 1.0)  # rounding can exceed 1 by an ulp
     return float(low), float(high)
 
 
 def frequency_interval(
     active: np.ndarray, axis: int = -1, confidence: float = 0.95, counted: np.ndarray | None = None
 ) -> Interval:
-    """The share of ones along an axis (of prompts) with its Wilson score interval.
+    """The frequency of ones along an axis (of prompts) with its Wilson score interval (1927).
 
-    Wilson's interval (1927), because the usual p +- 1.96 sd has width 0 for a head that is active on no prompt, or on all.
+    The usual p +- 1.96 sd would have width 0 for a head that is active on no prompt, or on all.
 
     Args:
         active: booleans or 0/1, any shape.
-        axis: the axis averaged over; the results have the other axes.
-        confidence: of the interval.
-        counted: which values count, in the shape of `active`; all by default.
+        axis: axis to average over; the results have the other axes.
+        confidence: level of the interval.
+        counted: boolean mask of the values that count, of the same shape as `active`; by default all.
 
     Returns:
-        The share and the interval's ends, nan where no value counts.
+        Frequency and ends of the interval, nan where no value counts.
 
     Raises:
         ValueError: a value is neither 0 nor 1, or the axis is empty.
     """
     active = np.asarray(active)
     if not ((active == 0) | (active == 1)).all():
-        raise ValueError("a frequency is a mean of zeros and ones; these values hold something else.")
+        raise ValueError("a frequency is a mean of zeros and ones; these values include other numbers.")
     if not -active.ndim <= axis < active.ndim or active.shape[axis] == 0:
         raise ValueError(f"no values along axis {axis} (shape {active.shape}); a frequency needs at least one.")
     counted = np.ones(active.shape, bool) if counted is None else counted
@@ -59,7 +65,7 @@ def frequency_interval(
     ones = (active * counted).sum(axis=axis, dtype=np.float64)
     frequency = ones / n
     low, high = proportion_confint(ones, n, alpha=1 - confidence, method="wilson")
-    # At 0 and 1 the end is exactly 0 or 1; rounding would put it a hair beside.
+    # At frequencies of 0 and 1 the end is exactly 0 or 1; rounding would miss it slightly.
     return Interval(frequency, np.where(frequency == 0, 0.0, low), np.where(frequency == 1, 1.0, high))
 
 
@@ -69,17 +75,30 @@ def paired_bootstrap(
     rng: np.random.Generator,
     n_resamples: int = 10_000,
 ) -> Interval:
-    """The mean of x - y over prompts with its percentile bootstrap 95% interval; a prompt's two values stay together.
+    """The mean of x - y over prompts with its percentile bootstrap 95% interval; a prompt's two values are resampled together.
+
+    Args:
+        x: one number a prompt.
+        y: the same prompts in the same order.
+        rng: generator of the resamples.
+        n_resamples: number of resamples.
+
+    Returns:
+        Mean and ends of the interval.
 
     Raises:
-        ValueError: x and y are not two vectors of one length of at least 2, or hold non-finite values.
+        ValueError: x and y are not vectors of the same length of at least 2, or contain non-finite values.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or x.size < 2:
-        raise ValueError(f"two vectors of one length of at least 2 are needed, not shapes {x.shape} and {y.shape}.")
+        raise ValueError(
+            f"x and y must be vectors of the same length of at least 2, not of shapes {x.shape} and {y.shape}."
+        )
     difference = x - y
     if not np.isfinite(difference).all():
-        raise ValueError("x or y holds NaN or infinite values; drop those prompts, and say how many, before comparing.")
+        raise ValueError(
+            "x or y contains NaN or infinite values; drop those prompts, and report how many, before comparing."
+        )
     interval = stats.bootstrap(
         (difference,),
         np.mean,
@@ -94,10 +113,23 @@ def paired_bootstrap(
 def bootstrap_mean(values: Num[np.ndarray, " prompt"], rng: np.random.Generator, n_resamples: int = 10_000) -> Interval:
     """The mean over prompts with its percentile bootstrap 95% interval.
 
+    Args:
+        values: one number a prompt.
+        rng: generator of the resamples.
+        n_resamples: number of resamples.
+
+    Returns:
+        Mean and ends of the interval.
+
     Raises:
         ValueError: fewer than two values, or non-finite ones.
     """
     return paired_bootstrap(values, np.zeros_like(values), rng, n_resamples)
+
+
+def standard_error(values: Num[np.ndarray, sample * rest]) -> Float[np.ndarray, "*rest"]:
+    """Of the mean over the first axis, whose samples are independent."""
+    return values.std(0, ddof=1) / np.sqrt(len(values))
 
 
 def ratio_of_means(
@@ -106,9 +138,18 @@ def ratio_of_means(
     generator: np.random.Generator,
     resamples: int = 2000,
 ) -> Interval:
-    """Mean over prompts of `above` by the mean of `below`, with percentile bootstrap 95% intervals: arrays " item".
+    """Ratio of two means over prompts, with its percentile bootstrap 95% interval.
 
-    A resample takes the same prompts of both, and for every item. Where a mean below is 0 there is no ratio: NaN.
+    Each resample uses the same prompts in numerator and denominator, and for every item.
+
+    Args:
+        above: numerators.
+        below: denominators.
+        generator: generator of the resamples.
+        resamples: number of resamples.
+
+    Returns:
+        Ratio and ends of the interval, each " item"; NaN where the mean denominator is 0.
     """
     above, below = above.astype(np.float64), below.astype(np.float64)
     n = len(below)

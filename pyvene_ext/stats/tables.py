@@ -1,27 +1,46 @@
-"""Numbers as cells of tables: intervals in columns, one column a model, nothing that JSON lacks."""
+"""Numbers as table cells: intervals in columns, one column a model, values that JSON can hold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from pyvene_ext.stats.intervals import Interval
 
 
 def interval_columns(name: str, interval: Interval) -> dict[str, Any]:
-    """The cells of a mean with its interval: NAME, NAME_low and NAME_high."""
+    """The cells of a mean with its interval.
+
+    Args:
+        name: column of the mean.
+        interval: the numbers.
+
+    Returns:
+        Cells by column: NAME, NAME_low and NAME_high.
+    """
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
+def interval_in(row: Mapping[str, Any], name: str) -> Interval:
+    """The mean and interval in a row of a table: what `interval_columns` wrote."""
+    return Interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+
+
 def side_by_side(rows: Sequence[dict[str, Any]], key: str, suffix: str, value: str) -> list[dict[str, Any]]:
-    """A table with one row a `key` and one column MODEL_suffix a model; a model without that key has an empty cell.
+    """Pivot rows of several models into one row a `key`, with a column MODEL_suffix for each model.
 
     Args:
         rows: one a model and key, with columns "model", `key` and `value`.
-        key: the first column.
-        suffix: of the other columns' names.
-        value: what their cells hold.
+        key: first column of the new table.
+        suffix: ending of the other columns' names.
+        value: column of `rows` whose values fill the cells.
+
+    Returns:
+        The rows of the new table; NaN, written as an empty cell, where a model lacks a key.
     """
     models = dict.fromkeys(row["model"] for row in rows)
     found = {(row[key], row["model"]): row[value] for row in rows}
@@ -29,6 +48,31 @@ def side_by_side(rows: Sequence[dict[str, Any]], key: str, suffix: str, value: s
     return [{key: k, **{f"{model}_{suffix}": found.get((k, model), math.nan) for model in models}} for k in keys]
 
 
+def threshold_table(
+    taus: Float[np.ndarray, " tau"], frequencies: Float[np.ndarray, "tau layer head"]
+) -> list[dict[str, float]]:
+    """Summarise frequencies over heads, one row a threshold.
+
+    Args:
+        taus: the thresholds.
+        frequencies: frequency of each head at each threshold; NaN for heads that were not run.
+
+    Returns:
+        Rows of threshold, mean over heads, and the 10%, 50% and 90% quantiles over heads.
+    """
+    return [
+        {"tau": float(tau), "mean": float(at.mean())}
+        | {f"quantile_{q:g}": float(np.quantile(at, q)) for q in (0.1, 0.5, 0.9)}
+        for tau, at in zip(taus, frequencies[:, np.isfinite(frequencies[0])], strict=True)
+    ]
+
+
+def filled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with every column that one of them has; empty cells where a row has none."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
 def finite(value: float) -> float | None:
-    """A number for JSON, which has no NaN: None in its place."""
+    """Convert a number for JSON, which has no NaN: None if it is not finite."""
     return float(value) if math.isfinite(value) else None

@@ -18,8 +18,9 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
 
+import pyvene_ext as px
 from pyvene_ext.engine.plain import run
-from pyvene_ext.engine.sweep import sweep as engine
+from pyvene_ext.engine.sweep import run as engine
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.io.cli import run as run_study
@@ -28,6 +29,7 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS, load_model
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
+from pyvene_ext.runs import figures
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.stats.controls import layer_matched_random_heads
 from pyvene_ext.stats.intervals import frequency_interval
@@ -168,7 +170,7 @@ def test_the_numbers_are_those_of_the_plain_engine(kind: Any, dataset: Path, tmp
 def test_a_dry_run_shows_the_plan_and_does_nothing(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "reference_for", None)
+    monkeypatch.setattr(px, "reference_for", None)
     monkeypatch.setattr(Executor, "run", None)
     monkeypatch.chdir(tmp_path)
     flags = ["--dataset", dataset, "--kind", "mean", "--dry_run"]
@@ -305,7 +307,7 @@ def written(out: Path) -> dict[str, bytes]:
 
 def run_as_process(flags: list[Any]) -> None:
     """The study; its figures are not drawn, so that most moments are moments of the sweep."""
-    study.figures.save = lambda figure, path: write_json(path, "a figure")
+    figures.save = lambda figure, path: write_json(path, "a figure")
     os._exit(command(*flags))
 
 
@@ -363,7 +365,7 @@ def test_a_run_in_progress_elsewhere_is_left_alone(
 def test_of_several_processes_one_prints_and_writes(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "is_main_process", lambda: False)
+    monkeypatch.setattr(px, "is_main_process", lambda: False)
     assert command("--dataset", dataset, "--dry_run", "--out", tmp_path / "f.npy") == 0
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
     assert command("--dataset", dataset, "--out", tmp_path / "f.npy") == 0
@@ -408,6 +410,7 @@ def test_bad_data_is_one_sentence_and_leaves_nothing(
         (["--tau", "nan"], "--tau must be 0 or more"),
         (["--tau", "inf"], "--tau must be 0 or more"),
         (["--batch_size", "0"], "--batch_size must be 1 or more"),
+        (["--limit", "0"], "--limit must be 1 or more"),
         (["--margin", "-1"], "--margin must be 0 or more"),
         (["--check", "1.5"], "--check must be from 0 to 1"),
         (["--width", "0"], "--width must be above 0 and at most 1"),

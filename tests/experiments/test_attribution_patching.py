@@ -19,7 +19,9 @@ from pyvene_ext.methods.attribution.atp import atp, atp_star
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
+from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import figures
+from pyvene_ext.runs import folder as run_folder
 from pyvene_ext.specs.joint import needs
 from pyvene_ext.specs.patch import ActivationPatch
 from tests.saved_models import save_random_model
@@ -36,8 +38,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first shipped English pairs, in one of which the corrupt prompt is shorter."""
-    shipped = Path(study.__file__).parent / "prompts/ioi_en.json"
-    pairs = json.loads(shipped.read_text(encoding="utf-8"))["pairs"][:4]
+    pairs = json.loads((PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][:4]
     pairs[1] |= {"corrupt": pairs[1]["corrupt"].removeprefix("When ")}
     path = tmp_path_factory.mktemp("data") / "few.json"
     path.write_text(json.dumps(pairs), encoding="utf-8")
@@ -191,7 +192,7 @@ def test_a_run_cut_short_has_no_summary_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(study, "write_csv", killed)
+        patch.setattr(run_folder, "write_csv", killed)
         assert command("--dataset", dataset, "--out", tmp_path) == 130
     assert "summary.json" not in written(tmp_path)
     assert (tmp_path / "unfinished").is_dir()
@@ -204,10 +205,11 @@ def test_a_run_cut_short_has_no_summary_and_goes_on(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--steps", 0), "steps must be a whole number from 1 on"),
-        (("--batch_size", 0), "batch_size must be 1 or more"),
-        (("--edges", "eap", "eap"), "--edges names one or more methods, each once"),
-        (("--memory", 0), "--memory must be above 0"),
+        (("--steps", 0), "--steps must be 1 or more, not 0."),
+        (("--batch_size", 0), "--batch_size must be 1 or more, not 0."),
+        (("--limit", 0), "--limit must be 1 or more, not 0."),
+        (("--edges", "eap", "eap"), "--edges names one or more, each once, not eap eap."),
+        (("--memory", 0), "--memory must be above 0, in GiB"),
         (("--model", "tiny-qwen"), "tiny-qwen2.5"),
         (("--dataset", "ioi_em"), "did you mean 'ioi_en'?"),
         (("--out", f"{__file__}/out"), "cannot be written"),

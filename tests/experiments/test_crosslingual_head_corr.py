@@ -241,7 +241,7 @@ def test_layers_are_a_half_open_range():
         (("--layer_png", "layers"), "layers does not end in a figure format"),
         (("--layer_png", "l.png", "--no_layerwise"), "give one of the two"),
         (("--scatter_png", "x/s.pdf", "--layer_png", "x/s.png"), "are both x/s; give two names"),
-        (("--n_resamples", "0"), "n_resamples is 0"),
+        (("--n_resamples", "0"), "--n_resamples must be 1 or more, not 0."),
         (("--out_json", "o.yaml"), "o.yaml is where the config goes"),
         (("--scatter_png", "data/en.npy/s.png"), "data/en.npy"),
     ],

@@ -25,8 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from critical_heads import ablate_heads
-from critical_heads import setting as common
 from matplotlib.figure import Figure
 
 from modelcards import n_heads, n_kv_heads, n_layers, window
@@ -34,7 +32,7 @@ from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.attribution.circuits import exists
 from pyvene_ext.prompts.problems import Questions, with_reasoning
 from pyvene_ext.prompts.shipped import PROMPTS
-from pyvene_ext.runs import figures
+from pyvene_ext.runs import ablated, figures, reasoning
 from pyvene_ext.stats import accuracy
 from tests.labels import unlabelled
 from tests.saved_models import save_random_model
@@ -255,8 +253,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "ranking.csv").write_text("scores,layer,head\n1.0,0,1\n", encoding="utf-8")
     monkeypatch.setattr(figures, "save", labelled)
     monkeypatch.setattr(accuracy, "RESAMPLES", 20)
-    monkeypatch.setattr(common, "RESAMPLES", 20)
-    for module in (common, ablate_heads):
+    for module in (reasoning, ablated):
         monkeypatch.setattr(module, "with_reasoning", with_solutions)
     return tmp_path
 

@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 from transformers import CodeGenConfig, CodeGenForCausalLM
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.heads.flow import Flow, FlowEdge, StreamState
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.shipped import PROMPTS
+from pyvene_ext.runs import folder as run_folder
+from pyvene_ext.runs.figures.routes import NAMED
 from pyvene_ext.stats.correlations import correlate_heads
 from pyvene_ext.stats.intervals import frequency_interval
-from tests.pyvene_ext.test_flow import ARRAYS, by_hand, searched
+from tests.pyvene_ext.methods.heads.test_flow import ARRAYS, by_hand, searched
 from tests.saved_models import save_random_model, save_with_random_weights, shipped_tokenizer
 
 N = 3
@@ -43,8 +47,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first shipped English prompts, one of them shorter than the others."""
-    shipped = Path(study.__file__).parent / "prompts/ioi_en.json"
-    pairs = json.loads(shipped.read_text(encoding="utf-8"))["pairs"][:N]
+    pairs = json.loads((PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][:N]
     pairs[1] |= {"clean": pairs[1]["clean"].removeprefix("When ")}
     path = tmp_path_factory.mktemp("data") / "few.json"
     path.write_text(json.dumps(pairs), encoding="utf-8")
@@ -179,7 +182,7 @@ def test_a_run_cut_short_has_no_summary(dataset: Path, tmp_path: Path, monkeypat
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "write_csv", killed)
+    monkeypatch.setattr(run_folder, "write_csv", killed)
     assert command("--dataset", dataset, "--out", tmp_path, "--tau", 0.1) == 130
     assert "summary.json" not in written(tmp_path)
 
@@ -198,7 +201,7 @@ def test_the_drawing_has_a_line_for_every_edge_and_a_dot_for_every_node() -> Non
         FlowEdge(first, mid, "0.0", 0.1),
         FlowEdge(first, mid, "0.2", 0.3),
     )
-    figure = study.draw_routes(edges, ["a", "\n"], 1, "title")
+    figure = px.figures.routes(edges, ["a", "\n"], 1, "title")
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["0.0, 0.2"]
     assert sorted(round(line.get_linewidth(), 3) for line in axes.lines) == [0.7, 1.6, 1.6, 1.9, 2.2]
@@ -208,18 +211,24 @@ def test_the_drawing_has_a_line_for_every_edge_and_a_dot_for_every_node() -> Non
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", r"\n"]
 
 
+def test_the_dots_are_drawn_in_an_order_that_does_not_depend_on_hashes() -> None:
+    states = [StreamState("resid_pre", 0, pos) for pos in range(8)]
+    edges = tuple(FlowEdge(state, StreamState("resid_mid", 0, 7), "0.1", 0.1) for state in reversed(states))
+    dots = px.figures.routes(edges, ["x"] * 8, 1, "title").axes[0].collections[0].get_offsets().tolist()
+    assert dots == [[7, 0.5], [7, 1], *([pos, 0] for pos in range(8))]
+
+
 def test_the_drawing_without_any_edge_is_the_prediction_alone() -> None:
-    (axes,) = study.draw_routes((), ["a", "b", "c"], 2, "title").axes
+    (axes,) = px.figures.routes((), ["a", "b", "c"], 2, "title").axes
     assert not axes.lines and axes.collections[0].get_offsets().tolist() == [[2, 2]]
 
 
 def test_the_drawing_names_no_heads_where_they_would_cover_it() -> None:
     edges = tuple(
-        FlowEdge(StreamState("resid_pre", 0, i), StreamState("resid_mid", 0, 70), "0.1", 0.1)
-        for i in range(study.NAMED + 1)
+        FlowEdge(StreamState("resid_pre", 0, i), StreamState("resid_mid", 0, 70), "0.1", 0.1) for i in range(NAMED + 1)
     )
-    assert not study.draw_routes(edges, ["x"] * 71, 1, "title").axes[0].texts
-    assert len(study.draw_routes(edges[1:], ["x"] * 71, 1, "title").axes[0].texts) == study.NAMED
+    assert not px.figures.routes(edges, ["x"] * 71, 1, "title").axes[0].texts
+    assert len(px.figures.routes(edges[1:], ["x"] * 71, 1, "title").axes[0].texts) == NAMED
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -231,14 +240,16 @@ def test_the_drawing_names_no_heads_where_they_would_cover_it() -> None:
         (("--tau", 1), "tau must be at least 0 and below 1"),
         (("--tau", -0.1), "tau must be at least 0 and below 1"),
         (("--batch_size", 0), "--batch_size must be 1 or more, not 0"),
+        (("--limit", 0), "--limit must be 1 or more, not 0."),
+        (("--limit", 2, "--prompt", 2), "--prompt 2 is not there: "),
         (("--prompt", N), "--prompt 3 is not there: "),
-        (("--prompt", -1), "--prompt -1 is not there: "),
+        (("--prompt", -1), "--prompt must be 0 or more, not -1."),
         (("--dataset", "ioi_eng"), "there is no prompt set 'ioi_eng'; did you mean 'ioi_en'?"),
         (("--compare", "nowhere.npy"), "nowhere.npy: no such file"),
         (("--compare", "text.npy"), "--compare text.npy is not a complete .npy file of numbers"),
         (("--compare", "empty.npy"), "--compare empty.npy is not a complete .npy file of numbers"),
-        (("--compare", "vector.npy"), "--compare vector.npy does not hold one real number a head"),
-        (("--compare", "words.npy"), "--compare words.npy does not hold one real number a head"),
+        (("--compare", "vector.npy"), "--compare vector.npy has shape (4,); a [layer head] matrix"),
+        (("--compare", "words.npy"), "--compare words.npy holds <U1, not real numbers"),
         (("--compare", "other.npy"), "--compare other.npy is (4, 4) and tiny-qwen2.5 has (6, 8) layers and heads"),
         (("--out", "text.npy"), "text.npy is not a folder one may write in"),
         (("--out", "text.npy/deeper"), "text.npy is not a folder one may write in"),

@@ -10,7 +10,9 @@ from typing import Any
 import known_circuits as study
 import numpy as np
 import pytest
+from tiny import planted_circuits
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 
 
@@ -29,16 +31,17 @@ def test_auroc_and_precision_are_counted_over_pairs() -> None:
         scores = generator.integers(0, 5, 12).astype(float)
         known = generator.permutation(12) < generator.integers(1, 11)
         pairs = [(a > b) + 0.5 * (a == b) for a, b in product(scores[known], scores[~known])]
-        assert np.isclose(study.auroc(scores, known), np.mean(pairs))
+        assert np.isclose(px.stats.auroc(scores, known), np.mean(pairs))
     scores, known = np.array([3.0, 9.0, 1.0, 5.0]), np.array([True, True, False, False])
-    assert study.precision(scores, known) == 0.5 and study.auroc(scores, known) == 0.75
+    assert px.stats.precision_at_k(scores, known) == 0.5 and px.stats.auroc(scores, known) == 0.75
 
 
 def test_linear_methods_fail_where_they_must_and_the_exact_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "CASES", ("k_composition", "saturated", "saturated_k", "backup"))
-    flags = ["--models", "tiny-llama3.1", "--planted_prompts", 2, "--pairs", 2, "--steps", 3, "--out", tmp_path]
+    some = ("k_composition", "saturated", "saturated_k", "backup")
+    monkeypatch.setattr(planted_circuits, "CASES", {name: planted_circuits.CASES[name] for name in some})
+    flags = ["--models", "tiny-llama3.1", "--planted_prompts", 2, "--limit", 2, "--steps", 3, "--out", tmp_path]
     assert command(*flags) == 0
     planted = {(r["circuit"], r["architecture"], r["method"]): r for r in rows(tmp_path / "planted.csv")}
     assert {architecture for _, architecture, _ in planted} == {"llama", "gemma2"}
@@ -62,9 +65,9 @@ def test_linear_methods_fail_where_they_must_and_the_exact_one_does_not(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pairs", 0], "--pairs must be 1 or more"),
+        (["--limit", 0], "--limit must be 1 or more"),
         (["--steps", 0], "--steps must be 1 or more"),
-        (["--pairs", 1000], "--pairs 1000"),
+        (["--dataset", "ioi_em"], "did you mean 'ioi_en'?"),
         (["--models", "tiny-gpt5"], "tiny-gpt5"),
     ],
 )

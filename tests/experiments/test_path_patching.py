@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.io.seeds import rng
@@ -21,6 +22,8 @@ from pyvene_ext.methods.patching.patch import all_paths, corresponding, patch
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
+from pyvene_ext.runs import folder as run_folder
+from pyvene_ext.runs.figures import edges
 from pyvene_ext.specs.graph import Node
 from tests.ground_truth.paths import every_path_by_hooks, path_patch_by_hooks, precedes, run_by_hooks, senders
 from tests.ground_truth.paths import receivers as all_receivers
@@ -109,7 +112,7 @@ def is_of(name: str, base: np.ndarray, source: np.ndarray, expected: dict[str, n
 
 
 def test_direct_terms_and_the_concept_direction_are_passed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study.figures, "save", lambda *_: None)
+    monkeypatch.setattr(study, "drawn", lambda *_: {})
     model = save_random_model("gemma2", folder / "model")
     flags = ["--model", "model", "--dataset", "few.json", "--positions", "last", "--receivers", "q.2.1"]
     for number, chosen in enumerate(([], ["--direct"], ["--direct", "--subspace"])):
@@ -131,7 +134,7 @@ def test_direct_terms_and_the_concept_direction_are_passed_on(folder: Path, monk
 def test_effects_equal_paths_patched_by_hooks(
     family: str, freeze_mlps: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study.figures, "save", lambda *_: None)
+    monkeypatch.setattr(study, "drawn", lambda *_: {})
     model = save_random_model(family, folder / "model")
     receivers = ("q.1.2", "q.2.0", "v.2.0") if freeze_mlps else ("logits",)
     pairs = texts(folder / "model", "equal.json")
@@ -170,7 +173,7 @@ def test_effects_equal_paths_patched_by_hooks(
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_pairs_equal_every_path_patched_by_hooks(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study.figures, "save", lambda *_: None)
+    monkeypatch.setattr(study, "drawn", lambda *_: {})
     model = save_random_model(family, folder / "model")
     pairs = texts(folder / "model", "equal.json")[:2]
     found: dict[str, list[float]] = {}
@@ -260,10 +263,10 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
 def test_a_run_that_stops_while_it_writes_leaves_no_summary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--dataset", "equal.json", "--receivers", "mlp_in.0", "--out", "x"]
     assert command(*flags) == 0
-    monkeypatch.setattr(study, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
+    monkeypatch.setattr(run_folder, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
     assert command(*flags) == 2
     assert not (folder / "x/summary.json").exists()
-    monkeypatch.setattr(study, "write_config", write_config)
+    monkeypatch.setattr(run_folder, "write_config", write_config)
     assert command(*flags) == 0
     assert (folder / "x/summary.json").exists()
     assert not [path for path in (folder / "x").rglob(".*")]
@@ -272,7 +275,7 @@ def test_a_run_that_stops_while_it_writes_leaves_no_summary(folder: Path, monkey
 def test_only_the_main_process_prints_and_writes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "is_main_process", lambda: False)
+    monkeypatch.setattr(px, "is_main_process", lambda: False)
     assert command("--dataset", "equal.json", "--receivers", "mlp_in.0", "--out", "x") == 0
     assert "effect" not in capsys.readouterr().out
     assert [path.name for path in (folder / "x").iterdir()] == ["unfinished"]
@@ -283,7 +286,7 @@ def test_a_run_cut_short_has_no_summary_and_goes_on(folder: Path, monkeypatch: p
     assert command(*flags, "--out", "whole") == 0
     assert not (folder / "whole/unfinished").exists()
     with monkeypatch.context() as broken:
-        broken.setattr(study, "write_npy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(run_folder, "write_npy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             study.main(study.Config(dataset="equal.json", receivers=("q.4.0",), limit=2, out=folder / "cut"))
     assert (folder / "cut/unfinished").exists() and not (folder / "cut/summary.json").exists()
@@ -297,24 +300,24 @@ def test_a_ratio_has_its_interval_and_nothing_to_divide_by_has_none() -> None:
     draw = np.random.default_rng(0)
     below = draw.normal(3, 2, 30)
     above = np.stack([0.3 * below, draw.normal(1, 1, 30)])
-    found = study.ratio_of_means(above, below, rng(0, "x"))
+    found = px.stats.ratio_of_means(above, below, rng(0, "x"))
     np.testing.assert_allclose([found.mean[0], found.low[0], found.high[0]], 0.3)  # both means of the same draws
     assert found.low[1] < above[1].mean() / below.mean() < found.high[1]
-    assert all(np.isnan(values).all() for values in study.ratio_of_means(above, np.zeros(30), rng(0, "x")))
+    assert all(np.isnan(values).all() for values in px.stats.ratio_of_means(above, np.zeros(30), rng(0, "x")))
 
 
-def test_the_figure_of_pairs_names_receivers_and_marks_what_is_no_path(folder: Path) -> None:
+def test_the_figure_of_pairs_names_receivers_and_marks_what_is_no_path() -> None:
     senders_, receivers = [Node("embed"), Node("z", 0, 0), Node("z", 0, 1)], [Node("q", 0, 0), Node("logits")]
     matrix = np.array([[1.0, -3.0], [np.nan, 2.0], [np.nan, 0.5]])
-    figure = study.draw_pairs(matrix, senders_, receivers, "a title " * 20, "effect")
+    figure = px.figures.edge_matrix(matrix, senders_, receivers, "a title " * 20, "effect")
     figure.canvas.draw()
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["q.0.0", "logits"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["embed", "z.0.0", "z.0.1"]
     assert axes.images[0].get_array().mask.tolist() == [[False, False], [True, False], [True, False]]
     low, high = axes.images[0].get_clim()
-    assert low == -high and high == pytest.approx(np.quantile([1, 3, 2, 0.5], study.CLIPPED))
-    study.draw_pairs(np.zeros((3, 2)), senders_, receivers, "nothing", "effect").canvas.draw()
+    assert low == -high and high == pytest.approx(np.quantile([1, 3, 2, 0.5], edges.CLIPPED))
+    px.figures.edge_matrix(np.zeros((3, 2)), senders_, receivers, "nothing", "effect").canvas.draw()
 
 
 @pytest.mark.parametrize(
@@ -323,12 +326,12 @@ def test_the_figure_of_pairs_names_receivers_and_marks_what_is_no_path(folder: P
         (["--batch_size", 0], "--batch_size must be 1 or more, not 0."),
         (["--limit", 0], "--limit must be 1 or more, not 0."),
         (["--memory", -1], "--memory must be above 0, in GiB, not -1.0."),
-        (["--receivers", "q.4.0", "q.4.0"], "--receivers names each receiver once, not q.4.0 q.4.0."),
+        (["--receivers", "q.4.0", "q.4.0"], "--receivers names each once, not q.4.0 q.4.0."),
         (["--receivers", "q.4"], "there is no node 'q.4'"),
-        (["--receivers", "z.4.0"], "z.4.0 receives nothing; receivers are q, k, v"),
-        (["--receivers", "embed", "--pairs"], "embed receives nothing"),
+        (["--receivers", "z.4.0"], "z.4.0 is not a receiver; receivers are q, k, v"),
+        (["--receivers", "embed", "--pairs"], "embed is not a receiver"),
         (["--direct", "--freeze_mlps"], "--direct passes no MLP anyway"),
-        (["--receivers", "logits", "q.4.0"], "logits cannot be set together with other receivers"),
+        (["--receivers", "logits", "q.4.0"], "logits cannot be patched jointly with other receivers"),
         (["--receivers", "q.6.0"], "q.6.0: layer 6 is out of range, the model has layers 0 to 5."),
         (["--receivers", "k.4.7"], "k.4.7: head 7 is out of range; k counts K/V heads"),
         (["--dataset", "ioi_em"], "there is no prompt set 'ioi_em'; did you mean 'ioi_en'?"),
@@ -345,7 +348,7 @@ def test_the_figure_of_pairs_names_receivers_and_marks_what_is_no_path(folder: P
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "patch", None)
+    monkeypatch.setattr(px, "patch", None)
     pairs = json.loads(Path("few.json").read_text(encoding="utf-8"))
     Path("unequal.json").write_text(json.dumps([pairs[UNEQUAL]] * 2), encoding="utf-8")
     Path("lone.json").write_text(json.dumps([{**pairs[0], "corrupt": None}]), encoding="utf-8")

@@ -17,10 +17,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+import pyvene_ext as px
 from modelcards import n_heads, n_layers
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.heads import lag
+from pyvene_ext.methods.heads.lag import LagCurves
+from pyvene_ext.models import loading
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.runs import figures
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at
 from tests.saved_models import save_random_model
@@ -37,7 +42,7 @@ FEW = ["--permutations", P, "--n_tokens", N, "--output_dir", "out"]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a list of tokens (a special one too) and scores of a few heads; figures take no time."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study.figures, "save", lambda _, path: path.parent.mkdir(exist_ok=True) or path.touch())
+    monkeypatch.setattr(figures, "save", lambda _, path: path.parent.mkdir(exist_ok=True) or path.touch())
     (tmp_path / "tokens.json").write_text(json.dumps([[0, token] for token in TOKENS]), encoding="utf-8")
     rows = [f"{0.9 - 0.1 * i},{layer},{head}" for i, (layer, head) in enumerate(HEADS)]
     (tmp_path / "scores.csv").write_text("\n".join(["scores,layer,head", *rows]) + "\n", encoding="utf-8")
@@ -262,8 +267,8 @@ def test_without_a_list_ordinary_tokens_of_the_tokenizer_are_drawn(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    original = study.sweep
-    monkeypatch.setattr(study, "sweep", lambda *args, **kw: seen.update(prompts=args[2]) or original(*args, **kw))
+    original = px.sweep.sweep
+    monkeypatch.setattr(px.sweep, "sweep", lambda *args, **kw: seen.update(prompts=args[2]) or original(*args, **kw))
     assert command(*FEW, "--to_abl", 1) == 0
     _, tokenizer = load_model("tiny-gemma2")
     ids = {i for row in seen["prompts"].input_ids for i in row}
@@ -281,7 +286,7 @@ def test_names_on_the_hub_may_be_short_and_need_not_be_known(monkeypatch: pytest
         asked.append(name)
         raise ValueError("stop")
 
-    monkeypatch.setattr(study, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     for given in ("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "someone/new", "tiny-qwen2.5"):
         assert command("--model_name", given) == 2
     known = "meta-llama/Llama-3.1-8B-Instruct"
@@ -361,10 +366,19 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 def test_only_the_main_process_prints_and_writes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "is_main_process", lambda: False)
+    monkeypatch.setattr(px, "is_main_process", lambda: False)
     assert command(*FEW, "--to_abl", 1) == 0
     assert "p(+1)" not in capsys.readouterr().out
     assert [path.name for path in (folder / "out").iterdir()] == ["unfinished"]
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(px.sweep, "sweep", None)
+    assert command(*FEW, "--to_abl", "0-1", "--mode", "zero", "mean", "--random_draws", 0, "--dry_run") == 0
+    assert f"2 interventions x {P} prompts" in capsys.readouterr().out
+    assert not (folder / "out").exists()
 
 
 def test_the_grid_is_tried_out_as_its_file_says(folder: Path) -> None:
@@ -400,8 +414,8 @@ def curves(n: int, lags: int, peak: float) -> np.ndarray:
 
 def test_a_figure_has_a_line_for_each_level_the_random_band_and_a_line_at_0() -> None:
     random = np.stack([curves(0, 60, peak) for peak in (0.5, 0.7, 0.6)])
-    found = [study.Curves(n, curves(n, 60, 0.9 / (n + 1)), random) for n in (0, 1, 5)]
-    figure = study.draw("a title", found, random)
+    found = [LagCurves(n, curves(n, 60, 0.9 / (n + 1)), random) for n in (0, 1, 5)]
+    figure = px.figures.lag_curves(found, random, "a title")
     figure.canvas.draw()
     assert len(figure.axes) == 2
     for axes, lags in zip(figure.axes, (np.arange(-30, 30), np.arange(-10, 11)), strict=True):
@@ -416,9 +430,11 @@ def test_a_figure_has_a_line_for_each_level_the_random_band_and_a_line_at_0() ->
         assert band[band[:, 0] == 1][:, 1].min() == pytest.approx(random.mean(1)[0, 31])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["5 random heads: mean and range (3 sets)", "0 ablated", "1 ablated", "5 ablated"]
-    none = study.draw("no control", found, np.empty((0, 5, 60)))
+    none = px.figures.lag_curves(found, np.empty((0, 5, 60)), "no control")
     assert len(none.axes[0].collections) == len(found)
-    short = study.draw("few lags", [study.Curves(0, curves(0, 40, 0.5), random[:0, :, :40])], random[:0, :, :40])
+    short = px.figures.lag_curves(
+        [LagCurves(0, curves(0, 40, 0.5), random[:0, :, :40])], random[:0, :, :40], "few lags"
+    )
     (axes,) = short.axes
     np.testing.assert_array_equal(axes.lines[1].get_xdata(), np.arange(-20, 20))
 
@@ -443,14 +459,14 @@ BEFORE_LOADING = [
     (["--to_abl", "1-1"], "ascending"),
     (["--to_abl", "1,5"], "ascending"),
     (["--max_heads_abl", 3], "--to_abl asks for 4 heads and --max_heads_abl allows 3"),
-    (["--permutations", 1], "--permutations must be 2 or more, for an interval, not 1."),
+    (["--permutations", 1], "--permutations must be 2 or more, not 1."),
     (["--n_tokens", 11], "--n_tokens must be 12 or more"),
     (["--random_draws", -1], "--random_draws must be 0 or more"),
     (["--random_draws", 0, "--head_type", "random"], "--random_draws must be 1 or more"),
     (["--memory", 0], "--memory must be above 0, in GiB"),
     (["--seed", -1], "--seed must be 0 or more"),
-    (["--mode", "zero", "zero"], "--mode names one or more, each once."),
-    (["--layer_abl", "top", "top"], "--layer_abl names one or more, each once."),
+    (["--mode", "zero", "zero"], "--mode names one or more, each once, not zero zero."),
+    (["--layer_abl", "top", "top"], "--layer_abl names one or more, each once, not top top."),
     (
         ["--tokens_path", "tokens.json", "--n_tokens", 50],
         "tokens.json has 41 usable tokens (distinct, not special) and 50",
@@ -462,13 +478,13 @@ BEFORE_LOADING = [
 BEFORE_RUNNING = [
     (["--induction_scores_csv", "no_head.csv"], "no_head.csv lacks the column head"),
     (["--induction_scores_csv", "outside.csv"], "head 6.0 is outside a model of 6 layers with 8 heads"),
-    (["--induction_scores_csv", "scores.csv", "--to_abl", "6"], "6 heads are asked for and there are scores of 5"),
+    (["--induction_scores_csv", "scores.csv", "--to_abl", "6"], "6 heads are asked for but there are scores for 5"),
     (["--induction_scores_csv", "none.csv"], "none.csv"),
     (
         ["--tokens_path", "special.json", "--n_tokens", 12],
         "special.json has 10 usable tokens (distinct, not special) and 12",
     ),
-    (["--tokens_path", "large.json"], "--tokens_path holds the id 403 and the vocabulary has 403 tokens"),
+    (["--tokens_path", "large.json"], "the tokens hold the id 403 and the vocabulary has 403 tokens"),
     (
         ["--tokens_path", "many.json", "--n_tokens", 256],
         "--n_tokens 256 makes prompts of 257 tokens and tiny-gemma2 takes 256",
@@ -484,10 +500,10 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 ) -> None:
     bad_files(folder)
     if (flags, told) in BEFORE_LOADING:
-        monkeypatch.setattr(study, "load_model", None)
-    monkeypatch.setattr(study, "sweep", None)
+        monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(px.sweep, "sweep", None)
     if "--induction_scores_csv" not in flags:
-        monkeypatch.setattr(study, "attention_scores", None)
+        monkeypatch.setattr(lag, "attention_scores", None)
     before = sorted(folder.rglob("*"))
     assert command(*flags) == 2
     captured = capsys.readouterr()
@@ -499,15 +515,15 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 def test_more_heads_than_there_are_and_layers_without_a_control(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "sweep", None)
-    score = study.attention_scores
-    monkeypatch.setattr(study, "attention_scores", None)
+    monkeypatch.setattr(px.sweep, "sweep", None)
+    score = lag.attention_scores
+    monkeypatch.setattr(lag, "attention_scores", None)
     heads = n_heads(load_model("tiny-gemma2")[0].config) * 6
     assert command("--to_abl", heads + 1) == 2
-    assert f"{heads + 1} heads are asked for and there are scores of {heads}" in capsys.readouterr().err
+    assert f"{heads + 1} heads are asked for but there are scores for {heads}" in capsys.readouterr().err
     assert command("--to_abl", heads // 2 + 1, "--layer_abl", "top") == 2
     assert f"there are scores of {heads // 2} in layers 0 to 2 (top)" in capsys.readouterr().err
-    monkeypatch.setattr(study, "attention_scores", score)
+    monkeypatch.setattr(lag, "attention_scores", score)
     assert command("--to_abl", "6") == 2
     told = capsys.readouterr().err
     assert (

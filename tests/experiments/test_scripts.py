@@ -23,9 +23,7 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "ablate_heads", "activation_frequencies_ifr", "attribute_inputs", "attribution_patching", "bench_sweep",
-    "crosslingual_head_corr", "force_attention", "information_flow_routes", "known_circuits", "patch_hub",
-    "path_patching", "probe_layers", "rank_heads", "run_ablations", "run_all", "stratify_difficulty", "transplant_head",
+    "bench_sweep",
 }  # fmt: skip
 
 

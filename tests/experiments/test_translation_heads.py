@@ -166,7 +166,7 @@ def test_check_known_prints_precision_and_recall(folder: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--pairs", "en"), "'en' is no pair of languages"),
+        (("--pairs", "en"), "'en' is not a pair of languages"),
         (("--pairs", "en-fr", "EN-FR"), "twice"),
         (("--limit", 1), "--limit must be 2 or more"),
         (("--batch_size", 0), "--batch_size must be 1 or more"),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import activation_frequencies_ifr
-import crosslingual_head_corr
 import information_flow_routes
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from critical_heads import run_all
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pyvene_ext.io.files import read_head_matrix
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.prompts.parallel import load_pairs
 from pyvene_ext.prompts.problems import load_problems
@@ -62,10 +62,6 @@ TSV = "en\tfr\tde\nthe cat\tle chat\tdie Katze\na dog\tun chien\tein Hund\n"
 
 def lines(rows: list[Any]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def matrix(path: Path) -> Any:
-    return crosslingual_head_corr.read_matrix(path)[0]
 
 
 def flags(path: Path) -> Any:
@@ -345,7 +341,10 @@ def headers(draw: st.DrawFn) -> bytes:
     return b"\x93NUMPY\x01\x00" + (len(header) % 65536).to_bytes(2, "little") + header + bytes(96)
 
 
-NPY: dict[str, Callable[[Path], Any]] = {"matrix": matrix, "frequencies": information_flow_routes.read_frequencies}
+NPY: dict[str, Callable[[Path], Any]] = {
+    "matrix": read_head_matrix,
+    "frequencies": information_flow_routes.read_frequencies,
+}
 
 
 @pytest.mark.parametrize("reader", NPY)

@@ -29,6 +29,7 @@ from pyvene_ext.io.files import write_json
 from pyvene_ext.methods.attribution.screen import screened
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.methods.reasoning.evaluate import Results
+from pyvene_ext.runs import figures
 from pyvene_ext.runs.sweeps import unfinished_in
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.graph import (
@@ -343,7 +344,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_study_killed_at_any_file_ends_in_the_same_files(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study.figures, "save", lambda figure, path: write_json(path, "a figure"))
+    monkeypatch.setattr(figures, "save", lambda figure, path: write_json(path, "a figure"))
     flags = ["--model", str(saved), "--dataset", str(saved / "pairs.json"), "--kind", "mean", "--memory", "0.001"]
 
     def written(out: Path) -> dict[str, bytes]:

@@ -186,10 +186,10 @@ NORM = "model.norm.weight"
     [
         ({NORM: torch.full((42,), math.nan)}, f"{NORM} is not finite"),
         ({NORM: torch.full((42,), math.inf, dtype=torch.float16)}, f"{NORM} is not finite"),
-        ({NORM: torch.ones(42, dtype=torch.int64)}, f"{NORM} is of I64 in model.safetensors"),
-        ({NORM: torch.ones(42, dtype=torch.complex64)}, f"{NORM} is of C64 in model.safetensors"),
-        ({NORM: torch.ones(42, dtype=torch.bool)}, f"{NORM} is of BOOL in model.safetensors"),
-        ({NORM: torch.ones(41)}, rf"{NORM} is \[41\] in model.safetensors and \[42\] by config.json"),
+        ({NORM: torch.ones(42, dtype=torch.int64)}, f"{NORM} has dtype I64 in model.safetensors"),
+        ({NORM: torch.ones(42, dtype=torch.complex64)}, f"{NORM} has dtype C64 in model.safetensors"),
+        ({NORM: torch.ones(42, dtype=torch.bool)}, f"{NORM} has dtype BOOL in model.safetensors"),
+        ({NORM: torch.ones(41)}, rf"{NORM} has shape \[41\] in model.safetensors but \[42\] by config.json"),
         ({NORM: None}, "lacks 1 of the weights"),
         ({"model.layers.3.mlp.up_proj.weight": torch.ones(51, 42)}, "weights of more layers .model.layers.3.mlp"),
         ({NORM: torch.full((42,), 3e38)}, "the logits of .* are not finite"),
@@ -318,7 +318,7 @@ def test_what_is_missing_is_not_made_up_however_large(saved: dict[str, Path], tm
     rewrite(folder, **{"model.embed_tokens.weight": None, "lm_head.weight": None})
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 10**8}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config.json asks for 8.4e\+09 numbers and the weights are"):
+    with pytest.raises(ValueError, match=r"config.json asks for 8.4e\+09 numbers but the weights are"):
         load_model(folder)
 
 
@@ -372,7 +372,7 @@ def test_tensors_that_torch_saved_are_not_among_the_shards(saved: dict[str, Path
     index = in_shards(folder, "a.safetensors", "b.safetensors")
     torch.save(load_file(folder / "b.safetensors"), folder / "b.bin")
     (folder / INDEX).write_text(json.dumps(index).replace("b.safetensors", "b.bin"))
-    with pytest.raises(ValueError, match=r"names 'b\.bin', which is no safetensors file"):
+    with pytest.raises(ValueError, match=r"names 'b\.bin', which is not a safetensors file"):
         load_model(folder)
 
 

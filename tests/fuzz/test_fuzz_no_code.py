@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import activation_frequencies_ifr
-import crosslingual_head_corr
 import information_flow_routes
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from pyvene import IntervenableConfig, RepresentationConfig, ZeroIntervention
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.files import read_head_matrix
 from pyvene_ext.methods.heads.published import read_known
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.evaluate import Results
@@ -208,7 +208,7 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "flags": ("config.yaml", flags),
     "settings": ("settings.yaml", run_all.read_settings),
     "known heads": ("known.json", read_known),
-    "matrix": ("a.npy", crosslingual_head_corr.read_matrix),
+    "matrix": ("a.npy", read_head_matrix),
     "frequencies": ("a.npy", information_flow_routes.read_frequencies),
     "run": ("config.yaml", in_folder("config.yaml", Run.read)),
     "facts of a run": ("summary.json", in_folder("summary.json", Run.read, CONFIG_YAML)),

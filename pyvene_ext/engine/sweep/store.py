@@ -1,8 +1,8 @@
-"""A folder that keeps the finished waves of a sweep while it runs, and the merged arrays after it.
+"""A folder that holds the finished waves of a sweep while it runs, and the merged arrays afterwards.
 
-A wave is written whole or not at all, so killing the process at any moment loses no more than the wave in flight. While the sweep
-runs the folder holds `manifest.json`, `lock`, `owner` (of the lock) and one `.npz` a wave; when it is complete, the manifest and
-one `.npy` an array.
+A wave is written whole or not at all, so killing the process at any moment loses no more than the current wave. While the sweep
+runs the folder holds `manifest.json`, `lock`, `owner` (of the lock) and one `.npz` per wave; when it is complete, the manifest
+and one `.npy` per array.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Store:
     """The waves of one sweep on disk, for one process or one launched group at a time; use it in a `with` block.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         facts: what the numbers depend on, as JSON-able data: hashes of weights, config, prompts, specs; metric, dtype ...
-        plan: how the work is cut into waves, as JSON-able data. A store that exists keeps the plan it was made with: other
-            batches may round otherwise, and a resumed run should end in the same bits.
+        plan: how the work is cut into waves, as JSON-able data. An existing store keeps the plan that it was created with,
+            because other batches may round differently and a resumed run should give the same bits.
         member: this process is another rank of the group whose first rank holds the store; it only adds waves and takes no lock.
 
     Raises:
@@ -123,7 +123,7 @@ class Store:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """The plan that the store was made with."""
+        """The plan that the store was created with."""
         return self._manifest["plan"]
 
     @property
@@ -133,7 +133,7 @@ class Store:
 
     @property
     def finished(self) -> dict[int, dict[str, np.ndarray]]:
-        """The waves on disk by number, those of other ranks too; read anew each time. A damaged wave counts as absent."""
+        """The waves on disk by number, including other ranks'; read again with each call. A damaged wave counts as absent."""
         waves = {}
         for path in sorted(self._waves.glob("[0-9]*.npz")):
             content = path.read_bytes()
@@ -144,7 +144,12 @@ class Store:
         return waves
 
     def add(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep a finished wave, such as clean [n_prompts] and intervened [n_specs n_prompts]: on disk when this returns."""
+        """Save a finished wave; it is on disk when this returns.
+
+        Args:
+            number: the wave's, counted from 0.
+            arrays: such as clean [n_prompts] and intervened [n_specs n_prompts].
+        """
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]  # mypy thinks of savez's own flag
         content = buffer.getvalue()
@@ -152,7 +157,11 @@ class Store:
         _write(self._waves / f"{number:06d}.npz", content + xxhash.xxh3_128_digest(content, seed=number))
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the merged arrays, then the manifest that says so; then remove what only an unfinished run needs."""
+        """Write the merged arrays, then mark the manifest as complete, then remove what only an unfinished run needs.
+
+        Args:
+            arrays: of the whole sweep, by name.
+        """
         about = {}
         for name, array in arrays.items():
             buffer = io.BytesIO()
@@ -167,7 +176,7 @@ class Store:
 
     @property
     def result(self) -> dict[str, np.ndarray] | None:
-        """The merged arrays of a complete store, None of an unfinished one; ValueError if a file is missing or damaged."""
+        """The merged arrays of a complete store; None if it is unfinished. Raises ValueError for a missing or damaged file."""
         if not self._manifest["complete"]:
             return None
         arrays = {}
@@ -192,7 +201,7 @@ class Store:
                 (self.folder / name).unlink()
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         with contextlib.suppress(OSError):  # of a file system without locks
             self._lock.release()
 

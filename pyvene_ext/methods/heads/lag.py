@@ -1,38 +1,54 @@
-"""Memory by lag: which token of a list a model expects after one of them is shown again.
+"""Recall by lag: which token of a list a model predicts when one of them is repeated as a cue.
 
-A prompt is a list of distinct tokens in random order and then the one in its middle once more, the cue. The probability that the
-next token is the one at some place of the list, by its distance from the cue's (the lag), is the model's counterpart of where
-human free recall goes on; a model with induction heads goes on at lag +1 ("Temporal Dependencies in In-Context Learning: The Role
-of Induction Heads", arXiv 2604.01094). Here are the prompts, the numbers read from the probabilities, and the heads to ablate.
+A prompt is a list of distinct tokens in random order, followed by its middle token once more, the cue. The probability that the
+next token is the one at some position of the list, by its distance from the cue's position (the lag), is the model's counterpart
+of transitions in human free recall; a model with induction heads continues at lag +1 ("Temporal Dependencies in In-Context
+Learning: The Role of Induction Heads", arXiv 2604.01094). This module has the prompts, the measures and the heads to ablate.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float64, Int
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelcards import n_positions
+from pyvene_ext.engine.plain import Result
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.scores import attention_scores, leading_bos, random_tokens, usable_tokens
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head, layer_matched_random_heads
+from pyvene_ext.stats.intervals import paired_bootstrap, ratio_of_means, standard_error
 
 Layers = Literal["full", "top", "bottom"]
 Mode = Literal["zero", "mean"]
-FAR = 5  # lags farther than this, on either side, are what lag +1 is compared with
-FEWEST = 2 * (FAR + 1)  # tokens of a list that has such lags on both sides
+FAR = 5  # lag +1 is compared with lags beyond this on either side
+BLOCK, REPEATS, EXAMPLES = 25, 2, 10  # of the random tokens for induction scores
+FEWEST = 2 * (FAR + 1)  # tokens of the shortest list that has such lags on both sides
 
 
 # -- prompts and curves ------------------------------------------------------------------------------------------------
 
 
 def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: int, seed: int) -> TokenizedPrompts:
-    """Prompts of `n_tokens` + 1: the same distinct tokens of `pool` in random order, then the one in the middle again. No BOS.
+    """Make prompts without BOS: the same distinct tokens in random order, followed by the middle one again.
 
-    More permutations begin with the same ones.
+    Args:
+        pool: token ids to draw from.
+        n_tokens: tokens of the list; prompts have one more.
+        permutations: how many prompts; the first ones of a larger number are those of a smaller one.
+        seed: of the draws.
+
+    Returns:
+        The prompts; their answers are the token after the cue in the list, and the cue.
 
     Raises:
         ValueError: the pool has too few distinct tokens, or the list is too short to have far lags.
@@ -42,27 +58,34 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
         raise ValueError(f"a list of {n_tokens} tokens has no lags beyond {FAR} on both sides; take at least {FEWEST}.")
     if len(pool) < n_tokens:
         raise ValueError(
-            f"{len(pool)} distinct tokens are usable and {n_tokens} are wanted; give a longer list or ask for fewer."
+            f"{len(pool)} distinct tokens are usable but {n_tokens} are wanted; give a longer list or ask for fewer."
         )
-    rng = np.random.default_rng(seed)
-    chosen = rng.choice(pool, n_tokens, replace=False)
+    draws = np.random.default_rng(seed)
+    chosen = draws.choice(pool, n_tokens, replace=False)
     middle = n_tokens // 2
-    lists = [rng.permutation(chosen).tolist() for _ in range(permutations)]
+    lists = [draws.permutation(chosen).tolist() for _ in range(permutations)]
     return TokenizedPrompts(
         input_ids=tuple((*ids, ids[middle]) for ids in lists),
         answer_ids=tuple((ids[middle + 1], ids[middle]) for ids in lists),
         positions=tuple({"end": -1, "last": -1} for _ in lists),
-        pad_id=0,  # they are equally long
+        pad_id=0,  # not used, because they have equal lengths
     )
 
 
 def lags_of(n_tokens: int) -> Int[np.ndarray, " lag"]:
-    """The lags of a list: index less that of the cue, which is in the middle."""
+    """The lags of a list of `n_tokens`: each index minus the cue's, which is the middle one."""
     return np.arange(n_tokens) - n_tokens // 2
 
 
 def curves_of(probabilities: Float[np.ndarray, "*some pos"]) -> Float64[np.ndarray, "*some lag"]:
-    """What `token_probabilities` gives, by lag: the last position is the cue, the same token as lag 0, and is dropped."""
+    """Convert `token_probabilities` to curves by lag.
+
+    Args:
+        probabilities: of the prompt's own tokens.
+
+    Returns:
+        The same without the last position, the cue, which repeats the token at lag 0.
+    """
     return probabilities[..., :-1].astype(np.float64)
 
 
@@ -72,21 +95,27 @@ def plus_one(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some
 
 
 def plus_one_bias(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability at lag +1 less the mean over the lags beyond 5 on either side."""
+    """The probability at lag +1 minus the mean over lags beyond 5 on either side."""
     return plus_one(curves) - curves[..., np.abs(lags_of(curves.shape[-1])) > FAR].mean(-1)
 
 
 def recalled(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability that the next token is any of the list but the cue."""
+    """The probability that the next token is any token of the list except the cue."""
     return curves[..., lags_of(curves.shape[-1]) != 0].sum(-1)
 
 
 def lag_crp(curves: Float[np.ndarray, "permutation lag"]) -> Float[np.ndarray, " lag"]:
-    """Lag-CRP (Kahana 1996): how often recall goes on at a lag, of the times it could have; NaN at lag 0.
+    """Lag-CRP (Kahana 1996), the conditional response probability by lag.
 
-    Of human recall it is the transitions counted at a lag by those that were possible. Here each permutation is one transition,
-    from the cue; every lag but 0 is possible in each; and probabilities stand for counts (ours). Other tokens than the list's are
-    no transitions, as intrusions are none, so that the curve adds up to 1.
+    For human recall it is the number of transitions at a lag divided by the number of those that were possible. Here each
+    permutation is one transition, from the cue; every lag except 0 is possible in each; and probabilities take the place of
+    counts (ours). Tokens outside of the list do not count as transitions, like intrusions in recall, so the curve sums to 1.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        The mean curve, normalised; NaN at lag 0.
     """
     crp = curves.mean(0) / recalled(curves).mean()
     crp[lags_of(len(crp)) == 0] = np.nan
@@ -97,21 +126,39 @@ def lag_crp(curves: Float[np.ndarray, "permutation lag"]) -> Float[np.ndarray, "
 
 
 def layers_of(which: Layers, n_layers: int) -> range:
-    """top: the layers below n_layers / 2, nearer to the input; bottom: the rest; full: all."""
+    """Select layers.
+
+    Args:
+        which: top: the layers below n_layers / 2, nearer to the input; bottom: the rest; full: all.
+        n_layers: of the model.
+
+    Returns:
+        The layers, ascending.
+    """
     half = (n_layers + 1) // 2
     return {"full": range(n_layers), "top": range(half), "bottom": range(half, n_layers)}[which]
 
 
 def rank_heads(scores: Iterable[tuple[float, int, int]], which: Layers, n_layers: int, wanted: int) -> tuple[Head, ...]:
-    """The `wanted` heads of some layers with the highest scores, highest first; `scores` are (score, layer, head), sorted.
+    """Select the heads of some layers with the highest scores.
 
-    Raises ValueError if there are fewer.
+    Args:
+        scores: (score, layer, head), highest first.
+        which: the layers (`layers_of`).
+        n_layers: of the model.
+        wanted: how many heads.
+
+    Returns:
+        The heads, highest first.
+
+    Raises:
+        ValueError: there are fewer.
     """
     layers = layers_of(which, n_layers)
     found = [(layer, head) for _, layer, head in scores if layer in layers]
     if len(found) < wanted:
         raise ValueError(
-            f"{wanted} heads are asked for and there are scores of {len(found)} in layers {layers.start} to {layers.stop - 1} "
+            f"{wanted} heads are asked for but there are scores for {len(found)} in layers {layers.start} to {layers.stop - 1} "
             f"({which}); ask for fewer."
         )
     return tuple(found[:wanted])
@@ -123,24 +170,209 @@ def random_rankings(
     n_layers: int,
     n_heads: int,
     draws: int,
-    rng: np.random.Generator,
+    generator: np.random.Generator,
 ) -> list[tuple[Head, ...]]:
-    """Controls for the prefixes of `ranked` up to `most` heads: each one's i-th head is of the i-th one's layer, not in `ranked`.
+    """Draw random control rankings: the i-th head of a control is in the layer of the i-th ranked head, but is not ranked.
 
-    So every prefix of a control has as many heads of each layer as the same prefix of `ranked`. Raises ValueError where a layer
-    has too few heads left.
+    So every prefix of a control has as many heads of each layer as the same prefix of `ranked`.
+
+    Args:
+        ranked: heads, highest first.
+        most: length of the controls.
+        n_layers: of the model.
+        n_heads: of each layer.
+        draws: how many controls.
+        generator: source of randomness.
+
+    Returns:
+        The control rankings.
+
+    Raises:
+        ValueError: a layer has too few heads left.
     """
     matched = ranked[:most]
-    sets = layer_matched_random_heads(matched, n_layers, n_heads, draws, rng, exclude=ranked)
+    sets = layer_matched_random_heads(matched, n_layers, n_heads, draws, generator, exclude=ranked)
     rankings = []
     for heads in sets:
         left: dict[int, list[Head]] = defaultdict(list)
-        for i in rng.permutation(len(heads)):
+        for i in generator.permutation(len(heads)):
             left[heads[i][0]].append(heads[i])
         rankings.append(tuple(left[layer].pop() for layer, _ in matched))
     return rankings
 
 
 def ablate_attention(heads: Iterable[Head], mode: Mode) -> Spec:
-    """One joint intervention on the attention scores of these heads: none (zero) or uniform attention (mean)."""
+    """Ablate the attention scores of several heads jointly.
+
+    Args:
+        heads: (layer, head) pairs.
+        mode: zero: attention to nothing; mean: uniform attention.
+
+    Returns:
+        A joint spec.
+    """
     return heads_together(heads, mode, "scores")
+
+
+def cue_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generator: np.random.Generator
+) -> Float[np.ndarray, "layer head"]:
+    """Induction scores as a lag prompt asks for them: attention to what followed, on random tokens shown twice.
+
+    Two blocks, because the cue of a prompt has been there once before: with more, heads that look at several earlier occurrences
+    would score low.
+
+    Args:
+        model: whose heads are scored.
+        tokenizer: of the random tokens.
+        generator: that draws them.
+
+    Raises:
+        ValueError: the model takes fewer tokens.
+    """
+    bos, longest = leading_bos(tokenizer), n_positions(model.config)
+    if (needed := BLOCK * REPEATS + len(bos)) > longest:
+        raise ValueError(
+            f"induction scores are computed on {needed} tokens and the model takes {longest}; give scores."
+        )
+    tokens = usable_tokens(model, tokenizer)
+    ids = random_tokens(tokens, BLOCK, REPEATS, examples=EXAMPLES, rng=generator, bos=bos)
+    return attention_scores(model, ids, BLOCK, first=len(bos), progress=False).induction.mean(0)
+
+
+@dataclass(frozen=True)
+class RankedHeads:
+    """Rankings of heads whose prefixes are ablated, so that larger sets hold the smaller ones.
+
+    Attributes:
+        ranked: the heads with the highest scores, highest first.
+        random: rankings of other heads that match it layer by layer (`random_rankings`).
+        scores: of the heads that have one.
+    """
+
+    ranked: tuple[Head, ...]
+    random: list[tuple[Head, ...]]
+    scores: dict[Head, float]
+
+    def random_sets(self, n: int) -> list[tuple[Head, ...]]:
+        """The random sets of `n` heads. Of draws that begin with the same heads one counts: small layers have few sets."""
+        return list({frozenset(ranking[:n]): ranking[:n] for ranking in self.random}.values())
+
+    def sets(self, n: int, head_type: str) -> list[tuple[Head, ...]]:
+        """All sets of `n` heads that are ablated: the highest scores (`head_type` induction) and the random ones."""
+        return [*([self.ranked[:n]] if head_type == "induction" else []), *self.random_sets(n)]
+
+    def mean_score(self, name: str, chosen: Iterable[Head]) -> dict[str, float]:
+        """The mean score of some heads as a cell of a table, unless one of them has none."""
+        chosen = list(chosen)
+        known = [self.scores[head] for head in chosen if head in self.scores]
+        return {name: float(np.mean(known))} if len(known) == len(chosen) else {}
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LagCurves:
+    """Probability by lag with a number of heads ablated.
+
+    Attributes:
+        n: how many heads.
+        own: of the set itself; of random sets alone, their mean.
+        random: of each of the random sets.
+    """
+
+    n: int
+    own: Float[np.ndarray, "permutation lag"]
+    random: Float[np.ndarray, "set permutation lag"]
+
+
+def lag_curves(
+    result: Result,
+    rows: Mapping[tuple[tuple[Head, ...], Mode], int],
+    heads: RankedHeads,
+    mode: Mode,
+    n: int,
+    head_type: str,
+) -> LagCurves:
+    """The curves with `n` heads ablated.
+
+    Args:
+        result: of `token_probabilities`, every set of heads an intervention.
+        rows: of the result, by set of heads and mode.
+        heads: the rankings.
+        mode: of the ablation.
+        n: how many heads.
+        head_type: induction for the highest scores, random for the random sets alone.
+    """
+
+    def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
+        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.clean)
+
+    random = [of_set(chosen) for chosen in heads.random_sets(n)]
+    own = of_set(heads.ranked[:n]) if head_type == "induction" else np.mean(random, 0)
+    return LagCurves(n, own, np.reshape(random, (-1, *own.shape)))
+
+
+def lag_table(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, Any]]:
+    """One row a lag: the mean probability with its standard error over permutations, and lag-CRP."""
+    columns = (lags_of(curves.shape[1]).tolist(), curves.mean(0), standard_error(curves), lag_crp(curves))
+    names = ("Lag", "Mean Probability", "Standard Error", "Conditional Response Probability")
+    return [dict(zip(names, (row[0], *map(float, row[1:])), strict=True)) for row in zip(*columns, strict=True)]
+
+
+def lag_summary(
+    at: LagCurves, clean: Float[np.ndarray, "permutation lag"], heads: RankedHeads, head_type: str, seed: int
+) -> dict[str, Any]:
+    """One row of the summary: lag +1, its bias against the untouched run with intervals, and the random sets beside it.
+
+    Args:
+        at: the curves with a number of heads ablated.
+        clean: those of the untouched run.
+        heads: the rankings that were ablated.
+        head_type: as for `lag_curves`.
+        seed: of the bootstrap.
+    """
+    bias, before = plus_one_bias(at.own), plus_one_bias(clean)
+    change = paired_bootstrap(bias, before, rng(seed, "bias", at.n))
+    crp = ratio_of_means(plus_one(at.own)[None], recalled(at.own), rng(seed, "crp", at.n))
+    row: dict[str, Any] = {
+        "heads": at.n,
+        "p(+1)": plus_one(at.own).mean(),
+        "standard error": standard_error(plus_one(at.own)),
+        "bias": bias.mean(),
+        "change": change.mean,
+        "change low": change.low,
+        "change high": change.high,
+        "crp(+1)": crp.mean[0],
+        "crp low": crp.low[0],
+        "crp high": crp.high[0],
+    }
+    if at.n and len(at.random):
+        changes = plus_one_bias(at.random).mean(1) - before.mean()
+        row |= {"random sets": len(changes), "random change": changes.mean()}
+        row |= {"random lowest": changes.min(), "random highest": changes.max()}
+        row |= heads.mean_score("random score", itertools.chain(*heads.random_sets(at.n)))
+        if head_type == "induction":
+            row |= heads.mean_score("score", heads.ranked[: at.n])
+            row["share as low"] = (1 + int((changes <= change.mean).sum())) / (1 + len(changes))
+    return {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
+
+
+def lag_text(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows of a summary as aligned text."""
+    lines = [
+        "heads    p(+1)     bias   change      95% interval      CRP(+1)   random sets: mean change [range], score"
+    ]
+    for row in rows:
+        line = f"{row['heads']:5d} {row['p(+1)']:8.4f} {row['bias']:8.4f} {row['change']:8.4f} "
+        line += f"[{row['change low']:7.4f}, {row['change high']:7.4f}] {row['crp(+1)']:8.4f}"
+        if "random change" in row:
+            line += f"   {row['random sets']:2d}: {row['random change']:7.4f} "
+            line += f"[{row['random lowest']:7.4f}, {row['random highest']:7.4f}]"
+            line += f", {row['random score']:.2f}" if "random score" in row else ""
+        if "share as low" in row:
+            line += f" (own {row['score']:.2f})" if "score" in row else ""
+            line += f", share as low {row['share as low']:.3f}"
+        lines.append(line)
+    return "\n".join(lines)

@@ -14,8 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pyvene_ext.io.errors import one_sentence
 from pyvene_ext.io.files import parse_json
-from pyvene_ext.models.sizes import head_label
-from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.controls import Head, head_label
 
 KNOWN = Path(__file__).parent / "known_heads.json"
 

@@ -1,3 +1,11 @@
+from .accuracy import ablation_curves as ablation_curves
+from .accuracy import pattern_bars as pattern_bars
+from .accuracy import transplant_curves as transplant_curves
+from .drops import crossed_strata as crossed_strata
+from .drops import drops_by_hub as drops_by_hub
+from .drops import drops_by_stratum as drops_by_stratum
+from .drops import drops_by_token as drops_by_token
+from .edges import edge_matrix as edge_matrix
 from .heads import compared_heads as compared_heads
 from .heads import faithfulness_curves as faithfulness_curves
 from .heads import frequency_curve as frequency_curve
@@ -5,6 +13,10 @@ from .heads import head_heatmap as head_heatmap
 from .heads import histogram_abs_delta as histogram_abs_delta
 from .heads import layer_lines as layer_lines
 from .heads import scatter_heads as scatter_heads
+from .inputs import TokenText as TokenText
+from .inputs import coloured_tokens as coloured_tokens
+from .inputs import tag_shares as tag_shares
+from .lag import lag_curves as lag_curves
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
 from .name_movers import attention_against_projection as attention_against_projection
@@ -12,6 +24,8 @@ from .name_movers import copies_and_effects as copies_and_effects
 from .name_movers import figures_of_name_movers as figures_of_name_movers
 from .name_movers import where_heads_look as where_heads_look
 from .patching import site_maps as site_maps
+from .probes import probe_curves as probe_curves
+from .routes import routes as routes
 from .style import AMBER as AMBER
 from .style import BLUE as BLUE
 from .style import DIVERGING as DIVERGING

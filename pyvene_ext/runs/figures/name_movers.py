@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 
 from pyvene_ext.methods.heads.name_movers import Names
 from pyvene_ext.methods.heads.name_roles import NameMeasures
-from pyvene_ext.models.sizes import head_label
 from pyvene_ext.runs.figures.heads import head_heatmap
 from pyvene_ext.runs.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SEQUENTIAL, styled
-from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.controls import Head, head_label
 from pyvene_ext.stats.correlations import Correlation
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK)

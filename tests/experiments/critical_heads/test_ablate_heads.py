@@ -16,6 +16,9 @@ from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.tiny_tasks import draw
+from pyvene_ext.runs import ablated, figures
+from pyvene_ext.runs.figures.accuracy import ablation_curves
+from pyvene_ext.runs.flags import Loading
 from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.controls import mcnemar_p
 from tests.experiments.critical_heads import by_hand
@@ -32,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a ranking of a few heads; figures take no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(accuracy, "RESAMPLES", 200)
-    monkeypatch.setattr(study.figures, "save", lambda _, path: path.parent.mkdir(exist_ok=True) or path.touch())
+    monkeypatch.setattr(figures, "save", lambda _, path: path.parent.mkdir(exist_ok=True) or path.touch())
     write_ranking(tmp_path / "scores.csv", HEADS)
     return tmp_path
 
@@ -154,13 +157,13 @@ def test_means_are_of_the_untouched_models_own_texts(folder: Path) -> None:
 def test_the_first_problems_and_what_was_written_for_each_are_the_donors(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, given = study.Transcripts.compute, []
+    compute, given = ablated.Transcripts.compute, []
 
     def seen(model: Any, questions: Any, clean: Any, *more: Any, **options: Any) -> Any:
         given.append([[*ids, *new] for ids, new in zip(questions.prompts.input_ids, clean.ids, strict=True)])
         return compute(model, questions, clean, *more, **options)
 
-    monkeypatch.setattr(study.Transcripts, "compute", seen)
+    monkeypatch.setattr(ablated.Transcripts, "compute", seen)
     flags = ["--rankings", "scores.csv", "--n_heads", 1, "--random_sets", 0, "--scope", "new", "--kind", "resample"]
     assert command(*FEW, *flags, "--donors", 4) == 0
     for text, (ids, _, gold) in zip(given[0], by_hand.blocks(MODEL, N)[2][:4], strict=True):
@@ -224,7 +227,7 @@ def test_what_was_interrupted_goes_on_and_gives_the_same(folder: Path, monkeypat
     whole = files(folder / "out")
     assert not any("unfinished" in name for name in whole)
     (folder / "out").rename(folder / "before")
-    calls = stop_at(monkeypatch, 5, study, "evaluate")
+    calls = stop_at(monkeypatch, 5, ablated, "evaluate")
     assert command(*flags) == 130
     assert set(files(folder / "out")) == {name for name in files(folder / "out") if name.startswith("unfinished/")}
     assert len(files(folder / "out")) == 4
@@ -259,7 +262,7 @@ def test_a_figure_has_a_line_a_model_with_the_range_of_its_random_sets(folder: P
     row = {"model": "m", "n_heads": 0, "accuracy": 90.0, "low": 85.0, "high": 95.0, "random_sets": 0}
     more = {"random_drop": 5.0, "random_lowest": 1.0, "random_highest": 9.0, "random_sets": 3}
     rows = [row, {**row, **more, "n_heads": 1, "accuracy": 40.0, "low": 30.0, "high": 50.0}]
-    (axes,) = study.draw([*rows, *({**r, "model": "other", "random_sets": 0} for r in rows)], "zero", "new").axes
+    (axes,) = ablation_curves([*rows, *({**r, "model": "other", "random_sets": 0} for r in rows)], "title").axes
     labels = axes.get_legend_handles_labels()[1]
     assert sorted(labels) == ["m", "m: random sets, mean and range", "other"]
     (mean,) = [line for line in axes.lines if line.get_linestyle() == ":"]
@@ -272,14 +275,14 @@ def test_a_figure_has_a_line_a_model_with_the_range_of_its_random_sets(folder: P
 # -- bad input -------------------------------------------------------------------------------------------------------------
 
 BEFORE_LOADING: list[tuple[list[Any], str]] = [
-    (["--n_heads", 0], "--n_heads takes ascending numbers of heads from 1 on, not 0."),
-    (["--n_heads", 2, 1], "--n_heads takes ascending numbers"),
-    (["--n_heads", 2, 2], "--n_heads takes ascending numbers"),
+    (["--n_heads", 0], "--n_heads must be 1 or more, not 0."),
+    (["--n_heads", 2, 1], "--n_heads takes ascending numbers, not 2 1."),
+    (["--n_heads", 2, 2], "--n_heads takes ascending numbers, not 2 2."),
     (["--random_sets", -1], "--random_sets must be 0 or more, not -1."),
     (["--donors", 1], "--donors must be 2 or more"),
     (["--seed", -1], "--seed must be 0 or more"),
-    (["--kind", "zero", "zero"], "--kind names one or more, each once."),
-    (["--scope", "new", "new"], "--scope names one or more, each once."),
+    (["--kind", "zero", "zero"], "--kind names one or more, each once, not zero zero."),
+    (["--scope", "new", "new"], "--scope names one or more, each once, not new new."),
     (["--rankings", "scores.csv", "scores.csv"], "--rankings names 2 files for 1 models"),
     (["--max_new_tokens", 1], "--max_new_tokens must be 2 or more"),
     (["--limit", 0], "--limit must be 1 or more"),
@@ -291,7 +294,7 @@ BEFORE_LOADING: list[tuple[list[Any], str]] = [
 ]
 BEFORE_RUNNING: list[tuple[list[Any], str]] = [
     (["--n_heads", 49], "--n_heads asks for 49 heads and tiny-qwen2.5 has 48; ask for fewer."),
-    (["--n_heads", 4, "--rankings", "scores.csv"], "4 heads are asked for and there are scores of 3"),
+    (["--n_heads", 4, "--rankings", "scores.csv"], "4 heads are asked for but there are scores for 3"),
     (["--rankings", "outside.csv"], "head 6.0 is outside"),
     (["--rankings", "none.csv"], "none.csv"),
     (["--max_new_tokens", 256], "max_new_tokens is 256 and the model takes 256 in all"),
@@ -311,8 +314,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     (folder / "empty.jsonl").write_text("\n", encoding="utf-8")
     (folder / "outside.csv").write_text("scores,layer,head\n0.5,6,0\n", encoding="utf-8")
     if (flags, told) in BEFORE_LOADING:
-        monkeypatch.setattr(study, "load_model", None)
-    monkeypatch.setattr(study, "evaluate", None)
+        monkeypatch.setattr(Loading, "load", None)
+    monkeypatch.setattr(ablated, "evaluate", None)
     before = sorted(folder.rglob("*"))
     assert command(*flags) == 2
     captured = capsys.readouterr()

@@ -11,12 +11,14 @@ import pytest
 import torch
 import yaml
 from critical_heads import attribute_inputs as study
-from critical_heads import setting as common
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.files import write_csv
+from pyvene_ext.methods.attribution.by_tag import AttributedHead, head_rows, tag_rows
 from pyvene_ext.methods.attribution.inputs import InputAttribution, Target
 from pyvene_ext.prompts.token_tags import tag_tokens
+from pyvene_ext.runs.figures.inputs import tag_shares
 from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.interrupted import stop_at
@@ -30,7 +32,6 @@ STEPS = 8
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(accuracy, "RESAMPLES", 100)
-    monkeypatch.setattr(common, "RESAMPLES", 100)
     return tmp_path
 
 
@@ -158,9 +159,9 @@ def test_random_heads_are_of_the_same_layer_and_asked_the_same(folder: Path) -> 
 
 def one(
     head: InputAttribution, controls: dict[tuple[int, int], InputAttribution], tags: list[list[str]]
-) -> study.Found:
+) -> AttributedHead:
     target = Target(0, 0, [[1]] * len(tags), [0] * len(tags))
-    return study.Found("m", (0, 0), head, controls, 0, target, tuple(range(len(tags))), tags, tags)
+    return AttributedHead("m", (0, 0), head, controls, 0, target, tuple(range(len(tags))), tags, tags)
 
 
 def of(*rows: list[float], missed: tuple[int, ...] = ()) -> InputAttribution:
@@ -176,7 +177,7 @@ def test_shares_are_compared_over_the_problems_that_are_complete_for_both() -> N
         (0, 1): of([0, 1, 0, 3], [0, 0, 0, 1], [0, 1, 0, 0]),
         (0, 2): of([0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 0, 0], missed=(1,)),
     }
-    number = next(row for row in study.tag_rows(one(head, controls, tags), 0) if row["tag"] == "number")
+    number = next(row for row in tag_rows(one(head, controls, tags), 0) if row["tag"] == "number")
     assert number["problems"] == 2 and number["token_share"] == pytest.approx(2 / 3)
     assert number["share"] == pytest.approx((0.75 + 0.5) / 2)
     assert number["more_than_tokens"] == pytest.approx(0.625 - 2 / 3)
@@ -190,7 +191,7 @@ def test_what_is_attributable_is_said_plainly() -> None:
 
     def verdict(head: InputAttribution, controls: dict[tuple[int, int], InputAttribution]) -> str:
         found = one(head, controls, tags)
-        (line,) = study.verdicts_of(study.head_rows(found, 0), study.tag_rows(found, 0), config)
+        (line,) = study.verdicts_of(head_rows(found, 0), tag_rows(found, 0), config)
         return line
 
     plain = of(*[[6.0, 1.0, 1.0, 0.0]] * 12)
@@ -211,14 +212,14 @@ def test_what_is_attributable_is_said_plainly() -> None:
 
 def test_heads_and_hubs_come_from_the_ranking_made_here(folder: Path) -> None:
     kept = []
-    own = study.block_scores
+    own = px.methods.block_scores
 
     def keeps(*args: Any, **kwargs: Any) -> Any:
         kept.append(own(*args, **kwargs))
         return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "block_scores", keeps)
+        patch.setattr(px.methods, "block_scores", keeps)
         assert command("--out", "x", "--random_heads", 0, "--n_heads", 2, "--sample", 3) == 0
     (scores,) = kept
     best = np.argsort(-scores.of("hub"), axis=None, kind="stable")[:2]
@@ -240,7 +241,7 @@ def test_the_same_command_gives_the_same_and_goes_on_where_it_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--out", "x", "--heads", "1.3", "2.1", "--hub", 2, "--random_heads", 1)
-    made = stop_at(monkeypatch, 3, study, "integrated_gradients")
+    made = stop_at(monkeypatch, 3, px.methods, "integrated_gradients")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0
@@ -264,14 +265,14 @@ def test_the_same_command_gives_the_same_and_goes_on_where_it_stopped(
         (("--random_heads", "-1"), "--random_heads must be 0 or more"),
         (("--shown", "0"), "--shown must be 1 or more"),
         (("--heads", "2"), "--heads names heads as layer.head, such as 2.5, not '2'"),
-        (("--heads", "1.2", "1.2"), "--heads names each head once"),
+        (("--heads", "1.2", "1.2"), "--heads names each once, not 1.2 1.2."),
         (("--heads", "4.0"), "--heads 4.0: tiny-llama3.1 has layers 0 to 3, each with heads 0 to 7"),
         (("--heads", *(f"1.{head}" for head in range(8))), "layer 1 has 0 heads left for a control of 1"),
         (("--n_heads", "33"), "--n_heads asks for 33 heads and tiny-llama3.1 has 32"),
         (("--heads", "1.2", "--rankings", "a.csv"), "--heads and --rankings both say which heads"),
         (("--rankings", "a.csv", "b.csv"), "--rankings names 2 files for 1 models"),
         (("--heads", "1.2", "--hub", "99"), "0 problems of tiny-llama3.1 have a token 99 in their block"),
-        (("--heads", "1.2", "--hub", "-1"), "0 problems of tiny-llama3.1 have a token -1 in their block, and one behind it"),
+        (("--heads", "1.2", "--hub", "-1"), "0 problems of tiny-llama3.1 have a token -1 in their block, and one after it"),
         (("--target", "projection", "--hub", "1"), "--hub is a token that heads look at"),
         (("--direction", "answer"), "--direction answer is for --target projection"),
         (("--dtype", "float16"), "too small for float16; load the model in bfloat16 or float32"),
@@ -295,7 +296,7 @@ def test_a_figure_of_one_head_holds_its_legend() -> None:
     numbers = dict.fromkeys(
         [f"{name}{end}" for name in ("share", "random_share") for end in ("", "_low", "_high")] + ["token_share"], 0.2
     )
-    drawing = study.tag_figure([{"model": "m", "head": "0.1", "tag": tag, **numbers} for tag in ("number", "other")])
+    drawing = tag_shares([{"model": "m", "head": "0.1", "tag": tag, **numbers} for tag in ("number", "other")])
     drawing.draw_without_rendering()
     box = drawing.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= drawing.bbox.width

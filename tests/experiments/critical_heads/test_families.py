@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from critical_heads import ablate_heads, attribute_inputs, patch_hub, transplant_head
-from critical_heads import setting as common
+from critical_heads import attribute_inputs, patch_hub, transplant_head
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.latent_steps import Format, attach, save
-from pyvene_ext.runs import reasoning
+from pyvene_ext.runs import ablated, reasoning, transplants
 from tests.saved_models import save_with_random_weights, shipped_tokenizer
 from tests.tiny_random import CLASSES, tiny_config
 
@@ -48,7 +47,7 @@ def test_what_a_family_cannot_be_asked_is_said_before_problems_are_solved(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (common, ablate_heads, transplant_head):
+    for module in (reasoning, ablated, transplants):
         monkeypatch.setattr(module, "evaluate", None)
     module: Any = import_module(f"critical_heads.{study}")
     given = ("--models", MODEL, "--limit", "4", "--out", "x", *flags)

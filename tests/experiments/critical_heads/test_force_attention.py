@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import yaml
 from critical_heads import force_attention as study
-from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.runs import reasoning
 from pyvene_ext.stats import accuracy
+from pyvene_ext.stats.accuracy import accuracy_drop
 from pyvene_ext.stats.intervals import Interval
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import forced_attention as slow
@@ -181,18 +181,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
 
 
 def test_an_interval_of_no_change_has_a_width() -> None:
-    nothing = common.drop_of(np.ones(54), np.ones(54), 0, "x")
+    nothing = accuracy_drop(np.ones(54), np.ones(54), 0, "x")
     reach = 100 * (1.959964**2 / 54) / (1 + 1.959964**2 / 54)  # Wilson's for 0 of 54
     assert nothing == pytest.approx(Interval(0.0, -reach, reach), rel=1e-4)
-    assert common.drop_of(np.ones(400), np.ones(400), 0, "x").high < 2
-    all_lost = common.drop_of(np.ones(54), np.zeros(54), 0, "x")
+    assert accuracy_drop(np.ones(400), np.ones(400), 0, "x").high < 2
+    all_lost = accuracy_drop(np.ones(54), np.zeros(54), 0, "x")
     assert all_lost == pytest.approx(Interval(100.0, 100 - reach, 100.0), rel=1e-4)
     one = np.ones(54)
     one[3] = 0.2  # a fifth of the seeds
-    wider = common.drop_of(np.ones(54), one, 0, "x")
+    wider = accuracy_drop(np.ones(54), one, 0, "x")
     assert wider == pytest.approx(Interval(80 / 54, 80 / 54 - reach, 80 / 54 + reach), rel=1e-4)
     four, five = (np.arange(400) >= lost for lost in (4, 5))
-    assert common.drop_of(np.ones(400), four, 0, "x").low < 0.2 < common.drop_of(np.ones(400), five, 0, "x").low
+    assert accuracy_drop(np.ones(400), four, 0, "x").low < 0.2 < accuracy_drop(np.ones(400), five, 0, "x").low
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_an_interval_of_no_change_has_a_width() -> None:
         (("--shapes", "ring"), "invalid choice"),
         (("--heads", "2"), "--heads names heads as layer.head, such as 2.5, not '2'"),
         (("--heads", "4.0"), "--heads 4.0: tiny-llama3.1 has layers 0 to 3, each with heads 0 to 7"),
-        (("--heads", "1.2", "1.2"), "--heads names each head once"),
+        (("--heads", "1.2", "1.2"), "--heads names each once, not 1.2 1.2."),
         (("--heads", *(f"1.{head}" for head in range(5))), "layer 1 has 3 heads left for a control of 5"),
         (("--hub", "99"), "--hub 99: 0 problems have a token there"),
         (("--random_sets", "-1"), "--random_sets must be 0 or more"),

@@ -24,6 +24,8 @@ from pyvene_ext.models.latent_steps import (
 )
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.tiny_tasks import draw
+from pyvene_ext.runs import figures
+from pyvene_ext.runs.ablated import Solver
 from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads.by_hand import table
 from tests.ground_truth.ablations import statistics
@@ -99,8 +101,7 @@ def gold() -> list[int]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(accuracy, "RESAMPLES", 100)
-    for study in (ablate_heads, force_attention, patch_hub, rank_heads):
-        monkeypatch.setattr(study.figures, "save", lambda *_: None)
+    monkeypatch.setattr(figures, "save", lambda *_: None)
     return tmp_path
 
 
@@ -163,7 +164,7 @@ def test_ablated_heads(made: Path, folder: Path) -> None:
 def test_the_scopes_of_ablations_are_latent_steps_those_and_new_tokens_and_all(made: Path) -> None:
     nothing: Any = None
     model, _ = load_model(made / "thinker")
-    places = ablate_heads.Model("", model, nothing, nothing, nothing, nothing).places
+    places = Solver("", model, nothing, nothing, nothing, nothing).places
     assert (places("reasoning"), places("new"), places("both")) == (
         (tuple(STEPS), "prompt"),
         (tuple(STEPS), "both"),

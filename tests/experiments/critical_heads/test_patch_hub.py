@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
 
 def test_a_start_is_the_middle_layer_and_all_tokens() -> None:
     model, *_ = by_hand.blocks(MODEL, 0)
-    specs = study.noise_at_hub(study.Config(), model.config, 4)
+    specs = study.specs_of(study.Config(), model, 4)
     assert list(specs) == ["embed", "resid.2", "kv"]
     assert [spec.name for spec in specs["kv"]][:3] == [f"{at}.0,1@hub:noise/seed4" for at in ("k.0", "v.0", "k.1")]  # type: ignore[union-attr]
     assert len(specs["kv"]) == 2 * LAYERS  # type: ignore[arg-type]

@@ -13,20 +13,23 @@ import numpy as np
 import pytest
 import torch
 from critical_heads import probe_layers as study
-from critical_heads import setting as common
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.probe_targets import ProbeTarget, problem_group, solution_number
 from pyvene_ext.methods.reasoning.probes import ALPHAS, deal_folds
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.prompts.tiny_tasks import NAMES_EN, draw
 from pyvene_ext.runs import reasoning
-from pyvene_ext.runs.flags import Loading
+from pyvene_ext.runs.figures.probes import probe_curves
+from pyvene_ext.runs.flags import Problems
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import probes as slow
 
 N = 30
 MODEL = "tiny-qwen2.5"
+TARGETS = "answer, first_operand, last_digit, correct, or result_1, result_2 ..."
 FEW = ("--limit", N, "--models", MODEL, "--min_problems", 10, "--folds", 3, "--shuffles", 19, "--out", "x")
 
 
@@ -166,7 +169,7 @@ def test_the_p_of_the_best_place_counts_shuffles_whose_best_place_is_as_good(fol
     noise = generator.standard_normal((40, 60, 3)).astype(np.float32)
     y = generator.standard_normal((60, 1))
     config = study.Config(shuffles=30, folds=3)
-    target = study.Target("answer", np.arange(60), y[:, 0], y)
+    target = ProbeTarget("answer", np.arange(60), y[:, 0], y)
     rows = study.of_targets(noise, noise, [target], np.arange(60), config, study.tqdm(disable=True))
     assert min(row["p"] for row in rows) < 0.1 < rows[0]["p_best"] and len({row["p_best"] for row in rows}) == 1
     assert all(row["gain"] == pytest.approx(0, abs=1e-12) for row in rows)
@@ -203,16 +206,16 @@ SOLUTION = "He has 1,000/4 = <<1,000/4=250>>250. Then <<250-.5=249.50>> and <<ab
 )
 def test_targets_are_read_from_the_solution(target: str, value: float | None) -> None:
     problem = Problem(question="?", solution=SOLUTION, answer=249.5, steps=3)
-    found = study.value_of(problem, target)
+    found = solution_number(problem, target)
     assert np.isnan(found) if value is None else found == value
     halves = Problem(question="?", solution="<<.5*-.25=-.125>> #### -0.125", answer=-0.125, steps=1)
-    assert [study.value_of(halves, name) for name in ("first_operand", "result_1")] == [0.5, -0.125]
-    assert study.value_of(Problem(question="?", solution="#### -17", answer=-17, steps=0), "last_digit") == 7
+    assert [solution_number(halves, name) for name in ("first_operand", "result_1")] == [0.5, -0.125]
+    assert solution_number(Problem(question="?", solution="#### -17", answer=-17, steps=0), "last_digit") == 7
 
 
 def test_problems_with_the_same_numbers_are_of_one_group_and_without_numbers_those_with_the_same_text() -> None:
     def group(question: str, by: str) -> str:
-        return study.group_of(Problem(question=question, solution="", answer=1, steps=0), by)
+        return problem_group(Problem(question=question, solution="", answer=1, steps=0), by)
 
     assert group("Lisa has 1,200 cats and 3 dogs.", "numbers") == group("Paul sells 1200 eggs, then 3.", "numbers")
     assert group("Lisa has 3 cats and 12 dogs.", "numbers") != group("Lisa has 31 cats and 2 dogs.", "numbers")
@@ -248,14 +251,14 @@ def test_numbers_by_their_logarithm(folder: Path) -> None:
 
 
 def test_problems_that_are_wrong_are_a_class(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = common.prepare
+    made = reasoning.prepare
 
     def some_wrong(*given: Any, **more: Any) -> Any:
         setting = made(*given, **more)
         gold = tuple(value + (i % 3 == 0) for i, value in enumerate(setting.clean.gold))
         return replace(setting, clean=replace(setting.clean, gold=gold))
 
-    monkeypatch.setattr(common, "prepare", some_wrong)
+    monkeypatch.setattr(reasoning, "prepare", some_wrong)
     assert command(*FEW, "--positions", "mark", "--targets", "correct") == 0
     rows = by_hand.table(folder / "x/probes.csv")
     assert {row["chance"] for row in rows} == {str(100 * 20 / 30)} and float(rows[0]["accuracy"]) == pytest.approx(
@@ -266,16 +269,16 @@ def test_problems_that_are_wrong_are_a_class(folder: Path, monkeypatch: pytest.M
 def test_more_tiny_problems_than_other_studies_have_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int | None] = []
 
-    def problems(flags: common.Flags) -> list[Problem]:
+    def problems(flags: Problems) -> list[Problem]:
         seen.append(flags.limit)
         return []
 
-    monkeypatch.setattr(common, "find_problems", problems)
+    monkeypatch.setattr(reasoning, "find_problems", problems)
 
     def stop(*_: Any, **__: Any) -> None:
         raise ValueError("enough")
 
-    monkeypatch.setattr(common, "prepare", stop)
+    monkeypatch.setattr(reasoning, "prepare", stop)
     for flags in ((), ("--limit", 7), ("--problems", "gsm8k")):
         assert command("--out", "x", *flags) == 2
     assert seen == [1200, 7, None]
@@ -290,15 +293,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
         return own(*given, **more)
 
     monkeypatch.setattr(reasoning, "evaluate", counted)
-    read = study.read_residuals
+    read = px.methods.read_residuals
 
     def stops(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "read_residuals", stops)
+    monkeypatch.setattr(px.methods, "read_residuals", stops)
     assert command(*FEW, *flags) == 130 and len(made) == 2
     assert all("unfinished" in path.parts for path in (folder / "x").rglob("*") if path.is_file())
-    monkeypatch.setattr(study, "read_residuals", read)
+    monkeypatch.setattr(px.methods, "read_residuals", read)
     assert command(*FEW, *flags) == 0 and len(made) == 2
     assert not (folder / "x/unfinished").exists()
     assert command("--config", "x/config.yaml", "--out", "y") == 0 and len(made) == 4
@@ -311,14 +314,21 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
         (("--folds", "2"), "--folds must be 3 or more, not 2."),
         (("--shuffles", "18"), "--shuffles must be 19 or more"),
         (("--min_problems", "9"), "--min_problems must be 10 or more"),
-        (("--positions", "mark", "mark"), "--positions names one or more, each once."),
+        (("--positions", "mark", "mark"), "--positions names one or more, each once, not mark mark."),
         (
             ("--positions", "middle"),
-            "--positions middle: give question_last, block_first, block_last, mark, or the number",
+            "--positions names question_last, block_first, block_last, mark, or the number of a token of the block, such as "
+            "3 or -2, not 'middle'.",
         ),
-        (("--targets", "answers"), "--targets answers: give answer, first_operand, last_digit, correct, or result_1"),
-        (("--targets", "result_0"), "--targets result_0: give"),
-        (("--targets", "answer", "answer"), "--targets names one or more, each once."),
+        (
+            ("--targets", "answers"),
+            "--targets names answer, first_operand, last_digit, correct, or result_1, result_2 ..., not 'answers'.",
+        ),
+        (
+            ("--targets", "result_0"),
+            "--targets names answer, first_operand, last_digit, correct, or result_1, result_2 ..., not 'result_0'.",
+        ),
+        (("--targets", "answer", "answer"), "--targets names one or more, each once, not answer answer."),
         (("--batch_size", "0"), "--batch_size must be 1 or more"),
     ],
 )
@@ -329,7 +339,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Loading, "load", None)
+    monkeypatch.setattr(px.flags.Loading, "load", None)
     assert command("--out", "x", *flags) == 2
     assert message in capsys.readouterr().err and not list(folder.rglob("*"))
 
@@ -340,7 +350,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
         (("--min_problems", "31"), "nothing to probe for (30 problems have it, and --min_problems asks for 31)"),
         (("--positions", "40"), "nothing to probe for (0 problems have it, and --min_problems asks for 10)"),
         (("--targets", "correct"), "nothing to probe for (it is 1 in all 30 problems)"),
-        (("--folds", "31", "--targets", "answer"), "cannot be dealt to 31 folds; give more problems."),
+        (("--folds", "31", "--targets", "answer"), "cannot be divided into 31 folds; give more problems."),
     ],
 )
 def test_problems_that_do_not_suffice_are_one_sentence_and_nothing_is_written(
@@ -360,7 +370,7 @@ def test_a_figure_of_one_panel_holds_its_title_and_its_legend(folder: Path) -> N
         }
         for row in by_hand.table(folder / "x/probes.csv")
     ]
-    drawing = study.figure(MODEL, rows)
+    drawing = probe_curves(MODEL, rows)
     drawing.draw_without_rendering()
     for words in (drawing.legends[0], *drawing.texts):
         box = words.get_window_extent()

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 from critical_heads import run_all as study
-from critical_heads import setting as common
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
@@ -49,7 +48,6 @@ NAMES = [
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(accuracy, "RESAMPLES", 100)
-    monkeypatch.setattr(common, "RESAMPLES", 100)
     Path("few.yaml").write_text(yaml.safe_dump(FEW))
     return tmp_path
 
@@ -230,7 +228,11 @@ def test_a_study_that_cannot_be_done_says_why_and_the_others_go_on(pretended, mo
         (("--settings", "own.yaml"), "a: [", "not valid YAML"),
         (("--settings", "own.yaml"), "no_study: {a: 1}", "flags by study"),
         (("--settings", "own.yaml"), "patch_hub: 3", "flags by study"),
-        (("--settings", "own.yaml"), "patch_hub: {sedes: 3}", "patch_hub has no flag 'sedes'"),
+        (
+            ("--settings", "own.yaml"),
+            "patch_hub: {sedes: 3}",
+            "patch_hub has an unknown flag 'sedes'; did you mean 'seeds'?",
+        ),
         (("--settings", "own.yaml"), "patch_hub: {seeds: many}", "patch_hub: seeds"),
         (("--settings", "own.yaml"), "patch_hub: {seeds: 0}", "--seeds must be 1 or more"),
     ],

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from critical_heads import ablate_heads as ablation
-from critical_heads import setting as common
+from critical_heads import patch_hub
 from critical_heads import stratify_difficulty as study
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning import strata as statistics
 from pyvene_ext.methods.reasoning.evaluate import Evaluation
+from pyvene_ext.methods.reasoning.strata import ProblemEffects, difficulty_strata, split_by, stratum_order
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.prompts.tiny_tasks import draw
-from pyvene_ext.runs.flags import Loading
+from pyvene_ext.runs import ablated
+from pyvene_ext.runs.figures.drops import crossed_strata, drops_by_stratum
 from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
@@ -37,7 +40,6 @@ FEW = ("--limit", N, "--models", MODEL, "--out", "x", "--max_new_tokens", 20, "-
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(accuracy, "RESAMPLES", 200)
-    monkeypatch.setattr(common, "RESAMPLES", 200)
     return tmp_path
 
 
@@ -93,7 +95,7 @@ def test_every_stratum_is_that_of_each_problem_by_itself(folder: Path, capsys: p
     assert facts["models"][MODEL]["intervention"] == "zero ablation of 0.1 1.2 at reasoning"
     rows = by_hand.table(folder / "x/strata.csv")
     assert [(row["split"], row["stratum"]) for row in rows] == [
-        (split, stratum) for split in study.SPLITS for stratum in sorted(set(strata[split]))
+        (split, stratum) for split in statistics.SPLITS for stratum in sorted(set(strata[split]))
     ]
     random = np.array([float(row["random"]) for row in problems])
     for row in rows:
@@ -122,13 +124,13 @@ def test_every_stratum_is_that_of_each_problem_by_itself(folder: Path, capsys: p
 def test_random_heads_are_of_the_same_layers_and_none_of_the_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, own = [], study.heads_together
+    asked, own = [], ablated.heads_together
 
     def seen(heads: Any, *more: Any, **named: Any) -> Any:
         asked.append(tuple(heads))
         return own(heads, *more, **named)
 
-    monkeypatch.setattr(study, "heads_together", seen)
+    monkeypatch.setattr(ablated, "heads_together", seen)
     assert command(*FEW, "--heads", "0.1", "1.2", "--random_sets", 3, "--limit", 3) == 0
     named, *random = dict.fromkeys(asked)
     assert named == HEADS and len(random) == 3
@@ -160,7 +162,7 @@ def test_noise_at_a_token_of_the_reasoning_is_that_of_patch_hub(folder: Path) ->
     assert facts["edges"] == pytest.approx(np.quantile(sure, (0, 0.5, 1)).tolist(), abs=1e-5)
     assert facts["intervention"] == "noise at token 12 of the reasoning, embed"
     same = f"--limit {N} --models {MODEL} --out y --max_new_tokens 20 --min_problems 2 --sites embed --seeds 2 --seed 3"
-    assert run_study(study.patch_hub.main, study.patch_hub.Config, same.split()) == 0
+    assert run_study(patch_hub.main, patch_hub.Config, same.split()) == 0
     (expected,) = [row for row in by_hand.table(folder / "y/positions.csv") if row["position"] == "12"]
     (whole,) = [row for row in by_hand.table(folder / "x/strata.csv") if row["split"] == "steps"]
     assert float(whole["accuracy"]) == pytest.approx(float(expected["accuracy"]))
@@ -182,25 +184,25 @@ def problems(steps: list[int]) -> list[Problem]:
 
 def test_strata_by_quantiles_with_the_unparsed_apart() -> None:
     confidence = [0.1, np.nan, 0.2, 0.3, 0.4, 0.5, 0.6, np.nan]
-    strata, edges = study.strata_of(evaluation(confidence), problems([1, 2, 1, 2, 1, 10, 0, 2]), 3)
+    strata, edges = difficulty_strata(evaluation(confidence), problems([1, 2, 1, 2, 1, 10, 0, 2]), 3)
     known = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     np.testing.assert_allclose(edges, np.quantile(known, [0, 1 / 3, 2 / 3, 1]))
     assert strata["confidence"] == ["q1", "unparsed", "q1", "q2", "q2", "q3", "q3", "unparsed"]
     assert strata["steps"] == ["1", "2", "1", "2", "1", "10", "0", "2"]
     assert strata["both"][:2] == ["q1, 1", "unparsed, 2"]
     mixed = ["unparsed, 2", "q10, 1", "q2, 10", "q2, 2", "unparsed"]
-    assert sorted(mixed, key=study.order) == ["q2, 2", "q2, 10", "q10, 1", "unparsed", "unparsed, 2"]
-    onto = study.strata_of(evaluation([0.1, 0.2, 0.3]), problems([1] * 3), 2)[0]["confidence"]
+    assert sorted(mixed, key=stratum_order) == ["q2, 2", "q2, 10", "q10, 1", "unparsed", "unparsed, 2"]
+    onto = difficulty_strata(evaluation([0.1, 0.2, 0.3]), problems([1] * 3), 2)[0]["confidence"]
     assert onto == ["q1", "q2", "q2"], "what lies on an edge is of the part above"
     # A model that is as sure of everything has one part, and one that says nothing has none.
-    assert set(study.strata_of(evaluation([0.5] * 4), problems([1] * 4), 4)[0]["confidence"]) == {"q1"}
-    nothing, none = study.strata_of(evaluation([np.nan] * 2), problems([1] * 2), 4)
+    assert set(difficulty_strata(evaluation([0.5] * 4), problems([1] * 4), 4)[0]["confidence"]) == {"q1"}
+    nothing, none = difficulty_strata(evaluation([np.nan] * 2), problems([1] * 2), 4)
     assert nothing["confidence"] == ["unparsed"] * 2 and none == []
 
 
-def measured(after: list[float], random: np.ndarray | None = None, clean: list[bool] | None = None) -> study.Measured:
+def measured(after: list[float], random: np.ndarray | None = None, clean: list[bool] | None = None) -> ProblemEffects:
     n = len(after)
-    return study.Measured(
+    return ProblemEffects(
         "m",
         "w",
         evaluation([0.5] * n),
@@ -217,7 +219,7 @@ def test_few_problems_are_in_no_test_and_a_difference_is_found() -> None:
     names = ["1"] * 40 + ["2"] * 40 + ["3"] * 4
     after = [1.0] * 40 + [0.0] * 40 + [0.0] * 4
     found = measured(after, np.array([after, after], bool))  # random heads cost the same
-    rows, test = study.split_by(found, "steps", names, study.Config(min_problems=5))
+    rows, test = split_by(found, "steps", names, 5, 0)
     assert [row["problems"] for row in rows] == [40, 40, 4]
     assert [row["drop"] for row in rows] == [0, 100, 100]
     assert [row["verdict"] for row in rows][1:] == ["causal", ""] and rows[0]["verdict"].startswith(
@@ -228,9 +230,9 @@ def test_few_problems_are_in_no_test_and_a_difference_is_found() -> None:
     assert rows[0]["p"] == rows[0]["q"] == 1 / 201
 
     alike = measured([1.0, 0.0] * 42)
-    rows, test = study.split_by(alike, "steps", names, study.Config(min_problems=5))
+    rows, test = split_by(alike, "steps", names, 5, 0)
     assert test["p"] > 0.5 and np.isnan(test["excess_p"])
-    _, none = study.split_by(alike, "steps", names, study.Config(min_problems=41))
+    _, none = split_by(alike, "steps", names, 41, 0)
     assert np.isnan(none["p"]) and none["problems"] == none["strata"] == 0
 
 
@@ -255,8 +257,9 @@ def test_verdict_lines_name_the_strata_with_most_and_least() -> None:
 
 
 def test_accuracy_over_seeds_has_an_interval_within_0_and_100() -> None:
-    assert study.mean_of(np.array([1.0, 0, 1, 1]), 0, "x") == common.accuracy(np.array([True, False, True, True]))
-    some = study.mean_of(np.array([0.5, 0, 0, 0]), 0, "x")
+    known = accuracy.percent_correct(np.array([True, False, True, True]))
+    assert statistics.mean_of(np.array([1.0, 0, 1, 1]), 0, "x") == known
+    some = statistics.mean_of(np.array([0.5, 0, 0, 0]), 0, "x")
     assert some.mean == 12.5 and some.low == 0 and 12.5 < some.high <= 100
 
 
@@ -265,15 +268,15 @@ def test_the_figures_show_few_problems_as_such() -> None:
     rows = []
     for split, strata in (("confidence", ["q1"] * 43), ("steps", names), ("both", [f"q1, {name}" for name in names])):
         found = measured([0.0] * 20 + [1.0] * 20 + [0.0] * 3, np.ones((1, 43), bool))
-        rows += study.split_by(found, split, strata, study.Config())[0]  # type: ignore[arg-type]
-    left, right = study.bars("title", rows).axes
+        rows += split_by(found, split, strata, 20, 0)[0]  # type: ignore[arg-type]
+    left, right = drops_by_stratum("title", rows).axes
     bars: Any = right.patches
     assert [bar.get_height() for bar in bars] == [50, 100]
     assert bars[0].get_facecolor() != bars[1].get_facecolor()
     assert [label.get_text() for label in right.get_xticklabels()] == ["1\nn = 40\nfrom 100%", "2\nn = 3\nfrom 100%"]
     (diamonds,) = [line for line in right.lines if line.get_marker() == "D"]
     assert np.array(diamonds.get_ydata()).tolist() == [0, 0] and left.get_ylabel()
-    cells, _ = study.crossed("title", rows).axes
+    cells, _ = crossed_strata("title", rows).axes
     words = [text.get_text() for text in cells.texts]
     assert re.fullmatch(r"50 \[\d+\.\d, \d+\.\d\]\nn = 40", words[0]) and words[1] == "n = 3"
     shown: Any = cells.images[0].get_array()
@@ -285,7 +288,7 @@ def test_the_figures_show_few_problems_as_such() -> None:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = (*FEW, "--heads", "0.1", "--random_sets", 2)
-    made = stop_at(monkeypatch, 3, ablation, "evaluate")
+    made = stop_at(monkeypatch, 3, ablated, "evaluate")
     assert command(*flags) == 130
     assert all("unfinished" in path.parts for path in (folder / "x").rglob("*") if path.is_file())
     assert command(*flags) == 0 and len(made) == 3 + 2
@@ -298,11 +301,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
 def test_the_q_of_a_split_counts_the_splits_of_all_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = iter((0.01, 0.04, 0.5, 0.02, 0.03, np.nan))
 
-    def known(found: study.Measured, split: Any, *_: Any) -> tuple[list[study.Row], study.Row]:
-        row = study.row_of(found, split, "1", np.ones(N, bool), True, study.Config()) | {"p": 1.0, "q": 1.0}
+    def known(found: ProblemEffects, split: Any, *_: Any) -> tuple[list[study.Row], study.Row]:
+        row = statistics.row_of(found, split, "1", np.ones(N, bool), True, 0) | {"p": 1.0, "q": 1.0}
         return [row], {"model": found.name, "split": split, "p": next(p), "excess_p": 0.5}
 
-    monkeypatch.setattr(study, "split_by", known)
+    monkeypatch.setattr(px.methods, "split_by", known)
     monkeypatch.setattr(study, "verdicts_of", lambda *_: [])
     assert command(*FEW, "--models", MODEL, "tiny-qwen2.5", "--heads", "0.1", "--random_sets", 0) == 0
     tests = by_hand.table(folder / "x/tests.csv")
@@ -320,9 +323,9 @@ def test_the_q_of_a_split_counts_the_splits_of_all_models(folder: Path, monkeypa
             "--heads, --rankings and --hub are different interventions; give one of them.",
         ),
         (("--heads", "0.1", "--rankings", "a.csv"), "are different interventions"),
-        (("--rankings", "a.csv", "b.csv"), "--rankings names 2 files for 1 models; give one each."),
+        (("--rankings", "a.csv", "b.csv"), "--rankings names 2 files for 1 models; give one file a model."),
         (("--heads", "layer1"), "--heads names heads as layer.head, such as 2.5, not 'layer1'."),
-        (("--heads", "0.1", "0.1"), "--heads names each head once."),
+        (("--heads", "0.1", "0.1"), "--heads names each once, not 0.1 0.1."),
         (("--quantiles", 1), "--quantiles must be 2 or more, not 1."),
         (("--min_problems", 1), "--min_problems must be 2 or more"),
         (("--noise_seeds", 0), "--noise_seeds must be 1 or more"),
@@ -340,9 +343,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (study, ablation):
-        monkeypatch.setattr(module, "load_model", None)
-    monkeypatch.setattr(Loading, "load", None)
+    monkeypatch.setattr(px.flags.Loading, "load", None)
     assert command(*FEW, *flags) == 2
     assert message in capsys.readouterr().err and not list(folder.rglob("*"))
 

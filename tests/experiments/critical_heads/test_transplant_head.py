@@ -16,7 +16,9 @@ from critical_heads import transplant_head as study
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.runs import transplants
 from pyvene_ext.stats import accuracy
+from pyvene_ext.stats.controls import random_heads_in_place
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import transplant as slow
 from tests.interrupted import stop_at
@@ -88,13 +90,13 @@ def correct_by_hand(moves: list[slow.Move]) -> list[bool]:
 def test_accuracies_are_those_of_heads_computed_by_hand(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, made = study.transplanted, []
+    own, made = transplants.transplanted, []
 
-    def recorded(host: Any, transplants: Any, **kwargs: Any) -> Any:
-        made.append([(one.head, one.donor is host, one.donor_head, one.maps is None) for one in transplants])
-        return own(host, transplants, **kwargs)
+    def recorded(host: Any, moved: Any, **kwargs: Any) -> Any:
+        made.append([(one.head, one.donor is host, one.donor_head, one.maps is None) for one in moved])
+        return own(host, moved, **kwargs)
 
-    monkeypatch.setattr(study, "transplanted", recorded)
+    monkeypatch.setattr(transplants, "transplanted", recorded)
     assert command("--out", "x", *NAMED, "--n_heads", 2, 4, "--random_sets", 2) == 0
     assert [(place, True, place, True) for place in PLACES] in made  # the self-transplant is one
     out = capsys.readouterr().out
@@ -186,12 +188,11 @@ def test_the_ranking_is_by_the_score_and_random_heads_are_others_of_the_layer(mo
         def of(self, score: str) -> np.ndarray:
             return np.array([[0.1, 0.7, 0.2], [0.9, 0.0, 0.2]]) * (1 if score == "hub" else -1)
 
-    monkeypatch.setattr(study, "block_scores", lambda *_, **__: Scores())
+    monkeypatch.setattr(transplants, "block_scores", lambda *_, **__: Scores())
     nothing: Any = None
-    top = study.top(nothing, nothing, study.Config(by="hub", n_heads=(1, 4)))
+    top = transplants.rank(nothing, nothing, "hub", 4, 1)
     assert top == ((1, 0), (0, 1), (0, 2), (1, 2))
-    pairs = tuple(zip(PLACES, top, strict=True))
-    sets = study.random_heads(study.Config(random_sets=30, n_heads=(4,)), pairs, 3)
+    sets = random_heads_in_place(top, 3, 30, np.random.default_rng(0))
     assert len(sets) == 30 and len(set(sets)) > 3
     for heads in sets:
         assert [layer for layer, _ in heads] == [1, 0, 0, 1] and len(set(heads)) == 4
@@ -210,7 +211,7 @@ def test_what_the_verdicts_say() -> None:
         ]
 
     def said(*args: Any) -> str:
-        (line,) = study.verdicts_of(rows(*args), study.Config())
+        (line,) = study.verdicts_of(rows(*args))
         return line
 
     assert said(-1.0, 1.0, 0.2).endswith("not shown to do any of their work")
@@ -228,9 +229,9 @@ def test_a_random_set_that_is_just_as_good_counts_as_that() -> None:
 
     clean = solved(1, 1, 1, 1, 1, 1, 1)
     setting: Any = SimpleNamespace(name="m", clean=clean)
-    moved: Any = SimpleNamespace(config=study.Config(), setting=setting, pairs=(((0, 1), (2, 3)),))
+    moved: Any = SimpleNamespace(setting=setting, pairs=(((0, 1), (2, 3)),))
     others = [solved(*(i < right for i in range(7))) for right in (2, 3, 3, 5)]
-    row = study.row_of(moved, 1, "transplant", solved(0, 0, 1, 0, 1, 1, 0), solved(*[0] * 7), others)
+    row = study.row_of(study.Config(), moved, 1, "transplant", solved(0, 0, 1, 0, 1, 1, 0), solved(*[0] * 7), others)
     assert row["share_as_good"] == pytest.approx((1 + 3) / 5)
     assert (row["heads"], row["donor_heads"], row["unparsed"], row["random_sets"]) == ("0.1", "2.3", 4, 4)
 
@@ -265,12 +266,12 @@ def test_a_donor_of_another_vocabulary_needs_equal_pieces(folder: Path, capsys: 
     assert command(*flags, "--donor_heads", "1.1") == 0
     bpe_tokenizer(["xyz"]).save_pretrained(folder / "other")
     assert command(*flags, "--donor_heads", "1.1") == 2
-    assert "only one of them ends a token of text 0 behind 'Q', so that their tokens" in capsys.readouterr().err
+    assert "only one of them ends a token of text 0 after 'Q', so that their tokens" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--out", "x", *NAMED, "--n_heads", 1, 2, "--random_sets", 1)
-    made = stop_at(monkeypatch, 4, study, "evaluate")
+    made = stop_at(monkeypatch, 4, transplants, "evaluate")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0
@@ -285,7 +286,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
     [
         (("--heads", "2"), "--heads names heads as layer.head, such as 2.5, not '2'"),
         (("--donor_heads", "x.1"), "--donor_heads names heads as layer.head"),
-        (("--heads", "0.1", "0.1"), "--heads names each head once"),
+        (("--heads", "0.1", "0.1"), "--heads names each once, not 0.1 0.1."),
         (("--heads", "6.0"), "--heads 6.0: tiny-qwen2.5 has layers 0 to 5, each with heads 0 to 7"),
         (("--donor_heads", "4.0"), "--donor_heads 4.0: tiny-llama3.1 has layers 0 to 3, each with heads 0 to 7"),
         (("--heads", "0.1", "--donor_heads", "0.1", "0.2"), "--heads names 1 heads and --donor_heads 2"),
@@ -294,12 +295,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
         (("--rankings", "a.csv", "b.csv"), "--rankings names 2 files for 1 models"),
         (("--rankings", "lost.csv"), "lost.csv"),
         (("--donor_ranking", "lost.csv"), "lost.csv"),
-        (("--n_heads", "2", "1"), "--n_heads takes ascending numbers of heads from 1 on, not 2 1"),
+        (("--n_heads", "2", "1"), "--n_heads takes ascending numbers, not 2 1."),
         (("--n_heads", "2", "--heads", "0.1"), "--n_heads asks for 2 heads and --heads names 1"),
         (("--n_heads", "40"), "--n_heads asks for 40 heads and tiny-llama3.1 has 32"),
         (("--fit_problems", "13"), "--fit_problems 13 leaves fewer than the two"),
         (("--fit_problems", "1"), "--fit_problems must be 2 or more"),
-        (("--test_share", "1"), "--test_share must lie between 0 and 1"),
+        (("--test_share", "1"), "--test_share must be above 0 and below 1, not 1.0."),
         (("--alpha", "0"), "--alpha must be above 0"),
         (("--method", "procrustes", "--fit_problems", "3"), "tokens are too few to fit maps between streams of 128 and 160"),
         (("--random_sets", "-1"), "--random_sets must be 0 or more"),

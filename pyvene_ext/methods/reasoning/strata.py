@@ -1,0 +1,152 @@
+"""How hard problems are, and what an intervention costs on hard ones: strata by confidence, by steps of the solution, by both."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.evaluate import Evaluation
+from pyvene_ext.prompts.problems import Problem
+from pyvene_ext.stats import accuracy
+from pyvene_ext.stats.controls import strata_test, verdict
+from pyvene_ext.stats.correlations import q_values
+from pyvene_ext.stats.intervals import Interval
+
+Split = Literal["confidence", "steps", "both"]
+SPLITS: tuple[Split, ...] = ("confidence", "steps", "both")
+UNPARSED = "unparsed"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ProblemEffects:
+    """What an intervention does to each problem.
+
+    Attributes:
+        what: the intervention, in words.
+        first: the untouched run from the question on, of all problems.
+        which: the problems that are compared; the arrays are of these.
+        clean: right without the intervention.
+        after: right with it; with several seeds the share of them.
+        unparsed: no answer with it; likewise.
+        random: the same with each random set; None without.
+    """
+
+    name: str
+    what: str
+    first: Evaluation
+    which: Int[np.ndarray, " problem"]
+    clean: Bool[np.ndarray, " problem"]
+    after: Float[np.ndarray, " problem"]
+    unparsed: Float[np.ndarray, " problem"]
+    random: Bool[np.ndarray, "set problem"] | None
+    facts: Row
+
+
+def difficulty_strata(
+    untouched: Evaluation, problems: Sequence[Problem], quantiles: int
+) -> tuple[dict[Split, list[str]], list[float]]:
+    """The stratum of each problem by each split, and the edges of the parts by confidence.
+
+    Args:
+        untouched: the untouched run, whose confidence counts; problems without an answer are a stratum of their own, "unparsed".
+        problems: all of them, in its order.
+        quantiles: parts by confidence, q1 being the least confident; fewer where many problems have the same.
+    """
+    known = untouched.confidence[np.isfinite(untouched.confidence)]
+    edges = np.unique(np.quantile(known, np.linspace(0, 1, quantiles + 1))) if known.size else known
+    parts = np.searchsorted(edges[1:-1], untouched.confidence, side="right") + 1
+    confidence = [
+        f"q{part}" if np.isfinite(value) else UNPARSED for part, value in zip(parts, untouched.confidence, strict=True)
+    ]
+    steps = [str(problem.steps) for problem in problems]
+    both = [f"{part}, {number}" for part, number in zip(confidence, steps, strict=True)]
+    return {"confidence": confidence, "steps": steps, "both": both}, edges.tolist()
+
+
+def stratum_order(stratum: str) -> tuple[bool, list[int]]:
+    """What sorts strata: q2 before q10, unparsed last."""
+    return stratum.startswith(UNPARSED), [int(number) for number in re.findall(r"\d+", stratum)]
+
+
+def split_by(
+    found: ProblemEffects, split: Split, names: Sequence[str], min_problems: int, seed: int
+) -> tuple[list[Row], Row]:
+    """A row a stratum, and the test of their differences."""
+    strata = sorted(set(names), key=stratum_order)
+    at = {stratum: np.array([name == stratum for name in names]) for stratum in strata}
+    enough = [stratum for stratum in strata if at[stratum].sum() >= min_problems]
+    tested = np.any([at[stratum] for stratum in enough], 0) if enough else np.zeros(len(names), bool)
+    of_tested = [name for name, there in zip(names, tested, strict=True) if there]
+
+    def test(gain: Float[np.ndarray, " problem"], what: str) -> tuple[float, dict[str, float]]:
+        if len(enough) < 2:
+            return math.nan, {}
+        return strata_test(gain[tested], of_tested, rng(seed, "strata", split, what), accuracy.RESAMPLES)
+
+    p, each = test(found.clean - found.after, "drop")
+    excess_p = math.nan
+    if found.random is not None:
+        excess_p, _ = test(found.random.mean(0) - found.after, "excess")
+    q = q_values(np.array([each.get(stratum, math.nan) for stratum in strata]))
+    rows = [
+        row_of(found, split, stratum, at[stratum], stratum in enough, seed)
+        | {"p": each.get(stratum, math.nan), "q": float(of_stratum)}
+        for stratum, of_stratum in zip(strata, q, strict=True)
+    ]
+    about = {"model": found.name, "split": split, "problems": int(tested.sum()), "strata": len(enough)}
+    return rows, {**about, "p": p, "excess_p": excess_p}
+
+
+def row_of(
+    found: ProblemEffects, split: Split, stratum: str, here: Bool[np.ndarray, " problem"], enough: bool, seed: int
+) -> Row:
+    """One stratum; without intervals where it has too few problems."""
+    clean, after, names = found.clean[here], found.after[here], (split, stratum)
+    before, then = accuracy.percent_correct(clean), mean_of(after, seed, *names)
+    nothing = Interval(math.nan, math.nan, math.nan)
+    drop = accuracy.accuracy_drop(clean, after, seed, "drop", *names) if enough else nothing
+    random, excess = math.nan, nothing
+    if found.random is not None:
+        by_set = found.random[:, here]
+        random = 100 * float(clean.mean() - by_set.mean())
+        if enough:
+            excess = accuracy.accuracy_drop(by_set.mean(0), after, seed, "excess", *names)
+    mean = 100 * float(clean.mean() - after.mean())
+    return {
+        "model": found.name,
+        "split": split,
+        "stratum": stratum,
+        "problems": int(here.sum()),
+        "clean_accuracy": before.mean,
+        "clean_low": before.low,
+        "clean_high": before.high,
+        "accuracy": then.mean,
+        "low": then.low,
+        "high": then.high,
+        "unparsed": 100 * float(found.unparsed[here].mean()),
+        "drop": mean,
+        "drop_low": float(drop.low),
+        "drop_high": float(drop.high),
+        "relative_drop": mean / float(clean.mean()) if clean.any() else math.nan,
+        "random_drop": random,
+        "excess": float(excess.mean),
+        "excess_low": float(excess.low),
+        "excess_high": float(excess.high),
+        "verdict": verdict(drop) if enough else "",
+    }
+
+
+def mean_of(right: Float[np.ndarray, " problem"], seed: int, *names: str) -> Interval:
+    """Accuracy in percent: Wilson's interval, or the bootstrap's where problems are right for some seeds only."""
+    if np.isin(right, (0, 1)).all():
+        return accuracy.percent_correct(right.astype(bool))
+    mean = accuracy.accuracy_drop(right, np.zeros_like(right), seed, "accuracy", *names)
+    return Interval(mean.mean, max(mean.low, 0.0), min(mean.high, 100.0))

@@ -1,0 +1,183 @@
+"""Models that solve problems by themselves, with heads ablated while they write.
+
+Here nothing of the reasoning is given (that is `runs.reasoning`): a model writes it, and its answer, under the ablation. Scopes
+say at which tokens the heads are ablated: "reasoning", each generated token before `####`; "new", those and the answer's; "both",
+the question's tokens too. The reasoning of a model of continuous thoughts is its latent steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.lag import random_rankings, rank_heads
+from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores
+from pyvene_ext.methods.reasoning.evaluate import (
+    Evaluation,
+    Results,
+    Transcripts,
+    condition_of,
+    evaluate,
+    facts_of,
+)
+from pyvene_ext.methods.reasoning.evaluate import Scope as ScopeOfSpec
+from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.models.sizes import n_heads, n_layers
+from pyvene_ext.prompts.positions import Positions
+from pyvene_ext.prompts.problems import Problem, Questions, with_reasoning
+from pyvene_ext.runs.flags import Problems
+from pyvene_ext.runs.reasoning import ask, given_heads
+from pyvene_ext.specs.ablation import heads_together
+from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.controls import Head
+
+Kind = Literal["zero", "mean", "resample"]
+Scope = Literal["reasoning", "new", "both"]
+SCOPES: dict[Scope, str] = {"reasoning": "reasoning", "new": "reasoning and answer", "both": "all tokens"}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """One model and the problems that it solves.
+
+    Attributes:
+        name: in tables.
+        results: what is kept of an interrupted study.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    questions: Questions
+    results: Results
+    flags: Problems
+
+    @cached_property
+    def clean(self) -> Evaluation:
+        """The solutions of the untouched model."""
+        return self.run(None)
+
+    def places(self, scope: Scope) -> tuple[Positions, ScopeOfSpec]:
+        """A scope as positions of the prompt, and as the scope that `evaluate` takes."""
+        form = format_of(self.model)
+        if form is None or scope == "both":
+            return "all", scope
+        return tuple(f"latent_{step}" for step in range(form.steps)), "prompt" if scope == "reasoning" else "both"
+
+    def ablate(self, heads: Sequence[Head], kind: Kind, scope: Scope, reference: Transcripts | None) -> Evaluation:
+        """The solutions with z of these heads ablated; kept between runs."""
+        positions, of_spec = self.places(scope)
+        return self.run(heads_together(heads, kind, positions=positions, seed=self.flags.seed), of_spec, reference)
+
+    def run(self, spec: Spec | None, scope: ScopeOfSpec = "both", reference: Transcripts | None = None) -> Evaluation:
+        """The solutions with a spec in place; kept between runs."""
+        return self.results.get(
+            condition_of(spec, scope, reference),
+            lambda: evaluate(
+                self.model,
+                self.tokenizer,
+                self.questions,
+                spec,
+                scope,
+                max_new_tokens=self.flags.max_new_tokens,
+                batch_size=self.flags.batch_size,
+                reference=reference,
+            ),
+        )
+
+    def transcripts(self, kind: Kind, rankings: Iterable[Sequence[Head]], donors: int) -> Transcripts | None:
+        """What replaces these heads' outputs: activations of the untouched model on the first `donors` problems."""
+        few = range(min(donors, len(self.questions)))
+        specs = [heads_together(ranking, kind, seed=self.flags.seed) for ranking in rankings]
+        questions, clean = self.questions.take(few), self.clean.take(few)
+        return Transcripts.compute(self.model, questions, clean, specs, batch_size=self.flags.batch_size)
+
+    def rank(self, by: Score) -> list[tuple[float, int, int]]:
+        """(score, layer, head) inside the reasoning that the untouched model wrote, highest first."""
+        latent = format_of(self.model) is not None
+        reasoned = self.questions if latent else with_reasoning(self.questions, self.clean.ids, self.tokenizer)
+        matrix = block_scores(self.model, reasoned, batch_size=self.flags.batch_size).of(by)
+        return sorted(((float(x), *at) for at, x in np.ndenumerate(matrix)), key=lambda row: (-row[0], row[1:]))
+
+
+class Prepared(NamedTuple):
+    """One model with the heads to ablate.
+
+    Attributes:
+        scores: the whole ranking, as (score, layer, head); empty where heads were named.
+        heads: those to ablate, the first one first.
+        controls: random rankings of other heads of the same layers.
+    """
+
+    solver: Solver
+    scores: list[tuple[float, int, int]]
+    heads: tuple[Head, ...]
+    controls: list[tuple[Head, ...]]
+
+
+def prepare(
+    flags: Problems,
+    name: str,
+    problems: Sequence[Problem],
+    unfinished: Path,
+    *,
+    wanted: int,
+    by: Score,
+    random_sets: int,
+    named: Sequence[str] = (),
+    ranking: str | None = None,
+) -> Prepared:
+    """Load one model and choose its heads, by running it where neither heads nor a ranking are given.
+
+    Args:
+        flags: of the study.
+        name: of the model.
+        problems: to solve.
+        unfinished: where what is finished is kept.
+        wanted: how many heads of a ranking.
+        by: which score ranks them, where it is done here.
+        random_sets: how many controls.
+        named: heads as layer.head.
+        ranking: a CSV scores,layer,head.
+
+    Raises:
+        ValueError: problems that the model cannot be given, heads that it has not, too few other heads for the controls.
+    """
+    model, tokenizer = flags.load(name)
+    heads = given_heads(model, name, len(named) or wanted, named, ranking)
+    scores: list[tuple[float, int, int]] = []
+    if ranking is not None:
+        scores = read_head_scores(ranking, model.config)
+    if not heads:
+        check_scores(model)
+    controls = _random_rankings(heads, model, random_sets, flags.seed) if heads else []
+    questions = ask(flags, model, tokenizer, problems, flags.max_new_tokens)
+    results = Results(unfinished, facts_of(model, questions, flags.max_new_tokens))
+    solver = Solver(Path(name).name, model, tokenizer, questions, results, flags)
+    print(f"{solver.name}: {len(questions)} problems", file=sys.stderr)
+    if not heads:
+        scores = solver.rank(by)
+        heads = rank_heads(scores, "full", n_layers(model.config), wanted)
+        controls = _random_rankings(heads, model, random_sets, flags.seed)
+    return Prepared(solver, scores, heads, controls)
+
+
+def _random_rankings(
+    heads: tuple[Head, ...], model: PreTrainedModel, random_sets: int, seed: int
+) -> list[tuple[Head, ...]]:
+    if not random_sets:
+        return []
+    sizes, draw = (n_layers(model.config), n_heads(model.config)), rng(seed, "random heads")
+    try:
+        return random_rankings(heads, len(heads), *sizes, random_sets, draw)
+    except ValueError as error:
+        raise ValueError(f"{str(error).removesuffix('.')}, or take --random_sets 0 for no control.") from None

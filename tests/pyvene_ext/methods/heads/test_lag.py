@@ -1,0 +1,137 @@
+"""Prompts, curves, lag-CRP and sets of heads of the lag study, against sums written out and counted by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pyvene_ext.methods.heads.lag import (
+    ablate_attention,
+    curves_of,
+    lag_crp,
+    lag_prompts,
+    lags_of,
+    layers_of,
+    plus_one,
+    plus_one_bias,
+    random_rankings,
+    rank_heads,
+    recalled,
+)
+from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.joint import members
+
+POOL = np.arange(100, 160)
+
+
+@pytest.mark.parametrize("n", [12, 13, 40])
+def test_a_prompt_is_a_permutation_of_the_same_tokens_and_its_middle_one_again(n: int) -> None:
+    prompts = lag_prompts(POOL, n, 7, 42)
+    lists = [ids[:-1] for ids in prompts.input_ids]
+    chosen = set(lists[0])
+    assert len(lists) == 7 and len(chosen) == n and chosen <= set(POOL.tolist())
+    assert all(set(ids) == chosen and len(ids) == n for ids in lists)
+    assert len(set(lists)) == 7
+    for ids, (after, cue) in zip(prompts.input_ids, prompts.answer_ids, strict=True):
+        assert len(ids) == n + 1 and ids[-1] == ids[n // 2] == cue and ids[n // 2 + 1] == after
+    lags = lags_of(n)
+    assert len(lags) == n and lags[n // 2] == 0 and lags[0] == -(n // 2)
+
+
+def test_tokens_and_permutations_are_numpys_with_the_seed() -> None:
+    found = lag_prompts(np.array([5, 9, 9, *range(20, 40)]), 14, 3, 42)
+    rng = np.random.default_rng(42)
+    chosen = rng.choice(np.array([5, 9, *range(20, 40)]), 14, replace=False)
+    for ids in found.input_ids:
+        assert list(ids[:-1]) == rng.permutation(chosen).tolist()
+
+
+def test_more_permutations_begin_with_the_same_ones_and_another_seed_gives_others() -> None:
+    few, many, other = (lag_prompts(POOL, 20, n, seed) for n, seed in ((3, 42), (5, 42), (3, 43)))
+    assert many.input_ids[:3] == few.input_ids and not set(few.input_ids) & set(other.input_ids)
+
+
+def test_lists_that_are_too_short_and_pools_that_are_too_small_are_refused() -> None:
+    with pytest.raises(ValueError, match="11 tokens has no lags beyond 5 on both sides; take at least 12"):
+        lag_prompts(POOL, 11, 3, 42)
+    with pytest.raises(ValueError, match="60 distinct tokens are usable and 61 are wanted"):
+        lag_prompts(np.concatenate([POOL, POOL]), 61, 3, 42)
+
+
+def test_the_cue_at_the_end_is_dropped_and_the_numbers_are_read_at_their_lags() -> None:
+    probabilities = np.random.default_rng(0).random((3, 4, 15)).astype(np.float32)
+    curves = curves_of(probabilities)
+    assert curves.shape == (3, 4, 14) and curves.dtype == np.float64
+    far = [index for index in range(14) if abs(index - 7) > 5]
+    assert far == [0, 1, 13]
+    for i, j in np.ndindex(3, 4):
+        row = [float(x) for x in probabilities[i, j, :14]]
+        assert plus_one(curves)[i, j] == row[8]
+        assert plus_one_bias(curves)[i, j] == pytest.approx(row[8] - sum(row[k] for k in far) / 3)
+        assert recalled(curves)[i, j] == pytest.approx(sum(row) - row[7])
+
+
+def test_lag_crp_is_that_of_recalls_counted() -> None:
+    """With probabilities of 0 and 1 it is Kahana's count: transitions made by transitions possible, intrusions left out."""
+    rng = np.random.default_rng(1)
+    curves = np.zeros((200, 12))
+    goes_on = rng.integers(-6, 8, 200)  # lags -6 to 5; 6 and 7 stand for tokens that are not in the list
+    goes_on[goes_on == 0] = 1
+    for row, lag in enumerate(goes_on):
+        if lag < 6:
+            curves[row, lag + 6] = 1
+    made, possible = Counter(lag for lag in goes_on.tolist() if lag < 6), int((goes_on < 6).sum())
+    crp = lag_crp(curves)
+    for lag in range(-6, 6):
+        assert np.isnan(crp[6]) if lag == 0 else crp[lag + 6] == pytest.approx(made[lag] / possible)
+
+
+def test_what_is_given_to_the_cue_itself_does_not_count_in_lag_crp() -> None:
+    curves = np.random.default_rng(2).random((5, 12))
+    more = curves.copy()
+    more[:, 6] += 3
+    np.testing.assert_array_equal(lag_crp(curves), lag_crp(more))
+    assert np.nansum(lag_crp(curves)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("n", "top"), [(6, [0, 1, 2]), (5, [0, 1, 2]), (1, [0]), (32, list(range(16)))])
+def test_top_is_below_half_of_the_layers_and_bottom_the_rest(n: int, top: list[int]) -> None:
+    assert list(layers_of("top", n)) == top == [layer for layer in range(n) if layer < n / 2]
+    assert [*layers_of("top", n), *layers_of("bottom", n)] == list(layers_of("full", n)) == list(range(n))
+
+
+SCORES = [(0.9, 3, 1), (0.8, 0, 2), (0.7, 3, 0), (0.6, 2, 4), (0.5, 1, 1), (0.4, 3, 5), (0.3, 0, 0)]
+
+
+def test_heads_are_ranked_within_their_layers() -> None:
+    assert rank_heads(SCORES, "full", 4, 3) == ((3, 1), (0, 2), (3, 0))
+    assert rank_heads(SCORES, "top", 4, 3) == ((0, 2), (1, 1), (0, 0))
+    assert rank_heads(SCORES, "bottom", 4, 2) == ((3, 1), (3, 0))
+    with pytest.raises(ValueError, match=r"4 heads are asked for but there are scores for 3 in layers 0 to 1 \(top\)"):
+        rank_heads(SCORES, "top", 4, 4)
+
+
+def test_random_heads_match_layer_by_layer_and_leave_the_ranked_ones_alone() -> None:
+    ranked = rank_heads(SCORES, "full", 4, 6)
+    found = random_rankings(ranked, 4, 4, 8, 20, np.random.default_rng(0))
+    assert len(found) == 20 and len({frozenset(heads) for heads in found}) == 20
+    for heads in found:
+        assert len(set(heads)) == 4 and not set(heads) & set(ranked)
+        for n in range(1, 5):
+            assert [layer for layer, _ in heads[:n]] == [layer for layer, _ in ranked[:n]]
+    assert {heads[0] for heads in found} == {(3, h) for h in (2, 3, 4, 6, 7)}, "every head may come first"
+    assert found == random_rankings(ranked, 4, 4, 8, 20, np.random.default_rng(0))
+    assert found != random_rankings(ranked, 4, 4, 8, 20, np.random.default_rng(1))
+    with pytest.raises(ValueError, match="layer 3 has 0 heads left for a control of 2"):
+        random_rankings(((3, 0), (3, 1)), 2, 4, 2, 20, np.random.default_rng(0))
+
+
+def test_heads_are_ablated_together_by_their_scores() -> None:
+    spec = ablate_attention([(2, 1), (0, 3), (2, 0)], "mean")
+    assert members(spec) == (
+        Ablation(kind="mean", site="scores", layer=0, heads=(3,)),
+        Ablation(kind="mean", site="scores", layer=2, heads=(0, 1)),
+    )
+    assert spec == ablate_attention([(0, 3), (2, 0), (2, 1)], "mean")
