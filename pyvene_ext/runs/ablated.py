@@ -149,6 +149,9 @@ def prepare(
         named: heads as layer.head.
         ranking: a CSV scores,layer,head.
 
+    Returns:
+        The model with its questions, heads and control sets, ready to run.
+
     Raises:
         ValueError: problems that the model cannot be given, heads that it has not, too few other heads for the controls.
     """

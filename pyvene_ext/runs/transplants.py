@@ -139,6 +139,9 @@ def prepare(
         alpha: the penalty of ridge.
         test_share: how many of the fit problems are for the test.
 
+    Returns:
+        The model with its questions, heads and control sets, ready to run.
+
     Raises:
         ValueError: too few problems, prompts too long for the donor, heads that cannot be ranked on its tokens, or
             too few other heads for the controls.

@@ -245,6 +245,9 @@ def random_heads_in_place(
         n_sets: how many sets to draw.
         rng: the generator to draw from.
 
+    Returns:
+        The sets, each with as many heads of every layer.
+
     Raises:
         ValueError: a layer has no such heads.
     """

@@ -227,6 +227,9 @@ def cue_scores(
         tokenizer: of the random tokens.
         generator: that draws them.
 
+    Returns:
+        The score of every head.
+
     Raises:
         ValueError: the model takes fewer tokens.
     """
@@ -304,6 +307,9 @@ def lag_curves(
         mode: of the ablation.
         n: how many heads.
         head_type: induction for the highest scores, random for the random sets alone.
+
+    Returns:
+        The curves of the found heads, or of the random sets, by permutation and lag.
     """
 
     def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
@@ -332,6 +338,9 @@ def lag_summary(
         heads: the rankings that were ablated.
         head_type: as for `lag_curves`.
         seed: of the bootstrap.
+
+    Returns:
+        One row of the summary table.
     """
     bias, before = plus_one_bias(at.own), plus_one_bias(clean)
     change = paired_bootstrap(bias, before, rng(seed, "bias", at.n))

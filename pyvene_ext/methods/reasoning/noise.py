@@ -35,6 +35,9 @@ def noise_at(
         layers: by default the one in the middle.
         kv_layers: by default all.
         noise: its distribution, as `Ablation` has it.
+
+    Returns:
+        One spec, single or joint, for each site name.
     """
     every, kv_heads = range(n_layers(config)), tuple(range(n_kv_heads(config)))
     fields: Any = {"kind": "noise", "noise": noise, "positions": position, "seed": seed}

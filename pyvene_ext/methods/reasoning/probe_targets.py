@@ -64,6 +64,9 @@ def find_target(
         least: how many problems must have both (--min_problems).
         folds: of the cross-validation; as many problems must not be of the most frequent class.
         log: numbers by their logarithm.
+
+    Returns:
+        The target, or the reason why there is none.
     """
     which = np.flatnonzero(np.isfinite(every) & np.array(has))
     values = every[which]

@@ -59,6 +59,9 @@ def difficulty_strata(
         untouched: the untouched run, whose confidence counts; problems without an answer are a stratum of their own, "unparsed".
         problems: all of them, in its order.
         quantiles: parts by confidence, q1 being the least confident; fewer where many problems have the same.
+
+    Returns:
+        For each split the stratum of every problem; and the edges of the parts by confidence.
     """
     known = untouched.confidence[np.isfinite(untouched.confidence)]
     edges = np.unique(np.quantile(known, np.linspace(0, 1, quantiles + 1))) if known.size else known
