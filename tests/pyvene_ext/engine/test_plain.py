@@ -167,7 +167,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
         ({"specs": []}, "at least one spec"),
         ({"specs": [HEAD, Ablation(kind="zero", site="z", layer=1, heads=(7,))]}, "head 7 is out of range"),
         ({"specs": [HEAD, Ablation(kind="zero", site="mlp_out", layer=1, positions="verb")]}, "no position 'verb'"),
-        ({"clean": np.zeros(3, np.float32)}, "values for 6 prompts"),
+        ({"baseline": np.zeros(3, np.float32)}, "values for 6 prompts"),
         ({"prompts": random_prompts((6, 6, 7)), "specs": SPECS[2:3]}, "prompt 2 cannot be resampled"),
     ],
 )
