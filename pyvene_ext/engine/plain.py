@@ -148,8 +148,8 @@ def run(
         batch_size: prompts per forward pass.
         padding_side: left or right; numbers do not depend on it.
         progress: show a bar; or a bar of a longer run, advanced by one per prompt and intervention.
-        baseline: `Result.baseline` of an earlier run with the same model, prompts and metric, to save the untouched run (kl needs its
-            logits and runs it anyway).
+        baseline: `Result.baseline` of an earlier run with the same model, prompts and metric, to save the untouched run (kl needs
+            its logits and runs it anyway).
 
     Returns:
         The metric by intervention and prompt, with and without the intervention.

@@ -44,7 +44,7 @@ def test_the_script_says_what_it_does(script: Path, tmp_path: Path) -> None:
     process = processes.start(run_script, script, "--help", shown=tmp_path / "shown")
     process.join()
     shown = (tmp_path / "shown").read_text()
-    first_line = script.read_text().splitlines()[0].strip('"')
+    first_line = script.read_text().splitlines()[0].lstrip("r").strip('"')
     assert process.exitcode == 0
     assert first_line.split()[0] in shown and f"python {script.relative_to(ROOT)}" in shown
     assert not list((tmp_path / "elsewhere").iterdir())

@@ -1,16 +1,20 @@
-"""Figures of activation patching: the mean score of every patch, a figure a site."""
+"""Figures of patching: the mean score of every patch, a figure a site; and of every edge, senders against receivers."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from pyvene_ext.models.sizes import has_heads
 from pyvene_ext.runs.figures.heads import head_heatmap
 from pyvene_ext.runs.figures.layers import layer_map
+from pyvene_ext.runs.figures.style import DIVERGING, styled
+from pyvene_ext.specs.graph import Node
 
 
 def site_maps(
@@ -50,3 +54,71 @@ def site_maps(
         for site, matrix in others.items():
             found[site] = layer_map(matrix.T, positions, f"{title}, {site}: {of}", label, "position")
     return found
+
+
+CLIPPED = 0.995  # of the edges' sizes lie within the colour scale
+NAMED = 12  # nodes that are named one by one; of more, only their layers are
+
+
+@styled
+def edge_matrix(
+    matrix: Float[np.ndarray, "sender receiver"],
+    senders: Sequence[Node],
+    receivers: Sequence[Node],
+    title: str,
+    label: str,
+    *,
+    cell: float = 0.12,
+) -> Figure:
+    """One coloured cell an edge; white at 0, grey where there is no edge. The few largest may lie beyond the colour scale.
+
+    Args:
+        matrix: one number an edge; NaN where there is none.
+        senders: the nodes of the rows, in the order of the model's layers.
+        receivers: likewise of the columns.
+        title: above the figure.
+        label: what the colour means, with its unit.
+        cell: the side of a cell in inches, at most.
+
+    Returns:
+        The figure.
+    """
+    sizes = np.abs(matrix[np.isfinite(matrix)])
+    limit = float(np.quantile(sizes, CLIPPED)) if sizes.size else 0.0
+    beyond = bool(sizes.size and sizes.max() > limit > 0)
+    cell = min(cell, 9.0 / max(matrix.shape))
+    width, height = max(3.0, matrix.shape[1] * cell), max(2.4, matrix.shape[0] * cell)
+    figure = Figure(figsize=(width + 1.9, height + 1.3))
+    axes = figure.add_subplot()
+    axes.set_facecolor("#dcdcdc")
+    image = axes.imshow(
+        np.ma.masked_invalid(matrix),
+        cmap=DIVERGING,
+        vmin=-(limit or 1.0),
+        vmax=limit or 1.0,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    _name_nodes(axes.yaxis, senders)
+    _name_nodes(axes.xaxis, receivers)
+    axes.set_title(textwrap.fill(title, int(11 * (width + 1.9))))
+    axes.set_xlabel("receiver (layer; in each q, k, v of its heads, then the MLP)")
+    if len(receivers) <= NAMED:
+        axes.set_xlabel("receiver")
+        axes.tick_params("x", rotation=45)
+    axes.set_ylabel("sender (layer; in each its heads, then the MLP)")
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, label=label, extend="both" if beyond else "neither", fraction=0.04)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _name_nodes(axis: Axis, nodes: Sequence[Node]) -> None:
+    """A tick at each of a few nodes; of many, one where a layer begins and one at each node that belongs to none."""
+    if len(nodes) <= NAMED:
+        axis.set_ticks(range(len(nodes)), labels=list(map(str, nodes)))
+        return
+    first: dict[str, int] = {}
+    for place, node in enumerate(nodes):
+        first.setdefault(node.site if node.layer is None else str(node.layer), place)
+    axis.set_ticks(list(first.values()), labels=list(first))
