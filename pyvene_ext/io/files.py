@@ -264,6 +264,9 @@ def read_head_matrix(path: str | Path) -> Float[np.ndarray, "layer head"]:
     Args:
         path: of the file.
 
+    Returns:
+        The matrix.
+
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not a .npy file of real numbers with two axes and at least one head.

@@ -127,7 +127,7 @@ def bootstrap_mean(values: Num[np.ndarray, " prompt"], rng: np.random.Generator,
     return paired_bootstrap(values, np.zeros_like(values), rng, n_resamples)
 
 
-def standard_error(values: Num[np.ndarray, "sample *rest"]) -> Float[np.ndarray, "*rest"]:
+def standard_error(values: Num[np.ndarray, " sample *rest"]) -> Float[np.ndarray, "*rest"]:
     """Of the mean over the first axis, whose samples are independent."""
     return values.std(0, ddof=1) / np.sqrt(len(values))
 

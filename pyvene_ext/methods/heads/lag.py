@@ -168,6 +168,9 @@ def cue_scores(
         tokenizer: of the random tokens.
         generator: that draws them.
 
+    Returns:
+        The mean score of every head.
+
     Raises:
         ValueError: the model takes fewer tokens.
     """
@@ -245,6 +248,9 @@ def lag_curves(
         mode: of the ablation.
         n: how many heads.
         head_type: induction for the highest scores, random for the random sets alone.
+
+    Returns:
+        The curves of the set itself and of each random set.
     """
 
     def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
@@ -273,6 +279,9 @@ def lag_summary(
         heads: the rankings that were ablated.
         head_type: as for `lag_curves`.
         seed: of the bootstrap.
+
+    Returns:
+        The row's cells by column.
     """
     bias, before = plus_one_bias(at.own), plus_one_bias(clean)
     change = paired_bootstrap(bias, before, rng(seed, "bias", at.n))

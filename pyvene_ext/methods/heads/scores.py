@@ -130,6 +130,9 @@ def usable_tokens(
         trim: the share of the ids left out at each end; by default 0.1 for BPE and Unigram vocabularies, else 0.
         among: only these ids, of which nothing is trimmed by default.
 
+    Returns:
+        The ids, ascending.
+
     Raises:
         ValueError: `trim` is not in [0, 0.5), or `among` holds an id beyond the vocabulary.
     """

@@ -26,6 +26,9 @@ def lag_curves(found: Sequence[LagCurves], random: Float[np.ndarray, "set permut
         found: the curves with each number of heads ablated, smallest first.
         random: those of random sets as large as the last one; may be of no set.
         title: above the figure.
+
+    Returns:
+        The figure.
     """
     lags = lags_of(found[0].own.shape[1])
     few = len(lags) <= 4 * ZOOM
