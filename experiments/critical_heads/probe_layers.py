@@ -60,14 +60,14 @@ N_TINY = 1200  # problems of the tiny models, where no --limit is given
 RESAMPLES = 2000
 Position = Annotated[
     str,
-    px.io.Form(
+    px.io.Matches(
         r"question_last|block_first|block_last|mark|-?\d+",
         "question_last, block_first, block_last, mark, or the number of a token of the block, such as 3 or -2",
     ),
 ]
 Target = Annotated[
     str,
-    px.io.Form(
+    px.io.Matches(
         r"answer|first_operand|last_digit|correct|result_[1-9]\d*",
         "answer, first_operand, last_digit, correct, or result_1, result_2 ...",
     ),

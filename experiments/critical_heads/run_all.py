@@ -165,7 +165,9 @@ def planned(config: Config, folder: Path) -> list[Part]:
             for named, ranking in (("heads", "rankings"), ("donor_heads", "donor_ranking")):
                 if named in own:
                     heads.pop(ranking, None)
-            flags = px.io.made(module_of(study).Config, shared | heads | {"out": out} | own, f"--settings: {study}")
+            flags = px.io.config_from(
+                module_of(study).Config, shared | heads | {"out": out} | own, f"--settings: {study}"
+            )
             px.io.check(flags)
             parts.append(Part(study, flags))
     return parts

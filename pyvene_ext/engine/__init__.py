@@ -1,7 +1,7 @@
-"""Specs run on prompts: resolved and checked once, then one metric an intervention and prompt.
+"""Running specs on prompts: resolved and checked once, then one metric per intervention and prompt.
 
-`plain` defines what a spec does, one intervention at a time; `sweep` gives the same numbers fast. Methods that ask several runs
-a question belong in `methods`.
+`plain` defines what a spec does, one intervention at a time; `sweep` computes the same numbers fast. Methods that combine several
+runs belong in `methods`.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""One spec on one batch, in pyvene's words: an `IntervenableConfig`, unit locations, and what is put in place."""
+"""Compile one spec on one batch for pyvene: an `IntervenableConfig`, unit locations and source representations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pyvene_ext.specs.joint import Spec, members
 
 @dataclass(frozen=True)
 class Compiled:
-    """One spec on one batch, in pyvene's words.
+    """One spec on one batch, as pyvene runs it.
 
     Attributes:
-        config: a plain IntervenableConfig, one representation an edit.
-        unit_locations: where in this batch.
-        replacements: for every representation what is put in place, or None where the intervention needs nothing:
-            `batch pos d` or `batch head pos d`.
+        config: a plain IntervenableConfig with one representation per edit.
+        unit_locations: the edited heads and columns of this batch.
+        replacements: for every representation its source, `batch pos d` or `batch head pos d`; None where the intervention takes
+            none.
     """
 
     config: IntervenableConfig
@@ -32,15 +32,30 @@ class Compiled:
     replacements: tuple[Tensor | None, ...]
 
     def source_representations(self, keys: Sequence[str]) -> dict[str, Tensor] | None:
-        """The replacements by the keys of an IntervenableModel (`iv.sorted_keys`); new each time, as stock pyvene empties it."""
+        """The replacements as an IntervenableModel takes them.
+
+        Args:
+            keys: its `sorted_keys`.
+
+        Returns:
+            A new dict with each call, because stock pyvene empties it; None if there are no replacements.
+        """
         return {k: r for k, r in zip(keys, self.replacements, strict=True) if r is not None} or None
 
 
 def compile_spec(spec: Spec, batch: Batch, resolved: Resolved) -> Compiled:
-    """Compile one spec, already resolved and measured, for one batch of its prompts.
+    """Compile one spec for one batch of its prompts.
 
     The config depends on the spec alone, never on the batch or the heads, so that one IntervenableModel serves many calls.
-    Replacement tensors lie on the model's device. At positions "all" padded slots are edited too; no real token sees them.
+    Replacements are on the model's device. At positions "all" padding is edited too; no real token sees it.
+
+    Args:
+        spec: a single or joint spec.
+        batch: some of the prompts, padded on either side.
+        resolved: the spec on the prompts, with the statistics it needs.
+
+    Returns:
+        What an IntervenableModel needs to run the spec on the batch.
     """
     representations, locations = [], []
     replacements: list[Tensor | None] = []
@@ -64,7 +79,7 @@ def compile_spec(spec: Spec, batch: Batch, resolved: Resolved) -> Compiled:
         if values is None:
             replacements.append(None)
             continue
-        values = [edit.in_columns(value, start) for value, start in zip(values, starts, strict=True)]
+        values = [edit.to_columns(value, start) for value, start in zip(values, starts, strict=True)]
         replacement = values[0].new_zeros(len(values), len(columns[0]), *values[0].shape[1:])
         for row, start, value in zip(replacement, starts, values, strict=True):
             offset = start if everywhere else 0
@@ -73,24 +88,50 @@ def compile_spec(spec: Spec, batch: Batch, resolved: Resolved) -> Compiled:
     return Compiled(IntervenableConfig(representations), {"base": locations}, tuple(replacements))
 
 
-def for_new_tokens(compiled: Compiled, scope: str, new: int) -> Compiled:
-    """The same for generation: replacements for the prompt, for `new` generated tokens, or both, as `scope` says.
+def for_generation(compiled: Compiled, scope: str, new: int) -> Compiled:
+    """Convert a compiled spec for generation.
 
-    A new token gets what the prompt's last column gets, which is a token of every row; the first one may be padding.
+    A new token gets the replacement of the prompt's last column, which is a real token in every row; the first may be padding.
+
+    Args:
+        compiled: the spec on a batch that is padded on the left.
+        scope: "prompt", "new" or "both": which tokens get replacements.
+        new: how many tokens are generated at most.
+
+    Returns:
+        The same config and locations with replacements for the tokens in scope.
     """
     if scope == "prompt":
         return compiled
     replacements = tuple(
-        None if values is None else in_scope(beyond_prompt(values, new), scope, new) for values in compiled.replacements
+        None if values is None else select_scope(extend_to_new_tokens(values, new), scope, new)
+        for values in compiled.replacements
     )
     return Compiled(compiled.config, compiled.unit_locations, replacements)
 
 
-def beyond_prompt(values: Float[Tensor, "*batch pos d"], new: int) -> Float[Tensor, "*batch pos+new d"]:
-    """Replacements for the prompt with those of its last column repeated for new tokens."""
+def extend_to_new_tokens(values: Float[Tensor, "*batch pos d"], new: int) -> Float[Tensor, "*batch pos+new d"]:
+    """Extend replacements for the prompt to new tokens, which get those of the prompt's last column.
+
+    Args:
+        values: replacements for the prompt.
+        new: number of new tokens.
+
+    Returns:
+        Replacements for prompt and new tokens.
+    """
     return torch.cat([values, values[..., -1:, :].expand(*values.shape[:-2], new, -1)], -2)
 
 
-def in_scope(values: Float[Tensor, "*batch pos+new d"], scope: str, new: int) -> Float[Tensor, "*batch pos d"]:
-    """Of replacements for the prompt and for new tokens, those that a scope asks for."""
+def select_scope(values: Float[Tensor, "*batch pos+new d"], scope: str, new: int) -> Float[Tensor, "*batch pos d"]:
+    """Select the replacements in scope.
+
+    Args:
+        values: replacements for the prompt and for new tokens.
+        scope: "prompt", "new" (or another that excludes the prompt) or "both".
+        new: number of new tokens.
+
+    Returns:
+        The replacements for the tokens in scope.
+    """
     return values if scope == "both" else values[..., :-new, :] if scope == "prompt" else values[..., -new:, :]

@@ -1,4 +1,4 @@
-"""Text generated with an intervention in place: the plain engine for generation."""
+"""Generation with an intervention in place: the plain engine for new tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.compile import Compiled, compile_spec, for_new_tokens
+from pyvene_ext.engine.compile import Compiled, compile_spec, for_generation
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
@@ -30,24 +30,25 @@ def generate(
     batch_size: int = 8,
     **options: Any,
 ) -> list[list[int]]:
-    """What a model writes after each prompt, greedily unless told otherwise, with an intervention in place.
+    """Generate from each prompt, greedily by default, with an intervention in place.
 
-    An intervention stands at positions, so that the same text comes out with and without a cache. The first new token follows
-    from the prompt alone.
+    An intervention is tied to positions, so that the text is the same with and without a cache. The first new token is computed
+    at the prompt's last token, and so depends on edits of the prompt alone.
 
     Args:
-        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         prompts: of any lengths.
-        spec: one edit, or a tuple of them (done together); None: the model as it is.
-        max_new_tokens: where a text that has not ended is cut.
-        scope: at the positions of the prompt that the spec names, at every new token, or both. (pyvene's own `generate` leaves
-            the prompt alone unless told otherwise, and the new tokens if it is.) At new tokens heads count and positions do not.
-        reference: statistics to replace by; if some are needed and none are given, those of `prompts` themselves.
-        batch_size: prompts a forward pass.
-        **options: for transformers' `generate`.
+        spec: one edit, or a tuple of them (made jointly); None: the untouched model.
+        max_new_tokens: most tokens per text.
+        scope: edit the positions of the prompt that the spec names ("prompt"), every new token ("new"), or both. (pyvene's own
+            `generate` edits only new tokens by default, and only the prompt on request.) At new tokens a spec's heads apply and
+            its positions do not.
+        reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
+        batch_size: prompts per forward pass.
+        **options: passed to transformers' `generate`.
 
     Returns:
-        The new tokens of each prompt, without what fills a batch up after a text has ended.
+        The new tokens of each prompt, without padding after the end of a text.
 
     Raises:
         ValueError: before the model runs, for an unknown scope, and for a spec that does not fit the model, the prompts or new
@@ -59,10 +60,10 @@ def generate(
     for edit in () if spec is None or scope == "prompt" else members(spec):
         if not edit.on_new_tokens or edit.kind == "resample":
             raise ValueError(
-                f"{edit.name}: at generated tokens there is no such intervention; add a vector, ablate by zero or by the mean "
+                f"{edit.name}: this intervention is not defined at generated tokens; add a vector, ablate by zero or by the mean "
                 "over tokens, or choose the scope prompt."
             )
-    resolved = None if resolved is None else resolved.measured(batch_size=batch_size, progress=False)
+    resolved = None if resolved is None else resolved.with_statistics(batch_size=batch_size, progress=False)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": prompts.pad_id, **options}
     found: dict[int, list[int]] = {}
     with evaluating(model), no_gradients(model):
@@ -71,7 +72,7 @@ def generate(
             if resolved is None:
                 tokens = model.generate(**base, **options)  # type: ignore[operator]
             else:
-                compiled = for_new_tokens(compile_spec(resolved.specs[0], batch, resolved), scope, max_new_tokens)
+                compiled = for_generation(compile_spec(resolved.specs[0], batch, resolved), scope, max_new_tokens)
                 tokens = _intervened(model, base, compiled, scope, options)
             for prompt, row in zip(batch.index, tokens[:, batch.input_ids.shape[1] :].tolist(), strict=True):
                 found[prompt] = _until_end(row, model)
@@ -94,7 +95,7 @@ def _intervened(
 
 
 def _until_end(tokens: list[int], model: PreTrainedModel) -> list[int]:
-    """The tokens up to the first that ends a text, and without it."""
+    """The tokens before the first end-of-text token."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = set(ends if isinstance(ends, list) else [ends])
     return tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]

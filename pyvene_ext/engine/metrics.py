@@ -1,9 +1,9 @@
-"""What a model thinks of the two answers: numbers from the logits at each prompt's last token.
+"""Metrics of the two answers, from the logits at each prompt's last token.
 
-Every function takes logits `[batch vocab]` in any dtype and returns float32 `[batch]`, one number a prompt, never an average;
-`token_probabilities` alone asks about the prompt's own tokens and returns one number for each.
-Answer ids are `[batch 2]`: IO (right), then S (wrong). Wrong shapes, ids outside the vocabulary and logits that are not finite
-raise ValueError. Definitions: Wang et al. 2022 (logit difference), Zhang & Nanda 2024 (the choice between these metrics).
+Every function takes logits `[batch vocab]` in any dtype and returns float32 `[batch]`, one number per prompt, never an average;
+only `token_probabilities` reads the prompt's own tokens and returns one number for each of them.
+Answer ids are `[batch 2]`: IO (correct), then S (incorrect). Wrong shapes, ids outside the vocabulary and logits that are not
+finite raise ValueError. Definitions: Wang et al. 2022 (logit difference), Zhang & Nanda 2024 (the choice between these metrics).
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ PerPrompt = Float[Tensor, " batch"]
 
 
 def last_logits(logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> Logits:
-    """The logits at each row's last real token, in their dtype; a ValueError names the prompts where they are not finite."""
+    """Select the logits at each row's last real token.
+
+    Args:
+        logits: of every token of the batch.
+        batch: the prompts, padded on either side.
+
+    Returns:
+        The logits at the last tokens, in their dtype.
+
+    Raises:
+        ValueError: the shapes do not match, or logits are not finite; the message names the prompts.
+    """
     if logits.ndim != 3 or logits.shape[:2] != batch.input_ids.shape:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} do not belong to a batch of shape {tuple(batch.input_ids.shape)}; give "
@@ -35,20 +46,46 @@ def last_logits(logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> Logit
 
 
 def logit_diff(logits: Logits, answer_ids: AnswerIds) -> PerPrompt:
-    """logit(IO) - logit(S)."""
+    """Logit difference, logit(IO) - logit(S) (Wang et al. 2022).
+
+    Args:
+        logits: at each prompt's last token.
+        answer_ids: IO, then S.
+
+    Returns:
+        One number per prompt.
+    """
     io, s = _answer_logits(logits, answer_ids)
     return io - s
 
 
 def logit(logits: Logits, answer_ids: AnswerIds) -> PerPrompt:
-    """logit(IO)."""
+    """Logit of the correct answer, IO.
+
+    Args:
+        logits: at each prompt's last token.
+        answer_ids: IO, then S.
+
+    Returns:
+        One number per prompt.
+    """
     return _answer_logits(logits, answer_ids)[0]
 
 
 def paired_logit_diff(ld_a: PerPrompt, ld_b: PerPrompt) -> PerPrompt:
-    """Half the sum of the logit differences of a prompt and its mirror image, in which IO and S change places.
+    """Paired logit difference: the mean of the logit differences of a prompt and its counterpart with IO and S swapped.
 
     1/2 {[l(a) - l(b)](x_a) + [l(b) - l(a)](x_b)}: a prior for one of the two names, whatever the prompt, cancels out.
+
+    Args:
+        ld_a: logit differences of the prompts.
+        ld_b: logit differences of their counterparts.
+
+    Returns:
+        One number per pair.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if ld_a.shape != ld_b.shape:
         raise ValueError(
@@ -58,19 +95,47 @@ def paired_logit_diff(ld_a: PerPrompt, ld_b: PerPrompt) -> PerPrompt:
 
 
 def probability(logits: Logits, answer_ids: AnswerIds) -> PerPrompt:
-    """Probability of IO among the whole vocabulary."""
+    """Probability of IO, over the whole vocabulary.
+
+    Args:
+        logits: at each prompt's last token.
+        answer_ids: IO, then S.
+
+    Returns:
+        One number per prompt.
+    """
     _answer_logits(logits, answer_ids)
     return logits.float().softmax(-1).gather(1, answer_ids[:, :1].to(logits.device)).squeeze(1)
 
 
 def rank(logits: Logits, answer_ids: AnswerIds) -> PerPrompt:
-    """Rank of IO in the whole vocabulary: 1 is the top; tokens with equal logits share the better rank."""
+    """Rank of IO in the whole vocabulary: 1 is the top; tokens with equal logits share the better rank.
+
+    Args:
+        logits: at each prompt's last token.
+        answer_ids: IO, then S.
+
+    Returns:
+        One number per prompt.
+    """
     io, _ = _answer_logits(logits, answer_ids)
     return 1 + (logits.float() > io[:, None]).sum(-1).float()
 
 
 def accuracy(logits: Logits, answer_ids: AnswerIds, among: Literal["vocab", "pair"] = "vocab") -> PerPrompt:
-    """1 where IO has a higher logit than every other token (or, among="pair", than S), else 0; a tie is no success."""
+    """1 where IO has the highest logit, else 0; a tie counts as 0.
+
+    Args:
+        logits: at each prompt's last token.
+        answer_ids: IO, then S.
+        among: compare with every other token ("vocab"), or with S alone ("pair").
+
+    Returns:
+        One number per prompt.
+
+    Raises:
+        ValueError: `among` is neither.
+    """
     io, s = _answer_logits(logits, answer_ids)
     if among == "pair":
         return (io > s).float()
@@ -80,21 +145,43 @@ def accuracy(logits: Logits, answer_ids: AnswerIds, among: Literal["vocab", "pai
 
 
 def kl(clean_logits: Logits, logits: Logits) -> PerPrompt:
-    """KL(clean || intervened) in nats, over the whole vocabulary."""
+    """KL(clean || intervened) in nats, over the whole vocabulary.
+
+    Args:
+        clean_logits: of the untouched run.
+        logits: of the run with the intervention.
+
+    Returns:
+        One number per prompt.
+
+    Raises:
+        ValueError: the shapes differ, or logits are not finite.
+    """
     if clean_logits.shape != logits.shape or logits.ndim != 2:
         raise ValueError(
             f"kl needs two arrays [batch vocab] of one shape, not {tuple(clean_logits.shape)} and {tuple(logits.shape)}."
         )
     _check_finite(clean_logits, "clean rows")
     _check_finite(logits, "rows")
-    # In float32 the rounding of log_softmax (1e-6 with usual logits) would drown, and turn negative, the effect of a weak head.
+    # In float32 the rounding of log_softmax (1e-6 with usual logits) would mask the effect of a weak head, or make it negative.
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     clean, intervened = (some.to(dtype).log_softmax(-1) for some in (clean_logits, logits))
     return (clean.exp() * (clean - intervened)).sum(-1).float()
 
 
 def token_probabilities(logits: Logits, input_ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-    """Probability, among the whole vocabulary, that the next token is the one at each position of the prompt."""
+    """Probability that the next token is the one at each position of the prompt, over the whole vocabulary.
+
+    Args:
+        logits: at each prompt's last token.
+        input_ids: the prompts' own tokens.
+
+    Returns:
+        One number per token.
+
+    Raises:
+        ValueError: the shapes do not match, or logits are not finite.
+    """
     if logits.ndim != 2 or input_ids.ndim != 2 or len(input_ids) != len(logits):
         raise ValueError(
             f"expected logits [batch vocab] and input_ids [batch pos], not {tuple(logits.shape)} and {tuple(input_ids.shape)}."
@@ -120,7 +207,7 @@ def _answer_logits(logits: Logits, answer_ids: AnswerIds) -> tuple[PerPrompt, Pe
 def _check_ids(what: str, ids: Int[Tensor, "batch some"], n_vocab: int) -> None:
     if ids.numel() and not 0 <= ids.min() <= ids.max() < n_vocab:
         raise ValueError(
-            f"{what} ids reach from {ids.min()} to {ids.max()} but the vocabulary has {n_vocab} tokens; use the model's own "
+            f"{what} ids range from {ids.min()} to {ids.max()} but the vocabulary has {n_vocab} tokens; use the model's own "
             "tokenizer."
         )
 
@@ -130,5 +217,5 @@ def _check_finite(logits: Logits, what: str, names: list[int] | None = None) -> 
     if bad:
         which = ", ".join(str(row if names is None else names[row]) for row in bad)
         raise ValueError(
-            f"the logits of {what} {which} are not finite; use dtype float32 or bfloat16, or a gentler intervention."
+            f"the logits of {what} {which} are not finite; use dtype float32 or bfloat16, or a weaker intervention."
         )

@@ -1,6 +1,6 @@
 """The plain engine: run specs one by one through `IntervenableModel` and keep one number per intervention and prompt (or token).
 
-It is the definition of what a spec does. Every faster engine is tested equal to it.
+It defines what a spec does. Every faster engine is tested for equality with it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pyvene_ext.specs.joint import (
 if TYPE_CHECKING:
     import pandas as pd
 
-# Each takes the answer position's logits, [batch vocab], the batch and the clean logits.
+# Each takes the logits at the last token, [batch vocab], the batch and the clean logits.
 METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
     "logit_diff": lambda logits, batch, clean: metrics.logit_diff(logits, batch.answer_ids),
     "probability": lambda logits, batch, clean: metrics.probability(logits, batch.answer_ids),
@@ -47,46 +47,46 @@ METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
     "kl": lambda logits, batch, clean: metrics.kl(clean, logits),
     "logit": lambda logits, batch, clean: metrics.logit(logits, batch.answer_ids),
 }
-# The same with one number for each token of a prompt, [batch pos]: what `run` and `sweep` read besides, on prompts of one length.
+# The same with one number per token of a prompt, [batch pos]; `run` and `sweep` read these too, on prompts of equal length.
 TOKEN_METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
     "token_probabilities": lambda logits, batch, clean: metrics.token_probabilities(logits, batch.input_ids),
 }
-ANSWERS_ONLY = ("logit_diff", "logit")  # metrics that read no logits but those of the two answers
+ANSWERS_ONLY = ("logit_diff", "logit")  # metrics that read only the logits of the two answers
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a list of interventions did to every prompt.
+    """The effect of a list of interventions on every prompt.
 
     Attributes:
-        names: of the interventions, as `spec_name` gives them.
-        metric: which number was kept; one of `TOKEN_METRICS` has one for every token of a prompt, as a last axis.
-        clean: it, of the untouched model.
-        intervened: it, under each intervention.
+        names: the interventions' names (`spec_name`).
+        metric: name of the metric; one of `TOKEN_METRICS` has a value per token of a prompt, as the last axis.
+        baseline: the metric of the untouched run of these prompts, whatever they are.
+        intervened: the metric under each intervention.
     """
 
     names: tuple[str, ...]
     metric: str
-    clean: Float32[np.ndarray, " n_prompts *pos"]
+    baseline: Float32[np.ndarray, " n_prompts *pos"]
     intervened: Float32[np.ndarray, "n_interventions n_prompts *pos"]
 
     @property
     def delta(self) -> Float32[np.ndarray, "n_interventions n_prompts *pos"]:
-        """Clean minus intervened: positive where the intervention lowered the metric."""
-        return self.clean - self.intervened
+        """Baseline minus intervened: positive where the intervention lowered the metric."""
+        return self.baseline - self.intervened
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an intervention and prompt; of a token metric one for each of the prompt's tokens.
+        """Convert to a table with one row per intervention and prompt (and token, for a metric with a value per token).
 
         Returns:
-            A table with the columns intervention (its name), prompt (its number, from 0), pos (of a token metric), baseline,
+            A table with the columns intervention (its name), prompt (its number, from 0), pos (for a token metric), baseline,
             intervened and delta.
         """
         import pandas as pd  # takes a second to import, and most runs need no table
 
         names = ("intervention", "prompt", "pos")[: self.intervened.ndim]
         rows = pd.MultiIndex.from_product([self.names, *map(range, self.intervened.shape[1:])], names=names)
-        baseline = np.broadcast_to(self.clean, self.intervened.shape)
+        baseline = np.broadcast_to(self.baseline, self.intervened.shape)
         columns = {"baseline": baseline, "intervened": self.intervened, "delta": self.delta}
         return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, rows).reset_index()
 
@@ -100,7 +100,22 @@ def reference_for(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Reference | None:
-    """The statistics over `prompts` that these specs need, None if they need none; for `run`, and to be used in several runs."""
+    """Compute the reference statistics that specs need, once for several runs.
+
+    Args:
+        specs: single and joint specs.
+        model: a causal language model with a card.
+        prompts: the reference set.
+        batch_size: prompts per forward pass.
+        cache_dir: a folder to read them from, or to save them to.
+        progress: show a bar.
+
+    Returns:
+        The statistics, to be passed to `run` or `sweep` as `reference`; None if the specs need none.
+
+    Raises:
+        ValueError: the reference set lacks a position, or activations are not finite.
+    """
     wanted = needs(specs)
     if not wanted.places:
         return None
@@ -119,26 +134,33 @@ def run(
     batch_size: int = 8,
     padding_side: PaddingSide = "left",
     progress: bool | tqdm = True,
-    clean: Float32[np.ndarray, " n_prompts *pos"] | None = None,
+    baseline: Float32[np.ndarray, " n_prompts *pos"] | None = None,
 ) -> Result:
     """Run every spec on every prompt and read one metric at each prompt's last token.
 
     Args:
-        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
-        specs: one ablation, or a list of ablations and of tuples of them (done together).
-        metric: logit_diff, probability, rank, accuracy, kl (to the clean run) or logit (of the right answer alone); or
-            token_probabilities, of each prompt's own tokens to come next, for prompts of one length.
-        reference: statistics to replace by; if some are needed and none are given, those of `prompts` themselves.
-        progress: show a bar, or advance this one of a longer run, by one a prompt and intervention.
-        clean: `Result.clean` of an earlier run with the same model, prompts and metric, which then is not run again (kl needs
-            the clean logits and runs them anyway).
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        specs: one edit, or a list of edits and of tuples of them (made jointly).
+        prompts: the prompts that are intervened on.
+        metric: logit_diff, probability, rank, accuracy, kl (to the clean run) or logit (of the correct answer); or
+            token_probabilities, the probability that each of the prompt's own tokens comes next, for prompts of equal length.
+        reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
+        batch_size: prompts per forward pass.
+        padding_side: left or right; numbers do not depend on it.
+        progress: show a bar; or a bar of a longer run, advanced by one per prompt and intervention.
+        baseline: `Result.baseline` of an earlier run with the same model, prompts and metric, to save the untouched run (kl needs its
+            logits and runs it anyway).
 
-    Raises ValueError, before the model runs, for a spec that does not fit the model, the prompts or the reference set.
+    Returns:
+        The metric by intervention and prompt, with and without the intervention.
+
+    Raises:
+        ValueError: before the model runs, for a spec that does not fit the model, the prompts or the reference set.
     """
     check_metric(model, prompts, metric, of_tokens=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     return run_resolved(
-        resolved, metric, batch_size=batch_size, padding_side=padding_side, progress=progress, clean=clean
+        resolved, metric, batch_size=batch_size, padding_side=padding_side, progress=progress, baseline=baseline
     )
 
 
@@ -149,22 +171,37 @@ def run_resolved(
     batch_size: int = 8,
     padding_side: PaddingSide = "left",
     progress: bool | tqdm = True,
-    clean: Float32[np.ndarray, " n_prompts *pos"] | None = None,
+    baseline: Float32[np.ndarray, " n_prompts *pos"] | None = None,
 ) -> Result:
-    """`run` of what is resolved already; statistics that are needed and not there yet are computed."""
+    """Run specs that are already resolved, as `run` does; missing statistics are computed.
+
+    Args:
+        resolved: the specs on the prompts.
+        metric: as for `run`.
+        batch_size: prompts per forward pass.
+        padding_side: left or right.
+        progress: as for `run`.
+        baseline: as for `run`.
+
+    Returns:
+        The metric by intervention and prompt, with and without the intervention.
+
+    Raises:
+        ValueError: `baseline` has another shape.
+    """
     model, prompts, specs = resolved.model, resolved.prompts, resolved.specs
     shape = (len(prompts), len(prompts.input_ids[0])) if metric in TOKEN_METRICS else (len(prompts),)
-    if clean is not None and np.shape(clean) != shape:
-        each = "one for each of their tokens" if metric in TOKEN_METRICS else "one each"
-        raise ValueError(f"clean holds {np.shape(clean)} values for {len(prompts)} prompts; give {each}.")
+    if baseline is not None and np.shape(baseline) != shape:
+        each = "one per token" if metric in TOKEN_METRICS else "one each"
+        raise ValueError(f"baseline holds {np.shape(baseline)} values for {len(prompts)} prompts; give {each}.")
     shown = progress is True
-    resolved = resolved.measured(batch_size=batch_size, progress=shown)
+    resolved = resolved.with_statistics(batch_size=batch_size, progress=shown)
 
-    runs_clean = clean is None or metric == "kl"
-    before = np.empty(shape, np.float32) if runs_clean else np.asarray(clean, np.float32)
+    runs_clean = baseline is None or metric == "kl"
+    values = np.empty(shape, np.float32) if runs_clean else np.asarray(baseline, np.float32)
     intervened = np.empty((len(specs), *shape), np.float32)
     device = input_device(model)
-    structures: dict[tuple, IntervenableModel] = {}  # specs that differ in heads or positions only share one
+    structures: dict[tuple, IntervenableModel] = {}  # shared by specs that differ in heads or positions only
     own_bar = tqdm(total=len(specs) * len(prompts), unit="prompt", smoothing=0.1, disable=not shown)
     bar = progress if isinstance(progress, tqdm) else own_bar
     with own_bar, evaluating(model), no_gradients(model):
@@ -174,7 +211,7 @@ def run_resolved(
             clean_logits = None
             if runs_clean:
                 clean_logits = metrics.last_logits(model(**base).logits, batch)
-                before[batch.index] = measure(metric, clean_logits, batch, clean_logits)
+                values[batch.index] = measure(metric, clean_logits, batch, clean_logits)
             for number, spec in enumerate(specs):
                 compiled = compile_spec(spec, batch, resolved)
                 structure = tuple(compiled.config.representations)
@@ -189,21 +226,31 @@ def run_resolved(
                 logits = metrics.last_logits(output.logits, batch)
                 intervened[number, batch.index] = measure(metric, logits, batch, clean_logits)
                 bar.update(len(batch.index))
-    return Result(resolved.names, metric, before, intervened)
+    return Result(resolved.names, metric, values, intervened)
 
 
 def check_metric(model: PreTrainedModel, prompts: TokenizedPrompts, metric: str, *, of_tokens: bool = False) -> None:
-    """Raise ValueError for a metric that cannot be read here; `of_tokens` allows `TOKEN_METRICS`."""
+    """Check that a metric can be read on these prompts.
+
+    Args:
+        model: the model that is run.
+        prompts: the prompts that it is read on.
+        metric: its name.
+        of_tokens: allow `TOKEN_METRICS`.
+
+    Raises:
+        ValueError: the metric is unknown or not allowed, the prompts do not fit it or the model, or the model has no logits.
+    """
     if metric in TOKEN_METRICS and not of_tokens:
-        raise ValueError(f"{metric} is a number for each token; here choose among {', '.join(METRICS)}.")
+        raise ValueError(f"{metric} is one number per token; here choose among {', '.join(METRICS)}.")
     if metric not in METRICS | TOKEN_METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS | TOKEN_METRICS)}.")
     check_tokenized(model, prompts)
     lengths = sorted(map(len, prompts.input_ids))
     if metric in TOKEN_METRICS and lengths and lengths[0] < lengths[-1]:
         raise ValueError(
-            f"{metric} has a number for each token, so that all prompts must be equally long, not {lengths[0]} to {lengths[-1]} "
-            "tokens; run each length by itself."
+            f"{metric} has one number per token, so all prompts must have the same length, not {lengths[0]} to {lengths[-1]} "
+            "tokens; run each length separately."
         )
     if model.get_output_embeddings() is None:
         raise ValueError(
@@ -214,5 +261,15 @@ def check_metric(model: PreTrainedModel, prompts: TokenizedPrompts, metric: str,
 def measure(
     metric: str, logits: Float[Tensor, "batch vocab"], batch: Batch, clean: Float[Tensor, "batch vocab"] | None
 ) -> Float32[np.ndarray, " batch *pos"]:
-    """A metric of some prompts, given the logits at their last tokens, with an intervention and (for kl) without."""
+    """Compute a metric for a batch of prompts.
+
+    Args:
+        metric: its name.
+        logits: at the prompts' last tokens, with the intervention.
+        batch: the prompts.
+        clean: the same logits of the untouched run, for kl.
+
+    Returns:
+        One number per prompt, or per token for `TOKEN_METRICS`.
+    """
     return (METRICS | TOKEN_METRICS)[metric](logits, batch, clean).float().cpu().numpy()

@@ -1,6 +1,6 @@
-"""What specs mean on given prompts, found and checked once: token places, source prompts, and what must be measured on them.
+"""What specs mean on given prompts, determined and checked once: edited tokens, source prompts, and the statistics they need.
 
-Both engines, patching and attribution take a `Resolved`. Nothing after `resolve` raises for what a user wrote.
+Both engines, patching and attribution take a `Resolved`. User errors are found in `resolve`; nothing after it raises for them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from transformers import PreTrainedModel
 from pyvene_ext.intervenable.statistics import Reference, check_reference_prompts
 from pyvene_ext.prompts.positions import Positions, token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
-from pyvene_ext.specs.base import Extent
+from pyvene_ext.specs.base import ModelShape
 from pyvene_ext.specs.joint import OneSpec, Spec, as_specs, members, needs, spec_name
 from pyvene_ext.specs.sources import Directions, Needs, Recorded, Sources
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Specs on prompts, all of them in order.
+    """Specs on prompts, in order.
 
     Attributes:
-        specs: what is done, each by itself.
+        specs: the interventions, each run separately.
         sources: the model, the prompts, and what replacements are computed from.
-        tokens: for each choice of positions and each prompt, the tokens it names, counted from the prompt's first.
+        tokens: for each choice of positions and each prompt, the tokens that it names, counted from the prompt's first token.
     """
 
     specs: tuple[Spec, ...]
@@ -46,39 +46,66 @@ class Resolved:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the specs."""
+        """The specs' names."""
         return tuple(map(spec_name, self.specs))
 
     @property
     def needs(self) -> Needs:
-        """What must be measured on the reference set or the source prompts."""
+        """The statistics that the specs need of the reference set or the source prompts."""
         return needs(self.specs)
 
-    def only(self, numbers: Iterable[int]) -> Resolved:
-        """Some of the specs, in this order."""
+    def select(self, numbers: Iterable[int]) -> Resolved:
+        """Select some of the specs by number, in this order."""
         return replace(self, specs=tuple(self.specs[number] for number in numbers))
 
     def with_directions(self, directions: Directions) -> Resolved:
-        """The same with concept directions for patches along one."""
+        """Return a copy with concept directions, for patches with `subspace`."""
         return replace(self, sources=replace(self.sources, directions=directions))
 
-    def measured(self, *, batch_size: int = 8, cache_dir: str | Path | None = None, progress: bool = True) -> Resolved:
-        """The same with the statistics that the specs need, computed (or read from the cache) unless they are there."""
+    def with_statistics(
+        self, *, batch_size: int = 8, cache_dir: str | Path | None = None, progress: bool = True
+    ) -> Resolved:
+        """Compute the statistics that the specs need, unless they are there.
+
+        Args:
+            batch_size: prompts per forward pass.
+            cache_dir: a folder to read them from, or to save them to.
+            progress: show a bar.
+
+        Returns:
+            A copy with the statistics; itself if there is nothing to compute.
+        """
         wanted = self.needs
         if not wanted.places or self.sources.reference is not None:
             return self
-        given = self.prompts if self.sources.given is None else self.sources.given
+        source = self.prompts if self.sources.source_prompts is None else self.sources.source_prompts
         reference = Reference.compute(
-            self.model, given, **wanted._asdict(), batch_size=batch_size, cache_dir=cache_dir, progress=progress
+            self.model, source, **wanted._asdict(), batch_size=batch_size, cache_dir=cache_dir, progress=progress
         )
         return replace(self, sources=replace(self.sources, reference=reference))
 
     def replacements(self, edit: OneSpec, prompts: Sequence[int]) -> list[Tensor] | None:
-        """What an edit puts in place at its tokens of some prompts; None where its intervention needs nothing."""
+        """Compute an edit's replacements on some prompts.
+
+        Args:
+            edit: one of the specs' edits.
+            prompts: indices of the prompts.
+
+        Returns:
+            For each of these prompts `pos d` or `pos head d` at its edited tokens; None if the intervention takes no source.
+        """
         return edit.replacements(prompts, self.tokens_of(edit, prompts), self.sources)
 
     def tokens_of(self, edit: OneSpec, prompts: Iterable[int]) -> list[tuple[int, ...]]:
-        """The tokens of some prompts that an edit changes, counted from each prompt's first."""
+        """The edited tokens of some prompts.
+
+        Args:
+            edit: one of the specs' edits.
+            prompts: indices of the prompts.
+
+        Returns:
+            For each of these prompts its edited tokens, counted from its first token.
+        """
         tokens = self.tokens[edit.positions]
         return [tokens[prompt] for prompt in prompts]
 
@@ -87,42 +114,45 @@ def resolve(
     specs: OneSpec | Iterable[Spec],
     model: PreTrainedModel,
     prompts: TokenizedPrompts,
-    given: TokenizedPrompts | None = None,
+    source: TokenizedPrompts | None = None,
     *,
     reference: Reference | None = None,
     directions: Directions | None = None,
     recorded: Recorded | None = None,
 ) -> Resolved:
-    """Find out what specs mean on prompts; nothing is run.
+    """Determine what specs mean on prompts and check everything; the model is not run.
 
     Args:
-        specs: one edit, or a list of edits and of tuples of them (done together).
+        specs: one edit, or a list of edits and of tuples of them (made jointly).
         model: a causal language model with a card.
-        prompts: what is intervened on.
-        given: the reference set of ablations (by default the prompts themselves), or the source prompts of patches.
-        reference: statistics of an earlier run, whose prompts are then the given ones.
-        directions: of patches along one direction; None where they are found later.
-        recorded: of path patching.
+        prompts: the prompts that are intervened on.
+        source: the reference set of ablations (by default the prompts themselves), or the source prompts of patches.
+        reference: statistics of an earlier run; their prompts are then the source.
+        directions: concept directions of patches with `subspace`; None if they are computed later.
+        recorded: what path patching has recorded at receivers.
+
+    Returns:
+        The specs on the prompts, without statistics unless they were given.
 
     Raises:
         ValueError: for anything that would go wrong in a run: a spec that does not fit the model, the prompts or the reference
-            set, pairs that do not correspond, statistics of other weights or without something that is needed.
+            set, pairs that do not correspond, statistics of other weights, or statistics that lack something.
     """
     resolved = tuple(as_specs(specs))
-    given = given if reference is None else reference.prompts
-    check_tokenized(model, prompts, *([] if given is None else [given]))
+    source = source if reference is None else reference.prompts
+    check_tokenized(model, prompts, *([] if source is None else [source]))
     if not resolved or not prompts.input_ids:
         raise ValueError("nothing to run: give at least one spec and one prompt.")
-    sources = Sources(model, prompts, given, reference, directions or {}, recorded)
+    sources = Sources(model, prompts, source, reference, directions or {}, recorded)
     edits = [edit for spec in resolved for edit in members(spec)]
     tokens: dict[Positions, tuple[tuple[int, ...], ...]] = {}
     seen: set[tuple[type, Hashable]] = set()
-    extent = Extent.of(model)
+    model_shape = ModelShape.of(model)
     wanted = needs(resolved)
     if wanted.places:
-        check_reference_prompts(prompts if given is None else given, wanted.position_means, wanted.bank)
+        check_reference_prompts(prompts if source is None else source, wanted.position_means, wanted.bank)
     for edit in edits:
-        edit.check(extent)
+        edit.check(model_shape)
         if edit.positions not in tokens:
             tokens[edit.positions] = tuple(
                 tuple(token_indices(prompts, prompt, edit.positions)) for prompt in range(len(prompts))
@@ -135,5 +165,5 @@ def resolve(
         reference.check_model(model)
     if directions is not None:
         for edit in edits:
-            edit.check_directions(directions, extent)
+            edit.check_directions(directions, model_shape)
     return Resolved(resolved, sources, tokens)

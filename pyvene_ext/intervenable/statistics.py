@@ -38,7 +38,14 @@ FORMAT = 1  # version of the cache files
 
 
 def label(place: Place) -> str:
-    """Label a site and its layer: "z.3", "embed"."""
+    """Label a place.
+
+    Args:
+        place: a site and its layer, None for a site without layers.
+
+    Returns:
+        "z.3", "embed".
+    """
     return ".".join(str(part) for part in place if part is not None)
 
 
@@ -184,7 +191,14 @@ class Reference:
                 )
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """Raise ValueError if the statistics belong to a model with other weights."""
+        """Check that the statistics belong to a model.
+
+        Args:
+            model: the model.
+
+        Raises:
+            ValueError: its weights differ from those that the statistics were computed on.
+        """
         if self._model() is not model and self.weights != weight_hash(model):
             raise ValueError(
                 "the reference statistics belong to a model with other weights; compute them on this one with reference_for."

@@ -1,10 +1,10 @@
 from .bounds import Ascending as Ascending
 from .bounds import Distinct as Distinct
 from .bounds import EachOnce as EachOnce
-from .bounds import Form as Form
+from .bounds import Matches as Matches
 from .bounds import OneOrMore as OneOrMore
 from .bounds import check as check
-from .cli import made as made
+from .cli import config_from as config_from
 from .cli import run as run
 from .cli import write_config as write_config
 from .errors import one_sentence as one_sentence

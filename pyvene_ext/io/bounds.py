@@ -28,12 +28,12 @@ class Distinct:
 
 @dataclass(frozen=True)
 class Ascending:
-    """Each item larger than the one before."""
+    """Each item is larger than the one before it."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """Text of a given form.
+class Matches:
+    """Text matches a pattern.
 
     Attributes:
         pattern: a regular expression for the whole text.
@@ -94,7 +94,7 @@ def complaints(flag: str, value: Any, hint: Any) -> Iterator[str]:
 
 def _complaint(flag: str, value: Any, bounds: list[Any]) -> Iterator[str]:
     for bound in bounds:
-        if isinstance(bound, Form) and not re.fullmatch(bound.pattern, value):
+        if isinstance(bound, Matches) and not re.fullmatch(bound.pattern, value):
             yield f"--{flag} names {bound.words}, not {value!r}."
     if isinstance(value, tuple):
         wanted = ["one or more"] if any(isinstance(bound, MinLen) for bound in bounds) else []

@@ -75,7 +75,7 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
     return outcome if isinstance(outcome, int) else 0
 
 
-def made(config: type[Config], values: Mapping[str, Any], source: str) -> Config:
+def config_from(config: type[Config], values: Mapping[str, Any], source: str) -> Config:
     """Build a config from plain values, such as those of a YAML file.
 
     Args:
@@ -127,7 +127,7 @@ def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config
     values = read_yaml(name)
     if not isinstance(values, dict):
         raise ValueError(f"{name} must hold one flag per line, as 'name: value'.")
-    return args[:place] + rest, made(config, values, name)
+    return args[:place] + rest, config_from(config, values, name)
 
 
 def groups(config: type) -> dict[str, list[dataclasses.Field[Any]]]:

@@ -251,25 +251,23 @@ def read_npy(path: str | Path) -> np.ndarray:
     try:
         # Not np.load, whose message takes every other file for a pickle.
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # its header is a Python literal, for which NumPy, ast and tokenize raise different errors
+    except Exception as error:  # NumPy, ast and tokenize raise different errors for a damaged header
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a complete .npy file of numbers ({reason}).") from None
 
 
 def read_head_matrix(path: str | Path) -> Float[np.ndarray, "layer head"]:
-    """One real number a head from a .npy file, as float64.
+    """Read one real number per head from a `.npy` file.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Returns:
-        The matrix.
+        The numbers, as float64.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a .npy file of real numbers with two axes and at least one head.
+        ValueError: it is not a `.npy` file of real numbers with two axes and at least one head.
     """
     matrix = read_npy(path)
     if matrix.dtype.kind not in "iuf":

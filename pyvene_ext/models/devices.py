@@ -18,7 +18,14 @@ T = TypeVar("T")
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device that a model takes its inputs on: that of its first weights, or the one that accelerate loads them to."""
+    """The device that a model takes its inputs on.
+
+    Args:
+        model: the model, on one device or spread over several.
+
+    Returns:
+        The device of its first weights, or the one that accelerate loads them to; the CPU for a model without weights.
+    """
     for module in model.modules():
         if has_offloaded_params(module):
             return torch.device(module._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
@@ -59,7 +66,14 @@ def on_cpu(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def weights_on_a_device(model: nn.Module) -> int:
-    """Bytes of weights on the device that holds most of them; offloaded weights do not count."""
+    """Measure a model's share of the fullest device.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Bytes of weights on the device that holds most of them; offloaded weights do not count.
+    """
     held: Counter[torch.device] = Counter()
     for parameter in model.parameters():
         held[parameter.device] += parameter.nbytes
@@ -71,6 +85,12 @@ def no_gradients(model: nn.Module) -> AbstractContextManager[Any]:
 
     It is inference mode, which is a little faster than no_grad, unless the model is offloaded: then accelerate would load
     parameters as inference tensors, which can never have a gradient again.
+
+    Args:
+        model: the model that will run.
+
+    Returns:
+        The context.
     """
     hooked = (
         module for module in model.modules() if "_hf_hook" in vars(module)

@@ -195,7 +195,14 @@ def head_entries(model: PreTrainedModel, component: str, width: int) -> Int[Tens
 
 
 def check_projections(model: PreTrainedModel) -> None:
-    """Raise ValueError if an output projection cannot be split by heads."""
+    """Check that every layer's output projection can be split by heads.
+
+    Args:
+        model: a model whose family has a card.
+
+    Raises:
+        ValueError: a projection is quantised, offloaded or wrapped by an adapter; names its layer.
+    """
     for layer in range(n_layers(model.config)):
         projection = card_of(model).module(model, "attention_value_output", layer)
         if output_weight(projection) is None:

@@ -24,7 +24,11 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def restoring_flags(model: nn.Module) -> Iterator[None]:
-    """Restore every module's train mode and every parameter's grad flag after the block."""
+    """Restore every module's train mode and every parameter's grad flag after the block.
+
+    Args:
+        model: the model.
+    """
     modules = list(model.modules())
     training = [module.training for module in modules]
     # By name: accelerate puts new parameters in place of those that it offloads.

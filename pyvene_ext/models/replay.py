@@ -103,7 +103,15 @@ class Replay:
         self._adders: dict[int, nn.Module] = {}
 
     def module(self, component: str, layer: int = 0) -> nn.Module:
-        """The module whose input or output is a component of a layer."""
+        """The module whose input or output is a component.
+
+        Args:
+            component: pyvene's name of the component.
+            layer: its layer; 0 for a component without layers.
+
+        Returns:
+            The module.
+        """
         if (component, layer) not in self._modules:
             self._modules[component, layer] = self.card.module(self.model, component, layer)
         return self._modules[component, layer]
@@ -121,7 +129,14 @@ class Replay:
         return first
 
     def projection(self, layer: int) -> Float[Tensor, "d_in d_model"] | None:
-        """The weight of a layer's output projection, or None if it cannot be split by heads."""
+        """The weight of a layer's output projection.
+
+        Args:
+            layer: the layer.
+
+        Returns:
+            The weight, or None if it cannot be split by heads.
+        """
         return output_weight(self.module("attention_value_output", layer))
 
     def block(

@@ -241,7 +241,7 @@ def tokenize_problems(
         problems: the problems.
         tokenizer: the model's tokenizer.
         template: a text with `{question}` in it once.
-        context: the most tokens that a prompt may have: the model's context less the tokens to generate.
+        context: the most tokens that a prompt may have (`prompt_budget`).
         examples: solved problems to put before each question: the first ones that are not the problem itself, in the same
             template with their solutions, an empty line after each.
         shots: how many of them.
@@ -312,7 +312,18 @@ def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrained
 
 
 def prompt_budget(model: PreTrainedModel, max_new_tokens: int) -> int:
-    """How many tokens a prompt may have; ValueError if there is no room for any."""
+    """How many tokens a prompt may have, if a model is to generate after it.
+
+    Args:
+        model: a model whose family has a card.
+        max_new_tokens: the most tokens to generate.
+
+    Returns:
+        The model's context less the tokens to generate.
+
+    Raises:
+        ValueError: fewer than one new token, or no tokens left for a prompt.
+    """
     longest = n_positions(model.config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")

@@ -171,7 +171,14 @@ class Batch:
         return {name: getattr(self, name).to(device) for name in names}
 
     def to(self, device: str | torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Move the batch's tensors.
+
+        Args:
+            device: the target device.
+
+        Returns:
+            The same batch on that device.
+        """
         return replace(
             self,
             input_ids=self.input_ids.to(device),

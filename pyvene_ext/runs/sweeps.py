@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pyvene_ext.engine.plain import Result
 from pyvene_ext.engine.resolve import resolve
-from pyvene_ext.engine.sweep.run import open_together, store_facts, sweep
+from pyvene_ext.engine.sweep.run import open_shared_store, store_facts, sweep
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.files import to_plain
@@ -53,7 +53,7 @@ def unfinished_in(
     """
     folder = Path(folder)
     facts = store_facts(resolve(specs, model, prompts), metric, range(len(prompts)))
-    with open_together(folder, facts, {}):
+    with open_shared_store(folder, facts, {}):
 
         def kept(
             model: PreTrainedModel,

@@ -1,4 +1,4 @@
-"""Interventions as data: validated, immutable, written to YAML or JSON and back without loss. One module a kind.
+"""Interventions as data: validated, immutable, saved to YAML or JSON and loaded without loss. One module per kind.
 
 A kind's fields, its checks and how its replacement is computed belong here; batching and order belong in `engine`.
 """

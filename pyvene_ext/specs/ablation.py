@@ -1,4 +1,4 @@
-"""Ablations: a site taken out and replaced by zero, a mean, another prompt's activation or noise."""
+"""Ablations: a site's activations replaced by zero, a mean, another prompt's activations or noise."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 
 class Ablation(SiteEdit):
-    """Take one site of one layer out.
+    """Ablate one site of one layer.
 
     Attributes:
-        kind: what comes in its place. zero: nothing (of scores: attention to nothing, so a head output of 0); mean: the reference
-            set's mean (of scores: uniform attention over the visible keys); resample: another prompt's activation; noise.
+        kind: what replaces the activation. zero: zeros (for scores: attention to nothing, so that the head's output is 0);
+            mean: the reference set's mean (for scores: uniform attention over the visible keys); resample: another prompt's
+            activation; noise: random vectors.
         site: z, k, v (before RoPE; K/V heads), attn_out, mlp_out, resid_pre, resid_mid, resid_post, embed or scores.
-        layer, heads, positions: as `SiteEdit` has them.
-        mean: over_tokens: over all real tokens of the reference set; per_position: over its prompts, each at the position that
-            is replaced.
-        noise: gaussian: the reference set's mean and standard deviation per dimension; norm_matched: isotropic, each vector as
-            long as the one it replaces.
-        seed: of donors and noise.
+        layer: as in `SiteEdit`.
+        heads: as in `SiteEdit`.
+        positions: as in `SiteEdit`.
+        mean: over_tokens: over all real tokens of the reference set; per_position: over its prompts, at the position that is
+            replaced.
+        noise: gaussian: with the reference set's mean and standard deviation per dimension; norm_matched: isotropic, with the
+            norm of the vector it replaces.
+        seed: of the choice of donors and of noise.
     """
 
     what = "ablation"
@@ -66,16 +69,16 @@ class Ablation(SiteEdit):
             raise ValueError(f"{self.site} has no {self.kind} ablation; choose {' or '.join(KINDS[self.site])}.")
         if self.mean != "over_tokens" and (self.kind != "mean" or self.site == "scores"):
             raise ValueError(
-                f"mean={self.mean!r} says nothing about a {self.kind} ablation of {self.site}: leave mean out."
+                f"mean={self.mean!r} does not apply to a {self.kind} ablation of {self.site}: leave mean out."
             )
         if self.noise != "gaussian" and self.kind != "noise":
-            raise ValueError(f"noise={self.noise!r} says nothing about a {self.kind} ablation: leave noise out.")
+            raise ValueError(f"noise={self.noise!r} does not apply to a {self.kind} ablation: leave noise out.")
         return self
 
     @property
     def name(self) -> str:
-        """A short name, different for different ablations: "z.2.5", "mlp_out.3@last:mean", "z.0.1,4:noise/norm_matched"."""
-        if self.kind == "zero" and not self.seed:  # to which mean and noise say nothing
+        """A short name, unique to the ablation: "z.2.5", "mlp_out.3@last:mean", "z.0.1,4:noise/norm_matched"."""
+        if self.kind == "zero" and not self.seed:  # mean and noise do not apply
             return self.where
         default = type(self).model_fields
         variants = [str(getattr(self, f)) for f in ("mean", "noise") if getattr(self, f) != default[f].default]
@@ -84,7 +87,7 @@ class Ablation(SiteEdit):
 
     @property
     def needs(self) -> Needs:
-        """The reference set's statistics at the place, unless the replacement is known without."""
+        """The reference set's statistics at the place, unless the replacement does not depend on them."""
         if self.site == "scores" or self.kind == "zero" or self.noise == "norm_matched":
             return Needs()
         named = self.positions if isinstance(self.positions, tuple) else (self.positions,)
@@ -96,17 +99,17 @@ class Ablation(SiteEdit):
 
     @property
     def acts_at(self) -> str:
-        """A head that attends to nothing has a z of 0."""
+        """The site, or z for scores set to zero, because a head that attends to nothing has a z of 0."""
         return "z" if self.site == "scores" and self.kind == "zero" else self.site
 
     @property
-    def linear_place(self) -> Place:
-        """Scores act on the rest of the model through z alone."""
+    def first_order_place(self) -> Place:
+        """The place, or z for scores, because they act on the rest of the model through z alone."""
         return ("z", self.layer) if self.site == "scores" else self.place
 
     @property
     def is_uniform(self) -> bool:
-        """Whether the mean of scores, uniform attention, is what replaces them."""
+        """Whether scores are replaced by their mean, which is uniform attention."""
         return self.site == "scores" and self.kind == "mean"
 
     @property
@@ -116,17 +119,17 @@ class Ablation(SiteEdit):
 
     @property
     def on_new_tokens(self) -> bool:
-        """Zeros, the mean over tokens, and another text's activations exist at generated tokens too."""
+        """Zeros, the mean over tokens and another text's activations are defined at generated tokens too."""
         return self.kind != "noise" and self.mean == "over_tokens"
 
     @property
     def prompt_key(self) -> Hashable:
-        """Positions, and what donors are drawn by."""
+        """Positions, and everything that the choice of donors depends on."""
         return self.positions, self.kind, self.seed, self._aligned
 
     @property
     def _aligned(self) -> bool:
-        """Whether every token is replaced by the mean of the tokens at its position."""
+        """Whether every token is replaced by the mean of the tokens at the same position."""
         return self.mean == "per_position" and self.positions == "all"
 
     @property
@@ -139,11 +142,21 @@ class Ablation(SiteEdit):
         return NormMatchedIntervention if self.noise == "norm_matched" else VanillaIntervention
 
     def check_prompts(self, prompts: TokenizedPrompts, tokens: Sequence[Sequence[int]], sources: Sources) -> None:
-        """Raise ValueError where positions coincide, a prompt has no mean of its position, or no donor."""
+        """Check that every prompt has a replacement at every edited token.
+
+        Args:
+            prompts: the prompts that are intervened on.
+            tokens: the edited tokens of each of them.
+            sources: holds the reference set, by default the prompts themselves.
+
+        Raises:
+            ValueError: positions coincide, or a prompt has no mean for each of its positions, or no donor; the message names the
+                prompt.
+        """
         super().check_prompts(prompts, tokens, sources)
-        given = prompts if sources.given is None else sources.given
+        reference_set = prompts if sources.source_prompts is None else sources.source_prompts
         if self._aligned:
-            length = len(given.input_ids[0])
+            length = len(reference_set.input_ids[0])
             for prompt, ids in enumerate(prompts.input_ids):
                 if len(ids) != length:
                     raise ValueError(
@@ -151,37 +164,37 @@ class Ablation(SiteEdit):
                         'mean="over_tokens" or named positions.'
                     )
         if self.kind == "resample":
-            donors(prompts, given, self.positions, self.seed)
+            donors(prompts, reference_set, self.positions, self.seed)
 
     def replacements(
         self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources
     ) -> list[Tensor] | None:
-        """Means, donors' activations or noise, for each of these prompts at its edited tokens, `pos d` or `pos head d`."""
+        """Means, donors' activations or noise for each of these prompts at its edited tokens, `pos d` or `pos head d`."""
         if self.site == "scores" or self.kind == "zero":
             return None
         if self.noise == "norm_matched":
             return [self._drawn(prompt, edited, sources) for prompt, edited in zip(prompts, tokens, strict=True)]
-        reference, place = sources.measured, self.place
+        reference, place = sources.statistics, self.place
         if self.kind == "resample":
-            givers = donors(sources.prompts, reference.prompts, self.positions, self.seed)
-            return [self.own_heads(reference.rows(place, givers[prompt], self.positions)) for prompt in prompts]
+            donor_of = donors(sources.prompts, reference.prompts, self.positions, self.seed)
+            return [self.select_heads(reference.rows(place, donor_of[prompt], self.positions)) for prompt in prompts]
         if self.mean == "per_position":
             named = self.positions if isinstance(self.positions, tuple) else (self.positions,)
-            mean = self.own_heads(torch.cat([reference.position_mean(place, position) for position in named]))
+            mean = self.select_heads(torch.cat([reference.position_mean(place, position) for position in named]))
             return [mean] * len(tokens)
-        mean = self.own_heads(reference.mean(place))
+        mean = self.select_heads(reference.mean(place))
         if self.kind == "mean":
             return [mean.expand(len(edited), *mean.shape) for edited in tokens]
-        std = self.own_heads(reference.std(place))
+        std = self.select_heads(reference.std(place))
         return [
             mean + std * self._drawn(prompt, edited, sources) for prompt, edited in zip(prompts, tokens, strict=True)
         ]
 
-    def changed(self, old: Tensor, values: Tensor | None) -> Tensor:
-        """What the ablation makes of activations, `entry d`, given replacements for them."""
+    def apply(self, old: Tensor, values: Tensor | None) -> Tensor:
+        """Ablate activations, `entry d`, given their replacements."""
         if self.kind == "zero":
             return torch.zeros_like(old)
-        if self.is_uniform:  # equal scores for all keys that are visible
+        if self.is_uniform:  # equal scores for all visible keys
             return old.masked_fill(old > -torch.inf, 0.0)
         assert values is not None
         return NormMatchedIntervention()(old, values) if self.noise == "norm_matched" else values.to(old.dtype)
@@ -189,8 +202,8 @@ class Ablation(SiteEdit):
     def _drawn(self, prompt: int, tokens: Sequence[int], sources: Sources) -> Float[Tensor, "pos *head d"]:
         """Standard normal noise.
 
-        One generator a prompt and head, and a whole prompt drawn at once: a token's noise depends on neither the batch, the
-        other heads, nor the other positions that are ablated.
+        One generator per prompt and head draws for the whole prompt at once, so that a token's noise depends on neither the
+        batch, the other heads, nor the other ablated positions.
         """
         width = dimensions(sources.model.config)["d_head" if self.heads else "d_model"]
         size = len(sources.prompts.input_ids[prompt]), width
@@ -204,7 +217,17 @@ class Ablation(SiteEdit):
 
 
 def all_heads(config: Any, kind: Kind = "zero", site: str = "z", **fields: Any) -> list[Ablation]:
-    """One ablation per query head of a model's config, by layer and head."""
+    """Make one ablation per query head of a model.
+
+    Args:
+        config: the model's config.
+        kind: as in `Ablation`.
+        site: a site with query heads.
+        **fields: further fields of `Ablation`.
+
+    Returns:
+        The ablations, ordered by layer and head.
+    """
     return [
         Ablation(kind=kind, site=site, layer=layer, heads=(head,), **fields)
         for layer in range(n_layers(config))
@@ -215,7 +238,17 @@ def all_heads(config: Any, kind: Kind = "zero", site: str = "z", **fields: Any) 
 def heads_together(
     heads: Iterable[tuple[int, int]], kind: Kind = "zero", site: str = "z", **fields: Any
 ) -> tuple[Ablation, ...]:
-    """One joint ablation of these heads, given as (layer, head)."""
+    """Make one joint ablation of several heads.
+
+    Args:
+        heads: (layer, head) pairs.
+        kind: as in `Ablation`.
+        site: a site with heads.
+        **fields: further fields of `Ablation`.
+
+    Returns:
+        A tuple with one ablation per layer.
+    """
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         by_layer.setdefault(layer, []).append(head)
@@ -226,11 +259,23 @@ def heads_together(
 
 
 def donors(prompts: TokenizedPrompts, reference: TokenizedPrompts, positions: Positions, seed: int) -> list[int]:
-    """For every prompt, the reference prompt whose activations replace its own; independent of batches and of what is edited.
+    """Choose for every prompt the reference prompt whose activations replace its own.
 
-    Where the prompts are their own reference set this is a derangement: a random cycle, so that each prompt gives to one other.
-    With another reference set each prompt draws among those that differ from it. With positions "all" a donor must have as many
-    tokens as the prompt. Raises ValueError naming a prompt without a possible donor.
+    The choice depends on neither batches nor what is edited. Where the prompts are their own reference set it is a derangement:
+    a random cycle in which each prompt is the donor of exactly one other. With another reference set each prompt's donor is drawn
+    among those that differ from it.
+
+    Args:
+        prompts: the prompts that are resampled.
+        reference: the reference set.
+        positions: with "all" a donor must have as many tokens as the prompt.
+        seed: of the draws.
+
+    Returns:
+        The index of each prompt's donor in the reference set.
+
+    Raises:
+        ValueError: a prompt, which the message names, has no possible donor.
     """
     return list(_donors(prompts, reference, positions, seed))
 

@@ -13,20 +13,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyvene_ext.io.hashes import data_hash
-from pyvene_ext.specs.base import VECTORS, Extent, SiteEdit
+from pyvene_ext.specs.base import VECTORS, ModelShape, SiteEdit
 from pyvene_ext.specs.sources import Sources
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Addition(SiteEdit):
-    """Add a vector, times a scale, to what a site holds.
+    """Add a vector, times a scale, to the activations of a site.
 
     Attributes:
+        kind: "add".
         site: z, attn_out, mlp_out, resid_pre, resid_mid, resid_post or embed.
-        layer, heads, positions: as `SiteEdit` has them; every head named gets the same vector.
-        vector: as many numbers as the site is wide: d_model, or d_head of z. A tensor or an array of one axis will do.
-        scale: what it is multiplied by; the product is taken in float32 and added in the model's dtype.
+        layer: as in `SiteEdit`.
+        heads: as in `SiteEdit`; every head named gets the same vector.
+        positions: as in `SiteEdit`.
+        vector: d_model numbers, or d_head for z; a one-dimensional tensor or array is converted.
+        scale: factor of the vector; the product is taken in float32 and added in the model's dtype.
     """
 
     what = "addition"
@@ -55,7 +58,7 @@ class Addition(SiteEdit):
 
     @property
     def name(self) -> str:
-        """A short name, different for different vectors: "resid_post.3@last:add/1f0c9a2e*4"."""
+        """A short name, unique to the vector: "resid_post.3@last:add/1f0c9a2e*4"."""
         times = "" if self.scale == 1 else f"*{self.scale:g}"
         return f"{self.where}:add/{data_hash(self.vector)[:8]}{times}"
 
@@ -66,7 +69,7 @@ class Addition(SiteEdit):
 
     @property
     def on_new_tokens(self) -> bool:
-        """The vector is given, and so exists at generated tokens too."""
+        """The vector is given, so it can be added at generated tokens too."""
         return True
 
     @property
@@ -74,11 +77,18 @@ class Addition(SiteEdit):
         """The class of the pyvene intervention that makes the edit."""
         return AdditionIntervention
 
-    def check(self, model: PreTrainedModel | Extent) -> None:
-        """Raise ValueError, naming what the model has, if it has no such place or the vector does not fit it."""
-        extent = model if isinstance(model, Extent) else Extent.of(model)
-        super().check(extent)
-        width = extent.sizes["d_head" if self.heads else "d_model"]
+    def check(self, model: PreTrainedModel | ModelShape) -> None:
+        """Check that a model has the site and that the vector fits it.
+
+        Args:
+            model: a causal language model with a card, or its `ModelShape`.
+
+        Raises:
+            ValueError: the site, layer or a head is missing, or the vector has another width; the message says what there is.
+        """
+        model_shape = model if isinstance(model, ModelShape) else ModelShape.of(model)
+        super().check(model_shape)
+        width = model_shape.sizes["d_head" if self.heads else "d_model"]
         if len(self.vector) != width:
             of = f"each head of {self.site}" if self.heads else self.site
             raise ValueError(f"{self.name}: the vector has {len(self.vector)} numbers, and {of} has {width}.")
@@ -86,12 +96,12 @@ class Addition(SiteEdit):
     def replacements(
         self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources
     ) -> list[Tensor] | None:
-        """The scaled vector at every edited token (and head), `pos d` or `pos head d`."""
+        """The scaled vector for every edited token (and head), `pos d` or `pos head d`."""
         added = torch.tensor(self.vector, dtype=torch.float32) * self.scale
         heads = () if self.heads is None else (len(self.heads),)
         return [added.expand(len(edited), *heads, len(added)) for edited in tokens]
 
-    def changed(self, old: Tensor, values: Tensor | None) -> Tensor:
-        """Activations, `entry d`, with the vector added."""
+    def apply(self, old: Tensor, values: Tensor | None) -> Tensor:
+        """Add the vector to activations, `entry d`."""
         assert values is not None
         return old + values.to(old.dtype)

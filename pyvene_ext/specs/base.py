@@ -1,12 +1,12 @@
-"""What all edits of one site have in common: their fields, their names, and what an engine asks of them.
+"""What all edits of one site share: their fields, their names, and the interface that the engines call.
 
     Ablation(kind="mean", site="z", layer=2, heads=(5,), positions="last")
     ActivationPatch(site="k", layer=2, heads=(0,), positions="subject")
     Addition(site="resid_post", layer=3, vector=direction, scale=4.0)
     ForcedAttention(shape="hub", layer=2, heads=(5,), block=("latent0", "latent5"), hub="latent2")
 
-name one edit in one layer. Several at once are a tuple of them. Each kind says in its own module what it needs, what it checks,
-what replaces the activations and which pyvene intervention makes the edit; the engines know no kinds.
+each specify one edit in one layer; a tuple of them is a joint intervention. Each kind defines in its own module what it needs,
+what it checks, what replaces the activations and which pyvene intervention makes the edit; the engines know no kinds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pyvene_ext.specs.sources import Directions, Needs, Sources
 
 
 def plain(value: Any) -> Any:
-    """NumPy's integers and arrays of them, as np.argsort gives them, are as good as Python's own."""
+    """Convert NumPy integers and arrays of them, such as np.argsort's, to Python's own."""
     if isinstance(value, tuple | list):
         return tuple(int(number) if isinstance(number, np.integer) else number for number in value)
     return value.tolist() if isinstance(value, np.integer | np.ndarray) else value
@@ -45,8 +45,17 @@ def plain(value: Any) -> Any:
 VECTORS = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
 
 
-class Extent(NamedTuple):
-    """What of a model a spec is checked against, read once for many specs."""
+class ModelShape(NamedTuple):
+    """What specs are checked against, read from a model once for many specs.
+
+    Attributes:
+        name: the model's class.
+        components: those that its card maps.
+        layers: number of layers.
+        heads: query heads per layer.
+        kv_heads: K/V heads per layer.
+        sizes: `modelcards.dimensions` of its config.
+    """
 
     name: str
     components: Collection[str]
@@ -56,7 +65,8 @@ class Extent(NamedTuple):
     sizes: dict[str, int]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Extent:
+    def of(cls, model: PreTrainedModel) -> ModelShape:
+        """Read the shape of a model that has a card."""
         components, config = card_of(model).mapping(type(model)), model.config
         counts = n_layers(config), n_heads(config), n_kv_heads(config)
         return cls(type(model).__name__, components, *counts, dimensions(config))
@@ -66,23 +76,25 @@ class SiteEdit(BaseModel):
     """One site of one layer, edited at some heads and positions; a kind of intervention is a subclass.
 
     Attributes:
-        site: what is edited.
-        layer: needed but for embed, which exists once.
-        heads: needed exactly for sites of single heads. Query heads, but of k and v K/V heads, each of which serves several query
-            heads. Kept sorted.
+        what: the kind in words, for messages.
+        sites: the sites that the kind can edit.
+        has_first_order: whether its effect has a first-order estimate.
+        site: the site that is edited.
+        layer: required, except for embed, which exists once.
+        heads: required for sites with heads, and only for them: query heads, or K/V heads for k and v, each of which serves
+            several query heads. Kept sorted.
         positions: "all", "last", a name of the prompt set, or a tuple of names and integers. An integer counts tokens from the
-            prompt's first, a negative one from behind its last, whatever the padding. For scores: positions of the query.
+            prompt's first token; a negative one from its end (-1 is the last token), whatever the padding. For scores: positions
+            of the query.
 
-    Raises pydantic's ValidationError (a ValueError; `one_sentence` shortens it) for what no model could run.
+    Raises:
+        ValueError: pydantic's ValidationError (`one_sentence` shortens it), for an edit that no model could run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     what: ClassVar[str]
-    """the kind in words, for messages"""
     sites: ClassVar[tuple[str, ...]]
-    """the sites that the kind can edit"""
     has_first_order: ClassVar[bool] = True
-    """whether its effect has a first-order estimate"""
 
     site: StrictStr
     layer: Annotated[StrictInt, Field(ge=0)] | None = None
@@ -119,10 +131,10 @@ class SiteEdit(BaseModel):
         names = [name for name in ([positions] if isinstance(positions, str) else positions) if isinstance(name, str)]
         if odd := [name for name in names if "," in name or name.removeprefix("-").isdecimal()]:
             raise ValueError(
-                f"a position's name is no number and has no comma, unlike {odd[0]!r}; for a number write (0,)."
+                f"a position's name is not a number and has no comma, unlike {odd[0]!r}; for a number write (0,)."
             )
         if len(positions) == 1 and isinstance(positions[0], str):
-            return positions[0]  # one name has one spelling, so that equal specs compare equal
+            return positions[0]  # one spelling for one name, so that equal specs compare equal
         return positions
 
     @model_validator(mode="after")
@@ -138,7 +150,7 @@ class SiteEdit(BaseModel):
 
     @property
     def component(self) -> Component:
-        """The place in the cards' vocabulary."""
+        """The component that the cards map this site to."""
         return COMPONENTS[FIELD_NAMES[self.site]]
 
     @property
@@ -148,7 +160,7 @@ class SiteEdit(BaseModel):
 
     @property
     def where(self) -> str:
-        """Site, layer, heads and positions in short: "z.2.5", "mlp_out.3@last"."""
+        """A short label for site, layer, heads and positions: "z.2.5", "mlp_out.3@last"."""
         name = label(self.place) + ("" if self.heads is None else "." + ",".join(map(str, self.heads)))
         if self.positions == "all":
             return name
@@ -157,12 +169,19 @@ class SiteEdit(BaseModel):
 
     @property
     def name(self) -> str:
-        """A short name, different for different edits."""
+        """A short name, unique to the edit."""
         return self.where
 
-    def check(self, model: PreTrainedModel | Extent) -> None:
-        """Raise ValueError, naming what the model has, if this cannot be done in it."""
-        name, components, layers, heads, kv_heads, _ = model if isinstance(model, Extent) else Extent.of(model)
+    def check(self, model: PreTrainedModel | ModelShape) -> None:
+        """Check that a model can be edited in this way.
+
+        Args:
+            model: a causal language model with a card, or its `ModelShape`.
+
+        Raises:
+            ValueError: the model lacks the site, the layer or a head; the message says what it has.
+        """
+        name, components, layers, heads, kv_heads, _ = model if isinstance(model, ModelShape) else ModelShape.of(model)
         if self.component.name not in components:
             raise ValueError(f"{self.name}: the card of {name} has no {self.site}.")
         if self.layer is not None and self.layer >= layers:
@@ -180,11 +199,11 @@ class SiteEdit(BaseModel):
                 f"{heads // kv_heads} query heads: query head h reads K/V head h // {heads // kv_heads}."
             )
 
-    # -- what an engine asks; a kind overrides what differs ---------------------------------------------------------------
+    # -- the interface of the engines; a kind overrides what differs ------------------------------------------------------
 
     @property
     def needs(self) -> Needs:
-        """What must be known of a reference set or of source prompts before this can be done: by default nothing."""
+        """The statistics of a reference set or of source prompts that the replacement is computed from: none by default."""
         return Needs()
 
     @property
@@ -193,13 +212,13 @@ class SiteEdit(BaseModel):
         return self.site
 
     @property
-    def linear_place(self) -> Place:
+    def first_order_place(self) -> Place:
         """Where a first-order estimate of the edit is taken."""
         return self.place
 
     @property
     def is_uniform(self) -> bool:
-        """Whether attention becomes uniform, so that a first-order estimate needs the z of uniform attention."""
+        """Whether the edit makes attention uniform, so that its first-order estimate needs the z of uniform attention."""
         return False
 
     @property
@@ -209,12 +228,12 @@ class SiteEdit(BaseModel):
 
     @property
     def on_new_tokens(self) -> bool:
-        """Whether the edit can also be made at tokens while they are generated."""
+        """Whether the edit can also be made at generated tokens."""
         return False
 
     @property
     def prompt_key(self) -> Hashable:
-        """All that `check_prompts` depends on: of specs with equal keys one is checked."""
+        """Everything that `check_prompts` depends on: of several specs with equal keys only one is checked."""
         return self.positions
 
     @property
@@ -223,32 +242,73 @@ class SiteEdit(BaseModel):
         return VanillaIntervention
 
     def check_prompts(self, prompts: TokenizedPrompts, tokens: Sequence[Sequence[int]], sources: Sources) -> None:
-        """Raise ValueError, naming the prompt, where this cannot be done on prompts whose edited tokens are these."""
+        """Check that the edit can be made on these prompts.
+
+        Args:
+            prompts: the prompts that are intervened on.
+            tokens: the edited tokens of each prompt, counted from its first token.
+            sources: what replacements are computed from; statistics may still be missing.
+
+        Raises:
+            ValueError: it cannot, by default because two positions are the same token; the message names the prompt.
+        """
         for prompt, edited in enumerate(tokens):
             if len(set(edited)) < len(edited):
                 raise ValueError(f"{self.name}: two of these positions are the same token of prompt {prompt}.")
 
-    def check_directions(self, directions: Directions, extent: Extent) -> None:
-        """Raise ValueError unless there is the direction that this edit follows, if it follows one."""
+    def check_directions(self, directions: Directions, model_shape: ModelShape) -> None:
+        """Check the concept direction of an edit along one; by default there is none to check.
+
+        Args:
+            directions: by place and positions.
+            model_shape: of the model that is intervened on.
+
+        Raises:
+            ValueError: the direction is missing or does not fit the model.
+        """
 
     def replacements(
         self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources
     ) -> list[Tensor] | None:
-        """What the intervention is given for each of these prompts at its edited tokens, `pos d` or `pos head d`.
+        """The source values that the intervention receives.
 
-        None if it needs nothing. Values depend on neither the batch nor the other heads and positions that are edited.
+        They depend on neither the batch nor the other heads and positions that are edited.
+
+        Args:
+            prompts: indices of the prompts.
+            tokens: the edited tokens of each of them.
+            sources: what replacements are computed from.
+
+        Returns:
+            For each of these prompts `pos d` or `pos head d` at its edited tokens; None if the intervention takes no source.
         """
         return None
 
-    def in_columns(self, value: Tensor, start: int) -> Tensor:
-        """A prompt's replacement in a batch where the prompt begins at column `start`."""
+    def to_columns(self, value: Tensor, start: int) -> Tensor:
+        """Convert a replacement from tokens of a prompt to columns of a batch; by default it does not depend on them.
+
+        Args:
+            value: the replacement, `pos d` or `pos head d`.
+            start: the column at which the prompt begins.
+
+        Returns:
+            The replacement in the batch.
+        """
         return value
 
-    def changed(self, old: Tensor, values: Tensor | None) -> Tensor:
-        """What `intervention` makes of activations, `entry d`, given replacements for them in the same order."""
+    def apply(self, old: Tensor, values: Tensor | None) -> Tensor:
+        """Apply the edit to activations directly, as `intervention` does inside a model.
+
+        Args:
+            old: the activations, `entry d`.
+            values: their replacements, in the same order; None if the edit takes none.
+
+        Returns:
+            The edited activations, `entry d`.
+        """
         assert values is not None
         return values.to(old.dtype)
 
-    def own_heads(self, values: Tensor) -> Tensor:
-        """Of values of all heads, `... head d`, those of the edited ones."""
+    def select_heads(self, values: Tensor) -> Tensor:
+        """Select the edited heads from values of all heads, `... head d`."""
         return values if self.heads is None else values[..., list(self.heads), :]

@@ -1,10 +1,10 @@
-"""Specs in files: ablations, patches, forced attention and paths as YAML or JSON, and back without loss.
+"""Specs in files: ablations, patches, additions, forced attention and paths as YAML or JSON, loaded without loss.
 
 - {kind: mean, site: z, layer: 2, heads: [5], positions: last}
 - {kind: patch, site: k, layer: 2, heads: [0], positions: subject}
 - {kind: force, shape: hub, layer: 2, heads: [5], block: [latent0, latent5], hub: latent2}
 - {kind: path, sender: z.0.1, receivers: [q.2.3], freeze_mlps: true}
-- [{kind: zero, site: z, layer: 1, heads: [0, 3]}, {kind: zero, site: mlp_out, layer: 3}]   # done together
+- [{kind: zero, site: z, layer: 1, heads: [0, 3]}, {kind: zero, site: mlp_out, layer: 3}]   # jointly
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ KINDS: dict[Any, Any] = {"path": PathPatch, "patch": ActivationPatch, "add": Add
 
 
 def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:
-    """Specs as lists and dicts for YAML and JSON; fields at their defaults are left out."""
+    """Convert specs to lists and dicts for YAML and JSON.
+
+    Args:
+        specs: single specs, joint specs and paths.
+
+    Returns:
+        One dict per spec, a list of dicts for a joint one; fields at their defaults are omitted.
+    """
 
     def plain(spec: OneSpec | PathPatch) -> dict[str, Any]:
         return {"kind": spec.kind, **spec.model_dump(mode="json", exclude_defaults=True)}
@@ -45,7 +52,17 @@ def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:
 
 
 def from_plain(values: Any) -> list[Any]:
-    """Specs from `to_plain`'s lists and dicts; a ValueError names the entry that is wrong, in one sentence."""
+    """Convert the lists and dicts of `to_plain` back to specs.
+
+    Args:
+        values: one entry per spec.
+
+    Returns:
+        The specs, in their order.
+
+    Raises:
+        ValueError: an entry, which the message names, is not a valid spec.
+    """
     if not isinstance(values, list):
         raise ValueError(f"specs are a list of interventions, not {type(values).__name__}.")
 
@@ -68,27 +85,42 @@ def from_plain(values: Any) -> list[Any]:
 
 
 def to_yaml(specs: Iterable[Spec | PathPatch]) -> str:
-    """Specs as YAML text."""
+    """Convert specs to YAML text."""
     return yaml.safe_dump(to_plain(specs), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(text: str) -> list[Any]:
-    """Specs from YAML (or JSON) text; raises ValueError in one sentence."""
+    """Convert YAML (or JSON) text to specs; raises ValueError as `from_plain` does."""
     return from_plain(parse_yaml(text))
 
 
 def save_specs(path: str | Path, specs: Iterable[Spec | PathPatch]) -> None:
-    """Write specs to a .json file, or as YAML to any other."""
+    """Write specs to a file.
+
+    Args:
+        path: JSON if it ends in .json, else YAML.
+        specs: single specs, joint specs and paths.
+    """
     text = json.dumps(to_plain(specs), indent=2) if Path(path).suffix == ".json" else to_yaml(specs)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def load_specs(path: str | Path) -> list[Any]:
-    """Read what `save_specs` wrote; a ValueError names the file and the entry that is wrong."""
+    """Read specs from a file.
+
+    Args:
+        path: JSON if it ends in .json, else YAML.
+
+    Returns:
+        The specs, in their order.
+
+    Raises:
+        ValueError: the file is not valid; the message names it and the entry that is wrong.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        # YAML has all of JSON but its pairs of escapes for one character beyond the first 65536.
+        # YAML contains all of JSON except surrogate pairs: two escapes for one character beyond U+FFFF.
         return from_plain(parse_json(text)) if Path(path).suffix == ".json" else from_yaml(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

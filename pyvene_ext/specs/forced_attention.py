@@ -1,4 +1,4 @@
-"""Attention patterns given by hand inside a block of tokens: where the mass goes, and the spec for many heads at once.
+"""Attention patterns set by hand inside a block of tokens, for one head or for many at once.
 
     spec = force(model.config, shape="hub", block=("latent0", "latent5"), hub="latent2")            # every head of every layer
     spec = force(model.config, [3, 4], heads=(0, 2), shape="uniform", block=(10, -1), hard=True)
@@ -31,19 +31,23 @@ TO_HUB = 0.8  # of the mass on the block
 
 
 class ForcedAttention(SiteEdit):
-    """Give the queries of a block of tokens a pattern by hand; what they attend to before the block stays as it is.
+    """Set by hand how the queries of a block of tokens attend to the block; their attention to earlier tokens stays as it is.
 
-    A query of the block gives the block's tokens a mass m of its attention, which is shared out anew among those of them that it
-    may see (itself and earlier ones, in a sliding window the near ones). Rows go on summing to 1.
+    A query of the block places a mass m of its attention on the block's tokens. That mass is redistributed among those of them
+    that the query can see (itself and earlier ones; the nearest ones in a sliding window). Rows still sum to 1.
 
     Attributes:
-        shape: hub: 0.8 m to the hub and 0.2 m evenly to the others; all of m to the hub where no other is visible, and evenly to
-            all where the hub is not. uniform: m evenly to all. sequential: all of m to the token before, and to the query itself
-            where that one is outside the block or the window.
-        layer, heads: as `SiteEdit` has them; query heads. `forced_attention.force` makes the joint spec of many.
-        block: its first and its last token, both in it, each a name of the prompt set or an integer as in `positions`.
-        hub: a token of the block, named likewise; needed exactly for the shape hub.
-        hard: move the whole mass of a row into the block, also what is on earlier tokens.
+        kind: "force".
+        site: "pattern".
+        shape: hub: 0.8 m to the hub and 0.2 m evenly to the others; all of m to the hub if no other token is visible, and evenly
+            to all if the hub is not. uniform: m evenly to all. sequential: all of m to the previous token, or to the query itself
+            if that token is outside the block or the window.
+        layer: as in `SiteEdit`.
+        heads: query heads, as in `SiteEdit`; `force` makes the joint spec of many.
+        positions: "all", as the queries are those of the block.
+        block: its first and its last token, inclusive, each a name of the prompt set or an integer as in `positions`.
+        hub: a token of the block, given likewise; required for the shape hub, and only for it.
+        hard: move the whole mass of a row into the block, including what is on earlier tokens.
     """
 
     what = "forced attention"
@@ -62,7 +66,7 @@ class ForcedAttention(SiteEdit):
         if self.positions != "all":
             raise ValueError("the queries are those of the block: leave positions out.")
         if "all" in (*self.block, self.hub):
-            raise ValueError("a block and its hub are named by single tokens, unlike 'all'.")
+            raise ValueError("a block and its hub are given by single tokens, not by 'all'.")
         if (self.shape == "hub") != (self.hub is not None):
             raise ValueError(
                 f"{self.shape} attention {'needs a hub' if self.hub is None else 'has no hub: leave hub out'}."
@@ -92,14 +96,23 @@ class ForcedAttention(SiteEdit):
         return ForcedRowsIntervention
 
     def check_prompts(self, prompts: TokenizedPrompts, tokens: Sequence[Sequence[int]], sources: Sources) -> None:
-        """Raise ValueError, naming the prompt, where the block is empty or lacks its hub."""
+        """Check every prompt's block.
+
+        Args:
+            prompts: the prompts that are intervened on.
+            tokens: not used.
+            sources: not used.
+
+        Raises:
+            ValueError: the block is empty or lacks its hub; the message names the prompt.
+        """
         for prompt in range(len(prompts)):
             block_tokens(self, prompts, prompt)
 
     def replacements(
         self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources
     ) -> list[Tensor] | None:
-        """What `ForcedRowsIntervention` is told for each query, `pos head 5`, keys counted from the prompt's first token."""
+        """The parameters of `ForcedRowsIntervention` for each query, `pos head 5`, keys counted from the prompt's first token."""
         reach = window(sources.model.config, self.layer or 0)
         rows = [
             forced_rows(self, sources.prompts, prompt, reach)[list(edited)]
@@ -107,19 +120,29 @@ class ForcedAttention(SiteEdit):
         ]
         return [of_prompt[:, None].expand(-1, len(self.heads or ()), -1) for of_prompt in rows]
 
-    def in_columns(self, value: Tensor, start: int) -> Tensor:
-        """Keys as columns of a batch; the last of the five numbers is none."""
+    def to_columns(self, value: Tensor, start: int) -> Tensor:
+        """Convert keys to columns of a batch; the last of the five numbers is not a key."""
         return value + start * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
 
-    def changed(self, old: Tensor, values: Tensor | None) -> Tensor:
-        """The forced pattern in place of these rows, `entry key`."""
+    def apply(self, old: Tensor, values: Tensor | None) -> Tensor:
+        """Replace rows of the attention pattern, `entry key`, by the forced ones."""
         return ForcedRowsIntervention()(old, values)
 
 
 def force(
     config: Any, layers: Iterable[int] | None = None, *, heads: Iterable[int] | None = None, **fields: Any
 ) -> tuple[ForcedAttention, ...]:
-    """The joint spec of the same pattern in several layers and heads of a model's config, by default in all of them."""
+    """Make the joint spec of one pattern in several layers and heads.
+
+    Args:
+        config: the model's config.
+        layers: by default all.
+        heads: query heads of each layer; by default all.
+        **fields: the other fields of `ForcedAttention`.
+
+    Returns:
+        A tuple with one spec per layer.
+    """
     return tuple(
         ForcedAttention(layer=layer, heads=tuple(range(n_heads(config)) if heads is None else heads), **fields)
         for layer in (range(n_layers(config)) if layers is None else layers)
@@ -127,9 +150,18 @@ def force(
 
 
 def block_tokens(spec: ForcedAttention, prompts: TokenizedPrompts, prompt: int) -> tuple[int, int, int | None]:
-    """The first and the last token of a prompt's block, and the hub, counted from the prompt's first real token.
+    """Find a prompt's block.
 
-    Raises ValueError, naming the prompt, where it has no such token, the block is empty or the hub is outside of it.
+    Args:
+        spec: the forced pattern.
+        prompts: the prompts.
+        prompt: index of the prompt.
+
+    Returns:
+        The first and the last token of the block, and the hub, counted from the prompt's first real token.
+
+    Raises:
+        ValueError: there is no such token, the block is empty, or the hub is outside of it; the message names the prompt.
     """
     first, last = (token_indices(prompts, prompt, place)[0] for place in spec.block)
     if first > last:
@@ -151,14 +183,21 @@ def block_tokens(spec: ForcedAttention, prompts: TokenizedPrompts, prompt: int) 
 def forced_rows(
     spec: ForcedAttention, prompts: TokenizedPrompts, prompt: int, window: int | None
 ) -> Float[Tensor, "query 5"]:
-    """Every token of a prompt as a query, in the words of `interventions.ForcedRowsIntervention`; zeros outside of the block.
+    """The parameters of `interventions.ForcedRowsIntervention` for every token of a prompt as a query.
 
-    `window` is how many tokens a query may look at, itself among them; None: all up to itself.
+    Args:
+        spec: the forced pattern.
+        prompts: the prompts.
+        prompt: index of the prompt.
+        window: how many tokens a query sees, including itself; None: all up to itself.
+
+    Returns:
+        Five numbers per query; zeros outside of the block.
     """
     length = len(prompts.input_ids[prompt])
     first, last, hub = block_tokens(spec, prompts, prompt)
     query = torch.arange(first, last + 1)
-    nearest = (query - (window or length) + 1).clamp(min=first)  # what it sees of the block begins here
+    nearest = (query - (window or length) + 1).clamp(min=first)  # the first token of the block that it sees
     count = query - nearest + 1
     peak, rest = query, 1 - 1 / count
     if spec.shape == "sequential":

@@ -1,9 +1,9 @@
-"""Nodes and edges of the computation graph: who writes into the residual stream, who reads from it, and who comes first.
+"""Nodes and edges of the computation graph: what writes to the residual stream, what reads from it, and in which order.
 
 Senders write: the embedding, a head's z, an MLP. Receivers read: the q, k or v of a head, an MLP's input, the stream at a named
-site, the logits. A node is written "z.2.5" (site, layer, head), an edge "z.0.1->k.2.0". Heads of q and z are query heads; k and
-v have K/V heads, each of which serves a group of query heads, and are named as such: there is one edge into a K/V head however
-many query heads read it (`query_heads` says which).
+site, the logits. A node is named "z.2.5" (site, layer, head), an edge "z.0.1->k.2.0". Heads of q and z are query heads; heads of
+k and v are K/V heads, each of which serves a group of query heads (`query_heads`): there is one edge into a K/V head, however
+many query heads read it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from modelcards import n_heads, n_kv_heads, n_layers
 
 SENDERS = ("embed", "z", "mlp_out")
 RECEIVERS = ("q", "k", "v", "mlp_in", "resid_pre", "resid_mid", "resid_post", "logits")
-# In half blocks from the first one's input on: where a site of layer 0 reads the stream, and where it has written.
+# Depth in half blocks, from the input of the first block: where a site of layer 0 reads the stream, and where it has written.
 _READS = {"q": 0, "k": 0, "v": 0, "resid_pre": 0, "mlp_in": 1, "resid_mid": 1, "resid_post": 2}
 _WRITES = {"embed": 0, "z": 1, "mlp_out": 2}
 
 
 class Node(NamedTuple):
-    """A place that writes into the residual stream or reads from it.
+    """A component that writes to the residual stream or reads from it.
 
     Attributes:
         site: one of `SENDERS` or `RECEIVERS`.
         layer: None for embed and logits.
-        head: of q and z the query head, of k and v the K/V head, else None.
+        head: the query head of q and z, the K/V head of k and v; None for other sites.
     """
 
     site: str
@@ -37,19 +37,36 @@ class Node(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Node:
-        """The node of that name. Raises ValueError for a name that no node has."""
+        """Parse a node's name.
+
+        Args:
+            text: such as "z.2.5", "mlp_in.3" or "logits".
+
+        Returns:
+            The node, which a given model may still lack (`check`).
+
+        Raises:
+            ValueError: no node has that name.
+        """
         site, *numbers = text.split(".")
         wanted = 0 if site in ("embed", "logits") else 2 if site in ("z", "q", "k", "v") else 1
         known = site in (*SENDERS, *RECEIVERS) and len(numbers) == wanted
         if not known or not all(number.isascii() and number.isdecimal() for number in numbers):
             raise ValueError(
-                f"there is no node {text!r}; senders are embed, z.LAYER.HEAD and mlp_out.LAYER, receivers q.LAYER.HEAD, "
+                f"there is no node {text!r}; senders are embed, z.LAYER.HEAD and mlp_out.LAYER, receivers are q.LAYER.HEAD, "
                 "k.LAYER.KV_HEAD, v.LAYER.KV_HEAD, mlp_in.LAYER, resid_pre.LAYER, resid_mid.LAYER, resid_post.LAYER and logits."
             )
         return cls(site, *map(int, numbers))
 
     def check(self, config: Any) -> None:
-        """Raise ValueError, naming what the model has, if it has no such node."""
+        """Check that a model has this node.
+
+        Args:
+            config: the model's config.
+
+        Raises:
+            ValueError: its layer or head is out of range; the message says what the model has.
+        """
         layers, heads = n_layers(config), n_kv_heads(config) if self.site in ("k", "v") else n_heads(config)
         if self.layer is not None and self.layer >= layers:
             raise ValueError(f"{self}: layer {self.layer} is out of range, the model has layers 0 to {layers - 1}.")
@@ -63,10 +80,21 @@ class Node(NamedTuple):
 
 
 def reaches(sender: Node, receiver: Node) -> bool:
-    """Whether what the sender writes is in the stream that the receiver reads."""
+    """Whether what the sender writes is in the stream that the receiver reads.
+
+    Args:
+        sender: a node of `SENDERS`.
+        receiver: a node of `RECEIVERS`.
+
+    Returns:
+        True if there is an edge between the two.
+
+    Raises:
+        ValueError: one of them is not what it should be.
+    """
     if sender.site not in SENDERS or receiver.site not in RECEIVERS:
         raise ValueError(
-            f"{sender}->{receiver} is no edge; senders are {', '.join(SENDERS)}, receivers {', '.join(RECEIVERS)}."
+            f"{sender}->{receiver} is not an edge; senders are {', '.join(SENDERS)}, receivers are {', '.join(RECEIVERS)}."
         )
     if receiver.site == "logits":
         return True
@@ -74,7 +102,14 @@ def reaches(sender: Node, receiver: Node) -> bool:
 
 
 def senders(config: Any) -> list[Node]:
-    """Every sender of a model, in the order in which they write."""
+    """List a model's senders.
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        The embedding, then the heads and the MLP of each layer: the order in which they write.
+    """
     nodes = [Node("embed")]
     for layer in range(n_layers(config)):
         nodes += [Node("z", layer, head) for head in range(n_heads(config))]
@@ -83,7 +118,14 @@ def senders(config: Any) -> list[Node]:
 
 
 def receivers(config: Any) -> list[Node]:
-    """Every head's q, every K/V head's k and v, every MLP, and the logits, in the order in which they read."""
+    """List the receivers of a model's graph.
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        Every head's q, every K/V head's k and v, and the MLP of each layer, then the logits: the order in which they read.
+    """
     nodes = []
     for layer in range(n_layers(config)):
         nodes += [Node("q", layer, head) for head in range(n_heads(config))]
@@ -93,7 +135,15 @@ def receivers(config: Any) -> list[Node]:
 
 
 def query_heads(node: Node, config: Any) -> list[int]:
-    """The query heads that a receiver of a head belongs to: of a K/V head, its whole group."""
+    """The query heads that read a receiver: the head itself for q, the whole group of a K/V head for k and v.
+
+    Args:
+        node: a receiver; one without a head gives none.
+        config: the model's config.
+
+    Returns:
+        Heads of the node's layer, ascending.
+    """
     if node.head is None:
         return []
     each = n_heads(config) // n_kv_heads(config) if node.site in ("k", "v") else 1

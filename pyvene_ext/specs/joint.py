@@ -1,4 +1,4 @@
-"""Specs made of one edit or of several at once: their members, names, and what statistics they need."""
+"""Specs of one edit or of several made jointly: their members, their names, and the statistics they need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ Spec = OneSpec | tuple[OneSpec, ...]
 
 
 def members(spec: Spec) -> tuple[OneSpec, ...]:
-    """The edits of one spec: itself, or those of a joint one, which must not edit one place twice."""
+    """The edits of one spec.
+
+    Args:
+        spec: a single edit, or a tuple of edits made jointly.
+
+    Returns:
+        The edits, in their order.
+
+    Raises:
+        ValueError: a joint spec is empty, or edits the same place twice.
+    """
     if isinstance(spec, SiteEdit):
         return (spec,)
     edits = tuple(spec)
@@ -27,7 +37,17 @@ def members(spec: Spec) -> tuple[OneSpec, ...]:
 
 
 def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
-    """A list of specs, also of a single one. Raises ValueError for what is none."""
+    """Turn one spec, or several, into a list.
+
+    Args:
+        specs: a single edit, or edits and tuples of them.
+
+    Returns:
+        The specs, in their order.
+
+    Raises:
+        ValueError: an entry is not a spec.
+    """
     if not isinstance(specs, Iterable) or isinstance(specs, SiteEdit | str):
         specs = [specs]
     found = list(specs)
@@ -35,19 +55,33 @@ def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
         for edit in spec if isinstance(spec, tuple) else (spec,):
             if not isinstance(edit, SiteEdit):
                 raise ValueError(
-                    f"{edit!r} is no ablation, activation patch, addition or forced attention, nor a tuple of them (paths are "
-                    "run by pyvene_ext.patch)."
+                    f"{edit!r} is not an ablation, activation patch, addition or forced attention, nor a tuple of them; run "
+                    "paths with pyvene_ext.patch."
                 )
     return found
 
 
 def spec_name(spec: Spec) -> str:
-    """The name of one edit, or those of a joint one with plus signs: "z.2.5+z.3.1"."""
+    """Name a spec.
+
+    Args:
+        spec: a single or joint spec.
+
+    Returns:
+        The name of the edit, or the names of a joint spec's edits joined by plus signs: "z.2.5+z.3.1".
+    """
     return "+".join(edit.name for edit in ((spec,) if isinstance(spec, SiteEdit) else spec))
 
 
 def needs(specs: Iterable[Spec]) -> Needs:
-    """What specs need of a reference set or of source prompts, each place and position once."""
+    """The statistics that specs need of a reference set or of source prompts.
+
+    Args:
+        specs: single and joint specs.
+
+    Returns:
+        The union of their needs, each place and position once.
+    """
     each = [edit.needs for spec in specs for edit in members(spec)]
     return Needs(
         tuple(dict.fromkeys(place for one in each for place in one.places)),

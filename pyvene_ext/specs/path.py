@@ -1,4 +1,4 @@
-"""Path patches: what one sender adds to the inputs of some receivers, past all other heads (Wang et al. 2022)."""
+"""Path patches: the effect of one sender through the inputs of some receivers, bypassing all other heads (Wang et al. 2022)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from pyvene_ext.specs.patch import ActivationPatch
 
 
 class PathPatch(BaseModel):
-    """Patch what one sender tells some receivers, past all other heads.
+    """Patch the paths from one sender to some receivers that bypass all other heads.
 
     Attributes:
+        kind: "path".
         sender: "embed", "z.LAYER.HEAD" or "mlp_out.LAYER" (`pyvene_ext.specs.graph`).
         receivers: one or more of "q.LAYER.HEAD", "k.LAYER.KV_HEAD", "v.LAYER.KV_HEAD", "mlp_in.LAYER", "resid_pre.LAYER",
-            "resid_mid.LAYER" and "resid_post.LAYER"; or "logits" alone, which is the stream behind the last block. All are set
-            together. Query heads that share a K/V head receive its k and v together.
+            "resid_mid.LAYER" and "resid_post.LAYER"; or "logits" alone, which is the stream after the last block. All are patched
+            jointly. Query heads that share a K/V head receive its k and v together.
         positions: where the sender takes the source's value, as in `ActivationPatch`.
         freeze_mlps: MLPs keep their base value too, so that only the direct path counts.
-        direct: the direct term alone: the receivers get their base value and what the sender's change adds to it, the scales of
-            the norms on its way frozen at base (of the receiver's norm or the final one, and of a post-norm behind attention).
+        direct: the direct term alone: the receivers get their base value plus what the sender's change adds to it, with the
+            scales of the norms on the path frozen at base (the receiver's norm or the final norm, and a post-norm after
+            attention).
         subspace: the sender changes along the concept direction only (`pyvene_ext.methods.patching.subspace`).
 
-    Raises pydantic's ValidationError (a ValueError) for nodes that do not exist, and for a receiver that reads before the sender
-    writes: there is no path.
+    Raises:
+        ValueError: pydantic's ValidationError, for nodes that do not exist, and for a receiver that reads before the sender
+            writes, because then there is no path.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,19 +69,19 @@ class PathPatch(BaseModel):
     @model_validator(mode="after")
     def _some_path(self) -> PathPatch:
         if self.sender_node.site not in SENDERS:
-            raise ValueError(f"{self.sender} sends nothing; a sender is embed, z.LAYER.HEAD or mlp_out.LAYER.")
-        for receiver in self.nodes:
+            raise ValueError(f"{self.sender} is not a sender; a sender is embed, z.LAYER.HEAD or mlp_out.LAYER.")
+        for receiver in self.receiver_nodes:
             if receiver.site not in RECEIVERS:
-                raise ValueError(f"{receiver} receives nothing; receivers are {', '.join(RECEIVERS)}.")
+                raise ValueError(f"{receiver} is not a receiver; receivers are {', '.join(RECEIVERS)}.")
             if not reaches(self.sender_node, receiver):
                 raise ValueError(
                     f"the path {self.sender}->{receiver} is empty: {receiver} reads before {self.sender} writes."
                 )
         if "logits" in self.receivers and len(self.receivers) > 1:
-            raise ValueError("logits cannot be set together with other receivers, whose effect they would override.")
+            raise ValueError("logits cannot be patched jointly with other receivers, whose effect they would override.")
         if self.direct and self.freeze_mlps:
-            raise ValueError("the direct term passes no MLP: leave freeze_mlps out.")
-        self.sending  # what it must fulfil as a patch  # noqa: B018
+            raise ValueError("the direct term passes through no MLP: leave freeze_mlps out.")
+        self.sender_patch  # validates positions and head  # noqa: B018
         return self
 
     @property
@@ -87,20 +90,20 @@ class PathPatch(BaseModel):
         return Node.parse(self.sender)
 
     @property
-    def nodes(self) -> list[Node]:
+    def receiver_nodes(self) -> list[Node]:
         """The receivers."""
         return [Node.parse(receiver) for receiver in self.receivers]
 
     @property
-    def sending(self) -> ActivationPatch:
+    def sender_patch(self) -> ActivationPatch:
         """The sender's own patch."""
         site, layer, head = self.sender_node
         heads = None if head is None else (head,)
         return ActivationPatch(site=site, layer=layer, heads=heads, positions=self.positions, subspace=self.subspace)
 
     @property
-    def source_name(self) -> str:
-        """The sender and how it is patched: paths that share it record the same run."""
+    def sender_name(self) -> str:
+        """The sender and how it is patched; paths with the same name share one run in which receivers are recorded."""
         return self._sent + self._how
 
     @property
@@ -109,15 +112,23 @@ class PathPatch(BaseModel):
         return f"{self._sent}->{'+'.join(self.receivers)}{self._how}"
 
     @property
-    def one_place(self) -> bool:
-        """Whether no receiver can change what another one is given where the sender is not patched."""
-        sites = {(node.layer, node.site in ("q", "k", "v") or node.site) for node in self.nodes}
+    def has_independent_receivers(self) -> bool:
+        """Whether no receiver's patch can change another receiver's input at positions where the sender is not patched."""
+        sites = {(node.layer, node.site in ("q", "k", "v") or node.site) for node in self.receiver_nodes}
         return self.positions == "all" or len(sites) == 1
 
-    def received(self, positions: Positions, path: str) -> tuple[ActivationPatch, ...]:
-        """The receivers' patches, heads of one place together."""
+    def receiver_patches(self, positions: Positions, path: str) -> tuple[ActivationPatch, ...]:
+        """The patches that set the receivers to recorded values.
+
+        Args:
+            positions: where the receivers are patched.
+            path: the name under which their values are recorded.
+
+        Returns:
+            One patch per site and layer, all its heads together.
+        """
         by_place: dict[Place, list[Node]] = {}
-        for node in self.nodes:
+        for node in self.receiver_nodes:
             by_place.setdefault((node.site, node.layer), []).append(node)
         return tuple(
             ActivationPatch(
@@ -132,22 +143,29 @@ class PathPatch(BaseModel):
 
     @property
     def _sent(self) -> str:
-        return self.sending.where + ("/subspace" if self.subspace else "")
+        return self.sender_patch.where + ("/subspace" if self.subspace else "")
 
     @property
     def _how(self) -> str:
         return ", MLPs frozen" if self.freeze_mlps else ", direct" if self.direct else ""
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError if the model has no such nodes."""
-        for node in (self.sender_node, *self.nodes):
+        """Check that a model has the path's nodes.
+
+        Args:
+            model: a causal language model with a card.
+
+        Raises:
+            ValueError: it lacks a node, or its blocks run attention and MLP in parallel and a receiver lies between the two.
+        """
+        for node in (self.sender_node, *self.receiver_nodes):
             node.check(model.config)
         card = card_of(model)
-        for node in self.nodes:
+        for node in self.receiver_nodes:
             if card.parallel and node.site in ("mlp_in", "resid_mid"):
                 raise ValueError(
-                    f"{self.name}: blocks of {card.family} run attention and MLP side by side, so that no head of a layer is on "
-                    f"the way to {node}; name another receiver."
+                    f"{self.name}: blocks of {card.family} run attention and MLP in parallel, so that no head of the layer "
+                    f"writes to {node}; name another receiver."
                 )
             if node.site != "logits":
                 card.component(model, FIELD_NAMES[node.site])

@@ -15,11 +15,17 @@ from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 Directions = Mapping[tuple[Place, Positions], Tensor]
-"""of patches along one direction, by place and positions: `*head d`, of length 1"""
+"""Unit vectors that patches are restricted to, by place and positions: `*head d`."""
 
 
 class Needs(NamedTuple):
-    """What specs need of a reference set or of source prompts, in the words of `Reference.compute`."""
+    """The statistics that specs need of a reference set or of source prompts: arguments of `Reference.compute`.
+
+    Attributes:
+        places: (site, layer) pairs.
+        position_means: positions whose mean over prompts is needed.
+        bank: positions whose activations are needed for every prompt.
+    """
 
     places: tuple[Place, ...] = ()
     position_means: tuple[str | int, ...] = ()
@@ -28,15 +34,15 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class Recorded:
-    """What path patching has recorded at receivers, for patches that put it there.
+    """Values that path patching has recorded at receivers, for the patches that set the receivers to them.
 
     Attributes:
-        values: gives `pos *head d` for a path, a place, a prompt and its heads.
-        made_from: hash of the prompts that the values come from.
+        values: returns `pos *head d`, given a path's name, a place, the index of a prompt and the heads.
+        prompts_hash: hash of the prompts that the values come from.
     """
 
     values: Callable[[str, Place, int, tuple[int, ...] | None], Float[Tensor, "pos *head d"]]
-    made_from: str
+    prompts_hash: str
 
 
 @dataclass(frozen=True)
@@ -46,24 +52,25 @@ class Sources:
     Attributes:
         model: the model that is intervened on.
         prompts: the prompts that are intervened on.
-        given: the reference set or, of patches, the source prompts, one a prompt; None where neither is needed.
-        reference: what was measured on them; None as long as nothing was.
+        source_prompts: the reference set of ablations, or the source prompts of patches, one per prompt; None where neither is
+            needed.
+        reference: statistics of the source prompts; None until they are computed.
         directions: concept directions of patches with `subspace`.
-        recorded: of path patching.
+        recorded: what path patching has recorded at receivers.
     """
 
     model: PreTrainedModel
     prompts: TokenizedPrompts
-    given: TokenizedPrompts | None = None
+    source_prompts: TokenizedPrompts | None = None
     reference: Reference | None = None
     directions: Directions = field(default_factory=dict)
     recorded: Recorded | None = None
 
     @property
-    def measured(self) -> Reference:
-        """The statistics; ValueError if they were not computed."""
+    def statistics(self) -> Reference:
+        """The reference statistics. Raises ValueError if they have not been computed."""
         if self.reference is None:
             raise ValueError(
-                "the specs need reference statistics; compute them with `measured()` on what `resolve` has returned."
+                "the specs need reference statistics; call `with_statistics()` on what `resolve` has returned."
             )
         return self.reference

@@ -478,13 +478,13 @@ BEFORE_LOADING = [
 BEFORE_RUNNING = [
     (["--induction_scores_csv", "no_head.csv"], "no_head.csv lacks the column head"),
     (["--induction_scores_csv", "outside.csv"], "head 6.0 is outside a model of 6 layers with 8 heads"),
-    (["--induction_scores_csv", "scores.csv", "--to_abl", "6"], "6 heads are asked for and there are scores of 5"),
+    (["--induction_scores_csv", "scores.csv", "--to_abl", "6"], "6 heads are asked for but there are scores for 5"),
     (["--induction_scores_csv", "none.csv"], "none.csv"),
     (
         ["--tokens_path", "special.json", "--n_tokens", 12],
         "special.json has 10 usable tokens (distinct, not special) and 12",
     ),
-    (["--tokens_path", "large.json"], "the tokens hold the id 403 and the vocabulary has 403 tokens"),
+    (["--tokens_path", "large.json"], "the tokens contain the id 403 but the vocabulary has 403 tokens"),
     (
         ["--tokens_path", "many.json", "--n_tokens", 256],
         "--n_tokens 256 makes prompts of 257 tokens and tiny-gemma2 takes 256",
@@ -520,7 +520,7 @@ def test_more_heads_than_there_are_and_layers_without_a_control(
     monkeypatch.setattr(lag, "attention_scores", None)
     heads = n_heads(load_model("tiny-gemma2")[0].config) * 6
     assert command("--to_abl", heads + 1) == 2
-    assert f"{heads + 1} heads are asked for and there are scores of {heads}" in capsys.readouterr().err
+    assert f"{heads + 1} heads are asked for but there are scores for {heads}" in capsys.readouterr().err
     assert command("--to_abl", heads // 2 + 1, "--layer_abl", "top") == 2
     assert f"there are scores of {heads // 2} in layers 0 to 2 (top)" in capsys.readouterr().err
     monkeypatch.setattr(lag, "attention_scores", score)

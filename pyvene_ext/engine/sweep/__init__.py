@@ -1,15 +1,15 @@
-"""The sweep engine: the numbers of the plain engine for thousands of interventions, nothing computed twice, nothing lost.
+"""The sweep engine: the numbers of the plain engine for thousands of interventions, fast and resumable.
 
     result = sweep(model, all_heads(model.config), prompts)             # every head of a model, one at a time
-    result = sweep(model, specs, prompts, store="outputs/my_sweep")     # killed at any moment, the same call goes on
+    result = sweep(model, specs, prompts, store="outputs/my_sweep")     # resumes after an interruption at any moment
     print(plan_sweep(model, specs, prompts).summary())                  # what it would do
-    found = frequencies(model, specs, prompts, tau=0.1, width=0.1)      # no more prompts than the intervals ask for
+    found = frequencies(model, specs, prompts, tau=0.1, width=0.1)      # no more prompts than the intervals need
 
-What is saved, and why the numbers stay the same: what lies in front of an edit, in layers and in tokens, is the clean run's and
-is computed once for all interventions; so are queries, keys, values and attention of the layer whose z is edited, where the edit
-is a difference on the output projection. Only the tokens behind the edit are run, through the model's own blocks, many
-interventions at once. The last block is run for the last token alone, behind its keys and values, and only the logits that the
-metric reads are made. Prompts of one length run together, so that there is no padding.
+What is saved, and why the numbers stay the same: everything before an edit, in layers and in tokens, equals the clean run and is
+computed once for all interventions; so are queries, keys, values and attention of the layer whose z is edited, where the edit
+only adds a difference to the output projection. Only the tokens from the edit on are run, through the model's own blocks, many
+interventions at once. The last block runs the last token alone, once all its keys and values are there, and only the logits that
+the metric reads are computed. Prompts of equal length run together, so that there is no padding.
 
 Under `accelerate launch` the processes share the work and all of them return the whole result, bit for bit that of one process.
 """

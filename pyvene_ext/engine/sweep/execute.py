@@ -1,4 +1,4 @@
-"""Run the waves of a plan: every layer once, on the clean prompts and on all rows that have entered by then."""
+"""Run the waves of a plan: every layer once, on the clean prompts and on all rows that have entered so far."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modelcards.attention_taps import output_weight
 from pyvene_ext.engine.plain import ANSWERS_ONLY, measure
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
-    INTO_ATTENTION,
+    INSIDE_ATTENTION,
     STAGES,
     EditBatch,
     Group,
@@ -29,17 +29,27 @@ from pyvene_ext.engine.sweep.layout import (
     shared_columns,
     wave_groups,
 )
-from pyvene_ext.engine.sweep.plan import Plan, Sizes
+from pyvene_ext.engine.sweep.plan import ActivationSizes, Plan
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.replay import Past, Replay
 from pyvene_ext.specs.joint import Spec, spec_name
 
-Frozen = Literal["attention", "mlp"]  # what keeps its clean output in every row, but where that is edited
+Frozen = Literal["attention", "mlp"]  # keeps its clean output in every row, except where that is edited
 
 
 @dataclass
-class Clean:
-    """One layer of the clean run of a wave's prompts; `first` is the column that z, attention and mlp begin with."""
+class CleanLayer:
+    """One layer of the clean run of a wave's prompts.
+
+    Attributes:
+        resid_pre: what enters the block.
+        keys: of all columns.
+        values: of all columns.
+        first: the first column of z, attention and mlp.
+        z: concatenated heads.
+        attention: output of the attention module.
+        mlp: output of the MLP.
+    """
 
     resid_pre: Float[Tensor, "prompt pos d_model"]
     keys: Float[Tensor, "prompt n_kv_head pos d_head"]
@@ -50,66 +60,130 @@ class Clean:
     mlp: Float[Tensor, "prompt pos d_model"]
 
 
-class Record(Protocol):
-    """What wants to see rows on their way: given with them the first column they hold, and which (spec, prompt) each is."""
+class BlockObserver(Protocol):
+    """Reads activations of rows while blocks run.
 
-    def before(self, layer: int, hidden: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
-        """What enters a block."""
+    `column` is the first column that the rows hold; `rows` has each row's spec and prompt, as indices into the sweep's.
+    """
 
-    def during(self, layer: int, column: int, rows: list[tuple[int, int]]) -> AbstractContextManager[Any]:
-        """While a block runs."""
+    def before_block(self, layer: int, hidden: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+        """Read the input of a block.
 
-    def behind(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
-        """What leaves it."""
+        Args:
+            layer: the block's.
+            hidden: its input, `row pos d_model`.
+            column: the first column of the rows.
+            rows: the spec and prompt of each row.
+        """
+
+    def around_block(self, layer: int, column: int, rows: list[tuple[int, int]]) -> AbstractContextManager[Any]:
+        """Make a context in which a block runs.
+
+        Args:
+            layer: the block's.
+            column: the first column of the rows.
+            rows: the spec and prompt of each row.
+
+        Returns:
+            The context manager.
+        """
+
+    def after_block(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+        """Read the output of a block.
+
+        Args:
+            layer: the block's.
+            out: its output, `row pos d_model`.
+            column: the first column of the rows.
+            rows: the spec and prompt of each row.
+        """
 
 
 class DeviceEdits:
-    """A batch of edits with its indices and values as tensors on a device."""
+    """A batch of edits with its indices and replacements as tensors on a device."""
 
     def __init__(self, batch: EditBatch, values: Tensor | None, device: torch.device) -> None:
-        self.spec, self.round, self.device = batch.sources[0][0], batch.round, device
+        self.spec, self.order, self.device = batch.sources[0][0], batch.order, device
         self.row_numbers, self.column_numbers, self.head_numbers = batch.rows, batch.columns, batch.heads
-        self.most_heads = max(len(spec.heads or ()) for spec, *_ in batch.sources)
+        self.max_heads = max(len(spec.heads or ()) for spec, *_ in batch.sources)
         self.first_column = batch.columns.min()
         self.values = None if values is None else values.to(device)
 
     @cached_property
     def rows(self) -> Int[Tensor, " entry"]:
+        """The row of every entry."""
         return torch.from_numpy(self.row_numbers).to(self.device)
 
     @cached_property
     def columns(self) -> Int[Tensor, " entry"]:
+        """The column of every entry."""
         return torch.from_numpy(self.column_numbers).to(self.device)
 
     @cached_property
     def heads(self) -> Int[Tensor, " entry"] | None:
+        """The head of every entry; None for sites without heads."""
         return torch.from_numpy(self.head_numbers).to(self.device) if self.head_numbers[0] >= 0 else None
 
-    def part(self, first: int, stop: int) -> slice:
-        """The entries whose rows are in `[first, stop)`."""
+    def entries(self, first: int, stop: int) -> slice:
+        """Find the entries whose rows are in `[first, stop)`.
+
+        Args:
+            first: a row of the group.
+            stop: one after the last row.
+
+        Returns:
+            A slice of the entries.
+        """
         return slice(*np.searchsorted(self.row_numbers, [first, stop]))
 
-    def new(self, old: Float[Tensor, "entry d"], part: slice | Tensor) -> Float[Tensor, "entry d"]:
-        """What comes in place of `old`."""
-        return self.spec.changed(old, None if self.values is None else self.values[part])
+    def edited(self, old: Float[Tensor, "entry d"], entries: slice | Tensor) -> Float[Tensor, "entry d"]:
+        """Apply the edit to the activations of some entries.
+
+        Args:
+            old: their activations.
+            entries: which entries these are.
+
+        Returns:
+            The edited activations.
+        """
+        return self.spec.apply(old, None if self.values is None else self.values[entries])
 
     def apply(self, x: Float[Tensor, "row pos d"], first: int, column: int, heads: int) -> None:
-        """Edit rows `first` and following, of which `x` holds the columns from `column` on, in place."""
-        mine = self.part(first, first + len(x))
-        if mine.start == mine.stop:
+        """Edit rows in place.
+
+        Args:
+            x: activations of consecutive rows.
+            first: the first of these rows.
+            column: the first column that `x` holds.
+            heads: number of heads side by side in `d`, for sites with heads.
+        """
+        of_rows = self.entries(first, first + len(x))
+        if of_rows.start == of_rows.stop:
             return
-        part: slice | Tensor = mine
-        if self.first_column < column:  # earlier columns' keys and values, which were edited where they were made
-            part = torch.arange(mine.start, mine.stop, device=x.device)[self.columns[mine] >= column]
-        index = [self.rows[part] - first, self.columns[part] - column]
+        entries: slice | Tensor = of_rows
+        if (
+            self.first_column < column
+        ):  # the last block's k and v at earlier columns were edited when they were computed
+            entries = torch.arange(of_rows.start, of_rows.stop, device=x.device)[self.columns[of_rows] >= column]
+        index = [self.rows[entries] - first, self.columns[entries] - column]
         if self.heads is not None:
             x = x.unflatten(-1, (heads, -1))
-            index.append(self.heads[part])
-        x[tuple(index)] = self.new(x[tuple(index)], part)
+            index.append(self.heads[entries])
+        x[tuple(index)] = self.edited(x[tuple(index)], entries)
 
 
 class Executor:
-    """Runs waves. Calls of a block are cut to the plan's memory, and halved for good when memory runs out all the same."""
+    """Runs waves.
+
+    Calls of a block are sized to the plan's memory, and halved for the rest of the sweep if memory runs out nevertheless.
+
+    Args:
+        resolved: the specs on the prompts, with the statistics they need.
+        metric: its name.
+        plan: of these specs.
+        freeze: what keeps its clean output in every row.
+        observer: reads activations of rows.
+    """
 
     def __init__(
         self,
@@ -117,33 +191,40 @@ class Executor:
         metric: str,
         plan: Plan,
         freeze: Collection[Frozen] = (),
-        record: Record | None = None,
+        observer: BlockObserver | None = None,
     ) -> None:
-        self.freeze, self.record = freeze, record
+        self.freeze, self.observer = freeze, observer
         self.resolved, self.model, self.specs, self.metric = resolved, resolved.model, resolved.specs, metric
         self.prompts, self.edits, self.budget = resolved.prompts, plan.edits, plan.budget
-        self.replay, self.sizes = Replay(self.model), Sizes(self.model)
+        self.replay, self.sizes = Replay(self.model), ActivationSizes(self.model)
         self.heads, self.kv_heads = n_heads(self.model.config), n_kv_heads(self.model.config)
-        # What running out of memory has taught: how many rows at most make a wave, and by how much to cut the calls.
-        self.most, self.shrunk = len(self.specs) * len(self.prompts), 1
+        # Lowered when memory runs out: the most rows of a wave; raised: the divisor of the number of rows per call.
+        self.max_rows, self.call_divisor = len(self.specs) * len(self.prompts), 1
 
     def run(
         self, wave: Wave, advance: Callable[[float], object] = lambda interventions: None
     ) -> tuple[Float32[np.ndarray, " prompt *pos"], Float32[np.ndarray, "spec prompt *pos"]]:
-        """The metric on the clean prompts of a wave and under each of its specs.
+        """Run a wave.
 
-        `advance` is told how many of its interventions the work just done amounts to. Raises ValueError where logits are not
-        finite, and where a single intervention on one prompt does not fit in memory.
+        Args:
+            wave: some specs on some prompts.
+            advance: called with the number of interventions (a fraction) that the work just done amounts to.
+
+        Returns:
+            The metric on the clean prompts, and under each spec.
+
+        Raises:
+            ValueError: logits are not finite, or a single intervention on one prompt does not fit in memory.
         """
-        if len(wave.specs) * len(wave.prompts) > self.most:
+        if len(wave.specs) * len(wave.prompts) > self.max_rows:
             return self._run_halves(wave, advance)
         try:
             return self._run(wave, advance)
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
-            self.most = len(wave.specs) * len(wave.prompts) // 2
-            if not self.most:
+            self.max_rows = len(wave.specs) * len(wave.prompts) // 2
+            if not self.max_rows:
                 length = len(self.prompts.input_ids[wave.prompts[0]])
                 raise ValueError(
                     f"one intervention on a prompt of {length} tokens does not fit in memory; use shorter prompts, a smaller "
@@ -156,10 +237,10 @@ class Executor:
         if len(wave.prompts) > 1:
             middle = len(wave.prompts) // 2
             halves = [self.run(Wave(p, wave.specs), advance) for p in (wave.prompts[:middle], wave.prompts[middle:])]
-            return np.concatenate([clean for clean, _ in halves]), np.concatenate([after for _, after in halves], 1)
+            return np.concatenate([clean for clean, _ in halves]), np.concatenate([found for _, found in halves], 1)
         middle = len(wave.specs) // 2
         halves = [self.run(Wave(wave.prompts, s), advance) for s in (wave.specs[:middle], wave.specs[middle:])]
-        return halves[0][0], np.concatenate([after for _, after in halves])
+        return halves[0][0], np.concatenate([found for _, found in halves])
 
     def _run(self, wave: Wave, advance: Callable[[float], object]) -> tuple[np.ndarray, np.ndarray]:
         replay, layers = self.replay, self.replay.n_layers
@@ -167,69 +248,73 @@ class Executor:
         length = ids.shape[1]
         shared = shared_columns(wave.prompts, self.prompts)
         groups = wave_groups(wave, self.edits, self.resolved, layers)
-        states: dict[int, State] = {}
+        states: dict[int, GroupState] = {}
         for group in groups:
-            states[id(group)] = State(self, wave, group, length, states[id(group.trunk)] if group.trunk else None)
-        of_clean = shared + (length - shared) * len(ids)
-        token_layers = of_clean * layers + sum(group.token_layers(length) for group in groups)
+            states[id(group)] = GroupState(
+                self, wave, group, length, states[id(group.prefix)] if group.prefix else None
+            )
+        clean_tokens = shared + (length - shared) * len(ids)
+        token_layers = clean_tokens * layers + sum(group.token_layers(length) for group in groups)
         share = len(wave.specs) * len(wave.prompts) / token_layers
         hidden = replay.embed(ids)
         for layer in range(layers):
-            # All tensors of a layer are where its block is; of a model spread over devices that is not where the last one was.
+            # In a model spread over devices the next block may be on another one.
             hidden = hidden.to(input_device(replay.module("block_output", layer)))
             hidden, clean = self._clean_layer(layer, hidden, shared)
-            advance(of_clean * share)
+            advance(clean_tokens * share)
             for state in states.values():
-                state.layer(layer, clean, lambda done: advance(done * share))
+                state.run_layer(layer, clean, lambda done: advance(done * share))
         final = hidden[:, -1]
         try:
-            before, clean_logits = self._read(final, np.arange(len(ids)), wave, None)
-        except _NotFinite as error:
-            raise _not_finite(wave.prompts[error.row], None) from None
-        after = np.repeat(before[None], len(wave.specs), 0)  # an edit that cannot reach what is read changes nothing
+            baseline, clean_logits = self._read(final, np.arange(len(ids)), wave, None)
+        except _NotFiniteError as error:
+            raise _not_finite_error(wave.prompts[error.row], None) from None
+        intervened = np.repeat(baseline[None], len(wave.specs), 0)  # unchanged where no edit can reach the metric
         for state in states.values():
-            if state.is_trunk:
+            if state.is_prefix:
                 continue
             state.finish(final)
             group = state.group
             specs, rows = np.repeat(group.specs, len(group.prompts)), np.tile(group.prompts, len(group.specs))
             try:
-                after[specs, rows] = self._read(state.final, rows, wave, clean_logits)[0]
-            except _NotFinite as error:
-                raise _not_finite(wave.prompts[rows[error.row]], self.specs[wave.specs[specs[error.row]]]) from None
-        return before, after
+                intervened[specs, rows] = self._read(state.final, rows, wave, clean_logits)[0]
+            except _NotFiniteError as error:
+                raise _not_finite_error(
+                    wave.prompts[rows[error.row]], self.specs[wave.specs[specs[error.row]]]
+                ) from None
+        return baseline, intervened
 
-    def _clean_layer(self, layer: int, hidden: Tensor, shared: int) -> tuple[Tensor, Clean]:
-        """One layer of the untouched run: the columns that all prompts share once, and of the last layer only the last token."""
+    def _clean_layer(self, layer: int, hidden: Tensor, shared: int) -> tuple[Tensor, CleanLayer]:
+        """One layer of the clean run: columns that all prompts share run once, and the last layer runs the last token only."""
         replay, length = self.replay, hidden.shape[1]
         last = layer == replay.n_layers - 1
         past, seen = Past(), dict[str, Tensor]()
-        trunk, seen_of_trunk, out_of_trunk = Past(), dict[str, Tensor](), hidden[:1, :0]
+        prefix, prefix_seen, prefix_out = Past(), dict[str, Tensor](), hidden[:1, :0]
         if shared:
             if last:
-                trunk.made = replay.keys_values(layer, hidden[:1, :shared], (0, shared))
+                prefix.made = replay.keys_values(layer, hidden[:1, :shared], (0, shared))
             else:
-                out_of_trunk = replay.block(layer, hidden[:1, :shared], (0, shared), trunk, seen=seen_of_trunk)
-            past.shared = (*trunk.keys_values, False)
-        first, x, before = shared, hidden[:, shared:], None
+                prefix_out = replay.block(layer, hidden[:1, :shared], (0, shared), prefix, seen=prefix_seen)
+            past.shared = (*prefix.keys_values, False)
+        first, x, all_columns = shared, hidden[:, shared:], None
         if last and first < length - 1:
-            before = replay.keys_values(layer, x, (shared, length))
-            past.before = before[0][:, :, :-1], before[1][:, :, :-1]
+            all_columns = replay.keys_values(layer, x, (shared, length))
+            past.before = all_columns[0][:, :, :-1], all_columns[1][:, :, :-1]
             first, x = length - 1, x[:, -1:]
         out = replay.block(layer, x, (first, length), past, seen=seen)
-        keys, values = before or past.keys_values
+        keys, values = all_columns or past.keys_values
         if shared:
-            keys, values = (_behind(*pair, 2) for pair in zip(trunk.keys_values, (keys, values), strict=True))
+            keys, values = (_append(*pair, 2) for pair in zip(prefix.keys_values, (keys, values), strict=True))
             if not last:
-                out = _behind(out_of_trunk, out, 1)
-                seen = {name: _behind(seen_of_trunk[name], own, 1) for name, own in seen.items()}
+                out = _append(prefix_out, out, 1)
+                seen = {name: _append(prefix_seen[name], own, 1) for name, own in seen.items()}
         start = length - 1 if last else 0
-        return out, Clean(hidden, keys, values, start, seen["z"], seen["attention"], seen["mlp"])
+        return out, CleanLayer(hidden, keys, values, start, seen["z"], seen["attention"], seen["mlp"])
 
     def _read(
         self, final: Float[Tensor, "row d_model"], rows: np.ndarray, wave: Wave, clean_logits: Tensor | None
     ) -> tuple[Float32[np.ndarray, " row *pos"], Tensor | None]:
-        """The metric of rows, given which prompt of the wave each is; and the logits, for the clean run."""
+        """The metric of rows, given the prompt of the wave that each has; with the logits if this is the clean run."""
         answers = torch.tensor([self.prompts.answer_ids[prompt] for prompt in wave.prompts], device=final.device)
         tokens = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=final.device)
         of_row = torch.from_numpy(rows).to(final.device)
@@ -244,7 +329,7 @@ class Executor:
             logits = self.replay.logits(final[start : start + step], ids if narrow else None).to(final.device)
             finite = logits.isfinite().all(-1)
             if not finite.all():
-                raise _NotFinite(start + int((~finite).nonzero()[0]))
+                raise _NotFiniteError(start + int((~finite).nonzero()[0]))
             if clean_logits is None:
                 kept.append(logits)
             reference = logits if clean_logits is None else clean_logits[which]
@@ -254,47 +339,60 @@ class Executor:
         return np.concatenate(found), torch.cat(kept) if kept else None
 
     def values(self, batch: EditBatch) -> Tensor | None:
-        """What a batch of edits puts in place, `entry d`."""
+        """Compute the replacements of a batch of edits.
+
+        Args:
+            batch: edits at one stage of one layer.
+
+        Returns:
+            Replacements, `entry d`; None if the intervention takes none.
+        """
         found = []
         for spec, ids, kept in batch.sources:
-            made = self.resolved.replacements(spec, ids)
-            if made is None:  # and so for every spec of this intervention
+            values = self.resolved.replacements(spec, ids)
+            if values is None:  # and so for every spec of this intervention
                 return None
             if kept is not None:
-                made = [value[which] for value, which in zip(made, kept, strict=True)]
-            found += [value.flatten(0, -2) for value in made]
+                values = [value[which] for value, which in zip(values, kept, strict=True)]
+            found += [value.flatten(0, -2) for value in values]
         return torch.cat(found)
 
 
-class State:
-    """The hidden states of a group's rows on their way through the layers."""
+class GroupState:
+    """The hidden states of a group's rows between layers."""
 
-    def __init__(self, executor: Executor, wave: Wave, group: Group, length: int, trunk: State | None) -> None:
-        self.executor, self.wave, self.group, self.length, self.trunk = executor, wave, group, length, trunk
-        self.is_trunk = group.stop < length
+    def __init__(self, executor: Executor, wave: Wave, group: Group, length: int, prefix: GroupState | None) -> None:
+        self.executor, self.wave, self.group, self.length, self.prefix = executor, wave, group, length, prefix
+        self.is_prefix = group.stop < length
         self.width = group.stop - group.start
         shape = len(group.specs) * len(group.prompts), self.width, executor.model.config.hidden_size
         self.hidden = torch.empty(shape, dtype=executor.replay.dtype, device=executor.replay.device)
         self.final = self.hidden[:, -1]
         self.prompts = torch.from_numpy(group.prompts).to(executor.replay.device)
         self.prompt = self.prompts.repeat(len(group.specs))
-        self.made: list[tuple[Tensor, Tensor]] = []  # keys and values of one layer, if this is a trunk
+        self.keys_values: list[tuple[Tensor, Tensor]] = []  # of a prefix group in the current layer, one pair per call
 
-    def layer(self, layer: int, clean: Clean, advance: Callable[[float], object]) -> None:
-        """Take all rows that have entered, and those that enter now, through a layer."""
-        before, *_, stop = self.group.bounds[layer]
-        self.made = []
+    def run_layer(self, layer: int, clean: CleanLayer, advance: Callable[[float], object]) -> None:
+        """Run a layer on all rows that have entered so far, including those that enter it now.
+
+        Args:
+            layer: its number.
+            clean: the same layer of the clean run.
+            advance: called with the number of tokens run.
+        """
+        entered, *_, stop = self.group.bounds[layer]
+        self.keys_values = []
         if not stop:
             return
         executor, group, device = self.executor, self.group, clean.resid_pre.device
         self.hidden, self.prompt, self.prompts = (x.to(device) for x in (self.hidden, self.prompt, self.prompts))
-        self.hidden[before:stop] = clean.resid_pre[self.prompt[before:stop], group.start : group.stop]
+        self.hidden[entered:stop] = clean.resid_pre[self.prompt[entered:stop], group.start : group.stop]
         edits: dict[Stage, list[DeviceEdits]] = {}
         for stage in STAGES:
             if batches := group.edits.get((layer, stage)):
                 edits[stage] = [DeviceEdits(batch, executor.values(batch), device) for batch in batches]
-        for ready in edits.pop("resid_pre", ()):
-            ready.apply(self.hidden, 0, group.start, executor.heads)
+        for batch_edits in edits.pop("resid_pre", ()):
+            batch_edits.apply(self.hidden, 0, group.start, executor.heads)
 
         last = layer == executor.replay.n_layers - 1
         if last:
@@ -307,78 +405,82 @@ class State:
             except Exception as error:
                 if not should_reduce_batch_size(error) or until - first == 1:
                     raise
-                executor.shrunk *= 2
+                executor.call_divisor *= 2
             else:
                 if not last:
                     self.hidden[first:until] = out
-                elif not self.is_trunk:
+                elif not self.is_prefix:
                     self.final[first:until] = out[:, -1]
                 advance((until - first) * out.shape[1])
                 first = until
                 continue
-            empty_cache()  # here, where the failed call's tensors are gone with its traceback
+            empty_cache()  # here, because the traceback, which is gone now, kept the failed call's tensors alive
 
     def finish(self, final: Float[Tensor, "prompt d_model"]) -> None:
-        """Edit rows behind the last block, where the metric is read."""
-        before, *_, stop = self.group.bounds[-1]
+        """Edit rows after the last block, where the metric is read.
+
+        Args:
+            final: what leaves the last block in the clean run, at the last token.
+        """
+        entered, *_, stop = self.group.bounds[-1]
         self.final, self.prompt = self.final.to(final.device), self.prompt.to(final.device)
-        self.final[before:stop] = final[self.prompt[before:stop]]
+        self.final[entered:stop] = final[self.prompt[entered:stop]]
         for batch in self.group.edits.get((len(self.group.bounds) - 1, "resid_pre"), ()):
-            ready = DeviceEdits(batch, self.executor.values(batch), self.final.device)
-            ready.apply(self.final[:, None], 0, self.length - 1, self.executor.heads)
+            edits = DeviceEdits(batch, self.executor.values(batch), self.final.device)
+            edits.apply(self.final[:, None], 0, self.length - 1, self.executor.heads)
 
     def _call_rows(self) -> int:
         executor, prompts = self.executor, len(self.group.prompts)
         by_memory = executor.budget.call_memory // executor.sizes.call(self.width, self.group.stop)
-        rows = max(1, min(by_memory, executor.budget.call_tokens // self.width) // executor.shrunk)
-        # All prompts of a spec together, so that their rows can share keys.
+        rows = max(1, min(by_memory, executor.budget.call_tokens // self.width) // executor.call_divisor)
+        # All prompts of a spec in one call, so that their rows can share keys.
         return max(rows - rows % prompts, min(rows, prompts))
 
     def _call(
-        self, layer: int, clean: Clean, first: int, until: int, edits: dict[Stage, list[DeviceEdits]], last: bool
+        self, layer: int, clean: CleanLayer, first: int, until: int, edits: dict[Stage, list[DeviceEdits]], last: bool
     ) -> Float[Tensor, "row pos d_model"]:
-        """One call of a block: rows `[first, until)`, those that enter behind attention or behind the MLP at their end."""
+        """Call a block on rows `[first, until)`; rows that enter it after attention or after the MLP come last."""
         replay, start, stop = self.executor.replay, self.group.start, self.group.stop
-        _, whole, mid, _ = self.group.bounds[layer]
-        attending = 0 if "attention" in self.executor.freeze else min(max(whole - first, 0), until - first)
-        in_mlp = 0 if "mlp" in self.executor.freeze else min(max(mid - first, 0), until - first)
+        _, through_attention, through_mlp, _ = self.group.bounds[layer]
+        attending = 0 if "attention" in self.executor.freeze else min(max(through_attention - first, 0), until - first)
+        in_mlp = 0 if "mlp" in self.executor.freeze else min(max(through_mlp - first, 0), until - first)
         x, prompt = self.hidden[first:until], self.prompt[first:until]
         past, column = Past(), start
         if last:
-            if attending and (self.is_trunk or self.width > 1):
+            if attending and (self.is_prefix or self.width > 1):
                 hooks = self._hooks(
                     {at: edits[at] for at in ("k", "v") if at in edits}, first, attending, attending, start
                 )
                 keys, values = replay.keys_values(layer, x[:attending], (start, stop), hooks)
                 past.before = keys[:, :, :-1], values[:, :, :-1]
-                if self.is_trunk:
-                    self.made.append((keys, values))
-            if self.is_trunk:
-                return x[:, :0]  # of the last layer its keys and values are all that is wanted
+                if self.is_prefix:
+                    self.keys_values.append((keys, values))
+            if self.is_prefix:
+                return x[:, :0]  # in the last layer only its keys and values are needed
             column, x = self.length - 1, x[:, -1:]
         if attending and start:
-            self._put_before(past, clean, first, attending)
+            self._set_past(past, clean, first, attending)
 
         attention = mlp = None
         if attending < until - first:
-            attention = self._known_attention(layer, clean, first + attending, until, column, edits.get("z", []))
+            attention = self._cached_attention(layer, clean, first + attending, until, column, edits.get("z", []))
         if in_mlp < until - first:
             mlp = clean.mlp[prompt[in_mlp:], column - clean.first : stop - clean.first]
         hooks = self._hooks(edits, first, until - first, attending, column)
-        if record := self.executor.record:
+        if observer := self.executor.observer:
             rows = self._rows(first, until)
-            record.before(layer, self.hidden[first:until], start, rows)
-            with record.during(layer, column, rows):
+            observer.before_block(layer, self.hidden[first:until], start, rows)
+            with observer.around_block(layer, column, rows):
                 out = replay.block(layer, x, (column, stop), past, attention=attention, mlp=mlp, edits=hooks)
-            record.behind(layer, out, column, rows)
+            observer.after_block(layer, out, column, rows)
             return out
         out = replay.block(layer, x, (column, stop), past, attention=attention, mlp=mlp, edits=hooks)
-        if self.is_trunk and attending:
-            self.made.append(past.keys_values)
+        if self.is_prefix and attending:
+            self.keys_values.append(past.keys_values)
         return out
 
     def _rows(self, first: int, until: int) -> list[tuple[int, int]]:
-        """Which spec and prompt of the sweep each row is."""
+        """The spec and the prompt of each row, as indices into the sweep's."""
         wave, each = self.wave, len(self.group.prompts)
         return [
             (wave.specs[self.group.specs[row // each]], wave.prompts[self.group.prompts[row % each]])
@@ -388,21 +490,21 @@ class State:
     def _hooks(
         self, edits: dict[Stage, list[DeviceEdits]], first: int, count: int, attending: int, column: int
     ) -> dict[str, Callable[[Tensor], None]]:
-        """What changes rows `first` and following, by stage: `count` of them, of which the first ones run through attention."""
+        """Edits in place by stage, for `count` rows from `first` on, of which the first `attending` run through attention."""
         hooks: dict[str, Callable[[Tensor], None]] = {}
-        for stage, ready in edits.items():
-            reach = attending if stage in INTO_ATTENTION else count
-            here = [r for r in ready if (part := r.part(first, first + reach)).start < part.stop]
+        for stage, at_stage in edits.items():
+            reach = attending if stage in INSIDE_ATTENTION else count
+            here = [edit for edit in at_stage if (part := edit.entries(first, first + reach)).start < part.stop]
             if here:
                 heads = self.executor.kv_heads if stage in ("k", "v") else self.executor.heads
-                hooks[stage] = _in_turn(here, first, column, heads)
+                hooks[stage] = _apply_all(here, first, column, heads)
         return hooks
 
-    def _put_before(self, past: Past, clean: Clean, first: int, count: int) -> None:
-        """Give rows the keys and values in front of their own: those of the clean prompt, or of the trunk they continue."""
+    def _set_past(self, past: Past, clean: CleanLayer, first: int, count: int) -> None:
+        """Set the keys and values of the columns before a group's: the clean prompt's, or those of its prefix group."""
         each, start = len(self.group.prompts), self.group.start
         aligned = not (first % each or count % each)
-        if self.trunk is None:
+        if self.prefix is None:
             keys, values = clean.keys[:, :, :start], clean.values[:, :, :start]
             which = self.prompts if aligned else self.prompt[first : first + count]
             shared, alternating = (keys[which], values[which]), True
@@ -410,7 +512,7 @@ class State:
             specs = (
                 np.arange(first, first + count, each) // each if aligned else np.arange(first, first + count) // each
             )
-            shared, alternating = self._trunk_keys_values(clean, specs), False
+            shared, alternating = self._prefix_keys_values(clean, specs), False
         if aligned:
             past.shared = (*shared, alternating)
         elif past.before is None:
@@ -418,86 +520,87 @@ class State:
         else:
             past.before = tuple(torch.cat(pair, 2) for pair in zip(shared, past.before, strict=True))  # type: ignore[assignment]
 
-    def _trunk_keys_values(self, clean: Clean, specs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The columns in front of this group's, for some of its specs: as the trunk made them, clean where it has not begun."""
-        assert self.trunk is not None and self.group.trunk_rows is not None
+    def _prefix_keys_values(self, clean: CleanLayer, specs: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Keys and values before this group's columns, for some specs: the prefix group's, clean before its first column."""
+        assert self.prefix is not None and self.group.prefix_rows is not None
         start, device = self.group.start, clean.keys.device
-        rows = torch.from_numpy(self.group.trunk_rows[specs]).to(device)
+        rows = torch.from_numpy(self.group.prefix_rows[specs]).to(device)
         found = []
         for which, of_clean in enumerate((clean.keys, clean.values)):
             x = of_clean[self.prompts[:1], :, :start].repeat(len(specs), 1, 1, 1)
-            if self.trunk.made:
-                made = torch.cat([pair[which] for pair in self.trunk.made])
-                there = rows < len(made)
-                x[there, :, self.trunk.group.start :] = made[rows[there]].to(device)
+            if self.prefix.keys_values:
+                of_prefix = torch.cat([pair[which] for pair in self.prefix.keys_values])
+                entered = rows < len(of_prefix)
+                x[entered, :, self.prefix.group.start :] = of_prefix[rows[entered]].to(device)
             found.append(x)
         return found[0], found[1]
 
-    def _known_attention(
-        self, layer: int, clean: Clean, first: int, until: int, column: int, edits: list[DeviceEdits]
+    def _cached_attention(
+        self, layer: int, clean: CleanLayer, first: int, until: int, column: int, edits: list[DeviceEdits]
     ) -> Float[Tensor, "row pos d_model"]:
-        """What the attention module gives for rows that enter behind it: the clean run's output, and what edits of z add."""
+        """Attention output of rows that enter after attention: the clean run's, plus what edits of z add to it."""
         executor, prompt = self.executor, self.prompt[first:until]
-        parts = [(ready, ready.part(first, until)) for ready in edits]
-        parts = [(ready, part) for ready, part in parts if part.start < part.stop]
+        parts = [(edit, edit.entries(first, until)) for edit in edits]
+        parts = [(edit, entries) for edit, entries in parts if entries.start < entries.stop]
         weight = executor.replay.projection(layer)
-        # A change of most heads leaves next to nothing but rounding, which a norm behind it may blow up: made anew, not added.
-        anew = weight is None or any(ready.round or 2 * ready.most_heads > executor.heads for ready, _ in parts)
-        if parts and anew:
+        # If most heads change, the sum is close to 0 and mostly rounding error, which a later norm may amplify: then the output
+        # is recomputed rather than updated.
+        recompute = weight is None or any(edit.order or 2 * edit.max_heads > executor.heads for edit, _ in parts)
+        if parts and recompute:
             z = clean.z[prompt, column - clean.first : self.group.stop - clean.first]
-            for ready, _ in parts:
-                ready.apply(z, first, column, executor.heads)
+            for edit, _ in parts:
+                edit.apply(z, first, column, executor.heads)
             return executor.replay.module("attention_value_output", layer)(z)
-        known = clean.attention[prompt, column - clean.first : self.group.stop - clean.first]
-        flat, z = known.view(-1, known.shape[-1]), clean.z.reshape(-1, clean.z.shape[-1] // executor.heads)
-        for ready, part in parts:
+        output = clean.attention[prompt, column - clean.first : self.group.stop - clean.first]
+        flat, z = output.view(-1, output.shape[-1]), clean.z.reshape(-1, clean.z.shape[-1] // executor.heads)
+        for edit, entries in parts:
             assert weight is not None
-            order = np.argsort(ready.head_numbers[part], kind="stable") + part.start
-            rows, columns, heads = (x[order] for x in (ready.row_numbers, ready.column_numbers, ready.head_numbers))
+            order = np.argsort(edit.head_numbers[entries], kind="stable") + entries.start
+            rows, columns, heads = (x[order] for x in (edit.row_numbers, edit.column_numbers, edit.head_numbers))
             counts = np.bincount(heads)
             which, counts = np.flatnonzero(counts), counts[counts > 0]
             prompts = self.group.prompts[rows % len(self.group.prompts)]
             of_clean = (prompts * clean.z.shape[1] + columns - clean.first) * executor.heads + heads
-            where = (rows - first) * known.shape[1] + columns - column
-            of_clean, where, order = (torch.from_numpy(x).to(z.device) for x in (of_clean, where, order))
+            target = (rows - first) * output.shape[1] + columns - column
+            of_clean, target, order = (torch.from_numpy(x).to(z.device) for x in (of_clean, target, order))
             old = z[of_clean]
-            change = ready.new(old, order) - old
+            change = edit.edited(old, order) - old
             by_head = weight.view(executor.heads, -1, weight.shape[-1])
             if (counts == counts[0]).all():  # one product for all heads
                 own = by_head if len(which) == executor.heads else by_head[torch.from_numpy(which).to(z.device)]
-                flat.index_add_(0, where, (change.view(len(which), -1, change.shape[-1]) @ own).flatten(0, 1))
+                flat.index_add_(0, target, (change.view(len(which), -1, change.shape[-1]) @ own).flatten(0, 1))
                 continue
-            for head, some, at in zip(which, change.split(counts.tolist()), where.split(counts.tolist()), strict=True):
+            for head, some, at in zip(which, change.split(counts.tolist()), target.split(counts.tolist()), strict=True):
                 flat.index_add_(0, at, some @ by_head[head])
-        return known
+        return output
 
 
 def empty_cache() -> None:
-    """Give back what a failed call has left in a GPU's cache."""
+    """Release what a failed call has left in a GPU's cache."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _not_finite(prompt: int, spec: Spec | None) -> ValueError:
+def _not_finite_error(prompt: int, spec: Spec | None) -> ValueError:
     under = "" if spec is None else f" under {spec_name(spec)}"
     return ValueError(
-        f"the logits of prompt {prompt}{under} are not finite; use dtype float32 or bfloat16, or a gentler intervention."
+        f"the logits of prompt {prompt}{under} are not finite; use dtype float32 or bfloat16, or a weaker intervention."
     )
 
 
-class _NotFinite(Exception):
+class _NotFiniteError(Exception):
     def __init__(self, row: int) -> None:
         self.row = row
 
 
-def _behind(common: Tensor, own: Tensor, dim: int) -> Tensor:
-    """What all prompts have in common, `1 ...`, and behind it each one's own."""
+def _append(common: Tensor, own: Tensor, dim: int) -> Tensor:
+    """Append each prompt's own columns to those that all prompts share, `1 ...`."""
     return torch.cat([common.expand(len(own), *common.shape[1:]), own], dim)
 
 
-def _in_turn(edits: list[DeviceEdits], first: int, column: int, heads: int) -> Callable[[Tensor], None]:
+def _apply_all(edits: list[DeviceEdits], first: int, column: int, heads: int) -> Callable[[Tensor], None]:
     def edit(x: Tensor) -> None:
-        for ready in edits:
-            ready.apply(x, first, column, heads)
+        for batch_edits in edits:
+            batch_edits.apply(x, first, column, heads)
 
     return edit

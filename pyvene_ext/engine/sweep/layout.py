@@ -1,11 +1,11 @@
 """How a wave is laid out: which rows it has, where each enters the network, and what is edited where.
 
-A row is one spec on one prompt. It enters at the first block it changes, behind everything it leaves alone, and carries the
-columns from the first one it edits; all else is the clean run's. Rows of the same prompts and the same first column form a
-`Group`, which visits every layer once and grows by that layer's rows.
+A row is one spec on one prompt. It enters at the first block that it changes, at the latest point that precedes its first edit,
+and carries the columns from the first edited one on; everything else is taken from the clean run. Rows of the same prompts and
+the same first column form a `Group`, which runs through every layer once and grows by the rows that enter there.
 
-Where all prompts of a group begin with the same tokens and are edited there in the same way, that part is run once for all of
-them: a group of its own, the trunk, gives the others their earlier keys and values.
+Where all prompts of a group share a prefix and are edited there in the same way, the prefix runs once for all of them, in a group
+of its own that provides the keys and values of their earlier columns.
 """
 
 from __future__ import annotations
@@ -25,31 +25,45 @@ from pyvene_ext.specs.joint import OneSpec, Spec, members
 
 Stage = Literal["resid_pre", "q", "k", "v", "scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in", "mlp_out"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # as a block computes them
-INTO_ATTENTION: tuple[Stage, ...] = ("q", "k", "v", "scores", "pattern", "z")  # of rows whose attention runs
-WHOLE, MID, LATE = range(3)  # where a row enters a block: before it, behind its attention, behind its MLP
-ENTRY = {
-    **dict.fromkeys(("resid_pre", "q", "k", "v", "scores", "pattern"), WHOLE),
-    **dict.fromkeys(("z", "attn_out", "resid_mid", "mlp_in"), MID),
-    "mlp_out": LATE,
+INSIDE_ATTENTION: tuple[Stage, ...] = ("q", "k", "v", "scores", "pattern", "z")  # for rows whose attention is run
+BEFORE_ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(3)  # where in a block a row can enter
+ENTRY_POINT = {
+    **dict.fromkeys(("resid_pre", "q", "k", "v", "scores", "pattern"), BEFORE_ATTENTION),
+    **dict.fromkeys(("z", "attn_out", "resid_mid", "mlp_in"), AFTER_ATTENTION),
+    "mlp_out": AFTER_MLP,
 }
-WORTH_SHARING = 8  # columns; a shorter trunk saves less than another call of every block costs
+MIN_SHARED = 8  # columns; a shorter prefix saves less than the extra call of every block costs
 
 
 class Edit(NamedTuple):
-    """One spec where the engine makes its edit: what leaves a block enters the next, and layer n_layers is after the last."""
+    """One edit where the sweep makes it.
+
+    Attributes:
+        layer: what leaves a block is edited where it enters the next; layer n_layers is after the last block.
+        stage: where in the block.
+        spec: the edit.
+    """
 
     layer: int
     stage: Stage
     spec: OneSpec
 
     @property
-    def place(self) -> tuple[int, int]:
-        """The layer, and where a row that this edit is the first of enters it."""
-        return self.layer, ENTRY[self.stage]
+    def entry(self) -> tuple[int, int]:
+        """The layer and entry point of a row whose first edit this is."""
+        return self.layer, ENTRY_POINT[self.stage]
 
 
 def edits_of(spec: Spec, layers: int) -> list[Edit]:
-    """The edits of a spec in the order in which the network comes to them."""
+    """Order a spec's edits as a forward pass reaches them.
+
+    Args:
+        spec: a single or joint spec.
+        layers: number of blocks of the model.
+
+    Returns:
+        The edits, each with its layer and stage.
+    """
     found = []
     for order, edit in enumerate(members(spec)):
         layer, stage, first = edit.layer or 0, edit.acts_at, int(edit.acts_at == edit.site)
@@ -61,14 +75,17 @@ def edits_of(spec: Spec, layers: int) -> list[Edit]:
 
 @dataclass
 class EditBatch:
-    """The edits by one intervention at one stage of one layer: entry i is at row `rows[i]`, column `columns[i]`, head `heads[i]`.
+    """The edits of one intervention class at one stage of one layer, flattened to entries ordered by row.
 
-    Entries are ordered by row. `sources` say what comes in place, in the same order: a spec, the prompts, and which of their
-    positions are kept. (Sites without heads have -1 for one.)
+    Attributes:
+        intervention: the class of the pyvene intervention.
+        order: how many earlier edits at this stage the same specs have.
+        sources: where replacements come from, in the order of the entries: a spec, its prompts, and which of their positions are
+            kept (None: all).
     """
 
     intervention: type
-    round: int = 0  # how many edits of the same place, by the same specs, come before
+    order: int = 0
     sources: list[tuple[OneSpec, list[int], np.ndarray | None]] = field(default_factory=list)
     _rows: list[np.ndarray] = field(default_factory=list)
     _columns: list[np.ndarray] = field(default_factory=list)
@@ -82,7 +99,15 @@ class EditBatch:
         prompts: list[int],
         kept: np.ndarray | None,
     ) -> None:
-        """Add specs of equally many heads at the same places: `rows` is [spec prompt], `columns` [prompt pos]."""
+        """Add specs that have equally many heads and edit the same columns.
+
+        Args:
+            rows: of the group, [spec prompt].
+            columns: [prompt pos].
+            specs: the edits.
+            prompts: the prompts, as indices into the sweep's.
+            kept: which of the specs' positions the columns are, [prompt pos]; None: all.
+        """
         heads = np.array([spec.heads or (-1,) for spec in specs])
         shape = *rows.shape, columns.shape[1], heads.shape[1]
         self._rows.append(np.broadcast_to(rows[:, :, None, None], shape).ravel())
@@ -92,28 +117,34 @@ class EditBatch:
 
     @cached_property
     def rows(self) -> np.ndarray:
+        """The row of every entry."""
         return np.concatenate(self._rows)
 
     @cached_property
     def columns(self) -> np.ndarray:
+        """The column of every entry."""
         return np.concatenate(self._columns)
 
     @cached_property
     def heads(self) -> np.ndarray:
+        """The head of every entry, -1 for sites without heads."""
         return np.concatenate(self._heads)
 
 
 @dataclass
 class Group:
-    """Some prompts under some specs, run on the same columns; row i is spec i // len(prompts).
+    """Rows that run on the same columns: some specs on some prompts; row i has spec i // len(prompts).
 
     Attributes:
-        start, stop: the columns, from the first edited one on; those of a trunk end before the prompts differ.
-        prompts, specs: as indices into the wave's; specs in the order in which they enter.
-        bounds: for each layer, and once more behind the last, how many rows there are before it, and with those that enter it
-            whole, in the middle, and late.
+        start: the first column, which is the first edited one.
+        stop: one after the last column; a prefix group ends before the prompts differ.
+        prompts: as indices into the wave's.
+        specs: as indices into the wave's, in the order in which they enter.
+        bounds: for each layer, and once more after the last, four cumulative row counts: entered in earlier layers, and with
+            those that enter this one before attention, after attention, and after the MLP.
         edits: by layer and stage.
-        trunk, trunk_rows: the group that these rows continue, if any, and which of its rows each spec is.
+        prefix: the group that computes the keys and values of these rows' earlier columns; None: they are the clean run's.
+        prefix_rows: the prefix group's row for each spec.
     """
 
     start: int
@@ -122,177 +153,235 @@ class Group:
     specs: np.ndarray
     bounds: list[tuple[int, int, int, int]]
     edits: dict[tuple[int, Stage], list[EditBatch]]
-    trunk: Group | None = None
-    trunk_rows: np.ndarray | None = None
+    prefix: Group | None = None
+    prefix_rows: np.ndarray | None = None
 
     def token_layers(self, length: int) -> int:
-        """How many times a token goes through a block, of which the last one runs the last token of a prompt alone."""
-        of_last = self.bounds[-2][-1] if self.stop == length else 0
-        return sum(at[-1] for at in self.bounds[:-2]) * (self.stop - self.start) + of_last
+        """Count how many times a token goes through a block; the last block runs only the last token of a prompt.
+
+        Args:
+            length: tokens of a prompt.
+
+        Returns:
+            The number of tokens, summed over layers.
+        """
+        last_block = self.bounds[-2][-1] if self.stop == length else 0
+        return sum(counts[-1] for counts in self.bounds[:-2]) * (self.stop - self.start) + last_block
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Some specs on some prompts of one length, as indices into the sweep's: what is computed, kept and resumed as one."""
+    """Some specs on some prompts of one length: the unit that is computed, saved and resumed.
+
+    Attributes:
+        prompts: indices into the sweep's prompts.
+        specs: indices into the sweep's specs.
+    """
 
     prompts: tuple[int, ...]
     specs: tuple[int, ...]
 
 
 def shared_columns(which: Sequence[int], prompts: TokenizedPrompts) -> int:
-    """How many columns several prompts of one length have in common from the first on, if worth sharing, else 0."""
+    """Length of the prefix that several prompts of one length share.
+
+    Args:
+        which: indices of the prompts.
+        prompts: all prompts.
+
+    Returns:
+        Number of columns; 0 where the prefix is too short to be worth a group of its own.
+    """
     if len(which) < 2:
         return 0
     first, last = min(prompts.input_ids[i] for i in which), max(prompts.input_ids[i] for i in which)
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=True)) if a != b), len(first))
-    common = min(common, len(first) - 1)  # the last token's column is every row's own
-    return common if common >= WORTH_SHARING else 0
+    common = min(common, len(first) - 1)  # every row has its own last column
+    return common if common >= MIN_SHARED else 0
 
 
 def wave_groups(wave: Wave, edits: Sequence[list[Edit]], resolved: Resolved, layers: int) -> list[Group]:
-    """Lay out a wave of specs whose edits are these; trunks come before the groups that continue them."""
-    at = Columns(wave.prompts, resolved, layers)
-    shared = shared_columns(wave.prompts, resolved.prompts)
-    entering: dict[tuple[int, int, tuple[int, ...], int], list[_Entering]] = defaultdict(list)
+    """Lay out a wave.
+
+    Args:
+        wave: some specs on some prompts.
+        edits: of every spec of the sweep (`edits_of`).
+        resolved: the specs on all prompts of the sweep.
+        layers: number of blocks of the model.
+
+    Returns:
+        The groups; prefix groups come before those that continue them.
+    """
+    locator = EditLocator(wave.prompts, resolved, layers)
+    shared, length = shared_columns(wave.prompts, resolved.prompts), locator.length
+    # By first column, end, prompts and the prefix group's first column (-1: none).
+    members_of: dict[tuple[int, int, tuple[int, ...], int], list[_GroupMember]] = defaultdict(list)
     for number, spec in enumerate(wave.specs):
-        placed = at.placed(edits[spec])
-        for (start, layer, entry), mine in at.entries(placed).items():
-            if len(mine) > 1 and shared - start >= WORTH_SHARING and _alike(placed, mine, shared):
-                trunk, branch = _cut(placed, mine, 0, shared), _cut(placed, mine, shared, at.length)
-                places = [edit.place for edit, _ in trunk]
-                entering[start, shared, (int(mine[0]),), -1].append(_Entering(*min(places), number, trunk))
-                # What is edited before a row's own columns reaches them through keys and values: a layer later, if not at once.
-                places = [(at, WHOLE) if at_entry == WHOLE else (at + 1, WHOLE) for at, at_entry in places]
-                places += [edit.place for edit, _ in branch]
-                entering[shared, at.length, tuple(mine.tolist()), start].append(_Entering(*min(places), number, branch))
+        located = locator.locate(edits[spec])
+        for (start, layer, entry), prompts in locator.entry_points(located).items():
+            everyone = tuple(prompts.tolist())
+            if len(prompts) > 1 and shared - start >= MIN_SHARED and _edited_alike(located, prompts, shared):
+                in_prefix = _within_columns(located, prompts, 0, shared)
+                in_suffix = _within_columns(located, prompts, shared, length)
+                entries = [edit.entry for edit, _ in in_prefix]
+                members_of[start, shared, everyone[:1], -1].append(_GroupMember(*min(entries), number, in_prefix))
+                # Edits of the prefix reach the suffix through keys and values: in the same layer if they come before its
+                # attention, else in the next.
+                entries = [(at + (point != BEFORE_ATTENTION), BEFORE_ATTENTION) for at, point in entries]
+                entries += [edit.entry for edit, _ in in_suffix]
+                members_of[shared, length, everyone, start].append(_GroupMember(*min(entries), number, in_suffix))
             else:
-                entering[start, at.length, tuple(mine.tolist()), -1].append(_Entering(layer, entry, number, placed))
+                members_of[start, length, everyone, -1].append(_GroupMember(layer, entry, number, located))
     groups: dict[tuple, Group] = {}
-    for key, rows in sorted(entering.items(), key=lambda item: (item[0][3] >= 0, item[0])):
-        start, stop, which, trunk_start = key
-        groups[key] = group = _group(start, stop, np.array(which), sorted(rows, key=lambda row: row[:2]), wave, layers)
-        if trunk_start >= 0:
-            group.trunk = next(g for k, g in groups.items() if k == (trunk_start, start, which[:1], -1))
-            row_of = {int(spec): row for row, spec in enumerate(group.trunk.specs)}
-            group.trunk_rows = np.array([row_of[int(spec)] for spec in group.specs])
+    for key, specs in sorted(members_of.items(), key=lambda item: (item[0][3] >= 0, item[0])):
+        start, stop, which, prefix_start = key
+        specs = sorted(specs, key=lambda member: member[:2])
+        groups[key] = group = _build_group(start, stop, np.array(which), specs, wave, layers)
+        if prefix_start >= 0:
+            group.prefix = next(g for k, g in groups.items() if k == (prefix_start, start, which[:1], -1))
+            row_of = {int(spec): row for row, spec in enumerate(group.prefix.specs)}
+            group.prefix_rows = np.array([row_of[int(spec)] for spec in group.specs])
     return list(groups.values())
 
 
-def _alike(placed: list[_Placed], mine: np.ndarray, shared: int) -> bool:
-    """Whether all of these prompts are edited in the same way before the column `shared`."""
-    for edit, places in placed:
-        before = np.minimum(places.columns[mine], shared)
+def _edited_alike(located: list[LocatedEdit], prompts: np.ndarray, shared: int) -> bool:
+    """Whether these prompts are all edited in the same way before column `shared`."""
+    for edit, places in located:
+        before = np.minimum(places.columns[prompts], shared)
         if (before < shared).any() and (not edit.spec.same_for_all or (before != before[0]).any()):
             return False
     return True
 
 
-def _cut(placed: list[_Placed], mine: np.ndarray, start: int, stop: int) -> list[_Placed]:
-    """What is edited in the columns `[start, stop)`, of the prompts `mine`, which are alike before and behind them."""
+def _within_columns(located: list[LocatedEdit], prompts: np.ndarray, start: int, stop: int) -> list[LocatedEdit]:
+    """Restrict edits to the columns `[start, stop)`; all prompts have the same number of edited columns there."""
     found = []
-    for edit, (columns, kept, alive) in placed:
-        inside = np.flatnonzero((start <= columns[mine[0]]) & (columns[mine[0]] < stop))
+    for edit, (columns, kept, effective) in located:
+        inside = np.flatnonzero((start <= columns[prompts[0]]) & (columns[prompts[0]] < stop))
         if inside.size:
-            own = np.broadcast_to(inside, (len(columns), inside.size)) if kept is None else kept[:, inside]
-            found.append((edit, Places(columns[:, inside], own, alive)))
+            kept = np.broadcast_to(inside, (len(columns), inside.size)) if kept is None else kept[:, inside]
+            found.append((edit, EditColumns(columns[:, inside], kept, effective)))
     return found
 
 
-def _group(start: int, stop: int, mine: np.ndarray, entering: list[_Entering], wave: Wave, layers: int) -> Group:
+def _build_group(
+    start: int, stop: int, prompts: np.ndarray, specs: list[_GroupMember], wave: Wave, layers: int
+) -> Group:
     """Number the rows in the order in which they enter, all prompts of a spec together, and collect their edits."""
     counts = np.zeros((layers + 1, 3), int)
-    # Runs of edits with equally many heads at the same places: the number of the first row's spec and the edit, for each of them.
-    runs: dict[tuple[int, Stage, int, str], list[tuple[Places, int, list[tuple[int, OneSpec]]]]] = defaultdict(list)
+    # By layer, stage, order and intervention: runs of edits that share their columns and number of heads, each with its spec.
+    runs: dict[tuple[int, Stage, int, str], list[tuple[EditColumns, int, list[tuple[int, OneSpec]]]]]
+    runs = defaultdict(list)
     interventions: dict[str, type] = {}
-    for number, (layer, entry, _, placed) in enumerate(entering):
-        counts[layer, entry] += len(mine)
-        rounds: dict[tuple[int, Stage], int] = defaultdict(int)  # edits of one place by one spec, one after the other
-        for edit, places in placed:
-            key, spec, intervention = (edit.layer, edit.stage), edit.spec, edit.spec.intervention
+    for number, (layer, entry, _, located) in enumerate(specs):
+        counts[layer, entry] += len(prompts)
+        earlier: dict[tuple[int, Stage], int] = defaultdict(int)  # edits of this spec at the same stage
+        for edit, places in located:
+            at, spec, intervention = (edit.layer, edit.stage), edit.spec, edit.spec.intervention
             interventions[intervention.__name__] = intervention
-            of_batch, heads = runs[*key, rounds[key], intervention.__name__], len(spec.heads or ())
-            if not of_batch or of_batch[-1][0] is not places or of_batch[-1][1] != heads:
-                of_batch.append((places, heads, []))
-            of_batch[-1][2].append((number, spec))
-            rounds[key] += 1
+            here, heads = runs[*at, earlier[at], intervention.__name__], len(spec.heads or ())
+            if not here or here[-1][0] is not places or here[-1][1] != heads:
+                here.append((places, heads, []))
+            here[-1][2].append((number, spec))
+            earlier[at] += 1
     edits: dict[tuple[int, Stage], list[EditBatch]] = defaultdict(list)
-    for (layer, stage, round_, name), of_batch in sorted(runs.items(), key=lambda item: item[0]):
-        batch = EditBatch(interventions[name], round_)
-        for (columns, kept, alive), _, run in of_batch:
-            own = alive[mine]
-            if own.any():
-                which, numbers = mine[own], np.array([number for number, _ in run])
-                rows = numbers[:, None] * len(mine) + np.flatnonzero(own)
+    for (layer, stage, order, name), here in sorted(runs.items(), key=lambda item: item[0]):
+        batch = EditBatch(interventions[name], order)
+        for (columns, kept, effective), _, run in here:
+            affected = effective[prompts]
+            if affected.any():
+                which, numbers = prompts[affected], np.array([number for number, _ in run])
+                rows = numbers[:, None] * len(prompts) + np.flatnonzero(affected)
                 ids = [wave.prompts[i] for i in which]
                 batch.add(rows, columns[which], [spec for _, spec in run], ids, None if kept is None else kept[which])
         if batch.sources:
             edits[layer, stage].append(batch)
     ends = counts.ravel().cumsum().reshape(counts.shape)
-    bounds = [(int(at[-1] - n.sum()), *map(int, at)) for at, n in zip(ends, counts, strict=True)]
-    specs = np.array([row.spec for row in entering])
-    return Group(start, stop, mine, specs, bounds, dict(edits))  # type: ignore[arg-type]
+    bounds = [(int(end[-1] - n.sum()), *map(int, end)) for end, n in zip(ends, counts, strict=True)]
+    in_order = np.array([member.spec for member in specs])
+    return Group(start, stop, prompts, in_order, bounds, dict(edits))  # type: ignore[arg-type]
 
 
-class _Entering(NamedTuple):
-    """A spec of a wave on its way into a group."""
+class _GroupMember(NamedTuple):
+    """A spec (as an index into the wave's) that runs in a group, where it enters, and its edits there."""
 
     layer: int
     entry: int
     spec: int
-    placed: list[_Placed]
+    located: list[LocatedEdit]
 
 
-class Places(NamedTuple):
-    """Where an edit is made on the prompts of a wave: `columns[prompt pos]`, which of the spec's positions they are (None:
-    all), and on which prompts it can change anything. One object serves all edits at these places.
+class EditColumns(NamedTuple):
+    """Where an edit is made on the prompts of a wave; one object is shared by all edits of the same columns.
+
+    Attributes:
+        columns: [prompt pos].
+        kept: which of the spec's positions these are, [prompt pos]; None: all.
+        effective: on which prompts the edit can change the metric, [prompt].
     """
 
     columns: np.ndarray
     kept: np.ndarray | None
-    alive: np.ndarray
+    effective: np.ndarray
 
 
-_Placed = tuple[Edit, Places]
+LocatedEdit = tuple[Edit, EditColumns]
 
 
-class Columns:
-    """Where specs edit some prompts of one length."""
+class EditLocator:
+    """Finds the columns that specs edit on some prompts of one length."""
 
     def __init__(self, which: Sequence[int], resolved: Resolved, layers: int) -> None:
         self.which, self.resolved, self.layers = which, resolved, layers
         self.length = len(resolved.prompts.input_ids[which[0]])
-        self._places: dict[tuple[Positions, bool], tuple[Places, list[tuple[int, np.ndarray]]]] = {}
+        self._cache: dict[tuple[Positions, bool], tuple[EditColumns, list[tuple[int, np.ndarray]]]] = {}
 
-    def placed(self, edits: list[Edit]) -> list[_Placed]:
-        """Every edit of a spec; behind the last block's keys and values only those of the last token, which the metric reads."""
-        return [(edit, self._at(edit)[0]) for edit in edits]
+    def locate(self, edits: list[Edit]) -> list[LocatedEdit]:
+        """Find the columns of a spec's edits.
 
-    def entries(self, placed: list[_Placed]) -> dict[tuple[int, int, int], np.ndarray]:
-        """The prompts by (first column, layer, place of entry); prompts on which nothing can change are left out."""
-        if len(placed) == 1:  # nearly always
-            edit, _ = placed[0]
-            return {(start, *edit.place): mine for start, mine in self._at(edit)[1]}
+        After the keys and values of the last block only the last token counts, because the metric is read there.
+
+        Args:
+            edits: of one spec.
+
+        Returns:
+            The edits with their columns.
+        """
+        return [(edit, self._columns(edit)[0]) for edit in edits]
+
+    def entry_points(self, located: list[LocatedEdit]) -> dict[tuple[int, int, int], np.ndarray]:
+        """Group the prompts by where a spec's rows enter.
+
+        Args:
+            located: the edits of one spec.
+
+        Returns:
+            Prompts by first column, layer and entry point; without those on which no edit can change the metric.
+        """
+        if len(located) == 1:  # nearly always
+            edit, _ = located[0]
+            return {(start, *edit.entry): prompts for start, prompts in self._columns(edit)[1]}
         found: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         for prompt in range(len(self.which)):
-            mine = [(edit, places) for edit, places in placed if places.alive[prompt]]
-            if mine:
-                start = min(int(places.columns[prompt].min()) for _, places in mine)
-                found[start, *min(edit.place for edit, _ in mine)].append(prompt)
-        return {key: np.array(rows) for key, rows in found.items()}
+            effective = [(edit, places) for edit, places in located if places.effective[prompt]]
+            if effective:
+                start = min(int(places.columns[prompt].min()) for _, places in effective)
+                found[start, *min(edit.entry for edit, _ in effective)].append(prompt)
+        return {key: np.array(prompts) for key, prompts in found.items()}
 
-    def _at(self, edit: Edit) -> tuple[Places, list[tuple[int, np.ndarray]]]:
-        """An edit's places, and the prompts by the first of their columns; the same for all edits at one position."""
+    def _columns(self, edit: Edit) -> tuple[EditColumns, list[tuple[int, np.ndarray]]]:
+        """An edit's columns, and the prompts by the first of them; cached by positions."""
         reaches_others = edit.stage in ("resid_pre", "k", "v")  # through keys and values
         only_last = edit.layer == self.layers or (edit.layer == self.layers - 1 and not reaches_others)
         key = edit.spec.positions, only_last
-        if key not in self._places:
+        if key not in self._cache:
             columns = np.array(self.resolved.tokens_of(edit.spec, self.which))
-            places = Places(columns, None, np.ones(len(columns), bool))
+            places = EditColumns(columns, None, np.ones(len(columns), bool))
             if only_last:
                 last = columns == self.length - 1
                 kept = last.argmax(1)[:, None]
-                places = Places(np.full_like(kept, self.length - 1), kept, last.any(1))
-            starts = places.columns.min(1)
-            alive = np.unique(starts[places.alive])
-            self._places[key] = places, [(int(s), np.flatnonzero(places.alive & (starts == s))) for s in alive]
-        return self._places[key]
+                places = EditColumns(np.full_like(kept, self.length - 1), kept, last.any(1))
+            starts, effective = places.columns.min(1), places.effective
+            by_start = [(int(s), np.flatnonzero(effective & (starts == s))) for s in np.unique(starts[effective])]
+            self._cache[key] = places, by_start
+        return self._cache[key]

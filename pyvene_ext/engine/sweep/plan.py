@@ -1,7 +1,7 @@
-"""What a sweep will do and what it costs: waves that fit a budget of memory.
+"""The plan of a sweep: waves that fit a memory budget, and what they cost.
 
-A wave is some specs on some prompts of one length (`layout.py` says how it runs). The plan depends on specs, prompts, sizes of
-the model and budget alone, so that a second start, and every process of several, makes the same one.
+A wave is some specs on some prompts of one length (`layout.py` says how it runs). The plan depends only on the specs, the
+prompts, the sizes of the model and the budget, so that a resumed run, and every process of several, arrives at the same plan.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from modelcards import dimensions, n_layers
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
-    Columns,
     Edit,
+    EditLocator,
     Wave,
     edits_of,
     shared_columns,
@@ -28,18 +28,17 @@ from pyvene_ext.models.devices import input_device, weights_on_a_device
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 MIB = 2**20
-CLEAN_TOKENS = (
-    4096  # more prompts in a wave than make this many tokens save nothing and lose more when a process is killed
-)
+# Most tokens of a wave's clean prompts: more save nothing, and lose more work when a process is killed.
+CLEAN_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan is made to fit.
+    """What a plan has to fit.
 
     Attributes:
         memory: working memory in bytes, besides the weights.
-        call_tokens: the most tokens in one call of a block; more make it no faster on that kind of device.
+        call_tokens: most tokens in one call of a block; beyond that a call is no faster on this kind of device.
     """
 
     memory: int
@@ -47,15 +46,26 @@ class Budget:
 
     @property
     def call_memory(self) -> int:
-        """The part of the memory for one call of a block; the rest is for what stays from layer to layer."""
+        """Memory for one call of a block; the rest holds what is kept between layers."""
         return self.memory // 4
 
 
 def default_budget(model: PreTrainedModel, memory: int | None) -> Budget:
-    """The budget for a model; memory is half of what the weights take unless given, at least 256 MiB.
+    """Choose the budget for a model.
 
-    So a sweep takes no more than about one and a half times what a plain forward pass does, the same on every machine. Of a model
-    spread over several devices the part on one of them counts, because the work goes through them one after the other.
+    By default a sweep takes no more than about one and a half times the memory of a plain forward pass, the same on every
+    machine. If a model is spread over several devices, the weights on one of them count, because the work passes through the
+    devices one after the other.
+
+    Args:
+        model: the model that is swept.
+        memory: working memory in bytes; by default half of what the weights take, at least 256 MiB.
+
+    Returns:
+        Memory, and tokens per call for the model's device.
+
+    Raises:
+        ValueError: `memory` is not a positive whole number.
     """
     if memory is not None and (type(memory) is not int or memory <= 0):
         raise ValueError(f"memory must be a whole number of bytes above 0, not {memory!r}.")
@@ -63,21 +73,21 @@ def default_budget(model: PreTrainedModel, memory: int | None) -> Budget:
         memory = max(256 * MIB, weights_on_a_device(model) // 2)
     if input_device(model).type != "cpu":
         return Budget(memory, 65536)
-    # Of a small model the calls themselves take longest: more tokens in each, as long as the MLP's activations stay in cache.
+    # In a small model the overhead of calls dominates: more tokens in each, as long as the MLP's activations stay in cache.
     return Budget(memory, max(2048, 2 * MIB // (dimensions(model.config)["d_mlp"] * model.dtype.itemsize)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The waves of a sweep, in the order in which they run, and what they cost.
+    """The waves of a sweep, in the order in which they run, and their cost.
 
     Attributes:
-        waves: indices into `edits` and `prompts`.
-        budget: what each of them fits.
+        waves: specs and prompts, as indices into `edits` and `prompts`.
+        budget: what each wave fits.
         edits: of every spec.
         resolved: the specs on all prompts of the sweep.
-        layers: blocks of the model.
-        which: the prompts that are run, in the order of the result's columns.
+        layers: number of blocks of the model.
+        subset: the prompts that are run, in the order of the result's columns.
     """
 
     waves: tuple[Wave, ...]
@@ -85,16 +95,16 @@ class Plan:
     edits: Sequence[list[Edit]]
     resolved: Resolved
     layers: int
-    which: tuple[int, ...]
+    subset: tuple[int, ...]
 
     @property
     def prompts(self) -> TokenizedPrompts:
-        """The prompts of the sweep, run or not."""
+        """All prompts of the sweep, including those outside of `subset`."""
         return self.resolved.prompts
 
     @cached_property
     def token_layers(self) -> int:
-        """How many times one token goes through one block, whole or in part; of the last block only the last token counts."""
+        """How many times one token goes through one block, whole or in part; in the last block only the last token counts."""
         total = 0
         for wave in self.waves:
             shared, length = shared_columns(wave.prompts, self.prompts), len(self.prompts.input_ids[wave.prompts[0]])
@@ -106,21 +116,21 @@ class Plan:
 
     @cached_property
     def plain_token_layers(self) -> int:
-        """The same with one forward pass an intervention and prompt."""
-        return len(self.edits) * self.layers * sum(len(self.prompts.input_ids[prompt]) for prompt in self.which)
+        """The same with one forward pass per intervention and prompt."""
+        return len(self.edits) * self.layers * sum(len(self.prompts.input_ids[prompt]) for prompt in self.subset)
 
     def summary(self) -> str:
-        """The plan in a few lines."""
+        """Describe the plan in a few lines."""
         share = self.token_layers / self.plain_token_layers
         return (
-            f"{len(self.edits)} interventions x {len(self.which)} prompts in {len(self.waves)} batches\n"
+            f"{len(self.edits)} interventions x {len(self.subset)} prompts in {len(self.waves)} batches\n"
             f"arithmetic: {self.token_layers:.3g} token-layers, {share:.1%} of one forward pass an intervention and prompt\n"
             f"memory: up to {self.budget.memory / MIB:.0f} MiB besides the weights"
         )
 
 
-class Sizes:
-    """Bytes of the activations of a model."""
+class ActivationSizes:
+    """Bytes that the activations of a model take."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         d = dimensions(model.config)
@@ -128,73 +138,92 @@ class Sizes:
         self._item = model.dtype.itemsize
         self._kv, self._z = d["n_kv_head"] * d["d_head"], d["n_head"] * d["d_head"]
         self._d, self._mlp, self._heads = d["d_model"], d["d_mlp"], d["n_head"]
-        self.token = d["d_model"] * self._item  # of a row's hidden state
+        self.token = d["d_model"] * self._item  # one token of a row between layers
         self.clean_token = (5 * self._d + 4 * self._kv + 3 * self._z + 3 * self._mlp) * self._item
         self._scores = 0 if model.config._attn_implementation == "sdpa" else 3 * d["n_head"] * max(4, self._item)
 
     def call(self, columns: int, length: int) -> int:
-        """What one call of a block needs for a row of so many columns, of a prompt of that length."""
-        of_tokens = columns * (6 * self._d + 4 * self._z + 4 * self._kv + 3 * self._mlp) * self._item
-        of_keys = 2 * length * (2 * self._kv + (self._z if columns > 1 else 0)) * self._item
-        return of_tokens + of_keys + columns * length * self._scores
+        """Bytes that one call of a block needs for one row.
+
+        Args:
+            columns: tokens of the row that are run.
+            length: tokens of its prompt.
+
+        Returns:
+            An upper estimate.
+        """
+        tokens = columns * (6 * self._d + 4 * self._z + 4 * self._kv + 3 * self._mlp) * self._item
+        keys = 2 * length * (2 * self._kv + (self._z if columns > 1 else 0)) * self._item
+        return tokens + keys + columns * length * self._scores
 
 
 def make_plan(resolved: Resolved, which: Sequence[int], budget: Budget) -> Plan:
-    """Cut the sweep of some prompts into waves that fit the budget: as many prompts at once as do, or one and some of the specs.
+    """Cut a sweep into waves that fit the budget.
 
-    Raises ValueError if the memory does not suffice for one intervention on the longest prompt.
+    A wave has all specs on as many prompts as fit, or, if not even one prompt fits with all specs, one prompt with some of them.
+
+    Args:
+        resolved: the specs on the prompts.
+        which: indices of the prompts that are run.
+        budget: what each wave has to fit.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: the memory does not suffice for one intervention on the longest prompt.
     """
-    prompts, specs, sizes = resolved.prompts, resolved.specs, Sizes(resolved.model)
+    prompts, specs, sizes = resolved.prompts, resolved.specs, ActivationSizes(resolved.model)
     buckets: dict[int, list[int]] = defaultdict(list)
-    # By their tokens, so that prompts with a common beginning run together.
+    # Sorted by their tokens, so that prompts that share a prefix run together.
     for prompt in sorted(which, key=lambda prompt: prompts.input_ids[prompt]):
         buckets[len(prompts.input_ids[prompt])].append(prompt)
     edits = [edits_of(spec, sizes.layers) for spec in specs]
     by_entry = sorted(range(len(specs)), key=lambda spec: edits[spec][0].layer)
     waves: list[Wave] = []
     for length, bucket in sorted(buckets.items()):
-        at = Columns(bucket, resolved, sizes.layers)
-        carried = np.zeros((len(specs), len(bucket)), int)  # bytes of every row
+        locator = EditLocator(bucket, resolved, sizes.layers)
+        row_bytes = np.zeros((len(specs), len(bucket)), int)
         for spec in by_entry:
-            for (start, *_), mine in at.entries(at.placed(edits[spec])).items():
-                carried[spec, mine] = (length - start) * sizes.token
+            for (start, *_), columns in locator.entry_points(locator.locate(edits[spec])).items():
+                row_bytes[spec, columns] = (length - start) * sizes.token
         clean = length * sizes.clean_token
-        room = budget.memory - budget.call_memory - clean
-        if min(room, 3 * budget.call_memory - 4 * sizes.call(length, length)) < carried.max(initial=0):
-            needed = max(4 * sizes.call(length, length), 4 * (clean + int(carried.max())) // 3) / MIB
+        available = budget.memory - budget.call_memory - clean
+        if min(available, 3 * budget.call_memory - 4 * sizes.call(length, length)) < row_bytes.max(initial=0):
+            needed = max(4 * sizes.call(length, length), 4 * (clean + int(row_bytes.max())) // 3) / MIB
             raise ValueError(
                 f"{budget.memory / MIB:.1f} MiB of working memory are too little for prompts of {length} tokens; allow at least "
                 f"{needed + 0.1:.1f} MiB."
             )
         # All prompts of a spec go through a block together.
         most = max(1, min(CLEAN_TOKENS // length, budget.call_memory // sizes.call(length, length)))
-        # As many prompts together as fit with all specs; where not even one does, one prompt with some of the specs.
-        alone = carried.sum(0)
+        prompt_bytes = row_bytes.sum(0)
         start = 0
         while start < len(bucket):
             stop = start + 1
-            while stop < len(bucket) and stop - start < most and _belongs(bucket[start : stop + 1], prompts):
-                if alone[start : stop + 1].sum() + clean * (stop - start) > room:
+            while stop < len(bucket) and stop - start < most and _shares_prefix(bucket[start : stop + 1], prompts):
+                if prompt_bytes[start : stop + 1].sum() + clean * (stop - start) > available:
                     break
                 stop += 1
             together = tuple(bucket[start:stop])
-            waves += [Wave(together, part) for part in _parts(by_entry, carried[:, start:stop].sum(1), room)]
+            spec_bytes = row_bytes[:, start:stop].sum(1)
+            waves += [Wave(together, part) for part in _split_specs(by_entry, spec_bytes, available)]
             start = stop
     return Plan(tuple(waves), budget, edits, resolved, sizes.layers, tuple(which))
 
 
-def _belongs(some: list[int], prompts: TokenizedPrompts) -> bool:
-    """Whether the last of some prompts begins like the others do, if those begin alike."""
+def _shares_prefix(some: list[int], prompts: TokenizedPrompts) -> bool:
+    """Whether the last of some prompts has at least half of the prefix that the others share, if they share one."""
     return shared_columns(some, prompts) >= shared_columns(some[:-1], prompts) // 2
 
 
-def _parts(specs: list[int], sizes: np.ndarray, room: int) -> list[tuple[int, ...]]:
-    """The specs in their order, cut where the room is full."""
-    parts, full = [[specs[0]]], sizes[specs[0]]
+def _split_specs(specs: list[int], sizes: np.ndarray, available: int) -> list[tuple[int, ...]]:
+    """Split specs, in their order, into parts of at most `available` bytes."""
+    parts, used = [[specs[0]]], sizes[specs[0]]
     for spec in specs[1:]:
-        if full + sizes[spec] > room:
+        if used + sizes[spec] > available:
             parts.append([])
-            full = 0
+            used = 0
         parts[-1].append(spec)
-        full += sizes[spec]
+        used += sizes[spec]
     return [tuple(part) for part in parts]

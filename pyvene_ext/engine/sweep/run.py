@@ -1,4 +1,4 @@
-"""`sweep` and `plan_sweep`: checks, the store, several processes, progress."""
+"""`sweep` and `plan_sweep`: checks, the store, work shared by processes, progress."""
 
 from __future__ import annotations
 
@@ -55,16 +55,44 @@ def plan_sweep(
     memory: int | None = None,
     subset: Sequence[int] | None = None,
 ) -> Plan:
-    """What `sweep` would do with the same arguments; everything is checked and nothing is run."""
+    """Plan what `sweep` would do with the same arguments; everything is checked and nothing is run.
+
+    Args:
+        model: as for `sweep`.
+        specs: as for `sweep`.
+        prompts: as for `sweep`.
+        metric: as for `sweep`.
+        reference: as for `sweep`.
+        memory: as for `sweep`.
+        subset: as for `sweep`.
+
+    Returns:
+        The plan; its `summary()` is what `sweep` shows.
+
+    Raises:
+        ValueError: for whatever `sweep` refuses.
+    """
     check_metric(model, prompts, metric, of_tokens=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     return plan_resolved(resolved, memory=memory, subset=subset)
 
 
 def plan_resolved(resolved: Resolved, *, memory: int | None = None, subset: Sequence[int] | None = None) -> Plan:
-    """`plan_sweep` of what is resolved already; ValueError for latent steps, a bad subset and too little memory."""
+    """Plan a sweep of specs that are already resolved.
+
+    Args:
+        resolved: the specs on the prompts.
+        memory: as for `sweep`.
+        subset: as for `sweep`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: the model takes latent steps on these prompts, the subset is not valid, or the memory does not suffice.
+    """
     refuse_latent_steps(resolved.model, resolved.prompts.input_ids)
-    return make_plan(resolved, _which(subset, resolved.prompts), default_budget(resolved.model, memory))
+    return make_plan(resolved, _checked_subset(subset, resolved.prompts), default_budget(resolved.model, memory))
 
 
 def sweep(
@@ -80,20 +108,28 @@ def sweep(
     compile: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Run every spec on every prompt and read one metric at each prompt's last token.
+    """Run every spec on every prompt and read one metric at each prompt's last token, with the numbers of `run`.
 
     Args:
-        model, specs, prompts, metric, reference: as for `pyvene_ext.engine.plain.run`, whose numbers these are.
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        specs: one edit, or a list of edits and of tuples of them (made jointly).
+        prompts: the prompts that are intervened on.
+        metric: as for `pyvene_ext.engine.plain.run`.
+        reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         memory: working memory in bytes besides the weights; by default half of what the weights take (on one device, if they are
-            spread over several), at least 256 MiB. More makes larger batches, which a GPU likes.
-        store: a folder in which finished batches are kept. The same call goes on where an earlier one stopped; a folder that
+            spread over several), at least 256 MiB. More makes larger batches, which are faster on a GPU.
+        store: a folder in which finished batches are saved. The same call resumes where an earlier one stopped; a folder that
             belongs to other specs, prompts, weights or metric is refused, and so is one that another process is writing to.
-            The batches of the first call are kept to, so that the result is the same to the last bit.
+            Batches stay those of the first call, so that the result is the same to the last bit.
         subset: indices of the prompts to run, the columns of the result. Reference set and donors remain those of all prompts.
-        compile: let torch.compile fuse the MLPs, of a model on one device. It takes a minute, and only long sweeps win by it.
+        compile: let torch.compile fuse the MLPs, for a model on one device. It takes a minute, so only long sweeps gain.
         progress: show the plan, a bar, and where the results are.
 
-    Raises ValueError, before the model runs, for what `run` refuses, too little memory, or a store of something else.
+    Returns:
+        The metric by intervention and prompt, with and without the intervention.
+
+    Raises:
+        ValueError: before the model runs, for what `run` refuses, for latent steps, too little memory, or a store of another run.
     """
     check_metric(model, prompts, metric, of_tokens=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
@@ -110,8 +146,23 @@ def sweep_resolved(
     compile: bool = False,
     progress: bool = True,
 ) -> Result:
-    """`sweep` of what is resolved and planned already; statistics that are needed and not there yet are computed."""
-    model, specs, which = resolved.model, resolved.specs, list(plan.which)
+    """Run a sweep that is already resolved and planned; missing statistics are computed.
+
+    Args:
+        resolved: the specs on the prompts.
+        metric: as for `sweep`.
+        plan: of these specs.
+        store: as for `sweep`.
+        compile: as for `sweep`.
+        progress: as for `sweep`.
+
+    Returns:
+        The metric by intervention and prompt, with and without the intervention.
+
+    Raises:
+        ValueError: the store belongs to another run or is in use, or `compile` is set for a model on several devices.
+    """
+    model, specs, which = resolved.model, resolved.specs, list(plan.subset)
     if compile and getattr(model, "hf_device_map", None):
         raise ValueError("compile is for a model on one device; this one is spread over several (hf_device_map).")
     group = processes()
@@ -121,24 +172,24 @@ def sweep_resolved(
         finished: dict[int, dict[str, np.ndarray]] = {}
         if store is not None:
             facts = store_facts(resolved, metric, which) | ({"compiled": True} if compile else {})
-            kept = held = stack.enter_context(open_together(store, facts, _remembered(plan)))
-            # Read before anyone adds a wave, and by one process, so that all share out the same ones.
+            kept = held = stack.enter_context(open_shared_store(store, facts, _plan_record(plan)))
+            # Read before any process adds a wave, and by one process, so that all divide the same remaining waves.
             whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(resolved.names, metric, **whole)
-            if remembered != _remembered(plan):
+                return Result(resolved.names, metric, whole["clean"], whole["intervened"])
+            if remembered != _plan_record(plan):
                 plan = make_plan(resolved, which, Budget(**remembered["budget"]))
-            if remembered != _remembered(plan):
-                raise ValueError(f"{store} was begun by a version that cut the work otherwise; delete the folder.")
+            if remembered != _plan_record(plan):
+                raise ValueError(f"{store} was begun by a version that cut the work differently; delete the folder.")
         if progress:
             tqdm.write(plan.summary(), file=sys.stderr)
-        resolved = resolved.measured(progress=progress)
+        resolved = resolved.with_statistics(progress=progress)
         mine = [number for number in range(len(plan.waves)) if number not in finished]
         mine = mine[group.process_index :: group.num_processes]
         engine = Executor(resolved, metric, plan)
         started = time.monotonic()
         made: list[tuple[int, dict[str, np.ndarray]]] = []
-        with evaluating(model), no_gradients(model), ExitStack() as compiled, _Bar(plan, mine, progress) as bar:
+        with evaluating(model), no_gradients(model), ExitStack() as compiled, _ProgressBar(plan, mine, progress) as bar:
             if compile:
                 compiled.enter_context(engine.replay.compiled_mlps())
             for number in mine:
@@ -148,47 +199,66 @@ def sweep_resolved(
                 if kept is not None:
                     kept.add(*made[-1])
         everything = dict(wave for of_one in all_gather(made) for wave in of_one)
-        result = _merged(plan, finished | everything, which)
+        result = _merge(plan, finished | everything, which)
         if kept is not None and group.is_main_process:
             kept.complete(result)
         if progress:
             took = time.monotonic() - started
             where = "" if store is None else f"; kept in {store}"
             tqdm.write(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", file=sys.stderr)
-    return Result(resolved.names, metric, **result)
+    return Result(resolved.names, metric, result["clean"], result["intervened"])
 
 
 @contextmanager
-def open_together(folder: str | Path, facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Store]:
-    """The store of all processes: the first one holds it, and what stops one stops all."""
+def open_shared_store(folder: str | Path, facts: dict[str, Any], plan: dict[str, Any]) -> Iterator[Store]:
+    """Open one store in all processes: the first one holds the lock, and an error in one is raised in all.
+
+    Args:
+        folder: as for `Store`.
+        facts: as for `Store`.
+        plan: as for `Store`.
+
+    Yields:
+        Store: this process's store.
+
+    Raises:
+        ValueError: as for `Store`, in all processes.
+    """
     first = processes().is_main_process
     with ExitStack() as stack:
         held = on_all_ranks(lambda: stack.enter_context(Store(folder, facts, plan)) if first else None)
         yield on_all_ranks(lambda: held or stack.enter_context(Store(folder, facts, plan, member=True)))
 
 
-def _remembered(plan: Plan) -> dict[str, Any]:
-    """What a store keeps of a plan: what it was made to fit, and what came out."""
+def _plan_record(plan: Plan) -> dict[str, Any]:
+    """What a store saves of a plan: its budget, and a hash of its waves."""
     return {"budget": asdict(plan.budget), "waves": data_hash([[wave.prompts, wave.specs] for wave in plan.waves])}
 
 
-def _which(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> list[int]:
+def _checked_subset(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> list[int]:
     if subset is None:
         return list(range(len(prompts)))
     which = np.asarray(subset).tolist()
     numbers = isinstance(which, list) and all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
     if not numbers or not which or len(set(which)) < len(which):
-        raise ValueError(
-            f"subset names one or more of the prompts by their numbers, 0 to {len(prompts) - 1}, each once."
-        )
+        raise ValueError(f"subset must list one or more of the prompts by number, 0 to {len(prompts) - 1}, each once.")
     return which
 
 
 def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Everything that the numbers of a sweep depend on, as JSON-able data for a `Store`.
+
+    Args:
+        resolved: the specs on the prompts.
+        metric: its name.
+        which: indices of the prompts that are run.
+
+    Returns:
+        Hashes and settings by name.
+    """
     model, sources = resolved.model, resolved.sources
     parameter = next(model.parameters())
-    given = resolved.prompts if sources.given is None else sources.given
+    source = resolved.prompts if sources.source_prompts is None else sources.source_prompts
     facts = {
         "model weights": weight_hash(model),
         "model config": config_hash(model),
@@ -197,19 +267,19 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
         "attention implementation": model.config._attn_implementation,
         "prompts": resolved.prompts.hash,
         "subset": data_hash(list(which)),
-        "reference set": given.hash if resolved.needs.places else None,
+        "reference set": source.hash if resolved.needs.places else None,
         "specs": data_hash(to_plain(resolved.specs)),
         "metric": metric,
     }
     if sources.recorded is not None:
-        facts["reference set"] = sources.recorded.made_from
+        facts["reference set"] = sources.recorded.prompts_hash
     if sources.directions:
         facts["directions"] = data_hash(sorted((repr(at), x.tolist()) for at, x in sources.directions.items()))
     return facts
 
 
-def _merged(plan: Plan, waves: dict[int, dict[str, np.ndarray]], which: list[int]) -> dict[str, np.ndarray]:
-    """The waves' values put where they belong."""
+def _merge(plan: Plan, waves: dict[int, dict[str, np.ndarray]], which: list[int]) -> dict[str, np.ndarray]:
+    """Assemble the arrays of the result from the waves'."""
     column = {prompt: place for place, prompt in enumerate(which)}
     of_prompt = waves[0]["clean"].shape[1:]  # (), or one number for each token
     clean = np.empty((len(which), *of_prompt), np.float32)
@@ -221,8 +291,8 @@ def _merged(plan: Plan, waves: dict[int, dict[str, np.ndarray]], which: list[int
     return {"clean": clean, "intervened": intervened}
 
 
-class _Bar:
-    """A progress bar that counts interventions on prompts and moves with the arithmetic done."""
+class _ProgressBar:
+    """A progress bar that counts interventions on prompts and advances with the arithmetic done."""
 
     def __init__(self, plan: Plan, waves: list[int], shown: bool) -> None:
         self._plan, self._done = plan, 0
@@ -233,15 +303,15 @@ class _Bar:
         )
 
     def advance(self, share: float) -> None:
-        """Some of the interventions are done, counted by the arithmetic they took."""
+        """Advance by a number of interventions, estimated from the arithmetic done."""
         self._bar.update(share)
 
     def finish(self, number: int) -> None:
-        """A wave is done: what was guessed becomes what is."""
+        """Count a finished wave exactly, in place of the estimate."""
         self._done += self._cells[number]
         self._bar.update(self._done - self._bar.n)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> _ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:

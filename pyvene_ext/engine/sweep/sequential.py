@@ -1,4 +1,4 @@
-"""Activation frequencies with early stopping: an intervention takes no more prompts once its interval is narrow enough."""
+"""Activation frequencies with early stopping: an intervention runs on more prompts until its interval is narrow enough."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from pyvene_ext.stats.intervals import frequency_interval
 
 @dataclass(frozen=True)
 class Sequential:
-    """Activation frequencies of interventions that saw some of the prompts each.
+    """Activation frequencies of interventions, each run on some of the prompts.
 
     Attributes:
         result: metric by intervention and prompt; NaN where an intervention was not run, and in `clean` where none was.
         frequency: share of an intervention's prompts on which it is active.
-        low, high: its Wilson interval.
-        n_prompts: how many prompts it saw, the first ones of `order`.
-        order: the prompts as they were taken.
-        width: how narrow an interval was asked for.
+        low: lower end of its Wilson interval.
+        high: upper end of its Wilson interval.
+        n_prompts: how many prompts it was run on, the first ones of `order`.
+        order: the prompts in the order in which they were taken.
+        width: the width of interval that was asked for.
     """
 
     result: Result
@@ -47,7 +48,7 @@ class Sequential:
 
     @property
     def reached(self) -> Bool[np.ndarray, " n_interventions"]:
-        """Whose interval is as narrow as asked; the others ran out of prompts."""
+        """Which interventions have an interval of at most `width`; the others ran out of prompts."""
         return self.high - self.low <= self.width
 
 
@@ -67,37 +68,47 @@ def frequencies(
     progress: bool = True,
     sweep: Callable[..., Result] = fast_sweep,
 ) -> Sequential:
-    """How often each spec is active, |delta| > tau, on prompts taken in random order until its interval is narrow enough.
+    """Measure how often each spec is active, |delta| > tau, on prompts in random order until its interval is narrow enough.
 
-    After each block of prompts the specs whose Wilson interval is at most `width` wide stop; the others go on until no prompt is
-    left. Intervals at such a stopping time keep their level as `width` goes to 0 (Chow & Robbins 1965; Frey 2010 compares the
-    rules for shares). Wilson's has a width of about z^2 / n even where nothing, or everything, was active so far, so that a few
-    equal outcomes stop nobody. What 95% intervals do at widths from 0.06 to 0.4, in blocks of 1 to 32, by exact recursion:
+    After each block of prompts, specs whose Wilson interval is at most `width` wide stop; the others continue until no prompt is
+    left. Intervals at such a stopping time keep their level as `width` goes to 0 (Chow & Robbins 1965; Frey 2010 compares such
+    rules for proportions). Wilson's has a width of about z^2 / n even if nothing, or everything, has been active so far, so that
+    a few equal outcomes do not stop a spec. Behaviour of 95% intervals at widths from 0.06 to 0.4, in blocks of 1 to 32, by exact
+    recursion:
 
-    - They cover 95% on average over all frequencies. At frequencies from 0.05 to 0.95 they cover at least 92% where the width is
-      at most 0.1, 91% at 0.2 and 89% at 0.4; nearer to 0 and 1 84% at the worst, as Wilson's does with a fixed number of prompts.
-    - The frequency itself is biased towards the nearer of 0 and 1, by a ninth of the width at most: a share that happens to be
-      extreme stops sooner. A mean over many specs shows that, and so should come from a run without stopping.
+    - They cover 95% on average over all frequencies. At frequencies from 0.05 to 0.95 they cover at least 92% if the width is at
+      most 0.1, 91% at 0.2 and 89% at 0.4; closer to 0 and 1 at worst 84%, like Wilson's with a fixed number of prompts.
+    - The frequency itself is biased towards the nearer of 0 and 1, by at most a ninth of the width, because a share that happens
+      to be extreme stops sooner. A mean over many specs would accumulate that bias, so take it from a run without stopping.
 
-    The intervals are about prompts like these, each spec's by itself: specs share prompts and so err together.
+    The intervals refer to prompts like these, for each spec separately; specs share prompts, so their errors are correlated.
 
     Args:
-        tau: the threshold.
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        specs: one edit, or a list of edits and of tuples of them (made jointly).
+        prompts: the prompts to draw from.
+        tau: the threshold of |delta|.
         width: of the interval, from end to end.
-        block: prompts between two looks at the intervals.
+        block: prompts between two checks of the intervals.
         absolute: compare |delta| with tau, else delta.
-        reference: statistics to replace by; if some are needed and none are given, those of all the prompts.
-        seed: of the prompts' order.
-        confidence: of the intervals.
-        sweep: what runs specs on some of the prompts: called like `runner.run` with `subset`, the indices of the prompts to run;
-            donors and noise must be those of the whole set.
+        metric: as for `sweep`, except those with a value per token.
+        reference: statistics that replacements are computed from; by default those of all prompts, where they are needed.
+        seed: of the order of the prompts.
+        confidence: level of the intervals.
+        progress: show a bar.
+        sweep: runs specs on some of the prompts: called like `sweep` with `subset`, the indices of these prompts; donors and
+            noise must be those of the whole set.
 
-    Raises ValueError, before the model runs, for a setting that makes no sense, and for a spec that does not fit the model, the
-    prompts or the reference set.
+    Returns:
+        Frequencies, intervals, and the metric by intervention and prompt.
+
+    Raises:
+        ValueError: before the model runs, for a setting out of range, and for a spec that does not fit the model, the prompts or
+            the reference set.
     """
     specs = as_specs(specs)
     for name, value, fits, wanted in (
-        ("tau", tau, 0 <= tau < np.inf, "a finite number from 0 on"),
+        ("tau", tau, 0 <= tau < np.inf, "a finite number of 0 or more"),
         ("width", width, 0 < width <= 1, "above 0 and at most 1"),
         ("block", block, block >= 1, "at least 1"),
         ("confidence", confidence, 0 < confidence < 1, "between 0 and 1"),
@@ -106,7 +117,7 @@ def frequencies(
             raise ValueError(f"{name} must be {wanted}, not {value}.")
     check_metric(model, prompts, metric)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
-    reference = resolved.measured(progress=progress).sources.reference
+    reference = resolved.with_statistics(progress=progress).sources.reference
 
     n = len(prompts.input_ids)
     order = rng(seed, "sequential").permutation(n)
@@ -122,7 +133,7 @@ def frequencies(
             part = sweep(
                 model, [specs[i] for i in going], prompts, metric, reference, subset=new.tolist(), progress=False
             )
-            clean[new] = part.clean
+            clean[new] = part.baseline
             intervened[np.ix_(going, new)] = part.intervened
             delta = clean[taken] - intervened[np.ix_(going, taken)]
             active = (np.abs(delta) if absolute else delta) > tau

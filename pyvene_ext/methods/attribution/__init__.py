@@ -1,1 +1,1 @@
-"""What patching would do, from gradients: nodes (AtP), edges (EAP), circuits, inputs, and estimates that screen a sweep."""
+"""Effects of patching estimated from gradients: nodes (AtP), edges (EAP), circuits, inputs, and estimates that screen a sweep."""

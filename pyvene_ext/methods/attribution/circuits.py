@@ -1,28 +1,27 @@
-"""Circuits: from scores of edges to a pruned graph, and how much of the model's behaviour it carries by itself.
+"""Circuits: from edge scores to a pruned graph, and how much of the model's behaviour it explains on its own.
 
     scores = edge_attribution(model, clean, corrupt).matrix           # or any other [sender receiver]
     circuit = top_edges(scores, 100, model.config)
     faithfulness(model, circuit, base=clean, source=corrupt)          # 1: the circuit does what the model does
     curve = faithfulness_curve(model, scores, clean, corrupt)         # curve.sizes, curve.values, curve.area()
-    chance = random_circuits(scores, 100, model.config, count=20)     # to set beside it
+    chance = random_circuits(scores, 100, model.config, count=20)     # controls
 
 The graph is that of `pyvene_ext.specs.graph`: every sender that writes before a receiver reads has an edge to it, into each query
 head's q, each K/V head's k and v, each MLP and the logits. To run a circuit is to run the base prompts with every edge outside
-of it ablated, that is, carrying what the source prompts' run has there (Conmy et al. 2023; Hanna et al. 2024):
+of it ablated, that is, set to its value in the run on the source prompts (Conmy et al. 2023; Hanna et al. 2024):
 
     stream that a receiver reads = sum over senders that reach it of
-        what the sender adds in this run            if the edge is in the circuit
-        what it adds in the source prompts' run     if not
+        what the sender adds in this run                   if the edge is in the circuit
+        what it adds in the run on the source prompts      if not
 
-computed anew for each receiver in the order in which they read, so that an ablated edge is felt by all that follows. The
-receiver's own norm and projection, attention and MLPs are the model's code. Prompts are paired by their order, a pair's tokens
-by theirs.
+computed for each receiver in the order in which they read, so that an ablated edge affects everything downstream. The receiver's
+own norm and projection, attention and MLPs are the model's code. Prompts are paired by their order, and so are a pair's tokens.
 
-What a sender adds: embed is what enters the first block; a head's is z_h W_O; an MLP's is its output with its bias. Where a norm
-stands behind attention's output projection or the MLP (Gemma 2), it is what comes out of that norm: a head's share is
-scaled as the norm scales the whole of attention's output in the same run, the current one or the source prompts'. Biases of
-attention's output projection belong to no sender; they pass as they are in the current run. With the empty circuit every
-receiver reads what it reads in the source prompts' run, with the full one what it reads in the base prompts'.
+What a sender adds: for embed, what enters the first block; for a head, z_h W_O; for an MLP, its output with its bias. If a norm
+follows attention's output projection or the MLP (Gemma 2), what comes out of that norm: a head's share is scaled as the norm
+scales the whole attention output in the same run, be it the current one or the one on the source prompts. Biases of attention's
+output projection belong to no sender and are those of the current run. With the empty circuit every receiver reads what it reads
+in the run on the source prompts, with the full circuit what it reads in the run on the base prompts.
 """
 
 from __future__ import annotations
@@ -73,9 +72,10 @@ class Circuit:
     """Some edges of a model's graph.
 
     Attributes:
-        edges: their names, "z.0.1->k.2.0": a sender of `graph.senders` and a receiver of `graph.receivers`.
+        edges: their names, such as "z.0.1->k.2.0": a sender of `graph.senders` and a receiver of `graph.receivers`.
 
-    Raises ValueError for a name that no edge has.
+    Raises:
+        ValueError: no edge has that name.
     """
 
     edges: frozenset[str]
@@ -89,9 +89,17 @@ class Circuit:
 
     @classmethod
     def of(cls, matrix: Edges, config: Any) -> Circuit:
-        """The edges that are True in a matrix by `graph.senders(config)` and `graph.receivers(config)`.
+        """Make a circuit from a boolean matrix.
 
-        Raises ValueError for another shape or dtype, and for True where there is no edge.
+        Args:
+            matrix: True for the circuit's edges, by `graph.senders` and `graph.receivers`.
+            config: the model's config.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            ValueError: the matrix has another shape or dtype, or is True where there is no edge.
         """
         matrix = _checked_matrix(matrix, config)
         writing, reading = senders(config), receivers(config)
@@ -99,11 +107,21 @@ class Circuit:
 
     @classmethod
     def full(cls, config: Any) -> Circuit:
-        """Every edge: the model itself."""
+        """Make the circuit of every edge, which is the model itself."""
         return cls.of(exists(config), config)
 
     def matrix(self, config: Any) -> Edges:
-        """True for its edges. Raises ValueError for an edge that the model lacks."""
+        """Convert to a boolean matrix by `graph.senders` and `graph.receivers`.
+
+        Args:
+            config: the model's config.
+
+        Returns:
+            True for the circuit's edges.
+
+        Raises:
+            ValueError: the model lacks one of the edges.
+        """
         rows = {node: row for row, node in enumerate(senders(config))}
         columns = {node: column for column, node in enumerate(receivers(config))}
         matrix = np.zeros((len(rows), len(columns)), bool)
@@ -114,37 +132,57 @@ class Circuit:
         return matrix
 
     def complement(self, config: Any) -> Circuit:
-        """Every other edge of the model."""
+        """Make the circuit of all other edges of the model."""
         return Circuit.of(exists(config) & ~self.matrix(config), config)
 
     def pruned(self, config: Any) -> Circuit:
-        """Its edges that lie on some path of its edges from the embedding to the logits.
+        """Keep the edges that lie on some path of the circuit from the embedding to the logits.
 
-        A head is entered by its q, and by the k or v of its K/V head; an MLP by its input. Edges that lead nowhere change nothing
-        when they are left out; nor do those that come from nowhere, whose sender adds what it adds in the source prompts' run
-        (but for a post-norm over all heads, by which one head changes the shares of the others).
+        A path enters a head through its q, or through the k or v of its K/V head, and an MLP through its input. Edges that do
+        not lead to the logits can be dropped without effect; so can those that do not come from the embedding, whose sender adds
+        what it adds in the run on the source prompts (except that, through a post-norm over all heads, one head changes the
+        shares of the others).
+
+        Args:
+            config: the model's config.
+
+        Returns:
+            The pruned circuit.
         """
         return Circuit.of(_on_paths(self.matrix(config), config), config)
 
 
 def exists(config: Any) -> Edges:
-    """Where a model has an edge: the sender writes before the receiver reads."""
+    """Where a model has an edge, because the sender writes before the receiver reads.
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        A boolean matrix by `graph.senders` and `graph.receivers`.
+    """
     writing = senders(config)
     columns = []
     for _, nodes in groupby(receivers(config), lambda node: (node.site, node.layer)):
-        first, *others = nodes  # all heads of a layer read alike
+        first, *others = nodes  # all heads of a layer read the same stream
         columns += [[reaches(sender, first) for sender in writing]] * (1 + len(others))
     return np.array(columns).T
 
 
 def top_edges(scores: Float[np.ndarray, "sender receiver"], n: int, config: Any) -> Circuit:
-    """The `n` edges whose scores are largest by size, less those on no path from the embedding to the logits (`pruned`).
+    """Make the circuit of the `n` edges with the scores of largest magnitude, pruned to paths from the embedding to the logits.
 
     Args:
-        scores: by `graph.senders(config)` and `graph.receivers(config)`, as `EdgeScores.matrix`; what stands where there is no
-            edge does not count. Of equal ones the first in this order is taken.
+        scores: by `graph.senders` and `graph.receivers`, as `EdgeScores.matrix`; entries where there is no edge are ignored. Of
+            equal scores the first in this order is taken.
+        n: number of edges before pruning.
+        config: the model's config.
 
-    Raises ValueError for another shape, an edge whose score is NaN, and an `n` that is not between 0 and the number of edges.
+    Returns:
+        The pruned circuit.
+
+    Raises:
+        ValueError: the scores have another shape or an edge whose score is NaN, or `n` is not between 0 and the number of edges.
     """
     return Circuit.of(_on_paths(_top(_checked_scores(scores, config), n, config), config), config)
 
@@ -158,19 +196,25 @@ def random_circuits(
     within: Within = "layers",
     seed: int = 0,
 ) -> list[Circuit]:
-    """What `top_edges` would make of scores dealt out anew at random: circuits to set beside the one that the scores chose.
+    """Make the circuits that `top_edges` would make of randomly permuted scores, as controls for the one that the scores chose.
+
+    They are pruned too, and usually lose more edges than the chosen circuit does: compare `len`.
 
     Args:
-        scores, n, config: as for `top_edges`.
+        scores: as for `top_edges`.
+        n: as for `top_edges`.
+        config: the model's config.
         count: how many circuits.
-        within: layers: as many edges as the scores chose lead from each kind of sender in each layer (all heads of layer 3, say)
-            to each kind of receiver in each layer (all keys of layer 5), so that only the choice among them is random. anywhere:
-            any `n` edges of the model.
+        within: layers: keep the number of chosen edges from each kind of sender in each layer (all heads of layer 3, say) to each
+            kind of receiver in each layer (all keys of layer 5), so that only the choice among these is random. anywhere: any `n`
+            edges of the model.
         seed: of the draws; the first circuits of a larger `count` are those of a smaller one.
 
-    They too lose the edges on no path from the embedding to the logits, and mostly more than the chosen one does: compare `len`.
+    Returns:
+        The pruned circuits.
 
-    Raises ValueError for what `top_edges` refuses, another `within`, and a `count` below 1.
+    Raises:
+        ValueError: for what `top_edges` refuses, an unknown `within`, and a `count` below 1.
     """
     if within not in ("layers", "anywhere"):
         raise ValueError(f"within must be 'layers' or 'anywhere', not {within!r}.")
@@ -188,16 +232,16 @@ def random_circuits(
     by_group = np.argsort(group, kind="stable")
     found = []
     for number in range(count):
-        mixed, dealt = np.zeros_like(kept), np.zeros_like(there)
-        # Both orders go through the groups one after the other, this one at random within each.
-        mixed[np.lexsort((rng(seed, "random circuits", number).random(len(group)), group))] = kept[by_group]
-        dealt[there] = mixed
-        found.append(Circuit.of(_on_paths(dealt, config), config))
+        permuted, matrix = np.zeros_like(kept), np.zeros_like(there)
+        # Both orders go through the groups one after the other; this one is random within each group.
+        permuted[np.lexsort((rng(seed, "random circuits", number).random(len(group)), group))] = kept[by_group]
+        matrix[there] = permuted
+        found.append(Circuit.of(_on_paths(matrix, config), config))
     return found
 
 
 def _parse(edge: str) -> tuple[Node, Node]:
-    """Sender and receiver of an edge; ValueError if they are none, or the receiver reads before the sender writes."""
+    """Sender and receiver of an edge; ValueError if there is no such edge."""
     first, arrow, second = str(edge).partition("->")
     if not arrow:
         raise ValueError(f'there is no edge {edge!r}; write it "SENDER->RECEIVER", as in "z.0.1->k.2.0".')
@@ -223,7 +267,7 @@ def _checked_matrix(matrix: Any, config: Any) -> Edges:
     there = exists(config)
     if matrix.shape != there.shape or matrix.dtype != bool:
         raise ValueError(
-            f"a circuit is a matrix of bool by the {there.shape[0]} senders and {there.shape[1]} receivers of the model, not of "
+            f"a circuit is a boolean matrix of the model's {there.shape[0]} senders and {there.shape[1]} receivers, not one of "
             f"{matrix.dtype} and shape {matrix.shape}."
         )
     if (matrix & ~there).any():
@@ -234,7 +278,7 @@ def _checked_matrix(matrix: Any, config: Any) -> Edges:
 
 
 def _checked_scores(scores: Any, config: Any) -> Float[np.ndarray, "sender receiver"]:
-    """The size of every edge's score, -inf where there is no edge."""
+    """The magnitude of every edge's score, -inf where there is no edge."""
     sizes, there = np.abs(np.asarray(scores, np.float64)), exists(config)
     if sizes.shape != there.shape:
         raise ValueError(
@@ -243,12 +287,12 @@ def _checked_scores(scores: Any, config: Any) -> Float[np.ndarray, "sender recei
         )
     if (missing := np.argwhere(there & np.isnan(sizes))).size:
         edge = _name(senders(config)[missing[0][0]], receivers(config)[missing[0][1]])
-        raise ValueError(f"the score of {edge} is NaN; score every edge, or give 0 to those to be left out.")
+        raise ValueError(f"the score of {edge} is NaN; score every edge, or give 0 to those to leave out.")
     return np.where(there, sizes, -np.inf)
 
 
 def _top(sizes: Float[np.ndarray, "sender receiver"], n: int, config: Any) -> Edges:
-    """The `n` largest."""
+    """Select the `n` largest."""
     there = exists(config)
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 <= n <= there.sum():
         raise ValueError(f"a circuit of this model has 0 to {there.sum()} edges, not {n!r}.")
@@ -260,25 +304,25 @@ def _top(sizes: Float[np.ndarray, "sender receiver"], n: int, config: Any) -> Ed
 def _on_paths(matrix: Edges, config: Any) -> Edges:
     """The edges on a path from the embedding to the logits."""
     writing, reading = senders(config), receivers(config)
-    inlets = _inlets(config)
-    fed = np.zeros(len(writing), bool)  # from the embedding
+    entries = _entry_receivers(config)
+    from_embedding = np.zeros(len(writing), bool)  # from the embedding
     for row, sender in enumerate(writing):
-        fed[row] = sender.site == "embed" or matrix[np.ix_(fed, inlets[sender])].any()
-    leads = np.array([receiver.site == "logits" for receiver in reading])  # to the logits
+        from_embedding[row] = sender.site == "embed" or matrix[np.ix_(from_embedding, entries[sender])].any()
+    to_logits = np.array([receiver.site == "logits" for receiver in reading])  # to the logits
     for row in reversed(range(len(writing))):
-        leads[inlets[writing[row]]] |= (matrix[row] & leads).any()
-    return matrix & fed[:, None] & leads
+        to_logits[entries[writing[row]]] |= (matrix[row] & to_logits).any()
+    return matrix & from_embedding[:, None] & to_logits
 
 
-def _inlets(config: Any) -> dict[Node, Int[np.ndarray, " receiver"]]:
-    """By which receivers each sender is entered."""
-    inlets: dict[Node, list[int]] = {sender: [] for sender in senders(config)}
+def _entry_receivers(config: Any) -> dict[Node, Int[np.ndarray, " receiver"]]:
+    """The receivers through which a path enters each sender."""
+    entries: dict[Node, list[int]] = {sender: [] for sender in senders(config)}
     for column, node in enumerate(receivers(config)):
         if node.site == "mlp_in":
-            inlets[Node("mlp_out", node.layer)].append(column)
+            entries[Node("mlp_out", node.layer)].append(column)
         for head in query_heads(node, config):
-            inlets[Node("z", node.layer, head)].append(column)
-    return {sender: np.array(columns, int) for sender, columns in inlets.items()}
+            entries[Node("z", node.layer, head)].append(column)
+    return {sender: np.array(columns, int) for sender, columns in entries.items()}
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -286,13 +330,13 @@ def _inlets(config: Any) -> dict[Node, Int[np.ndarray, " receiver"]]:
 
 @dataclass(frozen=True)
 class CircuitRuns:
-    """What circuits do to every base prompt.
+    """The metric of every base prompt under circuits.
 
     Attributes:
-        metric: which number was kept.
-        clean: it, of the base prompts, the full circuit.
-        source: it, of the source prompts, the empty circuit; read with the base prompts' answers.
-        circuits: it, of each circuit.
+        metric: its name.
+        clean: on the base prompts, which is the full circuit.
+        source: on the source prompts, which is the empty circuit; read with the base prompts' answers.
+        circuits: under each circuit.
     """
 
     metric: str
@@ -304,7 +348,7 @@ class CircuitRuns:
     def faithfulness(self) -> Float[np.ndarray, " circuit"]:
         """(mean of circuit - mean of source) / (mean of clean - mean of source): 0 is the empty circuit, 1 the full one.
 
-        Below 0 and above 1 are possible. NaN where clean and source have the same mean. Marks et al. 2024.
+        Values below 0 and above 1 are possible. NaN if clean and source have the same mean. Marks et al. 2024.
         """
         clean, source, circuits = (x.mean(-1, dtype=np.float64) for x in (self.clean, self.source, self.circuits))
         if clean == source:
@@ -312,10 +356,17 @@ class CircuitRuns:
         return (circuits - source) / (clean - source)
 
     def interval(self, seed: int = 0, n_resamples: int = 2000) -> Interval:
-        """Faithfulness with percentile bootstrap 95% intervals over prompts: arrays " circuit".
+        """Compute faithfulness with percentile bootstrap 95% intervals over prompts.
 
-        A resample takes the same prompts of all runs. The circuit stays the same: of prompts that chose it, these are not the
-        intervals for new ones.
+        A resample takes the same prompts of all runs. The circuit stays fixed: if it was chosen on these prompts, the intervals
+        do not hold for new ones.
+
+        Args:
+            seed: of the resampling.
+            n_resamples: number of resamples.
+
+        Returns:
+            Arrays " circuit".
         """
         if self.clean.mean(dtype=np.float64) == self.source.mean(dtype=np.float64):
             return Interval(*np.full((3, len(self.circuits)), np.nan))
@@ -325,12 +376,12 @@ class CircuitRuns:
 
 @dataclass(frozen=True)
 class Curve:
-    """Faithfulness by size.
+    """Faithfulness by size of the circuit.
 
     Attributes:
-        sizes: how many edges were allowed, ascending.
-        n_edges: how many of them were on a path from the embedding to the logits, and were run.
-        runs: what the circuit of each size did to every prompt.
+        sizes: numbers of edges before pruning, ascending.
+        n_edges: numbers of edges after pruning, which were run.
+        runs: the metric of every prompt under the circuit of each size.
     """
 
     sizes: Int[np.ndarray, " size"]
@@ -343,11 +394,19 @@ class Curve:
         return self.runs.faithfulness
 
     def area(self, scale: Scale = "log") -> float:
-        """Area under the values by the trapezoidal rule, over log(size) or over size, divided by the width of that range.
+        """Area under the curve by the trapezoidal rule, divided by the width of its range.
 
-        It is the mean faithfulness along the axis: 1 for circuits as faithful as the model at every size. Over the linear axis
-        large circuits make up nearly all of it (Mueller et al. 2025, CPR); over the logarithmic one each doubling counts alike.
-        Raises ValueError for fewer than two sizes and, on the logarithmic scale, for size 0.
+        It is the mean faithfulness along the axis: 1 for circuits as faithful as the model at every size. On the linear axis
+        large circuits dominate (Mueller et al. 2025, CPR); on the logarithmic one each doubling counts the same.
+
+        Args:
+            scale: integrate over log(size) or over size.
+
+        Returns:
+            The normalised area.
+
+        Raises:
+            ValueError: there are fewer than two sizes, or size 0 on the logarithmic scale.
         """
         if scale not in ("log", "linear"):
             raise ValueError(f"scale must be 'log' or 'linear', not {scale!r}.")
@@ -369,9 +428,19 @@ def run_circuit(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Float32[np.ndarray, " prompt"]:
-    """The metric of every base prompt with all edges outside of the circuit carrying what they carry in its source prompt.
+    """Run one circuit, as `run_circuits` does.
 
-    Arguments and what is raised: as for `run_circuits`.
+    Args:
+        model: as for `run_circuits`.
+        circuit: a `Circuit` or a boolean matrix.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        batch_size: as for `run_circuits`.
+        progress: as for `run_circuits`.
+
+    Returns:
+        The metric of every base prompt.
     """
     return run_circuits(model, [circuit], base, source, metric, batch_size=batch_size, progress=progress).circuits[0]
 
@@ -386,21 +455,28 @@ def run_circuits(
     batch_size: int = 8,
     progress: bool = True,
 ) -> CircuitRuns:
-    """Run the base prompts through each of some circuits, as the module's first lines define it.
+    """Run the base prompts through circuits, as the module's docstring defines it.
+
+    This takes one forward pass of base and of source, and one per circuit, in which receivers of a layer with different ablated
+    edges pass through its norm and projections separately. Sums over senders are in float32 whatever the model's dtype; the
+    contributions of all senders are held twice, senders x tokens x d_model per prompt.
 
     Args:
-        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
-        circuits: each a `Circuit` or a matrix of bool by `graph.senders` and `graph.receivers`; they are not pruned.
-        base, source: pairs of prompts of equal length. Metrics are read with the answers of base.
-        metric: logit_diff, probability, rank, accuracy or kl (to the clean run).
-        batch_size: prompts a forward pass, all of one length.
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        circuits: each a `Circuit` or a boolean matrix by `graph.senders` and `graph.receivers`; they are not pruned.
+        base: the prompts that are run; the metric is read with their answers.
+        source: the prompts that ablated edges are set to, paired with `base` by order and of equal length.
+        metric: logit_diff, probability, rank, accuracy, kl (to the clean run) or logit.
+        batch_size: prompts per forward pass, all of one length.
+        progress: show a bar.
 
-    One forward pass of base and of source, and one of every circuit, in which a layer's receivers that miss different edges pass
-    its norm and projections one by one. Sums over senders are float32 whatever the model's dtype; what all senders add is held
-    twice, senders x tokens x d_model a prompt.
+    Returns:
+        The metric of base, source, and each circuit.
 
-    Raises ValueError, before the model runs: an edge that the model lacks, an unknown metric, prompts that are no pairs, a pair
-    of unequal lengths (naming it), answers outside of the vocabulary, output projections that cannot be split by heads.
+    Raises:
+        ValueError: before the model runs, for an edge that the model lacks, an unknown metric, prompts that are not pairs, a pair
+            of unequal lengths (naming it), answers outside of the vocabulary, or output projections that cannot be split by
+            heads.
     """
     config = model.config
     matrices = [
@@ -412,17 +488,17 @@ def run_circuits(
         raise ValueError("nothing to run: give at least one circuit.")
     clean, of_source = (np.empty(len(base), np.float32) for _ in range(2))
     found = np.empty((len(matrices), len(base)), np.float32)
-    by_edge = _ByEdge(model)
+    edgewise = _EdgewiseModel(model)
     bar = tqdm(total=found.size, desc="circuits", unit="prompt", disable=not progress)
     with bar, evaluating(model), no_gradients(model):
         for index in _of_one_length(base, batch_size):
             batch, ids = _rows(base, index), _rows(source, index).input_ids
-            clean_logits = by_edge(batch.input_ids)[0]
+            clean_logits = edgewise(batch.input_ids)[0]
             measured = partial(_measured, metric, batch, clean_logits)
-            source_logits, carried = by_edge(ids)
+            source_logits, outputs = edgewise(ids)
             clean[index], of_source[index] = measured(clean_logits), measured(source_logits)
             for number, matrix in enumerate(matrices):
-                logits, _ = by_edge(batch.input_ids, by_edge.exists & ~matrix, carried)
+                logits, _ = edgewise(batch.input_ids, edgewise.exists & ~matrix, outputs)
                 found[number, index] = measured(logits)
                 bar.update(len(index))
     return CircuitRuns(metric, clean, of_source, found)
@@ -436,9 +512,18 @@ def faithfulness(
     metric: str = "logit_diff",
     **options: Any,
 ) -> float:
-    """How much of what sets base apart from source the circuit brings about by itself (`CircuitRuns.faithfulness`).
+    """Faithfulness of a circuit: the share of the difference between base and source that it recovers (Marks et al. 2024).
 
-    Arguments and what is raised: as for `run_circuits`.
+    Args:
+        model: as for `run_circuits`.
+        circuit: a `Circuit` or a boolean matrix.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        `CircuitRuns.faithfulness` of the circuit.
     """
     return float(run_circuits(model, [circuit], base, source, metric, **options).faithfulness[0])
 
@@ -451,9 +536,18 @@ def completeness(
     metric: str = "logit_diff",
     **options: Any,
 ) -> float:
-    """The faithfulness of all edges outside of the circuit: near 0 if it misses nothing (Marks et al. 2024).
+    """Completeness of a circuit: the faithfulness of its complement, near 0 if the circuit misses nothing (Marks et al. 2024).
 
-    Arguments and what is raised: as for `run_circuits`.
+    Args:
+        model: as for `run_circuits`.
+        circuit: a `Circuit` or a boolean matrix.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        `CircuitRuns.faithfulness` of all edges outside of the circuit.
     """
     config = model.config
     matrix = circuit.matrix(config) if isinstance(circuit, Circuit) else _checked_matrix(circuit, config)
@@ -472,13 +566,24 @@ def faithfulness_curve(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Curve:
-    """Faithfulness of the circuits that `top_edges` makes of the scores, by their size.
+    """Measure the faithfulness of the circuits that `top_edges` makes, by their size.
 
     Args:
-        sizes: how many edges; by default 1, 2, 4, ... and all.
-        complement: run what each circuit leaves out instead, so that the values are completeness.
+        model: as for `run_circuits`.
+        scores: as for `top_edges`.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        sizes: numbers of edges before pruning; by default 1, 2, 4, ... and all.
+        metric: as for `run_circuits`.
+        complement: run each circuit's complement instead, so that the values are completeness.
+        batch_size: as for `run_circuits`.
+        progress: as for `run_circuits`.
 
-    Other arguments and what is raised: as for `top_edges` and `run_circuits`; and ValueError for no size, or one given twice.
+    Returns:
+        The curve.
+
+    Raises:
+        ValueError: for what `top_edges` and `run_circuits` refuse, for no size, and for a size given twice.
     """
     config = model.config
     there = exists(config)
@@ -497,49 +602,49 @@ def faithfulness_curve(
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-class _Carried:
-    """What senders add in a run, as it comes, and what that changes in the streams of receivers that miss some of it.
+class _SenderOutputs:
+    """What senders add during a run, and the streams of receivers for which some senders are ablated.
 
-    `held` is what each sender has added so far, `batch sender pos d_model`; in a run with edges outside, less what it adds in the
-    source prompts' run.
+    `added` is what each sender has added so far, `batch sender pos d_model`; in a run with ablated edges, minus what it adds in
+    the run on the source prompts.
     """
 
     def __init__(
         self,
-        outside: Edges | None,
+        ablated: Edges | None,
         source: Float[Tensor, "batch sender pos d_model"] | None,
-        held: Float[Tensor, "batch sender pos d_model"],
+        added: Float[Tensor, "batch sender pos d_model"],
     ) -> None:
-        self.outside, self.source, self.held = outside, source, held
+        self.ablated, self.source, self.added = ablated, source, added
         self._count = 0
 
     def write(self, added: Float[Tensor, "batch some pos d_model"]) -> None:
-        """The next senders write."""
+        """Add what the next senders write."""
         those = slice(self._count, self._count + added.shape[1])
-        added = added.to(self.held)
-        self.held[:, those] = added if self.source is None else added - self.source[:, those]
+        added = added.to(self.added)
+        self.added[:, those] = added if self.source is None else added - self.source[:, those]
         self._count = those.stop
 
-    def missed(self, readers: slice) -> tuple[Bool[np.ndarray, "sender kind"], Int[np.ndarray, " receiver"]]:
-        """Which senders some receivers miss, each kind of them once, and the kind of each receiver."""
-        if self.outside is None:
+    def ablated_senders(self, readers: slice) -> tuple[Bool[np.ndarray, "sender kind"], Int[np.ndarray, " receiver"]]:
+        """The sets of senders that are ablated for some receivers, each set ("kind") once, and the kind of each receiver."""
+        if self.ablated is None:
             return np.zeros((self._count, 1), bool), np.zeros(readers.stop - readers.start, int)
-        kinds, which = np.unique(self.outside[: self._count, readers], axis=1, return_inverse=True)
+        kinds, which = np.unique(self.ablated[: self._count, readers], axis=1, return_inverse=True)
         return kinds, which.reshape(-1)
 
-    def moved(
-        self, stream: Float[Tensor, "batch pos d_model"], missed: Bool[np.ndarray, "sender kind"]
+    def streams_of(
+        self, stream: Float[Tensor, "batch pos d_model"], ablated_senders: Bool[np.ndarray, "sender kind"]
     ) -> Float[Tensor, "batch kind pos d_model"]:
-        """A stream as receivers find it that miss these senders."""
-        if not missed.any():
-            return stream[:, None].expand(-1, missed.shape[1], -1, -1)
-        weights = torch.from_numpy(missed).to(self.held)
-        change = torch.einsum("bspd,sk->bkpd", self.held[:, : self._count, -stream.shape[1] :], weights)
+        """The stream as each kind of receiver reads it, with these senders ablated."""
+        if not ablated_senders.any():
+            return stream[:, None].expand(-1, ablated_senders.shape[1], -1, -1)
+        weights = torch.from_numpy(ablated_senders).to(self.added)
+        change = torch.einsum("bspd,sk->bkpd", self.added[:, : self._count, -stream.shape[1] :], weights)
         return (stream[:, None].float() - change.to(stream.device)).to(stream.dtype)
 
 
-class _ByEdge:
-    """A model that runs with an input of its own for every receiver, on prompts of one length."""
+class _EdgewiseModel:
+    """Runs a model with a separate input stream for every receiver, on prompts of one length."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.replay, self.config = Replay(model), model.config
@@ -552,48 +657,57 @@ class _ByEdge:
     def __call__(
         self,
         ids: Int[Tensor, "batch pos"],
-        outside: Edges | None = None,
+        ablated: Edges | None = None,
         source: Float[Tensor, "batch sender pos d_model"] | None = None,
     ) -> tuple[Float[Tensor, "batch vocab"], Float[Tensor, "batch sender pos d_model"]]:
-        """The last logits with the edges outside carrying what `source` holds; and, without these two, what each sender adds."""
-        hidden = self.replay.embed(ids.to(self.replay.device))
-        held = hidden.new_empty(len(hidden), len(self.exists), *hidden.shape[1:], dtype=torch.float32)
-        carried = _Carried(outside, source, held)
-        carried.write(hidden[:, None])
-        for layer in range(self.replay.n_layers):
-            hidden = self._block(layer, hidden, carried)
-        missed, _ = carried.missed(self._readers["logits", None])
-        return self.replay.logits(carried.moved(hidden[:, -1:], missed)[:, 0, 0]), carried.held
+        """Run prompts.
 
-    def _block(self, layer: int, hidden: Float[Tensor, "batch pos d_model"], carried: _Carried) -> Tensor:
-        """One block: queries, keys, values and the MLP's input from streams of their own, the rest the model's."""
+        Args:
+            ids: the prompts.
+            ablated: edges that carry their value in `source`; None: none.
+            source: what each sender adds in the run on the source prompts.
+
+        Returns:
+            The logits at the last token; and what each sender adds (minus `source`, if it is given).
+        """
+        hidden = self.replay.embed(ids.to(self.replay.device))
+        added = hidden.new_empty(len(hidden), len(self.exists), *hidden.shape[1:], dtype=torch.float32)
+        outputs = _SenderOutputs(ablated, source, added)
+        outputs.write(hidden[:, None])
+        for layer in range(self.replay.n_layers):
+            hidden = self._block(layer, hidden, outputs)
+        ablated_senders, _ = outputs.ablated_senders(self._readers["logits", None])
+        return self.replay.logits(outputs.streams_of(hidden[:, -1:], ablated_senders)[:, 0, 0]), outputs.added
+
+    def _block(self, layer: int, hidden: Float[Tensor, "batch pos d_model"], outputs: _SenderOutputs) -> Tensor:
+        """One block: queries, keys, values and the MLP's input from separate streams; the rest is the model's code."""
         seen: dict[str, Tensor] = {}
-        edits = self._projections(layer, hidden, carried)
-        # An edit that only looks: what the MLP adds, behind a post-norm if there is one.
+        edits = self._projections(layer, hidden, outputs)
+        # An edit that only reads: what the MLP adds, after a post-norm if there is one.
         edits["mlp_out"] = lambda x: seen.__setitem__("mlp_out", x.clone())
 
         def read_by_mlp(stream: Tensor) -> Tensor:
-            carried.write(self._shares(layer, seen))
-            missed, _ = carried.missed(self._readers["mlp_in", layer])
-            return carried.moved(stream, missed)[:, 0]
+            outputs.write(self._shares(layer, seen))
+            ablated_senders, _ = outputs.ablated_senders(self._readers["mlp_in", layer])
+            return outputs.streams_of(stream, ablated_senders)[:, 0]
 
         at, card = ("resid_mid", layer), self.replay.card
         with Taps(self.replay.model, card, [at]), ExitStack() as hooks:
             hook_component(self.replay.model, at, read_by_mlp, hooks)
             hidden = self.replay.block(layer, hidden, (0, hidden.shape[1]), Past(), edits=edits, seen=seen)
-        carried.write(seen["mlp_out"][:, None])
+        outputs.write(seen["mlp_out"][:, None])
         return hidden
 
     def _projections(
-        self, layer: int, hidden: Float[Tensor, "batch pos d_model"], carried: _Carried
+        self, layer: int, hidden: Float[Tensor, "batch pos d_model"], outputs: _SenderOutputs
     ) -> dict[str, Callable[[Tensor], Any]]:
-        """Edits that put in each head's q, k and v, made of its own stream; none where no head misses anything."""
+        """Edits that replace each head's q, k and v by those of its own stream; none if no edge into the heads is ablated."""
         groups = {site: self._readers[site, layer] for site in ("q", "k", "v")}
         first, last = groups["q"].start, groups["v"].stop
-        missed, kind_of = carried.missed(slice(first, last))
-        if not missed.any():
+        ablated_senders, kind_of = outputs.ablated_senders(slice(first, last))
+        if not ablated_senders.any():
             return {}
-        streams = carried.moved(hidden, missed)
+        streams = outputs.streams_of(hidden, ablated_senders)
         normed = self.replay.attention_input(layer, streams.flatten(0, 1), (0, hidden.shape[1]))
         by_kind = normed.unflatten(0, streams.shape[:2])
         edits: dict[str, Callable[[Tensor], Any]] = {}
@@ -605,7 +719,7 @@ class _ByEdge:
     def _projected(
         self, site: str, layer: int, by_kind: Float[Tensor, "batch kind pos d_model"], kinds: Int[np.ndarray, " head"]
     ) -> Float[Tensor, "batch pos width"]:
-        """q, k or v of every head side by side, each from the stream of its kind."""
+        """The q, k or v of every head, concatenated, each from the stream of its kind."""
         heads: dict[int, Tensor] = {}
         for kind in np.unique(kinds):
             x = self.replay.projected(site, layer, by_kind[:, kind].contiguous())
@@ -656,10 +770,10 @@ def _measured(
 def _check(
     model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts, metric: str, batch_size: int
 ) -> None:
-    """Raise ValueError for what can be wrong with a run besides its circuits."""
+    """Raise ValueError for anything wrong with a run apart from its circuits."""
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS)}.")
-    # Metrics need no gradient here, so that any will do for the checks of everything else.
+    # No gradient is needed here, so any differentiable metric will do for the other checks.
     check_edges(model, base, source, "logit_diff", "eap", 1)
     base.batches(batch_size)
     n_vocab = model.get_output_embeddings().weight.shape[0]

@@ -1,11 +1,11 @@
-"""Attribution of edges: what patching one edge would do, for all of them at once, from gradients.
+"""Edge attribution: the effect of patching each edge, estimated for all edges at once from gradients.
 
     scores = edge_attribution(model, base, source)                               # EAP (Syed et al. 2023)
     scores = edge_attribution(model, base, source, method="eap_ig_inputs")       # integrated gradients (Hanna et al. 2024)
 
-Base and source are two prompt sets, prompt i of one being the partner of prompt i of the other. An edge's number estimates
-delta = M(base) - M(base, edge patched), M being the metric. The cost does not hang on the number of edges, but for a sum at the
-end. Products and sums are float32 whatever the model's dtype. The model is left as it was, also after an error.
+Base and source are two prompt sets, paired by their order. The score of an edge estimates delta = M(base) - M(base, edge patched)
+for a metric M. The cost does not depend on the number of edges, apart from a sum at the end. Products and sums are in float32
+whatever the dtype of the model, which is restored afterwards, also after an error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from pyvene_ext.specs.graph import (
 
 EdgeMethod = Literal["eap", "eap_ig_inputs", "eap_ig_activations"]
 
-# A receiver's own input, and the residual stream that it is made of.
+# A receiver's own input, and the residual stream that it is computed from.
 _READS = {"q": "query_output", "k": "key_output", "v": "value_output", "mlp_in": "mlp_input", "logits": "block_output"}
 _STREAM = {"q": "block_input", "k": "block_input", "v": "block_input", "mlp_in": "resid_mid", "logits": "block_output"}
 
@@ -59,10 +59,12 @@ class EdgeScores:
     """Estimates for every edge of a model.
 
     Attributes:
-        senders, receivers: the nodes, in the order of `graph.senders` and `graph.receivers`.
-        per_prompt: estimates of delta = M(base) - M(base, with what the sender adds to the receiver's input taken from source);
-            NaN where the sender does not reach the receiver.
-        metric, method: as given.
+        senders: the nodes that write, in the order of `graph.senders`.
+        receivers: the nodes that read, in the order of `graph.receivers`.
+        per_prompt: estimates of delta = M(base) - M(base, with the sender's contribution to the receiver's input taken from
+            source); NaN where the sender does not reach the receiver.
+        metric: its name.
+        method: where gradients were taken.
     """
 
     senders: tuple[Node, ...]
@@ -79,20 +81,30 @@ class EdgeScores:
     @cached_property
     def exists(self) -> Bool[np.ndarray, "sender receiver"]:
         """Where there is an edge."""
-        return _reached(self.senders, self.receivers)
+        return _edge_exists(self.senders, self.receivers)
 
     def edge(self, name: str) -> Float32[np.ndarray, " prompt"]:
-        """The estimates of one edge, "z.0.1->k.2.0". Raises ValueError if the model has none of that name."""
+        """Look up the estimates of one edge.
+
+        Args:
+            name: such as "z.0.1->k.2.0".
+
+        Returns:
+            One estimate per prompt.
+
+        Raises:
+            ValueError: the model has no edge of that name.
+        """
         left, _, right = name.partition("->")
         sender, receiver = Node.parse(left), Node.parse(right)
         if sender not in self.senders or receiver not in self.receivers or not reaches(sender, receiver):
             raise ValueError(
-                f"there is no edge {name!r}; name a sender and a receiver of the model that reads behind it."
+                f"there is no edge {name!r}; name a sender of the model and a receiver that reads after it."
             )
         return self.per_prompt[self.senders.index(sender), self.receivers.index(receiver)]
 
     def ranked(self) -> list[tuple[str, float]]:
-        """Every edge with its mean estimate, the largest by size first."""
+        """List every edge with its mean estimate, the largest in magnitude first."""
         places = np.argwhere(self.exists)
         values = self.matrix[self.exists]
         order = np.argsort(-np.abs(values), kind="stable")
@@ -110,36 +122,45 @@ def edge_attribution(
     batch_size: int = 8,
     progress: bool = True,
 ) -> EdgeScores:
-    """Edge attribution patching: the score of an edge from u into v is -sum over positions of (u_source - u_base) . dM/d in_v.
+    """Score every edge by edge attribution patching: -sum over positions of (u_source - u_base) . dM/d in_v for an edge u->v.
 
-    u is what the sender adds to the residual stream (the embedding; a head's z W_O, behind Gemma 2's post-norm with its scale
+    u is what the sender adds to the residual stream (the embedding; a head's z W_O, after Gemma 2's post-norm with its scale
     frozen in each of the two runs; an MLP's output), in_v the stream that v reads, before its norm: one for each query head's q,
-    each K/V head's k and v, each MLP, and the final stream for the logits. The norm counts in the gradient.
+    each K/V head's k and v, each MLP, and the final stream for the logits. The gradient includes the norm.
+
+    This takes two forward passes without a graph, one forward and backward pass per step, and for every receiver one backward
+    pass through its own norm and projection. Memory: the contributions of all senders, senders x tokens x d_model in float32,
+    twice per batch.
 
     Args:
-        base, source: pairs of prompts of equal length.
-        metric: logit_diff or probability; for EAP-IG also kl, to the base run (with eap its gradient is 0).
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        base: the prompts that are patched.
+        source: the prompts that contributions are taken from, paired with `base` by order and of equal length.
+        metric: logit_diff, probability or logit; for EAP-IG also kl, to the base run (with eap its gradient is 0).
         method: where gradients are taken.
 
             * eap (Syed et al. 2023): in the base run.
             * eap_ig_inputs (Hanna et al. 2024): the mean over k = 1 ... `steps` of runs whose embedding is
               source + k/steps (base - source).
-            * eap_ig_activations (after Marks et al. 2024): the same, but what is interpolated is what one stage adds to the
-              stream of the base run, for the edges of its senders: the embedding, then layer by layer all heads together
-              and the MLP. 2L + 1 times as many passes; with many steps a stage's edges add up to the effect of patching it.
+            * eap_ig_activations (after Marks et al. 2024): the same, but one stage's contribution to the stream of the base run
+              is interpolated, for the edges of its senders: the embedding, then layer by layer all heads together and the MLP.
+              It takes 2L + 1 times as many passes; with many steps a stage's edges add up to the effect of patching it.
 
         steps: of the two integrated gradients; 1 is eap.
+        batch_size: prompts per forward and backward pass.
+        progress: show a bar.
 
-    Two forward passes without a graph, and one forward and backward pass a step; further, for every receiver, one backward pass
-    through its own norm and projection. Memory: what all senders add, senders x tokens x d_model float32 twice a batch.
+    Returns:
+        One estimate per edge and prompt.
 
-    Raises ValueError, before the model runs: a metric that has no gradient, an unknown method, less than one step, prompts that
-    are no pairs or of unequal lengths, and output projections that cannot be split by heads.
+    Raises:
+        ValueError: before the model runs, for a metric without a gradient, an unknown method, fewer than one step, prompts that
+            are not pairs or of unequal lengths, and output projections that cannot be split by heads.
     """
     check_edges(model, base, source, metric, method, steps)
     nodes = tuple(senders(model.config)), tuple(receivers(model.config))
-    reached = torch.from_numpy(_reached(*nodes))
-    scores = np.empty((*reached.shape, len(base)), np.float32)
+    exists = torch.from_numpy(_edge_exists(*nodes))
+    scores = np.empty((*exists.shape, len(base)), np.float32)
     pairs = zip(base.batches(batch_size, "right"), source.batches(batch_size, "right"), strict=True)
     bar = tqdm(total=len(base), desc=method, unit="prompt", disable=not progress)
     with bar, evaluating(model), torch.inference_mode(False):
@@ -147,27 +168,27 @@ def edge_attribution(
         for batch, of_source in pairs:
             assert batch.index == of_source.index  # lengths are equal, so both are sorted alike
             changes, clean = _changes(model, batch, of_source)
-            found = torch.zeros(len(batch.index), *reached.shape, device=changes.device)
-            for stage, counted in _paths(model, method):
+            found = torch.zeros(len(batch.index), *exists.shape, device=changes.device)
+            for stage, counted in _stages(model, method):
                 count = steps if stage else 1
                 for k in range(1, count + 1):
-                    run = _Run(model, batch, metric, clean, stage, changes, 1 - k / count)
-                    found -= run.products(changes, counted, reached) / count
-            found.masked_fill_(~reached.to(found.device), torch.nan)
+                    run = _GradientRun(model, batch, metric, clean, stage, changes, 1 - k / count)
+                    found -= run.products(changes, counted, exists) / count
+            found.masked_fill_(~exists.to(found.device), torch.nan)
             scores[:, :, batch.index] = found.permute(1, 2, 0).cpu().numpy()
             bar.update(len(batch.index))
     return EdgeScores(*nodes, scores, metric, method)
 
 
 class _Stage(NamedTuple):
-    """Senders that write at once, and where what they write can be changed."""
+    """Senders that write at the same point, and the component where what they write can be changed."""
 
     where: Where
     senders: slice
 
 
-def _paths(model: PreTrainedModel, method: EdgeMethod) -> list[tuple[_Stage | None, slice]]:
-    """What is interpolated, if anything, and the senders whose edges are scored by that."""
+def _stages(model: PreTrainedModel, method: EdgeMethod) -> list[tuple[_Stage | None, slice]]:
+    """For each series of runs the stage that is interpolated, if any, and the senders whose edges it scores."""
     each, heads = n_heads(model.config) + 1, n_heads(model.config)
     embed = _Stage(("block_input", 0), slice(0, 1))
     everything = slice(0, 1 + n_layers(model.config) * each)
@@ -183,8 +204,8 @@ def _paths(model: PreTrainedModel, method: EdgeMethod) -> list[tuple[_Stage | No
     return [(stage, stage.senders) for stage in stages]
 
 
-class _Inlet(NamedTuple):
-    """Receivers that read by one module: all q of a layer, its MLP."""
+class _ReceiverGroup(NamedTuple):
+    """Receivers that read through one module: all q of a layer, or its MLP."""
 
     site: str
     layer: int
@@ -193,16 +214,16 @@ class _Inlet(NamedTuple):
     stream: Where
 
 
-def _inlets(model: PreTrainedModel) -> Iterator[_Inlet]:
+def _receiver_groups(model: PreTrainedModel) -> Iterator[_ReceiverGroup]:
     first = 0
     for (site, layer), nodes in groupby(receivers(model.config), lambda node: (node.site, node.layer)):
         at = n_layers(model.config) - 1 if layer is None else layer
         group = slice(first, first := first + len(list(nodes)))
-        yield _Inlet(site, at, group, (_READS[site], at), (_STREAM[site], at))
+        yield _ReceiverGroup(site, at, group, (_READS[site], at), (_STREAM[site], at))
 
 
-class _Run:
-    """A forward pass on base, moved by `share` of the way to source at one stage, and the metric's gradient at every receiver."""
+class _GradientRun:
+    """A forward pass on base, shifted towards source by `share` at one stage, and the metric's gradient at every receiver."""
 
     def __init__(
         self,
@@ -214,9 +235,9 @@ class _Run:
         changes: Float[Tensor, "batch sender pos d_model"],
         share: float,
     ) -> None:
-        self.model, self.inlets = model, list(_inlets(model))
+        self.model, self.groups = model, list(_receiver_groups(model))
         with ExitStack() as hooks, torch.enable_grad():
-            places = {where for inlet in self.inlets for where in (inlet.reads, inlet.stream)}
+            places = {where for group in self.groups for where in (group.reads, group.stream)}
             hooks.enter_context(Taps(model, card_of(model), [*places, *([stage.where] if stage else ())]))
             if stage is not None:
                 shift = share * changes[:, stage.senders].sum(1)
@@ -228,32 +249,41 @@ class _Run:
         self,
         changes: Float[Tensor, "batch sender pos d_model"],
         counted: slice,
-        reached: Bool[Tensor, "sender receiver"],
+        exists: Bool[Tensor, "sender receiver"],
     ) -> Float[Tensor, "batch sender receiver"]:
-        """What the counted senders change times the gradient, for every receiver; 0 elsewhere."""
-        products = changes.new_zeros(len(changes), *reached.shape)
-        inlets = [inlet for inlet in self.inlets if reached[counted, inlet.receivers.start].any()]
-        total_at = torch.autograd.grad(self.total, [self.seen[inlet.reads] for inlet in inlets], retain_graph=True)
-        for inlet, gradient in zip(inlets, total_at, strict=True):
-            # Senders are in the order in which they write, so that those that reach are the first ones.
-            those = slice(counted.start, min(counted.stop, int(reached[:, inlet.receivers.start].sum())))
-            in_stream = self._in_stream(inlet, gradient).to(changes.device)
-            products[:, those, inlet.receivers] = changes[:, those].flatten(2) @ in_stream.flatten(2).transpose(1, 2)
+        """Multiply the changes of some senders by the gradient at every receiver.
+
+        Args:
+            changes: source minus base of every sender's contribution.
+            counted: the senders whose edges are scored.
+            exists: where there is an edge.
+
+        Returns:
+            The products; 0 for other senders and where there is no edge.
+        """
+        products = changes.new_zeros(len(changes), *exists.shape)
+        groups = [group for group in self.groups if exists[counted, group.receivers.start].any()]
+        total_at = torch.autograd.grad(self.total, [self.seen[group.reads] for group in groups], retain_graph=True)
+        for group, gradient in zip(groups, total_at, strict=True):
+            # Senders are ordered as they write, so those that reach the receiver come first.
+            those = slice(counted.start, min(counted.stop, int(exists[:, group.receivers.start].sum())))
+            in_stream = self._in_stream(group, gradient).to(changes.device)
+            products[:, those, group.receivers] = changes[:, those].flatten(2) @ in_stream.flatten(2).transpose(1, 2)
         return products
 
     def _in_stream(
-        self, inlet: _Inlet, gradient: Float[Tensor, "batch pos width"]
+        self, group: _ReceiverGroup, gradient: Float[Tensor, "batch pos width"]
     ) -> Float[Tensor, "batch receiver pos d_model"]:
-        """The gradient at each receiver's input in the stream, by way of this receiver alone: back through projection and norm.
+        """The gradient at the stream through each receiver alone: back through its projection and norm.
 
-        These two lie between tensors that the forward pass has kept, so that its own graph leads back from one to the other.
+        Both lie between tensors that the forward pass has kept, so that its own graph connects the two.
         """
-        if inlet.reads == inlet.stream:
+        if group.reads == group.stream:
             return gradient[:, None].float()
-        reads, stream = self.seen[inlet.reads], self.seen[inlet.stream]
+        reads, stream = self.seen[group.reads], self.seen[group.stream]
         parts: Iterable[Any] = [slice(None)]
-        if inlet.site in SIDE_BY_SIDE:
-            parts = head_entries(self.model, FIELD_NAMES[inlet.site], reads.shape[-1])
+        if group.site in SIDE_BY_SIDE:
+            parts = head_entries(self.model, FIELD_NAMES[group.site], reads.shape[-1])
         found: list[Tensor] = []
         for part in parts:
             own = torch.zeros_like(gradient)
@@ -267,7 +297,7 @@ def _changes(
 ) -> tuple[Float[Tensor, "batch sender pos d_model"], Float[Tensor, "batch vocab"]]:
     """Source minus base of what every sender adds to the stream, and the base run's last logits.
 
-    Padding stands behind the real tokens and no gradient comes to it, so that it does not matter what is there.
+    Padding comes after the real tokens and gets no gradient, so its values do not matter.
     """
     changes, _ = _contributions(model, source)
     of_base, clean = _contributions(model, base)
@@ -304,7 +334,7 @@ def _contributions(
     return torch.cat([part.to(device) for part in added], 1), logits
 
 
-def _reached(writing: Iterable[Node], reading: Iterable[Node]) -> Bool[np.ndarray, "sender receiver"]:
+def _edge_exists(writing: Iterable[Node], reading: Iterable[Node]) -> Bool[np.ndarray, "sender receiver"]:
     reading = tuple(reading)
     return np.array([[reaches(sender, receiver) for receiver in reading] for sender in writing])
 
@@ -312,14 +342,26 @@ def _reached(writing: Iterable[Node], reading: Iterable[Node]) -> Bool[np.ndarra
 def check_edges(
     model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts, metric: str, method: str, steps: int
 ) -> None:
-    """Raise ValueError for whatever `edge_attribution` refuses; nothing is run."""
+    """Check the arguments of `edge_attribution`; nothing is run.
+
+    Args:
+        model: as for `edge_attribution`.
+        base: as for `edge_attribution`.
+        source: as for `edge_attribution`.
+        metric: as for `edge_attribution`.
+        method: as for `edge_attribution`.
+        steps: as for `edge_attribution`.
+
+    Raises:
+        ValueError: for whatever `edge_attribution` refuses.
+    """
     card = card_of(model)
     for name in (*_STREAM.values(), *_READS.values()):
         card.component(model, name)
     if method not in get_args(EdgeMethod):
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number from 1 on, not {steps!r}.")
+        raise ValueError(f"steps must be a whole number of 1 or more, not {steps!r}.")
     check_tokenized(model, base, source)
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
     check_differentiable(

@@ -1,16 +1,16 @@
-"""Which tokens of a prompt make a head do what it does: integrated gradients over the tokens' embeddings, by Captum.
+"""Input attribution: which tokens of a prompt drive a head, by integrated gradients over token embeddings, with Captum.
 
     target = Target(layer=3, head=1, queries=queries, hubs=hubs)
     found = integrated_gradients(model, prompts, target, fixed=tokenizer.all_special_ids)
     found.tokens[0], found.error[0]
 
-A prompt's embeddings go from a baseline to what they are on a straight line. The gradients of a number f along the line, averaged
-and multiplied with the way (Sundararajan, Taly and Yan 2017), are what each token contributes to f(prompt) - f(baseline); the
-attribution of a token is the sum over its embedding. That they add up to the difference is called completeness, and by how much
-they miss it is the error of the average over steps, which are the nodes of Gauss-Legendre quadrature.
+A prompt's embeddings move on a straight line from a baseline to their actual values. The gradients of a scalar f along the line,
+averaged and multiplied by the displacement (Sundararajan, Taly and Yan 2017), are what each token contributes to
+f(prompt) - f(baseline); a token's attribution is the sum over its embedding. That attributions add up to the difference is called
+completeness; how far they miss it is the error of the average over steps, which are the nodes of Gauss-Legendre quadrature.
 
-What is attributed is what the embedding module gives, in Gemma with its scale. Positions are no part of it: they are the same at
-both ends, so that what a head does by position alone is in f(baseline). Sums are in float32 or wider.
+Attributions are to the output of the embedding module, in Gemma with its scale. Positions are not attributed: they are the same
+at both ends, so that what a head does by position alone is part of f(baseline). Sums are in float32 or wider.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pyvene_ext.methods.attribution.gradients import check_gradient
 from pyvene_ext.methods.heads.patterns import check_prompts
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
+    StopForward,
     Where,
     check_projections,
     hook_component,
@@ -43,21 +44,22 @@ from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 
 Baseline = Literal["mean", "zero", "pad"]
-ROWS = 8192  # rows of the embedding that are averaged at once
-COMPLETE = 0.05  # the completeness error from which on attributions are not to be used
+ROWS = 8192  # rows of the embedding matrix that are averaged at once
+COMPLETE = 0.05  # attributions with a completeness error of this or more should not be used
 
 
 @dataclass(frozen=True)
 class Target:
-    """The number of a head that is attributed, the mean over some queries of each prompt.
+    """The scalar of a head that is attributed: a mean over some queries of each prompt.
 
-    With `hubs` it is the attention that a query pays to one token; else the head's contribution to the residual stream at the
-    query, along `directions`, or along the direction (of length 1) that it has there in the prompt as it is.
+    With `hubs` it is the query's attention to one token; else the head's contribution to the residual stream at the query,
+    projected on `directions`, or on the (unit) direction that the contribution has in the actual prompt.
 
     Attributes:
-        layer, head: which head.
-        queries: of each prompt the tokens, counted from its first.
-        hubs: of each prompt the token that is looked at, counted from its first.
+        layer: the head's layer.
+        head: the query head.
+        queries: for each prompt its query tokens, counted from its first token.
+        hubs: for each prompt the token that is attended to, counted from its first token.
         directions: one for each prompt.
     """
 
@@ -70,10 +72,10 @@ class Target:
 
 @dataclass(frozen=True)
 class InputAttribution:
-    """What each token contributes to a target.
+    """The contribution of each token to a target.
 
     Attributes:
-        tokens: of every prompt, one number a token; 0 for a token that is fixed.
+        tokens: for every prompt one number per token; 0 for a token that is fixed.
         value: f of each prompt.
         at_baseline: f of its baseline.
     """
@@ -84,18 +86,18 @@ class InputAttribution:
 
     @property
     def error(self) -> Float64[np.ndarray, " prompt"]:
-        """How far the sum over tokens is from f(prompt) - f(baseline), as a share of that; NaN where all three are equal."""
+        """How far the sum over tokens is from f(prompt) - f(baseline), relative to it; NaN if both are 0."""
         change = self.value - self.at_baseline
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.abs(np.array([some.sum() for some in self.tokens]) - change) / np.abs(change)
 
     @property
     def complete(self) -> np.ndarray:
-        """Whose error is below `COMPLETE`."""
+        """Which prompts have an error below `COMPLETE`."""
         return self.error < COMPLETE
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; `from_dict` gives it back."""
+        """Convert to plain data, which `from_dict` reads."""
         return {
             "tokens": [some.tolist() for some in self.tokens],
             "value": self.value.tolist(),
@@ -104,6 +106,7 @@ class InputAttribution:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> InputAttribution:
+        """Convert back what `as_dict` returned."""
         tokens = tuple(np.array(some, np.float64) for some in record["tokens"])
         return cls(tokens, np.array(record["value"]), np.array(record["at_baseline"]))
 
@@ -122,33 +125,36 @@ def integrated_gradients(
     """Attribute a target to the tokens of each prompt.
 
     Args:
-        model: with a card, and attention that can be seen (eager or sdpa); used in eval mode and left as it was, also after an
-            error.
-        prompts: of any lengths. Tokens behind the last query contribute nothing; leave them out.
-        target: whose queries and hubs are tokens of these prompts.
+        model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards,
+            also after an error.
+        prompts: of any lengths. Tokens after the last query contribute nothing; leave them out.
+        target: the head's scalar; its queries and hubs are tokens of these prompts.
         baseline: where the line begins, the same for every token: the mean of all embeddings, zero, or the embedding of
-            `prompts.pad_id` (which can be zero, too). From zero, an RMSNorm makes almost all that happens on the line happen next
-            to its first end, where few steps are: the error is large.
+            `prompts.pad_id` (which can be zero, too). From zero, an RMSNorm concentrates almost all change near the beginning of
+            the line, where there are few steps, so the error is large.
         steps: points on the line.
-        fixed: ids that keep their embeddings at both ends, such as a BOS that heads rest on.
-        batch_size: points a forward and backward pass.
+        fixed: ids that keep their embeddings at both ends, such as a BOS that serves as attention sink.
+        batch_size: points per forward and backward pass.
         progress: show a bar.
 
+    Returns:
+        One number per token, and f at both ends of the line.
+
     Raises:
-        ValueError: before the model runs, for steps below 1, a head that the model has not, tokens that a prompt has not, a hub
-            that a query comes before, a model in float16 or with quantised weights, whose gradients are none.
-        MissingExtra: without Captum.
+        ValueError: before the model runs, for fewer than 1 step, a head that the model lacks, tokens that a prompt lacks, a query
+            before its hub, and a model in float16 or with quantised weights, which have no usable gradients.
+        MissingExtra: Captum is not installed.
     """
     need("input-attribution")
     from captum.attr import IntegratedGradients
 
     check(model, prompts, target, baseline, steps)
-    batches = prompts.batches(batch_size, "right")  # so that no row of attention is empty
+    batches = prompts.batches(batch_size, "right")  # so that every query sees a key
     tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)
     value, at_baseline = np.empty(len(prompts)), np.empty(len(prompts))
     bar = tqdm(total=len(prompts), desc=f"{target.layer}.{target.head}", unit="prompt", disable=not progress)
     with bar, evaluating(model), torch.inference_mode(False), _TargetOutput(model, target) as head:
-        model.requires_grad_(False)  # nothing is kept for parameters
+        model.requires_grad_(False)  # no gradients of parameters
         start_point = baseline_embedding(model, baseline, prompts.pad_id)
         for batch in batches:
             end = _embed(model, batch.input_ids)
@@ -156,9 +162,9 @@ def integrated_gradients(
                 batch.input_ids, torch.tensor(list(fixed), dtype=torch.long)
             )
             start = torch.where(free[..., None].to(end.device), start_point.to(end), end)
-            number = head.on(batch, end)
+            scalar = head.scalar(batch, end)
             rows = torch.arange(len(batch.index), device=end.device)
-            found = IntegratedGradients(number).attribute(
+            found = IntegratedGradients(scalar).attribute(
                 end,
                 start,
                 additional_forward_args=rows,
@@ -167,7 +173,7 @@ def integrated_gradients(
             )
             by_token = found.double().sum(-1).cpu().numpy()
             with torch.no_grad():
-                ends = [number(x, rows).double().cpu().numpy() for x in (end, start)]
+                ends = [scalar(x, rows).double().cpu().numpy() for x in (end, start)]
             for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
                 tokens[prompt] = by_token[row, :length]
                 value[prompt], at_baseline[prompt] = ends[0][row], ends[1][row]
@@ -176,7 +182,16 @@ def integrated_gradients(
 
 
 def baseline_embedding(model: PreTrainedModel, baseline: Baseline, pad_id: int) -> Float[Tensor, " d_model"]:
-    """What every token's embedding is at the beginning of the line."""
+    """The embedding that every token has at the beginning of the line.
+
+    Args:
+        model: the model.
+        baseline: mean, zero or pad.
+        pad_id: the token of the baseline pad.
+
+    Returns:
+        One embedding.
+    """
     if baseline == "pad":
         return _embed(model, torch.tensor([pad_id]))[0]
     embeddings: Any = model.get_input_embeddings()
@@ -194,16 +209,12 @@ def _embed(model: PreTrainedModel, ids: Int[Tensor, "*some"]) -> Float[Tensor, "
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32, or in what is wider."""
+    """Convert to float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _Enough(Exception):
-    """No more of the model needs to run."""
-
-
 class _TargetOutput:
-    """A head's number, read while the model runs on embeddings; a context manager."""
+    """Reads a target's scalar while the model runs on embeddings; a context manager."""
 
     def __init__(self, model: PreTrainedModel, target: Target) -> None:
         self.model, self.target = model, target
@@ -213,29 +224,37 @@ class _TargetOutput:
     def __enter__(self) -> _TargetOutput:
         with ExitStack() as hooks:
             hooks.enter_context(Taps(self.model, card_of(self.model), [self.where]))
-            hook_component(self.model, self.where, self._see, hooks)
+            hook_component(self.model, self.where, self._keep, hooks)
             self.hooks = hooks.pop_all()
         return self
 
-    def _see(self, x: Tensor) -> None:
+    def _keep(self, x: Tensor) -> None:
         self.seen = x
-        raise _Enough
+        raise StopForward
 
     def __exit__(self, *_: object) -> None:
         self.hooks.close()
 
-    def on(self, batch: Batch, end: Float[Tensor, "batch pos d_model"]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The number of points on the lines of a batch's prompts, given their embeddings and which row of the batch each is."""
+    def scalar(self, batch: Batch, end: Float[Tensor, "batch pos d_model"]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Make the function f for a batch.
+
+        Args:
+            batch: some of the prompts.
+            end: their embeddings.
+
+        Returns:
+            A function of points on the prompts' lines: their embeddings, and the row of the batch that each belongs to.
+        """
         inputs = batch.inputs(end.device)
         del inputs["input_ids"]
-        weight = torch.zeros(batch.input_ids.shape)  # of each token as a query
+        weight = torch.zeros(batch.input_ids.shape)  # of each query in the mean
         for row, prompt in enumerate(batch.index):
             weight[row, list(self.target.queries[prompt])] = 1 / len(self.target.queries[prompt])
 
         def read(points: Tensor, rows: Tensor) -> Float[Tensor, "point pos *key_or_d"]:
-            given = {name: x[rows] for name, x in inputs.items()}
-            with suppress(_Enough):
-                self.model.base_model(inputs_embeds=points.to(self.model.dtype), use_cache=False, **given)
+            of_rows = {name: x[rows] for name, x in inputs.items()}
+            with suppress(StopForward):
+                self.model.base_model(inputs_embeds=points.to(self.model.dtype), use_cache=False, **of_rows)
             return _wide(split_heads(self.seen, self.where[0], self.model)[:, self.target.head])
 
         if self.target.hubs is not None:
@@ -248,16 +267,27 @@ class _TargetOutput:
             with torch.no_grad():
                 along = torch.nn.functional.normalize(read(end, torch.arange(len(end), device=end.device)), dim=-1)
 
-        def number(points: Tensor, rows: Tensor) -> Float[Tensor, " point"]:
+        def scalar(points: Tensor, rows: Tensor) -> Float[Tensor, " point"]:
             seen = read(points, rows)
             at, by_query = (x.to(seen)[rows.to(seen.device)] for x in (along, weight))
             return ((seen * at).sum(-1) * by_query).sum(-1)
 
-        return number
+        return scalar
 
 
 def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, baseline: str, steps: int) -> None:
-    """Raise ValueError for what `integrated_gradients` refuses; runs nothing."""
+    """Check the arguments of `integrated_gradients`; nothing is run.
+
+    Args:
+        model: as for `integrated_gradients`.
+        prompts: as for `integrated_gradients`.
+        target: as for `integrated_gradients`.
+        baseline: as for `integrated_gradients`.
+        steps: as for `integrated_gradients`.
+
+    Raises:
+        ValueError: for whatever `integrated_gradients` refuses.
+    """
     check_attributable(model)
     check_prompts(model, prompts)
     refuse_latent_steps(model, prompts.input_ids)
@@ -276,24 +306,31 @@ def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, bas
     for what, some in (("queries", target.queries), ("hubs", target.hubs), ("directions", target.directions)):
         if some is not None and len(some) != len(prompts):
             raise ValueError(
-                f"the target has {what} of {len(some)} prompts and there are {len(prompts)}; give one each."
+                f"the target has {what} for {len(some)} prompts but there are {len(prompts)}; give one each."
             )
     for prompt, (ids, queries) in enumerate(zip(prompts.input_ids, target.queries, strict=True)):
         if not queries or not 0 <= min(queries) <= max(queries) < len(ids):
             raise ValueError(f"the queries of prompt {prompt} must be one or more of its {len(ids)} tokens.")
         if target.hubs is not None and not 0 <= target.hubs[prompt] <= min(queries):
             raise ValueError(
-                f"token {target.hubs[prompt]} of prompt {prompt} is no hub of the query at token {min(queries)}: queries see "
-                "themselves and what comes before."
+                f"token {target.hubs[prompt]} of prompt {prompt} cannot be the hub of the query at token {min(queries)}: queries "
+                "see only themselves and earlier tokens."
             )
 
 
 def check_attributable(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model through which no gradient goes that is one."""
+    """Check that gradients can be taken through a model.
+
+    Args:
+        model: any model.
+
+    Raises:
+        ValueError: it is in float16, or has quantised weights.
+    """
     check_gradient("attention and of outputs of heads", model.dtype)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and no gradient goes through rounded weights; load "
-                "the model without quantisation."
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and no gradient passes through quantised weights; "
+                "load the model without quantisation."
             )

@@ -1,10 +1,10 @@
 """Attribution patching as a screen: first-order estimates for every intervention, exact runs for those that could matter.
 
-The estimate (Nanda 2023; the AtP of Kramar et al. 2024) takes the metric as linear around the clean run, so that all specs share
-one forward and one backward pass. It is no bound: where the model is far from linear (a saturated softmax, a norm, effects that
-cancel) an ablation may matter and its estimate be small. Zeroing a whole residual stream is the plainest case: a norm behind it
-ignores its length, so that after the last block the estimate is 0. So `screened` also measures, on a random subset of what the
-screen sets aside, what share of the interventions that matter it has caught.
+The estimate (Nanda 2023; AtP in Kramar et al. 2024) linearises the metric around the clean run, so that all specs share one
+forward and one backward pass. It is not a bound: where the model is far from linear (a saturated softmax, a norm, effects that
+cancel) an ablation may matter although its estimate is small. The clearest case is zeroing the whole residual stream: the norm
+that follows ignores its length, so that after the last block the estimate is 0. Therefore `screened` also measures, on a random
+subset of what the screen rejects, what share of the interventions that matter it has caught.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from pyvene_ext.specs.joint import (
 )
 from pyvene_ext.stats.intervals import Interval
 
-BESIDE = ("attention_scores", "head_value_output")  # of which uniform attention is made
+UNIFORM_Z_INPUTS = ("attention_scores", "head_value_output")  # what the z of uniform attention is computed from
 DIFFERENTIABLE = ("logit_diff", "probability", "logit")
-LEAST_CHECKED = 20  # of what is set aside: fewer say next to nothing about the recall
+MIN_CHECKED = 20  # rejected interventions run exactly; fewer say next to nothing about the recall
 
 
 def estimate(
@@ -61,51 +61,73 @@ def estimate(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Float32[np.ndarray, "n_interventions n_prompts"]:
-    """First-order estimates of `run(...).delta`, from one forward and one backward pass a batch, however many specs there are.
+    """Estimate `run(...).delta` to first order, from one forward and one backward pass per batch, whatever the number of specs.
 
     delta = clean - intervened is estimated by the sum over the edited entries of (old - new) * d metric / d old, with old and the
     gradient from the clean run, products and sums in float32. A joint spec is the sum over its members. Ablated scores count
-    where they act, in z: zero is a z of 0, mean the z of uniform attention. The arguments are those of `runner.run`. The model
-    is left as it was and no parameter gets a gradient.
+    where they act, in z: zero is a z of 0, mean is the z of uniform attention. No parameter gets a gradient.
 
-    Raises ValueError, before the model runs, for a metric without a useful first order, and for a spec that does not fit the
-    model, the prompts or the reference set.
+    Args:
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        specs: one edit, or a list of edits and of tuples of them (made jointly).
+        prompts: the prompts that are intervened on.
+        metric: logit_diff, probability or logit.
+        reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
+        batch_size: prompts per forward and backward pass.
+        progress: show a bar.
+
+    Returns:
+        The estimates.
+
+    Raises:
+        ValueError: before the model runs, for a metric without a useful gradient, and for a spec that does not fit the model, the
+            prompts or the reference set.
     """
-    resolved = _resolved(model, specs, prompts, metric, reference)
+    resolved = _resolve(model, specs, prompts, metric, reference)
     return estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
 
 
 def estimate_resolved(
     resolved: Resolved, metric: str, *, batch_size: int = 8, progress: bool = True
 ) -> Float32[np.ndarray, "n_interventions n_prompts"]:
-    """`estimate` of what is resolved and checked already."""
+    """Estimate specs that are already resolved and checked, as `estimate` does.
+
+    Args:
+        resolved: the specs on the prompts.
+        metric: as for `estimate`.
+        batch_size: prompts per forward and backward pass.
+        progress: show a bar.
+
+    Returns:
+        The estimates.
+    """
     model, prompts = resolved.model, resolved.prompts
-    resolved = resolved.measured(batch_size=batch_size, progress=progress)
+    resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     joint = [members(spec) for spec in resolved.specs]
     estimates = np.empty((len(joint), len(prompts)), np.float32)
     bar = tqdm(total=len(prompts), desc="estimates", unit="prompt", disable=not progress)
     with bar, evaluating(model), torch.inference_mode(False):
-        # Nothing is kept for parameters, and a graph starts at the first place that is edited.
+        # No gradients of parameters: the graph starts at the first place that is edited.
         model.requires_grad_(False)
-        # Padded on the right: no real token sees padding, and no query is without a key, which could make a gradient NaN.
+        # Padded on the right: no real token sees padding, and every query sees a key (else gradients could be NaN).
         for batch in prompts.batches(batch_size, "right"):
-            line = _linearise(model, [edit for spec in joint for edit in spec], batch, metric)
+            linearisation = _linearise(model, [edit for spec in joint for edit in spec], batch, metric)
             with torch.no_grad():
                 for number, spec in enumerate(joint):
-                    parts = [_first_order(edit, line, batch, resolved) for edit in spec]
+                    parts = [_first_order(edit, linearisation, batch, resolved) for edit in spec]
                     estimates[number, batch.index] = torch.stack(parts).sum(0).numpy()
             bar.update(len(batch.index))
     return estimates
 
 
-def _resolved(
+def _resolve(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
     metric: str,
     reference: Reference | None,
 ) -> Resolved:
-    """The specs on the prompts, once it is known that they and the metric have a first order."""
+    """Resolve specs after checking that they and the metric have a first-order estimate."""
     specs = as_specs(specs)
     if metric in METRICS and metric not in DIFFERENTIABLE:
         why = "kl to the clean run is of second order" if metric == "kl" else f"{metric!r} has no gradient"
@@ -121,27 +143,27 @@ def _resolved(
 
 
 @dataclass(frozen=True)
-class _Line:
-    """The clean run of one batch: what there is at every edited place, the metric's gradient there, and by layer uniform z."""
+class _Linearisation:
+    """The clean run of one batch: activations and the metric's gradient by place, and the z of uniform attention by layer."""
 
     old: dict[Place, Float[Tensor, "batch pos *head d"]]
     gradient: dict[Place, Float[Tensor, "batch pos *head d"]]
     uniform: dict[int, Float[Tensor, "batch pos head d_head"]]
 
 
-def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metric: str) -> _Line:
+def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metric: str) -> _Linearisation:
     """One forward and one backward pass."""
     card, sizes = card_of(model), dimensions(model.config)
-    places = dict.fromkeys(edit.linear_place for edit in edits)
+    places = dict.fromkeys(edit.first_order_place for edit in edits)
     uniform = dict.fromkeys(edit.layer or 0 for edit in edits if edit.is_uniform)
-    # All heads side by side: a part of a tensor would be no part of the graph.
+    # All heads concatenated: a slice would not be part of the graph.
     named = {place: SIDE_BY_SIDE.get(place[0], FIELD_NAMES[place[0]]) for place in places}
     kept = [(component, place[1] or 0) for place, component in named.items()]
     with ExitStack() as hooks, torch.enable_grad():
-        # Which keys a query may see is read where the edit itself would read it.
-        beside = [(component, layer) for component in BESIDE for layer in uniform]
-        hooks.enter_context(Taps(model, card, [*kept, *beside]))
-        seen_beside = record_activations(model, beside, hooks)
+        # Which keys are visible is read where the edit itself would read it.
+        inputs = [(component, layer) for component in UNIFORM_Z_INPUTS for layer in uniform]
+        hooks.enter_context(Taps(model, card, [*kept, *inputs]))
+        seen_inputs = record_activations(model, inputs, hooks)
         seen = record_activations(model, kept, hooks, graph=True)
         total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
     old = [seen[named[place], place[1] or 0] for place in named]
@@ -151,7 +173,7 @@ def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metri
         return x.unflatten(-1, (-1, sizes["d_head"]))
 
     def uniform_z(layer: int) -> Tensor:
-        scores, values = (split_heads(seen_beside[where, layer].detach(), where, model) for where in BESIDE)
+        scores, values = (split_heads(seen_inputs[where, layer].detach(), where, model) for where in UNIFORM_Z_INPUTS)
         visible, values = (scores[:, 0] > -torch.inf).float(), values.float()  # visible: the same for every head
         mean = torch.einsum("bqk,bhkd->bqhd", visible / visible.sum(-1, keepdim=True), values)
         return mean.repeat_interleave(sizes["n_head"] // sizes["n_kv_head"], dim=2)
@@ -160,10 +182,12 @@ def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metri
         parts = {p: split_heads(x.detach(), named[p], model) for p, x in zip(named, tensors, strict=True)}
         return {p: by_head(x) if p[0] in SIDE_BY_SIDE else x for p, x in parts.items()}
 
-    return _Line(by_place(old), by_place(gradient), {layer: uniform_z(layer) for layer in uniform})
+    return _Linearisation(by_place(old), by_place(gradient), {layer: uniform_z(layer) for layer in uniform})
 
 
-def _first_order(edit: OneSpec, line: _Line, batch: Batch, resolved: Resolved) -> Float[Tensor, " batch"]:
+def _first_order(
+    edit: OneSpec, linearisation: _Linearisation, batch: Batch, resolved: Resolved
+) -> Float[Tensor, " batch"]:
     """The sum of (old - new) * gradient over what one edit changes, on the CPU."""
     tokens = resolved.tokens_of(edit, batch.index)
     columns = pad_sequence([torch.tensor(row) for row in tokens], batch_first=True)
@@ -174,27 +198,28 @@ def _first_order(edit: OneSpec, line: _Line, batch: Batch, resolved: Resolved) -
         x = x[rows, columns]
         return (x if edit.heads is None else x[:, :, list(edit.heads)]).float()
 
-    old = edited(line.old[edit.linear_place])
+    old = edited(linearisation.old[edit.first_order_place])
     if edit.is_uniform:
-        new = edited(line.uniform[edit.layer or 0])
+        new = edited(linearisation.uniform[edit.layer or 0])
     else:
         values = resolved.replacements(edit, batch.index)
-        given = None if values is None else pad_sequence([value.float() for value in values], batch_first=True)
-        new = edit.changed(old, None if given is None else given.to(old.device))
-    by_token = ((old - new) * edited(line.gradient[edit.linear_place])).flatten(2).sum(-1)
+        padded = None if values is None else pad_sequence([value.float() for value in values], batch_first=True)
+        new = edit.apply(old, None if padded is None else padded.to(old.device))
+    by_token = ((old - new) * edited(linearisation.gradient[edit.first_order_place])).flatten(2).sum(-1)
     return (by_token.cpu() * real).sum(-1)
 
 
 @dataclass(frozen=True)
 class Screen:
-    """What a screen found; an intervention is active if |delta| > tau on at least one prompt.
+    """The result of a screen; an intervention is active if |delta| > tau on at least one prompt.
 
     Attributes:
-        result: of the interventions that were run exactly; NaN under `intervened` for the others.
-        estimates: first-order estimates of delta, of all.
-        could_matter: |estimate| > margin * tau on at least one prompt, or not a number: all of these were run exactly.
+        result: of the interventions that were run exactly; for the others `intervened` is NaN.
+        estimates: first-order estimates of delta, for all interventions.
+        could_matter: |estimate| > margin * tau on at least one prompt, or NaN: all of these were run exactly.
         checked: a random subset of the others, run exactly to measure what the screen misses.
-        tau, margin: as given.
+        tau: the threshold of |delta|.
+        margin: the threshold of |estimate|, as a share of tau.
     """
 
     result: Result
@@ -213,7 +238,7 @@ class Screen:
 
     @cached_property
     def active(self) -> Bool[np.ndarray, " n_interventions"]:
-        """Which interventions are known to be active; of those not run exactly nothing is known, and they count as not."""
+        """Which interventions are known to be active; those not run exactly are unknown and count as inactive."""
         return (np.abs(self.result.delta) > self.tau).any(1)  # NaN > tau is False
 
     @property
@@ -223,35 +248,38 @@ class Screen:
 
     @property
     def missed(self) -> int:
-        """How many of those checked are active."""
+        """How many of the checked interventions are active."""
         return int(self.active[self.checked].sum())
 
     @property
     def recall(self) -> Interval | None:
-        """The share of the active interventions that the screen caught, with a 95% interval; None where none was found active.
+        """The share of the active interventions that the screen caught, with a 95% interval; None if none was found active.
 
-        caught / (caught + missed * n_aside / n_checked), where n_aside is how many the screen set aside. `caught` is counted;
-        only how many of those set aside are active is estimated. The checked ones are drawn without replacement, so `missed` is
-        hypergeometric, and the interval inverts its two tails (2.5% each): at least 95% of all draws cover the true recall for
-        these specs on these prompts. It has width 0 where all were checked, and a width where no miss was found but not all
-        were checked, which a bootstrap or a normal approximation would not give.
+        caught / (caught + missed * n_rejected / n_checked), where n_rejected is how many the screen rejected. `caught` is
+        counted; only the number of active ones among the rejected is estimated. The checked ones are drawn without replacement,
+        so `missed` is hypergeometric, and the interval inverts its two tails (2.5% each): at least 95% of all draws cover the
+        true recall for these specs on these prompts. Its width is 0 if all were checked, and positive if no miss was found but
+        not all were checked, which a bootstrap or a normal approximation would not give.
         """
         if not self.caught + self.missed:
             return None
-        aside = int((~self.could_matter).sum())
+        rejected = int((~self.could_matter).sum())
         total = np.array(
-            [self.missed * aside / max(1, len(self.checked)), *_count(self.missed, len(self.checked), aside)]
+            [
+                self.missed * rejected / max(1, len(self.checked)),
+                *_hypergeometric_interval(self.missed, len(self.checked), rejected),
+            ]
         )
         recall, high, low = self.caught / (self.caught + total) if self.caught else np.zeros(3)
         return Interval(float(recall), float(low), float(high))
 
     @property
     def precision(self) -> float | None:
-        """The share of those that could matter that are active, counted; None where none could matter."""
+        """The share of active ones among the interventions that could matter; None if none could matter."""
         return float(self.active[self.could_matter].mean()) if self.could_matter.any() else None
 
     def summary(self) -> str:
-        """What a report of the screen must say, in three lines."""
+        """Summarise the screen in three lines."""
         n, flagged, checked = len(self.could_matter), int(self.could_matter.sum()), len(self.checked)
         recall = (
             "not measurable: nothing that was run exactly is active"
@@ -283,44 +311,55 @@ def screened(
     progress: bool = True,
     sweep: Callable[..., Result] = fast_sweep,
 ) -> Screen:
-    """Estimate every spec, run exactly those that could matter, and run a random subset of the others to measure the recall.
+    """Estimate every spec, run those that could matter exactly, and run a random subset of the others to measure the recall.
 
     Args:
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        specs: one edit, or a list of edits and of tuples of them (made jointly).
+        prompts: the prompts that are intervened on.
         tau: a spec is active if |delta| > tau on at least one prompt.
+        metric: logit_diff, probability or logit.
+        reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         margin: a spec could matter if |estimate| > margin * tau on at least one prompt. Smaller catches more and costs more.
-        check: share of the others that is run too, but at least 20 of them (all, if there are fewer).
+        check: share of the others that is run too, but at least 20 of them (or all, if there are fewer).
         seed: of that choice.
-        batch_size: of the estimates.
-        sweep: what runs specs exactly, called like `runner.run`.
+        batch_size: prompts per forward and backward pass of the estimates.
+        progress: show bars.
+        sweep: runs specs exactly; called like `sweep`.
 
-    The other arguments are those of `estimate`. Raises ValueError, before the model runs, for what `estimate` refuses and for a
-    threshold, margin or share that makes no sense.
+    Returns:
+        Estimates, exact results, and what the screen caught and missed.
+
+    Raises:
+        ValueError: before the model runs, for what `estimate` refuses, and for a threshold, margin or share out of range.
     """
     for name, value, highest in (("tau", tau, np.inf), ("margin", margin, np.inf), ("check", check, 1.0)):
         if not 0 <= value <= highest or value == np.inf:
             raise ValueError(
-                f"{name} must be {'from 0 to 1' if highest == 1 else 'a finite number from 0 on'}, not {value}."
+                f"{name} must be {'from 0 to 1' if highest == 1 else 'a finite number of 0 or more'}, not {value}."
             )
-    resolved = _resolved(model, specs, prompts, metric, reference).measured(batch_size=batch_size, progress=progress)
+    resolved = _resolve(model, specs, prompts, metric, reference).with_statistics(
+        batch_size=batch_size, progress=progress
+    )
     specs, reference = resolved.specs, resolved.sources.reference
-    # By one process for all: what is run exactly must not hang on a last bit that differs between two GPUs.
+    # Computed by one process for all: which specs run exactly must not depend on a last bit that differs between two GPUs.
     estimates = broadcast_from_main(
         lambda: estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
     )
-    could_matter = ~(np.abs(estimates) <= margin * tau).all(1)  # an estimate that is not a number sets nothing aside
-    aside = np.flatnonzero(~could_matter)
-    n_checked = min(len(aside), max(LEAST_CHECKED, int(np.ceil(check * len(aside)))))
-    checked = np.sort(rng(seed, "screen").permutation(aside)[:n_checked])
+    could_matter = ~(np.abs(estimates) <= margin * tau).all(1)  # also true for NaN
+    rejected = np.flatnonzero(~could_matter)
+    n_checked = min(len(rejected), max(MIN_CHECKED, int(np.ceil(check * len(rejected)))))
+    checked = np.sort(rng(seed, "screen").permutation(rejected)[:n_checked])
     chosen = np.sort(np.concatenate([np.flatnonzero(could_matter), checked]))
     exact = sweep(model, [specs[i] for i in chosen], prompts, metric, reference, progress=progress)
     intervened = np.full_like(estimates, np.nan)
     intervened[chosen] = exact.intervened
-    result = Result(resolved.names, metric, exact.clean, intervened)
+    result = Result(resolved.names, metric, exact.baseline, intervened)
     return Screen(result, estimates, could_matter, checked, tau, margin)
 
 
-def _count(found: int, drawn: int, population: int, confidence: float = 0.95) -> tuple[int, int]:
-    """The exact interval of how many there are in a population, `found` of `drawn` without replacement being so."""
+def _hypergeometric_interval(found: int, drawn: int, population: int, confidence: float = 0.95) -> tuple[int, int]:
+    """The exact interval for the number of positives in a population, given `found` among `drawn` without replacement."""
     tail = (1 - confidence) / 2
     if drawn == population:
         return found, found

@@ -1,1 +1,1 @@
-"""What heads look at, write and copy: patterns, scores, name movers, translation heads, the logit lens, information flow."""
+"""What heads attend to, write and copy: patterns, scores, name movers, translation heads, the logit lens, information flow."""

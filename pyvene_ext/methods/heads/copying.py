@@ -1,12 +1,12 @@
-"""Copy scores: would a head that looks at a name write that name?
+"""Copy scores: would a head that attends to a name write that name?
 
-    ranks = copy_ranks(model, prompts, ("io", "s1"), ids)     # ids[asked, place, prompt]: which tokens' ranks are asked for
+    ranks = copy_ranks(model, prompts, ("io", "s1"), ids)     # ids[asked, place, prompt]: the tokens whose ranks are asked for
     scores = copy_scores(ranks)                               # [input sign asked layer head], share of ranks of at most 5
 
-Wang et al. 2022, section 3.1: the residual stream behind block 0 at the name goes through the head's own norm, W_V (and b_V) and
+Wang et al. 2022, section 3.1: the residual stream after block 0 at the name goes through the head's own norm, W_V (and b_V) and
 W_O, then through the final norm and the unembedding; the name should be among the top five tokens. The negative copy score is
-that of -W_O. Attention to the name is treated as 1: a high score says that the head would copy what it looked at, not that it
-looks there, nor that it matters.
+that of -W_O. Attention to the name is set to 1: a high score says that the head would copy what it attended to, not that it
+attends there, nor that it matters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 INPUTS = ("resid", "embed")
 SIGNS = ("positive", "negative")
 TOP = 5
-VOCABULARY_AT_ONCE = 4096  # tokens whose logits there are at a time
+VOCABULARY_AT_ONCE = 4096  # tokens whose logits are computed at once
 
 
 def copy_ranks(
@@ -44,37 +44,41 @@ def copy_ranks(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Int[np.ndarray, "input sign asked layer head place prompt"]:
-    """Ranks of tokens, 1 being the top, in what each head would write if it looked at a place of the prompt alone.
+    """Rank tokens by what each head would write if it attended only to one position of the prompt (Wang et al. 2022).
 
     A head's value is that of its K/V head, computed in the model's dtype; the rest is in float32. A post-norm (Gemma 2) scales
-    what the head writes by itself, the output projection's bias belongs to no head, and a soft-cap changes no rank. Tokens with
+    the head's output separately, the output projection's bias belongs to no head, and a soft-cap changes no rank. Tokens with
     equal logits share the worse rank, so that a head that writes nothing copies nothing.
 
     Args:
-        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        prompts: the prompts.
         places: positions that every prompt has.
-        ids: the tokens whose ranks are asked for, of each place and prompt.
-        batch_size: prompts a forward pass.
+        ids: the tokens whose ranks are asked for, for each place and prompt.
+        batch_size: prompts per forward pass.
         progress: show a bar.
 
     Returns:
-        ranks by input (`INPUTS`: resid, the stream behind block 0; embed, what enters block 0 and what its MLP makes of that
-        alone, W_E + MLP0) and sign (`SIGNS`).
+        Ranks, 1 being the top, by input (`INPUTS`: resid, the stream after block 0; embed, what enters block 0 plus what its MLP
+        adds to that without attention, W_E + MLP0) and sign (`SIGNS`).
 
     Raises:
-        ValueError: `ids` do not fit, a place is missing, weights cannot be taken apart, or a logit is not finite.
+        ValueError: `ids` do not fit, a place is missing, weights are not accessible, or a logit is not finite.
     """
     head: Any = model.get_output_embeddings()
     if head is None or output_weight(head) is None:
         raise ValueError(
-            f"the unembedding of {type(model).__name__} cannot be taken apart; load a causal language model without quantisation "
-            "and offloading, and merge adapters."
+            f"the unembedding of {type(model).__name__} has no accessible weights; load a causal language model without "
+            "quantisation and offloading, and merge adapters."
         )
     check_projections(model)
     if ids.ndim != 3 or ids.shape[1:] != (len(places), len(prompts)):
         raise ValueError(f"ids must be [asked {len(places)} {len(prompts)}] for these places, not {ids.shape}.")
     if ids.size and not 0 <= ids.min() <= ids.max() < len(head.weight):
-        raise ValueError(f"ids go from {ids.min()} to {ids.max()} but there are {len(head.weight)} tokens.")
+        raise ValueError(
+            f"ids range from {ids.min()} to {ids.max()} but the vocabulary has {len(head.weight)} tokens; use the model's own "
+            "tokenizer."
+        )
     sources = [("embed", None), ("resid_post", 0)]
     reference = Reference.compute(
         model, prompts, sources, bank=tuple(dict.fromkeys(places)), batch_size=batch_size, progress=progress
@@ -87,20 +91,28 @@ def copy_ranks(
     shape = len(INPUTS), len(SIGNS), len(ids), n_layers(model.config), n_heads(model.config)
     found = np.empty((*shape, asked.shape[1]), np.int64)
     with evaluating(model), no_gradients(model):
-        writes = _Written(model)
-        for which, x in enumerate((resid, writes.behind_first_mlp(embed))):
+        writes = _HeadWrites(model)
+        for which, x in enumerate((resid, writes.after_first_mlp(embed))):
             for layer in range(n_layers(model.config)):
                 found[which, :, :, layer] = writes.ranks(layer, x, asked).cpu().numpy()
     return found.reshape(*shape, *ids.shape[1:])
 
 
 def copy_scores(ranks: Int[np.ndarray, "*kind place prompt"], top: int = TOP) -> Float64[np.ndarray, "*kind"]:
-    """The share of places and prompts, pooled, whose token is among the first `top`."""
+    """Compute copy scores from ranks (Wang et al. 2022, section 3.1).
+
+    Args:
+        ranks: as `copy_ranks` returns them.
+        top: the lowest rank that counts.
+
+    Returns:
+        The share of places and prompts, pooled, whose token is among the first `top`.
+    """
     return (ranks <= top).mean((-2, -1))
 
 
-class _Written:
-    """What the heads of a layer would write, as logits."""
+class _HeadWrites:
+    """What the heads of a layer would write, and its logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.replay, self.card, self.n_heads = Replay(model), card_of(model), n_heads(model.config)
@@ -109,21 +121,30 @@ class _Written:
         self.norm_weights = {name: weight.detach().float() for name, weight in self.norm.named_parameters()}
         self.device = self.head.weight.device
 
-    def behind_first_mlp(self, embed: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-        """Block 0 with an attention that adds nothing."""
+    def after_first_mlp(self, embed: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        """The stream after block 0 with an attention that adds nothing."""
         hidden = embed[:, None].to(self.replay.device, self.replay.dtype)
         return self.replay.block(0, hidden, (0, 1), Past(), attention=torch.zeros_like(hidden))[:, 0]
 
     def ranks(
         self, layer: int, x: Float[Tensor, "row d_model"], ids: Int[Tensor, "asked row"]
     ) -> Int[Tensor, "sign asked head row"]:
-        """Ranks of `ids` in what the heads write at `x`, and at minus that."""
+        """Rank tokens in what the heads write at `x`, and in its negative.
+
+        Args:
+            layer: the heads' layer.
+            x: the stream at the positions that the heads attend to.
+            ids: the tokens whose ranks are asked for.
+
+        Returns:
+            Ranks, 1 being the top.
+        """
         normed = self.normed(self.written(layer, x)).to(self.device)  # head row d_model
         nothing = self.normed(torch.zeros_like(normed[0, :1])).to(self.device)  # the norm's bias
         ids = ids.to(self.device)
         at_ids = self.head.weight[ids].float()
         own = torch.einsum("hrd,ard->ahr", normed, at_ids)
-        without = (at_ids @ nothing[0])[:, None]  # the logit of writing nothing, about which signs are mirrored
+        without = (at_ids @ nothing[0])[:, None]  # the logit of writing nothing, at which signs are mirrored
         if self.head.bias is not None:
             of_ids = self.head.bias[ids].float()[:, None]
             own, without = own + of_ids, without + of_ids
@@ -148,14 +169,14 @@ class _Written:
         return ranks
 
     def written(self, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_model"]:
-        """What the heads add to the residual stream if they look at `x` alone."""
+        """What the heads add to the residual stream if they attend to `x` alone."""
         hidden = x[:, None].to(self.replay.device, self.replay.dtype)
         normed = self.replay.attention_input(layer, hidden, (0, 1))
         weight = self.replay.projection(layer)
-        assert weight is not None  # looked at before anything ran
+        assert weight is not None  # `check_projections` has checked it
         by_head = weight.unflatten(0, (self.n_heads, -1)).float()
         values = self.replay.projected("v", layer, normed)[:, 0].float().unflatten(-1, (-1, by_head.shape[1]))
-        values = values.repeat_interleave(self.n_heads // values.shape[1], 1)  # each query head has its group's
+        values = values.repeat_interleave(self.n_heads // values.shape[1], 1)  # those of its group for each query head
         written = torch.einsum("rhd,hdm->hrm", values.to(by_head.device), by_head)
         written = written * self.card.residual_scale(self.replay.model.config)
         if self.card.post_norm_scale is not None:
@@ -163,6 +184,6 @@ class _Written:
         return written
 
     def normed(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
-        """Behind the final norm, in float32."""
+        """Apply the final norm in float32."""
         device = next(iter(self.norm_weights.values())).device
         return torch.func.functional_call(self.norm, self.norm_weights, x.to(device))

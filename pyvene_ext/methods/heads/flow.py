@@ -1,16 +1,16 @@
-"""Information flow routes (Ferrando and Voita 2024): which parts of a node carry it, read from one forward pass.
+"""Information flow routes (Ferrando and Voita 2024): the parts that states of the residual stream are made of, in one pass.
 
 Nodes are the states of the residual stream: resid_mid after attention, resid_post after the MLP. A node y is a sum of parts z_j
-and, in places, a bias. A part is important as far as it brings y nearer (L1 norm), relative to the other parts:
+and, in places, a bias. A part is as important as it brings the sum closer to y (in L1 norm), relative to the other parts:
 
     proximity(z_j, y) = max(|y| - |y - z_j|, 0)        importance_j = proximity_j / sum of proximities
 
 At resid_mid_i the parts are resid_pre_i and, for every head h and source j <= i, f^h_ij = A^h_ij v^h_j W_O^h, all normalised
-together; v has the value bias in it, and the output projection's bias is in the node and in no part. At resid_post_i they are
-resid_mid_i and what the MLP adds. Where a norm stands behind attention or MLP (Gemma 2), its scale is frozen and every part has
-it. Nothing is ablated: what a route carries is another question than what a head's absence does (`pyvene_ext.engine.sweep`).
+together; v includes the value bias, and the output projection's bias is in the node and in no part. At resid_post_i they are
+resid_mid_i and what the MLP adds. If a norm follows attention or MLP (Gemma 2), its scale is frozen and applied to every part.
+Nothing is ablated: what a route carries is a different question from what ablating a head does (`pyvene_ext.engine.sweep`).
 
-Importances of one node add up to 1, or are all 0 where every part leads away from it (large parts that cancel).
+Importances of one node sum to 1, or are all 0 if every part leads away from it (large parts that cancel).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from pyvene_ext.prompts.tokenized import (
     check_tokenized,
 )
 
-TAU = 0.04  # of the published tool
-# Numbers of f^h_ij held at once: on a CPU what stays in its cache (four times as fast as eight million), else 64 MiB.
+TAU = 0.04  # the published tool's default
+# Entries of f^h_ij held at once: on a CPU what stays in its cache (four times as fast as eight million), else 64 MiB.
 CELLS = {"cpu": 2**18}
 CELLS_ELSEWHERE = 2**24
 READ = ("block_input", "head_value_output", "attention_pattern", "resid_mid", "mlp_contribution", "block_output")
@@ -57,13 +57,29 @@ READ = ("block_input", "head_value_output", "attention_pattern", "resid_mid", "m
 def proximity(
     parts: Float[Tensor, "*parts d_model"], node: Float[Tensor, "*#parts d_model"]
 ) -> Float[Tensor, "*parts"]:
-    """How much nearer each part alone brings its node, in L1 norm; 0 where it leads away."""
+    """Proximity of parts to their node (Ferrando and Voita 2024): max(|y| - |y - z|, 0) in L1 norm.
+
+    Args:
+        parts: z.
+        node: y, broadcast over its parts.
+
+    Returns:
+        The proximities; 0 for parts that lead away from the node.
+    """
     # Differenced before the sum: rounding is relative to the part, not to the node, and a part of 0 has exactly 0.
     return (node.abs() - (node - parts).abs()).sum(-1).clamp(min=0)
 
 
 def importances(parts: Float[Tensor, "part d_model"], node: Float[Tensor, " d_model"]) -> Float[Tensor, " part"]:
-    """Each part's share of the proximities to one node; all 0 where no part is near it."""
+    """Importances of the parts of one node: their proximities, divided by the sum.
+
+    Args:
+        parts: z, one row per part.
+        node: y.
+
+    Returns:
+        The importances, which sum to 1; all 0 if no proximity is above 0.
+    """
     found = proximity(parts, node)
     return _share(found, found.sum())
 
@@ -71,7 +87,15 @@ def importances(parts: Float[Tensor, "part d_model"], node: Float[Tensor, " d_mo
 def renormalise(
     blocks: Float[np.ndarray, "*node part"], residual: Float[np.ndarray, "*node"], tau: float
 ) -> tuple[Float[np.ndarray, "*node part"], Float[np.ndarray, "*node"]]:
-    """The importances above `tau` divided by their sum, node by node; the others, and all of a node without any, are 0.
+    """Divide the importances above `tau` by their sum, node by node, and set the others to 0.
+
+    Args:
+        blocks: importances of heads and sources, or of the MLP.
+        residual: importances of the residual part of the same nodes.
+        tau: the threshold.
+
+    Returns:
+        Both, renormalised; all 0 for a node without any importance above `tau`.
 
     Raises:
         ValueError: `tau` is not in [0, 1).
@@ -84,7 +108,13 @@ def renormalise(
 
 
 class StreamState(NamedTuple):
-    """A state of the residual stream: resid_pre (of layer 0 only), resid_mid or resid_post; `pos` 0 is the first token."""
+    """A state of the residual stream.
+
+    Attributes:
+        site: resid_pre (of layer 0 only), resid_mid or resid_post.
+        layer: its layer.
+        pos: its token, 0 being the first.
+    """
 
     site: str
     layer: int
@@ -95,7 +125,14 @@ class StreamState(NamedTuple):
 
 
 class FlowEdge(NamedTuple):
-    """One part of the node `target`: what `source` brings there, via "residual", "mlp" or a head ("layer.head")."""
+    """One part of a node.
+
+    Attributes:
+        source: the state that the part comes from.
+        target: the node.
+        via: "residual", "mlp" or a head ("layer.head").
+        importance: of the part, among those of the node.
+    """
 
     source: StreamState
     target: StreamState
@@ -103,7 +140,7 @@ class FlowEdge(NamedTuple):
     importance: float
 
     def as_dict(self) -> dict[str, str | float]:
-        """Plain data for a JSON file."""
+        """Convert to plain data for a JSON file."""
         return {"source": str(self.source), "target": str(self.target), "via": self.via, "importance": self.importance}
 
 
@@ -118,13 +155,13 @@ class _Importances(NamedTuple):
 
 @dataclass(frozen=True)
 class Flow:
-    """Importances of every part of every node, one array a prompt, because prompts differ in length.
+    """Importances of every part of every node, one array per prompt, because prompts differ in length.
 
     Attributes:
-        attention: of f^h_ij at resid_mid.
-        attn_residual: of resid_pre at resid_mid.
-        mlp: of what the MLP adds at resid_post.
-        mlp_residual: of resid_mid at resid_post.
+        attention: f^h_ij at resid_mid.
+        attn_residual: resid_pre at resid_mid.
+        mlp: what the MLP adds, at resid_post.
+        mlp_residual: resid_mid at resid_post.
     """
 
     attention: tuple[Float32[np.ndarray, "layer head target source"], ...]
@@ -136,18 +173,21 @@ class Flow:
         return len(self.attention)
 
     def graph(self, prompt: int, tau: float = TAU, renormalise: bool = False) -> tuple[FlowEdge, ...]:
-        """The edges of one prompt above `tau` through which its last token's final state can be reached, last layer first.
+        """Extract the edges above `tau` that lead to the final state of a prompt's last token.
 
         Args:
             prompt: which one, 0 being the first.
             tau: an edge is kept if its importance is larger.
             renormalise: divide the importances that are kept by their sum at the node. The same edges are kept.
 
+        Returns:
+            The edges, last layer first.
+
         Raises:
             ValueError: there is no such prompt, or `tau` is not in [0, 1).
         """
         if not 0 <= prompt < len(self):
-            raise ValueError(f"there is no prompt {prompt}; the flow has {len(self)}, of which the first is 0.")
+            raise ValueError(f"there is no prompt {prompt}; the flow has {len(self)}, counted from 0.")
         kept = self._kept(prompt, tau)
         if renormalise:
             kept = _renormalised(kept, tau)
@@ -169,7 +209,13 @@ class Flow:
         return tuple(edges)
 
     def active_heads(self, tau: float = TAU) -> Bool[np.ndarray, "prompt layer head"]:
-        """Whether some f^h_ij is above `tau` at a node that the prediction's last token reaches (the heads of `graph`).
+        """Which heads are in `graph`: those with some f^h_ij above `tau` at a node that leads to the final state.
+
+        Args:
+            tau: the threshold.
+
+        Returns:
+            True for the heads of each prompt's graph.
 
         Raises:
             ValueError: `tau` is not in [0, 1).
@@ -183,7 +229,17 @@ class Flow:
         return active
 
     def head_importance(self, targets: Literal["all", "last"] = "all") -> Float32[np.ndarray, "prompt layer head"]:
-        """A head's share of resid_mid, summed over sources: at the prompt's last token, or the mean over all its tokens."""
+        """Sum the importances of each head at resid_mid over sources.
+
+        Args:
+            targets: at the prompt's last token ("last"), or the mean over all its tokens ("all").
+
+        Returns:
+            A head's share of resid_mid.
+
+        Raises:
+            ValueError: `targets` is neither.
+        """
         if targets not in ("all", "last"):
             raise ValueError(f"targets must be 'all' or 'last', not {targets!r}.")
         first = -1 if targets == "last" else 0
@@ -203,16 +259,26 @@ def flow_routes(
     padding_side: PaddingSide = "left",
     progress: bool = True,
 ) -> Flow:
-    """The importances of all parts of all nodes, from one forward pass a batch; all sums in float32 whatever the model's dtype.
+    """Compute the importances of all parts of all nodes, from one forward pass per batch.
 
-    Layer by layer while the model runs, so that no more is held than one layer's activations and the importances. Prompts of
-    unequal lengths, on either padding side, give what they give one at a time. The unembedding is not run. The model is used in
-    eval mode and left as it was, also after an error.
+    They are computed layer by layer while the model runs, so that memory holds only one layer's activations and the importances.
+    All sums are in float32 whatever the model's dtype. The unembedding is not run.
+
+    Args:
+        model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards,
+            also after an error.
+        prompts: of any lengths.
+        batch_size: prompts per forward pass.
+        padding_side: left or right; importances do not depend on it.
+        progress: show a bar.
+
+    Returns:
+        The importances of every prompt.
 
     Raises:
-        ValueError: before the model runs: a model without a card, whose attention cannot be seen (not eager or sdpa) or whose
-            output projection cannot be split by heads; prompts that are not tokenised, or none. While it runs: the parts and the
-            bias do not add up to the node to 1e-4 of its L1 norm (dtypes below float32: 8 rounding errors).
+        ValueError: before the model runs: a model without a card, whose attention patterns cannot be read or whose output
+            projection cannot be split by heads; prompts that are missing or not tokenised. While it runs: the parts and the bias
+            do not sum to the node within 1e-4 of its L1 norm (below float32: 8 rounding errors).
     """
     card = card_of(model)
     _check(model, prompts)
@@ -232,13 +298,27 @@ def flow_routes(
 
 
 def check_tau(tau: float) -> None:
-    """Raise ValueError unless `tau` is a share that an importance can exceed."""
+    """Check a threshold of importance.
+
+    Args:
+        tau: the threshold.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
     if not 0 <= tau < 1:
         raise ValueError(f"tau must be at least 0 and below 1, as importances are shares of a node, not {tau}.")
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose routes cannot be followed; runs nothing."""
+    """Check that a model's routes can be computed; nothing is run.
+
+    Args:
+        model: a model with a card.
+
+    Raises:
+        ValueError: its attention patterns cannot be read, or an output projection cannot be split by heads.
+    """
     for name in READ:
         card_of(model).component(model, name)
     check_projections(model)
@@ -247,7 +327,7 @@ def check_model(model: PreTrainedModel) -> None:
 def _check(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
     check_tokenized(model, prompts)
     if not len(prompts):
-        raise ValueError("there are no prompts to follow; give at least one.")
+        raise ValueError("there are no prompts to trace; give at least one.")
 
 
 def _empty(model: PreTrainedModel, length: int) -> Iterator[Float32[np.ndarray, "layer *"]]:
@@ -260,7 +340,7 @@ def _empty(model: PreTrainedModel, length: int) -> Iterator[Float32[np.ndarray, 
 def _watch(
     model: PreTrainedModel, card: Card, layer: int, batch: Batch, arrays: list[_Importances], hooks: ExitStack
 ) -> None:
-    """Hook one block: when it has run, its importances go into `arrays`, and its activations are forgotten."""
+    """Hook one block: once it has run, its importances are written to `arrays` and its activations are released."""
     seen: dict[str, Tensor] = {}
 
     def keep(component: str, x: Tensor) -> None:
@@ -280,17 +360,17 @@ def _watch(
 
 
 class _Block:
-    """One block's activations, `batch pos d_model` where not said otherwise, and its output projection."""
+    """One block's activations, `batch pos d_model` unless noted otherwise, and its output projection."""
 
     def __init__(self, model: PreTrainedModel, card: Card, layer: int, seen: dict[str, Tensor]) -> None:
-        device = seen["resid_mid"].device  # what enters may still be where the block before it is
+        device = seen["resid_mid"].device  # the block's input may still be on the previous block's device
         self.resid_pre, self.resid_mid = seen["block_input"].to(device), seen["resid_mid"]
         self.mlp_out, self.resid_post = seen["mlp_contribution"], seen["block_output"]
         self.values = seen["head_value_output"]  # batch kv_head pos d_head
         self.pattern = seen["attention_pattern"]  # batch head target source
         projection: Any = card.module(model, "attention_value_output", layer)
         weight = output_weight(projection)
-        assert weight is not None  # _check has seen to it
+        assert weight is not None  # `check_model` has checked it
         self.weight = weight.float().unflatten(0, (self.pattern.shape[1], -1))  # head d_head d_model
         self.bias = projection.bias.float() if getattr(projection, "bias", None) is not None else None
         self.scale: Tensor | None = None
@@ -326,17 +406,17 @@ def _attention_node(
     group = heads // len(values)
     near = torch.zeros_like(pattern)
     total = torch.zeros_like(node) if block.bias is None else block.bias.expand_as(node)
-    # As many heads at once as fit, and of one head as many targets; so that f, [head target source d_model], stays small.
+    # As many heads at once as fit, and for each as many targets, so that f, [head target source d_model], stays small.
     cells = CELLS.get(node.device.type, CELLS_ELSEWHERE)
     n_head = min(heads, max(1, cells // (length * node.numel())))
     n_target = max(1, cells // (n_head * node.numel()))
     for head in range(0, heads, n_head):
         these = torch.arange(head, min(head + n_head, heads), device=values.device)
-        sent = values[these // group] @ block.weight[these]  # head source d_model: f but for pattern and scale
+        sent = values[these // group] @ block.weight[these]  # head source d_model: f without pattern and scale
         total = total + (pattern[these] @ sent).sum(0)
         for start in range(0, length, n_target):
             to = slice(start, start + n_target)
-            up_to = slice(to.stop)  # no later source is seen
+            up_to = slice(to.stop)  # later sources are not visible
             f = pattern[these, to, up_to, None] * sent[:, None, up_to]
             near[these, to, up_to] = proximity(f if scale is None else f * scale[to, None], node[to, None])
     _check_sum(pre + (total if scale is None else scale * total), node, block.resid_mid.dtype, name)
@@ -348,10 +428,10 @@ def _attention_node(
 def _check_sum(
     total: Float[Tensor, "pos d_model"], node: Float[Tensor, "pos d_model"], dtype: torch.dtype, name: str
 ) -> None:
-    """Raise ValueError unless the parts and the bias are the node."""
+    """Raise ValueError unless the parts and the bias sum to the node."""
     allowed = max(1e-4, 8 * torch.finfo(dtype).eps)
     off, size = (total - node).abs().sum(-1), node.abs().sum(-1)
-    fits = off <= allowed * size  # not where something is NaN
+    fits = off <= allowed * size  # False for NaN
     if not fits.all():
         pos = int((~fits).nonzero()[0])
         raise ValueError(
@@ -379,7 +459,7 @@ def _renormalised(kept: _Importances, tau: float) -> _Importances:
 
 
 def _reached(kept: _Importances) -> Iterator[tuple[int, Bool[np.ndarray, " pos"], Bool[np.ndarray, " pos"]]]:
-    """Layers from the last, and where their resid_post and resid_mid are reached from the last token's final state."""
+    """Layers from the last, with the tokens whose resid_post and resid_mid lead to the last token's final state."""
     layers, _, length, _ = kept.attention.shape
     post = np.arange(length) == length - 1
     for layer in reversed(range(layers)):

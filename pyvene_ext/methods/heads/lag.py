@@ -1,9 +1,9 @@
-"""Memory by lag: which token of a list a model expects after one of them is shown again.
+"""Recall by lag: which token of a list a model predicts when one of them is repeated as a cue.
 
-A prompt is a list of distinct tokens in random order and then the one in its middle once more, the cue. The probability that the
-next token is the one at some place of the list, by its distance from the cue's (the lag), is the model's counterpart of where
-human free recall goes on; a model with induction heads goes on at lag +1 ("Temporal Dependencies in In-Context Learning: The Role
-of Induction Heads", arXiv 2604.01094). Here are the prompts, the numbers read from the probabilities, and the heads to ablate.
+A prompt is a list of distinct tokens in random order, followed by its middle token once more, the cue. The probability that the
+next token is the one at some position of the list, by its distance from the cue's position (the lag), is the model's counterpart
+of transitions in human free recall; a model with induction heads continues at lag +1 ("Temporal Dependencies in In-Context
+Learning: The Role of Induction Heads", arXiv 2604.01094). This module has the prompts, the measures and the heads to ablate.
 """
 
 from __future__ import annotations
@@ -30,18 +30,25 @@ from pyvene_ext.stats.intervals import paired_bootstrap, ratio_of_means, standar
 
 Layers = Literal["full", "top", "bottom"]
 Mode = Literal["zero", "mean"]
-FAR = 5  # lags farther than this, on either side, are what lag +1 is compared with
+FAR = 5  # lag +1 is compared with lags beyond this on either side
 BLOCK, REPEATS, EXAMPLES = 25, 2, 10  # of the random tokens for induction scores
-FEWEST = 2 * (FAR + 1)  # tokens of a list that has such lags on both sides
+FEWEST = 2 * (FAR + 1)  # tokens of the shortest list that has such lags on both sides
 
 
 # -- prompts and curves ------------------------------------------------------------------------------------------------
 
 
 def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: int, seed: int) -> TokenizedPrompts:
-    """Prompts of `n_tokens` + 1: the same distinct tokens of `pool` in random order, then the one in the middle again. No BOS.
+    """Make prompts without BOS: the same distinct tokens in random order, followed by the middle one again.
 
-    More permutations begin with the same ones.
+    Args:
+        pool: token ids to draw from.
+        n_tokens: tokens of the list; prompts have one more.
+        permutations: how many prompts; the first ones of a larger number are those of a smaller one.
+        seed: of the draws.
+
+    Returns:
+        The prompts; their answers are the token after the cue in the list, and the cue.
 
     Raises:
         ValueError: the pool has too few distinct tokens, or the list is too short to have far lags.
@@ -51,7 +58,7 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
         raise ValueError(f"a list of {n_tokens} tokens has no lags beyond {FAR} on both sides; take at least {FEWEST}.")
     if len(pool) < n_tokens:
         raise ValueError(
-            f"{len(pool)} distinct tokens are usable and {n_tokens} are wanted; give a longer list or ask for fewer."
+            f"{len(pool)} distinct tokens are usable but {n_tokens} are wanted; give a longer list or ask for fewer."
         )
     draws = np.random.default_rng(seed)
     chosen = draws.choice(pool, n_tokens, replace=False)
@@ -61,41 +68,82 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
         input_ids=tuple((*ids, ids[middle]) for ids in lists),
         answer_ids=tuple((ids[middle + 1], ids[middle]) for ids in lists),
         positions=tuple({"end": -1, "last": -1} for _ in lists),
-        pad_id=0,  # they are equally long
+        pad_id=0,  # not used, because they have equal lengths
     )
 
 
 def lags_of(n_tokens: int) -> Int[np.ndarray, " lag"]:
-    """The lags of a list: index less that of the cue, which is in the middle."""
+    """The lags of a list.
+
+    Args:
+        n_tokens: its length.
+
+    Returns:
+        Each index minus the cue's, which is the middle one.
+    """
     return np.arange(n_tokens) - n_tokens // 2
 
 
 def curves_of(probabilities: Float[np.ndarray, "*some pos"]) -> Float64[np.ndarray, "*some lag"]:
-    """What `token_probabilities` gives, by lag: the last position is the cue, the same token as lag 0, and is dropped."""
+    """Convert `token_probabilities` to curves by lag.
+
+    Args:
+        probabilities: of the prompt's own tokens.
+
+    Returns:
+        The same without the last position, the cue, which repeats the token at lag 0.
+    """
     return probabilities[..., :-1].astype(np.float64)
 
 
 def plus_one(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability at lag +1."""
+    """Select the probability at lag +1.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return curves[..., curves.shape[-1] // 2 + 1]
 
 
 def plus_one_bias(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability at lag +1 less the mean over the lags beyond 5 on either side."""
+    """Bias for lag +1: its probability minus the mean over lags beyond 5 on either side.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return plus_one(curves) - curves[..., np.abs(lags_of(curves.shape[-1])) > FAR].mean(-1)
 
 
 def recalled(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability that the next token is any of the list but the cue."""
+    """Probability of recall: that the next token is any token of the list except the cue.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return curves[..., lags_of(curves.shape[-1]) != 0].sum(-1)
 
 
 def lag_crp(curves: Float[np.ndarray, "permutation lag"]) -> Float[np.ndarray, " lag"]:
-    """Lag-CRP (Kahana 1996): how often recall goes on at a lag, of the times it could have; NaN at lag 0.
+    """Lag-CRP (Kahana 1996), the conditional response probability by lag.
 
-    Of human recall it is the transitions counted at a lag by those that were possible. Here each permutation is one transition,
-    from the cue; every lag but 0 is possible in each; and probabilities stand for counts (ours). Other tokens than the list's are
-    no transitions, as intrusions are none, so that the curve adds up to 1.
+    For human recall it is the number of transitions at a lag divided by the number of those that were possible. Here each
+    permutation is one transition, from the cue; every lag except 0 is possible in each; and probabilities take the place of
+    counts (ours). Tokens outside of the list do not count as transitions, like intrusions in recall, so the curve sums to 1.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        The mean curve, normalised; NaN at lag 0.
     """
     crp = curves.mean(0) / recalled(curves).mean()
     crp[lags_of(len(crp)) == 0] = np.nan
@@ -106,21 +154,39 @@ def lag_crp(curves: Float[np.ndarray, "permutation lag"]) -> Float[np.ndarray, "
 
 
 def layers_of(which: Layers, n_layers: int) -> range:
-    """top: the layers below n_layers / 2, nearer to the input; bottom: the rest; full: all."""
+    """Select layers.
+
+    Args:
+        which: top: the layers below n_layers / 2, nearer to the input; bottom: the rest; full: all.
+        n_layers: of the model.
+
+    Returns:
+        The layers, ascending.
+    """
     half = (n_layers + 1) // 2
     return {"full": range(n_layers), "top": range(half), "bottom": range(half, n_layers)}[which]
 
 
 def rank_heads(scores: Iterable[tuple[float, int, int]], which: Layers, n_layers: int, wanted: int) -> tuple[Head, ...]:
-    """The `wanted` heads of some layers with the highest scores, highest first; `scores` are (score, layer, head), sorted.
+    """Select the heads of some layers with the highest scores.
 
-    Raises ValueError if there are fewer.
+    Args:
+        scores: (score, layer, head), highest first.
+        which: the layers (`layers_of`).
+        n_layers: of the model.
+        wanted: how many heads.
+
+    Returns:
+        The heads, highest first.
+
+    Raises:
+        ValueError: there are fewer.
     """
     layers = layers_of(which, n_layers)
     found = [(layer, head) for _, layer, head in scores if layer in layers]
     if len(found) < wanted:
         raise ValueError(
-            f"{wanted} heads are asked for and there are scores of {len(found)} in layers {layers.start} to {layers.stop - 1} "
+            f"{wanted} heads are asked for but there are scores for {len(found)} in layers {layers.start} to {layers.stop - 1} "
             f"({which}); ask for fewer."
         )
     return tuple(found[:wanted])
@@ -134,10 +200,23 @@ def random_rankings(
     draws: int,
     generator: np.random.Generator,
 ) -> list[tuple[Head, ...]]:
-    """Controls for the prefixes of `ranked` up to `most` heads: each one's i-th head is of the i-th one's layer, not in `ranked`.
+    """Draw random control rankings: the i-th head of a control is in the layer of the i-th ranked head, but is not ranked.
 
-    So every prefix of a control has as many heads of each layer as the same prefix of `ranked`. Raises ValueError where a layer
-    has too few heads left.
+    So every prefix of a control has as many heads of each layer as the same prefix of `ranked`.
+
+    Args:
+        ranked: heads, highest first.
+        most: length of the controls.
+        n_layers: of the model.
+        n_heads: of each layer.
+        draws: how many controls.
+        generator: source of randomness.
+
+    Returns:
+        The control rankings.
+
+    Raises:
+        ValueError: a layer has too few heads left.
     """
     matched = ranked[:most]
     sets = layer_matched_random_heads(matched, n_layers, n_heads, draws, generator, exclude=ranked)
@@ -151,25 +230,33 @@ def random_rankings(
 
 
 def ablate_attention(heads: Iterable[Head], mode: Mode) -> Spec:
-    """One joint intervention on the attention scores of these heads: none (zero) or uniform attention (mean)."""
+    """Ablate the attention scores of several heads jointly.
+
+    Args:
+        heads: (layer, head) pairs.
+        mode: zero: attention to nothing; mean: uniform attention.
+
+    Returns:
+        A joint spec.
+    """
     return heads_together(heads, mode, "scores")
 
 
 def cue_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generator: np.random.Generator
 ) -> Float[np.ndarray, "layer head"]:
-    """Induction scores as a lag prompt asks for them: attention to what followed, on random tokens shown twice.
+    """Compute induction scores for lag prompts, on a block of random tokens that occurs twice.
 
-    Two blocks, because the cue of a prompt has been there once before: with more, heads that look at several earlier occurrences
-    would score low.
+    Two blocks, because the cue of a lag prompt has occurred once before: with more, heads that attend to several earlier
+    occurrences would score low.
 
     Args:
-        model: whose heads are scored.
-        tokenizer: of the random tokens.
-        generator: that draws them.
+        model: with a card, and attention patterns that can be read (eager or sdpa).
+        tokenizer: the model's.
+        generator: source of randomness.
 
     Returns:
-        The mean score of every head.
+        The mean induction score of every head.
 
     Raises:
         ValueError: the model takes fewer tokens.
@@ -177,7 +264,7 @@ def cue_scores(
     bos, longest = leading_bos(tokenizer), n_positions(model.config)
     if (needed := BLOCK * REPEATS + len(bos)) > longest:
         raise ValueError(
-            f"induction scores are computed on {needed} tokens and the model takes {longest}; give scores."
+            f"induction scores are computed on {needed} tokens but the model takes {longest}; give scores."
         )
     tokens = usable_tokens(model, tokenizer)
     ids = random_tokens(tokens, BLOCK, REPEATS, examples=EXAMPLES, rng=generator, bos=bos)
@@ -186,11 +273,11 @@ def cue_scores(
 
 @dataclass(frozen=True)
 class RankedHeads:
-    """Rankings of heads whose prefixes are ablated, so that larger sets hold the smaller ones.
+    """Rankings of heads whose prefixes are ablated, so that larger sets contain the smaller ones.
 
     Attributes:
         ranked: the heads with the highest scores, highest first.
-        random: rankings of other heads that match it layer by layer (`random_rankings`).
+        random: control rankings that match it layer by layer (`random_rankings`).
         scores: of the heads that have one.
     """
 
@@ -199,15 +286,31 @@ class RankedHeads:
     scores: dict[Head, float]
 
     def random_sets(self, n: int) -> list[tuple[Head, ...]]:
-        """The random sets of `n` heads. Of draws that begin with the same heads one counts: small layers have few sets."""
+        """The distinct random sets of `n` heads; small layers have few."""
         return list({frozenset(ranking[:n]): ranking[:n] for ranking in self.random}.values())
 
     def sets(self, n: int, head_type: str) -> list[tuple[Head, ...]]:
-        """All sets of `n` heads that are ablated: the highest scores (`head_type` induction) and the random ones."""
+        """List all sets of `n` heads that are ablated.
+
+        Args:
+            n: heads of a set.
+            head_type: include the heads with the highest scores (induction), or random sets only (random).
+
+        Returns:
+            The sets.
+        """
         return [*([self.ranked[:n]] if head_type == "induction" else []), *self.random_sets(n)]
 
     def mean_score(self, name: str, chosen: Iterable[Head]) -> dict[str, float]:
-        """The mean score of some heads as a cell of a table, unless one of them has none."""
+        """Average the scores of some heads for a table.
+
+        Args:
+            name: of the column.
+            chosen: the heads.
+
+        Returns:
+            The column; nothing if one of the heads has no score.
+        """
         chosen = list(chosen)
         known = [self.scores[head] for head in chosen if head in self.scores]
         return {name: float(np.mean(known))} if len(known) == len(chosen) else {}
@@ -222,8 +325,8 @@ class LagCurves:
 
     Attributes:
         n: how many heads.
-        own: of the set itself; of random sets alone, their mean.
-        random: of each of the random sets.
+        own: of the ranked heads; if only random sets are ablated, their mean.
+        random: of each random set.
     """
 
     n: int
@@ -239,22 +342,22 @@ def lag_curves(
     n: int,
     head_type: str,
 ) -> LagCurves:
-    """The curves with `n` heads ablated.
+    """Collect the curves with `n` heads ablated.
 
     Args:
-        result: of `token_probabilities`, every set of heads an intervention.
+        result: of the metric `token_probabilities`, with one intervention per set of heads and mode.
         rows: of the result, by set of heads and mode.
         heads: the rankings.
         mode: of the ablation.
         n: how many heads.
-        head_type: induction for the highest scores, random for the random sets alone.
+        head_type: induction for the highest scores, random for random sets only.
 
     Returns:
-        The curves of the set itself and of each random set.
+        The curves.
     """
 
     def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
-        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.clean)
+        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.baseline)
 
     random = [of_set(chosen) for chosen in heads.random_sets(n)]
     own = of_set(heads.ranked[:n]) if head_type == "induction" else np.mean(random, 0)
@@ -262,7 +365,14 @@ def lag_curves(
 
 
 def lag_table(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, Any]]:
-    """One row a lag: the mean probability with its standard error over permutations, and lag-CRP."""
+    """Make the table by lag.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One row per lag: the mean probability with its standard error over permutations, and lag-CRP.
+    """
     columns = (lags_of(curves.shape[1]).tolist(), curves.mean(0), standard_error(curves), lag_crp(curves))
     names = ("Lag", "Mean Probability", "Standard Error", "Conditional Response Probability")
     return [dict(zip(names, (row[0], *map(float, row[1:])), strict=True)) for row in zip(*columns, strict=True)]
@@ -271,7 +381,7 @@ def lag_table(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, An
 def lag_summary(
     at: LagCurves, clean: Float[np.ndarray, "permutation lag"], heads: RankedHeads, head_type: str, seed: int
 ) -> dict[str, Any]:
-    """One row of the summary: lag +1, its bias against the untouched run with intervals, and the random sets beside it.
+    """Make one row of the summary: lag +1, the change of its bias with intervals, and the random sets for comparison.
 
     Args:
         at: the curves with a number of heads ablated.
@@ -281,7 +391,7 @@ def lag_summary(
         seed: of the bootstrap.
 
     Returns:
-        The row's cells by column.
+        The row.
     """
     bias, before = plus_one_bias(at.own), plus_one_bias(clean)
     change = paired_bootstrap(bias, before, rng(seed, "bias", at.n))
@@ -310,7 +420,14 @@ def lag_summary(
 
 
 def lag_text(rows: Iterable[dict[str, Any]]) -> str:
-    """The rows of a summary as aligned text."""
+    """Format a summary as aligned text.
+
+    Args:
+        rows: those of `lag_summary`.
+
+    Returns:
+        One line per row, after a header.
+    """
     lines = [
         "heads    p(+1)     bias   change      95% interval      CRP(+1)   random sets: mean change [range], score"
     ]

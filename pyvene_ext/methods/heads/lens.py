@@ -1,14 +1,14 @@
-"""What a model would say at every depth, and which of its parts says it: the logit lens and direct logit attribution.
+"""What a model predicts at every depth, and which components contribute: the logit lens and direct logit attribution.
 
-    lens = logit_lens(model, prompts)                     # lens.logit_diff[k]: of the residual stream behind k blocks
+    lens = logit_lens(model, prompts)                     # lens.logit_diff[k]: of the residual stream after k blocks
     found = direct_logit_attribution(model, prompts)      # found.logit_diff.heads[layer, head]: what a head adds to it
 
-The logit lens (nostalgebraist 2020) reads the residual stream with the model's own final norm and unembedding, as if the blocks
-that follow were not there. Direct logit attribution (Elhage et al. 2021; Wang et al. 2022, section 3.1) splits the logit that
-the model really gives: the last residual stream is the sum of what the embedding, the heads and the MLPs put there, and with the
-scale of the final norm frozen at the clean run the rest up to the logit is linear, so that the parts sum to the logit.
+The logit lens (nostalgebraist 2020) reads the residual stream with the model's own final norm and unembedding, as if the later
+blocks did not exist. Direct logit attribution (Elhage et al. 2021; Wang et al. 2022, section 3.1) splits the actual logit: the
+final residual stream is the sum of what the embedding, the heads and the MLPs add, and with the scale of the final norm frozen at
+the clean run everything from there to the logit is linear, so that the parts sum to the logit.
 
-Neither is causal: a part that later parts would make up for, or that acts through them, shows only its direct share.
+Neither is causal: a component that later ones would compensate for, or that acts through them, shows only its direct share.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from pyvene_ext.specs.joint import OneSpec, Spec, members
 
 @dataclass(frozen=True)
 class Lens:
-    """What the logit lens reads at one position of every prompt.
+    """The logit lens at one position of every prompt.
 
-    A depth is how many blocks the residual stream has passed: 0 is what enters the first block (resid_pre of layer 0), k is
-    resid_post of layer k - 1, and the last is what the model itself says.
+    A depth is the number of blocks that the residual stream has passed: 0 is what enters the first block (resid_pre of layer 0),
+    k is resid_post of layer k - 1, and the last depth is the model's own output.
 
     Attributes:
-        logits: of the two answers, IO's and S's, after the model's own soft-cap and scale where it has them.
-        probability: of IO among the whole vocabulary.
+        logits: of the two answers, IO and S, after the model's own soft-cap and scale where it has them.
+        probability: of IO, over the whole vocabulary.
         rank: of IO in the whole vocabulary, 1 being the top; ties share the better rank.
     """
 
@@ -78,13 +78,17 @@ def logit_lens(
     """Read the residual stream at every depth with the model's own final norm and unembedding (soft-cap and scale included).
 
     Args:
-        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
-        positions: where it is read: "last", another name that every prompt has, or an integer (0 the first token, -1 the last).
-        batch_size: prompts a forward pass. Logits of the vocabulary are made for one depth and position at a time: `batch vocab`.
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        prompts: the prompts.
+        positions: where to read: "last", another name that every prompt has, or an integer (0 the first token, -1 the last).
+        batch_size: prompts per forward pass. Logits of the vocabulary are computed for one depth at a time, `batch vocab`.
         progress: show a bar.
 
-    Raises ValueError, before the model runs, for prompts, answers or a position that do not fit; and for logits that are not
-    finite.
+    Returns:
+        Logits, probability and rank by depth and prompt (nostalgebraist 2020).
+
+    Raises:
+        ValueError: before the model runs, for prompts, answers or a position that do not fit; and for logits that are not finite.
     """
     _check(model, prompts, batch_size)
     if positions == "all" or not isinstance(positions, str | int):
@@ -116,15 +120,15 @@ def logit_lens(
 
 @dataclass(frozen=True)
 class Parts:
-    """A logit, or a difference of two, at every prompt's last token, as the sum of what the model's parts put there.
+    """A logit, or a difference of two, at every prompt's last token, split into what the model's components add.
 
     Attributes:
-        heads: what every head adds: z_h W_O^h through a post-norm whose scale is frozen, where there is one.
-        mlps: what every MLP adds, its output bias and post-norm included.
+        heads: what every head adds: z_h W_O^h, through the post-norm with its scale frozen if there is one.
+        mlps: what every MLP adds, including its output bias and post-norm.
         embed: what enters the first block: token embedding, and position embedding where the model adds one.
-        bias: what belongs to no part: biases of attention's output projections, of the final norm and of the unembedding.
-        total: their sum, which is the logit before any soft-cap or scale behind the unembedding.
-        capped: the model's own logit (or difference of two), behind soft-cap and scale; `total` where it has none.
+        bias: what belongs to no component: biases of attention's output projections, of the final norm and of the unembedding.
+        total: their sum, which is the logit before any soft-cap or scale after the unembedding.
+        capped: the model's own logit (or difference of two), after soft-cap and scale; `total` where it has none.
     """
 
     heads: Float32[np.ndarray, "layer head prompt"]
@@ -137,10 +141,12 @@ class Parts:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Direct logit attribution: of logit(IO) - logit(S), and of logit(IO) alone.
+    """Direct logit attribution.
 
     Attributes:
-        added: what steering vectors put there themselves, of the logit difference and of the logit; it is part of both `bias`.
+        logit_diff: the parts of logit(IO) - logit(S).
+        logit: the parts of logit(IO).
+        added: what steering vectors add directly to the logit difference and to the logit; included in `bias` of each.
     """
 
     logit_diff: Parts
@@ -158,27 +164,34 @@ def direct_logit_attribution(
 ) -> Attribution:
     """Split the logits at every prompt's last token into what heads, MLPs, embedding and biases add to them, in float32.
 
-    The final norm, and post-norms where there are some (Gemma 2), have their scale frozen at the clean run, so that every part
-    goes through them linearly; a norm that subtracts the mean subtracts each part's own. A soft-cap is not linear: what is split
-    is the logit in front of it, and `Parts.capped` says what comes out.
+    The final norm, and post-norms if there are any (Gemma 2), have their scale frozen at the clean run, so that every part passes
+    through them linearly; a norm that subtracts the mean subtracts each part's own. A soft-cap is not linear: the logit before it
+    is split, and `Parts.capped` is the result. Definitions: Elhage et al. 2021; Wang et al. 2022, section 3.1.
 
     Args:
-        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
-        steering: an `Addition`, or a tuple of them, that is there while the model runs. Parts are then what they are in the
-            steered run, and what a vector puts there itself is in `added` (of one added to the embedding: in `embed`).
-        batch_size: prompts a forward pass.
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        prompts: the prompts.
+        steering: an `Addition`, or a tuple of them, made while the model runs. Parts are then those of the steered run, and what
+            a vector adds directly is in `added` (for one added to the embedding, in `embed`).
+        batch_size: prompts per forward pass.
         progress: show a bar.
 
-    Raises ValueError, before the model runs, for prompts that do not fit, for anything but additions as steering, and for weights
-    that cannot be taken apart (quantised, adapted, offloaded); and where the parts do not sum to the logit: to 1e-4 of the sum of
-    their sizes in float32, to four times the rounding of the model's dtype where that is coarser.
+    Returns:
+        The parts of the logit difference and of the logit.
+
+    Raises:
+        ValueError: before the model runs, for prompts that do not fit, for steering by anything but additions, and for weights
+            that are not accessible (quantised, adapted, offloaded); and if the parts do not sum to the logit within 1e-4 of the
+            sum of their sizes, or four rounding errors of the model's dtype where that is coarser.
     """
     _check(model, prompts, batch_size)
     resolved = None if steering is None else resolve([steering], model, prompts)
     for edit in () if resolved is None else members(resolved.specs[0]):
         if not isinstance(edit, Addition):
-            raise ValueError(f"{edit.name} is no addition; attribution is of the clean run, or of a steered one.")
-    split = _Split(model, resolved)
+            raise ValueError(
+                f"{edit.name} is not an addition; attribution is of a clean or a steered run: give an Addition."
+            )
+    split = _LogitParts(model, resolved)
     n, depth = len(prompts), n_layers(model.config)
     heads = np.empty((2, depth, n_heads(model.config), n), np.float32)
     mlps = np.empty((2, depth, n), np.float32)
@@ -195,13 +208,13 @@ def direct_logit_attribution(
     return Attribution(difference, of_io, np.stack([added[0] - added[1], added[0]]))
 
 
-class _Split:
-    """The parts of a batch's logits. Raises ValueError where a weight that is needed cannot be taken apart."""
+class _LogitParts:
+    """Splits the logits of batches; raises ValueError if a weight that it needs is not accessible."""
 
     def __init__(self, model: PreTrainedModel, steering: Resolved | None) -> None:
         self.model, self.card, self.replay, self.steering = model, card_of(model), Replay(model), steering
         self.layers, self.n_heads = range(n_layers(model.config)), n_heads(model.config)
-        self.times = self.card.residual_scale(model.config)
+        self.residual_scale = self.card.residual_scale(model.config)
         self.head: Any = model.get_output_embeddings()
         projections = {
             f"layer {i}'s output projection": self.replay.module("attention_value_output", i) for i in self.layers
@@ -209,7 +222,7 @@ class _Split:
         for name, module in {**projections, "the unembedding": self.head}.items():
             if output_weight(module) is None:
                 raise ValueError(
-                    f"{name} ({type(module).__name__}) cannot be taken apart; load the model without quantisation and "
+                    f"{name} ({type(module).__name__}) has no accessible weights; load the model without quantisation and "
                     "offloading, and merge adapters."
                 )
         final_norm = self.replay.module("final_norm")
@@ -219,7 +232,14 @@ class _Split:
             self.norm = FrozenNorm(final_norm, dimensions(model.config)["d_model"], "the final norm")
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Heads `answer layer head batch`, mlps `answer layer batch`; embed, bias, total, capped and added `answer batch`."""
+        """Split a batch's logits.
+
+        Args:
+            batch: some of the prompts.
+
+        Returns:
+            heads `answer layer head batch`, mlps `answer layer batch`; embed, bias, total, capped and added `answer batch`.
+        """
         last = self.layers[-1]
         places = [("block_input", 0), ("block_output", last), ("final_norm", 0)]
         for name in ("attention_value_output", "attention_output", "mlp_contribution"):
@@ -227,7 +247,7 @@ class _Split:
         seen = _run(self.replay, batch, places, [length - 1 for length in batch.lengths], self.steering)
         device = self.head.weight.device
         for edit in self._edits:
-            if edit.place == ("resid_post", last):  # seen before it was steered
+            if edit.place == ("resid_post", last):  # read before it was steered
                 seen["block_output", last] += self._vector(edit, batch).to(seen["block_output", last])
         at = {place: x.to(device).float() for place, x in seen.items()}
 
@@ -245,14 +265,14 @@ class _Split:
         heads = []
         for layer in self.layers:
             projection: Any = self.replay.module("attention_value_output", layer)
-            behind = direction * self._post_norm(layer, at["attention_output", layer])[:, None] * self.times
+            scaled = direction * self._post_norm(layer, at["attention_output", layer])[:, None] * self.residual_scale
             for edit in self._edits:
                 if edit.place == ("z", layer):
-                    added += _dot(behind @ self._weight(layer).to(device).float().T, self._vector(edit, batch))
-            by_input = behind @ self._weight(layer).to(device).float().T * at["attention_value_output", layer][:, None]
+                    added += _dot(scaled @ self._weight(layer).to(device).float().T, self._vector(edit, batch))
+            by_input = scaled @ self._weight(layer).to(device).float().T * at["attention_value_output", layer][:, None]
             heads.append(by_input.unflatten(-1, (self.n_heads, -1)).sum(-1))
             if projection.bias is not None:
-                bias = bias + behind @ projection.bias.to(device).float()
+                bias = bias + scaled @ projection.bias.to(device).float()
         by_head = torch.stack(heads)  # layer batch answer head
 
         bias = bias + added
@@ -267,7 +287,7 @@ class _Split:
         return [] if self.steering is None else list(members(self.steering.specs[0]))  # type: ignore[arg-type]
 
     def _vector(self, edit: Addition, batch: Batch) -> Float[Tensor, "batch d"]:
-        """What is added at the last token of each prompt, all heads of z side by side; zeros where nothing is."""
+        """What is added at the last token of each prompt, heads of z concatenated; zeros where nothing is."""
         assert self.steering is not None  # there is an edit
         last = [
             length - 1 in tokens
@@ -277,11 +297,11 @@ class _Split:
 
     def _weight(self, layer: int) -> Float[Tensor, "d_in d_model"]:
         weight = self.replay.projection(layer)
-        assert weight is not None  # looked at when this was made
+        assert weight is not None  # checked by `__init__`
         return weight
 
     def _post_norm(self, layer: int, attention: Float[Tensor, "batch d_model"]) -> Float[Tensor, "#batch #d_model"]:
-        """What a post-norm multiplies attention's output with; 1 where there is none."""
+        """The factor by which a post-norm scales attention's output; 1 if there is none."""
         if self.card.post_norm_scale is None:
             return attention.new_ones(1, 1)
         norm: Any = self.replay.module("attention_contribution", layer)
@@ -299,7 +319,7 @@ class _Split:
             )
 
 
-# -- what both need ----------------------------------------------------------------------------------------------------
+# -- shared by both ----------------------------------------------------------------------------------------------------
 
 
 def _dot(directions: Float[Tensor, "batch answer d"], x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch answer"]:
@@ -309,7 +329,7 @@ def _dot(directions: Float[Tensor, "batch answer d"], x: Float[Tensor, "batch d"
 def _run(
     replay: Replay, batch: Batch, places: Sequence[Where], tokens: list[int], steering: Resolved | None = None
 ) -> dict[Where, Float[Tensor, "batch d"]]:
-    """One forward pass; what there is at the places, before anything is added there, at one token of each prompt."""
+    """Run a batch; return the activations at some places, before anything is added there, at one token of each prompt."""
     first = torch.tensor(batch.last_columns) - torch.tensor(batch.lengths) + 1
     columns, seen = first + torch.tensor(tokens), dict[Where, Tensor]()
 
@@ -332,7 +352,7 @@ def _run(
 
 
 def _steering(edit: OneSpec, batch: Batch, resolved: Resolved) -> tuple[Where, Callable[[Tensor], Tensor]]:
-    """Where an addition is made, all heads side by side, and what adds it there in place."""
+    """The component where an addition is made, heads concatenated, and the function that makes it."""
     width = batch.input_ids.shape[1]
     rows, columns = [], []
     for row, (length, tokens) in enumerate(zip(batch.lengths, resolved.tokens_of(edit, batch.index), strict=True)):
@@ -342,7 +362,7 @@ def _steering(edit: OneSpec, batch: Batch, resolved: Resolved) -> tuple[Where, C
     vector = _vector(edit, n_heads(resolved.model.config))
 
     def add(x: Tensor) -> Tensor:
-        if edit.site != "resid_mid":  # the norm there is given the stream itself, which goes on beside it
+        if edit.site != "resid_mid":  # the norm receives the stream itself, which also continues past it
             x = x.clone()
         x[rows, columns] += vector.to(x)
         return x
@@ -351,7 +371,7 @@ def _steering(edit: OneSpec, batch: Batch, resolved: Resolved) -> tuple[Where, C
 
 
 def _vector(edit: OneSpec, heads: int) -> Float[Tensor, " d"]:
-    """What is added, all heads of z side by side."""
+    """The scaled vector, heads of z concatenated."""
     assert isinstance(edit, Addition)  # checked before
     vector = torch.tensor(edit.vector) * edit.scale
     if edit.heads is None:
@@ -360,7 +380,7 @@ def _vector(edit: OneSpec, heads: int) -> Float[Tensor, " d"]:
 
 
 def _check(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int) -> None:
-    """Raise ValueError for what can be told to be wrong before the model runs."""
+    """Raise ValueError for anything that is wrong with the arguments."""
     check_tokenized(model, prompts)
     if not prompts.input_ids:
         raise ValueError("nothing to run: give at least one prompt.")

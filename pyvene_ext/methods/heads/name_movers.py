@@ -1,12 +1,12 @@
-"""Names in prompts, where heads look for them, and what heads write in their direction.
+"""Name movers: names in prompts, how heads attend to them, and what heads write in their direction.
 
     found = find_names(prompt_set, tokenizer)              # prompts whose names are single tokens; the others, and why
     prompts = found.prompts.tokenize(tokenizer)
     attention = attention_to(model, prompts, found.tokens) # [query kind layer head prompt]
     projection = head_projections(model, prompts, found.ids)
 
-A name mover (Wang et al. 2022, section 3.1) is a head that looks from the end at a name and writes in the direction of that
-name's unembedding, the more the more it looks.
+A name mover (Wang et al. 2022, section 3.1) is a head that attends from the end to a name and writes in the direction of that
+name's unembedding, in proportion to its attention.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pyvene_ext.prompts.tokenized import (
 
 KINDS = ("io", "s", "s1", "s2")
 QUERIES = (-1, -2)  # END and END-1
-Groups = Sequence[Sequence[Sequence[int]]]  # tokens, counted from the first, by prompt and group
+Groups = Sequence[Sequence[Sequence[int]]]  # tokens, counted from the prompt's first, by prompt and group
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -52,9 +52,9 @@ class Names:
     Attributes:
         prompts: those prompts, in order.
         kinds: io and s (all occurrences of IO and of S), s1 and s2 (one mention of S each), and the prompts' own positions.
-        ids: the token that a prompt would go on with if its answer were the name, [kind prompt].
-        tokens: where the name stands, counted from the first token, by prompt and kind.
-        dropped: the other prompts, by their number in the set, and why.
+        ids: the token that would continue a prompt if its answer were the name.
+        tokens: where the name is, counted from the first token, by prompt and kind.
+        dropped: the reason for every other prompt, by its number in the set.
     """
 
     prompts: PromptSet
@@ -65,17 +65,28 @@ class Names:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """The kinds that are all occurrences of a name, so that each name is there once."""
+        """The kinds that cover all occurrences of a name, so that each name counts once."""
         return tuple(number for number, kind in enumerate(self.kinds) if kind not in ("s1", "s2"))
 
 
+def copied_names(names: Names) -> tuple[tuple[str, ...], Int[np.ndarray, "asked place prompt"]]:
+    """The mentions that copy scores are taken at; their own names, and for each another one of its prompt."""
+    places = tuple(kind for kind in names.kinds if kind != "s")
+    own = [names.ids[names.kinds.index(place)] for place in places]
+    other = [names.ids[names.kinds.index("s" if place == "io" else "io")] for place in places]
+    return places, np.stack([own, other])
+
+
 def find_names(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, others: Sequence[str] = ()) -> Names:
-    """IO, S and the names at other positions, in all prompts where each is one token, at its positions and as an answer.
+    """Find IO, S and the names at other positions, in all prompts where each is one token, in the text and as an answer.
 
     Args:
         prompts: IOI prompts, or others with two names or more.
-        tokenizer: a fast one, of the model at hand.
+        tokenizer: the model's, a fast one.
         others: positions of the prompts that hold a name.
+
+    Returns:
+        The names of these prompts, and why the others are dropped.
 
     Raises:
         ValueError: no prompt has only names of one token, a prompt lacks a position, or the tokenizer is slow or does not know
@@ -116,7 +127,7 @@ def find_names(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, others: S
 def _names(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, others: Sequence[str], where: str
 ) -> dict[str, tuple[int, tuple[int, ...]]] | str:
-    """Of every kind the token it would be as an answer and where it stands; or which name is not one token."""
+    """For every kind its token as an answer and its positions; or a message about a name that is not one token."""
     text, spans = prompt.clean, prompt.spans("clean")
     ids, offsets = encode(tokenizer, text, where)
     before_answer = prompt.io_token.removesuffix(prompt.io_name)
@@ -153,11 +164,23 @@ def attention_to(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Float32[np.ndarray, "query group layer head prompt"]:
-    """Attention probabilities from some tokens (-1 the last) to groups of tokens, summed over each group."""
+    """Sum attention probabilities from some tokens over groups of tokens.
+
+    Args:
+        model: with a card, and attention patterns that can be read (eager or sdpa).
+        prompts: the prompts.
+        groups: tokens by prompt and group.
+        queries: negative positions of the queries; -1 is the last token.
+        batch_size: prompts per forward pass.
+        progress: show a bar.
+
+    Returns:
+        Attention by query, group, head and prompt.
+    """
     n_groups = len(groups[0])
     found = np.empty((len(queries), n_groups, n_layers(model.config), n_heads(model.config), len(prompts)), np.float32)
 
-    def see(layer: int, batch: Batch, pattern: Float[Tensor, "batch head query key"]) -> None:
+    def on_pattern(layer: int, batch: Batch, pattern: Float[Tensor, "batch head query key"]) -> None:
         from_queries = pattern[:, :, list(queries)].float().cpu()  # padding is on the left
         width = from_queries.shape[-1]
         in_group = torch.zeros(len(batch.index), width, n_groups)
@@ -167,14 +190,19 @@ def attention_to(
         summed = torch.einsum("bhqk,bkg->qghb", from_queries, in_group)
         found[:, :, layer, :, batch.index] = summed.permute(3, 0, 1, 2).numpy()  # NumPy puts the indexed axis first
 
-    read_patterns(model, prompts, see, batch_size=batch_size, progress=progress)
+    read_patterns(model, prompts, on_pattern, batch_size=batch_size, progress=progress)
     return found
 
 
 def named_places(names: Names, prompts: TokenizedPrompts) -> tuple[tuple[str, ...], Groups]:
-    """Every token of each prompt in one group: the names, the first token, END-1, END, and what else there is.
+    """Assign every token of each prompt to one group: the names, the first token, END-1, END, and all others.
 
-    A token with two names is in the first of its groups.
+    Args:
+        names: of the prompts.
+        prompts: the same prompts as tokens.
+
+    Returns:
+        The groups' names, and their tokens by prompt; a token that belongs to several groups is in the first of them.
     """
     kinds = [kind for kind in names.kinds if kind != "s"]
     groups = []
@@ -201,14 +229,25 @@ def head_projections(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Float32[np.ndarray, "kind layer head prompt"]:
-    """What each head adds to the residual stream at the last token, times the unembeddings of some tokens, in float32.
+    """Project what each head adds to the residual stream at the last token on the unembeddings of some tokens, in float32.
 
-    What a head adds is behind a post-norm (Gemma 2), its scale frozen at the clean run; the output projection's bias belongs to
-    no head. No final norm, as published; with `fold_norm` its scale, frozen likewise, its gain, and, where it subtracts the
-    mean, that too.
+    A head's contribution is taken after a post-norm (Gemma 2), with its scale frozen at the clean run; the output projection's
+    bias belongs to no head. Definition: Wang et al. 2022, section 3.1.
+
+    Args:
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        prompts: the prompts.
+        ids: the tokens, for each prompt.
+        fold_norm: apply the final norm too, with its scale frozen likewise, its gain and, where it subtracts the mean, that;
+            without, as published.
+        batch_size: prompts per forward pass.
+        progress: show a bar.
+
+    Returns:
+        Projections by kind of token, head and prompt.
 
     Raises:
-        ValueError: `ids` do not fit, or weights cannot be taken apart.
+        ValueError: `ids` do not fit, or weights are not accessible.
     """
     head: Any = model.get_output_embeddings()
     if head is None:
@@ -238,14 +277,14 @@ def head_projections(
         for layer in layers:
             z = last(("z", layer)).flatten(1)
             weight = replay.projection(layer)
-            assert weight is not None  # looked at before anything ran
-            behind = directions
+            assert weight is not None  # `check_projections` has checked it
+            scaled = directions
             if card.post_norm_scale is not None:
                 attention = replay.module("attention_value_output", layer)(z.to(weight)).float()
                 scale = card.post_norm_scale(replay.module("attention_contribution", layer), attention)
-                behind = directions * scale[:, None].to(device)
+                scaled = directions * scale[:, None].to(device)
             by_input = (
-                card.residual_scale(model.config) * behind @ weight.to(device).float().T * z.to(device).float()[:, None]
+                card.residual_scale(model.config) * scaled @ weight.to(device).float().T * z.to(device).float()[:, None]
             )
             by_head = by_input.unflatten(-1, (n_heads(model.config), -1)).sum(-1)
             found[:, layer] = by_head.permute(1, 2, 0).cpu().numpy()

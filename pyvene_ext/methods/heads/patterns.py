@@ -1,10 +1,10 @@
-"""Attention patterns as they go by: one forward pass a batch, every layer's pattern shown once, none kept.
+"""Attention patterns read while the model runs: one forward pass per batch, a callback per layer, nothing stored.
 
-def see(layer, batch, pattern):
+def on_pattern(layer, batch, pattern):
     for row, length in enumerate(batch.lengths):
         print(layer, batch.index[row], pattern[row, :, -length:, -length:].shape)
 
-read_patterns(model, prompts, see)
+read_patterns(model, prompts, on_pattern)
 """
 
 from __future__ import annotations
@@ -26,38 +26,44 @@ from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 
-See = Callable[[int, Batch, Float[Tensor, "batch head query key"]], None]
+OnPattern = Callable[[int, Batch, Float[Tensor, "batch head query key"]], None]
 
 
 def check_patterns(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose attention patterns cannot be seen."""
+    """Check that a model's attention patterns can be read.
+
+    Args:
+        model: a model with a card.
+
+    Raises:
+        ValueError: the family's card does not expose them.
+    """
     card_of(model).component(model, "attention_pattern")
 
 
 def read_patterns(
     model: PreTrainedModel,
     prompts: TokenizedPrompts,
-    see: See,
+    on_pattern: OnPattern,
     *,
     batch_size: int = 8,
     progress: bool = True,
 ) -> None:
-    """Call `see(layer, batch, pattern)` once for every layer and batch while the model runs.
+    """Call `on_pattern(layer, batch, pattern)` once for every layer and batch while the model runs.
 
-    Batches are padded on the left: the pattern of row r's prompt is `pattern[r, :, -n:, -n:]` with n = `batch.lengths[r]`. What
-    `see` does not keep is gone with its layer, so that memory does not grow with the number of layers. The unembedding is not
-    run.
+    Batches are padded on the left: the pattern of row r's prompt is `pattern[r, :, -n:, -n:]` with n = `batch.lengths[r]`.
+    Patterns are not stored, so memory does not grow with the number of layers. The unembedding is not run.
 
     Args:
-        model: with a card, and attention that can be seen (eager or sdpa); used in eval mode and left as it was, also after an
-            error.
+        model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards,
+            also after an error.
         prompts: in any order of lengths; `batch.index` says which ones a batch holds.
-        see: given the layer, the batch (on the CPU) and the pattern (on the layer's device, in the model's dtype).
-        batch_size: prompts a forward pass.
+        on_pattern: called with the layer, the batch (on the CPU) and the pattern (on the layer's device, in the model's dtype).
+        batch_size: prompts per forward pass.
         progress: show a bar.
 
     Raises:
-        ValueError: before the model runs, for prompts that are not tokenised, none, empty, too long or of another tokenizer.
+        ValueError: before the model runs, for prompts that are missing, empty, too long, not tokenised or of another tokenizer.
     """
     card = card_of(model)
     check_prompts(model, prompts)
@@ -69,7 +75,7 @@ def read_patterns(
 
         def at_pattern(layer: int, pattern: Tensor) -> None:
             if not is_unrolling(model):
-                see(layer, running[0], split_heads(pattern, "attention_pattern", model))
+                on_pattern(layer, running[0], split_heads(pattern, "attention_pattern", model))
 
         hooks.enter_context(Taps(model, card, [("attention_pattern", layer) for layer in layers]))
         for layer in layers:
@@ -81,13 +87,28 @@ def read_patterns(
 
 
 def can_be_seen(model: PreTrainedModel) -> bool:
-    """Whether `read_patterns` has anything to show: the family lets its attention be looked into, and it is eager or sdpa."""
-    seen = "attention_pattern" in card_of(model).mapping(type(model))
-    return seen and model.config._attn_implementation in MASKS_UNDERSTOOD
+    """Whether `read_patterns` can read the model's attention patterns.
+
+    Args:
+        model: a model with a card.
+
+    Returns:
+        True if the family's card exposes the pattern and the implementation is eager or sdpa.
+    """
+    mapped = "attention_pattern" in card_of(model).mapping(type(model))
+    return mapped and model.config._attn_implementation in MASKS_UNDERSTOOD
 
 
 def check_prompts(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
-    """Raise ValueError for prompts that the model cannot be run on."""
+    """Check that a model can run on prompts.
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+
+    Raises:
+        ValueError: they are missing, empty, too long, not tokenised or of another tokenizer.
+    """
     check_tokenized(model, prompts)
     if not len(prompts):
         raise ValueError("there are no prompts to look at; give at least one.")

@@ -1,4 +1,4 @@
-"""What heads do on repeated random tokens: look at the token before, at the same token, at what followed it; and copy.
+"""Head scores on repeated random tokens: previous token, duplicate token, induction, and copying.
 
     bos, tokens = leading_bos(tokenizer), usable_tokens(model, tokenizer)
     ids = random_tokens(tokens, 25, 4, examples=10, rng=rng(0, "tokens"), bos=bos)
@@ -9,19 +9,20 @@ With A the attention pattern of a head, on a block of s random tokens that is re
 activation evaluators"):
 
     previous token     mean of A[i, i-1]      over all random tokens i but the first
-    duplicate token    mean of A[i, i-s]      over the i behind the first block
-    induction          mean of A[i, i-s+1]    over the i behind the first block
+    duplicate token    mean of A[i, i-s]      over the i after the first block
+    induction          mean of A[i, i-s+1]    over the i after the first block
 
-With `occurrences="all"` the entries one, two ... blocks back are summed, so that a head that looks at any earlier occurrence, or
-at several, counts in full.
+With `occurrences="all"` the entries one, two ... blocks back are summed, so that a head that attends to any earlier occurrence,
+or to several, gets the full score.
 
-The copying score is of the OV circuit: what would the head write if it looked at token j alone? Its value there times its output
-matrix, through final norm and unembedding, are its direct logits. Of these, less their mean over the vocabulary and without those
-below 0, the share r of token j itself among the tokens of the block is scaled to 2r - 1: 1 for a head that raises nothing but the
-token it looks at, -1 for one that does not raise it. (Ours; the appendix scales a ratio that ends at 0.5.) The mean is over all
-random tokens j. Attention to the token is treated as 1, so the score says nothing of whether the head looks there. Norms,
-post-norms too, do no more than scale a head's direct logits once its own mean is out where the norm takes one out, and the share
-is the same at any scale. Biases belong to no head; a soft-cap behind the unembedding is left out.
+The copying score is a property of the OV circuit: what would the head write if it attended to token j alone? Its value there
+times its output matrix, through final norm and unembedding, gives its direct logits. After subtracting their mean over the
+vocabulary and setting negative ones to 0, the share r of token j itself among the tokens of the block is scaled to 2r - 1: 1 for
+a head that raises nothing but the token that it attends to, -1 for one that does not raise it. (Ours; the appendix scales a ratio
+that ends at 0.5.) The mean is over all random tokens j. Attention to the token is set to 1, so the score says nothing about
+whether the head attends there. Norms and post-norms only rescale a head's direct logits, once its own mean is subtracted where
+the norm subtracts one, and the share does not depend on scale. Biases belong to no head; a soft-cap after the unembedding is not
+applied.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from pyvene_ext.models.modes import evaluating
 
 Occurrences = Literal["last", "all"]
 COLUMNS = ("scores", "layer", "head")
-TRIM = 0.1  # of the vocabulary, at each end
+TRIM = 0.1  # share of the vocabulary left out at each end
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -59,25 +60,32 @@ TRIM = 0.1  # of the vocabulary, at each end
 def write_head_scores(path: str | Path, scores: Float[np.ndarray, "layer head"]) -> None:
     """Write the CSV `scores,layer,head`, the highest score first.
 
+    Args:
+        path: the file.
+        scores: one per head.
+
     Raises:
-        ValueError: the scores are not [layer head], there is none, or one is not finite.
+        ValueError: the scores are not [layer head], are empty, or are not finite.
     """
     scores = np.asarray(scores)
     if scores.ndim != 2 or not scores.size or not np.isfinite(scores).all():
-        raise ValueError(f"scores must be one finite number a head, [layer head], not of shape {scores.shape}.")
+        raise ValueError(f"scores must be one finite number per head, [layer head], not of shape {scores.shape}.")
     rows = [dict(zip(COLUMNS, (float(scores[at]), *at), strict=True)) for at in np.ndindex(scores.shape)]
     write_csv(path, sorted(rows, key=lambda row: -row["scores"]))
 
 
 def read_head_scores(path: str | Path, config: Any) -> list[tuple[float, int, int]]:
-    """The (score, layer, head) of a CSV `scores,layer,head`, the highest score first; it need not name every head.
+    """Read a CSV `scores,layer,head`; it need not list every head.
 
     Args:
         path: the file; further columns are ignored.
         config: of the model that the heads are in.
 
+    Returns:
+        (score, layer, head), the highest score first.
+
     Raises:
-        ValueError: a column is missing, there is no row, a score is not a finite number, or a head is not in the model or there
+        ValueError: a column is missing, there is no row, a score is not a finite number, or a head is not in the model or listed
             twice.
     """
     rows = read_csv(path)
@@ -91,9 +99,9 @@ def read_head_scores(path: str | Path, config: Any) -> list[tuple[float, int, in
         try:
             score, layer, head = float(row["scores"]), int(row["layer"]), int(row["head"])
         except ValueError:
-            told = ",".join(row[column] for column in COLUMNS)
+            found_row = ",".join(row[column] for column in COLUMNS)
             raise ValueError(
-                f"{path}, row {number}: {told!r} is not a number and two whole numbers; give scores,layer,head."
+                f"{path}, row {number}: {found_row!r} is not a number and two whole numbers; give scores,layer,head."
             ) from None
         if not math.isfinite(score):
             raise ValueError(
@@ -105,7 +113,7 @@ def read_head_scores(path: str | Path, config: Any) -> list[tuple[float, int, in
                 "scores of this model."
             )
         if (layer, head) in found:
-            raise ValueError(f"{path}, row {number}: head {layer}.{head} is there twice; give each head once.")
+            raise ValueError(f"{path}, row {number}: head {layer}.{head} is listed twice; give each head once.")
         found[layer, head] = score
     return sorted(((score, *at) for at, score in found.items()), key=lambda row: (-row[0], row[1:]))
 
@@ -121,20 +129,20 @@ def usable_tokens(
 ) -> Int[np.ndarray, " token"]:
     """The ids to draw random tokens from: neither special nor added, and not among the most or the least frequent.
 
-    A tokenizer tells no frequencies. In BPE and Unigram vocabularies ids follow them roughly, merges being made the most frequent
-    first; so what is left out are the lowest and the highest ids. Other vocabularies (by word) are in no such order.
+    A tokenizer has no token frequencies. In BPE and Unigram vocabularies ids roughly follow them, because the most frequent
+    merges come first, so the lowest and the highest ids are left out. Other vocabularies (by word) have no such order.
 
     Args:
-        model: ids that it has no embedding for are left out.
-        tokenizer: whose ids they are.
+        model: ids without an embedding in it are left out.
+        tokenizer: the model's.
         trim: the share of the ids left out at each end; by default 0.1 for BPE and Unigram vocabularies, else 0.
-        among: only these ids, of which nothing is trimmed by default.
+        among: only these ids, which are not trimmed by default.
 
     Returns:
         The ids, ascending.
 
     Raises:
-        ValueError: `trim` is not in [0, 0.5), or `among` holds an id beyond the vocabulary.
+        ValueError: `trim` is not in [0, 0.5), or `among` has an id beyond the vocabulary.
     """
     if trim is None and among is not None:
         trim = 0.0
@@ -152,19 +160,33 @@ def usable_tokens(
         return ids
     if among.max() >= n_embedded:
         raise ValueError(
-            f"the tokens hold the id {among.max()} and the vocabulary has {n_embedded} tokens; give ids of this tokenizer."
+            f"the tokens contain the id {among.max()} but the vocabulary has {n_embedded} tokens; give ids of this tokenizer."
         )
     return np.intersect1d(among, ids)
 
 
 def check_trim(trim: float) -> None:
-    """Raise ValueError unless `trim` is a share that can be left out at both ends."""
+    """Check a share to leave out at both ends.
+
+    Args:
+        trim: the share.
+
+    Raises:
+        ValueError: it is not in [0, 0.5).
+    """
     if not 0 <= trim < 0.5:
-        raise ValueError(f"trim must be at least 0 and below 0.5, as it is left out at both ends, not {trim}.")
+        raise ValueError(f"trim must be at least 0 and below 0.5, because it is left out at both ends, not {trim}.")
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The start token if the tokenizer puts one in front of a text (which says that the model was trained so), else nothing."""
+    """Find the start token that sequences should begin with.
+
+    Args:
+        tokenizer: the model's.
+
+    Returns:
+        The BOS token if the tokenizer prepends one to a text, which suggests that the model was trained with it; else nothing.
+    """
     ids = tokenizer("")["input_ids"]
     return (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
 
@@ -178,7 +200,18 @@ def random_tokens(
     rng: np.random.Generator,
     bos: Sequence[int] = (),
 ) -> Int[Tensor, "sequence pos"]:
-    """Sequences of `length` distinct random tokens, `repeats` times over, each behind `bos`.
+    """Draw sequences that repeat a block of distinct random tokens.
+
+    Args:
+        tokens: ids to draw from.
+        length: tokens of a block.
+        repeats: how many times each sequence has its block.
+        examples: how many sequences.
+        rng: source of randomness.
+        bos: tokens before the first block.
+
+    Returns:
+        The sequences.
 
     Raises:
         ValueError: a number is below 1, or there are fewer tokens than one sequence needs.
@@ -188,7 +221,7 @@ def random_tokens(
             raise ValueError(f"{name} must be at least 1, not {number}.")
     if len(tokens) < length:
         raise ValueError(
-            f"{length} distinct random tokens are needed but only {len(tokens)} are usable; take fewer, or trim less."
+            f"{length} distinct random tokens are needed but only {len(tokens)} are usable; use fewer, or trim less."
         )
     blocks = np.stack([rng.choice(tokens, length, replace=False) for _ in range(examples)])
     front = np.tile(np.array(bos, np.int64), (examples, 1))
@@ -200,7 +233,14 @@ def random_tokens(
 
 @dataclass(frozen=True)
 class HeadScores:
-    """The scores of every head on every sequence; attention scores are in [0, 1], `copying` in [-1, 1]."""
+    """The scores of every head on every sequence.
+
+    Attributes:
+        previous: previous-token score, in [0, 1].
+        duplicate: duplicate-token score, in [0, 1].
+        induction: induction score, in [0, 1].
+        copying: copying score, in [-1, 1]; None if it was not asked for.
+    """
 
     previous: Float64[np.ndarray, "sequence layer head"]
     duplicate: Float64[np.ndarray, "sequence layer head"]
@@ -219,25 +259,28 @@ def attention_scores(
     batch_size: int = 10,
     progress: bool = True,
 ) -> HeadScores:
-    """The scores of all heads, from one forward pass a batch.
+    """Score all heads, from one forward pass per batch (definitions: the module's docstring).
 
-    Each layer's pattern is reduced to its scores as it goes by and then forgotten; what is kept is three or four numbers a head
-    and sequence. Sums are in float32 whatever the model's dtype; of direct logits only those of the block's tokens are made.
+    Each layer's pattern is reduced to scores while the model runs; only three or four numbers per head and sequence are kept.
+    Sums are in float32 whatever the model's dtype; direct logits are computed for the block's tokens only.
 
     Args:
-        model: with a card, and attention that can be seen (eager or sdpa); used in eval mode and left as it was, also after an
-            error.
-        ids: the sequences, all of one length. Without `copying` they need not repeat: what the attention scores are on text
-            without repetition is a control for them.
+        model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards,
+            also after an error.
+        ids: the sequences, all of one length. Without `copying` they need not repeat: attention scores on text without
+            repetition are a control.
         period: tokens of a block.
-        first: tokens in front of the first block (a start token), of which no score is taken.
+        first: tokens before the first block (a start token), which are not scored.
         occurrences: "last", or "all" for the sum over all earlier ones.
-        copying: score copying too. Needs a causal language model whose weights are neither quantised nor offloaded.
-        batch_size: sequences a forward pass.
+        copying: score copying too; requires a causal language model whose weights are neither quantised nor offloaded.
+        batch_size: sequences per forward pass.
         progress: show a bar.
 
+    Returns:
+        The scores by sequence and head.
+
     Raises:
-        ValueError: before the model runs, for what does not fit; and for scores that are not finite.
+        ValueError: before the model runs, for arguments that do not fit; and for scores that are not finite.
     """
     card = card_of(model)
     _check(model, ids, period, first, occurrences, batch_size)
@@ -283,7 +326,17 @@ def attention_scores(
 def pattern_scores(
     pattern: Float[Tensor, "batch head query key"], period: int, first: int = 0, occurrences: Occurrences = "last"
 ) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch head"], Float[Tensor, "batch head"]]:
-    """Previous-token, duplicate-token and induction score of given patterns."""
+    """Compute the attention scores of patterns (Olsson et al. 2022, appendix "Head activation evaluators").
+
+    Args:
+        pattern: attention probabilities.
+        period: tokens of a block.
+        first: tokens before the first block.
+        occurrences: "last", or "all" for the sum over all earlier ones.
+
+    Returns:
+        Previous-token, duplicate-token and induction score.
+    """
     length = pattern.shape[-1] - first
     last_block = (length - 1) // period if occurrences == "all" else 1
 
@@ -298,7 +351,7 @@ def pattern_scores(
 
 
 class _DirectLogits:
-    """What the values of heads are worth as direct logits of the tokens of each sequence's block."""
+    """Direct logits of heads' values for the tokens of each sequence's block."""
 
     def __init__(
         self, model: PreTrainedModel, card: Card, ids: Int[Tensor, "sequence pos"], period: int, first: int
@@ -307,7 +360,8 @@ class _DirectLogits:
         self._own = ids[:, first:, None] == block[:, None]  # sequence pos token
         if not (self._own.sum(-1) == 1).all():
             raise ValueError(
-                f"copying is scored on {period} distinct tokens that are repeated, behind {first} others; a sequence is not so."
+                f"copying is scored on a repeated block of {period} distinct tokens after {first} others, unlike one of the "
+                "sequences; use random_tokens."
             )
         head: Any = model.get_output_embeddings()
         if head is None:
@@ -322,8 +376,8 @@ class _DirectLogits:
             parameter.is_meta for parameter in self._norm.parameters()
         ):
             raise ValueError(
-                "copying needs weights that can be taken apart; load the model without quantisation and offloading, merge "
-                "adapters, or leave out copying."
+                "copying needs accessible weights; load the model without quantisation and offloading, merge adapters, or leave "
+                "out copying."
             )
         if card.post_norm_scale is not None:
             self._post_norms = [card.module(model, "attention_contribution", i) for i in range(len(self._projections))]
@@ -338,9 +392,18 @@ class _DirectLogits:
     def share(
         self, layer: int, values: Float[Tensor, "batch kv_head pos d_head"], rows: slice
     ) -> Float[Tensor, "batch head"]:
-        """2r - 1 of all heads, the mean over positions."""
+        """Compute the copying score of a layer's heads.
+
+        Args:
+            layer: their layer.
+            values: at the tokens of the blocks.
+            rows: the sequences of the batch.
+
+        Returns:
+            2r - 1, the mean over positions.
+        """
         weight = output_weight(self._projections[layer])
-        assert weight is not None  # looked at when this was made
+        assert weight is not None  # checked by `__init__`
         by_head = weight.unflatten(0, (self._n_heads, -1))
         group = self._n_heads // values.shape[1]
         own = self._own[rows]
@@ -351,14 +414,13 @@ class _DirectLogits:
                 part = part * self._post_norm_scale(self._post_norms[layer], part)
             raised = (self._final_norm(part) @ self._directions[rows].to(part.device).mT).clamp(min=0)
             total = raised.sum(-1)
-            share = (raised * own.to(part.device)).sum(-1) / torch.where(
-                total == 0, 1, total
-            )  # none if nothing is raised
+            total = torch.where(total == 0, 1, total)  # a share of 0 if nothing is raised
+            share = (raised * own.to(part.device)).sum(-1) / total
             found.append(2 * share.mean(-1) - 1)
         return torch.stack(found, -1)
 
     def _final_norm(self, part: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The part behind the final norm, up to its scale, and without the norm's bias."""
+        """Apply the final norm to a part, up to its scale and without the norm's bias."""
 
         def call(x: Tensor) -> Tensor:
             return torch.func.functional_call(self._norm, self._norm_weights, x.to(device))
@@ -368,7 +430,7 @@ class _DirectLogits:
 
 
 def _check(model: PreTrainedModel, ids: Tensor, period: int, first: int, occurrences: str, batch_size: int) -> None:
-    """Raise ValueError for what can be told to be wrong before the model runs."""
+    """Raise ValueError for anything that is wrong with the arguments."""
     if occurrences not in get_args(Occurrences):
         raise ValueError(f"occurrences must be 'last' or 'all', not {occurrences!r}.")
     if batch_size < 1:
@@ -384,10 +446,11 @@ def _check(model: PreTrainedModel, ids: Tensor, period: int, first: int, occurre
     context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     if ids.shape[1] > context:
         raise ValueError(
-            f"the sequences are {ids.shape[1]} tokens long but the model has {context} positions; take a shorter block or fewer "
+            f"the sequences are {ids.shape[1]} tokens long but the model has {context} positions; use a shorter block or fewer "
             "repeats."
         )
     if not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
         raise ValueError(
-            f"the ids go from {int(ids.min())} to {int(ids.max())} but the model embeds {n_vocab} tokens; use its own tokenizer."
+            f"the ids range from {int(ids.min())} to {int(ids.max())} but the model embeds {n_vocab} tokens; use its own "
+            "tokenizer."
         )

@@ -1,1 +1,1 @@
-"""Activation patching and path patching: base prompts run with something of their source prompts in them."""
+"""Activation patching and path patching: base prompts run with activations of their source prompts."""

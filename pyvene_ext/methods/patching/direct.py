@@ -1,8 +1,8 @@
-"""The direct term of a path: what a sender's change adds to its receivers' inputs, every scale on its way frozen.
+"""The direct term of a path: what a sender's change adds to its receivers' inputs, with every scale on the path frozen.
 
-Without other heads, MLPs and rescaling nothing is left to run between the two: the change goes through the output projection
-(and a post-norm), the residual stream, the receiver's norm and its projection, each linear with its scale frozen at base. So the
-direct terms of several senders add up. What the receivers then make of theirs is run as usual, on either engine.
+Without other heads, MLPs and rescaling, nothing needs to be run between the two: the change passes through the output projection
+(and a post-norm), the residual stream, the receiver's norm and its projection, each of them linear with its scale frozen at base.
+So the direct terms of several senders add up. The effect of the receivers' changed inputs is run as usual, on either engine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyvene_ext.engine.plain import METRICS, run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.intervenable.statistics import Place, Reference
-from pyvene_ext.methods.patching.plain_paths import new_value
+from pyvene_ext.methods.patching.plain_paths import patched_value
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.hooks import check_projections, on_output
 from pyvene_ext.models.modes import evaluating
@@ -37,7 +37,7 @@ from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.specs.sources import Recorded
 
 NORM_INPUT = {"q": "resid_pre", "k": "resid_pre", "v": "resid_pre", "mlp_in": "resid_mid", "logits": "resid_post"}
-ROWS = 64  # logits of the whole vocabulary are made for so many paths at once
+ROWS = 64  # paths whose logits over the whole vocabulary are computed at once
 
 
 def run_direct_paths(
@@ -51,19 +51,38 @@ def run_direct_paths(
     batch_size: int,
     progress: bool,
 ) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
-    """The metric of base, and with each path's direct term patched; `resolved` holds the senders' patches, measured."""
+    """Patch each path's direct term.
+
+    Args:
+        resolved: the senders' patches on the pairs, with statistics.
+        paths: the paths, all `direct`.
+        metric: its name.
+        engine: runs the receivers' patches.
+        memory: as for `sweep`.
+        store: as for `sweep`.
+        batch_size: prompts per forward pass.
+        progress: show a bar.
+
+    Returns:
+        The metric of the untouched base, and with each path patched.
+
+    Raises:
+        ValueError: an output projection or a norm cannot be split into linear parts.
+    """
     model, base = resolved.model, resolved.prompts
     clean, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
     to_logits = [number for number, path in enumerate(paths) if path.receivers == ("logits",)]
     others = [number for number in range(len(paths)) if number not in set(to_logits)]
     with evaluating(model), no_gradients(model):
-        terms = Terms(resolved, paths, batch_size)
+        terms = DirectTerms(resolved, paths, batch_size)
         for prompt in range(len(base) if to_logits else 0):
             clean[prompt], found[to_logits, prompt] = terms.metric([paths[i] for i in to_logits], prompt, metric)
     if others:
-        specs: list[Spec] = [paths[number].received(where(paths[number]), paths[number].name) for number in others]
-        # The terms are of source prompts that the engines do not see.
-        recorded = Recorded(terms.recorded, resolved.sources.measured.prompts.hash)
+        specs: list[Spec] = [
+            paths[number].receiver_patches(receiver_positions(paths[number]), paths[number].name) for number in others
+        ]
+        # The terms depend on source prompts that the engines do not see.
+        recorded = Recorded(terms.recorded, resolved.sources.statistics.prompts.hash)
         received = resolve(specs, model, base, recorded=recorded).with_directions(resolved.sources.directions)
         if engine == "plain":
             result = run_resolved(received, metric, batch_size=batch_size, progress=progress)
@@ -71,20 +90,33 @@ def run_direct_paths(
             plan = plan_resolved(received, memory=memory)
             result = sweep_resolved(received, metric, plan, store=store, progress=progress)
         found[others] = result.intervened
-        found[to_logits] += result.clean - clean  # which is what two ways round differently
-        clean = result.clean
+        found[to_logits] += result.baseline - clean  # the rounding difference between the two ways
+        clean = result.baseline
     return clean, found
 
 
-def where(path: PathPatch) -> Positions:
-    """Where the receivers are set: at every position (elsewhere to base's own) if one could change another elsewhere."""
-    return path.positions if path.one_place else "all"
+def receiver_positions(path: PathPatch) -> Positions:
+    """Where a path's receivers are patched.
+
+    Args:
+        path: a direct path.
+
+    Returns:
+        The sender's positions; or every position (elsewhere to the base's own value) if one receiver could change another there.
+    """
+    return path.positions if path.has_independent_receivers else "all"
 
 
-class Terms:
-    """What base has at senders, receivers and in front of receivers' norms, and what senders add there.
+class DirectTerms:
+    """The base's values at senders, receivers and before the receivers' norms, and what senders add there.
 
-    Raises ValueError where a weight or a norm that is needed cannot be taken apart.
+    Args:
+        resolved: the senders' patches on the pairs, with statistics.
+        paths: the paths, all `direct`.
+        batch_size: prompts per forward pass.
+
+    Raises:
+        ValueError: an output projection or a norm cannot be split into linear parts.
     """
 
     def __init__(
@@ -97,49 +129,74 @@ class Terms:
         model, base, self.replay = self.model, self.base, Replay(resolved.model)
         self.paths, self.depth = {path.name: path for path in paths}, n_layers(model.config)
         check_projections(model)
-        places = [path.sending.place for path in paths]
-        for node in (node for path in paths for node in path.nodes):
-            places += [self._stands(node)] if node.site == "logits" else [self._stands(node), (node.site, node.layer)]
-        at = dict.fromkeys(place for path in paths for place in _each(where(path), path.positions))
-        self.of_base = Reference.compute(model, base, dict.fromkeys(places), bank=(*at, "last"), batch_size=batch_size)
-        self.arriving = lru_cache(256)(self._arriving)
+        places = [path.sender_patch.place for path in paths]
+        for node in (node for path in paths for node in path.receiver_nodes):
+            places += (
+                [self._stream_place(node)]
+                if node.site == "logits"
+                else [self._stream_place(node), (node.site, node.layer)]
+            )
+        at = dict.fromkeys(place for path in paths for place in _each(receiver_positions(path), path.positions))
+        self.base_values = Reference.compute(
+            model, base, dict.fromkeys(places), bank=(*at, "last"), batch_size=batch_size
+        )
+        self.direct_term = lru_cache(256)(self._direct_term)
         self.norm = lru_cache(None)(self._norm)
 
     def recorded(
         self, name: str, place: Place, prompt: int, heads: tuple[int, ...] | None
     ) -> Float[Tensor, "pos *head d"]:
-        """What a path's receivers at a place are given: base's own, and the direct term where the sender is patched."""
+        """Compute the patched input of a path's receivers: the base's own, plus the direct term where the sender is patched.
+
+        Args:
+            name: the path's.
+            place: site and layer of the receivers.
+            prompt: index of the pair.
+            heads: which heads, for sites with heads.
+
+        Returns:
+            The values at the receivers' positions.
+        """
         path = self.paths[name]
-        own = self.of_base.rows(place, prompt, where(path)).clone()
+        own = self.base_values.rows(place, prompt, receiver_positions(path)).clone()
         if heads is not None:
             own = own[:, list(heads)]
-        added = self.arriving(name, place, prompt).to(own.device)
+        added = self.direct_term(name, place, prompt).to(own.device)
         if heads is not None:
             added = added.unflatten(-1, (-1, own.shape[-1]))[:, list(heads)]
-        tokens = self._tokens(path, prompt) if where(path) != path.positions else slice(None)
+        tokens = self._sender_tokens(path, prompt) if receiver_positions(path) != path.positions else slice(None)
         own[tokens] = (own[tokens].float() + added).to(own.dtype)
         return own
 
     def metric(
         self, paths: Sequence[PathPatch], prompt: int, metric: str
     ) -> tuple[np.float32, Float32[np.ndarray, " path"]]:
-        """The metric of a prompt, and with the direct term of each path in the final norm's output at the last token."""
+        """Compute the metric of paths to the logits, with each direct term added to the final norm's output at the last token.
+
+        Args:
+            paths: paths to the logits.
+            prompt: index of the pair.
+            metric: its name.
+
+        Returns:
+            The metric of the untouched base prompt, and with each path patched.
+        """
         place, last = ("resid_post", self.depth - 1), len(self.base.input_ids[prompt]) - 1
-        x = self.of_base.rows(place, prompt, "last").to(self.replay.device)
+        x = self.base_values.rows(place, prompt, "last").to(self.replay.device)
         normed = self.replay.module("final_norm")(x[None])[0]
         ids = torch.tensor([self.base.answer_ids[prompt]], device=self.replay.device)
         clean = self.replay.unembed(normed)
         found = []
-        of_rows = [None, *paths]  # the first is base itself
+        of_rows = [None, *paths]  # the first is the untouched base
         for start in range(0, len(of_rows), ROWS):
             here = of_rows[start : start + ROWS]
             rows = [normed[0]] * len(here)
             for row, path in enumerate(here):
                 if path is None:
                     continue
-                tokens = self._tokens(path, prompt)
+                tokens = self._sender_tokens(path, prompt)
                 if last in tokens:
-                    added = self.arriving(path.name, ("logits", None), prompt)[tokens.index(last)]
+                    added = self.direct_term(path.name, ("logits", None), prompt)[tokens.index(last)]
                     rows[row] = (normed[0].float() + added.to(normed.device)).to(normed.dtype)
             logits = self.replay.unembed(torch.stack(rows))
             batch: Any = SimpleNamespace(answer_ids=ids.expand(len(rows), 2))
@@ -147,33 +204,33 @@ class Terms:
         values = torch.cat(found).numpy()
         return values[0], values[1:]
 
-    def _arriving(self, name: str, place: Place, prompt: int) -> Float[Tensor, "pos d"]:
-        """The direct term at a receiving place, all its heads side by side, at the positions where the sender is patched."""
+    def _direct_term(self, name: str, place: Place, prompt: int) -> Float[Tensor, "pos d"]:
+        """The direct term at a receiver's place, heads concatenated, at the positions where the sender is patched."""
         path, (site, layer) = self.paths[name], place
-        added = self._sent(path, prompt)
+        added = self._sender_change(path, prompt)
         if site not in NORM_INPUT:
             return added
-        at = self.of_base.rows(self._stands(Node(*place)), prompt, path.positions)
+        at = self.base_values.rows(self._stream_place(Node(*place)), prompt, path.positions)
         added = self.norm(site, layer).change(at.to(added), added)
         if site in ("q", "k", "v"):
             assert layer is not None
             added, nothing = (x.to(self.model.dtype)[None] for x in (added, torch.zeros_like(added)))
             projected = (self.replay.projected(site, layer, x)[0].float() for x in (added, nothing))
-            added = next(projected) - next(projected)  # less the bias
+            added = next(projected) - next(projected)  # without the bias
         return added
 
-    def _sent(self, path: PathPatch, prompt: int) -> Float[Tensor, "pos d_model"]:
+    def _sender_change(self, path: PathPatch, prompt: int) -> Float[Tensor, "pos d_model"]:
         """What the sender's change adds to the residual stream."""
-        sender, (site, layer, head) = path.sending, path.sender_node
-        old = self.of_base.rows(sender.place, prompt, sender.positions)
-        mine = old if head is None else old[:, head]
-        new = new_value(sender, mine, prompt, self.resolved)
-        change = new.float() - mine.float()
+        sender, (site, layer, head) = path.sender_patch, path.sender_node
+        old = self.base_values.rows(sender.place, prompt, sender.positions)
+        of_head = old if head is None else old[:, head]
+        new = patched_value(sender, of_head, prompt, self.resolved)
+        change = new.float() - of_head.float()
         if site != "z":
             return change.to(self.replay.device)
         assert layer is not None and head is not None
         weight = self.replay.projection(layer)
-        assert weight is not None  # checked when this was made
+        assert weight is not None  # `check_projections` has checked it
         by_head = weight.unflatten(0, (n_heads(self.model.config), -1))[head].float()
         change = change.to(weight.device) @ by_head
         if (post_norm_scale := card_of(self.model).post_norm_scale) is not None:
@@ -181,12 +238,12 @@ class Terms:
             change = change * post_norm_scale(self.replay.module("attention_contribution", layer), attention)
         return change * card_of(self.model).residual_scale(self.model.config)
 
-    def _tokens(self, path: PathPatch, prompt: int) -> list[int]:
+    def _sender_tokens(self, path: PathPatch, prompt: int) -> list[int]:
         """Where the sender is patched."""
         return list(self.resolved.tokens[path.positions][prompt])
 
-    def _stands(self, node: Node) -> Place:
-        """Where the stream is read: in front of a receiver's norm, or the receiver's own place in the stream."""
+    def _stream_place(self, node: Node) -> Place:
+        """Where a receiver reads the stream: before its norm, or the receiver's own place in the stream."""
         return NORM_INPUT.get(node.site, node.site), self.depth - 1 if node.site == "logits" else node.layer
 
     def _norm(self, site: str, layer: int | None) -> FrozenNorm:
@@ -203,7 +260,7 @@ class Terms:
 
 
 def _attention_norm(replay: Replay, layer: int) -> nn.Module:
-    """The module that a block runs before its attention; an identity if there is none."""
+    """The module that a block runs before its attention, which is its norm; an identity if there is none."""
     called: list[nn.Module] = [nn.Identity()]
     with ExitStack() as stack:
         for module in replay.module("block_output", layer).children():

@@ -1,4 +1,4 @@
-"""Pairs of texts as tokens, and which of them a study can patch."""
+"""Tokenised pairs of clean and corrupt texts, and which of them can be patched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,20 @@ from pyvene_ext.prompts.tokenized import Answers, TokenizedPrompts
 def both_texts(
     prompts: PromptSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers = "first_token"
 ) -> tuple[TokenizedPrompts, TokenizedPrompts]:
-    """The clean and the corrupt texts as tokens; ValueError for one that is too long for the model."""
+    """Tokenise the clean and the corrupt texts.
+
+    Args:
+        prompts: the pairs.
+        model: gives the longest text that fits.
+        tokenizer: the model's.
+        answers: how answers become tokens, as for `PromptSet.tokenize`.
+
+    Returns:
+        The clean and the corrupt texts.
+
+    Raises:
+        ValueError: a text is too long for the model, or cannot be tokenised.
+    """
     longest = n_positions(model.config)
     clean, corrupt = (prompts.tokenize(tokenizer, text, answers, longest) for text in ("clean", "corrupt"))
     return clean, corrupt
@@ -24,20 +37,20 @@ def both_texts(
 def patchable(
     clean: TokenizedPrompts, corrupt: TokenizedPrompts, names: Sequence[str], dataset: str, positions: str
 ) -> tuple[TokenizedPrompts, TokenizedPrompts, list[int], list[int]]:
-    """The pairs that correspond at named positions (`patch.corresponding`).
+    """Select the pairs whose texts correspond at named positions (`patch.corresponding`).
 
     Args:
         clean: the clean text of every pair.
-        corrupt: the corrupt one.
+        corrupt: the corrupt text of every pair.
         names: the positions; none for every token.
         dataset: the flag that chose the pairs, for errors.
-        positions: the flag that chose the names, for errors.
+        positions: the flag that chose the positions, for errors.
 
     Returns:
-        The clean and the corrupt texts of these pairs, which pairs they are, and which are left out.
+        The clean and the corrupt texts of these pairs, the indices of these pairs, and of those that are dropped.
 
     Raises:
-        ValueError: too few pairs for an interval.
+        ValueError: there are too few pairs for an interval.
     """
     n = len(clean)
     clean, corrupt, kept = corresponding(clean, corrupt, names)

@@ -1,12 +1,12 @@
-"""Activation and path patching: base prompts run with something of their source prompts in it.
+"""Activation and path patching: base prompts run with activations of their source prompts.
 
     clean, corrupt = prompts.tokenize(tokenizer), prompts.tokenize(tokenizer, text="corrupt")
     noised = patch(model, all_patches(model.config, "z"), base=clean, source=corrupt)
     denoised = patch(model, specs, base=corrupt, source=clean)
     paths = patch(model, all_paths(model.config, ("logits",)), base=clean, source=corrupt)
 
-Base and source are two texts of the same pairs, with the same answers. Which is which is the direction: base clean asks what
-breaks (noising), base corrupt what restores (denoising).
+Base and source are the two texts of the same pairs, with the same answers. With the clean text as base, patching measures what
+breaks the behaviour (noising); with the corrupt text as base, what restores it (denoising).
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ Patch = Spec | PathPatch
 
 @dataclass(frozen=True)
 class Patched(Result):
-    """What patches did to every base prompt; `clean` is the metric of the untouched base, `intervened` that of the patched one.
+    """The effect of patches on every base prompt.
 
     Attributes:
+        names: the patches' names.
+        metric: name of the metric.
+        baseline: the metric of the untouched base prompts, be they clean or corrupt.
+        intervened: the metric of the patched base prompts.
         source: the metric of the untouched source prompts; NaN for kl, which compares with the base.
     """
 
@@ -62,15 +66,15 @@ class Patched(Result):
     def score(self) -> Float[np.ndarray, "n_interventions n_prompts"]:
         """(patched - base) / (source - base): 0 is the base and 1 the source, whichever of them is clean.
 
-        So of denoising 1 is all restored, and of noising 1 all broken. NaN where base and source have the same value;
-        average numerator and denominator by themselves over prompts where some differ little.
+        So 1 means fully restored when denoising, and fully broken when noising. NaN where base and source have the same value;
+        if some prompts differ little, average numerator and denominator separately (`mean_score`).
         """
-        return _ratio(self.intervened - self.clean, self.source - self.clean)
+        return _ratio(self.intervened - self.baseline, self.source - self.baseline)
 
     @property
     def mean_score(self) -> Float[np.ndarray, " n_interventions"]:
-        """Mean over prompts of (patched - base) over the mean of (source - base)."""
-        return _ratio((self.intervened - self.clean).mean(1), (self.source - self.clean).mean())
+        """The mean over prompts of (patched - base), divided by the mean of (source - base)."""
+        return _ratio((self.intervened - self.baseline).mean(1), (self.source - self.baseline).mean())
 
     def to_frame(self) -> pd.DataFrame:
         """One row a patch and prompt.
@@ -102,92 +106,116 @@ def patch(
 ) -> Patched:
     """Run every patch on every base prompt and read one metric at its last token.
 
-    Args:
-        specs: one or more of `ActivationPatch`, a tuple of them (done together), and `PathPatch`.
-        base, source: pairs by their order, with the same answers; of equal length where every position is patched.
-        engine: plain is the definition, one intervention at a time through `IntervenableModel`; sweep gives the same, faster. A
-            path with several receivers in different places and a sender patched at some positions runs plainly either way.
-        directions: of patches with `subspace`; by default `concept_directions` of these very pairs.
-        memory: as for `sweep`.
-        store: a folder that keeps what the sweep engine has finished, a store for patches and one for each way of path patching.
-            (What paths to the logits give, and what receivers are given, takes little time and is found out again.)
-        batch_size: prompts a forward pass, of the source's activations and of the plain engine.
+    Definitions: Meng et al. 2022 (activation patching), Wang et al. 2022, appendix B (path patching).
 
-    Raises ValueError, before anything runs, for specs that do not fit the model, pairs that do not correspond (naming the pair),
-    and what `run` refuses.
+    Args:
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        specs: one or more of `ActivationPatch`, a tuple of them (made jointly), and `PathPatch`.
+        base: the prompts that are patched.
+        source: the prompts that activations are taken from, paired with `base` by order; with the same answers, and of equal
+            length where every position is patched.
+        metric: logit_diff, probability, rank, accuracy, kl (to the untouched base) or logit.
+        engine: plain is the definition, one intervention at a time through `IntervenableModel`; sweep gives the same, faster. A
+            path with several receivers in different places and a sender patched at some positions runs plainly on both.
+        directions: concept directions of patches with `subspace`; by default `concept_directions` of these pairs.
+        memory: as for `sweep`.
+        store: a folder in which the sweep engine saves what is finished: one store for patches and one per kind of path
+            patching. (Paths to the logits, and the receivers' values, take little time and are computed again.)
+        batch_size: prompts per forward pass, for the source's activations and on the plain engine.
+        progress: show bars.
+
+    Returns:
+        The metric by patch and prompt, of the untouched base, and of the source.
+
+    Raises:
+        ValueError: before anything runs, for specs that do not fit the model, pairs that do not correspond (naming the pair), and
+            what `run` refuses.
     """
     wanted: list[Patch] = [specs] if isinstance(specs, SiteEdit | PathPatch) else list(specs)
     at_path = [number for number, spec in enumerate(wanted) if isinstance(spec, PathPatch)]
     at_place = [number for number in range(len(wanted)) if number not in set(at_path)]
     if engine == "plain" and store is not None:
-        raise ValueError("the plain engine keeps nothing: leave store out, or use engine='sweep'.")
+        raise ValueError("the plain engine saves nothing: leave store out, or use engine='sweep'.")
     resolved = resolve_patches(model, wanted, base, source, metric, engine, directions)
-    places = resolved.only(at_place)
+    places = resolved.select(at_place)
     plan = plan_resolved(places, memory=memory) if engine == "sweep" and at_place else None
-    groups: dict[_Way, list[int]] = {}
+    groups: dict[_PathKind, list[int]] = {}
     for number in at_path:
-        groups.setdefault(_Way.of(wanted[number], engine), []).append(number)  # type: ignore[arg-type]
-    paths = {way: [wanted[number] for number in numbers] for way, numbers in groups.items()}
-    plans = {way: plan_paths(resolved, paths[way], memory) for way in groups if way.fast}  # type: ignore[arg-type]
+        groups.setdefault(_PathKind.of(wanted[number], engine), []).append(number)  # type: ignore[arg-type]
+    paths = {kind: [wanted[number] for number in numbers] for kind, numbers in groups.items()}
+    plans = {kind: plan_paths(resolved, paths[kind], memory) for kind in groups if kind.swept}  # type: ignore[arg-type]
     # Everything is checked; from here on the model runs.
-    resolved = resolved.measured(batch_size=batch_size, progress=progress)
+    resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     if directions is None:
         directions = concept_directions(model, resolved.specs, base, source, batch_size=batch_size, progress=progress)
     resolved = resolved.with_directions(directions)
 
-    def kept(name: str) -> Path | None:
+    def substore(name: str) -> Path | None:
         return None if store is None else Path(store) / name
 
     clean: np.ndarray | None = None
     found = np.empty((len(wanted), len(base)), np.float32)
 
-    def put(numbers: list[int], before: np.ndarray, after: np.ndarray) -> None:
-        # In bfloat16 two ways to the same number round differently: each is held to the untouched run of its own way.
+    def put(numbers: list[int], baseline: np.ndarray, patched: np.ndarray) -> None:
+        # In bfloat16 different computations of one number round differently: each is compared with its own untouched run.
         nonlocal clean
-        clean = before if clean is None else clean
-        found[numbers] = after + (clean - before)
+        clean = baseline if clean is None else clean
+        found[numbers] = patched + (clean - baseline)
 
     if at_place:
-        places = resolved.only(at_place)
+        places = resolved.select(at_place)
         if plan is None:
             result = run_resolved(places, metric, batch_size=batch_size, progress=progress)
         else:
-            result = sweep_resolved(places, metric, plan, store=kept("patches"), progress=progress)
-        put(at_place, result.clean, result.intervened)
-    for way, numbers in groups.items():
-        some: list[PathPatch] = paths[way]  # type: ignore[assignment]
+            result = sweep_resolved(places, metric, plan, store=substore("patches"), progress=progress)
+        put(at_place, result.baseline, result.intervened)
+    for kind, numbers in groups.items():
+        some: list[PathPatch] = paths[kind]  # type: ignore[assignment]
         options: dict[str, Any] = {"memory": memory, "progress": progress}
-        if way.direct:
-            options |= {"store": kept("direct"), "batch_size": batch_size, "engine": engine}
+        if kind.direct:
+            options |= {"store": substore("direct"), "batch_size": batch_size, "engine": engine}
             put(numbers, *run_direct_paths(resolved, some, metric, **options))
-        elif way.fast:
-            held = kept("mlps_frozen" if way.freeze_mlps else "paths")
-            put(numbers, *sweep_paths(resolved, some, metric, plans[way], store=held, **options))
+        elif kind.swept:
+            options["store"] = substore("mlps_frozen" if kind.freeze_mlps else "paths")
+            put(numbers, *sweep_paths(resolved, some, metric, plans[kind], **options))
         else:
             put(numbers, *_plain_paths(resolved, some, metric, batch_size, progress))
     assert clean is not None  # there is a patch
     of_source = np.full_like(clean, np.nan) if metric == "kl" else _metric_of(model, source, metric, batch_size)
     same = [ids == of_pair for ids, of_pair in zip(base.input_ids, source.input_ids, strict=True)]
     if metric != "kl":
-        of_source[same] = clean[same]  # not a difference of rounding, of which scores would be made
+        of_source[same] = clean[same]  # a rounding difference would give scores where there are none
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
     return Patched(names, metric, clean, found, of_source)
 
 
-class _Way(NamedTuple):
-    """How paths are run; those that are run alike are run together."""
+class _PathKind(NamedTuple):
+    """How a path is run; paths of one kind are run together."""
 
     direct: bool
-    fast: bool
+    swept: bool
     freeze_mlps: bool
 
     @classmethod
-    def of(cls, path: PathPatch, engine: str) -> _Way:
-        return cls(path.direct, engine == "sweep" and path.one_place and not path.direct, path.freeze_mlps)
+    def of(cls, path: PathPatch, engine: str) -> _PathKind:
+        swept = engine == "sweep" and path.has_independent_receivers and not path.direct
+        return cls(path.direct, swept, path.freeze_mlps)
 
 
 def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
-    """One patch a layer, and a head where the site has heads (K/V heads of k and v), in their order."""
+    """Make one patch per layer, and per head where the site has heads (K/V heads for k and v).
+
+    Args:
+        config: the model's config.
+        site: the site that is patched.
+        **fields: further fields of `ActivationPatch`.
+
+    Returns:
+        The patches, ordered by layer and head.
+
+    Raises:
+        ValueError: the site cannot be patched.
+    """
     if site not in ActivationPatch.sites:
         raise ValueError(f"no patch of {site!r}; choose among {', '.join(ActivationPatch.sites)}.")
     component = COMPONENTS[FIELD_NAMES[site]]
@@ -203,7 +231,19 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
 
 
 def all_paths(config: Any, receivers: Sequence[str], **fields: Any) -> list[PathPatch]:
-    """One path to these receivers from every sender that all of them can hear: the embedding, heads and MLPs in their order."""
+    """Make one path to these receivers from every sender that reaches all of them.
+
+    Args:
+        config: the model's config.
+        receivers: names of the receivers, as in `PathPatch`; patched jointly.
+        **fields: further fields of `PathPatch`.
+
+    Returns:
+        The paths, in the order of `graph.senders`: the embedding, then heads and MLP of each layer.
+
+    Raises:
+        ValueError: `receivers` is a string, or names a node that does not exist.
+    """
     if isinstance(receivers, str):
         raise ValueError(f"receivers are a tuple: write ({receivers!r},).")
     nodes = [Node.parse(receiver) for receiver in receivers]
@@ -217,10 +257,18 @@ def all_paths(config: Any, receivers: Sequence[str], **fields: Any) -> list[Path
 def corresponding(
     clean: TokenizedPrompts, corrupt: TokenizedPrompts, names: Sequence[str]
 ) -> tuple[TokenizedPrompts, TokenizedPrompts, list[int]]:
-    """The pairs whose texts correspond at these names (none: at every token), and which of all pairs they are.
+    """Select the pairs whose texts correspond at some positions.
 
-    Texts of equal length correspond token by token, so that each takes over the names that only the other has. Of unequal
-    length they correspond where both have the name.
+    Texts of equal length correspond token by token, so that each adopts the names that only the other has. Texts of unequal
+    length correspond at the names that both have.
+
+    Args:
+        clean: the clean text of every pair.
+        corrupt: the corrupt text of every pair.
+        names: the positions; none for every token.
+
+    Returns:
+        The clean and the corrupt texts of these pairs, and the indices of these pairs.
     """
     kept, of_clean, of_corrupt = [], [], []
     for pair, (ours, theirs) in enumerate(zip(clean.positions, corrupt.positions, strict=True)):
@@ -248,7 +296,23 @@ def resolve_patches(
     engine: str,
     directions: Directions | None,
 ) -> Resolved:
-    """The patches on the pairs, of paths the sender's; ValueError for whatever `patch` refuses but too little memory."""
+    """Resolve patches on pairs; a path stands for its sender's patch.
+
+    Args:
+        model: as for `patch`.
+        specs: patches, tuples of them, and paths.
+        base: as for `patch`.
+        source: as for `patch`.
+        metric: as for `patch`.
+        engine: as for `patch`.
+        directions: as for `patch`.
+
+    Returns:
+        The patches on the pairs, without statistics.
+
+    Raises:
+        ValueError: for whatever `patch` refuses, except too little memory.
+    """
     if not isinstance(base, TokenizedPrompts) or not isinstance(source, TokenizedPrompts):
         raise ValueError(
             "base and source must be tokenised: call .tokenize(tokenizer) on the set, with text= clean or corrupt."
@@ -276,13 +340,13 @@ def resolve_patches(
             continue
         for edit in members(as_specs([spec])[0]):
             if not isinstance(edit, ActivationPatch):
-                raise ValueError(f"{edit.name} is no patch; run it with pyvene_ext.run or sweep.")
+                raise ValueError(f"{edit.name} is not a patch; run it with pyvene_ext.run or sweep.")
             if edit.path is not None:
-                raise ValueError(f"{edit.name}: path is set by path patching alone; give a PathPatch.")
+                raise ValueError(f"{edit.name}: path is set by path patching only; give a PathPatch.")
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
     check_metric(model, base, metric)
-    activations: list[Spec] = [spec.sending if isinstance(spec, PathPatch) else spec for spec in specs]
+    activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
 
 
@@ -295,20 +359,20 @@ def _plain_paths(
 ) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
     """The metric of the untouched base, and with each path patched."""
     model, base = resolved.model, resolved.prompts
-    before, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
+    baseline, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
     plain = PlainPaths(resolved)
     bar = tqdm(total=found.size, desc="paths", unit="prompt", disable=not progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
             clean = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
-            before[batch.index] = METRICS[metric](clean, batch, clean).float().cpu().numpy()
+            baseline[batch.index] = METRICS[metric](clean, batch, clean).float().cpu().numpy()
             for number, path in enumerate(paths):
                 found[number, batch.index] = (
                     METRICS[metric](plain.logits(path, batch), batch, clean).float().cpu().numpy()
                 )
                 bar.update(len(batch.index))
-    return before, found
+    return baseline, found
 
 
 def _metric_of(

@@ -1,12 +1,12 @@
-"""Path patching, the plain way: as defined, through `IntervenableModel`, one path at a time.
+"""Path patching by its definition: through `IntervenableModel`, one path at a time.
 
-Wang et al. 2022 (appendix B), sender h to receivers R. The base prompts are run with every head's z frozen to what it is there,
-but the sender, which takes its value from the source prompts; MLPs and norms are computed anew (or MLPs frozen too, the view of
-Goldowsky-Dill et al. 2023). What the receivers hold then is recorded. The base prompts are run once more with the receivers
-set to it. So only what goes from h to R past no other head counts, and all of what R does with it.
+Wang et al. 2022 (appendix B), sender h to receivers R. The base prompts are run with every head's z frozen at its base value,
+except the sender, which takes its value from the source prompts; MLPs and norms are recomputed (or MLPs frozen too, as in
+Goldowsky-Dill et al. 2023). The receivers' inputs are recorded in this run. Then the base prompts are run once more with the
+receivers set to the recorded values. So only paths from h to R that pass through no other head count, with everything that R does
+downstream.
 
-`sweep_paths` is the fast engine of the same; `direct` has the direct term alone, for either engine;
-`pyvene_ext.patch` runs them all.
+`sweep_paths` computes the same fast; `direct` computes the direct term alone, on either engine; `pyvene_ext.patch` runs them all.
 """
 
 from __future__ import annotations
@@ -30,17 +30,31 @@ from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 
 
-def new_value(
+def patched_value(
     sender: ActivationPatch, old: Float[Tensor, "pos d"], prompt: int, resolved: Resolved
 ) -> Float[Tensor, "pos d"]:
-    """What a sender's patch puts in place of `old` in one prompt."""
+    """Apply a sender's patch in one prompt.
+
+    Args:
+        sender: the sender's patch.
+        old: its base values at the patched positions.
+        prompt: index of the pair.
+        resolved: the senders' patches on the pairs, with statistics.
+
+    Returns:
+        The patched values.
+    """
     values = resolved.replacements(sender, [prompt])
     assert values is not None  # a patch has values
-    return sender.changed(old, values[0] if sender.heads is None else values[0][:, 0])
+    return sender.apply(old, values[0] if sender.heads is None else values[0][:, 0])
 
 
 class PlainPaths:
-    """Runs paths, whose senders' patches are resolved, through `IntervenableModel`; keeps the models it has built."""
+    """Runs paths through `IntervenableModel`, and caches the models it builds.
+
+    Args:
+        resolved: the senders' patches on the pairs, with statistics.
+    """
 
     def __init__(self, resolved: Resolved) -> None:
         self.resolved, self.model, model = resolved, resolved.model, resolved.model
@@ -48,12 +62,20 @@ class PlainPaths:
         self._built: dict[tuple, IntervenableModel] = {}
 
     def logits(self, path: PathPatch, batch: Batch) -> Tensor:
-        """Logits of the answer's position, `batch vocab`, with the path patched."""
+        """Run a batch with a path patched.
+
+        Args:
+            path: the path.
+            batch: some of the base prompts.
+
+        Returns:
+            The logits at each prompt's last token, `batch vocab`.
+        """
         columns = list(range(batch.input_ids.shape[1]))
         frozen = [("attention_value_output", layer) for layer in range(self.layers)]
         if path.freeze_mlps:
             frozen += [("mlp_contribution", layer) for layer in range(self.layers)]
-        sender, (site, layer, head) = path.sending, path.sender_node
+        sender, (site, layer, head) = path.sender_patch, path.sender_node
         place = {"z": "attention_value_output", "mlp_out": "mlp_contribution", "embed": "embeddings"}[site], layer or 0
         if place not in frozen:
             frozen.append(place)
@@ -65,10 +87,10 @@ class PlainPaths:
             at = [start + token for token in tokens]
             d_head = self.sizes["d_head"]
             width = slice(None) if head is None else slice(head * d_head, (head + 1) * d_head)
-            x[row, at, width] = new_value(sender, x[row, at, width], prompt, self.resolved)
+            x[row, at, width] = patched_value(sender, x[row, at, width], prompt, self.resolved)
         values[frozen.index(place)] = x
 
-        read = [node for node in path.nodes if node.site != "logits"]
+        read = [node for node in path.receiver_nodes if node.site != "logits"]
         received, output = self._run(frozen, values, read, batch)
         if read:
             receivers = [(FIELD_NAMES[node.site], node.layer or 0) for node in read]
@@ -76,7 +98,7 @@ class PlainPaths:
         return last_logits(output.logits, batch)
 
     def _collected(self, places: list[tuple[str, int]], batch: Batch) -> list[Tensor]:
-        """What an untouched run has at these places."""
+        """The activations of an untouched run at these places."""
         nodes = [(component, layer, None) for component, layer in places]
         iv = self._model([], nodes)
         (_, found), _ = iv(self._inputs(batch), unit_locations={"base": self._where([], nodes, batch)})
@@ -90,7 +112,7 @@ class PlainPaths:
         batch: Batch,
         heads: list[int | None] | None = None,
     ) -> tuple[list[Tensor], Any]:
-        """Run with values set at places, at every position; what is then at the nodes to read, and the output."""
+        """Run with places set to values at every position; return the activations at the nodes to read, and the output."""
         set_at = [(*place, head) for place, head in zip(places, heads or [None] * len(places), strict=True)]
         nodes = [(FIELD_NAMES[node.site], node.layer or 0, node.head) for node in read]
         iv = self._model(set_at, nodes)

@@ -1,8 +1,8 @@
-"""Concept directions: the one direction of an activation in which two texts of a pair differ alike.
+"""Concept directions: the direction of an activation along which the two texts of every pair differ in the same way.
 
 arXiv 2502.11806 (after Xie et al. 2022): with the differences of all pairs, source minus base, as the columns of a matrix M, M'
 is the mean column plus what the largest r singular vectors explain of the rest, and the direction is S / |S|, S = (M'^+)^T 1.
-Along it all pairs differ by the same amount, as nearly as one direction can have it; their own peculiarities weigh little.
+Along it all pairs differ by the same amount, as nearly as a single direction allows; what is particular to a pair counts little.
 """
 
 from __future__ import annotations
@@ -36,18 +36,30 @@ def concept_directions(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Directions:
-    """The directions that the patches with `subspace` need, by place and positions: `*head d` of length 1, one a head.
+    """Compute the directions that patches with `subspace` need, from the differences of these pairs.
 
-    They are found on these pairs, with every token of `positions` as a difference of its own. To choose directions and measure
-    their effect on different prompts, call this with some pairs and give the result to `patching.patch` with the others.
+    Every token of a patch's positions gives a difference of its own. To choose directions on some prompts and measure their
+    effect on others, call this with some pairs and pass the result to `patching.patch` with the others.
 
-    Where differences have nothing in common there is no direction: with `missing="zeros"` zeros stand for it, and a patch along
-    them changes nothing.
+    Args:
+        model: a causal language model with a card.
+        specs: single and joint specs; those without `subspace` are ignored.
+        base: the base prompts.
+        source: their source prompts.
+        rank: r, the singular vectors kept.
+        missing: what to do where the differences have nothing in common, so that there is no direction: refuse; or use zeros,
+            along which a patch changes nothing.
+        batch_size: prompts per forward pass.
+        progress: show a bar.
 
-    Raises ValueError for a rank below 0, pairs that do not correspond, and, unless told otherwise, a place without a direction.
+    Returns:
+        By place and positions `*head d` of length 1, one per head.
+
+    Raises:
+        ValueError: the rank is negative, the pairs do not correspond, or (by default) a place has no direction.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-        raise ValueError(f"rank must be a whole number from 0 on, not {rank!r}.")
+        raise ValueError(f"rank must be a whole number of 0 or more, not {rank!r}.")
     if len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base and {len(source)} source prompts; give each base prompt its source."
@@ -68,7 +80,7 @@ def concept_directions(
             torch.cat([kept.rows(place, i, positions) for i in pairs]) for kept in (of_base, of_source)
         )
         differences = source_rows.double() - base_rows.double()
-        # Forward passes in other batches differ by so much: some tens of units in the last place, in float32.
+        # Rounding differences between forward passes in different batches: some tens of units in the last place, in float32.
         noise = max(1e-5, 4 * torch.finfo(base_rows.dtype).eps) * base_rows.float().norm(dim=-1).amax(0)
         found = directions.setdefault((place, positions), torch.zeros(differences.shape[1:]))
         for head in patch.heads or (...,):
@@ -83,11 +95,19 @@ def concept_directions(
 def concept_direction(
     differences: Float[Tensor, "pair d"], rank: int = RANK, noise: float = 0.0
 ) -> Float[Tensor, " d"]:
-    """S / |S| of differences; zeros, which changes nothing, if all are 0. ValueError if they have nothing in common.
+    """Compute S / |S| from differences (arXiv 2502.11806).
 
     Args:
-        noise: how large a difference may be by rounding. Singular values that noise could make are left out of M' and of its
-            inverse: where pairs repeat a few differences, there are no more than those, whatever the rank.
+        differences: source minus base, one row per pair.
+        rank: r, the singular vectors kept.
+        noise: the size of differences that rounding alone can cause. Singular values of that size are dropped from M' and its
+            inverse: if the pairs repeat a few differences, there are no more singular vectors than those, whatever the rank.
+
+    Returns:
+        The direction; zeros, along which a patch changes nothing, if all differences are 0.
+
+    Raises:
+        ValueError: the differences have nothing in common.
     """
     columns = differences.double().T
     least = max(noise * columns.shape[1] ** 0.5, 1e-9 * columns.norm().item())
@@ -100,13 +120,13 @@ def concept_direction(
     direction = torch.linalg.pinv(denoised, atol=least).sum(0)
     if not mean.norm() * columns.shape[1] ** 0.5 > least or not direction.norm() > 0:
         raise ValueError(
-            "base and source differ there in every pair in another way, on average not at all, so that there is no direction to "
-            "patch along."
+            "base and source differ there in a different way in every pair, and not at all on average, so that there is no "
+            "direction to patch along."
         )
     return direction / direction.norm()
 
 
 def along_directions(specs: Iterable[Spec]) -> list[ActivationPatch]:
-    """The patches of one direction among the specs."""
+    """Select the patches with `subspace` among the edits of specs."""
     edits = (edit for spec in specs for edit in members(spec))
     return [edit for edit in edits if isinstance(edit, ActivationPatch) and edit.subspace]

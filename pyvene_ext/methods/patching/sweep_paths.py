@@ -1,7 +1,7 @@
 """Path patching on the sweep engine: all senders of a batch in one run with attention frozen, then all receivers in another.
 
-With attention frozen, what a sender changes stays in the columns where it is patched and goes up through MLPs and norms alone.
-Such rows are recorded at the receivers, and the receivers' values go in as patches of an ordinary sweep.
+With attention frozen, a sender's change stays in the columns where it is patched and propagates through MLPs and norms alone.
+These rows are recorded at the receivers, and the recorded values become the patches of an ordinary sweep.
 """
 
 from __future__ import annotations
@@ -44,35 +44,45 @@ def sweep_paths(
     store: Path | None,
     progress: bool,
 ) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
-    """The metric of the untouched base, and with each path patched; `resolved` holds the senders' patches, measured.
+    """Patch paths: all of them freeze MLPs or none does, none is `direct`, and the receivers of each are independent.
 
-    What receivers do with what they are given is kept in `store`; what they are given is found out again.
+    The sweep of the receivers' patches is saved in `store`; a resumed run computes the patches' values again.
 
-    All paths freeze MLPs or none does, none is `direct`, and each has `one_place`.
+    Args:
+        resolved: the senders' patches on the pairs, with statistics.
+        paths: the paths.
+        metric: its name.
+        plans: of the senders' runs (`plan_paths`).
+        memory: as for `sweep`.
+        store: a folder for the stores of the receivers' sweeps.
+        progress: show a bar.
+
+    Returns:
+        The metric of the untouched base, and with each path patched.
     """
     (freeze_mlps,) = {path.freeze_mlps for path in paths}
     model, base = resolved.model, resolved.prompts
     clean, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
-    senders = {path.source_name: path.sending for path in paths}
+    senders = {path.sender_name: path.sender_patch for path in paths}
     sending = replace(resolved, specs=tuple(senders.values()))
     row = {name: n for n, name in enumerate(senders)}
     at_end = [n for n, path in enumerate(paths) if path.receivers == ("logits",)]
     others = [n for n in range(len(paths)) if n not in set(at_end)]
     for number, plan in enumerate(plans):
-        subset = list(plan.which)
+        subset = list(plan.subset)
         recorder = Recorder(Replay(model), sending, list(senders))
         for path in paths:
-            recorder.want([node for node in path.nodes if node.site != "logits"])
+            recorder.add([node for node in path.receiver_nodes if node.site != "logits"])
         frozen: tuple[Frozen, ...] = ("attention", "mlp") if freeze_mlps else ("attention",)
         executor = Executor(sending, metric, plan, frozen, recorder)
         to_logits = np.empty((len(senders), len(base)), np.float32)
         with evaluating(model), no_gradients(model):
             for wave in plan.waves:
                 clean[list(wave.prompts)], to_logits[np.ix_(wave.specs, wave.prompts)] = executor.run(wave)
-        found[np.ix_(at_end, subset)] = to_logits[[row[paths[n].source_name] for n in at_end]][:, subset]
+        found[np.ix_(at_end, subset)] = to_logits[[row[paths[n].sender_name] for n in at_end]][:, subset]
         if others:
-            specs: list[Spec] = [paths[n].received(paths[n].positions, paths[n].source_name) for n in others]
-            recorded = Recorded(recorder.recorded, resolved.sources.measured.prompts.hash)
+            specs: list[Spec] = [paths[n].receiver_patches(paths[n].positions, paths[n].sender_name) for n in others]
+            recorded = Recorded(recorder.recorded, resolved.sources.statistics.prompts.hash)
             received = resolve(specs, model, base, recorded=recorded).with_directions(resolved.sources.directions)
             through = sweep_resolved(
                 received,
@@ -86,18 +96,30 @@ def sweep_paths(
 
 
 def plan_paths(resolved: Resolved, paths: Sequence[PathPatch], memory: int | None) -> list[Plan]:
-    """The senders' runs, some prompts at a time, so that what is recorded of these fits the memory; ValueError for too little."""
+    """Plan the senders' runs, on some prompts at a time, so that what is recorded fits the memory.
+
+    Args:
+        resolved: the senders' patches on the pairs.
+        paths: the paths.
+        memory: as for `sweep`.
+
+    Returns:
+        One plan per chunk of prompts.
+
+    Raises:
+        ValueError: the model takes latent steps on these prompts, or the memory does not suffice.
+    """
     refuse_latent_steps(resolved.model, resolved.prompts.input_ids)
-    sending = replace(resolved, specs=tuple({path.source_name: path.sending for path in paths}.values()))
+    sending = replace(resolved, specs=tuple({path.sender_name: path.sender_patch for path in paths}.values()))
     budget = default_budget(resolved.model, memory)
     return [make_plan(sending, subset, budget) for subset in _chunks(resolved, paths, budget.memory)]
 
 
 def _chunks(resolved: Resolved, paths: Sequence[PathPatch], memory: int) -> Iterator[list[int]]:
-    """The prompts, cut so that what is recorded of some fits the memory."""
+    """Cut the prompts into chunks for which the recorded values fit the memory."""
     model, base = resolved.model, resolved.prompts
     d = dimensions(model.config)
-    wanted = {(path.source_name, node) for path in paths for node in path.nodes if node.site != "logits"}
+    wanted = {(path.sender_name, node) for path in paths for node in path.receiver_nodes if node.site != "logits"}
     a_token = sum(d["d_model"] if node.head is None else d["d_head"] for _, node in wanted) * model.dtype.itemsize
     chunk: list[int] = []
     full = 0
@@ -112,42 +134,73 @@ def _chunks(resolved: Resolved, paths: Sequence[PathPatch], memory: int) -> Iter
 
 
 class Recorder:
-    """Keeps what receivers are given in rows with one sender patched each, at the positions where it is patched.
+    """Records the inputs of receivers, in rows with one patched sender each, at the positions where it is patched.
 
-    `values` has by sender, place and prompt `pos d`, or `pos head d` of the heads `wanted` at that place.
+    `values` holds, by sender, place and prompt, `pos d`, or `pos head d` for the heads that `receivers` lists at that place.
+
+    Args:
+        replay: the model's blocks.
+        senders: the senders' patches on the pairs.
+        names: of the senders.
     """
 
     def __init__(self, replay: Replay, senders: Resolved, names: Sequence[str]) -> None:
         self.replay, self.senders, self.names = replay, senders, names
-        self.wanted: dict[Place, list[int | None]] = {}
+        self.receivers: dict[Place, list[int | None]] = {}
         self.values: dict[tuple[str, Place, int], Tensor] = {}
 
-    def want(self, nodes: Sequence[Node]) -> None:
-        """Have these receivers recorded."""
+    def add(self, nodes: Sequence[Node]) -> None:
+        """Record these receivers too."""
         for site, layer, head in nodes:
-            heads = self.wanted.setdefault((site, layer), [])
+            heads = self.receivers.setdefault((site, layer), [])
             if head not in heads:
                 heads.append(head)
 
     def recorded(self, path: str, place: Place, prompt: int, heads: tuple[int, ...] | None) -> Tensor:
-        """What these heads of a place (or the place) were given, `pos head d` or `pos d`."""
-        value = self.values[path, place, prompt]
-        return value if heads is None else value[:, [self.wanted[place].index(head) for head in heads]]
+        """Look up the recorded input of receivers.
 
-    def before(self, layer: int, hidden: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
-        """What enters a block, and its queries, keys and values."""
+        Args:
+            path: the name of the sender's run.
+            place: site and layer of the receivers.
+            prompt: index of the pair.
+            heads: which heads, for sites with heads.
+
+        Returns:
+            `pos head d`, or `pos d` without heads, at the sender's positions.
+        """
+        value = self.values[path, place, prompt]
+        return value if heads is None else value[:, [self.receivers[place].index(head) for head in heads]]
+
+    def before_block(self, layer: int, hidden: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+        """Record what enters a block, and its queries, keys and values.
+
+        Args:
+            layer: the block's.
+            hidden: what enters it, `row pos d_model`.
+            column: the first column that the rows hold.
+            rows: each row's sender and prompt.
+        """
         self._keep("resid_pre", layer, hidden, column, rows)
-        sites = [site for site in ("q", "k", "v") if (site, layer) in self.wanted]
+        sites = [site for site in ("q", "k", "v") if (site, layer) in self.receivers]
         if sites:
             normed = self.replay.attention_input(layer, hidden, (column, column + hidden.shape[1]))
         for site in sites:
             by_head = self.replay.projected(site, layer, normed).unflatten(-1, (-1, self._d_head))
-            self._keep(site, layer, by_head[:, :, self.wanted[site, layer]], column, rows)
+            self._keep(site, layer, by_head[:, :, self.receivers[site, layer]], column, rows)
 
     @contextmanager
-    def during(self, layer: int, column: int, rows: list[tuple[int, int]]) -> Iterator[None]:
-        """What the MLP is given, and the stream in the middle of a block."""
-        sites = [site for site in ("mlp_in", "resid_mid") if (site, layer) in self.wanted]
+    def around_block(self, layer: int, column: int, rows: list[tuple[int, int]]) -> Iterator[None]:
+        """Record the MLP's input, and the stream between attention and MLP.
+
+        Args:
+            layer: the block's.
+            column: the first column that the rows hold.
+            rows: each row's sender and prompt.
+
+        Yields:
+            None: while the block runs.
+        """
+        sites = [site for site in ("mlp_in", "resid_mid") if (site, layer) in self.receivers]
         model, card = self.replay.model, self.replay.card
         with ExitStack() as stack, Taps(model, card, [(FIELD_NAMES[site], layer) for site in sites]):
             for site in sites:
@@ -155,8 +208,15 @@ class Recorder:
                 hook_component(model, (FIELD_NAMES[site], layer), keep, stack)
             yield
 
-    def behind(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
-        """What leaves a block."""
+    def after_block(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
+        """Record what leaves a block.
+
+        Args:
+            layer: the block's.
+            out: what leaves it, `row pos d_model`.
+            column: the first column that the rows hold.
+            rows: each row's sender and prompt.
+        """
         self._keep("resid_post", layer, out, column, rows)
 
     @property
@@ -164,12 +224,12 @@ class Recorder:
         return dimensions(self.replay.model.config)["d_head"]
 
     def _keep(self, site: str, layer: int, x: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
-        if (site, layer) not in self.wanted:
+        if (site, layer) not in self.receivers:
             return
         for row, (spec, prompt) in zip(x, rows, strict=True):
             (sender,) = members(self.senders.specs[spec])
             at = np.array(self.senders.tokens[sender.positions][prompt]) - column
-            there = torch.from_numpy(at >= 0)  # the last block makes no more than the last column, and no more matters
+            there = torch.from_numpy(at >= 0)  # the last block runs the last column only, and no other matters there
             value = x.new_zeros(len(at), *row.shape[1:])
             value[there] = row[at[at >= 0]]
             self.values[self.names[spec], (site, layer), prompt] = value.cpu()

@@ -1,1 +1,1 @@
-"""Models that solve problems: evaluation under interventions, block scores, probes, heads transplanted."""
+"""Models that solve word problems: evaluation under interventions, block scores, probes, head transplants."""

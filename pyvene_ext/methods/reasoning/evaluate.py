@@ -1,4 +1,4 @@
-"""Solving problems with interventions in place: greedy generation in batches, answers compared as numbers.
+"""Solving word problems with interventions in place: greedy generation in batches, answers compared as numbers.
 
     questions = tokenize_problems(load_problems("test.jsonl"), tokenizer)
     clean = evaluate(model, tokenizer, questions, max_new_tokens=256)
@@ -7,16 +7,16 @@
     )
     print(clean.accuracy, ablated.accuracy, ablated.parsed.mean())
 
-An intervention stands at positions, so that the same text comes out as without a cache and in batches of any size (rounding
-aside). Its `scope` says at which ones:
+An intervention is tied to positions, so that the text is the same with and without a cache and in batches of any size (up to
+rounding). Its `scope` says at which ones:
 
-    prompt      those of the prompt that the spec names; any spec
-    new         every token that is generated, each when the one after it is computed
-    reasoning   the same up to the `####`: the token with which the text first holds it, and what follows, is left alone
+    prompt      the positions of the prompt that the spec names; for any spec
+    new         every generated token, when it is the input from which the next one is computed
+    reasoning   the same until `####`: the token that completes it in the text, and later ones, are not edited
     both        prompt and new
 
-The first new token follows from the prompt alone. At new tokens a spec's heads count and its positions do not; there, ablations
-by zero (and of attention scores), by the mean over tokens and by resampling can be done.
+The first new token depends on edits of the prompt alone. At new tokens a spec's heads apply and its positions do not; there,
+ablations by zero (also of attention scores), by the mean over tokens and by resampling are defined.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
-from pyvene_ext.engine.compile import Compiled, beyond_prompt, compile_spec, in_scope
+from pyvene_ext.engine.compile import Compiled, compile_spec, extend_to_new_tokens, select_scope
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
@@ -65,21 +65,21 @@ from pyvene_ext.specs.joint import (
 
 Scope = Literal["prompt", "new", "reasoning", "both"]
 FORMAT = 1  # of the files of results
-NEW_LINES = ("\n", "\u010a", "<0x0A>")  # as tokens spell it: as it is, in byte-level vocabularies, as a byte
+NEW_LINES = ("\n", "\u010a", "<0x0A>")  # as tokens spell it: itself, in byte-level vocabularies, as a byte token
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model wrote for each problem, and what became of it.
+    """A model's solution of each problem, and how it was judged.
 
     Attributes:
-        ids: the tokens generated, without the end token.
-        texts: the solution as text; with what the prompt already held of it.
-        answers: the number of `problems.find_answer`; None: unparsed.
-        gold: the right ones.
-        ended: whether the text came to an end: an end token, or a new line after the answer after `####`. The others were cut
-            at `max_new_tokens`.
-        confidence: geometric mean probability of the generated tokens that hold the answer's number; NaN where there are none.
+        ids: the generated tokens, without the end token.
+        texts: the solution as text, including the part that the prompt contained.
+        answers: the number found by `problems.find_answer`; None: unparsed.
+        gold: the correct answers.
+        ended: whether the text ended, with an end token or with a new line after the answer that follows `####`; the others were
+            cut at `max_new_tokens`.
+        confidence: geometric mean probability of the generated tokens that contain the answer's number; NaN if there are none.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -94,21 +94,21 @@ class Evaluation:
 
     @cached_property
     def parsed(self) -> Bool[np.ndarray, " problem"]:
-        """Whether there is an answer at all."""
+        """Whether an answer was found."""
         return np.array([answer is not None for answer in self.answers], bool)
 
     @cached_property
     def correct(self) -> Bool[np.ndarray, " problem"]:
-        """Whether there is an answer and it is the right number."""
+        """Whether an answer was found and is the correct number."""
         return np.array([found == right for found, right in zip(self.answers, self.gold, strict=True)], bool)
 
     @property
     def accuracy(self) -> float:
-        """Share of all problems that are correct."""
+        """The share of all problems that were solved correctly."""
         return float(self.correct.mean())
 
     def summary(self) -> dict[str, float | int]:
-        """Counts for a table: problems, correct, wrong, unparsed (in no other), cut."""
+        """Counts for a table: problems, correct, wrong, unparsed (neither of the two), cut."""
         right, parsed = int(self.correct.sum()), int(self.parsed.sum())
         return {
             "problems": len(self),
@@ -120,13 +120,13 @@ class Evaluation:
         }
 
     def take(self, which: Iterable[int]) -> Evaluation:
-        """Some of the problems, in this order."""
+        """Select some of the problems, in this order."""
         which = list(which)
         lists = {name: tuple(getattr(self, name)[i] for i in which) for name in ("ids", "texts", "answers", "gold")}
         return Evaluation(**lists, ended=self.ended[which], confidence=self.confidence[which])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file, with None in place of NaN."""
+        """Convert to plain data for a JSON file, with None in place of NaN."""
         return {
             "ids": self.ids,
             "texts": self.texts,
@@ -138,7 +138,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Evaluation:
-        """What `as_dict` gave."""
+        """Convert back what `as_dict` returned."""
         return cls(
             ids=tuple(map(tuple, record["ids"])),
             texts=tuple(record["texts"]),
@@ -151,11 +151,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Transcripts:
-    """What ablations by the mean and by resampling take their values from: questions with what the untouched model wrote.
+    """Questions with the untouched model's solutions, from which ablations by the mean and by resampling take their values.
 
     Attributes:
         questions: of the transcripts.
-        reference: statistics of the transcripts' tokens at the places asked for.
+        reference: statistics of the transcripts' tokens.
     """
 
     questions: Questions
@@ -172,17 +172,29 @@ class Transcripts:
         batch_size: int = 32,
         progress: bool = False,
     ) -> Transcripts | None:
-        """The statistics that these specs need, None if they need none; `clean` is the untouched run on these questions."""
+        """Compute the statistics that specs need.
+
+        Args:
+            model: a causal language model with a card.
+            questions: the questions.
+            clean: the untouched model's solutions of these questions.
+            specs: single and joint specs.
+            batch_size: prompts per forward pass.
+            progress: show a bar.
+
+        Returns:
+            The transcripts; None if the specs need no statistics.
+        """
         wanted = needs(specs)
         if not wanted.places:
             return None
-        given = questions.prompts
-        rows = [(*ids, *new) for ids, new in zip(given.input_ids, clean.ids, strict=True)]
+        asked = questions.prompts
+        rows = [(*ids, *new) for ids, new in zip(asked.input_ids, clean.ids, strict=True)]
         positions = tuple(
             {**{name: at - len(new) for name, at in named.items()}, "end": -1, "last": -1}
-            for named, new in zip(given.positions, clean.ids, strict=True)
+            for named, new in zip(asked.positions, clean.ids, strict=True)
         )
-        prompts = TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), positions, given.pad_id)
+        prompts = TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), positions, asked.pad_id)
         bank = ("all",) if wanted.bank else ()
         reference = Reference.compute(
             model, prompts, wanted.places, bank=bank, batch_size=batch_size, progress=progress
@@ -191,7 +203,7 @@ class Transcripts:
 
     @property
     def hash(self) -> str:
-        """Of their tokens."""
+        """Hash of the transcripts' tokens."""
         return self.reference.prompts.hash
 
 
@@ -207,36 +219,39 @@ def evaluate(
     reference: Reference | Transcripts | None = None,
     progress: bool | tqdm = False,
 ) -> Evaluation:
-    """Let the model solve the problems greedily, with an intervention in place.
+    """Let the model solve problems by greedy decoding, with an intervention in place.
 
     Args:
-        model: a causal language model with a card; used in eval mode and left as it was, also after an error.
-        questions: of `problems.tokenize_problems` or `with_reasoning`.
-        spec: an ablation, patch or forced pattern, or a tuple of them (done together); None: nothing. Or what gives a batch
-            (padded on the left) its `Compiled` intervention, whose replacements then are as `IntervenableModel.generate` wants
-            them.
-        scope: where; the module's docstring says what the words mean.
-        max_new_tokens: where a text that has not ended is cut.
-        reference: what comes in an activation's place: `Transcripts`, or for the scope prompt a `Reference` as
-            `compile_specs` takes it.
-        progress: show a bar, or advance this one of a longer run, by one a problem.
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        tokenizer: the model's.
+        questions: from `problems.tokenize_problems` or `with_reasoning`.
+        spec: an edit, or a tuple of them (made jointly); None: the untouched model. Or a function from a batch (padded on the
+            left) to its `Compiled` intervention, with replacements as `IntervenableModel.generate` expects them.
+        scope: at which positions, as the module's docstring defines.
+        max_new_tokens: most tokens per text.
+        batch_size: problems per batch.
+        reference: what replacements are computed from: `Transcripts`, or for the scope prompt a `Reference`.
+        progress: show a bar; or a bar of a longer run, advanced by one per problem.
+
+    Returns:
+        The solutions and answers, in the order of the questions.
 
     Raises:
-        ValueError: before anything is generated: no problems, a prompt without room for the new tokens, a spec that does not
-            fit the model, the prompts or the scope, a missing reference.
+        ValueError: before anything is generated: no problems, a prompt too long for the new tokens, a spec that does not fit the
+            model, the prompts or the scope, or a missing reference.
     """
     resolved = check(model, questions, spec, scope, max_new_tokens, reference)
     results: dict[int, tuple[list[int], list[float], bool]] = {}
-    reader = _Reader(model, tokenizer)
+    decoder = _Decoder(model, tokenizer)
     bar = progress if isinstance(progress, tqdm) else tqdm(total=len(questions), unit="problem", disable=not progress)
     try:
         with evaluating(model), no_gradients(model):
             for batch in questions.prompts.batches(batch_size):
                 batch = batch.to(input_device(model))
-                writing = _Writing(reader, [questions.given(i) for i in batch.index], max_new_tokens)
+                decoding = _BatchDecoding(decoder, [questions.given(i) for i in batch.index], max_new_tokens)
                 base = batch.inputs()
                 if spec is None:
-                    writing.run(**base)
+                    decoding.run(**base)
                 else:
                     compiled = _compiled(spec, scope, batch, questions, resolved, reference, max_new_tokens)
                     iv = IntervenableModel(compiled.config, model)
@@ -246,10 +261,10 @@ def evaluate(
                         source_representations=compiled.source_representations(iv.sorted_keys),
                         intervene_on_prompt=scope in ("prompt", "both"),
                         intervene_on_new_tokens=scope != "prompt",
-                        new_token_rows=writing.reasons_at if scope == "reasoning" else None,
-                        decode=writing.run,
+                        new_token_rows=decoding.is_reasoning if scope == "reasoning" else None,
+                        decode=decoding.run,
                     )
-                results |= dict(zip(batch.index, writing.rows(), strict=True))
+                results |= dict(zip(batch.index, decoding.rows(), strict=True))
                 bar.update(len(batch.index))
     finally:
         if bar is not progress:
@@ -265,7 +280,22 @@ def check(
     max_new_tokens: int,
     reference: Reference | Transcripts | None = None,
 ) -> Resolved | None:
-    """What `evaluate` will do with a spec; raises ValueError for anything that would go wrong, before the model is run."""
+    """Check the arguments of `evaluate` and resolve its spec; nothing is run.
+
+    Args:
+        model: as for `evaluate`.
+        questions: as for `evaluate`.
+        spec: as for `evaluate`.
+        scope: as for `evaluate`.
+        max_new_tokens: as for `evaluate`.
+        reference: as for `evaluate`.
+
+    Returns:
+        The spec on the prompts; None if there is none, or a function.
+
+    Raises:
+        ValueError: for whatever `evaluate` refuses.
+    """
     if scope not in get_args(Scope):
         raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(Scope))}.")
     if not len(questions):
@@ -273,12 +303,14 @@ def check(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
     if max_new_tokens == 1 and spec is not None and scope in ("new", "reasoning"):
-        raise ValueError("the one new token follows from the prompt alone; generate more, or choose the scope prompt.")
+        raise ValueError(
+            "the only new token depends on edits of the prompt alone; generate more tokens, or choose the scope prompt."
+        )
     context = n_positions(model.config)
     for number, ids in enumerate(questions.prompts.input_ids):
         if len(ids) + max_new_tokens > context:
             raise ValueError(
-                f"problem {number} has {len(ids)} tokens, and with {max_new_tokens} new ones that is more than the {context} "
+                f"problem {number} has {len(ids)} tokens, which with {max_new_tokens} new ones are more than the {context} "
                 "that the model takes; leave it out, or generate fewer."
             )
     check_tokenized(model, questions.prompts)
@@ -290,13 +322,13 @@ def check(
         edit.check(model)
         if scope != "prompt" and not edit.on_new_tokens:
             raise ValueError(
-                f"{edit.name}: at generated tokens there is no such intervention; ablate by zero, by the mean over tokens or by "
-                "resampling, or choose the scope prompt."
+                f"{edit.name}: this intervention is not defined at generated tokens; ablate by zero, by the mean over tokens or "
+                "by resampling, or choose the scope prompt."
             )
         if edit.needs.places and (held is None or (scope != "prompt" and held is reference)):
             raise ValueError(f"{edit.name} needs the texts of an untouched run; give Transcripts as reference.")
         if isinstance(reference, Transcripts) and edit.kind == "resample":
-            _givers(edit, questions, reference)
+            _donors(edit, questions, reference)
     if isinstance(reference, Transcripts):
         reference.reference.require(**needs([spec])._asdict())
         spec = _with_means(spec)
@@ -304,18 +336,18 @@ def check(
 
 
 def _with_means(spec: Spec) -> Spec:
-    """The mean in place of resampling: its compilation has the right shape, and other rows are put in."""
+    """Replace resampling by the mean, whose compiled replacements have the right shape and are overwritten later."""
     return tuple(
         edit.model_copy(update={"kind": "mean"}) if edit.kind == "resample" else edit for edit in members(spec)
     )
 
 
-def _givers(edit: OneSpec, questions: Questions, given: Transcripts) -> list[int]:
+def _donors(edit: OneSpec, questions: Questions, transcripts: Transcripts) -> list[int]:
     """For each problem the transcript that it is resampled from."""
-    return donors(questions.prompts, given.questions.prompts, "last", getattr(edit, "seed", 0))
+    return donors(questions.prompts, transcripts.questions.prompts, "last", getattr(edit, "seed", 0))
 
 
-# -- where an intervention is, and what it puts there --------------------------------------------------------------------
+# -- replacements ------------------------------------------------------------------------------------------------------
 
 
 def _compiled(
@@ -327,7 +359,7 @@ def _compiled(
     reference: Reference | Transcripts | None,
     new: int,
 ) -> Compiled:
-    """One spec on one batch, with replacements for the new tokens after those for the prompt where the scope has such."""
+    """One spec on one batch, with replacements for the tokens in scope: those of the prompt, then new ones."""
     if callable(spec):
         return spec(batch)
     assert resolved is not None  # there is a spec
@@ -337,43 +369,43 @@ def _compiled(
     replacements = []
     for edit, values in zip(members(spec), compiled.replacements, strict=True):
         if values is not None:
-            values = beyond_prompt(values, new)
+            values = extend_to_new_tokens(values, new)
             if edit.kind == "resample":
-                assert isinstance(reference, Transcripts)  # `check` has seen to it
+                assert isinstance(reference, Transcripts)  # `check` has checked it
                 values = _resampled(edit, batch, questions, resolved, reference, new).to(values)
-            values = in_scope(values, scope, new)
+            values = select_scope(values, scope, new)
         replacements.append(values)
     return Compiled(compiled.config, compiled.unit_locations, tuple(replacements))
 
 
 def _resampled(
-    edit: OneSpec, batch: Batch, questions: Questions, resolved: Resolved, given: Transcripts, new: int
+    edit: OneSpec, batch: Batch, questions: Questions, resolved: Resolved, transcripts: Transcripts, new: int
 ) -> Float[Tensor, "batch *head pos d"]:
     """For every row the activations of another problem's transcript, at the same distance from the end of its question.
 
-    What lies before a shorter transcript's first token, or after its last, has that token's.
+    Positions before the first token of a shorter transcript, or after its last, get that token's activations.
     """
-    reference, width = given.reference, batch.input_ids.shape[1]
-    givers = _givers(edit, questions, given)
+    reference, width = transcripts.reference, batch.input_ids.shape[1]
+    donor_of = _donors(edit, questions, transcripts)
     rows = []
     for prompt, length in zip(batch.index, batch.lengths, strict=True):
-        giver = givers[prompt]
-        own, its = questions.lengths[prompt], given.questions.lengths[giver]
+        donor = donor_of[prompt]
+        own_length, donor_length = questions.lengths[prompt], transcripts.questions.lengths[donor]
         if edit.positions == "all":
             tokens = list(range(length - width, length + new))
         else:
             tokens = [*resolved.tokens[edit.positions][prompt], *range(length, length + new)]
-        last = len(reference.prompts.input_ids[giver]) - 1
-        activations = reference.rows(edit.place, giver, tuple(min(max(t - own + its, 0), last) for t in tokens))
+        last, shift = len(reference.prompts.input_ids[donor]) - 1, donor_length - own_length
+        activations = reference.rows(edit.place, donor, tuple(min(max(t + shift, 0), last) for t in tokens))
         rows.append(activations if edit.heads is None else activations[:, list(edit.heads)].transpose(0, 1))
     return torch.stack(rows)
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
+# -- decoding ----------------------------------------------------------------------------------------------------------
 
 
-class _Reader:
-    """Which tokens end a text, and which can be part of `####` or end a line; so that few texts need decoding."""
+class _Decoder:
+    """A model and its tokenizer, with the tokens that end a text, a line or the reasoning, so that few texts need decoding."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -381,33 +413,40 @@ class _Reader:
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.never = list(getattr(model.generation_config, "suppress_tokens", None) or ())
         vocabulary = tokenizer.get_vocab()
-        self.marks = {at for token, at in vocabulary.items() if "#" in token}
+        self.marks = {at for token, at in vocabulary.items() if "#" in token}  # may be part of ####
         self.new_lines = {at for token, at in vocabulary.items() if any(line in token for line in NEW_LINES)}
 
     def text(self, *ids: Sequence[int]) -> str:
+        """Decode the concatenation of several sequences of tokens."""
         return as_text([token for some in ids for token in some], self.tokenizer)
 
 
-class _Writing:
-    """The texts of one batch while they grow."""
+class _BatchDecoding:
+    """Greedy decoding of one batch."""
 
-    def __init__(self, reader: _Reader, given: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
-        self.reader, self.given, self.max_new_tokens = reader, given, max_new_tokens
+    def __init__(self, decoder: _Decoder, given: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
+        self.decoder, self.given, self.max_new_tokens = decoder, given, max_new_tokens
         self.ids: list[list[int]] = [[] for _ in given]
         self.log_probabilities: list[list[float]] = [[] for _ in given]
         self.ended = [False] * len(given)
-        self.marked = [MARK in reader.text(ids) for ids in given]
-        self.reasoning: list[Tensor] = []  # for each new token: the rows whose text has no #### with it
+        self.marked = [MARK in decoder.text(ids) for ids in given]
+        self.reasoning: list[Tensor] = []  # for each new token: the rows whose text up to it has no ####
 
     def run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> None:
-        """Take the most likely token until every text has ended or is as long as it may be."""
+        """Append the most likely token until every text has ended or has `max_new_tokens`.
+
+        Args:
+            input_ids: the prompts, `batch pos`.
+            attention_mask: of the prompts.
+            position_ids: of the prompts.
+        """
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
         cache = None
         for _ in range(self.max_new_tokens):
-            out = self.reader.model(
+            out = self.decoder.model(
                 **inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-            # After the model has run once more than needed: an intervention on new tokens has, even if all texts end at once.
+            # Checked after one more forward pass than needed, so that an intervention on new tokens runs at least once.
             if all(self.ended):
                 return
             cache = out.past_key_values
@@ -417,9 +456,16 @@ class _Writing:
             inputs = {"input_ids": tokens[:, None], "position_ids": position_ids}
 
     def take(self, logits: Float[Tensor, "batch vocab"]) -> Tensor:
-        """The next token of every row."""
+        """Choose the next token of every row, and add it to the texts that have not ended.
+
+        Args:
+            logits: at the last tokens.
+
+        Returns:
+            The tokens, " batch".
+        """
         logits = logits.float()
-        logits[:, self.reader.never] = -torch.inf
+        logits[:, self.decoder.never] = -torch.inf
         best, tokens = logits.log_softmax(-1).max(-1)
         for row, (token, log_probability) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True)):
             if not self.ended[row]:
@@ -428,31 +474,38 @@ class _Writing:
         return tokens
 
     def add(self, row: int, token: int, log_probability: float) -> None:
-        """One more token, or the end of a text."""
-        reader = self.reader
-        if token in reader.ends:
+        """Add a token to a text, or end it.
+
+        Args:
+            row: the text's.
+            token: the new token.
+            log_probability: of the token.
+        """
+        decoder = self.decoder
+        if token in decoder.ends:
             self.ended[row] = True
             return
         self.ids[row].append(token)
         self.log_probabilities[row].append(log_probability)
-        if self.marked[row] and token in reader.new_lines:
-            after = reader.text(self.given[row], self.ids[row]).partition(MARK)[2].lstrip()
-            self.ended[row] = "\n" in after and find_answer(after.partition("\n")[0]) is not None
-        elif not self.marked[row] and token in reader.marks:
-            self.marked[row] = MARK in reader.text(self.given[row], self.ids[row])
+        if self.marked[row] and token in decoder.new_lines:
+            answer = decoder.text(self.given[row], self.ids[row]).partition(MARK)[2].lstrip()
+            self.ended[row] = "\n" in answer and find_answer(answer.partition("\n")[0]) is not None
+        elif not self.marked[row] and token in decoder.marks:
+            self.marked[row] = MARK in decoder.text(self.given[row], self.ids[row])
 
-    def reasons_at(self, new: int) -> Bool[Tensor, " batch"]:
-        """The rows whose new token with this number is reasoning."""
+    def is_reasoning(self, new: int) -> Bool[Tensor, " batch"]:
+        """The rows whose `new`-th token is part of the reasoning."""
         return self.reasoning[new]
 
     def rows(self) -> list[tuple[list[int], list[float], bool]]:
+        """Tokens and log probabilities of each text, and whether it has ended."""
         return list(zip(self.ids, self.log_probabilities, self.ended, strict=True))
 
 
 def _collect(
     questions: Questions, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[float], bool]]
 ) -> Evaluation:
-    """Read the answers out of what was written."""
+    """Extract the answers from the generated texts."""
     texts, answers, confidence = [], [], []
     for which, (ids, log_probabilities, _) in enumerate(rows):
         given = questions.given(which)
@@ -479,33 +532,45 @@ def _collect(
 # -- kept between runs -------------------------------------------------------------------------------------------------
 
 
-class Kept(Protocol):
-    """What can be kept: as plain data and back."""
+class Serialisable(Protocol):
+    """What converts to plain data and back."""
 
-    def as_dict(self) -> dict[str, Any]: ...
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to plain data."""
+        ...
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Self: ...
+    def from_dict(cls, record: dict[str, Any]) -> Self:
+        """Convert back what `as_dict` returned."""
+        ...
 
 
-K = TypeVar("K", bound=Kept)
+S = TypeVar("S", bound=Serialisable)
 
 
 class Results:
-    """Evaluations or the like in a folder, one file a condition, each written whole or not at all: a repeated run does the rest.
+    """Evaluations or similar results saved in a folder, so that a repeated run computes only what is missing.
+
+    There is one file per condition, written whole or not at all.
 
     Args:
-        folder: made when the first one is kept.
-        facts: what all of them depend on, as JSON-able data (`facts_of`).
+        folder: created when the first result is saved.
+        facts: what all results depend on, as JSON-able data (`facts_of`).
     """
 
     def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
         self.folder, self.facts = Path(folder), dict(facts)
 
-    def get(self, condition: Mapping[str, Any], measure: Callable[[], K], kind: type[K] = Evaluation) -> K:  # type: ignore[assignment]
-        """What was kept for a condition, else what `measure` gives, an instance of `kind`, which is then kept.
+    def get(self, condition: Mapping[str, Any], measure: Callable[[], S], kind: type[S] = Evaluation) -> S:  # type: ignore[assignment]
+        """Load the result of a condition, or compute and save it.
 
-        A file that is damaged, or of a run with other facts, is measured again.
+        Args:
+            condition: what this result depends on besides the facts, as JSON-able data.
+            measure: computes it; called if there is no file, or one that is damaged or has other facts.
+            kind: the result's class.
+
+        Returns:
+            The result.
         """
         facts = json.loads(json.dumps({"format": FORMAT, **self.facts, **condition}))
         path = self.folder / f"{data_hash(facts)}.json"
@@ -521,7 +586,16 @@ class Results:
 
 
 def facts_of(model: PreTrainedModel, questions: Questions, max_new_tokens: int) -> dict[str, Any]:
-    """What every evaluation of these questions depends on."""
+    """Everything that evaluations of these questions depend on, as JSON-able data for `Results`.
+
+    Args:
+        model: the model.
+        questions: the questions.
+        max_new_tokens: most tokens per text.
+
+    Returns:
+        Hashes and settings by name.
+    """
     return {
         "model weights": weight_hash(model),
         "model config": config_hash(model),
@@ -534,7 +608,16 @@ def facts_of(model: PreTrainedModel, questions: Questions, max_new_tokens: int) 
 
 
 def condition_of(spec: Spec | None, scope: Scope, reference: Transcripts | None = None) -> dict[str, Any]:
-    """What one evaluation depends on besides."""
+    """What a single evaluation depends on besides `facts_of`, as JSON-able data for `Results`.
+
+    Args:
+        spec: as for `evaluate`.
+        scope: as for `evaluate`.
+        reference: as for `evaluate`.
+
+    Returns:
+        The condition for `Results.get`.
+    """
     if spec is None:
         return {"spec": None}
     used = reference is not None and bool(needs([spec]).places)

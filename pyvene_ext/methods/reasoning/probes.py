@@ -1,14 +1,14 @@
-"""What can be read off the residual stream by a linear probe, and what of that is the probe's own doing.
+"""Linear probes: what can be decoded from the residual stream, and how much of that the probe itself contributes.
 
     residuals = read_residuals(model, prompts, {"last": tokens}, questions)
     folds = deal_folds(groups, 5, rng(0, "folds"))
     (fit,) = cross_validated(residuals.at["last"][depth], [targets], folds)
 
-A probe is a ridge regression in closed form, in float64, on features that are centred and scaled by the problems it is fitted on.
-Its penalty is chosen without the problems it is tested on: with K folds, the model that is tested on fold k has the penalty that
-does best on the other folds, each predicted by a fit without that fold and without k. Problems of one group are in one fold.
-In-sample numbers, of the same problems that a probe was fitted on, are there to be compared: with more dimensions than problems
-they are near 1 for any labels.
+A probe is a ridge regression in closed form, in float64, on features that are standardised on the problems that it is fitted on.
+Its penalty is chosen without the problems that it is tested on (nested cross-validation): with K folds, the probe tested on fold
+k has the penalty that does best on the other folds, each predicted by a fit without that fold and without k. Problems of one
+group are in one fold. In-sample predictions, for the problems that a probe was fitted on, are given for comparison: with more
+dimensions than problems they are almost perfect for any labels.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Residuals:
     """The residual stream at some tokens of every prompt, at every place from the embedding to after the last block.
 
     Attributes:
-        places: their names, such as resid_pre.0 (what enters the first block), resid_mid.0, resid_pre.1 ... resid_post.5.
+        places: names of the places, such as resid_pre.0 (what enters the first block), resid_mid.0, resid_pre.1 ... resid_post.5.
         at: by the name of the token; NaN where a prompt has no such token.
         question: the mean over the tokens of each prompt's question, at the same places.
     """
@@ -66,13 +66,19 @@ def read_residuals(
     """Read the residual stream in one forward pass over every prompt.
 
     Args:
-        model: used in eval mode and left as it was, also after an error.
+        model: a model with a card; used in eval mode and restored afterwards, also after an error.
+        prompts: the prompts.
         tokens: by name, which token of each prompt, counted from its first; None where it has none.
         questions: the tokens of each prompt that are its question.
-        mid: between attention and MLP too.
+        mid: read between attention and MLP too.
+        batch_size: prompts per forward pass.
+        progress: show a bar.
+
+    Returns:
+        The residual stream at these tokens, and its mean over each question.
 
     Raises:
-        ValueError: before the model runs, for a token outside its prompt, an empty question, and a place the model has not.
+        ValueError: before the model runs, for a token outside its prompt, an empty question, and a place that the model lacks.
     """
     for prompt, (ids, question) in enumerate(zip(prompts.input_ids, questions, strict=True)):
         wanted = [at for named in tokens.values() if (at := named[prompt]) is not None]
@@ -107,7 +113,18 @@ def read_residuals(
 
 
 def places_of(model: PreTrainedModel, mid: bool = False) -> dict[str, Where]:
-    """What `read_residuals` reads, by name; ValueError for a model without a residual stream between attention and MLP."""
+    """The places that `read_residuals` reads.
+
+    Args:
+        model: a model with a card.
+        mid: include the residual stream between attention and MLP.
+
+    Returns:
+        Component and layer by the place's name, in the order of the forward pass.
+
+    Raises:
+        ValueError: the model has no residual stream between attention and MLP, and `mid` asks for it.
+    """
     last = n_layers(model.config) - 1
     where: dict[str, Where] = {}
     for layer in range(last + 1):
@@ -123,12 +140,16 @@ def places_of(model: PreTrainedModel, mid: bool = False) -> dict[str, Where]:
 # -- probes ------------------------------------------------------------------------------------------------------------
 
 
-# Not scikit-learn's, with the same numbers in twice the time (ten times, if each penalty is fitted by itself); and its
-# StandardScaler makes a feature of a dimension that varies by float32's rounding only.
+# Not scikit-learn's, which takes twice the time for the same numbers (ten times, if each penalty is fitted separately), and whose
+# StandardScaler turns a dimension that varies by float32's rounding only into a feature.
 class Ridge:
-    """Ridge regression on some problems, for any penalties and targets: the features are taken apart once.
+    """Ridge regression on some problems, for any penalties and targets, from one decomposition of the features.
 
-    Raises ValueError for features that are not finite.
+    Args:
+        x: the features.
+
+    Raises:
+        ValueError: the features are not finite.
     """
 
     def __init__(self, x: Num[np.ndarray, "problem d"]) -> None:
@@ -136,7 +157,7 @@ class Ridge:
         if not np.isfinite(x).all():
             raise ValueError("the features are not finite; load the model in bfloat16 or float32.")
         self.mean, spread = x.mean(0), x.std(0)
-        # A dimension that is constant but for rounding says nothing.
+        # A dimension that is constant up to rounding carries no information.
         constant = spread <= 1e-7 * np.abs(x).max(0)
         self.scale = np.where(constant, 0.0, 1 / np.where(constant, 1.0, spread))
         self.left, self.sizes, self.right = np.linalg.svd((x - self.mean) * self.scale, full_matrices=False)
@@ -144,7 +165,16 @@ class Ridge:
     def predict(
         self, x: Num[np.ndarray, "new d"], y: Float[np.ndarray, "problem column"], alphas: Sequence[float]
     ) -> Float[np.ndarray, "alpha new column"]:
-        """What is predicted of other features, fitted to y with each penalty: alpha times the number of problems."""
+        """Fit targets and predict them from new features.
+
+        Args:
+            x: the new features.
+            y: the targets of the fitted problems.
+            alphas: penalties, each multiplied by the number of problems.
+
+        Returns:
+            The predictions by penalty.
+        """
         centre, squares = y.mean(0), self.sizes**2
         penalties = np.asarray(alphas, np.float64)[:, None] * len(y)
         shrunk = (self.sizes / (squares + penalties))[..., None] * (self.left.T @ (y - centre))
@@ -153,10 +183,10 @@ class Ridge:
 
 @dataclass(frozen=True)
 class Fit:
-    """What probes of one target predict; of several trials with other labels each.
+    """Predictions of one target by probes; a trial is a set of labels, such as the real or shuffled ones.
 
     Attributes:
-        predicted: each problem by a fit without its fold.
+        predicted: for each problem, by a fit without its fold.
         in_sample: by one fit to all problems, with the median of the penalties chosen in the first trial.
         alphas: the penalty chosen for each fold.
     """
@@ -172,21 +202,26 @@ def cross_validated(
     folds: Int[np.ndarray, " problem"],
     alphas: Sequence[float] = ALPHAS,
 ) -> list[Fit]:
-    """Probes of several targets on the same features; every trial of a target chooses its own penalties.
+    """Fit probes for several targets on the same features, with nested cross-validation; each trial chooses its own penalties.
 
     Args:
-        targets: a number is one column, a class one column for each class, 1 or 0.
-        folds: which of the folds 0, 1 ... each problem is in; three or more.
+        x: the features.
+        targets: one column for a number; for a class one column per class, 1 or 0.
+        folds: the fold 0, 1 ... of each problem; three or more folds.
+        alphas: penalties to choose from, each multiplied by the number of problems fitted.
+
+    Returns:
+        The predictions of each target.
 
     Raises:
-        ValueError: features that are not finite, fewer than three folds.
+        ValueError: the features are not finite, or there are fewer than three folds.
     """
     x, n_folds = np.asarray(x, np.float64), int(folds.max()) + 1
     if n_folds < 3:
         raise ValueError("probes need three folds or more: one to test, one to choose the penalty, one to fit.")
     y = np.concatenate([np.moveaxis(target, 1, 0).reshape(len(x), -1) for target in targets], 1).astype(np.float64)
 
-    # The fit without two folds serves both: each chooses the penalty of the model that is tested on the other.
+    # A fit without two folds serves both: predictions of one fold choose the penalty of the probe that is tested on the other.
     errors = np.zeros((n_folds, len(alphas), y.shape[1]))
     for pair in itertools.combinations(range(n_folds), 2):
         out = np.isin(folds, pair)
@@ -217,7 +252,15 @@ def cross_validated(
 
 
 def deal_folds(groups: Sequence[Hashable], n_folds: int, generator: np.random.Generator) -> Int[np.ndarray, " problem"]:
-    """Folds of about one size, drawn at random, each group in one of them.
+    """Draw random folds of similar size, with each group in one fold.
+
+    Args:
+        groups: the group of each problem.
+        n_folds: how many folds.
+        generator: source of randomness.
+
+    Returns:
+        The fold of each problem.
 
     Raises:
         ValueError: there are fewer groups than folds.
@@ -227,12 +270,12 @@ def deal_folds(groups: Sequence[Hashable], n_folds: int, generator: np.random.Ge
         members.setdefault(group, []).append(which)
     if len(members) < n_folds:
         raise ValueError(
-            f"{len(groups)} problems in {len(members)} groups cannot be dealt to {n_folds} folds; give more problems."
+            f"{len(groups)} problems in {len(members)} groups cannot be divided into {n_folds} folds; give more problems."
         )
     folds, sizes, lists = np.empty(len(groups), int), np.zeros(n_folds, int), list(members.values())
     # Not scikit-learn's GroupKFold, whose folds are either drawn at random or of one size.
     order = generator.permutation(len(lists))
-    # Large groups first, else the last one would make its fold the largest.
+    # Large groups first, so that the last ones even out the folds.
     for number in sorted(order, key=lambda number: -len(lists[number])):
         fold = int(sizes.argmin())
         folds[lists[number]] = fold
@@ -243,9 +286,18 @@ def deal_folds(groups: Sequence[Hashable], n_folds: int, generator: np.random.Ge
 def shuffled(
     y: Num[np.ndarray, "problem column"], groups: Int[np.ndarray, " problem"], generator: np.random.Generator
 ) -> Num[np.ndarray, "problem column"]:
-    """Labels given to other problems; those of a group go together, so that shuffled ones are as much alike as real ones."""
+    """Shuffle labels across problems, keeping those of a group together, so that shuffled labels are as clustered as real ones.
+
+    Args:
+        y: labels.
+        groups: the group of each problem.
+        generator: source of randomness.
+
+    Returns:
+        The shuffled labels.
+    """
     at = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    given = [at[group] for group in generator.permutation(len(at))]
+    permuted = [at[group] for group in generator.permutation(len(at))]
     new = np.empty_like(y)
-    new[np.concatenate(at)] = y[np.concatenate(given)]
+    new[np.concatenate(at)] = y[np.concatenate(permuted)]
     return new

@@ -1,22 +1,22 @@
-"""Heads of one model at work in another: head transplants, and the maps between two residual streams that they need.
+"""Head transplants: heads of one model run inside another, with the maps between two residual streams that this requires.
 
     paired = pair_texts(texts, host_tokenizer, donor_tokenizer)
     maps = fit_maps(host, donor, paired, [(4, 2)])[4, 2]
     with transplanted(host, [Transplant((4, 1), donor, (2, 5), maps)]):
         host.generate(...)  # or evaluate(host, ...), or a forward pass
 
-In place of head 1 of layer 4 of the host, head 5 of layer 2 of the donor works: it is given x A, where x is the host's residual
-stream before the block, and what it would add to a stream of its own model goes through B and into the host's. Everything
-between A and B is the donor's: the norm before attention, queries, keys and values of all positions with their biases (the head's
-own keys and values; the host's cache knows nothing of them), position embedding, scale, soft-cap, window, output projection.
-What a head adds to the stream is the component `head_contribution` on both sides: without the bias of the output projection,
-which belongs to no head, and after Gemma 2's post-norm with the norm's scale as it is for all of the model's own heads. So in a
-Gemma 2 host the other heads' contributions stay what they are.
+Head 5 of layer 2 of the donor replaces head 1 of layer 4 of the host: its input is x A, where x is the host's residual stream
+before the block, and what it would add to its own model's stream is mapped by B and added to the host's. Everything between A and
+B is the donor's: the norm before attention, queries, keys and values of all positions with their biases (the head's own keys and
+values, which are not in the host's cache), position embedding, scale, soft-cap, window, output projection. What a head adds to
+the stream is the component `head_contribution` in both models: without the bias of the output projection, which belongs to no
+head, and after Gemma 2's post-norm with the norm's scale computed from the model's own heads. So in a Gemma 2 host the other
+heads' contributions do not change.
 
-A is affine and B linear: a contribution is a difference of streams, in which an offset cancels. A is fitted on what enters the
-two blocks, B on the stream after their attention, where the head's output goes; after the block, where attention and MLP run
-side by side. Without maps (the donor's streams being of the host's kind) x and the output are taken as they are, and a head
-transplanted into its own place changes nothing.
+A is affine and B linear, because a contribution is a difference of streams, in which an offset cancels. A is fitted on what
+enters the two blocks, B on the streams after their attention, where the head's output is added (or after the block, if attention
+and MLP run in parallel). Without maps, if both models use the same residual basis, x and the output are used as they are, and a
+head transplanted into its own place changes nothing.
 """
 
 from __future__ import annotations
@@ -53,14 +53,19 @@ from pyvene_ext.stats.controls import Head, head_label
 
 Method = Literal["ridge", "procrustes"]
 Layers = tuple[int, int]  # of the host and of the donor
-STEADY = 1e-4  # the ridge of a map whose alpha is not given
+STEADY = 1e-4  # the default alpha of ridge, for numerical stability
 
 
 # -- maps --------------------------------------------------------------------------------------------------------------
 
 
 class Paired(NamedTuple):
-    """The same texts as two tokenizers see them, in pieces that are the same; their tokens correspond from the last one back."""
+    """The same texts tokenised by two tokenizers into the same pieces; their tokens correspond, counted from the last one.
+
+    Attributes:
+        host: the texts as the host's tokens.
+        donor: the texts as the donor's tokens.
+    """
 
     host: TokenizedPrompts
     donor: TokenizedPrompts
@@ -71,10 +76,14 @@ class Fit:
     """How a map was fitted, and how well.
 
     Attributes:
-        method, alpha: alpha is None for a rotation.
-        d_in, d_out: the two widths.
-        train_tokens, test_tokens: how many tokens, each context counted once.
-        r2_train, r2_test: share of the variance of the target stream, all dimensions together, that the map explains.
+        method: ridge or procrustes.
+        alpha: the penalty of ridge; None for a rotation.
+        d_in: width of the stream that is mapped.
+        d_out: width of the target stream.
+        train_tokens: number of training tokens, each context counted once.
+        test_tokens: number of test tokens, likewise.
+        r2_train: share of the variance of the target stream, over all dimensions together, that the map explains.
+        r2_test: the same on the test tokens.
     """
 
     method: Method
@@ -88,32 +97,44 @@ class Fit:
 
     @property
     def short(self) -> bool:
-        """Whether there were too few tokens to determine the map, so that alpha did."""
+        """Whether there were too few tokens to determine the map, so that alpha did in part."""
         return self.train_tokens <= max(self.d_in, self.d_out)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a table."""
+        """Convert to plain data for a table."""
         return {**asdict(self), "short": self.short}
 
 
 @dataclass(frozen=True)
 class StreamMap:
-    """From the residual stream of one model to another's: x W + b."""
+    """An affine map from one model's residual stream to another's: x W + b.
+
+    Attributes:
+        weight: W.
+        offset: b.
+        fit: how it was fitted.
+    """
 
     weight: Float32[Tensor, "d_in d_out"]
     offset: Float32[Tensor, " d_out"]
     fit: Fit | None = None
 
     def __call__(self, x: Float[Tensor, "*pos d_in"]) -> Float32[Tensor, "*pos d_out"]:
+        """Map a stream."""
         return self.change(x) + self.offset.to(x.device)
 
     def change(self, x: Float[Tensor, "*pos d_in"]) -> Float32[Tensor, "*pos d_out"]:
-        """What becomes of a difference of two streams."""
+        """Map a difference of two streams, without the offset."""
         return x.float() @ self.weight.to(x.device)
 
 
 class Maps(NamedTuple):
-    """A, from the host's stream into the donor's, and B, back."""
+    """The two maps of a transplant.
+
+    Attributes:
+        into: A, from the host's stream to the donor's.
+        back: B, from the donor's stream to the host's.
+    """
 
     into: StreamMap
     back: StreamMap
@@ -122,9 +143,20 @@ class Maps(NamedTuple):
 def pair_texts(
     texts: Sequence[str], host_tokenizer: PreTrainedTokenizerBase, donor_tokenizer: PreTrainedTokenizerBase
 ) -> Paired:
-    """The texts as tokens of both models; raises ValueError, naming the text and the place, where their pieces differ.
+    """Tokenise texts with both models' tokenizers.
 
-    A token that only one of the tokenizers puts in front has no partner.
+    A token that only one of the tokenizers prepends has no counterpart.
+
+    Args:
+        texts: the texts.
+        host_tokenizer: the host's.
+        donor_tokenizer: the donor's.
+
+    Returns:
+        The texts as both models' tokens.
+
+    Raises:
+        ValueError: the tokenizers cut a text into different pieces; the message names the text and the place.
     """
     rows: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])
     for number, text in enumerate(texts):
@@ -159,21 +191,30 @@ def fit_maps(
     seed: int = 0,
     batch_size: int = 32,
 ) -> dict[Layers, Maps]:
-    """Maps for some pairs of layers, fitted on a part of the texts and tried on the others.
+    """Fit maps for some pairs of layers on a part of the texts, and test them on the others.
 
-    ridge is least squares of the centred streams with a penalty, `alpha` times their mean squared size a dimension; procrustes
-    (Schönemann 1966) is the best rotation with one scale, the narrower stream being filled up with zeros. A token counts once for
-    every context (itself and all before it) that it is seen in, and test tokens have contexts that no training text has: else
-    what all texts begin with would be fitted and tested many times over.
+    ridge is least squares on the centred streams with a penalty of `alpha` times their mean variance per dimension; procrustes
+    (Schönemann 1966) is the best rotation with one scale factor, the narrower stream being padded with zeros. A token counts once
+    for every distinct context (itself and all tokens before it), and test tokens have contexts that no training text has;
+    otherwise a common beginning of all texts would be fitted and tested many times.
 
     Args:
-        layers: (of the host, of the donor).
-        alpha: of ridge; by default a small one. With one that is given there may be fewer tokens than dimensions.
-        test_share: how many of the texts are for the test.
+        host: the model that receives heads.
+        donor: the model that heads are taken from; it can be the host itself.
+        paired: the texts (`pair_texts`).
+        layers: (host layer, donor layer) pairs.
+        method: ridge or procrustes.
+        alpha: the penalty of ridge; by default a small one. If it is given there may be fewer tokens than dimensions.
+        test_share: the share of the texts held out for the test.
+        seed: of the split.
+        batch_size: texts per forward pass.
+
+    Returns:
+        The maps by pair of layers.
 
     Raises:
-        ValueError: unknown method, alpha or test_share out of range, a layer that is not there, fewer than two texts, too few
-            tokens to fit the maps or none to test them, streams that are not finite or the same at every token.
+        ValueError: unknown method, alpha or test_share out of range, a layer that does not exist, fewer than two texts, too few
+            tokens to fit the maps or none to test them, streams that are not finite or are the same at every token.
     """
     layers = list(dict.fromkeys(layers))
     _check_fit(host, donor, paired, layers, method, alpha, test_share)
@@ -182,7 +223,7 @@ def fit_maps(
     kept, train = _contexts(paired, order[n_test:], order[:n_test])
     widths = [dimensions(model.config)["d_model"] for model in (host, donor)]
     if not (~train).any():
-        raise ValueError("no test text has a context that the training texts lack; give more texts, or other ones.")
+        raise ValueError("no test text has a context that the training texts lack; give more texts, or other texts.")
     if (tokens := int(train.sum())) <= max(widths) and (alpha is None or method != "ridge"):
         raise ValueError(
             f"{tokens} tokens are too few to fit maps between streams of {widths[0]} and {widths[1]} dimensions; give more "
@@ -224,22 +265,22 @@ def _check_fit(
             _check_layer(who, model, layer)
     if len(paired.host) < 2:
         raise ValueError(
-            f"maps need texts to fit and others to test them, and there are {len(paired.host)}; give more."
+            f"maps need texts to fit and others to test them, but there are {len(paired.host)}; give more."
         )
 
 
 def _after_attention(model: PreTrainedModel) -> str:
-    """Where the residual stream first holds what heads of a block have written."""
+    """The component at which the residual stream first contains what a block's heads have written."""
     return "block_output" if card_of(model).parallel else "resid_mid"
 
 
 def _contexts(paired: Paired, train: Sequence[int], test: Sequence[int]) -> tuple[list[list[int]], Tensor]:
-    """Which tokens of each text count, from its last one (-1) back; and which of all of them are for training, text by text."""
+    """The tokens of each text that count, as negative indices; and which of them, over all texts, are for training."""
     kept: list[list[int]] = [[] for _ in paired.host.input_ids]
     seen: set[int] = set()
     for which in (*train, *test):
         ids = paired.host.input_ids[which]
-        alone = len(ids) - len(paired.donor.input_ids[which])  # a token that only the host has in front
+        alone = len(ids) - len(paired.donor.input_ids[which])  # tokens that only the host's tokenizer prepends
         context = 0
         for at, token in enumerate(ids):
             context = hash((context, token))
@@ -282,7 +323,7 @@ def _fitted(
     method: Method,
     alpha: float,
 ) -> StreamMap:
-    """The map from x to y, with what it explains of y."""
+    """Fit the map from x to y."""
     x, y = x.double(), y.double()
     centre_x, centre_y = x[train].mean(0), y[train].mean(0)
     from_, to = x[train] - centre_x, y[train] - centre_y
@@ -324,10 +365,13 @@ def _fitted(
 
 @dataclass(frozen=True)
 class Transplant:
-    """One head of a donor in place of one of the host, each (layer, head).
+    """A head of a donor that replaces one of the host.
 
     Attributes:
-        maps: of the two layers; None: the streams are of one kind, and are taken as they are.
+        head: (layer, head) of the host.
+        donor: the model that the new head is taken from.
+        donor_head: (layer, head) of the donor.
+        maps: of the two layers; None: both models use the same residual basis.
     """
 
     head: Head
@@ -336,7 +380,14 @@ class Transplant:
     maps: Maps | None = None
 
     def check(self, host: PreTrainedModel) -> None:
-        """Raise ValueError for a head that is not there or cannot be taken out, and for streams that do not fit."""
+        """Check the transplant against a host; nothing is run.
+
+        Args:
+            host: the model that receives the head.
+
+        Raises:
+            ValueError: a head does not exist or cannot be separated from its layer, or the streams do not fit.
+        """
         for who, model, head in (("host", host, self.head), ("donor", self.donor, self.donor_head)):
             _check_head(who, model, head)
         widths = tuple(dimensions(model.config)["d_model"] for model in (host, self.donor))
@@ -383,9 +434,22 @@ def head_output(
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     position_ids: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
-    """What one head would add to the residual stream if `stream` entered its block; the model's own code, run on nothing else.
+    """Compute what one head would add to the residual stream if `stream` entered its block, with the model's own code.
 
-    Within `modelcards.Taps` for the head's layer only. Raises ValueError for more positions than the model takes.
+    To be called within `modelcards.Taps` for the head's layer.
+
+    Args:
+        model: the head's model.
+        head: (layer, head).
+        stream: what enters the block.
+        attention_mask: as the model takes it.
+        position_ids: as the model takes them.
+
+    Returns:
+        The head's contribution.
+
+    Raises:
+        ValueError: there are more positions than the model takes.
     """
     if stream.shape[1] > n_positions(model.config):
         raise ValueError(
@@ -405,7 +469,7 @@ def head_output(
             hooks.enter_context(replace_forward(block, lambda hidden_states, *_, **__: hidden_states))
         hook_component(model, ("block_input", layer), lambda _: stream, hooks)
         hook_component(model, ("head_contribution", layer), at_contributions, hooks)
-        # Not the decoder's own hooks: the host's, if that is it, are about the run that this is part of.
+        # Call forward directly, without the decoder's hooks: if this is the host, they belong to the surrounding run.
         model.base_model.forward(
             inputs_embeds=stream, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
@@ -420,17 +484,24 @@ def transplanted(
     without: Iterable[Head] = (),
     new_tokens: bool = False,
 ) -> Iterator[None]:
-    """For a while, the host runs with these heads in place of its own; all models are in eval mode, and as they were afterwards.
+    """Run the host with transplanted heads in place of its own, within this context.
 
-    The transplants are there at all positions of the prompt, which is what the host is given while its cache is empty; with
-    `new_tokens` also at those that are generated, whose donor heads look back at the stream of all earlier positions, kept here.
-    (Not under beam search, which changes rows.) Layers build on one another: what a later transplant is given is the stream as
-    the earlier ones have made it. The same model can be host and donor.
+    All models are in eval mode inside and restored afterwards. Transplants act at all positions of the prompt, which is what the
+    host is given while its cache is empty; with `new_tokens` also at generated tokens, where donor heads attend to the stream of
+    all earlier positions, which is kept here. (Not under beam search, which reorders rows.) The input of a later transplant is
+    the stream as earlier ones have changed it. The same model can be host and donor.
 
     Args:
-        without: heads of the host in whose place nothing comes.
+        host: the model that receives heads.
+        transplants: heads of the host and what replaces them.
+        without: heads of the host that are removed without replacement.
+        new_tokens: act at generated tokens too.
 
-    Raises ValueError for transplants that do not fit, a head named twice, and prompts too long for the donor.
+    Yields:
+        None: while the host has the transplants.
+
+    Raises:
+        ValueError: a transplant does not fit, a head is named twice, or a prompt is too long for the donor.
     """
     transplants, without = list(transplants), list(without)
     for transplant in transplants:
@@ -452,7 +523,7 @@ def transplanted(
 
 
 class _Host:
-    """The hooks on a host, and what they tell one another during one forward pass."""
+    """The hooks on a host, and the state that they share during a forward pass."""
 
     def __init__(
         self, model: PreTrainedModel, transplants: Sequence[Transplant], without: Sequence[Head], new_tokens: bool
@@ -462,29 +533,29 @@ class _Host:
         for transplant in transplants:
             self.by_layer.setdefault(transplant.head[0], []).append(transplant)
         self.without = without
-        self.at_work = False  # in a forward pass that has transplants
-        self.donor_runs = False  # which may be the same model
+        self.active = False  # in a forward pass that has transplants
+        self.donor_runs = False  # the donor may be the same model, whose hooks must then do nothing
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
         self.streams: dict[int, Tensor] = {}  # before each layer, of all positions so far
         self.outputs: dict[Head, Tensor] = {}
 
     def enter(self, hooks: ExitStack) -> None:
-        """Hang the hooks up until `hooks` are closed."""
+        """Register the hooks until `hooks` is closed."""
         for layer in self.by_layer:
-            hook_component(self.model, ("block_input", layer), partial(self.ask, layer), hooks)
+            hook_component(self.model, ("block_input", layer), partial(self.run_donors, layer), hooks)
             hook_component(self.model, ("head_contribution", layer), partial(self.replace, layer), hooks)
-        # First of all, so that latent steps are thought with the new heads.
+        # First of all hooks, so that latent steps run with the new heads too.
         begin = self.model.base_model.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True)
         hooks.callback(begin.remove)
 
     def begin(self, bare: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a forward pass: which positions it covers."""
+        """Before a forward pass: determine which positions it covers."""
         given = inspect.signature(bare.forward).bind(*args, **kwargs).arguments
         cache, mask, positions = (given.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
         ids = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        self.at_work = self.new_tokens or not past
+        self.active = self.new_tokens or not past
         if positions is None:
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         positions = positions.expand(ids.shape[0], -1)
@@ -496,9 +567,9 @@ class _Host:
             self.positions = torch.cat([self.positions, positions], 1)
         self.mask = mask
 
-    def ask(self, layer: int, stream: Tensor) -> None:
-        """Before a block: what its new heads make of the stream, all positions so far, at those of this pass."""
-        if not self.at_work or self.donor_runs:
+    def run_donors(self, layer: int, stream: Tensor) -> None:
+        """Before a block: compute what its new heads add at this pass's positions, from the stream at all positions so far."""
+        if not self.active or self.donor_runs:
             return
         whole = stream
         if self.new_tokens and not is_unrolling(self.model):
@@ -514,17 +585,17 @@ class _Host:
             self.donor_runs = False
 
     def of_donor(self, transplant: Transplant, stream: Tensor) -> Tensor:
-        """What a donor's head writes, in the host's words."""
+        """What a donor's head writes, mapped to the host's stream."""
         donor, maps = transplant.donor, transplant.maps
-        given = stream if maps is None else maps.into(stream)
+        donor_stream = stream if maps is None else maps.into(stream)
         device = input_device(donor)
         mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
-        output = head_output(donor, transplant.donor_head, given.to(device, donor.dtype), mask, positions)
+        output = head_output(donor, transplant.donor_head, donor_stream.to(device, donor.dtype), mask, positions)
         return output if maps is None else maps.back.change(output)
 
     def replace(self, layer: int, contributions: Tensor) -> Tensor | None:
-        """Where the heads' contributions are added up."""
-        if not self.at_work or self.donor_runs:
+        """Replace the contributions of the transplanted heads, before they are summed."""
+        if not self.active or self.donor_runs:
             return None
         by_head = contributions.unflatten(-1, (n_heads(self.model.config), -1)).clone()
         by_head[:, :, [head for at, head in self.without if at == layer]] = 0

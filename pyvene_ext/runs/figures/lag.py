@@ -28,7 +28,7 @@ def lag_curves(found: Sequence[LagCurves], random: Float[np.ndarray, "set permut
         title: above the figure.
 
     Returns:
-        The figure.
+        The curves of the found heads, or of the random sets, by permutation and lag.
     """
     lags = lags_of(found[0].own.shape[1])
     few = len(lags) <= 4 * ZOOM

@@ -294,7 +294,7 @@ BEFORE_LOADING: list[tuple[list[Any], str]] = [
 ]
 BEFORE_RUNNING: list[tuple[list[Any], str]] = [
     (["--n_heads", 49], "--n_heads asks for 49 heads and tiny-qwen2.5 has 48; ask for fewer."),
-    (["--n_heads", 4, "--rankings", "scores.csv"], "4 heads are asked for and there are scores of 3"),
+    (["--n_heads", 4, "--rankings", "scores.csv"], "4 heads are asked for but there are scores for 3"),
     (["--rankings", "outside.csv"], "head 6.0 is outside"),
     (["--rankings", "none.csv"], "none.csv"),
     (["--max_new_tokens", 256], "max_new_tokens is 256 and the model takes 256 in all"),

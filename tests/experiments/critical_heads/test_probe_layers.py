@@ -350,7 +350,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
         (("--min_problems", "31"), "nothing to probe for (30 problems have it, and --min_problems asks for 31)"),
         (("--positions", "40"), "nothing to probe for (0 problems have it, and --min_problems asks for 10)"),
         (("--targets", "correct"), "nothing to probe for (it is 1 in all 30 problems)"),
-        (("--folds", "31", "--targets", "answer"), "cannot be dealt to 31 folds; give more problems."),
+        (("--folds", "31", "--targets", "answer"), "cannot be divided into 31 folds; give more problems."),
     ],
 )
 def test_problems_that_do_not_suffice_are_one_sentence_and_nothing_is_written(

@@ -145,7 +145,7 @@ def _compare(
     engine: type[pyvene.IntervenableModel] = IntervenableModel,
 ) -> None:
     model, prompts = _model(family), SETS[name]
-    resolved = resolve(specs, model, prompts).measured(progress=False)
+    resolved = resolve(specs, model, prompts).with_statistics(progress=False)
     for batch in prompts.batches(4, padding_side):
         for spec in specs:
             compiled = compile_spec(spec, batch, resolved)

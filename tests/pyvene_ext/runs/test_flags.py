@@ -13,7 +13,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
 from pyvene_ext.io.bounds import check
-from pyvene_ext.io.cli import groups, made, run, write_config
+from pyvene_ext.io.cli import config_from, groups, run, write_config
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import flags
@@ -99,9 +99,9 @@ def test_a_config_is_written_group_by_group_and_read_again(tmp_path: Path) -> No
     write_config(tmp_path / "config.yaml", config)
     values = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert list(values)[:5] == ["model", "seed", "device", "dtype", "revision"] and list(values)[-1] == "out"
-    assert made(Config, values, "config.yaml") == config
+    assert config_from(Config, values, "config.yaml") == config
     with pytest.raises(ValueError, match=r"config.yaml has an unknown flag 'limt'; did you mean 'limit'\?"):
-        made(Config, {"limt": 3}, "config.yaml")
+        config_from(Config, {"limt": 3}, "config.yaml")
 
 
 def test_help_is_one_line_the_flags_by_group_and_then_the_manual(capsys: pytest.CaptureFixture[str]) -> None:

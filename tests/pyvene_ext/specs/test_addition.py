@@ -216,9 +216,9 @@ def test_an_addition_that_does_not_fit_is_refused_in_a_sentence(fields: dict[str
 
 def test_generation_refuses_what_has_no_meaning_at_new_tokens() -> None:
     model = model_of("llama3_1")
-    with pytest.raises(ValueError, match="at generated tokens there is no such intervention"):
+    with pytest.raises(ValueError, match="this intervention is not defined at generated tokens"):
         generate(model, PROMPTS, Ablation(kind="noise", site="mlp_out", layer=0))
     with pytest.raises(ValueError, match="unknown scope 'all'"):
         generate(model, PROMPTS, None, scope="all")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="is no addition"):
+    with pytest.raises(ValueError, match="is not an addition"):
         direct_logit_attribution(model, PROMPTS, Ablation(kind="zero", site="mlp_out", layer=0), progress=False)

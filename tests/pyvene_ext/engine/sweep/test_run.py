@@ -17,7 +17,7 @@ from pyvene_ext.engine.plain import (
     run,
 )
 from pyvene_ext.engine.sweep import plan_sweep, sweep
-from pyvene_ext.engine.sweep.execute import State
+from pyvene_ext.engine.sweep.execute import GroupState
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.models import loading
 from pyvene_ext.models.replay import Past, Replay
@@ -134,7 +134,7 @@ def _compare(
     slow = run(model, specs, prompts, metric, reference, progress=False)
     fast = sweep(model, specs, prompts, metric, reference, progress=False, **options)
     assert fast.names == slow.names and fast.metric == metric
-    np.testing.assert_allclose(fast.clean, slow.clean, **CLOSE)
+    np.testing.assert_allclose(fast.baseline, slow.baseline, **CLOSE)
     for name, got, expected in zip(fast.names, fast.intervened, slow.intervened, strict=True):
         np.testing.assert_allclose(got, expected, err_msg=name, **CLOSE)
     return fast
@@ -246,9 +246,9 @@ def test_prompts_are_chosen_by_their_numbers(subset):
     specs = all_heads(model.config)[:2]
     if subset is None:
         chosen = sweep(model, specs, PROMPTS, subset=np.arange(2, 4), progress=False)
-        assert np.array_equal(chosen.clean, sweep(model, specs, PROMPTS, subset=[2, 3], progress=False).clean)
+        assert np.array_equal(chosen.baseline, sweep(model, specs, PROMPTS, subset=[2, 3], progress=False).baseline)
         return
-    with pytest.raises(ValueError, match="by their numbers, 0 to 5, each once"):
+    with pytest.raises(ValueError, match="by number, 0 to 5, each once"):
         sweep(model, specs, PROMPTS, subset=subset)
 
 
@@ -272,7 +272,7 @@ def test_running_out_of_memory_makes_smaller_batches_for_the_rest_and_the_same_n
     model = _model("mistral")
     specs = [*all_heads(model.config), *_joint_specs()]
     calls, refused = [], []
-    block, init = Replay.block, State.__init__
+    block, init = Replay.block, GroupState.__init__
 
     def small(self, layer, hidden, *args, **kwargs):
         calls.append(len(hidden))
@@ -288,7 +288,7 @@ def test_running_out_of_memory_makes_smaller_batches_for_the_rest_and_the_same_n
 
     expected = run(model, specs, PROMPTS, progress=False)
     monkeypatch.setattr(Replay, "block", small)
-    monkeypatch.setattr(State, "__init__", few)
+    monkeypatch.setattr(GroupState, "__init__", few)
     result = sweep(model, specs, PROMPTS, progress=False)
     np.testing.assert_allclose(result.intervened, expected.intervened, **CLOSE)
     assert len(refused) < 12 < len(calls) or limit == 1000
@@ -318,7 +318,7 @@ def test_a_subset_keeps_reference_and_donors_of_all_prompts():
     whole = sweep(model, specs, PROMPTS, progress=False)
     part = sweep(model, specs, PROMPTS, subset=[4, 0], progress=False)
     np.testing.assert_allclose(part.intervened, whole.intervened[:, [4, 0]], **CLOSE)
-    np.testing.assert_allclose(part.clean, whole.clean[[4, 0]], **CLOSE)
+    np.testing.assert_allclose(part.baseline, whole.baseline[[4, 0]], **CLOSE)
 
 
 def test_what_the_plain_engine_refuses_is_refused():
@@ -466,7 +466,7 @@ def test_a_store_keeps_to_the_batches_it_began_with(tmp_path, monkeypatch):
         sweep(model, specs, PROMPTS, memory=220_000, store=tmp_path / "kept", progress=False)
     result = sweep(model, specs, PROMPTS, store=tmp_path / "kept", progress=False)  # with all the memory it wants
     assert few[2:] and not set(few[:2]) & set(few[2:])
-    assert np.array_equal(result.intervened, expected.intervened) and np.array_equal(result.clean, expected.clean)
+    assert np.array_equal(result.intervened, expected.intervened) and np.array_equal(result.baseline, expected.baseline)
 
 
 def test_a_store_of_another_version_s_batches_is_refused(tmp_path, monkeypatch):
@@ -476,5 +476,5 @@ def test_a_store_of_another_version_s_batches_is_refused(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sweep(model, specs, PROMPTS, store=tmp_path, progress=False)
     monkeypatch.setattr("pyvene_ext.engine.sweep.plan.CLEAN_TOKENS", 9)
-    with pytest.raises(ValueError, match="was begun by a version that cut the work otherwise; delete the folder"):
+    with pytest.raises(ValueError, match="was begun by a version that cut the work differently; delete the folder"):
         sweep(model, specs, PROMPTS, store=tmp_path, progress=False)

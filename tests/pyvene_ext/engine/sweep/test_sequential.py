@@ -32,7 +32,7 @@ def _sliced(model, specs, prompts, metric, reference, *, subset, progress) -> Re
     """The plain engine on all prompts, cut to some of them."""
     assert not progress
     whole = run(model, specs, prompts, metric, reference, progress=False)
-    return Result(whole.names, metric, whole.clean[subset], whole.intervened[:, subset])
+    return Result(whole.names, metric, whole.baseline[subset], whole.intervened[:, subset])
 
 
 def _given(delta: np.ndarray) -> tuple[list[Spec], Callable[..., Result]]:
@@ -154,7 +154,7 @@ def test_coverage_at_a_width_of_a_tenth_is_at_least_92_of_100_away_from_the_ends
     [
         ({"width": 0}, "width must be above 0 and at most 1, not 0"),
         ({"block": 0}, "block must be at least 1"),
-        ({"tau": -0.1}, "tau must be a finite number from 0 on"),
+        ({"tau": -0.1}, "tau must be a finite number of 0 or more"),
         ({"tau": math.nan}, "tau must be"),
         ({"confidence": 95}, "confidence must be between 0 and 1, not 95"),
         ({"metric": "loss"}, "unknown metric"),

@@ -618,7 +618,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence_before_the_model_runs() ->
             ("kl to the base run has no first order", z, SOURCE, {"metric": "kl"}),
             ("unknown metric 'ld'", z, SOURCE, {"metric": "ld"}),
             ("pair 0 has 8 tokens and its source 7", z, OTHER, {}),
-            ("is no patch", Ablation(kind="zero", site="z", layer=1, heads=(2,)), SOURCE, {}),
+            ("is not a patch", Ablation(kind="zero", site="z", layer=1, heads=(2,)), SOURCE, {}),
             ("layer 7 is out of range", ActivationPatch(site="mlp_out", layer=7), SOURCE, {}),
             ("nothing to run", [], SOURCE, {}),
             ("must be tokenised", z, "prompts", {}),

@@ -16,7 +16,7 @@ from pyvene_ext.engine.plain import Result, reference_for, run
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.attribution.screen import (
     Screen,
-    _count,
+    _hypergeometric_interval,
     estimate,
     screened,
 )
@@ -308,7 +308,7 @@ def test_a_screen_runs_what_could_matter_and_a_random_part_of_the_rest() -> None
     assert len(found.checked) == 20 < len(aside) and set(found.checked) <= set(aside)
     assert asked == [spec for spec, run_exactly in zip(specs, found.exact, strict=True) if run_exactly]
     assert found.result.names == exact.names and found.result.metric == "logit_diff"
-    np.testing.assert_array_equal(found.result.clean, exact.clean)
+    np.testing.assert_array_equal(found.result.baseline, exact.baseline)
     np.testing.assert_allclose(found.result.delta[found.exact], exact.delta[found.exact], atol=1e-5)
     assert np.isnan(found.result.delta[~found.exact]).all() and (~found.exact).any()
 
@@ -375,7 +375,7 @@ def test_recall_and_its_interval_equal_a_count_by_hand() -> None:
 
 @pytest.mark.parametrize(("population", "drawn"), [(20, 20), (21, 20), (60, 20), (97, 31)])
 def test_the_interval_of_a_count_covers_in_at_least_95_of_100_draws(population: int, drawn: int) -> None:
-    intervals = {k: _count(k, drawn, population) for k in range(drawn + 1)}
+    intervals = {k: _hypergeometric_interval(k, drawn, population) for k in range(drawn + 1)}
     for active in range(population + 1):
         covered = sum(
             math.comb(active, k) * math.comb(population - active, drawn - k)

@@ -109,7 +109,7 @@ def test_heads_are_ranked_within_their_layers() -> None:
     assert rank_heads(SCORES, "full", 4, 3) == ((3, 1), (0, 2), (3, 0))
     assert rank_heads(SCORES, "top", 4, 3) == ((0, 2), (1, 1), (0, 0))
     assert rank_heads(SCORES, "bottom", 4, 2) == ((3, 1), (3, 0))
-    with pytest.raises(ValueError, match=r"4 heads are asked for and there are scores of 3 in layers 0 to 1 \(top\)"):
+    with pytest.raises(ValueError, match=r"4 heads are asked for but there are scores for 3 in layers 0 to 1 \(top\)"):
         rank_heads(SCORES, "top", 4, 4)
 
 

@@ -248,7 +248,7 @@ def test_the_soft_cap_is_behind_what_is_attributed() -> None:
 def test_the_total_on_shipped_prompts_is_the_clean_logit_difference_of_a_run(name: str) -> None:
     model, tokenizer = load_model(name)
     prompts = PromptSet.load(IOI).tokenize(tokenizer)
-    clean = run(model, Ablation(kind="zero", site="z", layer=0, heads=(0,)), prompts, progress=False).clean
+    clean = run(model, Ablation(kind="zero", site="z", layer=0, heads=(0,)), prompts, progress=False).baseline
     found = direct_logit_attribution(model, prompts, batch_size=16, progress=False).logit_diff
     assert len(prompts) == 100 and np.abs(clean).mean() > 1
     cap = model.config.final_logit_softcapping if name == "tiny-gemma2" else None
@@ -315,7 +315,7 @@ def test_weights_that_cannot_be_taken_apart_are_an_error_before_anything_runs() 
         plain = getattr(holder, where)
         wrapped = Wrapped(plain.in_features, plain.out_features, bias=False)
         setattr(holder, where, wrapped)
-        with never_running(model), pytest.raises(ValueError, match=f"{told} .Wrapped. cannot be taken apart"):
+        with never_running(model), pytest.raises(ValueError, match=f"{told} .Wrapped. has no accessible weights"):
             direct_logit_attribution(model, PROMPTS, progress=False)
     offloaded = cpu_offload(random_model("gpt2"), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="without quantisation and offloading"):

@@ -357,12 +357,12 @@ def test_random_tokens_are_distinct_repeated_and_seeded() -> None:
         ({"ids": torch.empty(0, 22, dtype=torch.long)}, r"not of shape \(0, 22\)"),
         ({"ids": torch.arange(22)}, r"ids must be \[sequence pos\]"),
         ({"ids": torch.full((1, 65), 5)}, "65 tokens long but the model has 64 positions"),
-        ({"ids": torch.full((1, 22), VOCAB)}, "go from 61 to 61 but the model embeds 61 tokens"),
-        ({"ids": torch.full((1, 22), -1)}, "go from -1 to -1 but"),
+        ({"ids": torch.full((1, 22), VOCAB)}, "range from 61 to 61 but the model embeds 61 tokens"),
+        ({"ids": torch.full((1, 22), -1)}, "range from -1 to -1 but"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"occurrences": "first"}, "occurrences must be 'last' or 'all', not 'first'"),
-        ({"ids": torch.arange(3, 25)[None], "copying": True}, "7 distinct tokens that are repeated, behind 1 others"),
-        ({"ids": torch.full((1, 22), 5), "copying": True}, "7 distinct tokens that are repeated"),
+        ({"ids": torch.arange(3, 25)[None], "copying": True}, "a repeated block of 7 distinct tokens after 1 others"),
+        ({"ids": torch.full((1, 22), 5), "copying": True}, "a repeated block of 7 distinct tokens"),
     ],
 )
 def test_bad_input_is_told_before_the_model_runs(options: dict[str, Any], told: str) -> None:
@@ -434,7 +434,7 @@ def test_a_file_may_be_unsorted_and_name_some_heads(tmp_path: Path) -> None:
         (b"scores,layer,head\n1,0,0\n1,3,0\n", "row 2: head 3.0 is outside a model of 3 layers with 6 heads"),
         (b"scores,layer,head\n1,0,6\n", "row 1: head 0.6 is outside"),
         (b"scores,layer,head\n1,0,-1\n", "row 1: head 0.-1 is outside"),
-        (b"scores,layer,head\n1,0,1\n2,0,1\n", "row 2: head 0.1 is there twice"),
+        (b"scores,layer,head\n1,0,1\n2,0,1\n", "row 2: head 0.1 is listed twice"),
         (b"scores,layer,head\nnan,0,1\n", "row 1: the score of head 0.1 is nan"),
         (b"scores,layer,head\ninf,0,1\n", "row 1: the score of head 0.1 is inf"),
         (b"scores,layer,head\nx,0,1\n", "row 1: 'x,0,1' is not a number and two whole numbers"),
@@ -455,6 +455,6 @@ def test_a_file_that_is_none_of_the_model_is_told_by_name_and_row(tmp_path: Path
 
 def test_scores_that_are_no_matrix_of_finite_numbers_are_not_written(tmp_path: Path) -> None:
     for scores in (np.zeros(3), np.zeros((0, 2)), np.array([[1.0, np.nan]])):
-        with pytest.raises(ValueError, match="one finite number a head"):
+        with pytest.raises(ValueError, match="one finite number per head"):
             write_head_scores(tmp_path / "scores.csv", scores)
     assert not list(tmp_path.iterdir())

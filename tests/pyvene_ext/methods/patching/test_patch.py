@@ -281,7 +281,7 @@ def _path_by_hooks(
     frozen += [("mlp_out", layer) for layer in range(n_layers(model.config)) if path.freeze_mlps or path.direct]
     norms = _norm_inputs(model, ids) if path.direct else None
     site, layer, head = Node.parse(path.sender)
-    value = _given(family, path.sending, head, base, source, prompt)
+    value = _given(family, path.sender_patch, head, base, source, prompt)
     puts: list[Put] = [(kind, at, None, everywhere, of_base[kind, at]) for kind, at in frozen]
     puts.append((site, layer or 0, head, _tokens(base, prompt, path.positions), value))
     if path.receivers == ("logits",):
@@ -384,7 +384,7 @@ def test_activation_patches_are_what_hooks_do_at_every_site_on_either_engine(fam
     for engine in ("plain", "sweep"):
         result = _patch(family, specs, engine=engine)
         np.testing.assert_allclose(result.intervened, expected, **CLOSE, err_msg=engine)
-        np.testing.assert_allclose(result.clean, untouched, **CLOSE)
+        np.testing.assert_allclose(result.baseline, untouched, **CLOSE)
         np.testing.assert_allclose(result.source, _untouched_metric(family, SOURCE), **CLOSE)
 
 
@@ -421,9 +421,9 @@ def test_every_metric_is_read_as_by_hand_with_little_memory_too(family: str, met
     for options in ({"engine": "plain", "batch_size": 3}, {}, {"memory": 400_000}):
         result = _patch(family, specs, metric=metric, **options)
         np.testing.assert_allclose(result.intervened, expected, **CLOSE, err_msg=str(options))
-        np.testing.assert_allclose(result.clean, _untouched_metric(family, BASE, metric), **CLOSE)
+        np.testing.assert_allclose(result.baseline, _untouched_metric(family, BASE, metric), **CLOSE)
         if metric == "kl":
-            assert np.isnan(result.source).all() and (result.clean == 0).all()
+            assert np.isnan(result.source).all() and (result.baseline == 0).all()
         else:
             np.testing.assert_allclose(result.source, _untouched_metric(family, SOURCE, metric), **CLOSE)
 
@@ -547,13 +547,13 @@ def test_where_base_and_source_do_not_differ_nothing_changes_and_where_not_alike
     )
     for engine in ("plain", "sweep"):
         result = _patch("qwen2_5", specs, source=same, engine=engine)
-        np.testing.assert_allclose(result.intervened, [result.clean] * 2, **CLOSE)
-    with pytest.raises(ValueError, match="every pair in another way"):
+        np.testing.assert_allclose(result.intervened, [result.baseline] * 2, **CLOSE)
+    with pytest.raises(ValueError, match="a different way in every pair"):
         concept_direction(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
     two, turned = (replace(BASE, **{name: getattr(BASE, name)[1::2] for name in FIELDS}) for _ in range(2))
     turned = replace(turned, input_ids=turned.input_ids[::-1])
     with pytest.raises(
-        ValueError, match=r"embed:patch/subspace: base and source differ there in every pair in another way"
+        ValueError, match=r"embed:patch/subspace: base and source differ there in a different way in every pair"
     ):
         _patch("qwen2_5", [ActivationPatch(site="embed", subspace=True)], two, turned)
 
@@ -593,7 +593,7 @@ def test_a_score_is_0_where_nothing_is_patched_and_1_where_everything_is(family:
         result = _patch(family, [*everything, *nothing], base, source, engine=engine)
         np.testing.assert_allclose(result.intervened[: len(everything)], [result.source] * len(everything), **CLOSE)
         np.testing.assert_allclose(result.score[: len(everything)], 1, atol=1e-4)
-        np.testing.assert_allclose(result.intervened[len(everything) :], [result.clean] * len(nothing), **CLOSE)
+        np.testing.assert_allclose(result.intervened[len(everything) :], [result.baseline] * len(nothing), **CLOSE)
         np.testing.assert_allclose(result.score[len(everything) :], 0, atol=1e-4)
         np.testing.assert_allclose(result.mean_score, [1] * len(everything) + [0] * len(nothing), atol=1e-4)
 
@@ -705,7 +705,7 @@ def test_paths_at_positions_are_those_made_by_hand_on_either_engine(
         found = _patch(family, paths, engine=engine).intervened
         np.testing.assert_allclose(found, expected, **CLOSE, err_msg=engine)
     # The sweep engine makes these paths itself, all of them.
-    assert all(path.one_place for path in paths)
+    assert all(path.has_independent_receivers for path in paths)
 
 
 @pytest.mark.parametrize("family", ["llama3_1", "gpt2"])
@@ -751,7 +751,7 @@ def test_direct_terms_of_all_senders_add_up_to_that_of_the_whole_stream(family: 
     model = _model(family)
     senders = all_paths(model.config, ("logits",), direct=True, positions="last")
     result = _patch(family, senders)
-    changes = (result.intervened - result.clean).sum(0)
+    changes = (result.intervened - result.baseline).sum(0)
     last = n_layers(model.config) - 1
     norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
     for prompt, (right, wrong) in enumerate(BASE.answer_ids):
@@ -772,7 +772,9 @@ def test_receivers_in_several_places_are_set_throughout_and_run_plainly_at_some_
 ) -> None:
     some = _paths(MANY_PLACES, positions="s1", freeze_mlps=True)
     everywhere = _paths(MANY_PLACES)
-    assert not any(path.one_place for path in some) and all(path.one_place for path in everywhere)
+    assert not any(path.has_independent_receivers for path in some) and all(
+        path.has_independent_receivers for path in everywhere
+    )
     expected = _by_hand(family, [*some, *everywhere])
     np.testing.assert_allclose(_patch(family, [*some, *everywhere]).intervened, expected, **CLOSE)
     monkeypatch.setattr(
@@ -919,7 +921,7 @@ def test_without_a_final_norm_the_direct_paths_of_all_senders_add_up_to_the_whol
     paths = all_paths(model.config, ("logits",), freeze_mlps=True)
     result = patch(model, paths, BASE, SOURCE, engine=engine, progress=False)
     assert len(paths) == 1 + n_layers(model.config) * (n_heads(model.config) + 1)
-    whole = result.source - result.clean
+    whole = result.source - result.baseline
     # The terms cancel one another in part, so that their rounding counts.
     assert (np.abs(-result.delta.sum(0) - whole) < 1e-5 * np.abs(result.delta).sum(0)).all()
     assert np.abs(whole).min() > 0.1
@@ -971,7 +973,7 @@ def test_paths_are_written_to_yaml_and_read_back_and_stand_by_themselves() -> No
     assert text.startswith("- kind: path\n  sender: z.0.1\n  receivers:\n")
     with pytest.raises(ValueError, match=r"^spec 1: the path z.1.0->q.1.0 is empty"):
         from_yaml("- {kind: zero, site: z, layer: 0, heads: [1]}\n- {kind: path, sender: z.1.0, receivers: [q.1.0]}")
-    with pytest.raises(ValueError, match=r"^spec 0: PathPatch.* is no ablation.* nor a tuple of them"):
+    with pytest.raises(ValueError, match=r"^spec 0: PathPatch.* is not an ablation.* nor a tuple of them"):
         from_yaml("- [{kind: path, sender: z.1.0, receivers: [logits]}, {kind: zero, site: z, layer: 0, heads: [1]}]")
     turned = PathPatch(sender="z.0.1", receivers=("q.1.2", "v.1.0"), positions=("s1", 0), freeze_mlps=True)
     assert turned == specs[0]
@@ -1026,16 +1028,19 @@ def test_a_patch_that_no_model_could_run_is_refused(fields: dict[str, Any], mess
         ({"sender": "z.1.0", "receivers": ("attn_out.1",)}, "there is no node 'attn_out.1'"),
         (
             {"sender": "q.0.0", "receivers": ("logits",)},
-            "q.0.0 sends nothing; a sender is embed, z.LAYER.HEAD or mlp_out",
+            "q.0.0 is not a sender; a sender is embed, z.LAYER.HEAD or mlp_out",
         ),
-        ({"sender": "z.0.0", "receivers": ("z.1.0",)}, "z.1.0 receives nothing"),
+        ({"sender": "z.0.0", "receivers": ("z.1.0",)}, "z.1.0 is not a receiver"),
         (
             {"sender": "z.1.0", "receivers": ("k.1.0",)},
             "the path z.1.0->k.1.0 is empty: k.1.0 reads before z.1.0 writes",
         ),
         ({"sender": "mlp_out.1", "receivers": ("q.2.0", "mlp_in.1")}, "the path mlp_out.1->mlp_in.1 is empty"),
         ({"sender": "z.1.0", "receivers": ("resid_pre.1",)}, "the path z.1.0->resid_pre.1 is empty"),
-        ({"sender": "z.0.0", "receivers": ("logits", "q.1.0")}, "logits cannot be set together with other receivers"),
+        (
+            {"sender": "z.0.0", "receivers": ("logits", "q.1.0")},
+            "logits cannot be patched jointly with other receivers",
+        ),
         ({"sender": "z.0.0", "receivers": ()}, r"name one or more receivers, each once, not \[\]"),
         ({"sender": "z.0.0", "receivers": ("q.1.0", "q.1.0")}, "each once"),
         ({"sender": "z.0.0", "receivers": ("q.1.0", "q.01.0")}, "each once|no node"),
@@ -1107,13 +1112,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "ablation": (
         lambda: [Ablation(kind="zero", **HEAD)],
         {},
-        "z.0.0 is no patch; run it with pyvene_ext.run or sweep",
+        "z.0.0 is not a patch; run it with pyvene_ext.run or sweep",
     ),
-    "single ablation": (lambda: Ablation(kind="zero", **HEAD), {}, "z.0.0 is no patch"),
+    "single ablation": (lambda: Ablation(kind="zero", **HEAD), {}, "z.0.0 is not a patch"),
     "ablation among patches": (
         lambda: [(A(**HEAD), Ablation(kind="mean", site="mlp_out", layer=1))],
         {},
-        "mlp_out.1:mean is no patch",
+        "mlp_out.1:mean is not a patch",
     ),
     "path in a joint patch": (lambda: [(A(site="mlp_in", layer=0), PathPatch(**PATH))], {}, "path"),
     "place twice": (lambda: [(A(**HEAD), A(**HEAD))], {}, "each once"),
@@ -1186,7 +1191,7 @@ def test_a_position_s_name_cannot_be_taken_for_a_number(name: str) -> None:
         lambda: A(site="resid_pre", layer=1, positions=name),
         lambda: PathPatch(sender="z.0.0", receivers=("resid_pre.1",), positions=name),
     ):
-        with pytest.raises(ValueError, match="a position's name is no number and has no comma"):
+        with pytest.raises(ValueError, match="a position's name is not a number and has no comma"):
             make()
 
 
@@ -1204,7 +1209,7 @@ def test_pairs_of_equal_texts_have_no_score_made_of_rounding() -> None:
     source = replace(SOURCE, input_ids=(BASE.input_ids[0], *SOURCE.input_ids[1:]))
     for engine in ("plain", "sweep"):
         result = _patch("gpt2", all_patches(_model("gpt2").config, "z"), source=source, engine=engine, batch_size=3)
-        assert result.source[0] == result.clean[0] and np.isnan(result.score[:, 0]).all()
+        assert result.source[0] == result.baseline[0] and np.isnan(result.score[:, 0]).all()
         assert np.isfinite(result.score[:, 1:]).all()
 
 

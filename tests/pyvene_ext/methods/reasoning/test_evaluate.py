@@ -454,14 +454,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("scope", {"scope": "answer"}, "unknown scope 'answer'; choose among prompt, new, reasoning, both"),
     ("empty", {"questions": asked().take([])}, "no problems to solve"),
     ("no tokens", {"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
-    ("one token", {"max_new_tokens": 1, "scope": "new"}, "the one new token follows from the prompt alone"),
-    ("context", {"max_new_tokens": 56}, "problem 0 has 9 tokens, and with 56 new ones that is more than the 64"),
+    ("one token", {"max_new_tokens": 1, "scope": "new"}, "the only new token depends on edits of the prompt alone"),
+    ("context", {"max_new_tokens": 56}, "problem 0 has 9 tokens, which with 56 new ones are more than the 64"),
     ("layer", {"spec": Ablation(kind="zero", site="z", layer=9, heads=(0,))}, "layer 9 is out of range"),
     ("head", {"spec": Ablation(kind="zero", site="z", layer=1, heads=(6,))}, "head 6 is out of range"),
     (
         "noise",
         {"spec": Ablation(kind="noise", **Z), "scope": "new"},
-        "at generated tokens there is no such intervention",
+        "this intervention is not defined at generated tokens",
     ),
     ("per position", {"spec": Ablation(kind="mean", mean="per_position", **Z)}, "there is no such intervention"),
     ("no reference", {"spec": Ablation(kind="mean", **Z)}, "needs the texts of an untouched run; give Transcripts"),
@@ -510,7 +510,7 @@ def test_after_an_exception_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPat
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyvene_ext.methods.reasoning.evaluate._Writing.take", interrupted)
+    monkeypatch.setattr("pyvene_ext.methods.reasoning.evaluate._BatchDecoding.take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tokenizer(), questions, SPECS["joint"], max_new_tokens=4)
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -217,7 +217,7 @@ def test_a_group_is_in_one_fold_and_folds_are_of_about_one_size() -> None:
     assert sorted(np.bincount(folds)) == [10] * 5
     assert folds.tolist() == deal_folds(groups, 5, rng(0, "folds")).tolist()
     assert folds.tolist() != deal_folds(groups, 5, rng(1, "folds")).tolist()
-    with pytest.raises(ValueError, match="4 problems in 2 groups cannot be dealt to 3 folds"):
+    with pytest.raises(ValueError, match="4 problems in 2 groups cannot be divided into 3 folds"):
         deal_folds(["a", "b", "a", "b"], 3, rng(0, "folds"))
 
 
