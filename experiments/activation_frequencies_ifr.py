@@ -324,7 +324,7 @@ def summary(
         )
     lines += ["", "  head  frequency  95% interval   mean delta  median |delta|"]
     for row in rows[: min(SHOWN, was_run.any(-1).sum())]:
-        head = f"{row['layer']:.0f}.{row['head']:.0f}"
+        head = px.stats.head_label((int(row["layer"]), int(row["head"])))
         interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
         lines.append(
             f"{head:>6} {row['frequency']:10.2f}  {interval:>13} {row['mean_delta']:11.3f} {row['median_abs_delta']:15.3f}"

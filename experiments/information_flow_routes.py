@@ -251,7 +251,8 @@ def summary(
         "  head  frequency  95% interval   importance  at last token" + ("   compared" if correlation else ""),
     ]
     for row in heads[:SHOWN]:
-        head, interval = f"{row['layer']}.{row['head']}", f"[{row['low']:.2f}, {row['high']:.2f}]"
+        head = px.stats.head_label((int(row["layer"]), int(row["head"])))
+        interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
         compared = f"{row['compared']:11.2f}" if correlation else ""
         lines.append(
             f"{head:>6} {row['frequency']:10.2f}  {interval:>13} {row['importance']:12.4f} {row['importance_at_last']:14.4f}"
