@@ -16,7 +16,9 @@ def test_make_test_leaves_out_the_declared_markers_and_contributing_says_what_th
     markers = [line.partition(":")[0] for line in options["markers"]]
     (rest,) = re.findall(r"^REST := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert rest.split(" or ") == markers
-    assert re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE) == markers
+    assert (
+        re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE) == markers
+    )
 
 
 def test_the_core_families_are_known() -> None:

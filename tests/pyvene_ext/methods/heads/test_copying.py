@@ -171,7 +171,9 @@ def test_bad_input_is_told_before_the_model_runs() -> None:
             copy_ranks(model, PROMPTS, PLACES, ids, progress=False)
     with pytest.raises(ValueError, match="has no position 'verb'; choose among"):
         copy_ranks(model, PROMPTS, ("s1", "verb"), IDS, progress=False)
-    with pytest.raises(ValueError, match="the unembedding of LlamaModel has no accessible weights; load a causal language"):
+    with pytest.raises(
+        ValueError, match="the unembedding of LlamaModel has no accessible weights; load a causal language"
+    ):
         copy_ranks(model.model, PROMPTS, PLACES, IDS, progress=False)
     with torch.no_grad():
         model.model.layers[2].self_attn.v_proj.weight[0] = torch.nan

@@ -772,7 +772,9 @@ def test_receivers_in_several_places_are_set_throughout_and_run_plainly_at_some_
 ) -> None:
     some = _paths(MANY_PLACES, positions="s1", freeze_mlps=True)
     everywhere = _paths(MANY_PLACES)
-    assert not any(path.has_independent_receivers for path in some) and all(path.has_independent_receivers for path in everywhere)
+    assert not any(path.has_independent_receivers for path in some) and all(
+        path.has_independent_receivers for path in everywhere
+    )
     expected = _by_hand(family, [*some, *everywhere])
     np.testing.assert_allclose(_patch(family, [*some, *everywhere]).intervened, expected, **CLOSE)
     monkeypatch.setattr(
@@ -1035,7 +1037,10 @@ def test_a_patch_that_no_model_could_run_is_refused(fields: dict[str, Any], mess
         ),
         ({"sender": "mlp_out.1", "receivers": ("q.2.0", "mlp_in.1")}, "the path mlp_out.1->mlp_in.1 is empty"),
         ({"sender": "z.1.0", "receivers": ("resid_pre.1",)}, "the path z.1.0->resid_pre.1 is empty"),
-        ({"sender": "z.0.0", "receivers": ("logits", "q.1.0")}, "logits cannot be patched jointly with other receivers"),
+        (
+            {"sender": "z.0.0", "receivers": ("logits", "q.1.0")},
+            "logits cannot be patched jointly with other receivers",
+        ),
         ({"sender": "z.0.0", "receivers": ()}, r"name one or more receivers, each once, not \[\]"),
         ({"sender": "z.0.0", "receivers": ("q.1.0", "q.1.0")}, "each once"),
         ({"sender": "z.0.0", "receivers": ("q.1.0", "q.01.0")}, "each once|no node"),
