@@ -35,6 +35,7 @@ from .prompts.tokenized import TokenizedPrompts as TokenizedPrompts
 from .runs import figures as figures
 from .runs import flags as flags
 from .runs import reasoning as reasoning
+from .runs import translation as translation
 from .runs.facts import metadata as metadata
 from .runs.folder import RunFolder as RunFolder
 from .specs.ablation import Ablation as Ablation

@@ -9,6 +9,7 @@ from .loading import TINY_FOLDER as TINY_FOLDER
 from .loading import TINY_MODELS as TINY_MODELS
 from .loading import load_model as load_model
 from .sizes import has_heads as has_heads
+from .sizes import heads_of as heads_of
 from .sizes import n_heads as n_heads
 from .sizes import n_kv_heads as n_kv_heads
 from .sizes import n_layers as n_layers

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers, n_positions
 
-__all__ = ["has_heads", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["has_heads", "heads_of", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
 
 
 def has_heads(site: str) -> bool:
@@ -17,3 +23,30 @@ def has_heads(site: str) -> bool:
         True if its activations have an axis of heads (q, k, v, z, result, scores, pattern ...) or experts.
     """
     return COMPONENTS[FIELD_NAMES[site]].heads is not None
+
+
+def heads_of(
+    named: Sequence[str], name: str, model: PreTrainedModel, flag: str = "heads"
+) -> tuple[tuple[int, int], ...]:
+    """The heads that a flag names.
+
+    Args:
+        named: heads as layer.head.
+        name: the model's, for the error.
+        model: which must have the heads.
+        flag: for the error too.
+
+    Returns:
+        (layer, head) of each.
+
+    Raises:
+        ValueError: the model has no such head.
+    """
+    layers, heads = n_layers(model.config), n_heads(model.config)
+    chosen = tuple((int(layer), int(head)) for layer, head in (one.split(".") for one in named))
+    for layer, head in chosen:
+        if layer >= layers or head >= heads:
+            raise ValueError(
+                f"--{flag} {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
+            )
+    return chosen

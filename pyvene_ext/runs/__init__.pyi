@@ -2,6 +2,7 @@ from . import ablated as ablated
 from . import figures as figures
 from . import flags as flags
 from . import reasoning as reasoning
+from . import translation as translation
 from . import transplants as transplants
 from .attention import HEADS as HEADS
 from .attention import View as View

@@ -1,8 +1,8 @@
-"""Models that solve problems by themselves, with heads ablated while they write.
+"""Models that write their own solutions of problems, with heads ablated during generation.
 
-Here nothing of the reasoning is given (that is `runs.reasoning`): a model writes it, and its answer, under the ablation. Scopes
-say at which tokens the heads are ablated: "reasoning", each generated token before `####`; "new", those and the answer's; "both",
-the question's tokens too. The reasoning of a model of continuous thoughts is its latent steps.
+Unlike in `runs.reasoning`, no reasoning is given: the model writes reasoning and answer under the ablation. Scopes are the tokens
+at which heads are ablated: "reasoning", each generated token before `####`; "new", those and the tokens of the answer; "both",
+the tokens of the question too. For a model of continuous thoughts, the reasoning is its latent steps.
 """
 
 from __future__ import annotations
@@ -50,8 +50,12 @@ class Solver:
     """One model and the problems that it solves.
 
     Attributes:
-        name: in tables.
-        results: what is kept of an interrupted study.
+        name: the model's name in tables.
+        model: the model.
+        tokenizer: its tokenizer.
+        questions: the problems as prompts.
+        results: finished evaluations, kept for resuming an interrupted study.
+        flags: flags of the study.
     """
 
     name: str
@@ -63,23 +67,42 @@ class Solver:
 
     @cached_property
     def clean(self) -> Evaluation:
-        """The solutions of the untouched model."""
+        """The solutions of the clean model."""
         return self.run(None)
 
     def places(self, scope: Scope) -> tuple[Positions, ScopeOfSpec]:
-        """A scope as positions of the prompt, and as the scope that `evaluate` takes."""
+        """Convert a scope to positions of the prompt and to the scope that `evaluate` takes."""
         form = format_of(self.model)
         if form is None or scope == "both":
             return "all", scope
         return tuple(f"latent_{step}" for step in range(form.steps)), "prompt" if scope == "reasoning" else "both"
 
     def ablate(self, heads: Sequence[Head], kind: Kind, scope: Scope, reference: Transcripts | None) -> Evaluation:
-        """The solutions with z of these heads ablated; kept between runs."""
+        """Solve the problems with z of these heads ablated; results are kept for resuming.
+
+        Args:
+            heads: (layer, head) pairs, ablated jointly.
+            kind: what replaces their output.
+            scope: the tokens at which they are ablated.
+            reference: replacement activations, from `transcripts`; None for zero ablation.
+
+        Returns:
+            The solutions.
+        """
         positions, of_spec = self.places(scope)
         return self.run(heads_together(heads, kind, positions=positions, seed=self.flags.seed), of_spec, reference)
 
     def run(self, spec: Spec | None, scope: ScopeOfSpec = "both", reference: Transcripts | None = None) -> Evaluation:
-        """The solutions with a spec in place; kept between runs."""
+        """Solve the problems under a spec; results are kept for resuming.
+
+        Args:
+            spec: the intervention; None for the clean model.
+            scope: the tokens at which it applies, as `evaluate` takes them.
+            reference: replacement activations, if the spec needs them.
+
+        Returns:
+            The solutions.
+        """
         return self.results.get(
             condition_of(spec, scope, reference),
             lambda: evaluate(
@@ -95,14 +118,23 @@ class Solver:
         )
 
     def transcripts(self, kind: Kind, rankings: Iterable[Sequence[Head]], donors: int) -> Transcripts | None:
-        """What replaces these heads' outputs: activations of the untouched model on the first `donors` problems."""
+        """Collect the activations that replace these heads' outputs, from the clean model on the first problems.
+
+        Args:
+            kind: kind of ablation.
+            rankings: all heads that may be ablated.
+            donors: number of problems.
+
+        Returns:
+            The activations; None if the kind needs none.
+        """
         few = range(min(donors, len(self.questions)))
         specs = [heads_together(ranking, kind, seed=self.flags.seed) for ranking in rankings]
         questions, clean = self.questions.take(few), self.clean.take(few)
         return Transcripts.compute(self.model, questions, clean, specs, batch_size=self.flags.batch_size)
 
     def rank(self, by: Score) -> list[tuple[float, int, int]]:
-        """(score, layer, head) inside the reasoning that the untouched model wrote, highest first."""
+        """Rank all heads by a score within the clean model's own reasoning: (score, layer, head), highest first."""
         latent = format_of(self.model) is not None
         reasoned = self.questions if latent else with_reasoning(self.questions, self.clean.ids, self.tokenizer)
         matrix = block_scores(self.model, reasoned, batch_size=self.flags.batch_size).of(by)
@@ -113,8 +145,9 @@ class Prepared(NamedTuple):
     """One model with the heads to ablate.
 
     Attributes:
-        scores: the whole ranking, as (score, layer, head); empty where heads were named.
-        heads: those to ablate, the first one first.
+        solver: the model and its problems.
+        scores: the whole ranking, as (score, layer, head); empty if heads were named.
+        heads: the heads to ablate, highest first.
         controls: random rankings of other heads of the same layers.
     """
 
@@ -136,21 +169,24 @@ def prepare(
     named: Sequence[str] = (),
     ranking: str | None = None,
 ) -> Prepared:
-    """Load one model and choose its heads, by running it where neither heads nor a ranking are given.
+    """Load one model and choose its heads; if neither heads nor a ranking are given, rank them by running the model.
 
     Args:
-        flags: of the study.
-        name: of the model.
-        problems: to solve.
-        unfinished: where what is finished is kept.
-        wanted: how many heads of a ranking.
-        by: which score ranks them, where it is done here.
-        random_sets: how many controls.
+        flags: flags of the study.
+        name: name of the model.
+        problems: problems to solve.
+        unfinished: folder of finished work.
+        wanted: number of heads to take from a ranking.
+        by: score that ranks the heads, if no ranking is given.
+        random_sets: number of random control rankings.
         named: heads as layer.head.
         ranking: a CSV scores,layer,head.
 
+    Returns:
+        The model, its ranking, the heads and their controls.
+
     Raises:
-        ValueError: problems that the model cannot be given, heads that it has not, too few other heads for the controls.
+        ValueError: a problem does not fit the model, a head does not exist, or a layer has too few other heads for controls.
     """
     model, tokenizer = flags.load(name)
     heads = given_heads(model, name, len(named) or wanted, named, ranking)

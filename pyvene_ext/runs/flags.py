@@ -50,6 +50,9 @@ __all__ = [
     "Score",
     "Seed",
     "Sweep",
+    "TranslatedWords",
+    "Translation",
+    "TranslationHeads",
     "check_rankings",
 ]
 
@@ -224,26 +227,73 @@ class Problems(Loading):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which heads are critical, by their scores inside the block of reasoning (rank_heads.py)."""
+    """Ranking of critical heads by their scores within the block of reasoning (rank_heads.py)."""
 
     by: Score = "flow"
-    """which score ranks the heads, where none are named and no ranking is given"""
+    """score that ranks the heads, if neither heads nor rankings are given"""
     rankings: tuple[str, ...] = ()
-    """for each model a CSV scores,layer,head, such as rank_heads.py writes"""
+    """one CSV scores,layer,head for each model, as rank_heads.py writes it"""
 
     def ranking_of(self, number: int) -> str | None:
-        """The file for a model of --models, if there is one."""
+        """The ranking file of the model at this index of --models, if there is one."""
         return self.rankings[number] if self.rankings else None
 
 
 @dataclass(frozen=True)
 class Ablations:
-    """How heads are ablated while a model solves problems by itself (`runs.ablated`)."""
+    """Ablation of heads while a model writes its own solutions (`runs.ablated`)."""
 
     random_sets: Annotated[int, Ge(0)] = 20
     """random sets of other heads of the same layers; 0 for none"""
     donors: Annotated[int, Ge(2)] = 64
-    """problems that means and other problems' activations are of"""
+    """number of problems from which mean and resampled activations are taken"""
+
+
+@dataclass(frozen=True)
+class Translation(Loading):
+    """Sentences with their translations, and from which score on a head counts as found (`runs.translation`)."""
+
+    model: ModelName = "tiny-gemma2"
+    dataset: str | None = None
+    """a .tsv or .jsonl file, en_fr, or a name on the hub; by default opus-100, and en_fr with a shipped model"""
+    split: str | None = None
+    """of a data set on the hub; by default train[:1000], and test for pairs without English"""
+    template: str = "{source_label}: {source} {target_label}: {target}"
+    """of a prompt"""
+    criterion: Literal["difference", "translation"] | None = None
+    """what must be above the threshold: translation - control, or translation itself, the default with a shipped model"""
+    threshold: float | None = None
+    """by default the published one of the model, else 0.05 (of translation itself 0.13)"""
+    thresholds: tuple[str, ...] = ()
+    """of single languages, as in ja=0.03"""
+    known: Path | None = None
+    """a file of published heads and thresholds; by default that of the literature"""
+    batch_size: BatchSize = 8
+
+    def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer."""
+        return self.load(self.model)
+
+
+@dataclass(frozen=True)
+class TranslatedWords(Translation):
+    """Prompts that each ask for one word of a translation (`runs.translation`)."""
+
+    pair: str = "en-fr"
+    """the languages, source first"""
+    words: OneOrMore[Annotated[int, Ge(0)]] = (1, 2)
+    """which words of the translation are asked for, the first being 0"""
+    limit: Annotated[int, Ge(4)] = 40
+    """at most so many prompts of each word, two a swap"""
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class TranslationHeads(TranslatedWords):
+    """The heads that are held to cause a translation."""
+
+    heads: EachOnce[Head] = ()
+    """the heads, as in 4.5; by default those found by their attention"""
 
 
 def check_rankings(rankings: tuple[str, ...], models: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, evaluate, facts_of
 from pyvene_ext.models.latent_steps import format_of
-from pyvene_ext.models.sizes import n_heads, n_layers
+from pyvene_ext.models.sizes import heads_of, n_heads, n_layers
 from pyvene_ext.prompts.problems import (
     CHAT_TEMPLATE,
     TEMPLATE,
@@ -93,6 +93,9 @@ class Setting:
 
         Args:
             position: question_last, block_first, block_last, mark (the last token given), or a token of the block by its number.
+
+        Returns:
+            The problems that have such a token, where it is named "hub"; and which of all problems these are.
         """
         found: list[int | None] = []
         questions = self.questions
@@ -229,18 +232,6 @@ def counts(model: str, facts: dict[str, Any]) -> str:
     )
 
 
-def heads_of(named: Sequence[str], name: str, model: PreTrainedModel, flag: str = "heads") -> tuple[Head, ...]:
-    """The heads that a flag names; ValueError for one that the model has not."""
-    layers, heads = n_layers(model.config), n_heads(model.config)
-    chosen = tuple((int(layer), int(head)) for layer, head in (one.split(".") for one in named))
-    for layer, head in chosen:
-        if layer >= layers or head >= heads:
-            raise ValueError(
-                f"--{flag} {layer}.{head}: {name} has layers 0 to {layers - 1}, each with heads 0 to {heads - 1}."
-            )
-    return chosen
-
-
 def given_heads(
     model: PreTrainedModel,
     name: str,
@@ -258,6 +249,9 @@ def given_heads(
         named: heads as layer.head, from `flag`.
         ranking: a CSV scores,layer,head, such as rank_heads.py writes; counts where no heads are named.
         flag: what errors call it.
+
+    Returns:
+        The heads, highest-ranked first.
 
     Raises:
         ValueError: a head that the model has not, more heads than it has, or than the file ranks.

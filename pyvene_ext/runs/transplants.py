@@ -1,4 +1,4 @@
-"""Hosts that answer after their own reasoning (`runs.reasoning`) with a donor's heads in the place of theirs."""
+"""Hosts that answer after their own reasoning (`runs.reasoning`), with a donor's heads in place of their own."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from pyvene_ext.stats.controls import Head, head_label, random_heads_in_place
 
 @dataclass(frozen=True)
 class Host:
-    """One host, with the donor's heads that are to be transplanted into it.
+    """One host, with the donor's heads to transplant into it.
 
     Attributes:
-        setting: the host on the problems that the maps were not fitted on.
-        pairs: a place in the host and the donor's head that is meant for it, in the order of the ranking.
-        random: sets of other heads of the donor, of the same layers.
-        maps: by the layers of host and donor.
-        depends_on: what else the answers depend on.
+        setting: the host, on problems that the maps were not fitted on.
+        donor: the donor model.
+        pairs: each host head to replace and the donor's head for it, in the order of the ranking.
+        random: random control sets of donor heads of the same layers.
+        maps: fitted maps by (host layer, donor layer).
+        depends_on: everything else that the answers depend on.
     """
 
     setting: Setting
@@ -50,13 +51,13 @@ class Host:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the summary: what was solved, with which heads, and what that depends on."""
+        """Facts for the summary: number of problems, heads, and what the answers depend on."""
         pairs = [f"{head_label(place)} <- {head_label(head)}" for place, head in self.pairs]
         return {"solved": len(self.setting.questions), "heads": pairs, **self.depends_on}
 
     @property
     def fits(self) -> list[dict[str, Any]]:
-        """A row a map: how well it fits."""
+        """Goodness of fit, one row a map."""
         return [
             {"model": self.setting.name, "host_layer": host, "donor_layer": donor, "map": name, **fit.as_dict()}
             for (host, donor), maps in self.maps.items()
@@ -66,7 +67,7 @@ class Host:
 
     @property
     def same_sizes(self) -> bool:
-        """Whether the donor's heads can also be transplanted without maps."""
+        """Whether host and donor have the same sizes, so that heads can also be transplanted without maps."""
         sizes = [dimensions(model.config) for model in (self.setting.model, self.donor)]
         return all(sizes[0][name] == sizes[1][name] for name in ("d_model", "d_head"))
 
@@ -75,14 +76,32 @@ class Host:
         return [Transplant(place, self.setting.model, place) for place, _ in self.pairs[:n]]
 
     def transplants(self, heads: Sequence[Head], n: int, mapped: bool = True) -> list[Transplant]:
-        """These heads of the donor in the first n places."""
+        """Put donor heads in the first n places.
+
+        Args:
+            heads: (layer, head) of the donor, one a place.
+            n: number of places.
+            mapped: whether to use the fitted maps.
+
+        Returns:
+            The transplants, for `transplanted`.
+        """
         return [
             Transplant(place, self.donor, head, self.maps[place[0], head[0]] if mapped else None)
             for (place, _), head in zip(self.pairs[:n], heads[:n], strict=True)
         ]
 
     def run(self, condition: str, transplants: Sequence[Transplant], without: Sequence[Head] = ()) -> Evaluation:
-        """The answers under a condition; kept between runs."""
+        """Answer the problems under a condition; results are kept for resuming.
+
+        Args:
+            condition: name of the condition.
+            transplants: heads to transplant.
+            without: host heads to zero.
+
+        Returns:
+            The answers.
+        """
         setting, flags = self.setting, self.setting.flags
         key = {
             **self.depends_on,
@@ -122,25 +141,31 @@ def prepare(
     alpha: float | None,
     test_share: float,
 ) -> Host:
-    """Pair heads of host and donor, and fit the maps, on problems that are then skipped by everything else.
+    """Pair heads of host and donor, and fit the maps on problems that are then excluded from everything else.
 
     Args:
-        setting: the host.
-        donor: whose heads are transplanted.
-        donor_name: of --donor.
-        tokenizer: the donor's.
-        host_heads: the places; none where they are to be ranked here.
-        donor_heads: the head for each place, likewise.
-        wanted: how many, where they are ranked.
-        by: which score ranks them.
-        random_sets: how many controls.
-        fit_problems: how many problems the maps are fitted and tested on.
-        method: how they are fitted (`fit_maps`).
-        alpha: the penalty of ridge.
-        test_share: how many of the fit problems are for the test.
+        setting: the host and all problems.
+        donor: the model whose heads are transplanted.
+        donor_name: the value of --donor.
+        tokenizer: the donor's tokenizer.
+        host_heads: host heads to replace; if empty, they are ranked here.
+        donor_heads: the donor head for each; if empty, they are ranked here.
+        wanted: number of heads to rank.
+        by: score that ranks them.
+        random_sets: number of random control sets.
+        fit_problems: number of problems for fitting and testing the maps.
+        method: how the maps are fitted (`fit_maps`).
+        alpha: ridge penalty; None for the default of `fit_maps`.
+        test_share: share of the fit problems that tests the maps.
+
+    Returns:
+        The host, on the remaining problems.
+
+    Returns:
+        The model with its questions, heads and control sets, ready to run.
 
     Raises:
-        ValueError: too few problems, prompts too long for the donor, heads that cannot be ranked on its tokens, or
+        ValueError: too few problems, prompts too long for the donor, heads that cannot be ranked on the donor's tokens, or
             too few other heads for the controls.
     """
     everything, seed, batch_size = setting.questions, setting.flags.seed, setting.flags.batch_size
@@ -187,5 +212,16 @@ def prepare(
 
 
 def rank(model: PreTrainedModel, questions: Questions, by: Score, wanted: int, batch_size: int) -> tuple[Head, ...]:
-    """The first heads by their scores inside the block of reasoning."""
+    """Rank heads by a score within the block of reasoning.
+
+    Args:
+        model: host or donor.
+        questions: problems with their reasoning.
+        by: the score.
+        wanted: number of heads.
+        batch_size: prompts a forward pass.
+
+    Returns:
+        The first `wanted` heads.
+    """
     return top_heads(block_scores(model, questions, batch_size=batch_size).of(by), wanted)

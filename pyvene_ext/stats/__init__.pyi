@@ -1,9 +1,11 @@
 from .accuracy import accuracy_drop as accuracy_drop
 from .accuracy import in_points as in_points
 from .accuracy import percent_correct as percent_correct
+from .controls import AgainstRandom as AgainstRandom
 from .controls import Head as Head
 from .controls import Overlap as Overlap
 from .controls import StrataTest as StrataTest
+from .controls import against_random as against_random
 from .controls import head_label as head_label
 from .controls import head_overlap as head_overlap
 from .controls import layer_matched_random_heads as layer_matched_random_heads

@@ -19,7 +19,7 @@ Head = tuple[int, int]  # (layer, head)
 
 
 def head_label(head: tuple[int, int]) -> str:
-    """A head as flags, tables and figures name it: "2.5" is head 5 of layer 2."""
+    """The label of a (layer, head) in flags, tables and figures: "2.5" is head 5 of layer 2."""
     return f"{head[0]}.{head[1]}"
 
 
@@ -60,6 +60,26 @@ def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> Overlap:
     return Overlap(shared, shared / (total - shared), expected, float(chance.sf(shared - 1)))
 
 
+class AgainstRandom(NamedTuple):
+    """How low a value is beside those of random sets.
+
+    Attributes:
+        mean: of the random sets' values.
+        lowest: the least of them.
+        p: the share of sets, the one in question counted with the random ones, whose value is as low.
+    """
+
+    mean: float
+    lowest: float
+    p: float
+
+
+def against_random(value: float, random: Sequence[float]) -> AgainstRandom:
+    """Compare what one set of heads leaves of a metric with what random sets leave."""
+    p = (1 + sum(other <= value for other in random)) / (1 + len(random))
+    return AgainstRandom(float(np.mean(random)), min(random), p)
+
+
 def mcnemar_p(before: np.ndarray, after: np.ndarray) -> float:
     """McNemar's exact test, two-sided, of whether as many prompts became wrong as became right.
 
@@ -81,7 +101,15 @@ def mcnemar_p(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def share_as_large(value: float, random: Sequence[float] | np.ndarray) -> float:
-    """(1 + random values at least as large) / (1 + random values): the p of a comparison with random draws."""
+    """p-value of a comparison with random draws: (1 + number of draws at least as large) / (1 + number of draws).
+
+    Args:
+        value: the observed value.
+        random: the same statistic of each random draw.
+
+    Returns:
+        The p-value.
+    """
     return (1 + int((np.asarray(random) >= value - 1e-9).sum())) / (1 + len(random))
 
 
@@ -217,16 +245,22 @@ def layer_matched_random_heads(
 def random_heads_in_place(
     meant: Sequence[Head], n_heads: int, n_sets: int, rng: np.random.Generator
 ) -> list[tuple[Head, ...]]:
-    """Random control sets for heads that are put in places: of the same layers, each once, none in the place it is meant for.
+    """Draw random control sets for a transplant: heads of the same layers, each used once, none in its intended place.
 
     Args:
-        meant: the (layer, head) for each place.
+        meant: the (layer, head) intended for each place.
         n_heads: heads a layer.
-        n_sets: how many sets to draw.
-        rng: the generator to draw from.
+        n_sets: number of sets to draw.
+        rng: generator to draw from.
+
+    Returns:
+        `n_sets` tuples with the (layer, head) for each place.
+
+    Returns:
+        The sets, each with as many heads of every layer.
 
     Raises:
-        ValueError: a layer has no such heads.
+        ValueError: a layer has too few heads for such a set.
     """
     by_layer: dict[int, list[int]] = defaultdict(list)
     for place, (layer, _) in enumerate(meant):

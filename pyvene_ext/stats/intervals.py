@@ -127,8 +127,15 @@ def bootstrap_mean(values: Num[np.ndarray, " prompt"], rng: np.random.Generator,
     return paired_bootstrap(values, np.zeros_like(values), rng, n_resamples)
 
 
-def standard_error(values: Num[np.ndarray, "sample *rest"]) -> Float[np.ndarray, "*rest"]:
-    """Of the mean over the first axis, whose samples are independent."""
+def standard_error(values: Num[np.ndarray, "sample *rest"]) -> Float[np.ndarray, "*rest"]:  # noqa: UP037 (a shape)
+    """Standard error of the mean over the first axis.
+
+    Args:
+        values: independent samples along the first axis; at least two.
+
+    Returns:
+        The standard error of each entry.
+    """
     return values.std(0, ddof=1) / np.sqrt(len(values))
 
 

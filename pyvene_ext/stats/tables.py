@@ -26,7 +26,15 @@ def interval_columns(name: str, interval: Interval) -> dict[str, Any]:
 
 
 def interval_in(row: Mapping[str, Any], name: str) -> Interval:
-    """The mean and interval in a row of a table: what `interval_columns` wrote."""
+    """Read from a row what `interval_columns` wrote.
+
+    Args:
+        row: cells by column.
+        name: column of the mean.
+
+    Returns:
+        Mean and ends of the interval.
+    """
     return Interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
@@ -68,7 +76,7 @@ def threshold_table(
 
 
 def filled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with every column that one of them has; empty cells where a row has none."""
+    """Give every row all columns that occur in any of them, with empty cells for missing values."""
     columns = dict.fromkeys(column for row in rows for column in row)
     return [{column: row.get(column, "") for column in columns} for row in rows]
 

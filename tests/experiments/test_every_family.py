@@ -83,7 +83,7 @@ def by_sentence_and_head(of: Sizes) -> tuple[int, ...]:
     return SENTENCES, of.layers, of.heads
 
 
-CAUSES = "--dataset few.tsv --heads 0.1 --other none --limit 4 --threshold 0 --out x"
+WORDS = "--dataset few.tsv --limit 4 --threshold 0 --out x"
 STUDIES: dict[str, Study] = {
     "activation_frequencies_ifr": Study("--dataset few.json --out x/f.npy --model", {"f.npy": by_head}),
     "activation_frequencies_ifr, screened": Study(
@@ -122,10 +122,20 @@ STUDIES: dict[str, Study] = {
         "--out x --dataset few.tsv --pairs en-fr --threshold 0 --model",
         {"en-fr_translation.npy": by_sentence_and_head, "en-fr_control.npy": by_sentence_and_head},
     ),
-    "translation_causes, sets": Study(
-        f"{CAUSES} --parts sets each --kinds mean --replacements zero --model", {"each_zero.npy": by_head}
+    "translation_ablation": Study(
+        f"{WORDS} --heads 0.1 --other none --kinds mean --model",
+        {},
+        {
+            "sets.csv": (lambda of: of.heads + 20, "drop low high logit_diff accuracy")
+        },  # all others of its layer; 20 of any
     ),
-    "translation_causes, paths": Study(f"{CAUSES} --parts paths lens --model", {"source_standard.npy": by_head}),
+    "translation_paths": Study(f"{WORDS} --heads 0.1 --model", {"source_standard.npy": by_head}),
+    "translation_lens": Study(
+        f"{WORDS} --heads 0.1 --model",
+        {},
+        {"lens.csv": (lambda of: of.layers + 1, "target_probability source_probability target_median_rank")},
+    ),
+    "translation_single_heads": Study(f"{WORDS} --words 1 2 --replacements zero --model", {"each_zero.npy": by_head}),
     "name_movers": Study(
         "--dataset few.json --out x --model",
         {
@@ -196,7 +206,8 @@ LOOKING = (
     "induction_scores",
     "run_ablations",
     "translation_heads",
-    "translation_causes, paths",
+    "translation_paths",
+    "translation_lens",
     "name_movers",
     "critical_heads.rank_heads",
     "critical_heads.force_attention",

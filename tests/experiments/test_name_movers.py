@@ -14,14 +14,16 @@ import torch
 import yaml
 from scipy.stats import pearsonr
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.io.cli import write_config
+from pyvene_ext.methods.heads import name_roles
 from pyvene_ext.methods.heads.lens import direct_logit_attribution
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import figures
+from pyvene_ext.runs import folder as folders
 from pyvene_ext.specs.path import PathPatch
 
 N = 6
@@ -291,12 +293,20 @@ def test_roles_join_copy_scores_and_direct_effects() -> None:
         (negative | none | of_io | of_s, "copies to no effect"),
         (of_io | of_s, "name mover"),
     ):
-        assert study.role({**base, **changes}, 10.0) == wanted, changes
+        assert name_roles.role({**base, **changes}, 10.0) == wanted, changes
     without = {name: value for name, value in base.items() if not name.startswith("path")}
-    assert study.role(without, 10.0) == "name mover" and study.role(without | below, 10.0) == "moves the wrong name"
-    assert study.role(base, None) == ""
-    assert study.role(base, 10.0, copies=0.95) == "" and study.role(base, 10.0, matters=0.11) == "copies to no effect"
-    by_threshold = {(row["copy_score"], row["share_of_logit_diff"]): row for row in study.counts([base, base], 30.0)}
+    assert (
+        name_roles.role(without, 10.0) == "name mover"
+        and name_roles.role(without | below, 10.0) == "moves the wrong name"
+    )
+    assert name_roles.role(base, None) == ""
+    assert (
+        name_roles.role(base, 10.0, copies=0.95) == ""
+        and name_roles.role(base, 10.0, matters=0.11) == "copies to no effect"
+    )
+    by_threshold = {
+        (row["copy_score"], row["share_of_logit_diff"]): row for row in name_roles.count_roles([base, base], 30.0)
+    }
     assert by_threshold[0.8, 0.02]["name_mover"] == 2 and by_threshold[0.8, 0.05]["name_mover"] == 0
     assert by_threshold[0.8, 0.05]["copies_to_no_effect"] == by_threshold[0.8, 0.05]["copy"] == 2
     assert by_threshold[0.95, 0.02]["copy"] == 0
@@ -365,6 +375,16 @@ def test_prompts_whose_names_are_not_one_token_are_left_out_and_told(capsys: pyt
         np.testing.assert_array_equal(np.load(path), np.load(Path("mixed") / path.name))
 
 
+def test_a_limit_takes_the_first_prompts() -> None:
+    for flags in (
+        ("--dataset", "ioi.json", "--limit", N, "--out", "limited"),
+        ("--dataset", "few.json", "--out", "few"),
+    ):
+        assert command(*flags, "--no_path_patching") == 0
+    for path in Path("few").glob("*.npy"):
+        np.testing.assert_array_equal(np.load(path), np.load(Path("limited") / path.name))
+
+
 def test_prompts_may_name_others(capsys: pytest.CaptureFixture[str]) -> None:
     pairs = shipped("recent_tiny")[:N]
     for pair in pairs:
@@ -386,7 +406,7 @@ def test_figures_show_what_they_say() -> None:
         for layer in range(2)
         for head in range(3)
     ]
-    left, right = study.copies_and_effects(rows, "a title " * 20).axes
+    left, right = figures.copies_and_effects(rows, "a title " * 20).axes
     assert left.get_xlabel() == "copy score" and right.get_xlabel() == "negative copy score"
     np.testing.assert_allclose(left.collections[0].get_offsets()[:2], [[0.5, 1.0], [0.5, 0.0]])
     matrix = study.by_head(rows[::-1], "attribution")
@@ -396,17 +416,17 @@ def test_figures_show_what_they_say() -> None:
 def test_a_run_that_stops_while_it_writes_leaves_no_summary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--dataset", "few.json", "--out", "x", "--no_path_patching"]
     assert command(*flags) == 0
-    monkeypatch.setattr(study, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
-    assert command(*flags) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(folders, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", "x")))
+        assert command(*flags) == 2
     assert not (folder / "x/summary.json").exists()
-    monkeypatch.setattr(study, "write_config", write_config)
     assert command(*flags) == 0
     assert (folder / "x/summary.json").exists()
     assert not [path for path in (folder / "x").rglob(".*")]
 
 
 def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "is_main_process", lambda: False)
+    monkeypatch.setattr(px, "is_main_process", lambda: False)
     assert command("--dataset", "few.json", "--out", "x") == 0
     assert not (folder / "x").exists()
 
@@ -416,11 +436,12 @@ def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPat
     [
         (["--batch_size", 0], "--batch_size must be 1 or more, not 0."),
         (["--top", 0], "--top must be 1 or more, not 0."),
-        (["--heads", "4.0", "4.0"], "--heads names each of its heads once, not 4.0 4.0."),
-        (["--names", "friend", "friend"], "--names names each of its names once, not friend friend."),
-        (["--heads", "4"], "--heads 4 is no head; give LAYER.HEAD, such as 4.0."),
-        (["--heads", "6.0"], "--heads 6.0 is outside the model, which has 6 layers of 8 heads."),
-        (["--heads", "0.8"], "--heads 0.8 is outside the model"),
+        (["--limit", 0], "--limit must be 1 or more, not 0."),
+        (["--heads", "4.0", "4.0"], "--heads names each once, not 4.0 4.0."),
+        (["--names", "friend", "friend"], "--names names each once, not friend friend."),
+        (["--heads", "4"], "--heads names heads as layer.head, such as 2.5, not '4'."),
+        (["--heads", "6.0"], "--heads 6.0: tiny-qwen2.5 has layers 0 to 5, each with heads 0 to 7."),
+        (["--heads", "0.8"], "--heads 0.8: tiny-qwen2.5 has layers 0 to 5, each with heads 0 to 7."),
         (["--names", "friend"], "prompt 0 of few has no position 'friend' for a name; it has none of its own."),
         (["--dataset", "ioi_em"], "there is no prompt set 'ioi_em'; did you mean 'ioi_en'?"),
         (
@@ -445,7 +466,7 @@ def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "attention_to", None)
+    monkeypatch.setattr(name_roles, "attention_to", None)
     pairs = shipped("ioi_en")[:2]
     save([pairs[0], {**pairs[1], "corrupt": None}], "lone.json")
     save([{**pairs[0], "io_name": "Zoe", "io_token": " Zoe"}], "absent.json")

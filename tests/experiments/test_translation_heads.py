@@ -14,8 +14,13 @@ import translation_heads as study
 import yaml
 
 from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.heads.published import KNOWN
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.parallel import TEMPLATE, filter_pairs, load_pairs, parse_languages, tokenize_pairs
 from pyvene_ext.prompts.shipped import PROMPTS
+from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import read_views
+from pyvene_ext.runs.translation import threshold_of
 from tests.saved_models import save_random_model
 
 N = 7  # sentences; an odd number, so that three go round in the control
@@ -54,7 +59,7 @@ def by_hand(model: Any, tokenizer: Any, source: str, target: str, labels: tuple[
 def test_the_study_equals_a_recomputation_from_the_text(folder: Path, capsys: pytest.CaptureFixture) -> None:
     model = save_random_model("llama3_1", folder / "model")
     model.set_attn_implementation("eager")
-    tokenizer = study.load_model(str(folder / "model"))[1]
+    tokenizer = load_model(str(folder / "model"))[1]
     flags = ("--model", "model", "--dataset", "few.tsv", "--out", "run", "--threshold", 0.0, "--batch_size", 3)
     assert command(*flags) == 0
     pairs = [line.split("\t") for line in (folder / "few.tsv").read_text(encoding="utf-8").splitlines()[1 : N + 1]]
@@ -126,11 +131,15 @@ def test_chosen_heads_on_chosen_sentences_are_looked_at(folder: Path) -> None:
 )
 def test_thresholds_are_the_published_ones_unless_told(model: str, flags: Any, pair: str, threshold: float) -> None:
     config = study.Config(model=model, **flags)
-    assert study.threshold_of(study.parse_languages(pair), config, study.published(config)) == threshold
+    assert threshold_of(parse_languages(pair), config) == threshold
+
+
+def test_the_default_template_is_that_of_the_prompts() -> None:
+    assert study.Config().template == TEMPLATE
 
 
 def test_published_lists_are_those_of_the_literature() -> None:
-    models = json.loads(study.KNOWN.read_text(encoding="utf-8"))["models"]
+    models = json.loads(KNOWN.read_text(encoding="utf-8"))["models"]
     qwen, gemma = models["Qwen2.5-3B"], models["gemma-2-2b"]
     assert qwen["heads"]["en-fr"] == ["20.1", "20.4", "20.6", "25.5", "26.12"]
     assert [len(heads) for heads in qwen["heads"].values()] == [5, 4, 2, 2, 7]
@@ -168,9 +177,12 @@ def test_check_known_prints_precision_and_recall(folder: Path, capsys: pytest.Ca
             ("--check_known",),
             "no list of heads is published for en-fr, fr-en of tiny-gemma2; there are only those of Qwen2.5-3B (en-fr",
         ),
-        (("--show_heads", "9.1"), "layer 9 is out of range"),
-        (("--show_heads", "4"), "'4' is no head"),
+        (("--show_heads", "9.1"), "--show_heads 9.1: tiny-gemma2 has layers 0 to 5, each with heads 0 to 7."),
+        (("--show_heads", "4"), "--show_heads names heads as layer.head, such as 2.5, not '4'."),
         (("--show_sentences", 7), "en-fr has 7 sentences"),
+        (("--show_sentences", -1), "--show_sentences must be 0 or more, not -1."),
+        (("--pairs", "en-fr", "en-fr"), "--pairs names one or more, each once, not en-fr en-fr."),
+        (("--known", "short.tsv"), "--known short.tsv is not JSON"),
         (("--pairs", "en-de"), "few.tsv, line 2 has no text in 'de'"),
         (("--dataset", "broken.tsv"), "broken.tsv, line 3 has 3 columns"),
         (("--dataset", "short.tsv"), "0 of 2 en-fr pairs of short.tsv pass the filters (not 3 to 50 words: 2)"),
@@ -203,15 +215,15 @@ def test_a_failure_leaves_no_new_summary(folder: Path, monkeypatch: pytest.Monke
         raise RuntimeError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(study.figures, "save", fail)
+        patch.setattr(figures, "save", fail)
         with pytest.raises(RuntimeError, match="disk full"):
             command("--dataset", "few.tsv", "--out", "run")
     assert not (folder / "run/summary.json").exists()
 
 
 def test_the_shipped_sentences_are_known_to_the_shipped_models() -> None:
-    pairs = study.load_pairs(PROMPTS / "en_fr.tsv", ("en", "fr"))
-    tokenizer = study.load_model("tiny-gemma2")[1]
-    kept, dropped = study.filter_pairs(pairs, tokenizer)
+    pairs = load_pairs(PROMPTS / "en_fr.tsv", ("en", "fr"))
+    tokenizer = load_model("tiny-gemma2")[1]
+    kept, dropped = filter_pairs(pairs, tokenizer)
     assert len(kept) == 100 and not dropped
-    assert len(study.tokenize_pairs(tokenizer, kept, ("en", "fr"))) == 100
+    assert len(tokenize_pairs(tokenizer, kept, ("en", "fr"))) == 100

@@ -27,6 +27,7 @@ from pyvene_ext.prompts.problems import load_problems
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.token_lists import read_token_list
 from pyvene_ext.report import Run, write_report
+from pyvene_ext.runs.translation import published
 from pyvene_ext.specs.files import from_plain, load_specs, to_plain
 from tests.fuzz.outcomes import command, few, outcome
 from tests.tiny_random import tiny_config
@@ -71,8 +72,8 @@ def flags(path: Path) -> Any:
 
 
 def known(path: Path) -> Any:
-    config = translation_heads.Config(model="some/tiny", known=path, pairs=("en-fr",))
-    return translation_heads.published(config)
+    config = translation_heads.Config(model="some/tiny", known=path)
+    return published(config)
 
 
 # name of the file: what it holds as data (None: it is not data in JSON or YAML), as text, and who reads it

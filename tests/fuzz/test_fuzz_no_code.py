@@ -18,7 +18,6 @@ import information_flow_routes
 import numpy as np
 import pytest
 import torch
-import translation_heads
 import xxhash
 import yaml
 from critical_heads import run_all
@@ -28,6 +27,7 @@ from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.files import read_head_matrix
+from pyvene_ext.methods.heads.published import read_known
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.evaluate import Results
 from pyvene_ext.models import codi
@@ -207,7 +207,7 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "specs as JSON": ("specs.json", load_specs),
     "flags": ("config.yaml", flags),
     "settings": ("settings.yaml", run_all.read_settings),
-    "known heads": ("known.json", translation_heads.read_known),
+    "known heads": ("known.json", read_known),
     "matrix": ("a.npy", read_head_matrix),
     "frequencies": ("a.npy", information_flow_routes.read_frequencies),
     "run": ("config.yaml", in_folder("config.yaml", Run.read)),

@@ -69,6 +69,14 @@ class Names:
         return tuple(number for number, kind in enumerate(self.kinds) if kind not in ("s1", "s2"))
 
 
+def copied_names(names: Names) -> tuple[tuple[str, ...], Int[np.ndarray, "asked place prompt"]]:
+    """The mentions that copy scores are taken at; their own names, and for each another one of its prompt."""
+    places = tuple(kind for kind in names.kinds if kind != "s")
+    own = [names.ids[names.kinds.index(place)] for place in places]
+    other = [names.ids[names.kinds.index("s" if place == "io" else "io")] for place in places]
+    return places, np.stack([own, other])
+
+
 def find_names(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, others: Sequence[str] = ()) -> Names:
     """Find IO, S and the names at other positions, in all prompts where each is one token, in the text and as an answer.
 

@@ -6,6 +6,7 @@ from .drops import drops_by_hub as drops_by_hub
 from .drops import drops_by_stratum as drops_by_stratum
 from .drops import drops_by_token as drops_by_token
 from .edges import edge_matrix as edge_matrix
+from .flow import routes as routes
 from .heads import compared_heads as compared_heads
 from .heads import faithfulness_curves as faithfulness_curves
 from .heads import frequency_curve as frequency_curve
@@ -19,9 +20,12 @@ from .inputs import tag_shares as tag_shares
 from .lag import lag_curves as lag_curves
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
+from .name_movers import attention_against_projection as attention_against_projection
+from .name_movers import copies_and_effects as copies_and_effects
+from .name_movers import figures_of_name_movers as figures_of_name_movers
+from .name_movers import where_heads_look as where_heads_look
 from .patching import site_maps as site_maps
 from .probes import probe_curves as probe_curves
-from .routes import routes as routes
 from .style import AMBER as AMBER
 from .style import BLUE as BLUE
 from .style import DIVERGING as DIVERGING
@@ -37,3 +41,5 @@ from .style import STYLE as STYLE
 from .style import check_path as check_path
 from .style import drawable as drawable
 from .style import save as save
+from .translation import ablated_sets as ablated_sets
+from .translation import word_probabilities as word_probabilities

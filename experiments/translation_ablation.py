@@ -1,0 +1,196 @@
+"""Do the heads that align a translation with its source also cause it? They are ablated together, and random sets beside them.
+
+    python experiments/translation_ablation.py
+    python experiments/translation_ablation.py --model tiny-qwen2.5 --pair fr-en
+    python experiments/translation_ablation.py --model Qwen/Qwen2.5-3B --heads 20.1 20.4 20.6 25.5 26.12 --words 0 1
+
+Method. A prompt ends before one of the `--words` of the translation: "EN: the cat sees the dog. FR: le chat". Two sentences are
+each other's swap if their translations agree up to there and then go on with different words, so that the source alone tells
+which. What is read is the paired logit difference, half the sum of logit(own word) - logit(the other's) over the two prompts of
+a swap, in which a prior for one of the words cancels out, and the accuracy: whether the right word is the most likely of all. By
+default the words are those after the first, which is an article in the shipped sentences; further on hardly two translations
+agree. The heads are those of `--heads`; by default all that translation_heads.py finds in the same sentences.
+
+The heads are ablated together (`--kinds`: zero, mean, resample; at `--positions`), and so are up to `--n_random` random sets of
+as many other heads, of the same layers and of any layer: heads of any layer differ in depth too, and heads of the same layers may
+do the same. (Where the same layers have too few others, sets of theirs may hold some of the heads.) The same on another task
+(`--other`) tells what is of translation alone. p is the share of sets, the found one counted with the random ones, that lower the
+metric as much; drops of the paired logit difference have percentile bootstrap 95% intervals over swaps.
+
+Written to the folder OUT: sets.csv, one row a kind and set, the found set first; sets_KIND.npy, the paired logit difference
+[set swap]; figures/sets.png; config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the
+rest is. A run that was interrupted goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge
+
+import pyvene_ext as px
+
+if TYPE_CHECKING:
+    from pyvene_ext.methods.heads.translation import Control
+    from pyvene_ext.specs.joint import Spec
+
+CONTROLS = ("same layers", "any layer")
+RESAMPLES = 2000
+Rows = list[dict[str, Any]]
+Sets = list[tuple[str, tuple[tuple[int, int], ...]]]  # "found" or the control's name, and the heads
+Measures = dict[str, tuple[np.ndarray, np.ndarray]]  # untouched [prompt or swap], and with every set ablated [set ...]
+
+
+@dataclass(frozen=True)
+class Config(px.flags.TranslationHeads, px.flags.Memory):
+    out: px.flags.Out = None
+    kinds: px.flags.OneOrMore[Literal["zero", "mean", "resample"]] = ("zero", "mean", "resample")
+    """of ablation"""
+    positions: Literal["last", "all"] = "last"
+    """where: at the last token, or at all (resample: only prompts of equal length can)"""
+    n_random: Annotated[int, Ge(20)] = 20
+    """random sets of heads, of the same layers and of any"""
+    other: str = "ioi_en"
+    """the other task: a prompt set, or none"""
+
+
+def main(config: Config) -> None:
+    # Everything that can be wrong is found before the first ablation.
+    run = px.RunFolder(config, "translation_ablation", config.model, config.pair)
+    other = None if config.other == "none" else px.PromptSet.load(config.other)
+    setting = px.translation.prepare(config, config.heads)
+    tasks = {"": setting.asked.plus} | other_task(other, setting, config)
+    sets, controls = heads_and_controls(setting, config)
+    specs = {
+        kind: [px.specs.heads_together(heads, kind, positions=config.positions, seed=config.seed) for _, heads in sets]
+        for kind in config.kinds
+    }
+    for prompts in tasks.values():
+        px.resolve([spec for of_kind in specs.values() for spec in of_kind], setting.model, prompts)
+
+    # Every set ablated in every way, on both tasks.
+    measured = {kind: ablated(specs[kind], setting, tasks, run.unfinished / kind, config) for kind in config.kinds}
+    if not px.is_main_process():
+        return
+
+    # The found set against the random ones.
+    rows = [row for kind in config.kinds for row in set_table(kind, sets, measured[kind], config.seed)]
+    facts = px.metadata(
+        setting.model,
+        **setting.facts,
+        heads=[px.stats.head_label(head) for head in setting.heads],
+        sets={kind: set_facts([row for row in rows if row["kind"] == kind], measured[kind]) for kind in config.kinds},
+        random_sets={control.name: {"n": len(control.sets), "apart": control.apart} for control in controls},
+    )
+
+    print(f"{setting.headline(setting.heads)}\n{summary(config, facts)}")
+    with run.writing(facts, replacing=("*.npy",)):
+        run.table("sets", rows)
+        for kind, measures in measured.items():
+            run.array(f"sets_{kind}", measures["logit_diff"][1])
+        names = (config.pair, config.other)
+        panels = {f"{prefix}logit_diff": name for prefix, name in zip(tasks, names, strict=False)}
+        run.figure("sets", px.figures.ablated_sets(rows, config.kinds, panels))
+
+
+# -- what is run -------------------------------------------------------------------------------------------------------
+
+
+def other_task(
+    other: px.PromptSet | None, setting: px.translation.Setting, config: Config
+) -> dict[str, px.TokenizedPrompts]:
+    """The first --limit prompts of the other task, under the prefix of its measures; nothing if there is none."""
+    if other is None:
+        return {}
+    prompts = other.tokenize(setting.tokenizer, max_length=px.models.n_positions(setting.model.config))
+    return {"other_": prompts.take(range(min(config.limit, len(prompts))))}
+
+
+def heads_and_controls(setting: px.translation.Setting, config: Config) -> tuple[Sets, list[Control]]:
+    """The heads, then random sets of as many others; and the controls that these make up."""
+    size = px.models.n_layers(setting.model.config), px.models.n_heads(setting.model.config)
+    controls = px.methods.control_sets(setting.heads, *size, config.n_random, config.seed)
+    random = [(control.name, heads) for control in controls for heads in control.sets]
+    return [("found", tuple(setting.heads)), *random], controls
+
+
+def ablated(
+    specs: Sequence[Spec],
+    setting: px.translation.Setting,
+    tasks: dict[str, px.TokenizedPrompts],
+    store: Path,
+    config: Config,
+) -> Measures:
+    """Logit difference and accuracy on every task with every set ablated; that of translation by swap."""
+    found: Measures = {}
+    for prefix, prompts in tasks.items():
+        for metric in ("logit_diff", "accuracy"):
+            result = px.sweep.sweep(
+                setting.model,
+                specs,
+                prompts,
+                metric,
+                memory=config.memory_bytes,
+                store=store / f"{prefix}{metric}",
+                progress=px.is_main_process(),
+            )
+            found[prefix + metric] = result.baseline, result.intervened
+    clean, intervened = map(px.methods.of_swaps, found["logit_diff"])
+    return found | {"logit_diff": (clean, intervened)}
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def set_table(kind: str, sets: Sets, measures: Measures, seed: int) -> Rows:
+    """One row a set: how far the paired logit difference drops, and the means of all measures."""
+    rows = []
+    clean, intervened = measures["logit_diff"]
+    for number, (name, heads) in enumerate(sets):
+        drop = px.stats.paired_bootstrap(clean, intervened[number], px.rng(seed, "drop"), RESAMPLES)
+        row: dict[str, Any] = {"kind": kind, "set": name, "heads": " ".join(map(px.stats.head_label, sorted(heads)))}
+        row |= {"drop": drop.mean, "low": drop.low, "high": drop.high}
+        for measure, (before, after) in measures.items():
+            row |= {f"{measure}_clean": float(before.mean()), measure: float(after[number].mean())}
+        rows.append(row)
+    return rows
+
+
+def set_facts(rows: Rows, measures: Measures) -> dict[str, dict[str, Any]]:
+    """One kind in short, by measure: the found set against the random ones of each control."""
+    facts: dict[str, dict[str, Any]] = {}
+    for measure in measures:
+        found = rows[0][measure]
+        facts[measure] = {"clean": rows[0][f"{measure}_clean"], "found": found}
+        for control in CONTROLS:
+            random = [row[measure] for row in rows if row["set"] == control]
+            facts[measure][control] = px.stats.against_random(found, random)._asdict()
+    return facts
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def summary(config: Config, facts: dict[str, Any]) -> str:
+    """What the terminal shows: every kind and measure, untouched, with the found set ablated, and with random ones."""
+    header = "".join(f"{name:>14} (lowest)      p" for name in CONTROLS)
+    lines = [f"\nsets                                  clean  found{header}"]
+    for kind, measures in facts["sets"].items():
+        for measure, of in measures.items():
+            task = config.other if measure.startswith("other_") else config.pair
+            random = "".join(f"{of[at]['mean']:13.2f} ({of[at]['lowest']:6.2f}) {of[at]['p']:6.3f}" for at in CONTROLS)
+            name = measure.removeprefix("other_")
+            lines.append(f"{kind:<9} {task:<10} {name:<11} {of['clean']:10.2f} {of['found']:6.2f} {random}")
+    for name, control in facts["random_sets"].items():
+        held = "none" if control["apart"] else "some"
+        lines.append(f"random sets of heads, {name}: {control['n']}; {held} of their heads found")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(px.io.run(main, Config))

@@ -1,0 +1,167 @@
+"""Heads found by attention cause translation, ablated together; by plain hooks; interruption and resumption; bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import translation_ablation as study
+
+import pyvene_ext.sweep
+from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.models.loading import TINY_MODELS, load_model
+from pyvene_ext.prompts.parallel import load_pairs, word_prompts
+from pyvene_ext.prompts.shipped import PROMPTS
+from tests.saved_models import save_random_model
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with some of the shipped sentences."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "RESAMPLES", 100)
+    lines = (PROMPTS / "en_fr.tsv").read_text(encoding="utf-8").splitlines()[:31]
+    (tmp_path / "few.tsv").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def command(*flags: Any) -> int:
+    return run_study(study.main, study.Config, [str(flag) for flag in flags])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def facts_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("pair", ["en-fr", "fr-en"])
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_heads_found_by_attention_are_crucial_for_translation_and_not_for_ioi(
+    folder: Path, model: str, pair: str
+) -> None:
+    """By the study's defaults, but for the number of prompts: the same rule for every model."""
+    assert command("--out", "run", "--model", model, "--pair", pair, "--limit", 20, "--kinds", "resample") == 0
+    facts = facts_in(folder / "run")
+    of_kind = facts["sets"]["resample"]
+    difference, accuracy, ioi = (of_kind[name] for name in ("logit_diff", "accuracy", "other_logit_diff"))
+    assert difference["any layer"]["p"] == 1 / 21  # no random set lowers it as much
+    assert difference["found"] < 0.7 * difference["clean"]
+    assert difference["any layer"]["mean"] > 0.8 * difference["clean"]
+    assert accuracy["clean"] == 1 and accuracy["found"] < 0.8 and accuracy["any layer"]["mean"] > 0.9
+    assert ioi["found"] > 0.85 * ioi["clean"] and ioi["any layer"]["p"] > 0.2
+    if model == "tiny-gemma2":  # in the others more heads of the same layers translate, and the same heads copy names
+        assert difference["same layers"]["p"] == 1 / 21
+        assert of_kind["other_accuracy"]["found"] == 1
+    rows = table(folder / "run/sets.csv")
+    assert len(rows) == 41 and [row["set"] for row in rows] == ["found"] + 20 * ["same layers"] + 20 * ["any layer"]
+    found = set(rows[0]["heads"].split())
+    apart = {name: of["apart"] for name, of in facts["random_sets"].items()}
+    for row in rows[1:]:
+        heads = set(row["heads"].split())
+        assert len(heads) == len(found) and heads != found
+        assert not (apart[row["set"]] and heads & found)
+        if row["set"] == "same layers":
+            layers, wanted = (sorted(head.split(".")[0] for head in of) for of in (heads, found))
+            assert layers == wanted
+    assert len({row["heads"] for row in rows}) == 41
+
+
+def test_sets_equal_plain_hooks(folder: Path) -> None:
+    model = save_random_model("qwen2_5", folder / "model")
+    flags = ("--model", "model", "--dataset", "few.tsv", "--out", "run", "--limit", 6, "--words", 1)
+    assert command(*flags, "--heads", "1.2", "0.5", "1.0", "--kinds", "zero", "--other", "none") == 0
+    tokenizer = load_model(str(folder / "model"))[1]
+    asked = word_prompts(tokenizer, load_pairs("few.tsv", ("en", "fr")), ("en", "fr"), 1)
+    width = model.config.head_dim
+
+    def zeroed(layer: int, heads: list[int]) -> Any:
+        def put(_: Any, args: tuple) -> tuple:
+            x = args[0].clone()
+            for head in heads:
+                x[:, -1, head * width : (head + 1) * width] = 0
+            return (x,)
+
+        return model.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(put)
+
+    differences = []
+    handles = [zeroed(0, [5]), zeroed(1, [0, 2])]
+    for prompt in range(6):
+        with torch.no_grad():
+            logits = model(torch.tensor([asked.plus.input_ids[prompt]])).logits[0, -1]
+        own, other = asked.plus.answer_ids[prompt]
+        differences.append((logits[own] - logits[other]).item())
+    for handle in handles:
+        handle.remove()
+    found = np.load(folder / "run/sets_zero.npy")
+    assert found.shape == (41, 3)
+    wanted = [(differences[i] + differences[i + 1]) / 2 for i in (0, 2, 4)]
+    np.testing.assert_allclose(found[0], wanted, atol=1e-4)
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_random_model("llama3_1", folder / "model")
+    flags = ("--model", "model", "--dataset", "few.tsv", "--limit", 4, "--words", 1, "--heads", "0.1")
+    assert command(*flags, "--out", "whole") == 0
+    sweep, calls = pyvene_ext.sweep.sweep, []
+
+    def swept(*args: Any, **options: Any) -> Any:
+        calls.append(options["store"])
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return sweep(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pyvene_ext.sweep, "sweep", swept)
+        assert command(*flags, "--out", "run") == 130
+    assert len(set(calls)) == 7 and len(list((folder / "run/unfinished").glob("*/*"))) == 6
+    assert not (folder / "run/summary.json").exists()
+    assert command(*flags, "--out", "run") == 0
+    assert not (folder / "run/unfinished").exists()
+    names = ("sets.csv", "sets_zero.npy", "sets_mean.npy", "sets_resample.npy")
+    for name in names:
+        assert (folder / "run" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert command("--config", "run/config.yaml", "--out", "again") == 0
+    assert all((folder / "again" / name).read_bytes() == (folder / "whole" / name).read_bytes() for name in names)
+    assert not (folder / "again/unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pair", "fr"), "'fr' is no pair of languages"),
+        (("--limit", 3), "--limit must be 4 or more"),
+        (("--n_random", 19), "--n_random must be 20 or more"),
+        (("--words", 1, -1), "--words must be 0 or more, not -1."),
+        (("--words", 1, 1), "--words names one or more, each once, not 1 1"),
+        (("--words", 1, 30), "no two of 30 pairs can be swapped at word 30"),
+        (("--kinds", "zero", "zero"), "--kinds names one or more, each once"),
+        (("--heads", "4.8"), "--heads 4.8: tiny-gemma2 has layers 0 to 5, each with heads 0 to 7."),
+        (("--heads", "x"), "--heads names heads as layer.head, such as 2.5, not 'x'."),
+        (("--threshold", 0.9), "no head is above the threshold of 0.9"),
+        (("--threshold", 0.05), "so that no random set of as many others is left"),
+        (("--other", "ioi_e"), "did you mean"),
+        (("--template", "{source}"), "the template"),
+        (("--dataset", "broken.tsv"), "broken.tsv, line 2 has 1 columns"),
+        (("--positions", "all"), "cannot be resampled"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    folder: Path, capsys: pytest.CaptureFixture, flags: tuple, message: str
+) -> None:
+    (folder / "broken.tsv").write_text("en\tfr\na\n", encoding="utf-8")
+    given = {"--dataset": "few.tsv", "--out": "run", "--limit": 4}
+    before = [arg for flag, value in given.items() if flag not in flags for arg in (flag, value)]
+    assert command(*before, *flags) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("error: ") and message in printed.err.splitlines()[-1]
+    assert not printed.out
+    assert not (folder / "run").exists()
