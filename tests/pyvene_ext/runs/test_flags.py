@@ -12,7 +12,7 @@ import pytest
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
-from pyvene_ext.io.bounds import check
+from pyvene_ext.io.bounds import Ascending, check
 from pyvene_ext.io.cli import config_from, groups, run, write_config
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
@@ -31,6 +31,7 @@ class Config(flags.Model, flags.Prompts, flags.Sweep):
     sites: flags.OneOrMore[Literal["z", "q"]] = ("z",)
     heads: flags.EachOnce[flags.Head] = ()
     seeds: flags.OneOrMore[flags.Seed] = (0, 1)
+    levels: Annotated[tuple[int, ...], Ascending()] = (1, 3)
     out: flags.Out = None
 
     def check_flags(self) -> None:
@@ -50,6 +51,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"trim": 0.5}, "--trim must be at least 0 and below 0.5, not 0.5."),
     ({"memory": 0.0}, "--memory must be above 0, in GiB, not 0.0."),
     ({"sites": ("z", "z")}, "--sites names one or more, each once, not z z."),
+    ({"levels": (2, 1)}, "--levels takes ascending numbers, not 2 1."),
+    ({"levels": (1, 1)}, "--levels takes ascending numbers, not 1 1."),
     ({"sites": ()}, "--sites names one or more, each once, not nothing."),
     ({"heads": ("0.1", "0.1")}, "--heads names each once, not 0.1 0.1."),
     ({"heads": ("1",)}, "--heads names heads as layer.head, such as 2.5, not '1'."),

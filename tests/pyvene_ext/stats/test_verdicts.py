@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from pyvene_ext.stats.controls import mcnemar_p, verdict
+from pyvene_ext.stats.controls import mcnemar_p, random_heads_in_place, share_as_large, verdict
 from pyvene_ext.stats.intervals import Interval
 
 
@@ -43,3 +43,20 @@ def test_mcnemar_takes_booleans_of_one_length() -> None:
 )
 def test_a_verdict_goes_by_the_mean_and_the_whole_interval(drop: tuple[float, ...], said: str) -> None:
     assert verdict(Interval(*drop)) == said
+
+
+def test_the_value_itself_counts_among_what_is_as_large() -> None:
+    assert share_as_large(2.0, [1.0, 2.0, 3.0]) == 3 / 4
+    assert share_as_large(9.0, [1.0, 2.0, 3.0]) == 1 / 4
+
+
+def test_random_heads_in_place_are_others_of_the_layer_and_each_once() -> None:
+    meant = [(1, 0), (0, 1), (1, 2)]
+    sets = random_heads_in_place(meant, 3, 40, np.random.default_rng(0))
+    assert len(sets) == 40 and len(set(sets)) > 3
+    for heads in sets:
+        assert [layer for layer, _ in heads] == [1, 0, 1] and len(set(heads)) == 3
+        assert all(mine != theirs for mine, theirs in zip(heads, meant, strict=True))
+    for impossible in ([(0, 0)] * 2, [(0, head) for head in range(4)]):
+        with pytest.raises(ValueError, match="no random heads to put in place of those of the donor's layer 0"):
+            random_heads_in_place(impossible, 3, 1, np.random.default_rng(0))
