@@ -70,7 +70,14 @@ class Names:
 
 
 def copied_names(names: Names) -> tuple[tuple[str, ...], Int[np.ndarray, "asked place prompt"]]:
-    """The mentions that copy scores are taken at; their own names, and for each another one of its prompt."""
+    """Choose the mentions for copy scores, and the tokens whose ranks are asked for.
+
+    Args:
+        names: of the prompts.
+
+    Returns:
+        The kinds of the mentions; and the tokens of their own names and, for comparison, of another name of the same prompt.
+    """
     places = tuple(kind for kind in names.kinds if kind != "s")
     own = [names.ids[names.kinds.index(place)] for place in places]
     other = [names.ids[names.kinds.index("s" if place == "io" else "io")] for place in places]

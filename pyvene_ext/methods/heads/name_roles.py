@@ -1,4 +1,4 @@
-"""What heads do with names, joined: attention and what is written, copying, direct effects; and the roles that follow.
+"""Roles of heads for names, from attention, what they write, copying and direct effects together.
 
 found = name_measures(model, names, prompts, corrupt)          # names of `find_names`
 correlations = name_correlations(found, names)                 # by head and kind of name
@@ -42,14 +42,14 @@ class NameMeasures:
     Attributes:
         attention: from END to each kind of name (`Names.kinds`).
         projection: of what the head writes at END on the name's unembedding.
-        looks: from END and END-1 to each group of tokens (`named_places`).
-        copy_ranks: of `copying.copy_ranks`, for the names of `copied_names`.
-        attribution: to logit(IO) - logit(S).
-        attribution_io: to logit(IO) alone.
+        looks: attention from END and END-1 to each group of tokens (`named_places`).
+        copy_ranks: as `copying.copy_ranks` returns them, for the names of `copied_names`.
+        attribution: direct logit attribution to logit(IO) - logit(S).
+        attribution_io: direct logit attribution to logit(IO).
         path_effect: how much logit(IO) - logit(S) drops if the path from the head to the logits is patched; None without
             corrupt texts.
-        logit_diff: of the model.
-        logit_diff_before_cap: the same before a soft-cap, which attributions sum to.
+        logit_diff: the model's logit(IO) - logit(S).
+        logit_diff_before_cap: the same before a soft-cap, to which attributions sum.
     """
 
     attention: Float[np.ndarray, "kind layer head prompt"]
@@ -76,19 +76,19 @@ def name_measures(
     """Measure attention, projections, copying and direct effects of every head.
 
     Args:
-        model: with a card, and attention that can be seen.
+        model: with a card, and attention patterns that can be read (eager or sdpa).
         names: of the prompts.
         prompts: `names.prompts` as tokens.
         corrupt: their corrupt texts, for the path effect.
         fold_norm: fold the final norm into the projection.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
         progress: show bars.
 
     Returns:
-        The measures, by kind of name where they have one.
+        The measures of every head and prompt.
 
     Raises:
-        ValueError: what the single methods refuse.
+        ValueError: for whatever one of the methods refuses.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     kinds, tokens_at = len(names.kinds), named_places(names, prompts)[1]
@@ -115,16 +115,34 @@ def name_measures(
 
 
 def pooled_correlation(found: NameMeasures, names: Names, head: Head, seed: int = 0, resamples: int = 1) -> Correlation:
-    """Correlate a head's attention to all names, each once, with what it writes towards them.
+    """Correlate a head's attention to all names, each once, with what it writes in their direction.
 
-    The kinds of names are the rows, within which permutations stay (`correlate_heads`).
+    Permutations stay within a kind of name (`correlate_heads`).
+
+    Args:
+        found: the measures.
+        names: of the same prompts.
+        head: (layer, head).
+        seed: of the resampling.
+        resamples: number of resamples.
+
+    Returns:
+        The correlation over prompts and kinds.
     """
     kinds = list(names.whole)
     return correlate_heads(found.attention[kinds, *head], found.projection[kinds, *head], seed, resamples)
 
 
 def name_correlations(found: NameMeasures, names: Names) -> dict[Head, dict[str, Correlation]]:
-    """Correlate attention with what is written, by head, for each kind of name and "pooled"; without intervals."""
+    """Correlate attention to names with what is written in their direction, without intervals.
+
+    Args:
+        found: the measures.
+        names: of the same prompts.
+
+    Returns:
+        By head, the correlation for each kind of name and "pooled".
+    """
     return {
         head: {
             kind: correlate_heads(found.attention[number, *head][None], found.projection[number, *head][None], 0, 1)
@@ -136,17 +154,17 @@ def name_correlations(found: NameMeasures, names: Names) -> dict[Head, dict[str,
 
 
 def role(row: Mapping[str, Any], whole: float | None, copies: float = COPIES, matters: float = MATTERS) -> str:
-    """What a head is by its copy scores and its direct effect together; the studies' table of roles says how.
+    """Classify a head by its copy scores and its direct effect together.
 
     Args:
-        row: of the head: "copy", "copy_negative", "attention_io", "attention_s"; "attribution", "attribution_io" and
+        row: the head's "copy", "copy_negative", "attention_io", "attention_s"; "attribution", "attribution_io" and
             "attribution_s", and, if it was measured, "path_effect", with their intervals NAME_low and NAME_high.
-        whole: what all attributions sum to; None where the model does not do the task.
-        copies: the least copy score.
-        matters: the least attribution, as a share of `whole`.
+        whole: the sum of all attributions; None if the model does not do the task.
+        copies: the lowest copy score that counts.
+        matters: the lowest attribution that counts, as a share of `whole`.
 
     Returns:
-        One of `ROLES`; "" if it copies nothing, or there is nothing to do.
+        One of `ROLES`; "" if the head does not copy, has no clear role, or the model does not do the task.
     """
     if whole is None or max(row["copy"], row["copy_negative"]) < copies:
         return ""
@@ -170,7 +188,15 @@ def role(row: Mapping[str, Any], whole: float | None, copies: float = COPIES, ma
 
 
 def count_roles(heads: Sequence[Mapping[str, Any]], whole: float | None) -> list[dict[str, Any]]:
-    """How many heads copy, and how many have each role, at several thresholds: a row for each two of them."""
+    """Count the heads that copy, and those with each role, at several thresholds.
+
+    Args:
+        heads: the rows of all heads, as for `role`.
+        whole: as for `role`.
+
+    Returns:
+        One row per pair of thresholds.
+    """
     return [
         {
             "copy_score": copies,

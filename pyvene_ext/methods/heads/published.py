@@ -1,4 +1,4 @@
-"""Published translation heads: which heads, and the thresholds that they were found with, by model.
+"""Published translation heads by model, with the thresholds at which they were found.
 
 known = read_known()["Qwen2.5-3B"]            # {"threshold": 0.075, "thresholds": {...}, "heads": {"en-fr": ["20.1", ...]}}
 rows = precision_and_recall({"en-fr": [(20, 1), (3, 4)]}, known["heads"])
@@ -20,7 +20,7 @@ KNOWN = Path(__file__).parent / "known_heads.json"
 
 
 class KnownModel(BaseModel):
-    """What a file of published heads says of one model."""
+    """The entry of one model in a file of published heads."""
 
     threshold: float = 0
     thresholds: dict[str, float] = {}
@@ -37,13 +37,13 @@ def read_known(path: Path = KNOWN) -> dict[str, dict[str, Any]]:
     """Read a file of published heads.
 
     Args:
-        path: the file; by default that of the literature.
+        path: the file; by default the heads of the literature.
 
     Returns:
         By the model's name: "threshold", "thresholds" of single languages and "heads" by pair of languages, as far as given.
 
     Raises:
-        ValueError: the file is none of published heads.
+        ValueError: the file is not a file of published heads.
     """
     try:
         return Known.model_validate(parse_json(path.read_bytes())).model_dump(exclude_unset=True)["models"]
@@ -60,10 +60,10 @@ def precision_and_recall(
 
     Args:
         found: heads by pair of languages.
-        known: published heads by pair, as `read_known` gives them.
+        known: published heads by pair, as `read_known` returns them.
 
     Returns:
-        One row a pair that has published heads: precision, recall, and the heads in both lists or in one alone.
+        One row per pair that has published heads: precision, recall, and the heads in both lists or only in one of them.
     """
     rows = []
     for pair, heads in found.items():
