@@ -52,7 +52,7 @@ swept = sweep(model, heads, clean, progress=False)
 np.testing.assert_allclose(swept.intervened, run(model, heads, clean).intervened, atol=1e-4)
 assert abs(swept.delta).max() > 1, "no head does anything"
 strongest = swept.intervened[swept.delta.mean(1).argmax()]
-print(paired_bootstrap(swept.clean, strongest, rng(0, "bootstrap"), n_resamples=200))
+print(paired_bootstrap(swept.baseline, strongest, rng(0, "bootstrap"), n_resamples=200))
 print(patch(model, all_paths(model.config, ("logits",), direct=True), base=clean, source=corrupt).mean_score.max())
 print(atp(model, all_patches(model.config, "z"), clean, corrupt).max())
 edges = edge_attribution(model, clean, corrupt).matrix

@@ -115,7 +115,7 @@ def main(config: Config) -> None:
     if not px.is_main_process():
         return
     layers, heads = px.models.n_layers(model.config), px.models.n_heads(model.config)
-    clean, deltas = result.clean, result.delta.reshape(layers, heads, -1)
+    clean, deltas = result.baseline, result.delta.reshape(layers, heads, -1)
 
     # Frequencies, with Wilson intervals, and what they would be at every other tau.
     was_run = np.isfinite(deltas)

@@ -103,7 +103,7 @@ def main(config: Config) -> None:
         return
 
     # Mean scores over pairs, with intervals.
-    change, gap = result.intervened - result.clean, result.source - result.clean
+    change, gap = result.intervened - result.baseline, result.source - result.baseline
     score = px.stats.ratio_of_means(change, gap, px.rng(config.seed, "scores"), RESAMPLES)
     rows = table(specs, score, change)
     maps = maps_of(specs, score.mean, config.site, len(positions))
@@ -189,9 +189,9 @@ def settings(
 
 def differences(result: px.Patched, seed: int) -> dict[str, float | None]:
     """How far apart the two runs are, of which scores are shares."""
-    gap = px.stats.paired_bootstrap(result.source, result.clean, px.rng(seed, "gap"), RESAMPLES)
+    gap = px.stats.paired_bootstrap(result.source, result.baseline, px.rng(seed, "gap"), RESAMPLES)
     return {
-        "mean_base": float(result.clean.mean()),
+        "mean_base": float(result.baseline.mean()),
         "mean_source": float(result.source.mean()),
         "gap_low": px.stats.finite(gap.low),
         "gap_high": px.stats.finite(gap.high),
@@ -242,7 +242,7 @@ def arrays(result: px.Patched, positions: tuple[str, ...], maps: Maps) -> dict[s
             found |= {f"{site}_{position}": of_heads for position, of_heads in zip(positions, values, strict=True)}
     found = {name: values.astype(np.float32) for name, values in found.items()}
     scores = result.score.astype(np.float32)
-    return found | {"patched": result.intervened, "scores": scores, "base": result.clean, "source": result.source}
+    return found | {"patched": result.intervened, "scores": scores, "base": result.baseline, "source": result.source}
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

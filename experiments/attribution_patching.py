@@ -107,7 +107,7 @@ def main(config: Config) -> None:
     facts = px.metadata(
         model,
         **settings(config, base, source, kept, n_dropped=len(prompt_set) - len(kept)),
-        mean_base=float(result.clean.mean()),
+        mean_base=float(result.baseline.mean()),
         patches=[patch.name for patch in patches],
         **node_names(edges),
         agreement=[{key: None if value != value else value for key, value in row.items()} for row in agreement],

@@ -110,8 +110,8 @@ def main(config: Config) -> None:
         return
 
     # Mean effects over pairs in percent of the base run, with intervals; as a map of heads, or of senders and receivers.
-    change = result.intervened - result.clean
-    ratio = px.stats.ratio_of_means(change, result.clean, px.rng(config.seed, "effects"), RESAMPLES)
+    change = result.intervened - result.baseline
+    ratio = px.stats.ratio_of_means(change, result.baseline, px.rng(config.seed, "effects"), RESAMPLES)
     effect = px.Interval(*(100 * values for values in ratio))
     rows = table(paths, effect, result)
     senders, receivers = px.specs.senders(model.config), [px.specs.Node.parse(first) for first, *_ in groups]
@@ -194,7 +194,7 @@ def settings(
 
 def run_means(result: px.Patched, seed: int) -> dict[str, Any]:
     """The mean metric of the two runs, and which of them a score of 0 and 1 stands for."""
-    base = px.stats.bootstrap_mean(result.clean, px.rng(seed, "base"), RESAMPLES)
+    base = px.stats.bootstrap_mean(result.baseline, px.rng(seed, "base"), RESAMPLES)
     return {
         "mean_base": base.mean,
         "base_low": px.stats.finite(base.low),
@@ -207,7 +207,7 @@ def run_means(result: px.Patched, seed: int) -> dict[str, Any]:
 
 def table(paths: list[px.PathPatch], effect: px.Interval, result: px.Patched) -> list[dict[str, Any]]:
     """One row a path, largest effect first."""
-    change, scores = (result.intervened - result.clean).mean(1, dtype=np.float64), result.mean_score
+    change, scores = (result.intervened - result.baseline).mean(1, dtype=np.float64), result.mean_score
     rows = [
         {
             "path": path.name,
@@ -227,10 +227,10 @@ def table(paths: list[px.PathPatch], effect: px.Interval, result: px.Patched) ->
 
 def arrays(result: px.Patched) -> dict[str, np.ndarray]:
     """The metric of every run by file name, and each prompt's change in percent of the mean of base: their mean is the effect."""
-    change = (result.intervened - result.clean).astype(np.float64)
+    change = (result.intervened - result.baseline).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        effects = (100 * change / result.clean.mean(dtype=np.float64)).astype(np.float32)
-    return {"patched": result.intervened, "effects": effects, "base": result.clean, "source": result.source}
+        effects = (100 * change / result.baseline.mean(dtype=np.float64)).astype(np.float32)
+    return {"patched": result.intervened, "effects": effects, "base": result.baseline, "source": result.source}
 
 
 def head_matrix(

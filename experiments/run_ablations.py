@@ -196,7 +196,7 @@ def main(config: Config) -> None:
         if matrix is not None:
             px.methods.write_head_scores(run.path / f"heads/{config.name}_induction_scores.csv", matrix)
         for mode, layers in config.settings:
-            here, clean = heads[layers], px.methods.curves_of(result.clean)
+            here, clean = heads[layers], px.methods.curves_of(result.baseline)
             found = [px.methods.lag_curves(result, rows, here, mode, n, config.head_type) for n in levels]
             table = [px.methods.lag_summary(at, clean, here, config.head_type, config.seed) for at in found]
             write_setting(run, config, (mode, layers), here, found, table)

@@ -139,7 +139,7 @@ def ablated(
                 store=store / f"{prefix}{metric}",
                 progress=px.is_main_process(),
             )
-            found[prefix + metric] = result.clean, result.intervened
+            found[prefix + metric] = result.baseline, result.intervened
     clean, intervened = map(px.methods.of_swaps, found["logit_diff"])
     return found | {"logit_diff": (clean, intervened)}
 

@@ -71,7 +71,7 @@ def main(config: Config) -> None:
             store=run.unfinished / kind,
             progress=px.is_main_process(),
         )
-        clean, replaced[kind] = px.methods.of_swaps(result.clean), px.methods.of_swaps(result.intervened)
+        clean, replaced[kind] = px.methods.of_swaps(result.baseline), px.methods.of_swaps(result.intervened)
     if not px.is_main_process():
         return
 

@@ -22,9 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pyvene_ext.io.cli import run
-from pyvene_ext.io.files import atomic_path, write_json
-from pyvene_ext.io.seeds import rng
+import pyvene_ext as px
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.prompts.tiny_tasks import NAMES_EN, ioi_pair, is_held_out, sentence_pair
 
@@ -38,16 +36,16 @@ RECENT = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Where to write, how many and from which seed."""
-
     out: Path = PROMPTS
-    n_examples: int = 100
-    seed: int = 0
+    """the folder that is written; by default where the package has them"""
+    n_examples: px.flags.Count = 100
+    """pairs of each set"""
+    seed: px.flags.Seed = 0
 
 
 def prompt_set(language: str, n_examples: int, seed: int) -> dict[str, Any]:
     """`n_examples` different held-out pairs in "en" or "zh", in the format of the published IOI files."""
-    draw = rng(seed, "prompts", language)
+    draw = px.rng(seed, "prompts", language)
     pairs: dict[str, dict[str, Any]] = {}
     while len(pairs) < n_examples:
         pair = ioi_pair(draw, language, order=("ABBA", "BABA")[len(pairs) % 2])
@@ -62,7 +60,7 @@ def prompt_set(language: str, n_examples: int, seed: int) -> dict[str, Any]:
 
 def sentence_pairs(n_examples: int, seed: int) -> list[tuple[str, str]]:
     """`n_examples` different English sentences with their French translations; held out whichever is the source."""
-    draw = rng(seed, "prompts", "en_fr")
+    draw = px.rng(seed, "prompts", "en_fr")
     pairs: dict[str, str] = {}
     while len(pairs) < n_examples:
         english, french = sentence_pair(draw)
@@ -73,7 +71,7 @@ def sentence_pairs(n_examples: int, seed: int) -> list[tuple[str, str]]:
 
 def recent_set(form: str, n_examples: int, seed: int) -> dict[str, Any]:
     """`n_examples` different pairs of the task "most recent subject", in a form of `RECENT`."""
-    draw = rng(seed, "prompts", "recent", form)
+    draw = px.rng(seed, "prompts", "recent", form)
     pairs: dict[str, dict[str, Any]] = {}
     while len(pairs) < n_examples:
         names = [NAMES_EN[i] for i in draw.choice(len(NAMES_EN), size=8, replace=False)]
@@ -97,20 +95,18 @@ def recent_set(form: str, n_examples: int, seed: int) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> None:
-    if settings.n_examples < 1:
-        raise ValueError(f"--n_examples must be 1 or more, not {settings.n_examples}.")
     sets = {f"ioi_{language}": prompt_set(language, settings.n_examples, settings.seed) for language in LANGUAGES}
     sets |= {f"recent_{form}": recent_set(form, settings.n_examples, settings.seed) for form in RECENT}
     for name, pairs in sets.items():
         path = settings.out / f"{name}.json"
-        write_json(path, pairs)
+        px.io.write_json(path, pairs)
         print(f"{settings.n_examples} pairs: {path}")
     path = settings.out / "en_fr.tsv"
     rows = [("en", "fr"), *sentence_pairs(settings.n_examples, settings.seed)]
-    with atomic_path(path) as temporary:
+    with px.io.atomic_path(path) as temporary:
         temporary.write_text("".join(f"{english}\t{french}\n" for english, french in rows), encoding="utf-8")
     print(f"{settings.n_examples} pairs: {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, Settings))
+    sys.exit(px.io.run(main, Settings))

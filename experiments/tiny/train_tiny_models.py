@@ -16,39 +16,23 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib
 import numpy as np
-import torch
-import transformers
-import tyro
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from torch.nn import functional
-from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
 
-from pyvene_ext.io.files import write_json
-from pyvene_ext.io.seeds import rng
+import pyvene_ext as px
 from pyvene_ext.prompts import tiny_tasks
 from pyvene_ext.prompts.tiny_tasks import Example
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SHIPPED = Path(__file__).resolve().parents[2] / "pyvene_ext" / "tiny"
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -67,9 +51,9 @@ COMMON: dict[str, Any] = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
 }
-ARCHITECTURES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # configuration class and sizes
     "tiny-qwen2.5": (
-        Qwen2Config,
+        "Qwen2Config",
         {
             "hidden_size": 128,
             "intermediate_size": 256,
@@ -82,7 +66,7 @@ ARCHITECTURES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]]
     # The heads' widths do not add up to the hidden size; the window is wide enough for an IOI prompt and narrower than
     # the repeated sequences.
     "tiny-gemma2": (
-        Gemma2Config,
+        "Gemma2Config",
         {
             "hidden_size": 128,
             "intermediate_size": 192,
@@ -98,7 +82,7 @@ ARCHITECTURES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]]
         },
     ),
     "tiny-llama3.1": (
-        LlamaConfig,
+        "LlamaConfig",
         {
             "hidden_size": 160,
             "intermediate_size": 256,
@@ -151,16 +135,17 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Which models to train, and where to put them."""
-
     model: Literal["all", "tiny-qwen2.5", "tiny-gemma2", "tiny-llama3.1"] = "all"
+    """which to train"""
     out: Path = SHIPPED
-    seed: int = 0
-    steps: int | None = None
-    """Default: as many as the model's recipe says."""
-    threads: int = 1
-    evaluation_prompts: int = 500
-    """Held-out prompts for each task."""
+    """the folder that they are put in; by default where the package has them"""
+    seed: px.flags.Seed = 0
+    steps: px.flags.Count | None = None
+    """of training; by default as many as the model's recipe says"""
+    threads: px.flags.Count = 1
+    """of the processor"""
+    evaluation_prompts: px.flags.Count = 500
+    """held-out prompts for each task"""
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -172,6 +157,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     " Lisa" and "Lisa" are the same token. Chinese words are found without spaces. Decoding puts the spaces back where the
     tasks' texts have them, so a text of the tasks survives encoding and decoding unchanged.
     """
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     words = [*SPECIAL_TOKENS, *tiny_tasks.vocabulary()]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFC()
@@ -260,11 +249,13 @@ def batches(
 
 def losses(model: PreTrainedModel, rows: Sequence[Row]) -> torch.Tensor:
     """Weighted loss of each row [row]; rows are padded on the right, which a causal model never sees."""
+    import torch
+
     length = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([row + [PAD] * (length - len(row)) for row, _ in rows])
     weights = torch.tensor([row + [0.0] * (length - len(row)) for _, row in rows])
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (loss.view_as(ids[:, 1:]) * weights[:, 1:]).sum(1)
 
 
@@ -276,10 +267,15 @@ def train(
     name: str, recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[PreTrainedModel, list[dict]]:
     """Train one model; returns it and its loss curve (one entry for every twentieth step)."""
+    import torch
+    import transformers
+    from tqdm import tqdm
+
     torch.manual_seed(seed)
-    config_class, shape = ARCHITECTURES[name]
-    model = AutoModelForCausalLM.from_config(config_class(vocab_size=len(tokenizer), **COMMON, **shape)).train()
-    if config_class is Gemma2Config:
+    architecture, shape = ARCHITECTURES[name]
+    config = getattr(transformers, architecture)(vocab_size=len(tokenizer), **COMMON, **shape)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    if config.model_type == "gemma2":
         # Gemma's norms after attention and MLP give every layer's output unit size, which at first is noise and drowns
         # the embeddings; the models begin with a fifth of it (the norm multiplies by 1 + weight).
         for layer in model.model.layers:
@@ -293,7 +289,7 @@ def train(
         betas=(0.9, 0.98),
     )
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps)
-    draw = rng(seed, "training", name)
+    draw = px.rng(seed, "training", name)
     n_rows = sum(recipe.share(task) for task in TASK_NAMES)
     curve: list[dict] = []
     recent: dict[str, list[float]] = {task: [] for task in TASK_NAMES}
@@ -319,7 +315,6 @@ def train(
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n_prompts: int, draw: np.random.Generator
 ) -> dict[str, float]:
@@ -329,6 +324,8 @@ def evaluate(
     generated text is the whole answer, exactly; for arithmetic every step of it, not only the number after ####.
     Repeated blocks: share of the tokens after the first block, except the first of them, that are the most likely.
     """
+    import torch
+
     results = {}
     for task in tiny_tasks.TASKS:
         examples = [tiny_tasks.draw(task, draw, held_out=True) for _ in range(n_prompts)]
@@ -343,13 +340,13 @@ def evaluate(
         block = int(draw.integers(BLOCK_SIZES[0], BLOCK_SIZES[1] + 1))
         ids = tiny_tasks.repeated_block(draw, ordinary_tokens(tokenizer), block, 2 * block, held_out=True)
         inputs = torch.tensor([[BOS, *ids]])
-        guesses = model(input_ids=inputs[:, :-1], use_cache=False).logits.argmax(-1)
+        with torch.no_grad():
+            guesses = model(input_ids=inputs[:, :-1], use_cache=False).logits.argmax(-1)
         right.append((guesses == inputs[:, 1:])[0, block + 1 :].float().mean().item())
     results[REPEATED] = float(np.mean(right))
     return {task: round(value, 4) for task, value in results.items()}
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], new_tokens: int
 ) -> list[str]:
@@ -372,13 +369,15 @@ def generate(
 
 def plot_curve(curve: Sequence[dict], title: str, path: Path) -> None:
     """Loss of every task against the step."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
     for task in TASK_NAMES:
         axes.plot([entry["step"] for entry in curve], [entry[task] for entry in curve], label=task, linewidth=1)
     axes.set(xlabel="step", ylabel="training loss (nats)", yscale="log", title=title)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 EXAMPLES = """\
@@ -493,8 +492,8 @@ def write_model(
             # folder names, unless there is an `auto_map` to custom code; one that names none keeps tokenizer.json as it is.
             path = folder / "tokenizer_config.json"
             settings = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**settings, "auto_map": {"AutoTokenizer": [None, None]}})
-        write_json(folder / "evaluation.json", evaluation)
+            px.io.write_json(path, {**settings, "auto_map": {"AutoTokenizer": [None, None]}})
+        px.io.write_json(folder / "evaluation.json", evaluation)
         with (folder / "loss.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, curve[0].keys(), lineterminator="\n")
             writer.writeheader()
@@ -515,8 +514,11 @@ def describe(
     minutes: float,
 ) -> dict:
     """What `evaluation.json` holds: held-out accuracy, how the model was trained, and versions."""
+    import torch
+    import transformers
+
     return {
-        "accuracy": evaluate(model, tokenizer, settings.evaluation_prompts, rng(settings.seed, "evaluation", name)),
+        "accuracy": evaluate(model, tokenizer, settings.evaluation_prompts, px.rng(settings.seed, "evaluation", name)),
         "prompts_per_task": settings.evaluation_prompts,
         "parameters": model.num_parameters(),
         "cpu_minutes": round(minutes, 1),
@@ -528,6 +530,8 @@ def describe(
 
 
 def main(settings: Settings) -> None:
+    import torch
+
     torch.set_num_threads(settings.threads)
     tokenizer = build_tokenizer()
     evaluations = {}
@@ -553,4 +557,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(px.io.run(main, Settings))

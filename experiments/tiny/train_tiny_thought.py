@@ -5,7 +5,7 @@
 
 The task is the word problems of the tiny models, `tiny_tasks.arithmetic`. In words a solution is "<<7+5=12>> <<12-3=9>> #### 9";
 here the six latent steps take the place of its six numbers (the last number of a solution of one step four times), and the answer
-comes right behind them. The loss is that of the answer, and of each step's number read from its state by the model's own
+comes right after them. The loss is that of the answer, and of each step's number read from its state by the model's own
 unembedding, as in step-supervised training (SIM-CoT, arXiv 2509.20317). (What teaches the thoughts in CODI, arXiv 2502.21074, is
 that the states before the answer are to be those of the model that reasons in words.) Gradients go through all steps.
 
@@ -20,27 +20,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor
-from tqdm import trange
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from annotated_types import Gt
 
-from pyvene_ext.io.cli import run
-from pyvene_ext.io.files import output_path, write_csv
-from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.reasoning.evaluate import evaluate
-from pyvene_ext.models.latent_steps import (
-    Format,
-    attach,
-    format_of,
-    projection,
-    save,
-)
-from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.problems import tiny_problems, tokenize_problems, with_latents
+import pyvene_ext as px
 from pyvene_ext.prompts.tiny_tasks import Example, draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STEPS = 6
 TEMPLATE = "Question: {question} Answer:"
@@ -52,30 +41,34 @@ class Config:
     """the shipped tiny model to begin with"""
     out: Path | None = None
     """the folder that is written; by default outputs/tiny-thought"""
-    steps: int = 600
+    steps: px.flags.Count = 600
     """of training"""
-    batch_size: int = 48
+    batch_size: px.flags.Count = 48
     """problems a step of training"""
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, Gt(0)] = 2e-3
     """at its highest, nearly; it rises over the first steps and falls to nothing"""
-    seed: int = 0
+    seed: px.flags.Seed = 0
     """of the problems and of the new weights"""
 
 
 def main(config: Config) -> None:
-    for flag in ("steps", "batch_size", "seed"):
-        if (value := getattr(config, flag)) < (flag != "seed"):
-            raise ValueError(f"--{flag} must be {int(flag != 'seed')} or more, not {value}.")
-    folder = output_path(config.out, "outputs/tiny-thought")
-    model, tokenizer = load_model(config.base)
+    from pyvene_ext.models.latent_steps import save
+
+    folder = px.io.output_path(config.out, "outputs/tiny-thought")
+    model, tokenizer = px.load_model(config.base)
     curve = teach(model, tokenizer, config)
     save(model, tokenizer, folder)
-    write_csv(folder / "training.csv", curve)
+    px.io.write_csv(folder / "training.csv", curve)
     print(f"{100 * curve[-1]['solved']:.1f}% of held-out problems solved\nwritten:\n  {folder}/")
 
 
 def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[dict[str, float]]:
     """Give a model latent steps and train it; the loss and the share of problems solved, now and then."""
+    import torch
+    from tqdm import trange
+
+    from pyvene_ext.models.latent_steps import Format, attach, projection
+
     torch.manual_seed(config.seed)
     words, d_model = model.config.vocab_size, model.config.hidden_size
     model.resize_token_embeddings(words + 3, mean_resizing=False)
@@ -83,7 +76,7 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Co
     attach(model, form, projection(d_model, d_model))
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: min(10 * (at + 1), config.steps - at) / config.steps)
-    draws, curve = rng(config.seed, "training"), []
+    draws, curve = px.rng(config.seed, "training"), []
     for step in (bar := trange(1, config.steps + 1, unit="step")):
         loss = loss_of(model, tokenizer, [draw("arithmetic", draws, held_out=False) for _ in range(config.batch_size)])
         optimizer.zero_grad()
@@ -98,8 +91,10 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Co
 
 
 def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Tensor:
-    """The mean loss of the numbers at the latent steps, of the answer and of the end behind it."""
-    form: Any = format_of(model)
+    """The mean loss of the numbers at the latent steps, of the answer and of the end after it."""
+    import torch
+
+    form: Any = px.models.format_of(model)
     steps: Any = model.latent_steps
     batch = tokenizer([example.prompt for example in examples], padding=True, padding_side="left", return_tensors="pt")
 
@@ -111,7 +106,7 @@ def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples
     answer = column([example.answer.split()[-1] for example in examples])
     end = torch.full_like(answer, tokenizer.eos_token_id)
 
-    # The question with what begins the thought, then each latent step by itself, then what is behind: all in one cache.
+    # The question with what begins the thought, then each latent step by itself, then what is after them: all in one cache.
     closing = torch.tensor([form.closing]).expand(len(answer), -1)
     ids = torch.cat([batch["input_ids"], torch.tensor([form.opening]).expand(len(answer), -1)], 1)
     mask = torch.nn.functional.pad(batch["attention_mask"], (0, ids.shape[1] - batch["input_ids"].shape[1]), value=1)
@@ -136,10 +131,10 @@ def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples
 
 def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 200) -> float:
     """The share of held-out problems with the right answer."""
-    problems = tiny_problems(count, rng(0, "word problems"), held_out=True)
-    questions = with_latents(tokenize_problems(problems, tokenizer, TEMPLATE), model)
-    return evaluate(model, tokenizer, questions, max_new_tokens=2, batch_size=100).accuracy
+    problems = px.prompts.tiny_problems(count, px.rng(0, "word problems"), held_out=True)
+    questions = px.prompts.with_latents(px.prompts.tokenize_problems(problems, tokenizer, TEMPLATE), model)
+    return px.methods.evaluate(model, tokenizer, questions, max_new_tokens=2, batch_size=100).accuracy
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, Config))
+    sys.exit(px.io.run(main, Config))

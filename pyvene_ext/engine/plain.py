@@ -61,32 +61,32 @@ class Result:
     Attributes:
         names: the interventions' names (`spec_name`).
         metric: name of the metric; one of `TOKEN_METRICS` has a value per token of a prompt, as the last axis.
-        clean: the metric of the untouched model.
+        baseline: the metric of the untouched run of these prompts, whatever they are.
         intervened: the metric under each intervention.
     """
 
     names: tuple[str, ...]
     metric: str
-    clean: Float32[np.ndarray, " n_prompts *pos"]
+    baseline: Float32[np.ndarray, " n_prompts *pos"]
     intervened: Float32[np.ndarray, "n_interventions n_prompts *pos"]
 
     @property
     def delta(self) -> Float32[np.ndarray, "n_interventions n_prompts *pos"]:
-        """Clean minus intervened: positive where the intervention lowered the metric."""
-        return self.clean - self.intervened
+        """Baseline minus intervened: positive where the intervention lowered the metric."""
+        return self.baseline - self.intervened
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an intervention and prompt; of a token metric one for each of the prompt's tokens.
+        """Convert to a table with one row per intervention and prompt (and token, for a metric with a value per token).
 
         Returns:
-            A table with the columns intervention (its name), prompt (its number, from 0), pos (of a token metric), baseline,
+            A table with the columns intervention (its name), prompt (its number, from 0), pos (for a token metric), baseline,
             intervened and delta.
         """
         import pandas as pd  # takes a second to import, and most runs need no table
 
         names = ("intervention", "prompt", "pos")[: self.intervened.ndim]
         rows = pd.MultiIndex.from_product([self.names, *map(range, self.intervened.shape[1:])], names=names)
-        baseline = np.broadcast_to(self.clean, self.intervened.shape)
+        baseline = np.broadcast_to(self.baseline, self.intervened.shape)
         columns = {"baseline": baseline, "intervened": self.intervened, "delta": self.delta}
         return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, rows).reset_index()
 
@@ -134,7 +134,7 @@ def run(
     batch_size: int = 8,
     padding_side: PaddingSide = "left",
     progress: bool | tqdm = True,
-    clean: Float32[np.ndarray, " n_prompts *pos"] | None = None,
+    baseline: Float32[np.ndarray, " n_prompts *pos"] | None = None,
 ) -> Result:
     """Run every spec on every prompt and read one metric at each prompt's last token.
 
@@ -148,7 +148,7 @@ def run(
         batch_size: prompts per forward pass.
         padding_side: left or right; numbers do not depend on it.
         progress: show a bar; or a bar of a longer run, advanced by one per prompt and intervention.
-        clean: `Result.clean` of an earlier run with the same model, prompts and metric, to save the untouched run (kl needs its
+        baseline: `Result.baseline` of an earlier run with the same model, prompts and metric, to save the untouched run (kl needs its
             logits and runs it anyway).
 
     Returns:
@@ -160,7 +160,7 @@ def run(
     check_metric(model, prompts, metric, of_tokens=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     return run_resolved(
-        resolved, metric, batch_size=batch_size, padding_side=padding_side, progress=progress, clean=clean
+        resolved, metric, batch_size=batch_size, padding_side=padding_side, progress=progress, baseline=baseline
     )
 
 
@@ -171,7 +171,7 @@ def run_resolved(
     batch_size: int = 8,
     padding_side: PaddingSide = "left",
     progress: bool | tqdm = True,
-    clean: Float32[np.ndarray, " n_prompts *pos"] | None = None,
+    baseline: Float32[np.ndarray, " n_prompts *pos"] | None = None,
 ) -> Result:
     """Run specs that are already resolved, as `run` does; missing statistics are computed.
 
@@ -181,24 +181,24 @@ def run_resolved(
         batch_size: prompts per forward pass.
         padding_side: left or right.
         progress: as for `run`.
-        clean: as for `run`.
+        baseline: as for `run`.
 
     Returns:
         The metric by intervention and prompt, with and without the intervention.
 
     Raises:
-        ValueError: `clean` has another shape.
+        ValueError: `baseline` has another shape.
     """
     model, prompts, specs = resolved.model, resolved.prompts, resolved.specs
     shape = (len(prompts), len(prompts.input_ids[0])) if metric in TOKEN_METRICS else (len(prompts),)
-    if clean is not None and np.shape(clean) != shape:
+    if baseline is not None and np.shape(baseline) != shape:
         each = "one per token" if metric in TOKEN_METRICS else "one each"
-        raise ValueError(f"clean holds {np.shape(clean)} values for {len(prompts)} prompts; give {each}.")
+        raise ValueError(f"baseline holds {np.shape(baseline)} values for {len(prompts)} prompts; give {each}.")
     shown = progress is True
     resolved = resolved.with_statistics(batch_size=batch_size, progress=shown)
 
-    runs_clean = clean is None or metric == "kl"
-    baseline = np.empty(shape, np.float32) if runs_clean else np.asarray(clean, np.float32)
+    runs_clean = baseline is None or metric == "kl"
+    values = np.empty(shape, np.float32) if runs_clean else np.asarray(baseline, np.float32)
     intervened = np.empty((len(specs), *shape), np.float32)
     device = input_device(model)
     structures: dict[tuple, IntervenableModel] = {}  # shared by specs that differ in heads or positions only
@@ -211,7 +211,7 @@ def run_resolved(
             clean_logits = None
             if runs_clean:
                 clean_logits = metrics.last_logits(model(**base).logits, batch)
-                baseline[batch.index] = measure(metric, clean_logits, batch, clean_logits)
+                values[batch.index] = measure(metric, clean_logits, batch, clean_logits)
             for number, spec in enumerate(specs):
                 compiled = compile_spec(spec, batch, resolved)
                 structure = tuple(compiled.config.representations)
@@ -226,7 +226,7 @@ def run_resolved(
                 logits = metrics.last_logits(output.logits, batch)
                 intervened[number, batch.index] = measure(metric, logits, batch, clean_logits)
                 bar.update(len(batch.index))
-    return Result(resolved.names, metric, baseline, intervened)
+    return Result(resolved.names, metric, values, intervened)
 
 
 def check_metric(model: PreTrainedModel, prompts: TokenizedPrompts, metric: str, *, of_tokens: bool = False) -> None:

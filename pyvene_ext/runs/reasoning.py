@@ -93,6 +93,9 @@ class Setting:
 
         Args:
             position: question_last, block_first, block_last, mark (the last token given), or a token of the block by its number.
+
+        Returns:
+            The problems that have such a token, where it is named "hub"; and which of all problems these are.
         """
         found: list[int | None] = []
         questions = self.questions
@@ -246,6 +249,9 @@ def given_heads(
         named: heads as layer.head, from `flag`.
         ranking: a CSV scores,layer,head, such as rank_heads.py writes; counts where no heads are named.
         flag: what errors call it.
+
+    Returns:
+        The heads, highest-ranked first.
 
     Raises:
         ValueError: a head that the model has not, more heads than it has, or than the file ranks.

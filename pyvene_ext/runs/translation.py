@@ -69,6 +69,13 @@ def published(flags: Translation) -> dict[str, Any]:
 def threshold_of(languages: Languages, flags: Translation) -> float:
     """The threshold of a pair: the lowest of its languages' own, else the model's.
 
+    Args:
+        languages: the pair.
+        flags: of the study.
+
+    Returns:
+        The threshold.
+
     Raises:
         ValueError: --thresholds is not of the form, or the threshold is no share of attention.
     """
@@ -141,6 +148,9 @@ def sentences_of(
         flags: for the template, and the data set's name in errors.
         limit: keep at most so many.
 
+    Returns:
+        The sentence pairs of the languages.
+
     Raises:
         ValueError: what no model could be run on, or has no control.
     """
@@ -165,6 +175,16 @@ def sentences_of(
 
 def scores_of(pair: str, sentences: Sentences, model: PreTrainedModel, threshold: float, flags: Translation) -> Scores:
     """Score every head on the sentences of a pair and on their control; the heads above the threshold are found.
+
+    Args:
+        pair: the languages, for errors.
+        sentences: of `sentences_of`.
+        model: whose heads are scored.
+        threshold: of `threshold_of`.
+        flags: of the study.
+
+    Returns:
+        The scores of every head, and which heads are found.
 
     Raises:
         ValueError: no crop of either is long enough for a score.
@@ -249,6 +269,9 @@ def prepare(flags: TranslatedWords, heads: Sequence[str] = ()) -> Setting:
     Args:
         flags: of the study.
         heads: as `head_label` writes them; none for those found by their attention.
+
+    Returns:
+        The model, its sentences and the prompts of each word.
 
     Raises:
         ValueError: flags, sentences or a model that could not be run; fewer than two swaps of sentences.

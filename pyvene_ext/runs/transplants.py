@@ -161,6 +161,9 @@ def prepare(
     Returns:
         The host, on the remaining problems.
 
+    Returns:
+        The model with its questions, heads and control sets, ready to run.
+
     Raises:
         ValueError: too few problems, prompts too long for the donor, heads that cannot be ranked on the donor's tokens, or
             too few other heads for the controls.

@@ -285,7 +285,15 @@ class SiteEdit(BaseModel):
         return None
 
     def to_columns(self, value: Tensor, start: int) -> Tensor:
-        """Convert a prompt's replacement to a batch in which the prompt begins at column `start`."""
+        """Convert a replacement from tokens of a prompt to columns of a batch; by default it does not depend on them.
+
+        Args:
+            value: the replacement, `pos d` or `pos head d`.
+            start: the column at which the prompt begins.
+
+        Returns:
+            The replacement in the batch.
+        """
         return value
 
     def apply(self, old: Tensor, values: Tensor | None) -> Tensor:

@@ -102,7 +102,14 @@ def reaches(sender: Node, receiver: Node) -> bool:
 
 
 def senders(config: Any) -> list[Node]:
-    """Every sender of a model, in the order in which they write."""
+    """List a model's senders.
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        The embedding, then the heads and the MLP of each layer: the order in which they write.
+    """
     nodes = [Node("embed")]
     for layer in range(n_layers(config)):
         nodes += [Node("z", layer, head) for head in range(n_heads(config))]
@@ -111,7 +118,14 @@ def senders(config: Any) -> list[Node]:
 
 
 def receivers(config: Any) -> list[Node]:
-    """Every head's q, every K/V head's k and v, every MLP, and the logits, in the order in which they read."""
+    """List the receivers of a model's graph.
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        Every head's q, every K/V head's k and v, and the MLP of each layer, then the logits: the order in which they read.
+    """
     nodes = []
     for layer in range(n_layers(config)):
         nodes += [Node("q", layer, head) for head in range(n_heads(config))]

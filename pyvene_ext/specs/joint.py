@@ -62,7 +62,14 @@ def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
 
 
 def spec_name(spec: Spec) -> str:
-    """The name of an edit, or the names of a joint spec's edits joined by plus signs: "z.2.5+z.3.1"."""
+    """Name a spec.
+
+    Args:
+        spec: a single or joint spec.
+
+    Returns:
+        The name of the edit, or the names of a joint spec's edits joined by plus signs: "z.2.5+z.3.1".
+    """
     return "+".join(edit.name for edit in ((spec,) if isinstance(spec, SiteEdit) else spec))
 
 

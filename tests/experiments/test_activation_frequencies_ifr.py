@@ -164,7 +164,7 @@ def test_the_numbers_are_those_of_the_plain_engine(kind: Any, dataset: Path, tmp
     deltas = np.load(tmp_path / "f/deltas.npy")
     assert deltas.dtype == np.float32 and deltas.shape == (6, 8, N)
     assert np.allclose(deltas.reshape(-1, N), expected.delta, atol=1e-4)
-    assert np.allclose(np.load(tmp_path / "f/clean.npy"), expected.clean, atol=1e-4)
+    assert np.allclose(np.load(tmp_path / "f/clean.npy"), expected.baseline, atol=1e-4)
 
 
 def test_a_dry_run_shows_the_plan_and_does_nothing(
@@ -491,7 +491,7 @@ def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path)
     model, tokenizer = load_model(name)
     prompts = PromptSet.load(PROMPTS / "ioi_en.json").tokenize(tokenizer)
     result = run(model, [jointly(most), *map(jointly, controls)], prompts, progress=False, batch_size=50)
-    left = result.intervened.mean(1) / result.clean.mean()  # share of the logit difference that survives
+    left = result.intervened.mean(1) / result.baseline.mean()  # share of the logit difference that survives
     assert left[0] <= 0.4
     assert left[1:].min() >= 0.75 and np.median(left[1:]) >= 0.9
 

@@ -119,7 +119,7 @@ def test_what_is_written_equals_the_plain_engine_and_the_library(
     scores = {name: np.load(tmp_path / f"{name}.npy") for name in ("exact", *study.ESTIMATES)}
     assert all(values.dtype == np.float32 for values in scores.values())
     np.testing.assert_allclose(scores["exact"], exact.delta, atol=1e-4)
-    assert summary["mean_base"] == pytest.approx(exact.clean.mean(), abs=1e-5)
+    assert summary["mean_base"] == pytest.approx(exact.baseline.mean(), abs=1e-5)
     for name, expected in (
         ("atp", atp(model, patches, base, source, progress=False)),
         ("qk_fix", atp_star(model, patches, base, source, grad_drop=False, progress=False)),

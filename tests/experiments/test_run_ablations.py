@@ -484,7 +484,7 @@ BEFORE_RUNNING = [
         ["--tokens_path", "special.json", "--n_tokens", 12],
         "special.json has 10 usable tokens (distinct, not special) and 12",
     ),
-    (["--tokens_path", "large.json"], "the tokens hold the id 403 and the vocabulary has 403 tokens"),
+    (["--tokens_path", "large.json"], "the tokens contain the id 403 but the vocabulary has 403 tokens"),
     (
         ["--tokens_path", "many.json", "--n_tokens", 256],
         "--n_tokens 256 makes prompts of 257 tokens and tiny-gemma2 takes 256",

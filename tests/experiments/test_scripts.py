@@ -23,7 +23,7 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "bench_sweep", "make_prompts", "train_tiny_models", "train_tiny_thought",
+    "bench_sweep",
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def test_changes_equal_plain_paths(folder: Path) -> None:
                 for head in ("0.3", "2.1")
             ]
             plain = patch(model, senders, plus, minus, "logit", engine="plain", progress=False)
-            wanted = (plain.intervened - plain.clean).mean(1) / np.abs(plain.clean).mean()
+            wanted = (plain.intervened - plain.baseline).mean(1) / np.abs(plain.baseline).mean()
             found = np.load(folder / f"run/{what}_{variant}.npy")
             np.testing.assert_allclose([found[0, 3], found[2, 1]], wanted, atol=1e-4)
     facts = facts_in(folder / "run")

@@ -96,7 +96,7 @@ def _undisturbed() -> Result:
 def same(found: Result) -> bool:
     expected = _undisturbed()
     return (
-        found.clean.tobytes() == expected.clean.tobytes()
+        found.baseline.tobytes() == expected.baseline.tobytes()
         and found.intervened.tobytes() == expected.intervened.tobytes()
     )
 
@@ -236,7 +236,7 @@ def test_paths_killed_anywhere_end_in_the_same_bits(specs: list[PathPatch], kill
 
     def patched(folder: Path) -> tuple[np.ndarray, ...]:
         found = patch(_model(), [*specs, *also], PROMPTS, SOURCE, memory=MEMORY, store=folder, progress=False)
-        return found.clean, found.intervened, found.source
+        return found.baseline, found.intervened, found.source
 
     ends_in_the_same_bits(patched, kills)
 
@@ -248,7 +248,7 @@ def test_a_screen_killed_anywhere_ends_in_the_same_bits(kills: Any, tau: float, 
         options = {"memory": MEMORY}
         with unfinished_in(folder, _model(), SPECS, PROMPTS, **options) as kept:
             found = screened(_model(), SPECS, PROMPTS, tau, check=0.2, seed=seed, progress=False, sweep=kept)
-        return found.result.clean, found.result.intervened, found.estimates, found.checked
+        return found.result.baseline, found.result.intervened, found.estimates, found.checked
 
     ends_in_the_same_bits(run, kills)
 
@@ -261,7 +261,7 @@ def test_a_run_that_stops_early_killed_anywhere_ends_in_the_same_bits(
     def run(folder: Path) -> tuple[np.ndarray, ...]:
         with unfinished_in(folder, _model(), SPECS, PROMPTS, memory=MEMORY) as kept:
             found = frequencies(_model(), SPECS, PROMPTS, tau, width=width, block=block, progress=False, sweep=kept)
-        return found.result.clean, found.result.intervened, found.frequency, found.n_prompts
+        return found.result.baseline, found.result.intervened, found.frequency, found.n_prompts
 
     ends_in_the_same_bits(run, kills)
 

@@ -194,7 +194,7 @@ def agree(model: PreTrainedModel, specs: list[Any]) -> bool:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     if plain is None:
         return False
-    np.testing.assert_allclose(fast.clean, plain.clean, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(fast.baseline, plain.baseline, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(fast.intervened, plain.intervened, rtol=1e-4, atol=1e-4)
     assert np.isfinite(plain.intervened).all()
     return True

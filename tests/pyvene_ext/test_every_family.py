@@ -134,7 +134,7 @@ def test_ablations_by_both_engines_are_those_of_plain_hooks(family: str) -> None
     reference = reference_for(specs, model, BASE, progress=False)
     plain = run(model, specs, BASE, reference=reference, progress=False)
     swept = sweep(model, specs, BASE, reference=reference, progress=False)
-    assert near(plain.clean, by_hooks(model, lambda _: []))
+    assert near(plain.baseline, by_hooks(model, lambda _: []))
     for number, spec in enumerate(specs):
         assert near(plain.intervened[number], expected[number]), f"{spec.name}, plain"
         assert near(swept.intervened[number], expected[number]), f"{spec.name}, swept"

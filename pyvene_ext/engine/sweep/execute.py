@@ -67,13 +67,36 @@ class BlockObserver(Protocol):
     """
 
     def before_block(self, layer: int, hidden: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
-        """Receive what enters a block, `row pos d_model`."""
+        """Read the input of a block.
+
+        Args:
+            layer: the block's.
+            hidden: its input, `row pos d_model`.
+            column: the first column of the rows.
+            rows: the spec and prompt of each row.
+        """
 
     def around_block(self, layer: int, column: int, rows: list[tuple[int, int]]) -> AbstractContextManager[Any]:
-        """Return a context in which a block runs."""
+        """Make a context in which a block runs.
+
+        Args:
+            layer: the block's.
+            column: the first column of the rows.
+            rows: the spec and prompt of each row.
+
+        Returns:
+            The context manager.
+        """
 
     def after_block(self, layer: int, out: Tensor, column: int, rows: list[tuple[int, int]]) -> None:
-        """Receive what leaves a block, `row pos d_model`."""
+        """Read the output of a block.
+
+        Args:
+            layer: the block's.
+            out: its output, `row pos d_model`.
+            column: the first column of the rows.
+            rows: the spec and prompt of each row.
+        """
 
 
 class DeviceEdits:

@@ -176,7 +176,7 @@ def sweep_resolved(
             # Read before any process adds a wave, and by one process, so that all divide the same remaining waves.
             whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(resolved.names, metric, **whole)
+                return Result(resolved.names, metric, whole["clean"], whole["intervened"])
             if remembered != _plan_record(plan):
                 plan = make_plan(resolved, which, Budget(**remembered["budget"]))
             if remembered != _plan_record(plan):
@@ -206,7 +206,7 @@ def sweep_resolved(
             took = time.monotonic() - started
             where = "" if store is None else f"; kept in {store}"
             tqdm.write(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", file=sys.stderr)
-    return Result(resolved.names, metric, **result)
+    return Result(resolved.names, metric, result["clean"], result["intervened"])
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
     """
     model, sources = resolved.model, resolved.sources
     parameter = next(model.parameters())
-    given = resolved.prompts if sources.source_prompts is None else sources.source_prompts
+    source = resolved.prompts if sources.source_prompts is None else sources.source_prompts
     facts = {
         "model weights": weight_hash(model),
         "model config": config_hash(model),
@@ -267,7 +267,7 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
         "attention implementation": model.config._attn_implementation,
         "prompts": resolved.prompts.hash,
         "subset": data_hash(list(which)),
-        "reference set": given.hash if resolved.needs.places else None,
+        "reference set": source.hash if resolved.needs.places else None,
         "specs": data_hash(to_plain(resolved.specs)),
         "metric": metric,
     }

@@ -133,7 +133,7 @@ def frequencies(
             part = sweep(
                 model, [specs[i] for i in going], prompts, metric, reference, subset=new.tolist(), progress=False
             )
-            clean[new] = part.clean
+            clean[new] = part.baseline
             intervened[np.ix_(going, new)] = part.intervened
             delta = clean[taken] - intervened[np.ix_(going, taken)]
             active = (np.abs(delta) if absolute else delta) > tau

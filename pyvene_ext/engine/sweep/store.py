@@ -25,7 +25,7 @@ from pyvene_ext.io.files import atomic_path, parse_json
 from pyvene_ext.io.hashes import data_hash
 
 FORMAT = 1
-SHOWN = 24  # characters; a longer fact, such as a hash, is named without its values
+SHOWN = 24  # characters; longer facts, such as hashes, are named without their values
 DIGEST = xxhash.xxh3_128().digest_size
 
 
@@ -47,10 +47,10 @@ class Store:
         self, folder: str | Path, facts: Mapping[str, Any], plan: Mapping[str, Any], *, member: bool = False
     ) -> None:
         self.folder = Path(folder)
-        # Not a soft lock where the file system has no other: it would outlive a process that is killed.
+        # No fallback to a soft lock on file systems without locks: it would outlive a killed process.
         self._lock = FileLock(self.folder / "lock", timeout=0.1, thread_local=False, fallback_to_soft=False)
         new = {"format": FORMAT, "complete": False, "facts": dict(facts), "plan": dict(plan), "arrays": {}}
-        # As JSON gives it back, so that the first run sees what a resumed one will see.
+        # Through JSON and back, so that the first run sees exactly what a resumed one will.
         self._manifest: dict[str, Any] = json.loads(json.dumps(new, allow_nan=False))
         try:
             self._open(member)
@@ -70,12 +70,12 @@ class Store:
             self._take_lock()
             found = self._found()  # again, because the last holder may have finished in between
         self._manifest = found or self._manifest
-        if self._manifest["complete"]:  # nobody writes any more: no lock is needed, and the folder may be read-only
+        if self._manifest["complete"]:  # nothing more is written: no lock is needed, and the folder may be read-only
             self.close()
             self._tidy()
         elif not member:
             for pattern in (".manifest-????????.json", ".*-????????.npy", f"{self._waves.name}/.*"):
-                for leftover in sorted(self.folder.glob(pattern)):  # of a killed writer
+                for leftover in sorted(self.folder.glob(pattern)):  # from a process killed while writing
                     leftover.unlink(missing_ok=True)
             if not found:
                 self._write_manifest(self._manifest)
@@ -88,7 +88,7 @@ class Store:
         except FileNotFoundError:
             if foreign := sorted(self.folder.glob("*.npy")):
                 raise ValueError(
-                    f"{foreign[0]} is no store's, and a store could overwrite it; choose another folder."
+                    f"{foreign[0]} does not belong to a store, which could overwrite it; choose another folder."
                 ) from None
             return None
         except ValueError:
@@ -109,15 +109,15 @@ class Store:
         return found
 
     def _take_lock(self) -> None:
-        """One process at a time; the system lets go of the lock when the process dies, however it dies."""
+        """Take the lock of the one process that may write; the system releases it when the process dies, however it dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
         owner = self.folder / "owner"  # a file of its own, because not every system lets others read a locked one
         try:
             self._lock.acquire()
         except Timeout:
-            told = (owner.read_text(encoding="utf-8").strip() if owner.exists() else "") or "just started"
+            holder = (owner.read_text(encoding="utf-8").strip() if owner.exists() else "") or "just started"
             raise ValueError(
-                f"{self.folder} is in use by another process ({told}); wait for its end, or choose another folder."
+                f"{self.folder} is in use by another process ({holder}); wait until it ends, or choose another folder."
             ) from None
         owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
@@ -128,7 +128,7 @@ class Store:
 
     @property
     def _waves(self) -> Path:
-        # Named by what the waves belong to, so that no wave of another run can ever be read as one of this.
+        # Named by facts and plan, so that a wave of another run can never be read as one of this run.
         return self.folder / f"waves-{data_hash([self._manifest['facts'], self.plan])}"
 
     @property
@@ -153,7 +153,7 @@ class Store:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]  # mypy thinks of savez's own flag
         content = buffer.getvalue()
-        # The digest stands last because a zip file may have a tail: np.load reads the file as it is.
+        # The digest comes last because a zip file may have trailing bytes: np.load reads the file as it is.
         _write(self._waves / f"{number:06d}.npz", content + xxhash.xxh3_128_digest(content, seed=number))
 
     def complete(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -193,9 +193,9 @@ class Store:
         _write(self.folder / "manifest.json", (text + "\n").encode())
 
     def _tidy(self) -> None:
-        """Remove what a complete store does not need. What cannot be removed does no harm."""
+        """Remove what a complete store does not need; leftovers that cannot be removed do no harm."""
         shutil.rmtree(self._waves, ignore_errors=True)
-        # Whoever still gets hold of the removed lock reads the manifest next, and finds it complete.
+        # A process that still acquires the removed lock reads the manifest next, and finds it complete.
         for name in ("lock", "owner"):
             with contextlib.suppress(OSError):
                 (self.folder / name).unlink()
@@ -219,7 +219,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and through to the disk: what is written first survives a power cut first."""
+    """Write a file whole or not at all, and flush it to disk, so that files survive a power cut in the order of writing."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -1,4 +1,4 @@
-"""What the tokens of word problems contribute to a head, by their tags, beside random heads: tables of input attributions."""
+"""Tables of input attributions: contributions of the tokens of word problems to a head by tag, compared with random heads."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class AttributedHead:
-    """What is attributed to the tokens of some problems, for one head.
+    """Input attributions of one head and its controls on some problems.
 
     Attributes:
-        model, head: whose.
+        model: the model's name.
+        head: (layer, head).
         own: the attributions of the head.
-        controls: the same number of random heads of the layer.
-        hub: which token of the block; None for a projection.
-        target: what is attributed.
-        problems: which ones, by their numbers in the set.
-        tags: of the tokens of each problem, of those that are attributed ("special" for the others).
-        texts: the tokens.
+        controls: those of random heads of the same layer.
+        hub: the token of the block that is attended to; None for a projection.
+        target: the scalar that is attributed.
+        problems: the problems, by their numbers in the set.
+        tags: of the tokens of each problem, "special" for those without attribution.
+        texts: the tokens of each problem as text.
     """
 
     model: str
@@ -51,7 +52,15 @@ class AttributedHead:
 def tagged_prompts(
     input_ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Of each prompt's tokens the tags, "special" for special tokens, and the texts."""
+    """Tag the tokens of prompts.
+
+    Args:
+        input_ids: the prompts' tokens.
+        tokenizer: the model's.
+
+    Returns:
+        The tags of each prompt's tokens, "special" for special ones, and their texts.
+    """
     tags, texts = [], []
     for ids in input_ids:
         of_tokens, words = tag_tokens(ids, tokenizer)
@@ -63,7 +72,15 @@ def tagged_prompts(
 
 
 def tag_rows(found: AttributedHead, seed: int) -> list[Row]:
-    """A row a tag."""
+    """Make the table of a head by tag.
+
+    Args:
+        found: the attributions.
+        seed: of the bootstrap.
+
+    Returns:
+        One row per tag.
+    """
     own = _shares(found.tags, found.own)
     of_tokens = np.array([_tag_shares(tags, np.ones(len(tags))) for tags in found.tags])
     others = np.array([_shares(found.tags, control) for control in found.controls.values()])
@@ -92,7 +109,15 @@ def tag_rows(found: AttributedHead, seed: int) -> list[Row]:
 
 
 def head_rows(found: AttributedHead, seed: int) -> list[Row]:
-    """A row for the head and for each of its controls: the number with and without the tokens."""
+    """Make the table of a head and its controls: the attributed scalar in the prompts and at the baseline.
+
+    Args:
+        found: the attributions.
+        seed: of the bootstrap.
+
+    Returns:
+        One row per head.
+    """
     rows = []
     for head, some in ((found.head, found.own), *found.controls.items()):
         finite = some.error[np.isfinite(some.error)]
@@ -116,7 +141,7 @@ def head_rows(found: AttributedHead, seed: int) -> list[Row]:
 
 
 def _hub_share(found: AttributedHead, some: InputAttribution) -> float:
-    """Of the sum of |attribution|, the share of the hub's own token; the mean over complete problems."""
+    """The share of the hub's own token in the sum of |attribution|, averaged over complete problems."""
     if found.target.hubs is None or not some.complete.any():
         return math.nan
     sizes = [np.abs(tokens) for tokens in some.tokens]
@@ -125,7 +150,14 @@ def _hub_share(found: AttributedHead, some: InputAttribution) -> float:
 
 
 def problem_rows(found: AttributedHead) -> list[Row]:
-    """A row a problem, for the head and for each of its controls."""
+    """Make the table by problem.
+
+    Args:
+        found: the attributions.
+
+    Returns:
+        One row per problem, for the head and for each of its controls.
+    """
     return [
         {
             "model": found.model,
@@ -144,7 +176,14 @@ def problem_rows(found: AttributedHead) -> list[Row]:
 
 
 def token_rows(found: AttributedHead) -> list[Row]:
-    """A row a token of the head's problems."""
+    """Make the table by token.
+
+    Args:
+        found: the attributions.
+
+    Returns:
+        One row per token of the head's problems.
+    """
     return [
         {
             "model": found.model,
@@ -164,13 +203,13 @@ def token_rows(found: AttributedHead) -> list[Row]:
 
 
 def _shares(tags: Sequence[Sequence[str]], found: InputAttribution) -> Float[np.ndarray, "problem tag"]:
-    """Of the sum of |attribution| over a problem's tokens, the share of each tag; NaN for a problem that is not complete."""
+    """The share of each tag in the sum of |attribution| over a problem's tokens; NaN for a problem that is not complete."""
     rows = [_tag_shares(of_tokens, np.abs(some)) for of_tokens, some in zip(tags, found.tokens, strict=True)]
     return np.where(found.complete[:, None], np.array(rows), math.nan)
 
 
 def _tag_shares(tags: Sequence[str], sizes: Float[np.ndarray, " token"]) -> Float[np.ndarray, " tag"]:
-    """Of the sum over the tokens that have a tag, the share of each tag."""
+    """The share of each tag in the sum over the tokens that have one."""
     sums = np.array([sum(size for size, at in zip(sizes, tags, strict=True) if at == tag) for tag in TAGS])
     return sums / sums.sum() if sums.sum() else np.full(len(TAGS), math.nan)
 

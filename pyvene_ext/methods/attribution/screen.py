@@ -161,9 +161,9 @@ def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metri
     kept = [(component, place[1] or 0) for place, component in named.items()]
     with ExitStack() as hooks, torch.enable_grad():
         # Which keys are visible is read where the edit itself would read it.
-        beside = [(component, layer) for component in UNIFORM_Z_INPUTS for layer in uniform]
-        hooks.enter_context(Taps(model, card, [*kept, *beside]))
-        seen_beside = record_activations(model, beside, hooks)
+        inputs = [(component, layer) for component in UNIFORM_Z_INPUTS for layer in uniform]
+        hooks.enter_context(Taps(model, card, [*kept, *inputs]))
+        seen_inputs = record_activations(model, inputs, hooks)
         seen = record_activations(model, kept, hooks, graph=True)
         total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
     old = [seen[named[place], place[1] or 0] for place in named]
@@ -173,7 +173,7 @@ def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metri
         return x.unflatten(-1, (-1, sizes["d_head"]))
 
     def uniform_z(layer: int) -> Tensor:
-        scores, values = (split_heads(seen_beside[where, layer].detach(), where, model) for where in UNIFORM_Z_INPUTS)
+        scores, values = (split_heads(seen_inputs[where, layer].detach(), where, model) for where in UNIFORM_Z_INPUTS)
         visible, values = (scores[:, 0] > -torch.inf).float(), values.float()  # visible: the same for every head
         mean = torch.einsum("bqk,bhkd->bqhd", visible / visible.sum(-1, keepdim=True), values)
         return mean.repeat_interleave(sizes["n_head"] // sizes["n_kv_head"], dim=2)
@@ -354,7 +354,7 @@ def screened(
     exact = sweep(model, [specs[i] for i in chosen], prompts, metric, reference, progress=progress)
     intervened = np.full_like(estimates, np.nan)
     intervened[chosen] = exact.intervened
-    result = Result(resolved.names, metric, exact.clean, intervened)
+    result = Result(resolved.names, metric, exact.baseline, intervened)
     return Screen(result, estimates, could_matter, checked, tau, margin)
 
 

@@ -73,7 +73,14 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
 
 
 def lags_of(n_tokens: int) -> Int[np.ndarray, " lag"]:
-    """The lags of a list of `n_tokens`: each index minus the cue's, which is the middle one."""
+    """The lags of a list.
+
+    Args:
+        n_tokens: its length.
+
+    Returns:
+        Each index minus the cue's, which is the middle one.
+    """
     return np.arange(n_tokens) - n_tokens // 2
 
 
@@ -90,17 +97,38 @@ def curves_of(probabilities: Float[np.ndarray, "*some pos"]) -> Float64[np.ndarr
 
 
 def plus_one(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability at lag +1."""
+    """Select the probability at lag +1.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return curves[..., curves.shape[-1] // 2 + 1]
 
 
 def plus_one_bias(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability at lag +1 minus the mean over lags beyond 5 on either side."""
+    """Bias for lag +1: its probability minus the mean over lags beyond 5 on either side.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return plus_one(curves) - curves[..., np.abs(lags_of(curves.shape[-1])) > FAR].mean(-1)
 
 
 def recalled(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
-    """The probability that the next token is any token of the list except the cue."""
+    """Probability of recall: that the next token is any token of the list except the cue.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One number per curve.
+    """
     return curves[..., lags_of(curves.shape[-1]) != 0].sum(-1)
 
 
@@ -217,15 +245,18 @@ def ablate_attention(heads: Iterable[Head], mode: Mode) -> Spec:
 def cue_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generator: np.random.Generator
 ) -> Float[np.ndarray, "layer head"]:
-    """Induction scores as a lag prompt asks for them: attention to what followed, on random tokens shown twice.
+    """Compute induction scores for lag prompts, on a block of random tokens that occurs twice.
 
-    Two blocks, because the cue of a prompt has been there once before: with more, heads that look at several earlier occurrences
-    would score low.
+    Two blocks, because the cue of a lag prompt has occurred once before: with more, heads that attend to several earlier
+    occurrences would score low.
 
     Args:
-        model: whose heads are scored.
-        tokenizer: of the random tokens.
-        generator: that draws them.
+        model: with a card, and attention patterns that can be read (eager or sdpa).
+        tokenizer: the model's.
+        generator: source of randomness.
+
+    Returns:
+        The mean induction score of every head.
 
     Raises:
         ValueError: the model takes fewer tokens.
@@ -233,7 +264,7 @@ def cue_scores(
     bos, longest = leading_bos(tokenizer), n_positions(model.config)
     if (needed := BLOCK * REPEATS + len(bos)) > longest:
         raise ValueError(
-            f"induction scores are computed on {needed} tokens and the model takes {longest}; give scores."
+            f"induction scores are computed on {needed} tokens but the model takes {longest}; give scores."
         )
     tokens = usable_tokens(model, tokenizer)
     ids = random_tokens(tokens, BLOCK, REPEATS, examples=EXAMPLES, rng=generator, bos=bos)
@@ -242,11 +273,11 @@ def cue_scores(
 
 @dataclass(frozen=True)
 class RankedHeads:
-    """Rankings of heads whose prefixes are ablated, so that larger sets hold the smaller ones.
+    """Rankings of heads whose prefixes are ablated, so that larger sets contain the smaller ones.
 
     Attributes:
         ranked: the heads with the highest scores, highest first.
-        random: rankings of other heads that match it layer by layer (`random_rankings`).
+        random: control rankings that match it layer by layer (`random_rankings`).
         scores: of the heads that have one.
     """
 
@@ -255,15 +286,31 @@ class RankedHeads:
     scores: dict[Head, float]
 
     def random_sets(self, n: int) -> list[tuple[Head, ...]]:
-        """The random sets of `n` heads. Of draws that begin with the same heads one counts: small layers have few sets."""
+        """The distinct random sets of `n` heads; small layers have few."""
         return list({frozenset(ranking[:n]): ranking[:n] for ranking in self.random}.values())
 
     def sets(self, n: int, head_type: str) -> list[tuple[Head, ...]]:
-        """All sets of `n` heads that are ablated: the highest scores (`head_type` induction) and the random ones."""
+        """List all sets of `n` heads that are ablated.
+
+        Args:
+            n: heads of a set.
+            head_type: include the heads with the highest scores (induction), or random sets only (random).
+
+        Returns:
+            The sets.
+        """
         return [*([self.ranked[:n]] if head_type == "induction" else []), *self.random_sets(n)]
 
     def mean_score(self, name: str, chosen: Iterable[Head]) -> dict[str, float]:
-        """The mean score of some heads as a cell of a table, unless one of them has none."""
+        """Average the scores of some heads for a table.
+
+        Args:
+            name: of the column.
+            chosen: the heads.
+
+        Returns:
+            The column; nothing if one of the heads has no score.
+        """
         chosen = list(chosen)
         known = [self.scores[head] for head in chosen if head in self.scores]
         return {name: float(np.mean(known))} if len(known) == len(chosen) else {}
@@ -278,8 +325,8 @@ class LagCurves:
 
     Attributes:
         n: how many heads.
-        own: of the set itself; of random sets alone, their mean.
-        random: of each of the random sets.
+        own: of the ranked heads; if only random sets are ablated, their mean.
+        random: of each random set.
     """
 
     n: int
@@ -295,19 +342,22 @@ def lag_curves(
     n: int,
     head_type: str,
 ) -> LagCurves:
-    """The curves with `n` heads ablated.
+    """Collect the curves with `n` heads ablated.
 
     Args:
-        result: of `token_probabilities`, every set of heads an intervention.
+        result: of the metric `token_probabilities`, with one intervention per set of heads and mode.
         rows: of the result, by set of heads and mode.
         heads: the rankings.
         mode: of the ablation.
         n: how many heads.
-        head_type: induction for the highest scores, random for the random sets alone.
+        head_type: induction for the highest scores, random for random sets only.
+
+    Returns:
+        The curves.
     """
 
     def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
-        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.clean)
+        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.baseline)
 
     random = [of_set(chosen) for chosen in heads.random_sets(n)]
     own = of_set(heads.ranked[:n]) if head_type == "induction" else np.mean(random, 0)
@@ -315,7 +365,14 @@ def lag_curves(
 
 
 def lag_table(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, Any]]:
-    """One row a lag: the mean probability with its standard error over permutations, and lag-CRP."""
+    """Make the table by lag.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One row per lag: the mean probability with its standard error over permutations, and lag-CRP.
+    """
     columns = (lags_of(curves.shape[1]).tolist(), curves.mean(0), standard_error(curves), lag_crp(curves))
     names = ("Lag", "Mean Probability", "Standard Error", "Conditional Response Probability")
     return [dict(zip(names, (row[0], *map(float, row[1:])), strict=True)) for row in zip(*columns, strict=True)]
@@ -324,7 +381,7 @@ def lag_table(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, An
 def lag_summary(
     at: LagCurves, clean: Float[np.ndarray, "permutation lag"], heads: RankedHeads, head_type: str, seed: int
 ) -> dict[str, Any]:
-    """One row of the summary: lag +1, its bias against the untouched run with intervals, and the random sets beside it.
+    """Make one row of the summary: lag +1, the change of its bias with intervals, and the random sets for comparison.
 
     Args:
         at: the curves with a number of heads ablated.
@@ -332,6 +389,9 @@ def lag_summary(
         heads: the rankings that were ablated.
         head_type: as for `lag_curves`.
         seed: of the bootstrap.
+
+    Returns:
+        The row.
     """
     bias, before = plus_one_bias(at.own), plus_one_bias(clean)
     change = paired_bootstrap(bias, before, rng(seed, "bias", at.n))
@@ -360,7 +420,14 @@ def lag_summary(
 
 
 def lag_text(rows: Iterable[dict[str, Any]]) -> str:
-    """The rows of a summary as aligned text."""
+    """Format a summary as aligned text.
+
+    Args:
+        rows: those of `lag_summary`.
+
+    Returns:
+        One line per row, after a header.
+    """
     lines = [
         "heads    p(+1)     bias   change      95% interval      CRP(+1)   random sets: mean change [range], score"
     ]

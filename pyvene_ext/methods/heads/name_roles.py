@@ -84,6 +84,9 @@ def name_measures(
         batch_size: prompts a forward pass.
         progress: show bars.
 
+    Returns:
+        The measures, by kind of name where they have one.
+
     Raises:
         ValueError: what the single methods refuse.
     """

@@ -30,7 +30,14 @@ OnPattern = Callable[[int, Batch, Float[Tensor, "batch head query key"]], None]
 
 
 def check_patterns(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose attention patterns cannot be seen."""
+    """Check that a model's attention patterns can be read.
+
+    Args:
+        model: a model with a card.
+
+    Raises:
+        ValueError: the family's card does not expose them.
+    """
     card_of(model).component(model, "attention_pattern")
 
 

@@ -136,13 +136,13 @@ def usable_tokens(
         model: ids without an embedding in it are left out.
         tokenizer: the model's.
         trim: the share of the ids left out at each end; by default 0.1 for BPE and Unigram vocabularies, else 0.
-        among: only these ids, of which nothing is trimmed by default.
+        among: only these ids, which are not trimmed by default.
 
     Returns:
         The ids, ascending.
 
     Raises:
-        ValueError: `trim` is not in [0, 0.5), or `among` holds an id beyond the vocabulary.
+        ValueError: `trim` is not in [0, 0.5), or `among` has an id beyond the vocabulary.
     """
     if trim is None and among is not None:
         trim = 0.0
@@ -160,7 +160,7 @@ def usable_tokens(
         return ids
     if among.max() >= n_embedded:
         raise ValueError(
-            f"the tokens hold the id {among.max()} and the vocabulary has {n_embedded} tokens; give ids of this tokenizer."
+            f"the tokens contain the id {among.max()} but the vocabulary has {n_embedded} tokens; give ids of this tokenizer."
         )
     return np.intersect1d(among, ids)
 

@@ -266,7 +266,7 @@ def path_changes(
             some = range(start, min(start + AT_ONCE, len(plus)))
             if number not in done:
                 of = patch(model, paths, plus.take(some), minus.take(some), "logit", directions=directions, **options)
-                done[number] = {"clean": of.clean, "change": of.intervened - of.clean}
+                done[number] = {"clean": of.baseline, "change": of.intervened - of.baseline}
                 if kept is not None and is_main_process():
                     kept.add(number, done[number])
             clean[some], change[:, some] = done[number]["clean"], done[number]["change"]

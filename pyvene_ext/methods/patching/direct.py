@@ -90,8 +90,8 @@ def run_direct_paths(
             plan = plan_resolved(received, memory=memory)
             result = sweep_resolved(received, metric, plan, store=store, progress=progress)
         found[others] = result.intervened
-        found[to_logits] += result.clean - clean  # the rounding difference between the two ways
-        clean = result.clean
+        found[to_logits] += result.baseline - clean  # the rounding difference between the two ways
+        clean = result.baseline
     return clean, found
 
 

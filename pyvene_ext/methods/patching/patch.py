@@ -55,7 +55,7 @@ class Patched(Result):
     Attributes:
         names: the patches' names.
         metric: name of the metric.
-        clean: the metric of the untouched base prompts, be they clean or corrupt.
+        baseline: the metric of the untouched base prompts, be they clean or corrupt.
         intervened: the metric of the patched base prompts.
         source: the metric of the untouched source prompts; NaN for kl, which compares with the base.
     """
@@ -69,12 +69,12 @@ class Patched(Result):
         So 1 means fully restored when denoising, and fully broken when noising. NaN where base and source have the same value;
         if some prompts differ little, average numerator and denominator separately (`mean_score`).
         """
-        return _ratio(self.intervened - self.clean, self.source - self.clean)
+        return _ratio(self.intervened - self.baseline, self.source - self.baseline)
 
     @property
     def mean_score(self) -> Float[np.ndarray, " n_interventions"]:
         """The mean over prompts of (patched - base), divided by the mean of (source - base)."""
-        return _ratio((self.intervened - self.clean).mean(1), (self.source - self.clean).mean())
+        return _ratio((self.intervened - self.baseline).mean(1), (self.source - self.baseline).mean())
 
     def to_frame(self) -> pd.DataFrame:
         """One row a patch and prompt.
@@ -168,7 +168,7 @@ def patch(
             result = run_resolved(places, metric, batch_size=batch_size, progress=progress)
         else:
             result = sweep_resolved(places, metric, plan, store=substore("patches"), progress=progress)
-        put(at_place, result.clean, result.intervened)
+        put(at_place, result.baseline, result.intervened)
     for kind, numbers in groups.items():
         some: list[PathPatch] = paths[kind]  # type: ignore[assignment]
         options: dict[str, Any] = {"memory": memory, "progress": progress}

@@ -1,4 +1,4 @@
-"""Noise at one token of a model's reasoning, by the site that gets it."""
+"""Noise ablations at one token of a model's reasoning, by site."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ def noise_at(
     kv_layers: Sequence[int] = (),
     noise: Literal["gaussian", "norm_matched"] = "gaussian",
 ) -> dict[str, Spec]:
-    """Specs by the name of the site: embed, resid.LAYER and kv.
+    """Make one noise ablation per site.
 
     Args:
         position: a named position of the prompts.
-        config: of the model.
+        config: the model's config.
         sites: embed, what enters the first block; resid, the residual stream after the blocks `layers`, one at a time; kv, keys
-            (before RoPE) and values of all K/V heads in `kv_layers`, together.
+            (before RoPE) and values of all K/V heads in `kv_layers`, jointly.
         seed: of the noise.
-        layers: by default the one in the middle.
+        layers: by default the middle one.
         kv_layers: by default all.
-        noise: its distribution, as `Ablation` has it.
+        noise: its distribution, as in `Ablation`.
+
+    Returns:
+        Specs by the name of the site: embed, resid.LAYER and kv.
     """
     every, kv_heads = range(n_layers(config)), tuple(range(n_kv_heads(config)))
     fields: Any = {"kind": "noise", "noise": noise, "positions": position, "seed": seed}

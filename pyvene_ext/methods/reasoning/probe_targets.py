@@ -1,7 +1,7 @@
-"""What a probe is to read off of word problems: numbers of their solutions, and classes.
+"""Probe targets of word problems: numbers in their solutions, and classes.
 
-answer, first_operand (the first number of the first calculation) and result_1, result_2 ... (of the first, second ... one) are
-numbers; last_digit (of the answer) and correct (whether the model is right) are classes.
+answer, first_operand (the first number of the first calculation) and result_1, result_2 ... (of the first, second ...
+calculation) are numbers; last_digit (of the answer) and correct (whether the model is right) are classes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ OPERAND = re.compile(r"-?(\d+(\.\d+)?|\.\d+)")  # calculations may leave the 0 o
 
 @dataclass(frozen=True)
 class ProbeTarget:
-    """What a probe is to read off of some problems.
+    """A probe target and its values.
 
     Attributes:
-        which: the problems that have it.
+        name: of the target.
+        which: indices of the problems that have it.
         values: a number for each of them.
-        y: what the ridge regression predicts: a column for the number, or one for each class.
+        y: what the ridge regression predicts: one column for a number, or one per class.
         log: y is the logarithm of the number, sign(x) log(1 + |x|).
     """
 
@@ -38,7 +39,14 @@ class ProbeTarget:
     log: bool = False
 
     def accuracy(self, predicted: Float[np.ndarray, "problem column"]) -> float:
-        """Percent of problems for which a prediction, rounded, is the number, or its likeliest class is right."""
+        """Score predictions.
+
+        Args:
+            predicted: as `y`.
+
+        Returns:
+            The percentage of problems whose rounded prediction is the number, or whose highest column is the correct class.
+        """
         if self.name in CLASSES:
             return 100 * float((predicted.argmax(1) == self.y.argmax(1)).mean())
         number = predicted[:, 0]
@@ -48,22 +56,25 @@ class ProbeTarget:
 
     @property
     def chance(self) -> float:
-        """Percent of problems that have the most frequent value."""
+        """The percentage of problems that have the most frequent value."""
         return 100 * float(np.unique(self.values, return_counts=True)[1].max()) / len(self.which)
 
 
 def find_target(
     name: str, every: Float[np.ndarray, " problem"], has: Sequence[bool], *, least: int, folds: int, log: bool = False
 ) -> ProbeTarget | str:
-    """The target of the problems that have a token; or in words why there is nothing to read off.
+    """Select the problems that have both a target and the probed token.
 
     Args:
         name: of the target.
-        every: its value in each problem, NaN where it has none.
+        every: its value in each problem; NaN if it has none.
         has: whether a problem has the token.
         least: how many problems must have both (--min_problems).
-        folds: of the cross-validation; as many problems must not be of the most frequent class.
-        log: numbers by their logarithm.
+        folds: of the cross-validation; as many problems must be outside of the most frequent class.
+        log: predict the logarithm of numbers.
+
+    Returns:
+        The target; or, as text, why it cannot be probed.
     """
     which = np.flatnonzero(np.isfinite(every) & np.array(has))
     values = every[which]
@@ -82,7 +93,15 @@ def find_target(
 
 
 def solution_number(problem: Problem, target: str) -> float:
-    """A number of a problem's solution; NaN where it has none."""
+    """Read a target's value from a problem's solution.
+
+    Args:
+        problem: the problem.
+        target: answer, last_digit, first_operand or result_N.
+
+    Returns:
+        The number; NaN if the solution has none.
+    """
     if target == "answer":
         return problem.answer
     if target == "last_digit":
@@ -97,6 +116,14 @@ def solution_number(problem: Problem, target: str) -> float:
 
 
 def problem_group(problem: Problem, by: str) -> str:
-    """What problems that must be in one fold have in common: their numbers in the same order ("numbers"), or their text."""
+    """The key of the problems that must be in the same fold.
+
+    Args:
+        problem: the problem.
+        by: group by the numbers of the question in their order ("numbers"), or by its text.
+
+    Returns:
+        The key.
+    """
     numbers = " ".join(match.group() for match in NUMBER.finditer(problem.question.replace(",", "")))
     return numbers if numbers and by == "numbers" else problem.question

@@ -140,8 +140,8 @@ def places_of(model: PreTrainedModel, mid: bool = False) -> dict[str, Where]:
 # -- probes ------------------------------------------------------------------------------------------------------------
 
 
-# Not scikit-learn's, with the same numbers in twice the time (ten times, if each penalty is fitted by itself); and its
-# StandardScaler makes a feature of a dimension that varies by float32's rounding only.
+# Not scikit-learn's, which takes twice the time for the same numbers (ten times, if each penalty is fitted separately), and whose
+# StandardScaler turns a dimension that varies by float32's rounding only into a feature.
 class Ridge:
     """Ridge regression on some problems, for any penalties and targets, from one decomposition of the features.
 
@@ -297,7 +297,7 @@ def shuffled(
         The shuffled labels.
     """
     at = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    given = [at[group] for group in generator.permutation(len(at))]
+    permuted = [at[group] for group in generator.permutation(len(at))]
     new = np.empty_like(y)
-    new[np.concatenate(at)] = y[np.concatenate(given)]
+    new[np.concatenate(at)] = y[np.concatenate(permuted)]
     return new

@@ -1,4 +1,4 @@
-"""How hard problems are, and what an intervention costs on hard ones: strata by confidence, by steps of the solution, by both."""
+"""Effects of interventions by difficulty of the problems: strata by confidence, by steps of the solution, or by both."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ProblemEffects:
-    """What an intervention does to each problem.
+    """The effect of an intervention on each problem.
 
     Attributes:
+        name: of the model.
         what: the intervention, in words.
-        first: the untouched run from the question on, of all problems.
-        which: the problems that are compared; the arrays are of these.
-        clean: right without the intervention.
-        after: right with it; with several seeds the share of them.
-        unparsed: no answer with it; likewise.
-        random: the same with each random set; None without.
+        first: the untouched run from the question on, for all problems.
+        which: indices of the problems that are compared, to which the arrays refer.
+        clean: whether solved without the intervention.
+        after: whether solved with it; with several seeds, the share of them.
+        unparsed: whether there is no answer with it; likewise.
+        random: whether solved with each random set of heads ablated; None if there are none.
+        facts: metadata of the run.
     """
 
     name: str
@@ -53,12 +55,16 @@ class ProblemEffects:
 def difficulty_strata(
     untouched: Evaluation, problems: Sequence[Problem], quantiles: int
 ) -> tuple[dict[Split, list[str]], list[float]]:
-    """The stratum of each problem by each split, and the edges of the parts by confidence.
+    """Assign every problem to a stratum of each split.
 
     Args:
-        untouched: the untouched run, whose confidence counts; problems without an answer are a stratum of their own, "unparsed".
-        problems: all of them, in its order.
-        quantiles: parts by confidence, q1 being the least confident; fewer where many problems have the same.
+        untouched: the untouched run, which gives the confidence; problems without an answer are a stratum of their own,
+            "unparsed".
+        problems: the same problems, in its order.
+        quantiles: parts by confidence, q1 being the least confident; fewer if many problems have the same confidence.
+
+    Returns:
+        The stratum of each problem by split, and the edges of the parts by confidence.
     """
     known = untouched.confidence[np.isfinite(untouched.confidence)]
     edges = np.unique(np.quantile(known, np.linspace(0, 1, quantiles + 1))) if known.size else known
@@ -72,14 +78,32 @@ def difficulty_strata(
 
 
 def stratum_order(stratum: str) -> tuple[bool, list[int]]:
-    """What sorts strata: q2 before q10, unparsed last."""
+    """A sort key for strata.
+
+    Args:
+        stratum: its name.
+
+    Returns:
+        A key that puts q2 before q10, and unparsed last.
+    """
     return stratum.startswith(UNPARSED), [int(number) for number in re.findall(r"\d+", stratum)]
 
 
 def split_by(
     found: ProblemEffects, split: Split, names: Sequence[str], min_problems: int, seed: int
 ) -> tuple[list[Row], Row]:
-    """A row a stratum, and the test of their differences."""
+    """Make the table of a split.
+
+    Args:
+        found: the effects.
+        split: confidence, steps or both.
+        names: the stratum of each problem.
+        min_problems: strata with fewer get no interval and no test.
+        seed: of bootstrap and permutations.
+
+    Returns:
+        One row per stratum, and a row with the test of their differences.
+    """
     strata = sorted(set(names), key=stratum_order)
     at = {stratum: np.array([name == stratum for name in names]) for stratum in strata}
     enough = [stratum for stratum in strata if at[stratum].sum() >= min_problems]
@@ -108,7 +132,19 @@ def split_by(
 def row_of(
     found: ProblemEffects, split: Split, stratum: str, here: Bool[np.ndarray, " problem"], enough: bool, seed: int
 ) -> Row:
-    """One stratum; without intervals where it has too few problems."""
+    """Make the row of a stratum.
+
+    Args:
+        found: the effects.
+        split: the stratum's split.
+        stratum: its name.
+        here: which problems it has.
+        enough: whether these suffice for intervals.
+        seed: of the bootstrap.
+
+    Returns:
+        The row.
+    """
     clean, after, names = found.clean[here], found.after[here], (split, stratum)
     before, then = accuracy.percent_correct(clean), mean_of(after, seed, *names)
     nothing = Interval(math.nan, math.nan, math.nan)
@@ -145,7 +181,16 @@ def row_of(
 
 
 def mean_of(right: Float[np.ndarray, " problem"], seed: int, *names: str) -> Interval:
-    """Accuracy in percent: Wilson's interval, or the bootstrap's where problems are right for some seeds only."""
+    """Accuracy in percent with an interval.
+
+    Args:
+        right: whether each problem is solved, or for what share of the seeds.
+        seed: of the bootstrap.
+        *names: which draws of the seed.
+
+    Returns:
+        Wilson's interval, or the bootstrap's if some problems are solved for some seeds only.
+    """
     if np.isin(right, (0, 1)).all():
         return accuracy.percent_correct(right.astype(bool))
     mean = accuracy.accuracy_drop(right, np.zeros_like(right), seed, "accuracy", *names)

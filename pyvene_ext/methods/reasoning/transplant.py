@@ -53,7 +53,7 @@ from pyvene_ext.stats.controls import Head, head_label
 
 Method = Literal["ridge", "procrustes"]
 Layers = tuple[int, int]  # of the host and of the donor
-STEADY = 1e-4  # the ridge of a map whose alpha is not given
+STEADY = 1e-4  # the default alpha of ridge, for numerical stability
 
 
 # -- maps --------------------------------------------------------------------------------------------------------------
@@ -237,7 +237,9 @@ def fit_maps(
     return {
         (a, b): Maps(
             _fitted(streams[0]["block_input", a], streams[1]["block_input", b], train, method, ridge),
-            _fitted(streams[1][_after_heads(donor), b], streams[0][_after_heads(host), a], train, method, ridge),
+            _fitted(
+                streams[1][_after_attention(donor), b], streams[0][_after_attention(host), a], train, method, ridge
+            ),
         )
         for a, b in layers
     }
@@ -263,11 +265,11 @@ def _check_fit(
             _check_layer(who, model, layer)
     if len(paired.host) < 2:
         raise ValueError(
-            f"maps need texts to fit and others to test them, and there are {len(paired.host)}; give more."
+            f"maps need texts to fit and others to test them, but there are {len(paired.host)}; give more."
         )
 
 
-def _after_heads(model: PreTrainedModel) -> str:
+def _after_attention(model: PreTrainedModel) -> str:
     """The component at which the residual stream first contains what a block's heads have written."""
     return "block_output" if card_of(model).parallel else "resid_mid"
 
@@ -295,7 +297,7 @@ def _streams(
     model: PreTrainedModel, prompts: TokenizedPrompts, kept: Sequence[list[int]], layers: Iterable[int], batch_size: int
 ) -> dict[Where, Float32[Tensor, "token d_model"]]:
     """The residual stream before and after attention of some layers, at the tokens that count."""
-    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _after_heads(model))]
+    places = [(site, layer) for layer in dict.fromkeys(layers) for site in ("block_input", _after_attention(model))]
     rows: dict[Where, list[Tensor]] = {place: [torch.empty(0)] * len(prompts) for place in places}
     with evaluating(model), no_gradients(model), ExitStack() as hooks:
         hooks.enter_context(Taps(model, card_of(model), places))
@@ -585,10 +587,10 @@ class _Host:
     def of_donor(self, transplant: Transplant, stream: Tensor) -> Tensor:
         """What a donor's head writes, mapped to the host's stream."""
         donor, maps = transplant.donor, transplant.maps
-        given = stream if maps is None else maps.into(stream)
+        donor_stream = stream if maps is None else maps.into(stream)
         device = input_device(donor)
         mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
-        output = head_output(donor, transplant.donor_head, given.to(device, donor.dtype), mask, positions)
+        output = head_output(donor, transplant.donor_head, donor_stream.to(device, donor.dtype), mask, positions)
         return output if maps is None else maps.back.change(output)
 
     def replace(self, layer: int, contributions: Tensor) -> Tensor | None:

@@ -33,6 +33,9 @@ def ablation_curves(rows: Rows, title: str) -> Figure:
         rows: with "n_heads", 0 being the untouched run, "random_sets" and, where there are some, "random_drop", "random_lowest"
             and "random_highest".
         title: above the figure.
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(5.6, 3.7))
     axes = figure.add_subplot()
@@ -68,6 +71,9 @@ def transplant_curves(rows: Rows) -> Figure:
     Args:
         rows: with "donor", "n_heads", "condition", "clean_accuracy", "random_sets" and, where there are some, "random_accuracy",
             "random_lowest" and "random_highest".
+
+    Returns:
+        The figure.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(1.4 + 4.4 * len(models), 3.8))
@@ -103,6 +109,9 @@ def pattern_bars(rows: Rows, shapes: Sequence[str]) -> Figure:
     Args:
         rows: with "pattern": none, and each shape as SHAPE and SHAPE_hard.
         shapes: from left to right.
+
+    Returns:
+        The figure.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(1.6 + 0.85 * len(shapes) * len(models) + 1.2 * len(models), 3.3))

@@ -29,6 +29,9 @@ def drops_by_token(rows: Rows) -> Figure:
 
     Args:
         rows: with "site", "position", "low" and "high".
+
+    Returns:
+        The figure.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(1.2 + 4.6 * len(models), 3.4))
@@ -54,6 +57,9 @@ def drops_by_hub(rows: Rows) -> Figure:
 
     Args:
         rows: with "position", "hard", "drop_low" and "drop_high".
+
+    Returns:
+        The figure.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(1.2 + 4.4 * len(models), 3.3))
@@ -82,6 +88,9 @@ def drops_by_stratum(title: str, rows: Rows) -> Figure:
         title: above the figure.
         rows: of one model, with "split", "stratum", "problems", "clean_accuracy", "drop_low" and "drop_high" (NaN where there are
             too few problems), and "random_drop" (NaN without random heads).
+
+    Returns:
+        The figure.
     """
     sides = [[row for row in rows if row["split"] == split] for split in ("confidence", "steps")]
     widths = [max(len(side), 2) for side in sides]
@@ -120,6 +129,9 @@ def crossed_strata(title: str, rows: Rows) -> Figure:
         title: above the figure.
         rows: as for `drops_by_stratum`, with the split "both", whose strata are "PART, STEPS", and "verdict" ("" where there are
             too few problems).
+
+    Returns:
+        The figure.
     """
     cells = {row["stratum"]: row for row in rows if row["split"] == "both"}
     parts, steps = ([row["stratum"] for row in rows if row["split"] == split] for split in ("confidence", "steps"))

@@ -36,6 +36,9 @@ def edge_matrix(
         title: above the figure.
         label: what the colour means, with its unit.
         cell: the side of a cell in inches, at most.
+
+    Returns:
+        The figure.
     """
     sizes = np.abs(matrix[np.isfinite(matrix)])
     limit = float(np.quantile(sizes, CLIPPED)) if sizes.size else 0.0

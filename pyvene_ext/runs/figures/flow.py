@@ -28,6 +28,9 @@ def routes(edges: Sequence[FlowEdge], tokens: Sequence[str], layers: int, title:
         tokens: of the prompt.
         layers: of the model.
         title: above the figure.
+
+    Returns:
+        The figure.
     """
     residual, mlp = {}, {}
     attention: dict[tuple[StreamState, StreamState], list[FlowEdge]] = defaultdict(list)

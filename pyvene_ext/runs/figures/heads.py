@@ -59,6 +59,9 @@ def head_heatmap(
         first_layer: the number of the matrix's first row.
         missing: what the legend calls cells that are not finite.
 
+    Returns:
+        The figure.
+
     Raises:
         ValueError: the matrix is not [layer head], or is empty.
     """
@@ -99,6 +102,9 @@ def compared_heads(
         names: of the two conditions.
         title: above the figure.
         label: what the colours mean, with its unit.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: a or b is not [layer head], or their shapes differ.
@@ -145,6 +151,9 @@ def frequency_curve(
         title: above the figure.
         threshold: the horizontal axis' label.
 
+    Returns:
+        The figure.
+
     Raises:
         ValueError: `taus` and `frequencies` do not fit together.
     """
@@ -187,6 +196,9 @@ def histogram_abs_delta(
         delta: clean minus ablated logit difference, any shape (heads and prompts).
         tau: the run's threshold, marked by a line.
         title: above the figure.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: no value is finite and other than 0.
@@ -239,6 +251,9 @@ def scatter_heads(
         title: above the figure.
         first_layer: the number of the matrices' first row.
 
+    Returns:
+        The figure.
+
     Raises:
         ValueError: a or b is not [layer head], or their shapes differ.
     """
@@ -275,6 +290,9 @@ def layer_lines(
         correlations: one a layer (`stats.correlate_layers`).
         title: above the figure.
         alpha: the q below which a point is filled.
+
+    Returns:
+        The figure.
     """
     numbers = np.asarray(layers, dtype=np.float64)
     figure = Figure(figsize=(min(max(4.8, 1.6 + 0.22 * len(layers)), 13.0), 3.5))
@@ -316,6 +334,9 @@ def faithfulness_curves(
             `Curve.runs.interval()` of `pyvene_ext.methods.attribution.circuits`).
         random: by name, up to two: a size and the faithfulness of random circuits of that size, drawn as dashes.
         title: above the figure.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: more curves or kinds of random circuits than there are colours for; or a curve's arrays do not fit together.

@@ -25,6 +25,9 @@ def tag_shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         rows: one a head and tag, with "model", "head", "tag", "token_share", and "share" and "random_share" with "_low" and
             "_high"; all from 0 to 1.
+
+    Returns:
+        The figure.
     """
     panels = list(dict.fromkeys((row["model"], row["head"]) for row in rows))
     columns = min(4, len(panels))

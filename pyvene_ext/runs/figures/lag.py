@@ -26,6 +26,9 @@ def lag_curves(found: Sequence[LagCurves], random: Float[np.ndarray, "set permut
         found: the curves with each number of heads ablated, smallest first.
         random: those of random sets as large as the last one; may be of no set.
         title: above the figure.
+
+    Returns:
+        The curves of the found heads, or of the random sets, by permutation and lag.
     """
     lags = lags_of(found[0].own.shape[1])
     few = len(lags) <= 4 * ZOOM

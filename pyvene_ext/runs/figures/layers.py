@@ -23,6 +23,9 @@ def depth_curve(curve: Interval, title: str, label: str, scale: str = "linear") 
         title: above the figure.
         label: what is averaged, with its unit.
         scale: of the vertical axis, "linear" or "log".
+
+    Returns:
+        The figure.
     """
     depths = np.arange(len(curve.mean))
     figure = Figure(figsize=(5.6, 3.4))
@@ -54,6 +57,9 @@ def layer_map(
         title: above the figure.
         label: what the colour means, with its unit.
         xlabel: what the columns are.
+
+    Returns:
+        The figure.
     """
     n, width = values.shape[0], max(2.4, 0.62 * len(columns))
     height = max(1.8, min(0.42, 6.0 / n) * n)

@@ -41,6 +41,9 @@ def figures_of_name_movers(
         places: the groups of tokens that heads look at.
         of: what was measured, for titles.
         fold_norm: whether the projection has the final norm in it.
+
+    Returns:
+        The figures by their file names.
     """
     figures: dict[str, Figure] = {}
     kinds = list(names.whole)
@@ -80,6 +83,9 @@ def attention_against_projection(
         pooled: the correlation of all points.
         title: above the figure; the correlation is its second line.
         fold_norm: whether the projection has the final norm in it, for the label.
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(4.8, 3.9))
     axes = figure.add_subplot()
@@ -105,6 +111,9 @@ def copies_and_effects(heads: Sequence[Mapping[str, Any]], of: str) -> Figure:
     Args:
         heads: one row a head, the first of which are named: "layer", "head", "copy", "copy_negative" and "attribution".
         of: what was measured, for the title.
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(7.2, 3.6))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -134,6 +143,9 @@ def where_heads_look(
         places: the groups' names.
         heads: the heads' names.
         of: what was measured, for the title.
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(1.6 + 0.78 * len(places), 1.3 + 0.26 * len(heads)))
     panels = figure.subplots(1, 2, sharey=True)

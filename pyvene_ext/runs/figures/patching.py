@@ -31,6 +31,9 @@ def site_maps(
         title: of every figure; site and position follow it.
         of: what was patched, at the titles' end.
         label: what the colour means, with its unit.
+
+    Returns:
+        The figure of each site.
     """
     found: dict[str, Figure] = {}
     others = {site: values[..., 0] for site, values in maps.items() if not has_heads(site)}

@@ -28,6 +28,9 @@ def probe_curves(model: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         model: in the title.
         rows: one a position, target and depth, with "place", its name, "problems", and of each of LINES its value and the ends of
             its band: "_low" and "_high" of r2 and question, "_lowest" and "_highest" of shuffled.
+
+    Returns:
+        The figure.
     """
     positions, targets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("position", "target"))
     figure = Figure(figsize=(max(1.0 + 2.5 * len(positions), 7), 1.4 + 1.7 * len(targets)))

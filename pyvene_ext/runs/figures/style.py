@@ -67,10 +67,18 @@ def _characters() -> frozenset[int]:
 
 @styled
 def save(figure: Figure, path: str | Path, dpi: int = 200) -> list[Path]:
-    """Write `figure` to `path`, complete or not at all; the ending chooses the format (.png, .pdf, .svg). Returns what it wrote.
+    """Write a figure to a file, complete or not at all; the ending chooses the format (.png, .pdf, .svg).
 
     Beside a .png its .pdf is written, for papers: the same drawing, without a limit to its resolution. Equal figures give equal
     files of these three formats, byte for byte.
+
+    Args:
+        figure: drawn in the style of this package.
+        path: the file.
+        dpi: resolution of a .png.
+
+    Returns:
+        The files written.
 
     Raises:
         ValueError: the path's ending is not a format that matplotlib writes.

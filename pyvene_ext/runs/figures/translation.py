@@ -27,6 +27,9 @@ def ablated_sets(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], tasks:
         rows: one a kind and set: "kind", "set" (a key of `MARKS`), and of every task COLUMN and COLUMN_clean.
         kinds: of ablations, in their order.
         tasks: the panels' titles by the rows' column.
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(1.2 + 2.6 * len(tasks), 3.4))
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
@@ -57,6 +60,9 @@ def word_probabilities(probabilities: Mapping[str, Float[np.ndarray, " depth"]],
     Args:
         probabilities: means over prompts by what the language is, "target" and "source".
         title: above the figure.
+
+    Returns:
+        The figure.
     """
     figure = Figure(figsize=(4.8, 3.2))
     axes = figure.add_subplot()

@@ -40,7 +40,7 @@ def test_batches_of_unequal_lengths_equal_one_prompt_at_a_time(family: str) -> N
     assert single.intervened.shape == (5, 6) and single.intervened.dtype == np.float32
     for batch_size, padding_side in ((4, "left"), (4, "right"), (6, "left")):
         batched = _quiet_run(model, batch_size=batch_size, padding_side=padding_side)
-        np.testing.assert_allclose(batched.clean, single.clean, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(batched.baseline, single.baseline, atol=1e-5, rtol=1e-5)
         np.testing.assert_allclose(batched.intervened, single.intervened, atol=1e-5, rtol=1e-5)
 
 
@@ -54,14 +54,14 @@ def test_metrics_are_those_of_hand_ablated_logits(metric: str) -> None:
         clean = slow.logits(model, ids)[-1:]
         ablated = slow.logits(model, ids, [change])[-1:]
         answers = torch.tensor([PROMPTS.answer_ids[prompt]])
-        for logits, got in ((clean, result.clean), (ablated, result.intervened[0])):
+        for logits, got in ((clean, result.baseline), (ablated, result.intervened[0])):
             expected = metrics.kl(clean, logits) if metric == "kl" else getattr(metrics, metric)(logits, answers)
             assert got[prompt] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_delta_is_clean_minus_intervened_and_names_are_in_order() -> None:
     result = _quiet_run(random_model("llama3_1"), [HEAD, SPECS[4]])
-    np.testing.assert_array_equal(result.delta, result.clean - result.intervened)
+    np.testing.assert_array_equal(result.delta, result.baseline - result.intervened)
     assert result.names == ("z.1.2", "z.1.2+resid_pre.2@last:mean")
 
 
@@ -75,7 +75,7 @@ def test_a_frame_has_a_row_for_every_intervention_and_prompt() -> None:
     rows = iter(frame.itertuples(index=False))
     for number, name in enumerate(result.names):
         for prompt in range(len(PROMPTS)):
-            before, after = result.clean[prompt], result.intervened[number, prompt]
+            before, after = result.baseline[prompt], result.intervened[number, prompt]
             assert next(rows) == (name, prompt, before, after, before - after)
     assert next(rows, None) is None
 
@@ -91,7 +91,7 @@ def test_a_given_reference_and_a_given_clean_run_are_used() -> None:
 
     forwards = []
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    again = _quiet_run(model, [spec], reference=reference, clean=own.clean, batch_size=6)
+    again = _quiet_run(model, [spec], reference=reference, baseline=own.baseline, batch_size=6)
     assert len(forwards) == 1
     np.testing.assert_allclose(again.delta, borrowed.delta, atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_the_order_of_prompts_in_the_result_is_the_sets() -> None:
     for prompt, ids in enumerate(PROMPTS.input_ids):
         io, s = PROMPTS.answer_ids[prompt]
         logits = slow.logits(model, ids)[-1]
-        assert result.clean[prompt] == pytest.approx((logits[io] - logits[s]).item(), abs=1e-5)
+        assert result.baseline[prompt] == pytest.approx((logits[io] - logits[s]).item(), abs=1e-5)
 
 
 def _state(model) -> tuple:
@@ -167,7 +167,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
         ({"specs": []}, "at least one spec"),
         ({"specs": [HEAD, Ablation(kind="zero", site="z", layer=1, heads=(7,))]}, "head 7 is out of range"),
         ({"specs": [HEAD, Ablation(kind="zero", site="mlp_out", layer=1, positions="verb")]}, "no position 'verb'"),
-        ({"clean": np.zeros(3, np.float32)}, "values for 6 prompts"),
+        ({"baseline": np.zeros(3, np.float32)}, "values for 6 prompts"),
         ({"prompts": random_prompts((6, 6, 7)), "specs": SPECS[2:3]}, "prompt 2 cannot be resampled"),
     ],
 )

@@ -51,9 +51,9 @@ def test_the_sweep_gives_what_the_plain_engine_gives(family: str, memory: int | 
     model, specs = model_and_specs(family)
     plain = run(model, specs, PROMPTS, METRIC, batch_size=2, progress=False)
     fast = sweep(model, specs, PROMPTS, METRIC, memory=memory, progress=False)
-    assert plain.clean.shape == (8, 9) and plain.intervened.shape == (len(specs), 8, 9)
+    assert plain.baseline.shape == (8, 9) and plain.intervened.shape == (len(specs), 8, 9)
     assert plain.delta.shape == (len(specs), 8, 9)
-    np.testing.assert_allclose(fast.clean, plain.clean, **CLOSE)
+    np.testing.assert_allclose(fast.baseline, plain.baseline, **CLOSE)
     np.testing.assert_allclose(fast.intervened, plain.intervened, **CLOSE)
     assert (np.abs(plain.delta).max((1, 2)) > 1e-3).sum() >= len(specs) - 2, "something is compared"
 
@@ -64,7 +64,7 @@ def test_it_is_the_softmax_at_the_last_token_read_at_the_prompts_own_tokens(fami
     found = run(model, specs[:1], PROMPTS, METRIC, progress=False)
     change = ("z", 0, slow.replaced(range(9), [0], torch.zeros_like))
     for prompt, ids in enumerate(PROMPTS.input_ids):
-        for changes, got in (((), found.clean), ((change,), found.intervened[0])):
+        for changes, got in (((), found.baseline), ((change,), found.intervened[0])):
             logits = slow.logits(model, ids, changes)[-1]
             shares = [float(logits[token].exp() / logits.exp().sum()) for token in ids]
             np.testing.assert_allclose(got[prompt], shares, **CLOSE)
@@ -84,7 +84,7 @@ def test_a_frame_has_a_row_for_every_token() -> None:
     assert list(frame) == ["intervention", "prompt", "pos", "baseline", "intervened", "delta"]
     assert len(frame) == result.intervened.size
     for row, at in zip(frame.itertuples(index=False), np.ndindex(result.intervened.shape), strict=True):
-        before, after = result.clean[at[1:]], result.intervened[at]
+        before, after = result.baseline[at[1:]], result.intervened[at]
         assert tuple(row) == (result.names[at[0]], *at[1:], before, after, before - after)
 
 
@@ -93,10 +93,10 @@ def test_some_of_the_prompts_and_a_given_clean_run() -> None:
     whole = sweep(model, specs, PROMPTS, METRIC, progress=False)
     some = sweep(model, specs, PROMPTS, METRIC, subset=[3, 0], progress=False)
     np.testing.assert_allclose(some.intervened, whole.intervened[:, [3, 0]], **CLOSE)
-    again = run(model, specs[:1], PROMPTS, METRIC, clean=whole.clean, progress=False)
-    np.testing.assert_array_equal(again.clean, whole.clean)
-    with pytest.raises(ValueError, match=r"clean holds \(8,\) values for 8 prompts; give one per token"):
-        run(model, specs[:1], PROMPTS, METRIC, clean=whole.clean[:, 0], progress=False)
+    again = run(model, specs[:1], PROMPTS, METRIC, baseline=whole.baseline, progress=False)
+    np.testing.assert_array_equal(again.baseline, whole.baseline)
+    with pytest.raises(ValueError, match=r"baseline holds \(8,\) values for 8 prompts; give one per token"):
+        run(model, specs[:1], PROMPTS, METRIC, baseline=whole.baseline[:, 0], progress=False)
 
 
 def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_read(
@@ -125,14 +125,14 @@ def test_an_interrupted_sweep_goes_on_and_a_finished_one_is_read(
     read = sweep(model, specs, PROMPTS, METRIC, store=tmp_path / "s", **options)
     assert len(seen) == ran
     for result in (found, read):
-        assert result.clean.tobytes() == expected.clean.tobytes()
+        assert result.baseline.tobytes() == expected.baseline.tobytes()
         assert result.intervened.tobytes() == expected.intervened.tobytes()
 
 
 def swept(store: Path) -> dict[str, np.ndarray]:
     model, specs = model_and_specs("llama3_1")
     result = sweep(model, specs, PROMPTS, METRIC, memory=MEMORY, store=store, progress=False)
-    return {"clean": result.clean, "intervened": result.intervened}
+    return {"clean": result.baseline, "intervened": result.intervened}
 
 
 def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:

@@ -163,14 +163,5 @@ def test_collecting_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_positions_count_from_the_first_real_token_or_back_from_the_last() -> None:
-    assert token_indices(PROMPTS, 1, ("s1", 0, -1, "last")) == [1, 0, 5, 5]
-    assert token_indices(PROMPTS, 1, "all") == list(range(6))
-    with pytest.raises(ValueError, match="prompt 1 has no position 'verb'; choose among end, last, s1, s2"):
-        token_indices(PROMPTS, 1, "verb")
-    with pytest.raises(ValueError, match="position -7 lies outside prompt 1, which has 6 tokens"):
-        token_indices(PROMPTS, 1, (-7,))
-
-
 def test_labels() -> None:
     assert [label(place) for place in (("z", 3), ("embed", None))] == ["z.3", "embed"]

@@ -1,4 +1,4 @@
-"""Tables in CSV files against the standard library's writer, byte for byte."""
+"""Files are replaced at once or left alone; tables in CSV files against the standard library's writer, byte for byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pyvene_ext.io.files import read_csv, write_csv
+from pyvene_ext.io.files import atomic_path, read_csv, write_csv
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 CELL = st.one_of(
@@ -44,6 +44,21 @@ def by_hand(rows: list[dict[str, Any]]) -> bytes:
         empty = {name for name, cell in row.items() if isinstance(cell, float | np.floating) and math.isnan(cell)}
         writer.writerow({name: "" if name in empty else cell for name, cell in row.items()})
     return file.getvalue().encode()
+
+
+def test_a_file_is_replaced_at_once_or_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with path.open() as reader:
+        with atomic_path(path) as temporary:
+            temporary.write_text("new")
+            assert path.read_text() == "old"
+        assert path.read_text() == "new"
+        assert reader.read() == "old", "who had it open has it whole"
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        temporary.write_text("half of")
+        raise KeyboardInterrupt
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 @given(rows=ROWS)

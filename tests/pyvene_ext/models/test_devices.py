@@ -101,7 +101,7 @@ def test_an_offloaded_model_has_the_hash_and_gives_the_numbers_of_one_in_memory(
     assert weight_hash(model) == weight_hash(original)
     assert input_device(model) == CPU and metadata(model)["device"] == "cpu"
     fast = sweep(model, specs, PROMPTS, progress=False)
-    np.testing.assert_allclose(fast.clean, expected.clean, **CLOSE)
+    np.testing.assert_allclose(fast.baseline, expected.baseline, **CLOSE)
     np.testing.assert_allclose(fast.intervened, expected.intervened, **CLOSE)
     assert traces(model) == before
     # Statistics of the model in memory are this model's too.
@@ -242,7 +242,7 @@ def test_a_model_spread_over_gpus_never_brings_tensors_of_two_of_them_together(f
         found = sweep(model, specs, PROMPTS, metric, progress=False)
         behind = sweep(model, specs[-3:-2], PROMPTS, metric, progress=False)
         some = run(model, specs[::5], PROMPTS, metric, reference, progress=False)
-    np.testing.assert_allclose(found.clean, expected.clean, **CLOSE)
+    np.testing.assert_allclose(found.baseline, expected.baseline, **CLOSE)
     np.testing.assert_allclose(found.intervened, expected.intervened, **CLOSE)
     np.testing.assert_allclose(behind.intervened, expected.intervened[-3:-2], **CLOSE)
     np.testing.assert_allclose(some.intervened, expected.intervened[::5], **CLOSE)

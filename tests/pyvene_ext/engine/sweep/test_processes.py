@@ -57,7 +57,7 @@ def model_and_specs(family: str = "llama3_1") -> tuple[Any, list[Spec]]:
 def swept(store: Path | None = None, family: str = "llama3_1", metric: str = "logit_diff") -> dict[str, np.ndarray]:
     model, specs = model_and_specs(family)
     result = sweep(model, specs, PROMPTS, metric, memory=MEMORY, store=store, progress=False)
-    return {"clean": result.clean, "intervened": result.intervened}
+    return {"clean": result.baseline, "intervened": result.intervened}
 
 
 def as_rank(rank: int, port: int, folder: Path, target: Callable[..., Any], *args: Any) -> None:
@@ -235,9 +235,7 @@ def test_a_store_in_use_is_refused_by_both_processes(launch: Any, tmp_path: Path
     finally:
         holder.kill()
         holder.join()
-    said = (
-        f"{tmp_path}/store is in use by another process (pid {holder.pid} on {socket.gethostname()}); wait for its end"
-    )
+    said = f"{tmp_path}/store is in use by another process (pid {holder.pid} on {socket.gethostname()}); wait until it ends"
     assert len(done.sentences) == 2 and all(sentence.startswith(said) for sentence in done.sentences)
 
 

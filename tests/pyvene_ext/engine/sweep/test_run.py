@@ -134,7 +134,7 @@ def _compare(
     slow = run(model, specs, prompts, metric, reference, progress=False)
     fast = sweep(model, specs, prompts, metric, reference, progress=False, **options)
     assert fast.names == slow.names and fast.metric == metric
-    np.testing.assert_allclose(fast.clean, slow.clean, **CLOSE)
+    np.testing.assert_allclose(fast.baseline, slow.baseline, **CLOSE)
     for name, got, expected in zip(fast.names, fast.intervened, slow.intervened, strict=True):
         np.testing.assert_allclose(got, expected, err_msg=name, **CLOSE)
     return fast
@@ -246,7 +246,7 @@ def test_prompts_are_chosen_by_their_numbers(subset):
     specs = all_heads(model.config)[:2]
     if subset is None:
         chosen = sweep(model, specs, PROMPTS, subset=np.arange(2, 4), progress=False)
-        assert np.array_equal(chosen.clean, sweep(model, specs, PROMPTS, subset=[2, 3], progress=False).clean)
+        assert np.array_equal(chosen.baseline, sweep(model, specs, PROMPTS, subset=[2, 3], progress=False).baseline)
         return
     with pytest.raises(ValueError, match="by number, 0 to 5, each once"):
         sweep(model, specs, PROMPTS, subset=subset)
@@ -318,7 +318,7 @@ def test_a_subset_keeps_reference_and_donors_of_all_prompts():
     whole = sweep(model, specs, PROMPTS, progress=False)
     part = sweep(model, specs, PROMPTS, subset=[4, 0], progress=False)
     np.testing.assert_allclose(part.intervened, whole.intervened[:, [4, 0]], **CLOSE)
-    np.testing.assert_allclose(part.clean, whole.clean[[4, 0]], **CLOSE)
+    np.testing.assert_allclose(part.baseline, whole.baseline[[4, 0]], **CLOSE)
 
 
 def test_what_the_plain_engine_refuses_is_refused():
@@ -466,7 +466,7 @@ def test_a_store_keeps_to_the_batches_it_began_with(tmp_path, monkeypatch):
         sweep(model, specs, PROMPTS, memory=220_000, store=tmp_path / "kept", progress=False)
     result = sweep(model, specs, PROMPTS, store=tmp_path / "kept", progress=False)  # with all the memory it wants
     assert few[2:] and not set(few[:2]) & set(few[2:])
-    assert np.array_equal(result.intervened, expected.intervened) and np.array_equal(result.clean, expected.clean)
+    assert np.array_equal(result.intervened, expected.intervened) and np.array_equal(result.baseline, expected.baseline)
 
 
 def test_a_store_of_another_version_s_batches_is_refused(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def _sliced(model, specs, prompts, metric, reference, *, subset, progress) -> Re
     """The plain engine on all prompts, cut to some of them."""
     assert not progress
     whole = run(model, specs, prompts, metric, reference, progress=False)
-    return Result(whole.names, metric, whole.clean[subset], whole.intervened[:, subset])
+    return Result(whole.names, metric, whole.baseline[subset], whole.intervened[:, subset])
 
 
 def _given(delta: np.ndarray) -> tuple[list[Spec], Callable[..., Result]]:

@@ -221,7 +221,7 @@ def test_a_manifest_changed_by_hand_and_waves_under_other_names_are_noticed(tmp_
 def test_a_folder_with_arrays_of_something_else_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "clean.npy", np.zeros(3))
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"clean\.npy is no store's, and a store could overwrite it"):
+    with pytest.raises(ValueError, match=r"clean\.npy does not belong to a store, which could overwrite it"):
         Store(tmp_path, FACTS, PLAN)
     assert files(tmp_path) == before
 

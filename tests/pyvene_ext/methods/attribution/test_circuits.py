@@ -241,8 +241,8 @@ def test_the_full_graph_is_the_model_on_base_and_the_empty_one_the_model_on_sour
     full = Circuit.full(model.config)
     runs = runs_of(model, [full, Circuit(frozenset())], BASE, SOURCE)
     nothing = Ablation(kind="zero", site="z", layer=0, heads=(0,))
-    of_base = run(model, nothing, BASE, progress=False).clean
-    of_source = run(model, nothing, replace(SOURCE, answer_ids=BASE.answer_ids), progress=False).clean
+    of_base = run(model, nothing, BASE, progress=False).baseline
+    of_source = run(model, nothing, replace(SOURCE, answer_ids=BASE.answer_ids), progress=False).baseline
     assert np.array_equal(runs.circuits[0], runs.clean)
     close(runs.clean, of_base)
     close(runs.circuits[1], runs.source)

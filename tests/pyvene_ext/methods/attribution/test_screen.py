@@ -308,7 +308,7 @@ def test_a_screen_runs_what_could_matter_and_a_random_part_of_the_rest() -> None
     assert len(found.checked) == 20 < len(aside) and set(found.checked) <= set(aside)
     assert asked == [spec for spec, run_exactly in zip(specs, found.exact, strict=True) if run_exactly]
     assert found.result.names == exact.names and found.result.metric == "logit_diff"
-    np.testing.assert_array_equal(found.result.clean, exact.clean)
+    np.testing.assert_array_equal(found.result.baseline, exact.baseline)
     np.testing.assert_allclose(found.result.delta[found.exact], exact.delta[found.exact], atol=1e-5)
     assert np.isnan(found.result.delta[~found.exact]).all() and (~found.exact).any()
 

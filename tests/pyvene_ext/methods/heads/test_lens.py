@@ -248,7 +248,7 @@ def test_the_soft_cap_is_behind_what_is_attributed() -> None:
 def test_the_total_on_shipped_prompts_is_the_clean_logit_difference_of_a_run(name: str) -> None:
     model, tokenizer = load_model(name)
     prompts = PromptSet.load(IOI).tokenize(tokenizer)
-    clean = run(model, Ablation(kind="zero", site="z", layer=0, heads=(0,)), prompts, progress=False).clean
+    clean = run(model, Ablation(kind="zero", site="z", layer=0, heads=(0,)), prompts, progress=False).baseline
     found = direct_logit_attribution(model, prompts, batch_size=16, progress=False).logit_diff
     assert len(prompts) == 100 and np.abs(clean).mean() > 1
     cap = model.config.final_logit_softcapping if name == "tiny-gemma2" else None

@@ -384,7 +384,7 @@ def test_activation_patches_are_what_hooks_do_at_every_site_on_either_engine(fam
     for engine in ("plain", "sweep"):
         result = _patch(family, specs, engine=engine)
         np.testing.assert_allclose(result.intervened, expected, **CLOSE, err_msg=engine)
-        np.testing.assert_allclose(result.clean, untouched, **CLOSE)
+        np.testing.assert_allclose(result.baseline, untouched, **CLOSE)
         np.testing.assert_allclose(result.source, _untouched_metric(family, SOURCE), **CLOSE)
 
 
@@ -421,9 +421,9 @@ def test_every_metric_is_read_as_by_hand_with_little_memory_too(family: str, met
     for options in ({"engine": "plain", "batch_size": 3}, {}, {"memory": 400_000}):
         result = _patch(family, specs, metric=metric, **options)
         np.testing.assert_allclose(result.intervened, expected, **CLOSE, err_msg=str(options))
-        np.testing.assert_allclose(result.clean, _untouched_metric(family, BASE, metric), **CLOSE)
+        np.testing.assert_allclose(result.baseline, _untouched_metric(family, BASE, metric), **CLOSE)
         if metric == "kl":
-            assert np.isnan(result.source).all() and (result.clean == 0).all()
+            assert np.isnan(result.source).all() and (result.baseline == 0).all()
         else:
             np.testing.assert_allclose(result.source, _untouched_metric(family, SOURCE, metric), **CLOSE)
 
@@ -547,8 +547,8 @@ def test_where_base_and_source_do_not_differ_nothing_changes_and_where_not_alike
     )
     for engine in ("plain", "sweep"):
         result = _patch("qwen2_5", specs, source=same, engine=engine)
-        np.testing.assert_allclose(result.intervened, [result.clean] * 2, **CLOSE)
-    with pytest.raises(ValueError, match="every pair in another way"):
+        np.testing.assert_allclose(result.intervened, [result.baseline] * 2, **CLOSE)
+    with pytest.raises(ValueError, match="a different way in every pair"):
         concept_direction(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
     two, turned = (replace(BASE, **{name: getattr(BASE, name)[1::2] for name in FIELDS}) for _ in range(2))
     turned = replace(turned, input_ids=turned.input_ids[::-1])
@@ -593,7 +593,7 @@ def test_a_score_is_0_where_nothing_is_patched_and_1_where_everything_is(family:
         result = _patch(family, [*everything, *nothing], base, source, engine=engine)
         np.testing.assert_allclose(result.intervened[: len(everything)], [result.source] * len(everything), **CLOSE)
         np.testing.assert_allclose(result.score[: len(everything)], 1, atol=1e-4)
-        np.testing.assert_allclose(result.intervened[len(everything) :], [result.clean] * len(nothing), **CLOSE)
+        np.testing.assert_allclose(result.intervened[len(everything) :], [result.baseline] * len(nothing), **CLOSE)
         np.testing.assert_allclose(result.score[len(everything) :], 0, atol=1e-4)
         np.testing.assert_allclose(result.mean_score, [1] * len(everything) + [0] * len(nothing), atol=1e-4)
 
@@ -751,7 +751,7 @@ def test_direct_terms_of_all_senders_add_up_to_that_of_the_whole_stream(family: 
     model = _model(family)
     senders = all_paths(model.config, ("logits",), direct=True, positions="last")
     result = _patch(family, senders)
-    changes = (result.intervened - result.clean).sum(0)
+    changes = (result.intervened - result.baseline).sum(0)
     last = n_layers(model.config) - 1
     norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
     for prompt, (right, wrong) in enumerate(BASE.answer_ids):
@@ -921,7 +921,7 @@ def test_without_a_final_norm_the_direct_paths_of_all_senders_add_up_to_the_whol
     paths = all_paths(model.config, ("logits",), freeze_mlps=True)
     result = patch(model, paths, BASE, SOURCE, engine=engine, progress=False)
     assert len(paths) == 1 + n_layers(model.config) * (n_heads(model.config) + 1)
-    whole = result.source - result.clean
+    whole = result.source - result.baseline
     # The terms cancel one another in part, so that their rounding counts.
     assert (np.abs(-result.delta.sum(0) - whole) < 1e-5 * np.abs(result.delta).sum(0)).all()
     assert np.abs(whole).min() > 0.1
@@ -1209,7 +1209,7 @@ def test_pairs_of_equal_texts_have_no_score_made_of_rounding() -> None:
     source = replace(SOURCE, input_ids=(BASE.input_ids[0], *SOURCE.input_ids[1:]))
     for engine in ("plain", "sweep"):
         result = _patch("gpt2", all_patches(_model("gpt2").config, "z"), source=source, engine=engine, batch_size=3)
-        assert result.source[0] == result.clean[0] and np.isnan(result.score[:, 0]).all()
+        assert result.source[0] == result.baseline[0] and np.isnan(result.score[:, 0]).all()
         assert np.isfinite(result.score[:, 1:]).all()
 
 

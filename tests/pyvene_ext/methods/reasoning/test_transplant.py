@@ -430,7 +430,7 @@ def test_texts_are_paired_where_the_pieces_are_the_same() -> None:
         ({"test_share": 1.0}, "test_share must lie between 0 and 1, not be 1.0"),
         ({"layers": [(3, 0)]}, "no layer 3 in the host"),
         ({"layers": [(0, 3)]}, "no layer 3 in the donor"),
-        ({"texts": 1}, "maps need texts to fit and others to test them, and there are 1"),
+        ({"texts": 1}, "maps need texts to fit and others to test them, but there are 1"),
         ({"texts": 4}, "27 tokens are too few to fit maps between streams of 42 and 44 dimensions"),
         ({"texts": 4, "method": "procrustes", "alpha": 1.0}, "27 tokens are too few"),
         ({"same": True}, "no test text has a context that the training texts lack"),
