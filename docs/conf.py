@@ -59,6 +59,7 @@ nitpick_ignore = [
         "pyvene_ext.io.cli.Config",
         "pyvene_ext.models.devices.T",
         "pyvene_ext.methods.reasoning.evaluate.K",
+        "pyvene_ext.methods.reasoning.evaluate.S",
         "pyvene_ext.io.files.Model",
     )
 ]
