@@ -19,12 +19,12 @@ from .inputs import tag_shares as tag_shares
 from .lag import lag_curves as lag_curves
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map
+from .layers import probe_curves as probe_curves
+from .layers import site_maps as site_maps
 from .name_movers import attention_against_projection as attention_against_projection
 from .name_movers import copies_and_effects as copies_and_effects
 from .name_movers import figures_of_name_movers as figures_of_name_movers
 from .name_movers import where_heads_look as where_heads_look
-from .patching import site_maps as site_maps
-from .probes import probe_curves as probe_curves
 from .routes import routes as routes
 from .style import AMBER as AMBER
 from .style import BLUE as BLUE

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pyvene_ext.runs.figures.style import BLUE, DIVERGING, GREY, styled
+from pyvene_ext.models.sizes import has_heads
+from pyvene_ext.runs.figures.heads import head_heatmap
+from pyvene_ext.runs.figures.style import BLUE, DIVERGING, GREY, ORANGE, styled
 from pyvene_ext.stats.intervals import Interval
 
 
@@ -83,4 +89,100 @@ def layer_map(
     bar = figure.colorbar(image, ax=axes, fraction=0.16 / width, aspect=height / 0.14, pad=0.02)
     bar.set_label(textwrap.fill(label, int(11 * height)))
     bar.outline.set_visible(False)
+    return figure
+
+
+def site_maps(
+    maps: Mapping[str, Float[np.ndarray, "position layer head"]],
+    positions: Sequence[str],
+    *,
+    title: str,
+    of: str,
+    label: str,
+) -> dict[str, Figure]:
+    """By file name: layer x head for every site of heads and position; layer x position for the others.
+
+    At one position the others are one figure, layer x site, named "layers".
+
+    Args:
+        maps: mean scores by site; sites without heads have one.
+        positions: where the sites were patched.
+        title: of every figure; site and position follow it.
+        of: what was patched, at the titles' end.
+        label: what the colour means, with its unit.
+
+    Returns:
+        The figure of each site.
+    """
+    found: dict[str, Figure] = {}
+    others = {site: values[..., 0] for site, values in maps.items() if not has_heads(site)}
+    for site, values in maps.items():
+        if site not in others:
+            for position, matrix in zip(positions, values, strict=True):
+                file = site if len(positions) == 1 else f"{site}_{position}"
+                found[file] = head_heatmap(matrix, f"{title}, {site}@{position}: {of}", label, diverging=True)
+    if others and len(positions) == 1:
+        together = np.concatenate(list(others.values())).T
+        where = f"{title}, positions: {positions[0]}: {of}"
+        found["layers"] = layer_map(together, list(others), where, label, "site")
+    else:
+        for site, matrix in others.items():
+            found[site] = layer_map(matrix.T, positions, f"{title}, {site}: {of}", label, "position")
+    return found
+
+
+LINES: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("in_sample", {"color": BLUE, "linestyle": ":"}, "in-sample"),
+    ("r2", {"color": BLUE, "marker": "o", "markersize": 3.5}, "cross-validated, 95% interval"),
+    ("question", {"color": ORANGE, "marker": "s", "markersize": 3}, "mean of the question at this layer"),
+    ("shuffled", {"color": GREY, "linestyle": "--"}, "labels shuffled: mean and range"),
+)
+
+
+@styled
+def probe_curves(model: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """R^2 by depth with its baselines; a row of panels a target, a column a position.
+
+    Args:
+        model: in the title.
+        rows: one a position, target and depth, with "place", its name, "problems", and of each of LINES its value and the ends of
+            its band: "_low" and "_high" of r2 and question, "_lowest" and "_highest" of shuffled.
+
+    Returns:
+        The figure.
+    """
+    positions, targets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("position", "target"))
+    figure = Figure(figsize=(max(1.0 + 2.5 * len(positions), 7), 1.4 + 1.7 * len(targets)))
+    panels = figure.subplots(len(targets), len(positions), sharex=True, sharey=True, squeeze=False)
+    labels = list(dict.fromkeys(row["place"] for row in rows))
+    for (i, target), (j, position) in itertools.product(enumerate(targets), enumerate(positions)):
+        axes = panels[i, j]
+        mine = [row for row in rows if (row["target"], row["position"]) == (target, position)]
+        if not mine:
+            axes.text(0.5, 0.5, "left out", transform=axes.transAxes, ha="center", color=GREY)
+            continue
+        x = [row["depth"] for row in mine]
+
+        def band(axes: Axes, low: str, high: str, colour: str, x: list[int] = x, mine: Sequence[Any] = mine) -> None:
+            ends = [row[low] for row in mine], [row[high] for row in mine]
+            axes.fill_between(x, ends[0], ends[1], color=colour, alpha=0.2, linewidth=0)
+
+        band(axes, "r2_low", "r2_high", BLUE)
+        band(axes, "question_low", "question_high", ORANGE)
+        band(axes, "shuffled_lowest", "shuffled_highest", GREY)
+        for key, look, label in LINES:
+            axes.plot(x, [row[key] for row in mine], label=label, **look)
+        axes.set_title(f"{target}, {position} ({mine[0]['problems']})")
+        axes.grid(axis="y")
+    # Penalties keep predictions from being far worse than the mean; what is, lies below the panel.
+    panels[0, 0].set_ylim(-0.25, 1.05)
+    shown = range(0, len(labels), math.ceil(len(labels) / 14))
+    for axes in panels[-1]:
+        axes.set_xticks(shown, [labels[depth] for depth in shown], rotation=90)
+        axes.set_xlabel("place in the residual stream")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("R²")
+    figure.suptitle(f"{model}: what a linear probe reads off the residual stream (in brackets: problems)", fontsize=10)
+    drawn = next(axes for axes in panels.flat if axes.lines)
+    figure.legend(*drawn.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

@@ -22,7 +22,7 @@ from pyvene_ext.methods.reasoning.probes import ALPHAS, deal_folds
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.prompts.tiny_tasks import NAMES_EN, draw
 from pyvene_ext.runs import reasoning
-from pyvene_ext.runs.figures.probes import probe_curves
+from pyvene_ext.runs.figures.layers import probe_curves
 from pyvene_ext.runs.flags import Problems
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import probes as slow
