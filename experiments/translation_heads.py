@@ -1,4 +1,4 @@
-r"""Which heads align a translation with its source? Diagonals of attention on sentence pairs, against mismatched pairs.
+"""Which heads align a translation with its source? Diagonals of attention on sentence pairs, against mismatched pairs.
 
     python experiments/translation_heads.py
     python experiments/translation_heads.py --model Qwen/Qwen2.5-3B --dtype bfloat16 --pairs en-fr en-de en-ja --check_known
@@ -6,12 +6,12 @@ r"""Which heads align a translation with its source? Diagonals of attention on s
     python experiments/translation_heads.py --dataset sentences.tsv --pairs de-en --show_heads 4.5 3.0 --show_sentences 0 7
 
 Method. Each pair of sentences is one prompt, "EN: <a> FR: <b>" (`--template`). Kept are pairs with 3 to 50 words in a, no digit
-and none of % - _ \ / * &, U+3000 or a note of music, whose numbers of tokens differ by 5 at most; in scripts without spaces a
-character counts as a word (ours). Of a head's attention pattern the part is cut out in which the translation, from the token on
-where its label begins (found by its place in the text), looks at what is before, without the start token. A sentence's score is
-the mean of the diagonals at offsets 0, +1 and -1, each the mean of its entries; a head's is the mean over sentences. Crops that
-are too short for three diagonals are skipped and counted. Control: the pairs are sorted by the number of tokens of b, and
-neighbours swap b, so that lengths match and sentences do not. (Where neighbours have the same b it is skipped.)
+and none of % - _ / * &, a backslash, U+3000 or a note of music, whose numbers of tokens differ by 5 at most; in scripts without
+spaces a character counts as a word (ours). Of a head's attention pattern the part is cut out in which the translation, from the
+token on where its label begins (found by its place in the text), looks at what is before, without the start token. A sentence's
+score is the mean of the diagonals at offsets 0, +1 and -1, each the mean of its entries; a head's is the mean over sentences.
+Crops that are too short for three diagonals are skipped and counted. Control: the pairs are sorted by the number of tokens of
+b, and neighbours swap b, so that lengths match and sentences do not. (Where neighbours have the same b it is skipped.)
 
 A head is found if translation - control is above the threshold of the pair's languages (`--threshold`, for single languages
 `--thresholds`; of two the lower one). By default they are the published ones, of Qwen2.5-3B and Gemma 2 2B, and for other models

@@ -137,7 +137,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--pair", "fr"), "'fr' is no pair of languages"),
+        (("--pair", "fr"), "'fr' is not a pair of languages"),
         (("--limit", 3), "--limit must be 4 or more"),
         (("--n_random", 19), "--n_random must be 20 or more"),
         (("--words", 1, -1), "--words must be 0 or more, not -1."),

@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--pair", "fr"), "'fr' is no pair of languages"),
+        (("--pair", "fr"), "'fr' is not a pair of languages"),
         (("--replacements", "zero", "zero"), "--replacements names one or more, each once, not zero zero."),
         (("--dataset", "none.tsv"), "none.tsv"),
     ],
