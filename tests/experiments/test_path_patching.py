@@ -23,7 +23,7 @@ from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import folder as run_folder
-from pyvene_ext.runs.figures import edges
+from pyvene_ext.runs.figures import patching
 from pyvene_ext.specs.graph import Node
 from tests.ground_truth.paths import every_path_by_hooks, path_patch_by_hooks, precedes, run_by_hooks, senders
 from tests.ground_truth.paths import receivers as all_receivers
@@ -316,7 +316,7 @@ def test_the_figure_of_pairs_names_receivers_and_marks_what_is_no_path() -> None
     assert [label.get_text() for label in axes.get_yticklabels()] == ["embed", "z.0.0", "z.0.1"]
     assert axes.images[0].get_array().mask.tolist() == [[False, False], [True, False], [True, False]]
     low, high = axes.images[0].get_clim()
-    assert low == -high and high == pytest.approx(np.quantile([1, 3, 2, 0.5], edges.CLIPPED))
+    assert low == -high and high == pytest.approx(np.quantile([1, 3, 2, 0.5], patching.CLIPPED))
     px.figures.edge_matrix(np.zeros((3, 2)), senders_, receivers, "nothing", "effect").canvas.draw()
 
 
