@@ -195,6 +195,7 @@ def test_what_was_run_stands_on_top(tmp_path: Path) -> None:
 
 def test_the_page_needs_no_network_and_shows_nothing_as_code(tmp_path: Path) -> None:
     _run(tmp_path / "a")
+    (tmp_path / "a/<x>.csv").write_bytes((tmp_path / "a/heads.csv").read_bytes())
     write_views(tmp_path / "a", [View(HOSTILE, [HOSTILE], {"0.1": np.eye(1)})])
     write_json(tmp_path / "a/routes.json", ROUTES | {"tokens": [HOSTILE] * 3})
     np.save(tmp_path / "a/deltas.npy", np.ones((2, 3, 1)))
@@ -203,6 +204,7 @@ def test_the_page_needs_no_network_and_shows_nothing_as_code(tmp_path: Path) -> 
     ours = page.replace(get_plotlyjs(), "")
     assert len(ours) < 200_000 and not re.search(r'(src|href)="(https?:)?//', ours)
     assert HOSTILE not in page and "&lt;script&gt;document.title" in page
+    assert "<x>" not in ours and "<figcaption>&lt;x&gt;</figcaption>" in ours
     assert 'href="a/heads.csv"' in page and f"data:image/png;base64,{DOT}" in page
     assert 'one: <a href="a/figures/one.png">PNG</a> · <a href="a/figures/one.pdf">PDF</a>' in page
     assert (
