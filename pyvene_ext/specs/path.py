@@ -164,8 +164,8 @@ class PathPatch(BaseModel):
         for node in self.receiver_nodes:
             if card.parallel and node.site in ("mlp_in", "resid_mid"):
                 raise ValueError(
-                    f"{self.name}: blocks of {card.family} run attention and MLP in parallel, so that no head of the layer "
-                    f"writes to {node}; name another receiver."
+                    f"{self.name}: blocks of {card.family} run attention and MLP side by side, so that no head of the "
+                    f"layer writes to {node}; name another receiver."
                 )
             if node.site != "logits":
                 card.component(model, FIELD_NAMES[node.site])

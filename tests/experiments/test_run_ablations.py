@@ -525,7 +525,7 @@ def test_more_heads_than_there_are_and_layers_without_a_control(
     assert command("--to_abl", heads + 1) == 2
     assert f"{heads + 1} heads are asked for but there are scores for {heads}" in capsys.readouterr().err
     assert command("--to_abl", heads // 2 + 1, "--layer_abl", "top") == 2
-    assert f"there are scores of {heads // 2} in layers 0 to 2 (top)" in capsys.readouterr().err
+    assert f"there are scores for {heads // 2} in layers 0 to 2 (top)" in capsys.readouterr().err
     monkeypatch.setattr(lag, "attention_scores", score)
     assert command("--to_abl", "6") == 2
     told = capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_more_permutations_begin_with_the_same_ones_and_another_seed_gives_other
 def test_lists_that_are_too_short_and_pools_that_are_too_small_are_refused() -> None:
     with pytest.raises(ValueError, match="11 tokens has no lags beyond 5 on both sides; take at least 12"):
         lag_prompts(POOL, 11, 3, 42)
-    with pytest.raises(ValueError, match="60 distinct tokens are usable and 61 are wanted"):
+    with pytest.raises(ValueError, match="60 distinct tokens are usable but 61 are wanted"):
         lag_prompts(np.concatenate([POOL, POOL]), 61, 3, 42)
 
 

@@ -1245,7 +1245,7 @@ def test_a_store_of_another_source_is_not_taken_for_this_one(tmp_path: Any, whic
 
 
 def test_the_plain_engine_keeps_nothing(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match="the plain engine keeps nothing"):
+    with pytest.raises(ValueError, match="the plain engine saves nothing"):
         _patch("gemma2", STORED, engine="plain", store=tmp_path / "kept")
 
 
