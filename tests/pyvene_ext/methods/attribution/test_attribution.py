@@ -615,7 +615,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence_before_the_model_runs() ->
         for match, patches, source, more in (
             ("rank", z, SOURCE, {"metric": "rank"}),
             ("accuracy", z, SOURCE, {"metric": "accuracy"}),
-            ("kl to the base run has no first order", z, SOURCE, {"metric": "kl"}),
+            ("kl to the base run has no first-order term there", z, SOURCE, {"metric": "kl"}),
             ("unknown metric 'ld'", z, SOURCE, {"metric": "ld"}),
             ("pair 0 has 8 tokens and its source 7", z, OTHER, {}),
             ("is not a patch", Ablation(kind="zero", site="z", layer=1, heads=(2,)), SOURCE, {}),

@@ -209,9 +209,9 @@ def test_the_mean_embedding_is_over_the_whole_vocabulary_with_gemmas_scale(monke
         ({"queries": ([9], *QUERIES[1:])}, {}, "the queries of prompt 0 must be one or more of its 9 tokens"),
         ({"queries": ([8], [], *QUERIES[2:])}, {}, "the queries of prompt 1"),
         ({"hubs": (9, *HUBS[1:])}, {}, "token 9 of prompt 0 cannot be the hub of the query at token 8"),
-        ({"hubs": (-1, *HUBS[1:])}, {}, "token -1 of prompt 0 is no hub"),
+        ({"hubs": (-1, *HUBS[1:])}, {}, "token -1 of prompt 0 cannot be the hub"),
         ({"hubs": (6, 4, *HUBS[2:])}, {}, "token 4 of prompt 1 cannot be the hub of the query at token 3"),
-        ({"hubs": None, "directions": torch.zeros(3, 42)}, {}, "directions of 3 prompts"),
+        ({"hubs": None, "directions": torch.zeros(3, 42)}, {}, "directions for 3 prompts"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_runs(

@@ -165,7 +165,7 @@ def test_bad_input_is_told_before_the_model_runs() -> None:
     model: Any = random_model("llama3_1")
     for ids, told in (
         (IDS[:, :1], r"ids must be \[asked 2 5\] for these places, not \(2, 1, 5\)."),
-        (IDS + VOCAB, "but there are 61 tokens."),
+        (IDS + VOCAB, "but the vocabulary has 61 tokens"),
     ):
         with pytest.raises(ValueError, match=told):
             copy_ranks(model, PROMPTS, PLACES, ids, progress=False)

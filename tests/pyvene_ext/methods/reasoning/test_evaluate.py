@@ -463,10 +463,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"spec": Ablation(kind="noise", **Z), "scope": "new"},
         "this intervention is not defined at generated tokens",
     ),
-    ("per position", {"spec": Ablation(kind="mean", mean="per_position", **Z)}, "there is no such intervention"),
+    ("per position", {"spec": Ablation(kind="mean", mean="per_position", **Z)}, "this intervention is not defined at generated tokens"),
     ("no reference", {"spec": Ablation(kind="mean", **Z)}, "needs the texts of an untouched run; give Transcripts"),
     ("position", {"spec": Ablation(kind="zero", positions="s9", **Z), "scope": "prompt"}, "has no position 's9'"),
-    ("no spec", {"spec": "z.1.0"}, "no ablation"),
+    ("no spec", {"spec": "z.1.0"}, "is not an ablation"),
 ]
 
 
