@@ -18,7 +18,8 @@ ABLATION := --kind mean --mean per_position --positions last --tau 1
 
 # The markers of pyproject.toml that `make test` leaves out.
 REST := families or matrix or fuzz or kills or processes or packaging or docs or slow
-PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal  # neighbours share their models
+# Tests that stand together share models, so that a worker takes neighbours.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: demo docs figures test test-all rest lint format package licences clean
 
