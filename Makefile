@@ -3,6 +3,7 @@
 # make test-all these, and the rest: documentation and tutorial, further families, fuzzing, kills, processes, packaging
 # make docs     the documentation, in docs/_build/html; runs the tutorial
 # make figures  the README's figures again
+# make results  docs/results.md again: what the studies print on the shipped models
 # make lint     style and types only
 # make format   let ruff rewrite the files
 # make package  wheel and source archive, and the wheel at work in an empty environment (needs a package index)
@@ -21,7 +22,7 @@ REST := families or matrix or fuzz or kills or processes or packaging or docs or
 # Tests that stand together share models, so that a worker takes neighbours.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo docs figures test test-all rest lint format package licences clean
+.PHONY: demo docs figures results test test-all rest lint format package licences clean
 
 demo: $(VENV)/installed
 	$(BIN)/python experiments/activation_frequencies_ifr.py $(ABLATION) --dataset ioi_en --out $(DEMO)/ioi_en.npy
@@ -32,6 +33,9 @@ demo: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
+
+results: $(VENV)/installed
+	$(BIN)/python docs/results.py
 
 # Of the whole of a study, one figure.
 figures: $(VENV)/installed
