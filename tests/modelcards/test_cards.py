@@ -295,7 +295,7 @@ def test_verify_finds_a_wrong_card(component: str, wrong: tuple, monkeypatch: py
 
 def test_verify_notices_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # What plain pyvene does: freeze the user's model at construction.
-    monkeypatch.setattr("pyvene_ext.models.modes.restoring_flags", contextlib.nullcontext)
+    monkeypatch.setattr("pyvene_ext.intervenable.model.restoring_flags", contextlib.nullcontext)
     report = verify_card(random_model("llama3_1"), layers=[1], implementations=["sdpa"], padding_sides=["left"])
     assert any("the checks changed the model" in problem for problem in report.problems)
     assert report.failures == 1

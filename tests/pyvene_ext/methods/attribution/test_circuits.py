@@ -573,7 +573,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_before_the_model_runs() -> 
         ("layer 3 is out of range", Circuit(frozenset({"embed->q.3.0"})), BASE, SOURCE, {}),
         ("head 3 is out of range; k counts K/V heads", Circuit(frozenset({"embed->k.1.3"})), BASE, SOURCE, {}),
         ("not one of float64", scores, BASE, SOURCE, {}),
-        ("not of bool and shape", there[:-1], BASE, SOURCE, {}),
+        ("not one of bool and shape", there[:-1], BASE, SOURCE, {}),
         ("no edge z.0.0->q.0.0: q.0.0 reads before", ~there, BASE, SOURCE, {}),
         ("unknown metric 'ld'", circuit, BASE, SOURCE, {"metric": "ld"}),
         ("pair 2 has 7 tokens and its source 6", circuit, BASE, shorter, {}),
