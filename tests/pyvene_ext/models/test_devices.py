@@ -20,8 +20,8 @@ from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.engine.sweep.plan import (
     MIB,
+    ActivationSizes,
     Budget,
-    Sizes,
     default_budget,
     make_plan,
 )
@@ -315,7 +315,7 @@ def test_the_readme_counts_the_memory_of_llama_3_1_70b_as_the_plan_does() -> Non
         f"| left of 80, for CUDA itself and its allocator | {80 - 10 * block - ends - 40:.1f} |",
     ]
     prompts = random_prompts((32,) * 100)
-    token, batches = Sizes(model).token, {}
+    token, batches = ActivationSizes(model).token, {}
     for positions in ("all", "last"):
         specs = all_heads(config, positions=positions)
         batches[positions] = len(make_plan(resolve(specs, model, prompts), range(100), Budget(40 * gib, 65536)).waves)

@@ -463,7 +463,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"spec": Ablation(kind="noise", **Z), "scope": "new"},
         "this intervention is not defined at generated tokens",
     ),
-    ("per position", {"spec": Ablation(kind="mean", mean="per_position", **Z)}, "this intervention is not defined at generated tokens"),
+    (
+        "per position",
+        {"spec": Ablation(kind="mean", mean="per_position", **Z)},
+        "this intervention is not defined at generated tokens",
+    ),
     ("no reference", {"spec": Ablation(kind="mean", **Z)}, "needs the texts of an untouched run; give Transcripts"),
     ("position", {"spec": Ablation(kind="zero", positions="s9", **Z), "scope": "prompt"}, "has no position 's9'"),
     ("no spec", {"spec": "z.1.0"}, "is not an ablation"),
