@@ -190,6 +190,7 @@ def head_rows(path: Path) -> dict[tuple[int, int], dict[str, str]]:
         return {(int(row["layer"]), int(row["head"])): row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_a_screen_runs_what_could_matter_and_says_what_it_missed(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_screen_runs_what_could_matter_and_says_what_it_missed(
     assert json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))["recall"] is None
 
 
+@pytest.mark.slow
 def test_a_head_takes_no_more_prompts_once_its_interval_is_narrow(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -466,6 +468,7 @@ def test_the_same_weights_under_another_config_do_not_resume(
 # -- what the shipped models show --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path) -> None:
     """Ablated together, the heads active most often destroy IOI; as many others of the same layers do not.

@@ -158,6 +158,7 @@ def test_what_is_written_equals_the_plain_engine_and_the_library(
     assert "3 pairs, 1 left out" in shown and f"{found['atp', 'signed', 'q']:.3f}" in shown and str(tmp_path) in shown
 
 
+@pytest.mark.slow
 def test_on_a_shipped_model_it_writes_every_figure_and_nothing_stays_of_an_earlier_run(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

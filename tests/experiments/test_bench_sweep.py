@@ -221,6 +221,7 @@ def test_slopes_are_those_of_log_time_against_log_size() -> None:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = bench.workload("b", bench.model_config(CONFIG), CONFIG.tokens)[:2]
     config = bench.dataclasses.replace(CONFIG, threads=1)

@@ -139,6 +139,7 @@ def test_the_same_config_gives_the_same_renormalised_routes(dataset: Path, tmp_p
     assert routes["renormalised"] and sums and list(sums.values()) == pytest.approx([1] * len(sums), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_compared_frequencies_are_correlated_head_by_head(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

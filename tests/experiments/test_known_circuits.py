@@ -36,6 +36,7 @@ def test_auroc_and_precision_are_counted_over_pairs() -> None:
     assert px.stats.precision_at_k(scores, known) == 0.5 and px.stats.auroc(scores, known) == 0.75
 
 
+@pytest.mark.slow
 def test_linear_methods_fail_where_they_must_and_the_exact_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

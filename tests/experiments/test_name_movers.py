@@ -200,6 +200,7 @@ def test_the_final_norm_can_be_folded_in() -> None:
 # -- what it finds -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_name_movers_of_tiny_gemma2_copy_look_at_io_and_have_a_direct_effect() -> None:
     flags = ["--model", "tiny-gemma2", "--dataset", "ioi.json", "--out", "x"]
     assert command(*flags) == 0

@@ -173,6 +173,7 @@ def test_the_first_problems_and_what_was_written_for_each_are_the_donors(
 # -- a model that is known ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flow_finds_heads_that_arithmetic_needs_and_late_heads_are_redundant(folder: Path) -> None:
     flags = ["--n_heads", 1, 2, "--scope", "reasoning", "--max_new_tokens", 20, "--limit", 40]
     assert command(*flags, "--out", "flow", "--random_sets", 3) == 0

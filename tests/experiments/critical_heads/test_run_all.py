@@ -70,6 +70,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+@pytest.mark.slow
 def test_every_study_runs_on_both_models_and_one_page_holds_them_all():
     assert command("--limit", 24, "--settings", "few.yaml") == 0
     summary = json.loads(Path("out/summary.json").read_text())
