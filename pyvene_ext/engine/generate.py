@@ -13,7 +13,7 @@ from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.joint import Spec, members
 
 GenerationScope = Literal["prompt", "new", "both"]
@@ -21,8 +21,8 @@ GenerationScope = Literal["prompt", "new", "both"]
 
 def generate(
     model: PreTrainedModel,
+    spec: Spec | None,
     prompts: TokenizedPrompts,
-    spec: Spec | None = None,
     *,
     max_new_tokens: int = 20,
     scope: GenerationScope = "both",
@@ -37,8 +37,8 @@ def generate(
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
-        prompts: of any lengths.
         spec: one edit, or a tuple of them (made jointly); None: the untouched model.
+        prompts: of any lengths.
         max_new_tokens: most tokens per text.
         scope: edit the positions of the prompt that the spec names ("prompt"), every new token ("new"), or both. (pyvene's own
             `generate` edits only new tokens by default, and only the prompt on request.) At new tokens a spec's heads apply and
@@ -51,11 +51,14 @@ def generate(
         The new tokens of each prompt, without padding after the end of a text.
 
     Raises:
-        ValueError: before the model runs, for an unknown scope, and for a spec that does not fit the model, the prompts or new
-            tokens.
+        ValueError: before the model runs, for an unknown scope, no new tokens, and a spec that does not fit the model, the prompts
+            or new tokens.
     """
     if scope not in get_args(GenerationScope):
         raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(GenerationScope))}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
+    check_tokenized(model, prompts)
     resolved = None if spec is None else resolve([spec], model, prompts, reference=reference, directions={})
     for edit in () if spec is None or scope == "prompt" else members(spec):
         if not edit.on_new_tokens or edit.kind == "resample":

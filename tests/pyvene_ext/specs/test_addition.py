@@ -118,7 +118,7 @@ def test_generated_tokens_are_those_of_plain_hooks_step_by_step_without_a_cache(
         Addition(site="z", layer=1, heads=(1,), vector=vector(d["d_head"], 3), scale=2.0),
     )
     options = {"max_new_tokens": new, "min_new_tokens": new}
-    found = generate(model, PROMPTS, spec, scope=scope, **options)  # type: ignore[arg-type]
+    found = generate(model, spec, PROMPTS, scope=scope, **options)  # type: ignore[arg-type]
     ends = model.generation_config.eos_token_id
     for prompt, ids in enumerate(PROMPTS.input_ids):
         text, own = list(ids), len(ids)
@@ -131,7 +131,7 @@ def test_generated_tokens_are_those_of_plain_hooks_step_by_step_without_a_cache(
                 logits[ends] = -torch.inf
             text.append(int(logits.argmax()))
         assert found[prompt] == text[own:]
-    assert generate(model, PROMPTS, **options) != found  # type: ignore[arg-type]
+    assert generate(model, None, PROMPTS, **options) != found  # type: ignore[arg-type]
 
 
 def _after(x: Tensor, change: Any, own: int) -> Tensor:
@@ -217,8 +217,12 @@ def test_an_addition_that_does_not_fit_is_refused_in_a_sentence(fields: dict[str
 def test_generation_refuses_what_has_no_meaning_at_new_tokens() -> None:
     model = model_of("llama3_1")
     with pytest.raises(ValueError, match="this intervention is not defined at generated tokens"):
-        generate(model, PROMPTS, Ablation(kind="noise", site="mlp_out", layer=0))
+        generate(model, Ablation(kind="noise", site="mlp_out", layer=0), PROMPTS)
     with pytest.raises(ValueError, match="unknown scope 'all'"):
-        generate(model, PROMPTS, None, scope="all")  # type: ignore[arg-type]
+        generate(model, None, PROMPTS, scope="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_new_tokens must be 1 or more, not 0"):
+        generate(model, Ablation(kind="zero", site="mlp_out", layer=0), PROMPTS, max_new_tokens=0)
+    with pytest.raises(ValueError, match="prompts must be tokenised, not a NoneType"):
+        generate(model, PROMPTS, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is not an addition"):
         direct_logit_attribution(model, PROMPTS, Ablation(kind="zero", site="mlp_out", layer=0), progress=False)
