@@ -51,7 +51,7 @@ def generate(
         The new tokens of each prompt, without padding after the end of a text.
 
     Raises:
-        ValueError: before the model runs, for an unknown scope, no new tokens, and a spec that does not fit the model, the prompts
+        ValueError: before the model runs: an unknown scope, no new tokens, or a spec that does not fit the model, the prompts
             or new tokens.
     """
     if scope not in get_args(GenerationScope):
