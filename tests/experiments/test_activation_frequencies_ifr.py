@@ -154,6 +154,7 @@ def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert np.array_equal(np.load(tmp_path / "again/deltas.npy"), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero", "mean", "resample", "noise"])
 def test_the_numbers_are_those_of_the_plain_engine(kind: Any, dataset: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model("tiny-gemma2")

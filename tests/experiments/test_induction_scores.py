@@ -122,6 +122,7 @@ def test_the_terminal_and_the_summary_name_the_heads(folder: Path, capsys: pytes
         assert [line.split()[1] for line in section] == [f"{float(row[kind]):.3f}" for row in top]
 
 
+@pytest.mark.slow
 def test_the_config_repeats_the_run_and_seeds_matter(folder: Path) -> None:
     assert command(*SMALL, "--output_dir", "x", "--trim", 0.2, "--occurrences", "all") == 0
     config = yaml.safe_load((folder / "x/config.yaml").read_text())

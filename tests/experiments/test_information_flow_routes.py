@@ -113,6 +113,7 @@ def test_what_is_written_equals_a_hand_recomputation(family: str, dataset: Path,
     assert float(at_tau["mean"]) == pytest.approx(active.mean())
 
 
+@pytest.mark.slow
 def test_without_an_argument_it_runs_on_a_shipped_model_and_says_what_it_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

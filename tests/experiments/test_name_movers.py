@@ -223,6 +223,7 @@ def test_name_movers_of_tiny_gemma2_copy_look_at_io_and_have_a_direct_effect() -
     assert rows[0, 1]["attention_s"] > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-qwen2.5", "tiny-llama3.1"])
 def test_in_the_other_models_heads_with_high_copy_scores_raise_both_names(model: str) -> None:
     """They copy both names alike and write against S: no head of theirs is a name mover, whatever its copy score."""

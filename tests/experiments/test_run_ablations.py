@@ -391,6 +391,7 @@ def test_the_grid_is_tried_out_as_its_file_says(folder: Path) -> None:
     assert command("--config", grid, *tried, "--permutations", 2, "--random_draws", 1, "--output_dir", "out") == 0
 
 
+@pytest.mark.slow
 def test_the_script_of_the_published_grid_runs_on_a_tiny_model(folder: Path) -> None:
     script = EXPERIMENTS / "run_ablations.sh"
     flags = ["--mode", "zero", "--layer_abl", "full", "bottom"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -50,21 +51,22 @@ def test_the_script_says_what_it_does(script: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        pytest.param(path, id=path.name, marks=[pytest.mark.xfail(strict=True)] if path.stem in SLOW else [])
-        for path in SCRIPTS
-    ],
-)
-@pytest.mark.parametrize("flag", ["--help", "--mistyped"])
-def test_help_and_typing_errors_load_nothing_heavy(script: Path, flag: str) -> None:
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{str(script)!r}, {flag!r}]\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        f"sys.exit(' '.join({HEAVY} & sys.modules.keys()) or 0)"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (answer.stdout + answer.stderr) and answer.returncode == 0, answer.stderr
+# Run one after the other in one process: what each was the first to import.
+ALL_OF_THEM = """
+import contextlib, io, json, runpy, sys
+heavy, scripts, answers = *map(json.loads, sys.argv[1:]), []
+for script in scripts:
+    for flag in ("--help", "--mistyped"):
+        before, said, sys.argv = set(sys.modules), io.StringIO(), [script, flag]
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+            runpy.run_path(script, run_name="__main__")
+        answers.append([script, flag, bool(said.getvalue()), sorted((sys.modules.keys() - before) & set(heavy))])
+print(json.dumps(answers))
+"""
+
+
+def test_help_and_typing_errors_load_nothing_heavy() -> None:
+    scripts = [str(path) for path in SCRIPTS if path.stem not in SLOW]
+    command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(sorted(HEAVY)), json.dumps(scripts)]
+    answers = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert answers == [[script, flag, True, []] for script in scripts for flag in ("--help", "--mistyped")]

@@ -91,6 +91,7 @@ def test_folder_states_the_recipe_of_the_script_and_meets_the_requirement(name):
         assert evaluation["accuracy"][task] >= REQUIRED[task]
 
 
+@pytest.mark.slow
 def test_accuracy_measured_again_on_fresh_prompts(model, tokenizer):
     accuracy = evaluate(model, tokenizer, n_prompts=64, draw=np.random.default_rng(12345))
     for task in TASK_NAMES:

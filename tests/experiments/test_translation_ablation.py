@@ -43,6 +43,7 @@ def facts_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["en-fr", "fr-en"])
 @pytest.mark.parametrize("model", TINY_MODELS)
 def test_heads_found_by_attention_are_crucial_for_translation_and_not_for_ioi(

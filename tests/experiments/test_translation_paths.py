@@ -39,6 +39,7 @@ def facts_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["en-fr", "fr-en"])
 @pytest.mark.parametrize("model", TINY_MODELS)
 def test_heads_found_by_attention_are_crucial_along_their_paths(folder: Path, model: str, pair: str) -> None:

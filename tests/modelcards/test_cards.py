@@ -316,6 +316,7 @@ def test_verify_leaves_train_modes_alone_and_takes_half_precision() -> None:
     assert model.training and model.model.layers[1].training and not model.model.layers[0].training
 
 
+@pytest.mark.slow
 def test_the_command_proves_a_model_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = load_model("tiny-qwen2.5")
     del model.model.layers[1:]  # of several layers it takes a minute

@@ -87,6 +87,7 @@ def test_the_counts_of_checks_are_what_verify_makes(family: str) -> None:
 # -- examples ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_examples_run_and_print_what_their_comments_say(family: str, monkeypatch: Any) -> None:
     def quick(model: Any, layers: str) -> Report:

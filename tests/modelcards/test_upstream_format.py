@@ -96,6 +96,7 @@ def card_of(family: str) -> Card:
     return next(card for card in CARDS if card.family == family)
 
 
+@pytest.mark.packaging
 @pytest.mark.parametrize("family", COPIED)
 def test_a_copied_folder_works_in_plain_pyvene(family: str, inside_pyvene: dict[str, list[float]]) -> None:
     intervened, untouched = inside_pyvene[family]
