@@ -60,8 +60,7 @@ def compile_spec(spec: Spec, batch: Batch, resolved: Resolved) -> Compiled:
     representations, locations = [], []
     replacements: list[Tensor | None] = []
     device = input_device(resolved.model)
-    width = batch.input_ids.shape[1]
-    starts = [width - length if batch.padding_side == "left" else 0 for length in batch.lengths]
+    width, starts = batch.input_ids.shape[1], batch.starts
     for edit in members(spec):
         everywhere = edit.positions == "all"
         if everywhere:

@@ -138,9 +138,9 @@ def resolve(
         ValueError: for anything that would go wrong in a run: a spec that does not fit the model, the prompts or the reference
             set, pairs that do not correspond, statistics of other weights, or statistics that lack something.
     """
-    resolved = tuple(as_specs(specs))
     source = source if reference is None else reference.prompts
     check_tokenized(model, prompts, *([] if source is None else [source]))
+    resolved = tuple(as_specs(specs))
     if not resolved or not prompts.input_ids:
         raise ValueError("nothing to run: give at least one spec and one prompt.")
     sources = Sources(model, prompts, source, reference, directions or {}, recorded)

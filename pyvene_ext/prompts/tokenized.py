@@ -187,6 +187,12 @@ class Batch:
             answer_ids=self.answer_ids.to(device),
         )
 
+    @property
+    def starts(self) -> list[int]:
+        """The column of each row's first real token."""
+        width = self.input_ids.shape[1]
+        return [width - length if self.padding_side == "left" else 0 for length in self.lengths]
+
     def columns(self, position: str | int) -> list[int]:
         """Find the column of a position in each row.
 
@@ -204,12 +210,11 @@ class Batch:
                 f"not every prompt has a position named {position!r}; all have {', '.join(sorted(self.positions))}."
             )
         wanted = self.positions[position] if isinstance(position, str) else [position] * len(self.index)
-        width = self.input_ids.shape[1]
         columns = []
-        for at, length, prompt in zip(wanted, self.lengths, self.index, strict=True):
+        for at, start, length, prompt in zip(wanted, self.starts, self.lengths, self.index, strict=True):
             if not -length <= at < length:
                 raise ValueError(f"position {at} lies outside prompt {prompt}, which has {length} tokens.")
-            columns.append(at % length + (width - length if self.padding_side == "left" else 0))
+            columns.append(start + at % length)
         return columns
 
     @property

@@ -16,20 +16,15 @@ from modelcards import n_heads
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.parallel import load_pairs, word_prompts
-from pyvene_ext.prompts.shipped import PROMPTS
 from tests.saved_models import save_random_model
 
 ROOT = Path(study.__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with some of the shipped sentences."""
-    monkeypatch.chdir(tmp_path)
+def folder(few_sentences: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(study, "RESAMPLES", 100)
-    lines = (PROMPTS / "en_fr.tsv").read_text(encoding="utf-8").splitlines()[:31]
-    (tmp_path / "few.tsv").write_text("\n".join(lines), encoding="utf-8")
-    return tmp_path
+    return few_sentences
 
 
 def command(*flags: Any) -> int:

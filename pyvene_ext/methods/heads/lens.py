@@ -266,10 +266,11 @@ class _LogitParts:
         for layer in self.layers:
             projection: Any = self.replay.module("attention_value_output", layer)
             scaled = direction * self._post_norm(layer, at["attention_output", layer])[:, None] * self.residual_scale
+            of_input = scaled @ self._weight(layer).to(device).float().T  # batch answer d_z
             for edit in self._edits:
                 if edit.place == ("z", layer):
-                    added += _dot(scaled @ self._weight(layer).to(device).float().T, self._vector(edit, batch))
-            by_input = scaled @ self._weight(layer).to(device).float().T * at["attention_value_output", layer][:, None]
+                    added += _dot(of_input, self._vector(edit, batch))
+            by_input = of_input * at["attention_value_output", layer][:, None]
             heads.append(by_input.unflatten(-1, (self.n_heads, -1)).sum(-1))
             if projection.bias is not None:
                 bias = bias + scaled @ projection.bias.to(device).float()
@@ -330,8 +331,7 @@ def _run(
     replay: Replay, batch: Batch, places: Sequence[Where], tokens: list[int], steering: Resolved | None = None
 ) -> dict[Where, Float[Tensor, "batch d"]]:
     """Run a batch; return the activations at some places, before anything is added there, at one token of each prompt."""
-    first = torch.tensor(batch.last_columns) - torch.tensor(batch.lengths) + 1
-    columns, seen = first + torch.tensor(tokens), dict[Where, Tensor]()
+    columns, seen = torch.tensor(batch.starts) + torch.tensor(tokens), dict[Where, Tensor]()
 
     def keep(place: Where, x: Tensor) -> None:
         seen[place] = x[torch.arange(len(x), device=x.device), columns.to(x.device)]
@@ -353,10 +353,8 @@ def _run(
 
 def _steering(edit: OneSpec, batch: Batch, resolved: Resolved) -> tuple[Where, Callable[[Tensor], Tensor]]:
     """The component where an addition is made, heads concatenated, and the function that makes it."""
-    width = batch.input_ids.shape[1]
     rows, columns = [], []
-    for row, (length, tokens) in enumerate(zip(batch.lengths, resolved.tokens_of(edit, batch.index), strict=True)):
-        start = width - length if batch.padding_side == "left" else 0
+    for row, (start, tokens) in enumerate(zip(batch.starts, resolved.tokens_of(edit, batch.index), strict=True)):
         rows += [row] * len(tokens)
         columns += [start + token for token in tokens]
     vector = _vector(edit, n_heads(resolved.model.config))

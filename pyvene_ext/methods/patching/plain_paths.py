@@ -71,7 +71,6 @@ class PlainPaths:
         Returns:
             The logits at each prompt's last token, `batch vocab`.
         """
-        columns = list(range(batch.input_ids.shape[1]))
         frozen = [("attention_value_output", layer) for layer in range(self.layers)]
         if path.freeze_mlps:
             frozen += [("mlp_contribution", layer) for layer in range(self.layers)]
@@ -81,8 +80,7 @@ class PlainPaths:
             frozen.append(place)
         values = self._collected(frozen, batch)
         x = values[frozen.index(place)].clone()
-        for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
-            start = len(columns) - length if batch.padding_side == "left" else 0
+        for row, (prompt, start) in enumerate(zip(batch.index, batch.starts, strict=True)):
             (tokens,) = self.resolved.tokens_of(sender, [prompt])
             at = [start + token for token in tokens]
             d_head = self.sizes["d_head"]

@@ -91,7 +91,7 @@ def read_residuals(
     bar = tqdm(total=len(prompts), desc="residual stream", unit="prompt", disable=not progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size):
-            starts = [end - length + 1 for end, length in zip(batch.last_columns, batch.lengths, strict=True)]
+            starts = batch.starts
             rows = list(zip(batch.index, starts, strict=True))
 
             def keep(place: int, x: Float[Tensor, "batch pos d"], rows: list[tuple[int, int]] = rows) -> None:
