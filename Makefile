@@ -59,7 +59,6 @@ rest: docs
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pydoclint modelcards pyvene_ext
 	$(BIN)/mypy
 
 format: $(VENV)/installed
