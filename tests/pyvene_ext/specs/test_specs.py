@@ -77,7 +77,7 @@ def test_one_head_position_or_receiver_needs_no_list_and_pyvene_s_names_of_sites
     assert PathPatch(sender=Node("z", 0, 1), receivers="q.1.0", positions=-1) == path  # type: ignore[arg-type]
     assert PathPatch(sender="z.0.1", receivers=[Node("q", 1, 0)], positions=torch.tensor([-1])) == path  # type: ignore[arg-type]
     spec = Ablation(**HEAD, positions=(-1,))
-    for heads in (5, range(5, 6), np.int64(5), torch.tensor(5), torch.tensor([5]), {5}, (torch.tensor(5),), iter((5,))):
+    for heads in (5, range(5, 6), np.int64(5), torch.tensor(5), torch.tensor([5]), {5}, (torch.tensor(5),)):
         for position in (-1, np.int64(-1), torch.tensor(-1), range(-1, 0)):
             assert Ablation(**HEAD | {"heads": heads}, positions=position) == spec  # type: ignore[arg-type]
     for site in ("z", "head_attention_value_output"):
@@ -156,7 +156,7 @@ def test_what_no_model_could_run_is_refused_in_one_sentence(fields: dict[str, An
         ("- kind: [", "not valid YAML"),
         ("- 3", "spec 0: it must be a dict of fields, not 3."),
         ("- {kind: zreo, site: mlp_out, layer: 1}", "spec 0: there is no kind 'zreo'; did you mean 'zero'?"),
-        ("- {kind: pacth, site: mlp_out, layer: 1}", "spec 0: there is no kind 'pacth'; did you mean 'patch'?"),
+        ("- {kind: forec, site: mlp_out, layer: 1}", "spec 0: there is no kind 'forec'; did you mean 'force'?"),
         ("- {kind: zero, site: mlp_out, layer: 1}\n- {kind: zero, site: z, layer: 1}", "spec 1: z needs heads"),
         ("- []", "spec 0: a joint intervention names one or more places"),
         ("- [{kind: zero, site: mlp_out, layer: 1}, {kind: mean, site: mlp_out, layer: 1}]", "each once"),
