@@ -11,6 +11,7 @@ what it checks, what replaces the activations and which pyvene intervention make
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -22,7 +23,6 @@ from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Component, card_of, dimensions, n_heads, n_kv_heads, n_layers
 from pyvene_ext.intervenable.statistics import Place, label
-from pyvene_ext.io.errors import did_you_mean
 from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.sources import Directions, Needs, Sources
@@ -127,9 +127,12 @@ class SiteEdit(Record):
     @field_validator("site")
     @classmethod
     def _known_site(cls, site: str) -> str:
-        site = {FIELD_NAMES[known]: known for known in cls.sites}.get(site, site)  # a component by pyvene's name
         if site not in cls.sites:
-            raise ValueError(f"no {cls.what} of {site!r}; {did_you_mean(site, cls.sites)}")
+            close = difflib.get_close_matches(site, cls.sites, n=1) or [
+                s for s, c in FIELD_NAMES.items() if c == site and s in cls.sites
+            ]
+            hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(cls.sites)}."
+            raise ValueError(f"no {cls.what} of {site!r}; {hint}")
         return site
 
     @field_validator("layer")

@@ -72,7 +72,7 @@ def test_yaml_is_short_and_readable() -> None:
     )
 
 
-def test_one_head_position_or_receiver_needs_no_list_and_pyvene_s_names_of_sites_are_understood() -> None:
+def test_one_head_position_or_receiver_needs_no_list() -> None:
     path = PathPatch(sender="z.0.1", receivers=("q.1.0",), positions=(-1,))
     assert PathPatch(sender=Node("z", 0, 1), receivers="q.1.0", positions=-1) == path  # type: ignore[arg-type]
     assert PathPatch(sender="z.0.1", receivers=[Node("q", 1, 0)], positions=torch.tensor([-1])) == path  # type: ignore[arg-type]
@@ -80,9 +80,7 @@ def test_one_head_position_or_receiver_needs_no_list_and_pyvene_s_names_of_sites
     for heads in (5, range(5, 6), np.int64(5), torch.tensor(5), torch.tensor([5]), {5}, (torch.tensor(5),)):
         for position in (-1, np.int64(-1), torch.tensor(-1), range(-1, 0)):
             assert Ablation(**HEAD | {"heads": heads}, positions=position) == spec  # type: ignore[arg-type]
-    for site in ("z", "head_attention_value_output"):
-        assert Ablation(**HEAD | {"site": site}) == Ablation(**HEAD)
-        assert ActivationPatch(site=site, layer=0, heads=0) == ActivationPatch(site="z", layer=0, heads=(0,))  # type: ignore[arg-type]
+    assert ActivationPatch(site="z", layer=0, heads=0) == ActivationPatch(site="z", layer=0, heads=(0,))  # type: ignore[arg-type]
 
 
 def test_specs_are_immutable_and_hashable() -> None:
@@ -114,6 +112,7 @@ def test_one_spelling_for_one_meaning() -> None:
     [
         ({"kind": "remove"}, "kind must be 'zero', 'mean', 'resample' or 'noise', not 'remove'."),
         ({"site": "mlp_uot"}, "site: no ablation of 'mlp_uot'; did you mean 'mlp_out'?"),
+        ({"site": "head_attention_value_output"}, "did you mean 'z'?"),
         ({"site": "nonsense"}, "choose among z, attn_out"),
         ({"site": "pattern"}, "no ablation of 'pattern'"),
         ({"layer": None}, "z needs a layer"),

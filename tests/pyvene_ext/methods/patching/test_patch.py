@@ -1002,6 +1002,7 @@ HEAD = {"site": "z", "layer": 0, "heads": (0,)}
     ("fields", "message"),
     [
         ({"site": "zz", "layer": 0}, "no patch of 'zz'; did you mean 'z'"),
+        ({"site": "head_key_output", "layer": 0, "heads": (0,)}, "no patch of 'head_key_output'; did you mean 'k'"),
         ({"site": "pattern", "layer": 0}, "no patch of 'pattern'; choose among q, k, v"),
         ({"site": "k", "layer": 0}, "k needs heads"),
         ({"site": "mlp_in", "layer": 0, "heads": (0,)}, "mlp_in has no heads: leave heads out"),
