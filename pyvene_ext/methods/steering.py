@@ -69,7 +69,7 @@ def steering_vector(
         The vector on the CPU, of d_model numbers, or d_head for z.
 
     Raises:
-        ValueError: before the model runs: an unknown method, pairs that are none, or a place or prompts that do not fit the model;
+        ValueError: before the model runs: an unknown method, pairs that are none, a place or prompts that do not fit the model;
             afterwards: activations that do not differ, or whose component does not tell the sets apart.
     """
     if method not in get_args(SteeringMethod):
