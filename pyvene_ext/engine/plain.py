@@ -32,6 +32,7 @@ from pyvene_ext.prompts.tokenized import (
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
+    as_specs,
     needs,
 )
 
@@ -116,7 +117,7 @@ def reference_for(
     Raises:
         ValueError: the reference set lacks a position, or activations are not finite.
     """
-    wanted = needs(specs)
+    wanted = needs(as_specs(specs))
     if not wanted.places:
         return None
     return Reference.compute(
