@@ -172,7 +172,7 @@ def main(config: Config) -> None:
             print(px.plan_sweep(model, list(specs), prompts, **options).summary())
         return
     options |= {"compile": config.compile, "store": run.unfinished, "progress": px.is_main_process()}
-    result = px.sweep.sweep(model, list(specs), prompts, **options)
+    result = px.sweep(model, list(specs), prompts, **options)
     if not px.is_main_process():
         return
     rows = {key: specs[spec] for key, spec in sets.items()}

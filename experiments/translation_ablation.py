@@ -130,7 +130,7 @@ def ablated(
     found: Measures = {}
     for prefix, prompts in tasks.items():
         for metric in ("logit_diff", "accuracy"):
-            result = px.sweep.sweep(
+            result = px.sweep(
                 setting.model,
                 specs,
                 prompts,

@@ -12,13 +12,16 @@ from . import report as report
 from . import runs as runs
 from . import specs as specs
 from . import stats as stats
-from . import sweep as sweep
 from .engine.generate import generate as generate
 from .engine.plain import Result as Result
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
 from .engine.resolve import resolve as resolve
+from .engine.sweep import Plan as Plan
+from .engine.sweep import Sequential as Sequential
+from .engine.sweep import frequencies as frequencies
 from .engine.sweep import plan_sweep as plan_sweep
+from .engine.sweep import sweep as sweep
 from .intervenable.model import IntervenableModel as IntervenableModel
 from .intervenable.statistics import Reference as Reference
 from .io.seeds import rng as rng

@@ -267,8 +267,8 @@ def test_without_a_list_ordinary_tokens_of_the_tokenizer_are_drawn(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    original = px.sweep.sweep
-    monkeypatch.setattr(px.sweep, "sweep", lambda *args, **kw: seen.update(prompts=args[2]) or original(*args, **kw))
+    original = px.sweep
+    monkeypatch.setattr(px, "sweep", lambda *args, **kw: seen.update(prompts=args[2]) or original(*args, **kw))
     assert command(*FEW, "--to_abl", 1) == 0
     _, tokenizer = load_model("tiny-gemma2")
     ids = {i for row in seen["prompts"].input_ids for i in row}
@@ -375,7 +375,7 @@ def test_only_the_main_process_prints_and_writes(
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(px.sweep, "sweep", None)
+    monkeypatch.setattr(px, "sweep", None)
     assert command(*FEW, "--to_abl", "0-1", "--mode", "zero", "mean", "--random_draws", 0, "--dry_run") == 0
     assert f"2 interventions x {P} prompts" in capsys.readouterr().out
     assert not (folder / "out").exists()
@@ -505,7 +505,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     bad_files(folder)
     if (flags, told) in BEFORE_LOADING:
         monkeypatch.setattr(loading, "load_model", None)
-    monkeypatch.setattr(px.sweep, "sweep", None)
+    monkeypatch.setattr(px, "sweep", None)
     if "--induction_scores_csv" not in flags:
         monkeypatch.setattr(lag, "attention_scores", None)
     before = sorted(folder.rglob("*"))
@@ -519,7 +519,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 def test_more_heads_than_there_are_and_layers_without_a_control(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(px.sweep, "sweep", None)
+    monkeypatch.setattr(px, "sweep", None)
     score = lag.attention_scores
     monkeypatch.setattr(lag, "attention_scores", None)
     heads = n_heads(load_model("tiny-gemma2")[0].config) * 6

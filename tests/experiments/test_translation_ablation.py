@@ -12,7 +12,7 @@ import pytest
 import torch
 import translation_ablation as study
 
-import pyvene_ext.sweep
+import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.loading import TINY_MODELS, load_model
 from pyvene_ext.prompts.parallel import load_pairs, word_prompts
@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch
     save_random_model("llama3_1", folder / "model")
     flags = ("--model", "model", "--dataset", "few.tsv", "--limit", 4, "--words", 1, "--heads", "0.1")
     assert command(*flags, "--out", "whole") == 0
-    sweep, calls = pyvene_ext.sweep.sweep, []
+    sweep, calls = px.sweep, []
 
     def swept(*args: Any, **options: Any) -> Any:
         calls.append(options["store"])
@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch
         return sweep(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pyvene_ext.sweep, "sweep", swept)
+        patched.setattr(px, "sweep", swept)
         assert command(*flags, "--out", "run") == 130
     assert len(set(calls)) == 7 and len(list((folder / "run/unfinished").glob("*/*"))) == 6
     assert not (folder / "run/summary.json").exists()
