@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modelcards import n_heads, n_kv_heads
 from modelcards.attention_taps import output_weight
-from pyvene_ext.engine.plain import ANSWERS_ONLY, measure
+from pyvene_ext.engine.plain import ANSWERS_ONLY, TOKEN_METRICS, measure
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
     INSIDE_ATTENTION,
@@ -315,7 +315,9 @@ class Executor:
         self, final: Float[Tensor, "row d_model"], rows: np.ndarray, wave: Wave, clean_logits: Tensor | None
     ) -> tuple[Float32[np.ndarray, " row *pos"], Tensor | None]:
         """The metric of rows, given the prompt of the wave that each has; with the logits if this is the clean run."""
-        answers = torch.tensor([self.prompts.answer_ids[prompt] for prompt in wave.prompts], device=final.device)
+        # Metrics that read no answers (`check_metric`) get none.
+        answer_ids = ((0, 0),) * len(self.prompts) if self.metric in ("kl", *TOKEN_METRICS) else self.prompts.answer_ids
+        answers = torch.tensor([answer_ids[prompt] for prompt in wave.prompts], device=final.device)
         tokens = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=final.device)
         of_row = torch.from_numpy(rows).to(final.device)
         narrow = self.metric in ANSWERS_ONLY
