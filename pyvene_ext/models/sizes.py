@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers, n_positions
+from modelcards import component_named, n_heads, n_kv_heads, n_layers, n_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,12 +17,15 @@ def has_heads(site: str) -> bool:
     """Whether a site is split by heads.
 
     Args:
-        site: its name in specs ("z", "resid_pre" ...).
+        site: its name in specs ("z", "resid_pre" ...), or pyvene's.
 
     Returns:
         True if its activations have an axis of heads (q, k, v, z, result, scores, pattern ...) or experts.
+
+    Raises:
+        ValueError: there is no such site.
     """
-    return COMPONENTS[FIELD_NAMES[site]].heads is not None
+    return component_named(site).heads is not None
 
 
 def heads_of(
