@@ -69,7 +69,9 @@ for _hook, _site in TRANSFORMER_LENS.items():
     _last = _hook.rpartition(".")[2]
     for _spelling in (_hook, _last, _last.removeprefix("hook_"), _hook.replace(".hook_", "_")):
         _HOOKS.setdefault(_spelling, _site)
-Modules = dict[tuple[str, str], dict[str, None]]  # components in order, by the path of a module without layers, and its side
+Modules = dict[
+    tuple[str, str], dict[str, None]
+]  # components in order, by the path of a module without layers, and its side
 MODULES: Modules = {}  # of all families; `modelcards.register` fills it in
 
 

@@ -116,8 +116,8 @@ class Reference:
             The statistics.
 
         Raises:
-            ValueError: a site that there is not, an empty set, a position that some prompt lacks, unequal lengths with "all" in `position_means`, or
-                activations that are not finite.
+            ValueError: an unknown site, an empty set, a position that some prompt lacks, unequal lengths with "all" in
+                `position_means`, or activations that are not finite.
         """
         wanted = cls(prompts, tuple(map(named, places)), tuple(position_means), tuple(bank))
         check_reference_prompts(prompts, wanted.position_means, wanted.bank)
