@@ -10,7 +10,7 @@ from modelcards import component_named, n_heads, n_kv_heads, n_layers, n_positio
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["has_heads", "heads_of", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
+__all__ = ["has_heads", "heads_of", "n_heads", "n_kv_heads", "n_layers", "n_positions", "site_named"]
 
 
 def has_heads(site: str) -> bool:
@@ -26,6 +26,21 @@ def has_heads(site: str) -> bool:
         ValueError: there is no such site.
     """
     return component_named(site).heads is not None
+
+
+def site_named(name: str) -> str:
+    """What specs call a site.
+
+    Args:
+        name: the site, or pyvene's name of the component.
+
+    Returns:
+        Such as "z" for "head_attention_value_output".
+
+    Raises:
+        ValueError: there is no such site; suggests one.
+    """
+    return component_named(name).site
 
 
 def heads_of(
