@@ -16,6 +16,9 @@ from .engine.generate import generate as generate
 from .engine.plain import Result as Result
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
+from .engine.reading import Activations as Activations
+from .engine.reading import read as read
+from .engine.reading import read_batches as read_batches
 from .engine.resolve import resolve as resolve
 from .engine.sweep import Plan as Plan
 from .engine.sweep import Sequential as Sequential

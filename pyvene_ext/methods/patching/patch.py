@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers
+from modelcards import component_named, n_heads, n_kv_heads, n_layers
 from pyvene_ext.engine.metrics import last_logits
 from pyvene_ext.engine.plain import METRICS, Result, check_metric, run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
@@ -216,9 +216,7 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     Raises:
         ValueError: the site cannot be patched.
     """
-    if site not in ActivationPatch.sites:
-        raise ValueError(f"no patch of {site!r}; choose among {', '.join(ActivationPatch.sites)}.")
-    component = COMPONENTS[FIELD_NAMES[site]]
+    component = component_named(site, ActivationPatch.sites, ActivationPatch.what)
     if not component.per_layer:
         return [ActivationPatch(site=site, **fields)]
     count = {"n_head": n_heads(config), "n_kv_head": n_kv_heads(config), None: 1}[component.heads]

@@ -1001,8 +1001,8 @@ HEAD = {"site": "z", "layer": 0, "heads": (0,)}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"site": "zz", "layer": 0}, "no patch of 'zz'; did you mean 'z'"),
-        ({"site": "head_key_output", "layer": 0, "heads": (0,)}, "no patch of 'head_key_output'; did you mean 'k'"),
+        ({"site": "mlp_uot", "layer": 0}, "no patch of 'mlp_uot'; did you mean 'mlp_out'"),
+        ({"site": "hook_k", "layer": 0, "heads": (0,)}, "no patch of 'hook_k'; did you mean 'k'"),
         ({"site": "pattern", "layer": 0}, "no patch of 'pattern'; choose among q, k, v"),
         ({"site": "k", "layer": 0}, "k needs heads"),
         ({"site": "mlp_in", "layer": 0, "heads": (0,)}, "mlp_in has no heads: leave heads out"),
