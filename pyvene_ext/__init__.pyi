@@ -32,6 +32,7 @@ from .methods.patching.patch import Patched as Patched
 from .methods.patching.patch import all_patches as all_patches
 from .methods.patching.patch import all_paths as all_paths
 from .methods.patching.patch import patch as patch
+from .methods.steering import steering_vector as steering_vector
 from .models.devices import is_main_process as is_main_process
 from .models.loading import TINY_MODELS as TINY_MODELS
 from .models.loading import load_model as load_model

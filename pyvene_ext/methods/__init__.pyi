@@ -119,3 +119,4 @@ from .reasoning.transplant import Transplant as Transplant
 from .reasoning.transplant import fit_maps as fit_maps
 from .reasoning.transplant import pair_texts as pair_texts
 from .reasoning.transplant import transplanted as transplanted
+from .steering import steering_vector as steering_vector

@@ -958,7 +958,7 @@ def test_patches_are_written_to_yaml_and_read_back_beside_ablations() -> None:
     assert [type(spec) for spec in from_yaml(text)] == [ActivationPatch, ActivationPatch, tuple, ActivationPatch]
     with pytest.raises(ValueError, match=r"^spec 0: site: no patch of 'scores'; choose among q, k, v, mlp_in, z"):
         from_yaml("- {kind: patch, site: scores, layer: 0, heads: [1]}")
-    with pytest.raises(ValueError, match=r"^spec 0: (mean|seed): Extra inputs"):
+    with pytest.raises(ValueError, match=r"^spec 0: there is no field '(mean|seed)'"):
         from_yaml("- {kind: patch, site: z, layer: 0, heads: [1], seed: 3}")
 
 
@@ -1012,8 +1012,8 @@ HEAD = {"site": "z", "layer": 0, "heads": (0,)}
         ({**HEAD, "heads": ()}, "name one or more heads"),
         ({**HEAD, "positions": ()}, "name one or more positions"),
         ({**HEAD, "positions": ("all", 0)}, 'for every position write positions: "all"'),
-        ({**HEAD, "kind": "zero"}, "Input should be 'patch'"),
-        ({**HEAD, "mean": "over_tokens"}, "Extra inputs"),
+        ({**HEAD, "kind": "zero"}, "kind must be 'patch', not 'zero'"),
+        ({**HEAD, "mean": "over_tokens"}, "there is no field 'mean'"),
     ],
 )
 def test_a_patch_that_no_model_could_run_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -1046,7 +1046,10 @@ def test_a_patch_that_no_model_could_run_is_refused(fields: dict[str, Any], mess
         ({"sender": "z.0.0", "receivers": ("q.1.0", "q.01.0")}, "each once|no node"),
         ({"sender": "z.0.0", "receivers": ("logits",), "positions": ("all", 0)}, "a list of positions holds names"),
         ({"sender": "z.0.0", "receivers": ("logits",), "positions": ()}, "name one or more positions"),
-        ({"sender": "z.0.0", "receivers": ("logits",), "heads": (0,)}, "Extra inputs"),
+        (
+            {"sender": "z.0.0", "receivers": ("logits",), "heads": (0,)},
+            "there is no field 'heads'; choose among kind, sender",
+        ),
     ],
 )
 def test_a_path_that_no_model_could_run_is_refused(fields: dict[str, Any], message: str) -> None:
