@@ -143,7 +143,8 @@ def fetched(name: str) -> Path:
     path = _place(name)
     if not is_fetched(name):
         raise FileNotFoundError(
-            f"{name} is not in the cache; fetch its {PUBLISHED[name].megabytes} MB with `python -m pyvene_ext.models fetch {name}`."
+            f"{name} is not in the cache; fetch it ({PUBLISHED[name].megabytes} MB) with "
+            f"`python -m pyvene_ext.models fetch {name}`."
         )
     return path
 
