@@ -20,7 +20,7 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from pyvene_ext.io.files import cache_folder, write_json
+from pyvene_ext.io.files import cache_folder, parse_json, write_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.io.packages import need
 from pyvene_ext.models.loading.checks import check_config, check_type
@@ -57,13 +57,14 @@ IGNORE_MERGES = {
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
 
 
-def dequantised(path: Path, name: str, dtype: str = "auto") -> Path:
+def dequantised(path: Path, name: str, dtype: str = "auto", checksum: str | None = None) -> Path:
     """Dequantise a GGUF file, once, into a folder of safetensors that `load_model` reads.
 
     Args:
         path: the file.
         name: what messages call it.
         dtype: see `load_model`; "auto" is float32.
+        checksum: what the file's SHA-256 must be, if known.
 
     Returns:
         The folder, in the cache.
@@ -74,6 +75,8 @@ def dequantised(path: Path, name: str, dtype: str = "auto") -> Path:
     """
     need("gguf")
     digest = sha256(path)
+    if checksum not in (None, digest):
+        raise ValueError(f"{path} has another checksum than {name}; fetch it again.")
     made_by = {package: importlib.metadata.version(package) for package in ("transformers", "gguf")} | {
         "format": FORMAT
     }
@@ -138,6 +141,10 @@ def _convert(path: Path, name: str, dtype: torch.dtype, folder: Path) -> None:
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # By the name of a family's class, the tokenizer would be built twice when it is loaded, to compare (`load`).
+    settings = folder / "tokenizer_config.json"
+    generic = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": tokenizer.padding_side}
+    write_json(settings, parse_json(settings.read_bytes()) | generic)
 
 
 def _header(path: Path, name: str) -> tuple[dict[str, Any], dict[str, int], torch.Tensor | None]:
@@ -187,10 +194,12 @@ def _complete(config: PreTrainedConfig, own: dict[str, Any], rope_factors: torch
         and 0 < own.get("attention.sliding_window", 0) < own["context_length"]
     ):
         config.sliding_window = own["attention.sliding_window"]
-    if config.model_type in ("gemma2", "gemma3_text") and config.num_hidden_layers in (46, 62):
-        config.query_pre_attn_scalar = (
-            config.hidden_size // config.num_attention_heads
-        )  # the 27B models only, as llama.cpp has it
+    if config.model_type in (
+        "gemma2",
+        "gemma3_text",
+    ):  # as llama.cpp scales them; the 27B models are those with so many layers
+        per_head = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = per_head if config.num_hidden_layers in (46, 62) else config.head_dim
 
 
 def _llama3_scaling(factors: torch.Tensor, theta: float, name: str) -> dict[str, Any]:

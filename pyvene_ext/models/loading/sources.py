@@ -39,7 +39,7 @@ def source_of(name_or_path: str | Path, dtype: str = "auto", revision: str | Non
     if name in names.TINY_MODELS:
         return str(names.TINY_FOLDER / name)
     if name in PUBLISHED:
-        return str(dequantised(fetched(name), name, dtype))
+        return str(dequantised(fetched(name), name, dtype, PUBLISHED[name].sha256))
     if path.is_dir():
         file = _gguf_in(path, name)
         return str(path if file is None else dequantised(file, name, dtype))
