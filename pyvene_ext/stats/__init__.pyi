@@ -8,7 +8,10 @@ from .controls import StrataTest as StrataTest
 from .controls import against_random as against_random
 from .controls import head_label as head_label
 from .controls import head_overlap as head_overlap
-from .controls import layer_matched_random_heads as layer_matched_random_heads
+from .controls import first_of as first_of
+from .controls import random_heads as random_heads
+from .controls import random_rankings as random_rankings
+from .controls import RandomHeads as RandomHeads
 from .controls import mcnemar_p as mcnemar_p
 from .controls import random_heads_in_place as random_heads_in_place
 from .controls import share_as_large as share_as_large
