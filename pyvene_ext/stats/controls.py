@@ -320,7 +320,8 @@ def random_heads(
             drawn = (_of_near_layers(given, pool, reach, own_first, rng) for _ in range(20 * n_sets))
             found = set()
             for chosen in drawn:
-                found |= {chosen} - {None, given}
+                if chosen is not None and chosen != given:
+                    found.add(chosen)
                 if len(found) == n_sets:
                     return RandomHeads(given, sorted(found))
     return RandomHeads(given, sorted(found))
