@@ -14,8 +14,8 @@ agree. The heads are those of `--heads`; by default all that translation_heads.p
 The heads are ablated together (`--kinds`: zero, mean, resample; at `--positions`), and so are up to `--n_random` random sets of
 as many other heads, of the same layers and of any layer: heads of any layer differ in depth too, and heads of the same layers may
 do the same. (Where the same layers have too few others, some come from the nearest ones, as the output says.) The same on another
-task (`--other`) tells what is of translation alone. p is the share of sets, the found one counted with the random ones, that lower
-the metric as much; drops of the paired logit difference have percentile bootstrap 95% intervals over swaps.
+task (`--other`) tells what is of translation alone. p is the share of sets, the found one counted with the random ones, that
+lower the metric as much; drops of the paired logit difference have percentile bootstrap 95% intervals over swaps.
 
 Written to the folder OUT: sets.csv, one row a kind and set, the found set first; sets_KIND.npy, the paired logit difference
 [set swap]; figures/sets.png; config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the
