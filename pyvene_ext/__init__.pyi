@@ -14,6 +14,7 @@ from . import specs as specs
 from . import stats as stats
 from . import sweep as sweep
 from .engine.generate import generate as generate
+from .engine.measure import Metric as Metric
 from .engine.plain import Result as Result
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
