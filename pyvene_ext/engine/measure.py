@@ -21,6 +21,15 @@ from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenize
 Need = Literal["right", "wrong", "clean"]
 
 
+def _checked_ids(ids: Any, label: str) -> tuple[int, ...] | Literal["answers"]:
+    if isinstance(ids, str) and ids == "answers":
+        return "answers"
+    listed = np.asarray(ids)
+    if listed.ndim != 1 or not listed.size or listed.dtype.kind not in "iu" or listed.min() < 0:
+        raise ValueError(f'ids of metric {label!r} must be one or more token ids, or "answers", not {ids!r}.')
+    return tuple(listed.tolist())
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric of one's own, wherever a name such as "logit_diff" is taken; a bare function is `Metric(function)`.
@@ -295,12 +304,3 @@ def _columns(logits: Float[Tensor, "batch *pos vocab"], ids: Int[Tensor, "*batch
         return logits[..., ids]
     ids = ids.view(len(ids), *[1] * (logits.ndim - 2), -1)
     return logits.gather(-1, ids.expand(*logits.shape[:-1], -1))
-
-
-def _checked_ids(ids: Any, label: str) -> tuple[int, ...] | Literal["answers"]:
-    if isinstance(ids, str) and ids == "answers":
-        return "answers"
-    listed = np.asarray(ids)
-    if listed.ndim != 1 or not listed.size or listed.dtype.kind not in "iu" or listed.min() < 0:
-        raise ValueError(f'ids of metric {label!r} must be one or more token ids, or "answers", not {ids!r}.')
-    return tuple(listed.tolist())
