@@ -13,6 +13,7 @@ from . import runs as runs
 from . import specs as specs
 from . import stats as stats
 from .engine.generate import generate as generate
+from .engine.measure import Metric as Metric
 from .engine.plain import Result as Result
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
