@@ -87,7 +87,7 @@ class Metric:
     @property
     def label(self) -> str:
         """Its name in results and messages: the one given, else the function's."""
-        return self.name or getattr(self.function, "__name__", type(self.function).__name__)
+        return self.name or str(getattr(self.function, "__name__", type(self.function).__name__))
 
     def facts(self) -> dict[str, Any]:
         """What a store remembers of the metric.

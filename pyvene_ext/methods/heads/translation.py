@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_layers
+from pyvene_ext.engine.measure import as_metric
 from pyvene_ext.engine.metrics import paired_logit_diff
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep.run import open_shared_store, store_facts
@@ -225,7 +226,7 @@ def path_changes(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     directions = concept_directions(model, sending, plus, minus, missing="zeros", **options)
     clean, change = np.empty(len(plus), np.float32), np.empty((len(paths), len(plus)), np.float32)
-    facts = store_facts(resolve(sending, model, plus, minus), "logit", range(len(plus)))
+    facts = store_facts(resolve(sending, model, plus, minus), as_metric("logit"), range(len(plus)))
     with ExitStack() as stack:
         kept = None if store is None else stack.enter_context(open_shared_store(store, facts, {"prompts": AT_ONCE}))
         done = on_all_ranks(lambda: {} if kept is None else kept.finished)
