@@ -92,7 +92,10 @@ def plan_resolved(resolved: Resolved, *, memory: int | None = None, subset: Sequ
         ValueError: the model takes latent steps on these prompts, the subset is not valid, or the memory does not suffice.
     """
     refuse_latent_steps(resolved.model, resolved.prompts.input_ids)
-    return make_plan(resolved, _checked_subset(subset, resolved.prompts), default_budget(resolved.model, memory))
+    sequences = resolved.sequences
+    columns = max(len(ids) - first for ids, first in zip(sequences.prompts.input_ids, sequences.first_read, strict=True))
+    budget = default_budget(resolved.model, memory, columns)
+    return make_plan(resolved, _checked_subset(subset, resolved.prompts), budget)
 
 
 def sweep(
@@ -199,7 +202,7 @@ def sweep_resolved(
                 if kept is not None:
                     kept.add(*made[-1])
         everything = dict(wave for of_one in all_gather(made) for wave in of_one)
-        result = _merge(plan, finished | everything, which)
+        result = _merge(plan, finished | everything)
         if kept is not None and group.is_main_process:
             kept.complete(result)
         if progress:
@@ -278,16 +281,16 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
     return facts
 
 
-def _merge(plan: Plan, waves: dict[int, dict[str, np.ndarray]], which: list[int]) -> dict[str, np.ndarray]:
+def _merge(plan: Plan, waves: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Assemble the arrays of the result from the waves'."""
-    column = {prompt: place for place, prompt in enumerate(which)}
-    of_prompt = waves[0]["clean"].shape[1:]  # (), or one number for each token
-    clean = np.empty((len(which), *of_prompt), np.float32)
-    intervened = np.empty((len(plan.edits), len(which), *of_prompt), np.float32)
+    column = {prompt: place for place, prompt in enumerate(plan.columns)}
+    of_prompt = max(arrays["clean"].shape[1:] for arrays in waves.values())  # (), or one number for each token
+    clean = np.full((len(column), *of_prompt), np.nan, np.float32)
+    intervened = np.full((len(plan.edits), len(column), *of_prompt), np.nan, np.float32)
     for wave, arrays in ((plan.waves[number], arrays) for number, arrays in sorted(waves.items())):
-        columns = [column[prompt] for prompt in wave.prompts]
-        clean[columns] = arrays["clean"]
-        intervened[np.ix_(wave.specs, columns)] = arrays["intervened"]
+        columns, pos = [column[prompt] for prompt in wave.prompts], [slice(n) for n in arrays["clean"].shape[1:]]
+        clean[columns, *pos] = arrays["clean"]
+        intervened[*np.ix_(wave.specs, columns), *pos] = arrays["intervened"]
     return {"clean": clean, "intervened": intervened}
 
 
