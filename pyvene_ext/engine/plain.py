@@ -246,6 +246,8 @@ def check_metric(model: PreTrainedModel, prompts: TokenizedPrompts, metric: str,
     if metric not in METRICS | TOKEN_METRICS:
         raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS | TOKEN_METRICS)}.")
     check_tokenized(model, prompts)
+    if metric in METRICS and metric != "kl":
+        prompts.answer_ids  # noqa: B018 refuses prompts without two answers that a token tells apart
     lengths = sorted(map(len, prompts.input_ids))
     if metric in TOKEN_METRICS and lengths and lengths[0] < lengths[-1]:
         raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modelcards import n_heads, n_kv_heads
 from modelcards.attention_taps import output_weight
-from pyvene_ext.engine.plain import ANSWERS_ONLY, measure
+from pyvene_ext.engine.plain import ANSWERS_ONLY, TOKEN_METRICS, measure
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
     INSIDE_ATTENTION,
@@ -324,7 +324,8 @@ class Executor:
     ) -> tuple[Float32[np.ndarray, " row *pos"], Tensor | None]:
         """The metric of rows, given the prompt of the wave that each has; with the logits if this is the clean run."""
         device = input_device(self.replay.module("block_output", self.replay.n_layers - 1))
-        answers = torch.tensor([self.prompts.answer_ids[prompt] for prompt in wave.prompts], device=device)
+        answer_ids = ((0, 0),) * len(self.prompts) if self.metric in ("kl", *TOKEN_METRICS) else self.prompts.answer_ids
+        answers = torch.tensor([answer_ids[prompt] for prompt in wave.prompts], device=device)
         tokens = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=device)
         of_row = torch.from_numpy(rows).to(device)
         narrow = self.metric in ANSWERS_ONLY

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
@@ -752,13 +752,7 @@ def _of_one_length(prompts: TokenizedPrompts, batch_size: int) -> Iterator[list[
 
 def _rows(prompts: TokenizedPrompts, index: Sequence[int]) -> Batch:
     """Some prompts of one length as a batch, in this order."""
-    some = replace(
-        prompts,
-        input_ids=tuple(prompts.input_ids[i] for i in index),
-        answer_ids=tuple(prompts.answer_ids[i] for i in index),
-        positions=tuple(prompts.positions[i] for i in index),
-    )
-    return next(some.batches(len(index)))
+    return next(prompts.take(index).batches(len(index)))
 
 
 def _measured(

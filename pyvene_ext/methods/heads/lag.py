@@ -22,7 +22,7 @@ from modelcards import n_positions
 from pyvene_ext.engine.plain import Result
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.scores import attention_scores, leading_bos, random_tokens, usable_tokens
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head, layer_matched_random_heads
@@ -66,9 +66,7 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
     lists = [draws.permutation(chosen).tolist() for _ in range(permutations)]
     return TokenizedPrompts(
         input_ids=tuple((*ids, ids[middle]) for ids in lists),
-        answer_ids=tuple((ids[middle + 1], ids[middle]) for ids in lists),
-        positions=tuple({"end": -1, "last": -1} for _ in lists),
-        pad_id=0,  # not used, because they have equal lengths
+        answers=answer_pairs((ids[middle + 1], ids[middle]) for ids in lists),
     )
 
 

@@ -184,7 +184,8 @@ class DirectTerms:
         place, last = ("resid_post", self.depth - 1), len(self.base.input_ids[prompt]) - 1
         x = self.base_values.rows(place, prompt, "last").to(self.replay.device)
         normed = self.replay.module("final_norm")(x[None])[0]
-        ids = torch.tensor([self.base.answer_ids[prompt]], device=self.replay.device)
+        answer_ids = (0, 0) if metric == "kl" else self.base.answer_ids[prompt]  # kl reads none
+        ids = torch.tensor([answer_ids], device=self.replay.device)
         clean = self.replay.unembed(normed)
         found = []
         of_rows = [None, *paths]  # the first is the untouched base

@@ -327,11 +327,11 @@ def resolve_patches(
         raise ValueError(
             f"there are {len(base)} base and {len(source)} source prompts; give each base prompt its source."
         )
-    for pair, answers in enumerate(zip(base.answer_ids, source.answer_ids, strict=True)):
-        if answers[0] != answers[1]:
+    for pair, (own, other) in enumerate(zip(base.answers, source.answers, strict=True)):
+        if own != other:
             raise ValueError(
-                f"the answers of pair {pair} are the tokens {answers[0]} of the base and {answers[1]} of the source prompt; "
-                "compare the same two answers in both."
+                f"the answers of pair {pair} are the tokens {tuple(own)} of the base and {tuple(other)} of the source prompt; "
+                "compare the same answers in both, such as with dataclasses.replace(source, answers=base.answers)."
             )
     for spec in specs:
         if isinstance(spec, PathPatch):

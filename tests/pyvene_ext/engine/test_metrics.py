@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyvene_ext.engine import metrics
-from pyvene_ext.prompts.sets import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -108,7 +108,7 @@ def test_a_prior_for_one_name_leaves_the_paired_logit_difference_alone() -> None
 
 TOKENIZED = TokenizedPrompts(
     input_ids=((5, 6, 7, 8), (5,), (5, 6)),
-    answer_ids=((1, 2), (3, 4), (5, 6)),
+    answers=answer_pairs(((1, 2), (3, 4), (5, 6))),
     positions=({"end": -1}, {"end": -1}, {"end": -1}),
     pad_id=0,
 )

@@ -226,7 +226,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
     assert state() == before and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="61 tokens; use the model's own tokenizer"):
-        estimate(model, specs, replace(PROMPTS, answer_ids=((3, 99),) * 6), progress=False)
+        estimate(model, specs, PROMPTS.with_answer_ids(((3, 99),) * 6), progress=False)
     assert state() == before
 
 

@@ -172,7 +172,7 @@ def test_a_head_without_a_direction_has_no_change_along_it_and_others_have() -> 
     )  # each other's swap: no mean difference
     change, clean = path_changes(model, plus, minus, subspace=True, progress=False)
     assert np.isnan(change).all() and np.isfinite(clean).all()
-    other = replace(random_prompts((7, 7, 9, 9), seed=5), answer_ids=plus.answer_ids)
+    other = replace(random_prompts((7, 7, 9, 9), seed=5), answers=plus.answers)
     along, _ = path_changes(model, plus, other, subspace=True, progress=False)
     whole, clean = path_changes(model, plus, other, progress=False)
     assert np.isfinite(along).all() and whole.shape == along.shape == (3, n_heads(model.config), 4)
@@ -183,7 +183,7 @@ def test_a_head_without_a_direction_has_no_change_along_it_and_others_have() -> 
 def test_path_changes_equal_plain_hooks_that_freeze_every_other_head(family: str) -> None:
     model = random_model(family)
     plus = random_prompts((7, 9, 6))
-    minus = replace(random_prompts((8, 9, 5), seed=3), answer_ids=plus.answer_ids)
+    minus = replace(random_prompts((8, 9, 5), seed=3), answers=plus.answers)
     found, clean = path_changes(model, plus, minus, batch_size=2, progress=False)
     blocks = model.transformer.h if family == "gpt2" else model.model.layers
     projections = [block.attn.c_proj if family == "gpt2" else block.self_attn.o_proj for block in blocks]

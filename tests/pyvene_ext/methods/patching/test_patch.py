@@ -51,7 +51,7 @@ from tests.traces import traces
 torch.set_num_threads(1)
 
 LENGTHS = (9, 6, 7, 6)
-FIELDS = ("input_ids", "answer_ids", "positions")  # of prompts, one entry each
+FIELDS = ("input_ids", "answers", "positions")  # of prompts, one entry each
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 both_engines = pytest.mark.parametrize("engine", ["plain", "sweep"])
@@ -59,7 +59,7 @@ both_engines = pytest.mark.parametrize("engine", ["plain", "sweep"])
 
 def _source(lengths: tuple[int, ...], seed: int = 5) -> TokenizedPrompts:
     """Other prompts with the answers of BASE."""
-    return replace(random_prompts(lengths, seed=seed), answer_ids=BASE.answer_ids)
+    return replace(random_prompts(lengths, seed=seed), answers=BASE.answers)
 
 
 BASE = random_prompts(LENGTHS)
@@ -432,8 +432,8 @@ def test_every_metric_is_read_as_by_hand_with_little_memory_too(family: str, met
 @every_family
 def test_a_kv_head_of_the_source_changes_exactly_the_query_heads_of_its_group(family: str, site: str) -> None:
     model, size = _model(family), _head_size(_model(family))
-    pair = replace(BASE, input_ids=BASE.input_ids[:1], answer_ids=BASE.answer_ids[:1], positions=BASE.positions[:1])
-    of = replace(SOURCE, input_ids=SOURCE.input_ids[:1], answer_ids=pair.answer_ids, positions=SOURCE.positions[:1])
+    pair = BASE.take((0,))
+    of = replace(SOURCE.take((0,)), answers=pair.answers)
     specs = all_patches(model.config, site)
     reference = Reference.compute(model, of, **needs(specs)._asdict())
     for spec in specs:
@@ -823,7 +823,7 @@ def test_a_matrix_of_all_pairs_is_that_of_the_ground_truth_in_one_piece_or_many(
 ) -> None:
     model, length, count = _model(family), 7, 3
     base = random_prompts((length,) * count)
-    source = replace(random_prompts((length,) * count, seed=9), answer_ids=base.answer_ids)
+    source = replace(random_prompts((length,) * count, seed=9), answers=base.answers)
     by_name = every_path_by_hooks(model, torch.tensor(base.input_ids), torch.tensor(source.input_ids), freeze_mlps)
     paths = _all_pairs(model.config, freeze_mlps=freeze_mlps)
     assert {f"{path.sender}->{path.receivers[0]}" for path in paths} == set(by_name)
@@ -1055,9 +1055,7 @@ def test_a_path_that_no_model_could_run_is_refused(fields: dict[str, Any], messa
 
 
 def _first(count: int, prompts: TokenizedPrompts) -> TokenizedPrompts:
-    return TokenizedPrompts(
-        prompts.input_ids[:count], prompts.answer_ids[:count], prompts.positions[:count], prompts.pad_id
-    )
+    return prompts.take(range(count))
 
 
 def _without_names(prompts: TokenizedPrompts) -> TokenizedPrompts:
