@@ -661,7 +661,7 @@ def time_other(case: Case, specs: list[Ablation], letter: Letter, engine: str) -
                 seconds.append(took)
                 found.setdefault(spec, logits)  # evaluated below: what it allocates would count for the next forward
                 bar.update()
-    values = np.stack([logit_diff(found[spec], case.batch.answer_ids).cpu().numpy() for spec in specs])
+    values = np.stack([logit_diff(found[spec], case.batch).cpu().numpy() for spec in specs])
     return {"n": len(specs), "seconds": seconds, "plain": plain, "peak": peak(case), "values": values}
 
 

@@ -187,24 +187,37 @@ class TokenizedPrompts:
 
     def _batches(self, batch_size: int, padding_side: PaddingSide) -> Iterator[Batch]:
         order = sorted(range(len(self)), key=lambda i: len(self.input_ids[i]))
-        names = [name for name in self.positions[0] if all(name in places for places in self.positions)]
         for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
-            answers = [self.answers[i] for i in index]
-            rows = [torch.tensor(self.input_ids[i], dtype=torch.long) for i in index]
-            ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side=padding_side)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
-            yield Batch(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                right_ids=_first_tokens([own.right for own in answers]),
-                wrong_ids=_first_tokens([own.wrong for own in answers]),
-                positions={name: [self.positions[i][name] for i in index] for name in names},
-                index=index,
-                lengths=list(map(len, rows)),
-                padding_side=padding_side,
-            )
+            yield self.batch(order[start : start + batch_size], padding_side)
+
+    def batch(self, which: Sequence[int], padding_side: PaddingSide = "left") -> Batch:
+        """Make one batch of some prompts.
+
+        Args:
+            which: their indices, in the order wanted.
+            padding_side: "left" or "right".
+
+        Returns:
+            The batch, padded to its longest prompt. Only positions that every prompt of the set has are kept.
+        """
+        rows = [torch.tensor(self.input_ids[i], dtype=torch.long) for i in which]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side=padding_side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            right_ids=_first_tokens([self.answers[i].right for i in which]),
+            wrong_ids=_first_tokens([self.answers[i].wrong for i in which]),
+            positions={name: [self.positions[i][name] for i in which] for name in self._shared_names},
+            index=list(which),
+            lengths=list(map(len, rows)),
+            padding_side=padding_side,
+        )
+
+    @cached_property
+    def _shared_names(self) -> list[str]:
+        return [name for name in self.positions[0] if all(name in places for places in self.positions)]
 
 
 def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
@@ -306,6 +319,26 @@ class Batch:
             right_ids=self.right_ids.to(device),
             wrong_ids=self.wrong_ids.to(device),
             clean_logits=None if self.clean_logits is None else self.clean_logits.to(device),
+        )
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Select rows.
+
+        Args:
+            rows: their numbers, in the order wanted; a row may occur more than once.
+
+        Returns:
+            The batch of these rows, with its padding.
+        """
+        at = torch.as_tensor(rows, device=self.input_ids.device)
+        names = ("input_ids", "attention_mask", "position_ids", "right_ids", "wrong_ids")
+        return replace(
+            self,
+            **{name: getattr(self, name)[at] for name in names},
+            positions={name: [places[row] for row in rows] for name, places in self.positions.items()},
+            index=[self.index[row] for row in rows],
+            lengths=[self.lengths[row] for row in rows],
+            clean_logits=None if self.clean_logits is None else self.clean_logits[at],
         )
 
     @property

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from modelcards import n_heads, n_kv_heads
 from modelcards.attention_taps import output_weight
-from pyvene_ext.engine.plain import ANSWERS_ONLY, TOKEN_METRICS, measure
+from pyvene_ext.engine.measure import Metric, as_array
 from pyvene_ext.engine.resolve import Resolved
+from pyvene_ext.engine.sequences import AnswerTable
 from pyvene_ext.engine.sweep.layout import (
     INSIDE_ATTENTION,
     STAGES,
@@ -29,9 +29,10 @@ from pyvene_ext.engine.sweep.layout import (
     shared_columns,
     wave_groups,
 )
-from pyvene_ext.engine.sweep.plan import ActivationSizes, Plan
+from pyvene_ext.engine.sweep.plan import METRIC_COPIES, ActivationSizes, Plan
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.replay import Past, Replay
+from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.joint import Spec, spec_name
 
 Frozen = Literal["attention", "mlp"]  # keeps its clean output in every row, except where that is edited
@@ -178,7 +179,7 @@ class Executor:
 
     Args:
         resolved: the specs on the prompts, with the statistics they need.
-        metric: its name.
+        metric: the metric, checked (`check_metric`).
         plan: of these specs.
         freeze: what keeps its clean output in every row.
         observer: reads activations of rows.
@@ -187,7 +188,7 @@ class Executor:
     def __init__(
         self,
         resolved: Resolved,
-        metric: str,
+        metric: Metric,
         plan: Plan,
         freeze: Collection[Frozen] = (),
         observer: BlockObserver | None = None,
@@ -263,10 +264,11 @@ class Executor:
             advance(clean_tokens * share)
             for state in states.values():
                 state.run_layer(layer, clean, lambda done: advance(done * share))
+        batch = self.prompts.batch(wave.prompts).to(hidden.device)
         try:
-            read = self._read(wave, np.arange(len(ids)), lambda rows, ids: self.unembed(hidden[rows], ids), None)
+            read = self._read(np.arange(len(ids)), batch, lambda rows, ids: self.unembed(hidden[rows], ids))
         except _NotFiniteError as error:
-            raise _not_finite_error(wave.prompts[error.row], None) from None
+            raise self._not_finite_error(wave.prompts[error.row], None) from None
         baseline, clean_logits = read
         intervened = np.repeat(baseline[None], len(wave.specs), 0)  # unchanged where no edit can reach the metric
         for state in states.values():
@@ -277,11 +279,10 @@ class Executor:
             specs, rows = np.repeat(group.specs, len(group.prompts)), np.tile(group.prompts, len(group.specs))
             try:
                 logits = partial(state.logits, clean_logits=clean_logits)
-                intervened[specs, rows] = self._read(wave, rows, logits, clean_logits)[0]
+                intervened[specs, rows] = self._read(rows, batch, logits, clean_logits)[0]
             except _NotFiniteError as error:
-                raise _not_finite_error(
-                    wave.prompts[rows[error.row]], self.specs[wave.specs[specs[error.row]]]
-                ) from None
+                spec = self.specs[wave.specs[specs[error.row]]]
+                raise self._not_finite_error(wave.prompts[rows[error.row]], spec) from None
         return baseline, intervened
 
     def _clean_layer(self, layer: int, hidden: Tensor, shared: int, first_read: int) -> tuple[Tensor, CleanLayer]:
@@ -317,55 +318,66 @@ class Executor:
 
     def _read(
         self,
-        wave: Wave,
         rows: np.ndarray,
+        prompts: Batch,
         logits_of: Callable[[slice, Tensor | None], Tensor],
-        clean_logits: Tensor | None,
+        clean_logits: Tensor | None = None,
     ) -> tuple[Float32[np.ndarray, " row *pos"], Tensor | None]:
-        """The metric of rows, given the prompt of the wave that each has; with the logits if this is the clean run."""
-        device = input_device(self.replay.module("block_output", self.replay.n_layers - 1))
-        answer_ids = ((0, 0),) * len(self.prompts) if self.metric in ("kl", *TOKEN_METRICS) else self.prompts.answer_ids
-        answers = torch.tensor([answer_ids[prompt] for prompt in wave.prompts], device=device)
-        tokens = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=device)
-        of_row = torch.from_numpy(rows).to(device)
-        narrow = self.metric in ANSWERS_ONLY
+        """The metric of rows, given the prompt of the wave that each has, and the clean run's logits; or these for the others."""
+        metric, device = self.metric, prompts.input_ids.device
+        pos = prompts.lengths[0] - self.resolved.sequences.first_read[prompts.index[0]]
+        answers = AnswerTable.of([self.prompts.answers[i] for i in prompts.index], pos, device) if metric.of_answers else None
+        ids, prompts = metric.narrowed(prompts)
         head = self.model.get_output_embeddings()
-        width = 2 * self.sizes.token if narrow and output_weight(head) is not None else head.weight.shape[0]
-        step = max(1, self.budget.call_memory // (40 * width))
+        width = head.weight.shape[0]
+        if ids is not None and output_weight(head) is not None:
+            # Each row multiplies with its own rows of the unembedding, or all with the same.
+            width = self.sizes.token * ids.shape[1] if ids.ndim == 2 else self.sizes.token + len(ids)
+        step = max(1, self.budget.call_memory // (4 * METRIC_COPIES * width * pos))
+        compares = "clean" in metric.needs
+        keeps_clean = clean_logits is None and (compares or metric.of_tokens)
         found, kept = [], []
         for start in range(0, len(rows), step):
             some = slice(start, start + step)
-            which = of_row[some]
-            ids = answers[which]
-            logits = logits_of(some, ids if narrow else None)
+            which = torch.from_numpy(rows[some]).to(device)
+            logits = logits_of(some, ids[which] if ids is not None and ids.ndim == 2 else ids)
             finite = logits.isfinite().flatten(1).all(-1)
             if not finite.all():
                 raise _NotFiniteError(start + int((~finite).nonzero()[0]))
-            if clean_logits is None:
+            if keeps_clean:
                 kept.append(logits)
-            if logits.shape[1] > 1:
-                found.append(logits.numpy())
+            if answers is not None:
+                found.append(as_array(answers.take(which).log_probabilities(logits)))
                 continue
-            reference = logits if clean_logits is None else clean_logits[which]
-            names = torch.tensor([[0, 1]], device=ids.device).expand(len(ids), 2) if narrow else ids
-            batch: Any = SimpleNamespace(answer_ids=names, input_ids=tokens[which])
-            found.append(measure(self.metric, logits[:, -1], batch, reference[:, -1]))
+            reference = clean_logits[which] if compares and clean_logits is not None else logits
+            if not metric.of_tokens:
+                logits, reference = logits[:, -1], reference[:, -1]
+            batch = metric.with_clean(prompts.take(rows[some].tolist()), reference)
+            found.append(as_array(metric.of_columns(logits, batch)))
         return np.concatenate(found), torch.cat(kept) if kept else None
 
+    def _not_finite_error(self, sequence: int, spec: Spec | None) -> ValueError:
+        under = "" if spec is None else f" under {spec_name(spec)}"
+        return ValueError(
+            f"the logits of prompt {self.resolved.sequences.prompt_of[sequence]}{under} are not finite; use dtype float32 or "
+            "bfloat16, or a weaker intervention."
+        )
+
     def unembed(
-        self, final: Float[Tensor, "row pos d_model"], ids: Int[Tensor, "row k"] | None
+        self, final: Float[Tensor, "row pos d_model"], ids: Int[Tensor, "*row k"] | None
     ) -> Float[Tensor, "row pos k"]:
         """Compute the logits at some columns of rows.
 
         Args:
             final: what leaves the last block there.
-            ids: the tokens wanted of each row; None: all.
+            ids: the tokens wanted, of each row or of all alike; None: the whole vocabulary.
 
         Returns:
             The logits.
         """
         columns = final.shape[1]
-        ids = None if ids is None else ids.repeat_interleave(columns, 0)
+        if ids is not None and ids.ndim == 2:
+            ids = ids.repeat_interleave(columns, 0)
         return self.replay.logits(final.flatten(0, 1), ids).unflatten(0, (-1, columns)).to(final.device)
 
     def values(self, batch: EditBatch) -> Tensor | None:
@@ -463,28 +475,31 @@ class GroupState:
             edits.apply(self.final, 0, column, self.executor.heads)
 
     def logits(
-        self, some: slice, ids: Int[Tensor, "row k"] | None, clean_logits: Float[Tensor, "prompt pos k"]
+        self, some: slice, ids: Int[Tensor, "*row k"] | None, clean_logits: Float[Tensor, "prompt pos k"] | None
     ) -> Float[Tensor, "row pos k"]:
         """The logits of rows at all columns that are read; before the first edited one they are the clean run's.
 
         Args:
             some: the rows.
-            ids: the tokens wanted of each of them; None: all.
-            clean_logits: of the clean run.
+            ids: as for `Executor.unembed`.
+            clean_logits: of the clean run; None if all columns that are read come after an edited one.
 
         Returns:
-            The logits; those of the prefix group's columns are computed once for the rows of a spec.
+            The logits.
         """
-        parts, device = [self.executor.unembed(self.final[some], ids)], self.hidden.device
+        parts = [self.executor.unembed(self.final[some], ids)]
         if self.prefix is not None and self.prefix.final.shape[1]:
             assert self.group.prefix_rows is not None
-            rows = np.arange(len(self.hidden))[some] // len(self.group.prompts)
-            which, first, of_row = np.unique(self.group.prefix_rows[rows], return_index=True, return_inverse=True)
-            which, first, of_row = (torch.from_numpy(x).to(device) for x in (which, first, of_row))
-            of_prefix = self.executor.unembed(self.prefix.final[which], None if ids is None else ids[first])
-            parts.insert(0, of_prefix[of_row])
-        clean = clean_logits.shape[1] - sum(part.shape[1] for part in parts)
-        parts.insert(0, clean_logits[self.prompt[some], :clean])
+            rows = torch.from_numpy(self.group.prefix_rows.repeat(len(self.group.prompts))[some]).to(self.hidden.device)
+            if ids is not None and ids.ndim == 2:
+                parts.insert(0, self.executor.unembed(self.prefix.final[rows], ids))
+            else:  # once for all prompts
+                own, of_row = rows.unique(return_inverse=True)
+                parts.insert(0, self.executor.unembed(self.prefix.final[own], ids)[of_row])
+        missing = self.length - self.first_read - sum(part.shape[1] for part in parts)
+        if missing:
+            assert clean_logits is not None
+            parts.insert(0, clean_logits[self.prompt[some], :missing])
         return torch.cat(parts, 1)
 
     def _call_rows(self) -> int:
@@ -638,13 +653,6 @@ def empty_cache() -> None:
     """Release what a failed call has left in a GPU's cache."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _not_finite_error(prompt: int, spec: Spec | None) -> ValueError:
-    under = "" if spec is None else f" under {spec_name(spec)}"
-    return ValueError(
-        f"the logits of prompt {prompt}{under} are not finite; use dtype float32 or bfloat16, or a weaker intervention."
-    )
 
 
 class _NotFiniteError(Exception):

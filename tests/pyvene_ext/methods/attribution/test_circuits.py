@@ -17,7 +17,8 @@ from tiny.planted_circuits import ARCHITECTURES, Architecture, Planted, planted
 from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM
 
-from pyvene_ext.engine.plain import METRICS, run
+from pyvene_ext.engine.measure import METRICS
+from pyvene_ext.engine.plain import run
 from pyvene_ext.methods.attribution.circuits import (
     Circuit,
     CircuitRuns,
@@ -249,13 +250,13 @@ def test_every_metric_is_read_from_the_circuits_logits_with_the_answers_of_base(
     edges = some_edges(model, 0.7)
     three, base, source = of_length(6)
     pairs = chosen(BASE, three), chosen(SOURCE, three)
-    batch = next(pairs[0].batches(3))
     clean, of_source = run_by_hooks(model, base)[0], run_by_hooks(model, source)[0]
     by_circuit = circuit_by_hooks(model, edges, base, source)
-    for metric, measure in METRICS.items():
+    batch = replace(next(pairs[0].batches(3)), clean_logits=clean)
+    for metric in (name for name, it in METRICS.items() if not it.per_token):
         runs = runs_of(model, [Circuit(edges)], *pairs, metric)
         for logits, found in ((clean, runs.clean), (of_source, runs.source), (by_circuit, runs.circuits[0])):
-            close(found, measure(logits, batch, clean).numpy())
+            close(found, METRICS[metric].function(logits, batch).numpy())
 
 
 def test_batches_of_any_size_and_prompts_in_any_order_give_the_same() -> None:

@@ -233,9 +233,9 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "kl"}, "second order.*screen by logit_diff or probability"),
-        ({"metric": "rank"}, "'rank' has no gradient.*screen by logit_diff or probability"),
-        ({"metric": "accuracy"}, "'accuracy' has no gradient"),
+        ({"metric": "kl"}, "no first-order term there.*choose among logit_diff, probability, logit"),
+        ({"metric": "rank"}, "the gradient of 'rank' is 0 or undefined.*choose among logit_diff, probability, logit"),
+        ({"metric": "accuracy"}, "the gradient of 'accuracy' is 0 or undefined"),
         ({"metric": "loss"}, "unknown metric 'loss'"),
         ({"specs": []}, "at least one spec"),
         ({"prompts": ["a prompt"]}, r"call .tokenize\(tokenizer\)"),
