@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyvene_ext.engine.measure import Metric
 from pyvene_ext.engine.sequences import Sequences
 from pyvene_ext.intervenable.statistics import Reference, check_reference_prompts
 from pyvene_ext.prompts.positions import Positions, token_indices
@@ -60,6 +61,10 @@ class Resolved:
     def select(self, numbers: Iterable[int]) -> Resolved:
         """Select some of the specs by number, in this order."""
         return replace(self, specs=tuple(self.specs[number] for number in numbers))
+
+    def for_metric(self, metric: Metric) -> Resolved:
+        """Return a copy that runs and reads what a metric needs."""
+        return replace(self, sequences=Sequences.of_metric(self.prompts, metric))
 
     def with_directions(self, directions: Directions) -> Resolved:
         """Return a copy with concept directions, for patches with `subspace`."""

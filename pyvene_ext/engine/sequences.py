@@ -1,14 +1,14 @@
 """What is run for a metric: prompts, read at their last token or at every token, or prompts followed by their answers.
 
 The log-probability of a whole answer is the sum of its tokens', each predicted from the prompt and the answer's tokens before it
-(teacher forcing). So a prompt is run followed by an answer without its last token. Edits are made in the prompt only; the answer's
-tokens run untouched and read the edited prompt through attention, like tokens that `generate(scope="prompt")` writes. Answers that
-begin alike share a sequence, and answers of one token need no more than the prompt.
+(teacher forcing). So a prompt is run followed by an answer without its last token. Edits are made in the prompt only; the tokens
+of the answer run untouched and read the edited prompt through attention, like those that `generate(scope="prompt")` writes.
+Answers that begin alike share a sequence, and answers of one token need no more than the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
-from pyvene_ext.prompts.tokenized import AnswerTokens, TokenizedPrompts
+from pyvene_ext.engine.measure import Metric, as_array
+from pyvene_ext.prompts.tokenized import AnswerTokens, Batch, TokenizedPrompts
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,21 @@ class Sequences:
     prompts: TokenizedPrompts
     prompt_of: tuple[int, ...]
     first_read: tuple[int, ...]
+
+    @classmethod
+    def of_metric(cls, prompts: TokenizedPrompts, metric: Metric) -> Sequences:
+        """What is run and read for a metric.
+
+        Args:
+            prompts: the prompts.
+            metric: the metric.
+
+        Returns:
+            Each prompt, or each prompt followed by its answers.
+        """
+        if metric.of_answers:
+            return cls.of_answers(prompts, wrong="wrong" in metric.needs)
+        return cls.of_prompts(prompts, of_tokens=metric.of_tokens)
 
     @classmethod
     def of_prompts(cls, prompts: TokenizedPrompts, *, of_tokens: bool = False) -> Sequences:
@@ -76,10 +92,28 @@ class Sequences:
     @cached_property
     def of_prompt(self) -> list[list[int]]:
         """The sequences of every prompt."""
-        found: list[list[int]] = [[] for _ in range(self.prompt_of[-1] + 1)]
+        found: list[list[int]] = [[] for _ in range(self.prompt_of[-1] + 1 if self.prompt_of else 0)]
         for sequence, prompt in enumerate(self.prompt_of):
             found[prompt].append(sequence)
         return found
+
+    def log_probabilities(self, logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> Float32[Tensor, "batch 2"]:
+        """The log-probabilities of the answers that are read in a batch of sequences.
+
+        Args:
+            logits: at every token.
+            batch: the sequences, padded on either side.
+
+        Returns:
+            As of `AnswerTable.log_probabilities`.
+        """
+        first = [start + self.first_read[sequence] for start, sequence in zip(batch.starts, batch.index, strict=True)]
+        begin, last = (torch.tensor(columns, device=logits.device)[:, None] for columns in (first, batch.last_columns))
+        pos = torch.arange(int((last - begin).max()) + 1, device=logits.device)
+        columns = torch.minimum(begin + pos, last)  # what a shorter answer reads besides has no token
+        own = [self.prompts.answers[sequence] for sequence in batch.index]
+        rows = torch.arange(len(own), device=logits.device)[:, None]
+        return AnswerTable.of(own, len(pos), logits.device).log_probabilities(logits[rows, columns])
 
 
 class AnswerTable(NamedTuple):
@@ -132,17 +166,25 @@ class AnswerTable(NamedTuple):
         return whole[:, None].masked_fill(~self.sides, -torch.inf).logsumexp(-1)
 
 
-def log_probabilities_by_prompt(
-    values: Float32[np.ndarray, "*specs sequence 2"], sequences: Iterable[Sequence[int]]
-) -> Float32[np.ndarray, "2 *specs prompt"]:
-    """Put together the answers of a prompt that are read in different sequences.
+def answers_measured(
+    metric: Metric, values: Float32[np.ndarray, "*specs sequence 2"], counts: Sequence[int]
+) -> Float32[np.ndarray, "*specs prompt"]:
+    """Compute a metric of whole answers, once those of a prompt that are read in different sequences are put together.
 
     Args:
-        values: `AnswerTable.log_probabilities` of sequences.
-        sequences: those of every prompt, as indices into `values`.
+        metric: the metric.
+        values: `AnswerTable.log_probabilities` of sequences, those of a prompt side by side.
+        counts: how many sequences every prompt has.
 
     Returns:
-        The log-probability of the right answers of each prompt, and of the wrong ones.
+        One number per prompt.
+
+    Raises:
+        ValueError: the function returns another shape, or numbers that are not finite.
     """
-    merged = np.stack([np.logaddexp.reduce(values[..., list(own), :], axis=-2) for own in sequences], -2)
-    return np.moveaxis(merged, -1, 0)
+    merged = np.logaddexp.reduceat(values, np.cumsum([0, *counts[:-1]]), axis=-2)
+    right, wrong = torch.from_numpy(merged).unbind(-1)
+    found = metric.function(right, wrong)
+    if not isinstance(found, Tensor) or found.shape != right.shape or not found.isfinite().all():
+        raise ValueError(f"metric {metric.label!r} must return one finite number for each it is given.")
+    return as_array(found)

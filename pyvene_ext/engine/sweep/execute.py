@@ -326,7 +326,9 @@ class Executor:
         """The metric of rows, given the prompt of the wave that each has, and the clean run's logits; or these for the others."""
         metric, device = self.metric, prompts.input_ids.device
         pos = prompts.lengths[0] - self.resolved.sequences.first_read[prompts.index[0]]
-        answers = AnswerTable.of([self.prompts.answers[i] for i in prompts.index], pos, device) if metric.of_answers else None
+        answers = (
+            AnswerTable.of([self.prompts.answers[i] for i in prompts.index], pos, device) if metric.of_answers else None
+        )
         ids, prompts = metric.narrowed(prompts)
         head = self.model.get_output_embeddings()
         width = head.weight.shape[0]
@@ -522,9 +524,7 @@ class GroupState:
         column = min(max(start, clean.first), stop)
         past, keys_values = Past(), None
         if attending and column > start:
-            hooks = self._hooks(
-                {at: edits[at] for at in ("k", "v") if at in edits}, first, attending, attending, start
-            )
+            hooks = self._hooks({at: edits[at] for at in ("k", "v") if at in edits}, first, attending, attending, start)
             keys_values = replay.keys_values(layer, x[:attending], (start, stop), hooks)
             before = column - start
             past.before = keys_values[0][:, :, :before], keys_values[1][:, :, :before]
