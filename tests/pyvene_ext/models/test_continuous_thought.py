@@ -87,7 +87,7 @@ def asked(model: Any, lengths: tuple[int, ...] = LENGTHS) -> Questions:
     # No token of a question is one of the format.
     ids = tuple(tuple(3 + token % 40 for token in row) for row in prompts.input_ids)
     problems = tuple(Problem(question="?", solution="", answer=0, steps=1) for _ in lengths)
-    prompts = type(prompts)(ids, prompts.answer_ids, ({"end": -1, "last": -1},) * len(ids), prompts.pad_id)
+    prompts = type(prompts)(ids, prompts.answers, ({"end": -1, "last": -1},) * len(ids), prompts.pad_id)
     return with_latents(
         Questions(problems, prompts, lengths, (range(0),) * len(lengths), tuple(range(len(lengths)))), model
     )
