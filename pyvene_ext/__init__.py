@@ -13,8 +13,8 @@ Rooms, in the order in which data flows; a room imports only from those above it
     runs          what studies share: flags, run folders, metadata, figures
     report        one HTML page for one or more runs
 
-The names that most programs need are here, and are imported on first use; `sweep`, `patching`, `attribution`, `edges`, `circuits`
-and `metrics` are short names of modules in the rooms. Once this package and pyvene are both imported, in either order, pyvene's
+The names that most programs need are here, and are imported on first use; `patching`, `attribution`, `edges`, `circuits` and
+`metrics` are short names of modules in the rooms. Once this package and pyvene are both imported, in either order, pyvene's
 mappings contain this project's cards.
 """
 

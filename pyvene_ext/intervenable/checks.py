@@ -27,7 +27,7 @@ from pyvene import (
 from pyvene.models.modeling_utils import getattr_for_torch_module
 from torch import Tensor
 
-from modelcards import COMPONENTS, Card, dimensions, n_layers, n_positions
+from modelcards import COMPONENTS, Card, dimensions, meant, n_layers, n_positions
 from pyvene_ext.io.errors import counted
 
 Locations = list[Any]  # per key: [batch n] for one-level units, [[batch n_head], [batch n_pos]] for h.pos
@@ -86,7 +86,11 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
             raise ValueError(f"a component is a name, not {representation.component!r}.")
         if "." in representation.component:
             if representation.component.rpartition(".")[2] not in ("input", "output"):
-                raise ValueError(f"the module path {representation.component!r} must end in .input or .output.")
+                close = meant(representation.component, places=card.mapping(type(model)))
+                raise ValueError(
+                    f"the module path {representation.component!r} must end in .input or .output"
+                    + (f"; or did you mean the component {close!r}?" if close else ".")
+                )
             _check_path(model, representation.component)
             _check_intervention(representation, kind, None)
             continue  # the rest of a raw path is up to the user

@@ -11,7 +11,6 @@ what it checks, what replaces the activations and which pyvene intervention make
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -21,7 +20,17 @@ from pyvene import VanillaIntervention
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, Component, card_of, dimensions, n_heads, n_kv_heads, n_layers
+from modelcards import (
+    COMPONENTS,
+    FIELD_NAMES,
+    Component,
+    card_of,
+    component_named,
+    dimensions,
+    n_heads,
+    n_kv_heads,
+    n_layers,
+)
 from pyvene_ext.intervenable.statistics import Place, label
 from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -91,7 +100,7 @@ class SiteEdit(Record):
         what: the kind in words, for messages.
         sites: the sites that the kind can edit.
         has_first_order: whether its effect has a first-order estimate.
-        site: the site that is edited.
+        site: the site that is edited; pyvene's name of it means the same ("head_attention_value_output" is "z").
         layer: required, except for embed, which exists once; counted from 0.
         heads: required for sites with heads, and only for them: one or several query heads, or K/V heads for k and v, each of
             which serves several query heads. Kept as a sorted tuple.
@@ -127,13 +136,7 @@ class SiteEdit(Record):
     @field_validator("site")
     @classmethod
     def _known_site(cls, site: str) -> str:
-        if site not in cls.sites:
-            close = difflib.get_close_matches(site, cls.sites, n=1) or [
-                s for s, c in FIELD_NAMES.items() if c == site and s in cls.sites
-            ]
-            hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(cls.sites)}."
-            raise ValueError(f"no {cls.what} of {site!r}; {hint}")
-        return site
+        return component_named(site, cls.sites, cls.what).site  # pyvene's name of a site is the same site
 
     @field_validator("layer")
     @classmethod

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import Result, check_metric
+from pyvene_ext.engine.measure import MetricLike, check_metric
+from pyvene_ext.engine.plain import Result
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
 from pyvene_ext.intervenable.statistics import Reference
@@ -61,7 +62,7 @@ def frequencies(
     width: float,
     block: int = 16,
     absolute: bool = True,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     seed: int = 0,
     confidence: float = 0.95,
@@ -115,7 +116,7 @@ def frequencies(
     ):
         if not fits:
             raise ValueError(f"{name} must be {wanted}, not {value}.")
-    check_metric(model, prompts, metric)
+    metric = check_metric(model, prompts, metric, of_answers=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     reference = resolved.with_statistics(progress=progress).sources.reference
 
@@ -147,5 +148,5 @@ def frequencies(
             if not going.size:
                 break
         bar.refresh()
-    result = Result(resolved.names, metric, clean, intervened)
+    result = Result(resolved.names, metric.label, clean, intervened)
     return Sequential(result, frequency, low, high, n_prompts, order, width)

@@ -108,8 +108,8 @@ def logit_lens(
             for k, place in enumerate(places):
                 all_logits = replay.logits(seen[place])
                 ids = batch.answer_ids.to(all_logits.device)
-                probability[k, batch.index] = metrics.probability(all_logits, ids).cpu().numpy()
-                rank[k, batch.index] = metrics.rank(all_logits, ids).cpu().numpy()
+                probability[k, batch.index] = metrics.probability(all_logits, batch).cpu().numpy()
+                rank[k, batch.index] = metrics.rank(all_logits, batch).cpu().numpy()
                 logits[k][:, batch.index] = all_logits.gather(1, ids).T.float().cpu().numpy()
             bar.update(len(batch.index))
     return Lens(logits, probability, rank)

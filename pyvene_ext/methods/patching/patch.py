@@ -21,9 +21,10 @@ from jaxtyping import Float, Float32
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, config_of, n_heads, n_kv_heads, n_layers
+from modelcards import component_named, config_of, n_heads, n_kv_heads, n_layers
+from pyvene_ext.engine.measure import Metric, MetricLike, as_array, as_metric, check_metric
 from pyvene_ext.engine.metrics import last_logits
-from pyvene_ext.engine.plain import METRICS, Result, check_metric, run_resolved
+from pyvene_ext.engine.plain import Result, measured, run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.methods.patching.direct import run_direct_paths
@@ -56,7 +57,7 @@ class Patched(Result):
         metric: name of the metric.
         baseline: the metric of the untouched base prompts, be they clean or corrupt.
         intervened: the metric of the patched base prompts.
-        source: the metric of the untouched source prompts; NaN for kl, which compares with the base.
+        source: the metric of the untouched source prompts, with the base's answers; NaN for kl, which compares with the base.
     """
 
     source: Float32[np.ndarray, " n_prompts"]
@@ -94,7 +95,7 @@ def patch(
     specs: Patch | Iterable[Patch],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     engine: Literal["sweep", "plain"] = "sweep",
     directions: Directions | None = None,
@@ -113,7 +114,7 @@ def patch(
         base: the prompts that are patched.
         source: the prompts that activations are taken from, paired with `base` by order; with the same answers, and of equal
             length where every position is patched.
-        metric: logit_diff, probability, rank, accuracy, kl (to the untouched base) or logit.
+        metric: as for `run`, one number per prompt; kl is to the untouched base.
         engine: plain is the definition, one intervention at a time through `IntervenableModel`; sweep gives the same, faster. A
             path with several receivers in different places and a sender patched at some positions runs plainly on both.
         directions: concept directions of patches with `subspace`; by default `concept_directions` of these pairs.
@@ -135,9 +136,12 @@ def patch(
     at_place = [number for number in range(len(wanted)) if number not in set(at_path)]
     if engine == "plain" and store is not None:
         raise ValueError("the plain engine saves nothing: leave store out, or use engine='sweep'.")
+    metric = as_metric(metric)
     resolved = resolve_patches(model, wanted, base, source, metric, engine, directions)
+    if store is not None:
+        metric.facts()  # refuses a metric without a name before anything runs
     places = resolved.select(at_place)
-    plan = plan_resolved(places, memory=memory) if engine == "sweep" and at_place else None
+    plan = plan_resolved(places, metric, memory=memory) if engine == "sweep" and at_place else None
     groups: dict[_PathKind, list[int]] = {}
     for number in at_path:
         groups.setdefault(_PathKind.of(wanted[number], engine), []).append(number)  # type: ignore[arg-type]
@@ -180,12 +184,14 @@ def patch(
         else:
             put(numbers, *_plain_paths(resolved, some, metric, batch_size, progress))
     assert clean is not None  # there is a patch
-    of_source = np.full_like(clean, np.nan) if metric == "kl" else _metric_of(model, source, metric, batch_size)
-    same = [ids == of_pair for ids, of_pair in zip(base.input_ids, source.input_ids, strict=True)]
-    if metric != "kl":
+    if "clean" in metric.needs:
+        of_source = np.full_like(clean, np.nan)
+    else:
+        of_source = measured(model, replace(source, answers=base.answers), metric, batch_size=batch_size)
+        same = [ids == of_pair for ids, of_pair in zip(base.input_ids, source.input_ids, strict=True)]
         of_source[same] = clean[same]  # a rounding difference would give scores where there are none
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
-    return Patched(names, metric, clean, found, of_source)
+    return Patched(names, metric.label, clean, found, of_source)
 
 
 class _PathKind(NamedTuple):
@@ -215,9 +221,7 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     Raises:
         ValueError: the site cannot be patched.
     """
-    if site not in ActivationPatch.sites:
-        raise ValueError(f"no patch of {site!r}; choose among {', '.join(ActivationPatch.sites)}.")
-    component = COMPONENTS[FIELD_NAMES[site]]
+    component = component_named(site, ActivationPatch.sites, ActivationPatch.what)
     if not component.per_layer:
         return [ActivationPatch(site=site, **fields)]
     config = config_of(config)
@@ -291,7 +295,7 @@ def resolve_patches(
     specs: list[Patch],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str,
+    metric: MetricLike,
     engine: str,
     directions: Directions | None,
 ) -> Resolved:
@@ -318,19 +322,18 @@ def resolve_patches(
         )
     if engine not in ("sweep", "plain"):
         raise ValueError(f"unknown engine {engine!r}; choose sweep or plain.")
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS)}.")
+    metric = as_metric(metric)
     if not specs or not len(base):
         raise ValueError("nothing to run: give at least one patch and one pair of prompts.")
     if len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base and {len(source)} source prompts; give each base prompt its source."
         )
-    for pair, answers in enumerate(zip(base.answer_ids, source.answer_ids, strict=True)):
-        if answers[0] != answers[1]:
+    for pair, (own, other) in enumerate(zip(base.answers, source.answers, strict=True)):
+        if own != other and {"right", "wrong"} & set(metric.needs):
             raise ValueError(
-                f"the answers of pair {pair} are the tokens {answers[0]} of the base and {answers[1]} of the source prompt; "
-                "compare the same two answers in both."
+                f"base and source of pair {pair} have other answers, right {own.right} and {other.right}, wrong {own.wrong} and "
+                f"{other.wrong}; compare the same in both, such as with dataclasses.replace(source, answers=base.answers)."
             )
     for spec in specs:
         if isinstance(spec, PathPatch):
@@ -344,7 +347,8 @@ def resolve_patches(
                 raise ValueError(f"{edit.name}: path is set by path patching only; give a PathPatch.")
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
-    check_metric(model, base, metric)
+    for prompts in (base, replace(source, answers=base.answers)):
+        check_metric(model, prompts, metric, of_answers=not any(isinstance(spec, PathPatch) for spec in specs))
     activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
 
@@ -352,7 +356,7 @@ def resolve_patches(
 def _plain_paths(
     resolved: Resolved,
     paths: list[PathPatch],
-    metric: str,
+    metric: Metric,
     batch_size: int,
     progress: bool,
 ) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
@@ -365,23 +369,9 @@ def _plain_paths(
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
             clean = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
-            baseline[batch.index] = METRICS[metric](clean, batch, clean).float().cpu().numpy()
+            batch = metric.with_clean(batch, clean)
+            baseline[batch.index] = as_array(metric(clean, batch))
             for number, path in enumerate(paths):
-                found[number, batch.index] = (
-                    METRICS[metric](plain.logits(path, batch), batch, clean).float().cpu().numpy()
-                )
+                found[number, batch.index] = as_array(metric(plain.logits(path, batch), batch))
                 bar.update(len(batch.index))
     return baseline, found
-
-
-def _metric_of(
-    model: PreTrainedModel, prompts: TokenizedPrompts, metric: str, batch_size: int
-) -> Float32[np.ndarray, " prompt"]:
-    """The metric of untouched prompts."""
-    found = np.empty(len(prompts), np.float32)
-    with evaluating(model), no_gradients(model):
-        for batch in prompts.batches(batch_size):
-            batch = batch.to(input_device(model))
-            logits = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
-            found[batch.index] = METRICS[metric](logits, batch, logits).float().cpu().numpy()
-    return found

@@ -112,7 +112,7 @@ def test_one_spelling_for_one_meaning() -> None:
     [
         ({"kind": "remove"}, "kind must be 'zero', 'mean', 'resample' or 'noise', not 'remove'."),
         ({"site": "mlp_uot"}, "site: no ablation of 'mlp_uot'; did you mean 'mlp_out'?"),
-        ({"site": "head_attention_value_output"}, "did you mean 'z'?"),
+        ({"site": "blocks.3.attn.hook_z"}, "no ablation of 'blocks.3.attn.hook_z'; did you mean 'z'?"),
         ({"site": "nonsense"}, "choose among z, attn_out"),
         ({"site": "pattern"}, "no ablation of 'pattern'"),
         ({"layer": None}, "z needs a layer"),
