@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelcards import card_of, n_positions
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.encoding import (
+    RESERVED_POSITIONS,
     AnswerTokens,
     TokenizedPrompt,
     answer_pairs,
@@ -437,6 +438,8 @@ def _as_positions(
     found = []
     for prompt, (named, row) in enumerate(zip(own, rows, strict=True)):
         for name, at in named.items():
+            if name in RESERVED_POSITIONS:
+                raise ValueError(f"position {name!r} has a built-in meaning; choose another name.")
             if not -len(row) <= at < len(row):
                 raise ValueError(f"position {name!r} is token {at} of prompt {prompt}, which has {len(row)} tokens.")
         found.append({"end": -1, "last": -1, **{name: int(at) % len(row) - len(row) for name, at in named.items()}})

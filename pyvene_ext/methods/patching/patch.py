@@ -333,8 +333,8 @@ def resolve_patches(
     for pair, (own, other) in enumerate(zip(base.answers, source.answers, strict=True)):
         if own != other and {"right", "wrong"} & set(metric.needs):
             raise ValueError(
-                f"the answers of pair {pair} are the tokens {tuple(own)} of the base and {tuple(other)} of the source prompt; "
-                "compare the same answers in both, such as with dataclasses.replace(source, answers=base.answers)."
+                f"the base and the source prompt of pair {pair} have different answers; compare the same ones in both, as "
+                "dataclasses.replace(source, answers=base.answers) does."
             )
     for spec in specs:
         if isinstance(spec, PathPatch):

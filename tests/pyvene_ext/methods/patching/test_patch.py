@@ -1095,7 +1095,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "answers": (
         lambda: A(**HEAD),
         {"source": random_prompts(LENGTHS, seed=5)},
-        r"the answers of pair 0 are the tokens \(\d+, \d+\) of the base and \(\d+, \d+\) of the source prompt",
+        "the base and the source prompt of pair 0 have different answers; compare the same ones",
     ),
     "position": (lambda: A(**HEAD, positions="s3"), {}, "no position 's3'; choose among end, last, s1, s2"),
     "position of the base": (lambda: A(**HEAD, positions="s1"), {"base": _without_names(BASE)}, "no position 's1'"),
