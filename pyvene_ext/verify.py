@@ -29,11 +29,11 @@ from pyvene import (
     ZeroIntervention,
 )
 from torch import Tensor
-from tqdm import tqdm
 
 from modelcards import COMPONENTS, card_of, dimensions, n_layers
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.truth import Truth, first_tensor
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.cli import run
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.models.modes import evaluating
@@ -139,7 +139,7 @@ def verify_card(
     components = sorted(card.mapping(type(model)), key=list(COMPONENTS).index)
     own_implementation = model.config._attn_implementation
     supported = [name for name in implementations if name == "eager" or model._supports_sdpa]
-    bar = tqdm(total=len(supported) * len(padding_sides) * len(components), disable=not progress)
+    bar = progress_bar(len(supported) * len(padding_sides) * len(components), "component", shown=progress)
     with evaluating(model), bar:
         before = _fingerprint(model)
         try:

@@ -1,3 +1,3 @@
-from .plain import Result as Result
 from .plain import reference_for as reference_for
 from .plain import run as run
+from .results import Result as Result

@@ -6,9 +6,8 @@ It defines what a spec does. Every faster engine is tested for equality with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -19,8 +18,10 @@ from transformers import PreTrainedModel
 from pyvene_ext.engine import metrics
 from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import (
@@ -34,9 +35,6 @@ from pyvene_ext.specs.joint import (
     Spec,
     needs,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Each takes the logits at the last token, [batch vocab], the batch and the clean logits.
 METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
@@ -52,43 +50,6 @@ TOKEN_METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
     "token_probabilities": lambda logits, batch, clean: metrics.token_probabilities(logits, batch.input_ids),
 }
 ANSWERS_ONLY = ("logit_diff", "logit")  # metrics that read only the logits of the two answers
-
-
-@dataclass(frozen=True)
-class Result:
-    """The effect of a list of interventions on every prompt.
-
-    Attributes:
-        names: the interventions' names (`spec_name`).
-        metric: name of the metric; one of `TOKEN_METRICS` has a value per token of a prompt, as the last axis.
-        baseline: the metric of the untouched run of these prompts, whatever they are.
-        intervened: the metric under each intervention.
-    """
-
-    names: tuple[str, ...]
-    metric: str
-    baseline: Float32[np.ndarray, " n_prompts *pos"]
-    intervened: Float32[np.ndarray, "n_interventions n_prompts *pos"]
-
-    @property
-    def delta(self) -> Float32[np.ndarray, "n_interventions n_prompts *pos"]:
-        """Baseline minus intervened: positive where the intervention lowered the metric."""
-        return self.baseline - self.intervened
-
-    def to_frame(self) -> pd.DataFrame:
-        """Convert to a table with one row per intervention and prompt (and token, for a metric with a value per token).
-
-        Returns:
-            A table with the columns intervention (its name), prompt (its number, from 0), pos (for a token metric), baseline,
-            intervened and delta.
-        """
-        import pandas as pd  # takes a second to import, and most runs need no table
-
-        names = ("intervention", "prompt", "pos")[: self.intervened.ndim]
-        rows = pd.MultiIndex.from_product([self.names, *map(range, self.intervened.shape[1:])], names=names)
-        baseline = np.broadcast_to(self.baseline, self.intervened.shape)
-        columns = {"baseline": baseline, "intervened": self.intervened, "delta": self.delta}
-        return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, rows).reset_index()
 
 
 def reference_for(
@@ -202,7 +163,7 @@ def run_resolved(
     intervened = np.empty((len(specs), *shape), np.float32)
     device = input_device(model)
     structures: dict[tuple, IntervenableModel] = {}  # shared by specs that differ in heads or positions only
-    own_bar = tqdm(total=len(specs) * len(prompts), unit="prompt", smoothing=0.1, disable=not shown)
+    own_bar = progress_bar(len(specs) * len(prompts), "prompt", shown=shown, smoothing=0.1)
     bar = progress if isinstance(progress, tqdm) else own_bar
     with own_bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size, padding_side):
@@ -226,7 +187,7 @@ def run_resolved(
                 logits = metrics.last_logits(output.logits, batch)
                 intervened[number, batch.index] = measure(metric, logits, batch, clean_logits)
                 bar.update(len(batch.index))
-    return Result(resolved.names, metric, values, intervened)
+    return Result(resolved.names, metric, values, intervened, specs=resolved.specs)
 
 
 def check_metric(model: PreTrainedModel, prompts: TokenizedPrompts, metric: str, *, of_tokens: bool = False) -> None:

@@ -6,7 +6,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from modelcards import CARDS, n_positions
+from pyvene_ext.io.bars import is_shown
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.latent_steps import restore
 
@@ -46,6 +49,20 @@ SMALL = 2**22  # parameters and buffers that a config may ask for whatever the s
 TEXT = "Lisa gave the book to"  # to try a model on
 
 
+@contextmanager
+def _bars() -> Iterator[None]:
+    """Silence the bars of transformers and the hub inside, if ours are silenced."""
+    hidden = not is_shown() and transformers_logging.is_progress_bar_enabled()
+    if hidden:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            transformers_logging.enable_progress_bar()
+
+
+@_bars()
 def load_model(
     name_or_path: str | Path,
     dtype: str = "auto",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import Result, check_metric
+from pyvene_ext.engine.plain import check_metric
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.plan import (
     Budget,
@@ -25,6 +24,7 @@ from pyvene_ext.engine.sweep.plan import (
 )
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import note, progress_bar
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
     all_gather,
@@ -176,13 +176,12 @@ def sweep_resolved(
             # Read before any process adds a wave, and by one process, so that all divide the same remaining waves.
             whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(resolved.names, metric, whole["clean"], whole["intervened"])
+                return Result(resolved.names, metric, whole["clean"], whole["intervened"], specs=specs)
             if remembered != _plan_record(plan):
                 plan = make_plan(resolved, which, Budget(**remembered["budget"]))
             if remembered != _plan_record(plan):
                 raise ValueError(f"{store} was begun by a version that cut the work differently; delete the folder.")
-        if progress:
-            tqdm.write(plan.summary(), file=sys.stderr)
+        note(plan.summary(), shown=progress, in_notebooks=False)
         resolved = resolved.with_statistics(progress=progress)
         mine = [number for number in range(len(plan.waves)) if number not in finished]
         mine = mine[group.process_index :: group.num_processes]
@@ -202,11 +201,10 @@ def sweep_resolved(
         result = _merge(plan, finished | everything, which)
         if kept is not None and group.is_main_process:
             kept.complete(result)
-        if progress:
-            took = time.monotonic() - started
-            where = "" if store is None else f"; kept in {store}"
-            tqdm.write(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", file=sys.stderr)
-    return Result(resolved.names, metric, result["clean"], result["intervened"])
+        took = time.monotonic() - started
+        where = "" if store is None else f"; kept in {store}"
+        note(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", shown=progress)
+    return Result(resolved.names, metric, result["clean"], result["intervened"], specs=specs)
 
 
 @contextmanager
@@ -298,9 +296,7 @@ class _ProgressBar:
         self._plan, self._done = plan, 0
         self._cells = {number: len(plan.waves[number].specs) * len(plan.waves[number].prompts) for number in waves}
         total = sum(self._cells.values())
-        self._bar = tqdm(
-            total=total, unit="intervention", unit_scale=True, smoothing=0.1, desc="sweep", disable=not shown
-        )
+        self._bar = progress_bar(total, "intervention", "sweep", shown=shown, unit_scale=True, smoothing=0.1)
 
     def advance(self, share: float) -> None:
         """Advance by a number of interventions, estimated from the arithmetic done."""

@@ -618,14 +618,16 @@ def test_scores_of_both_directions_are_those_of_the_definition(engine: str) -> N
 def test_a_frame_of_patches_has_source_and_score() -> None:
     clean, source, after = (np.array(x, np.float32) for x in ([1, 2], [3, 2], [[2, 2.5], [1, 2]]))
     frame = Patched(("a", "b"), "logit_diff", clean, after, source).to_frame()
-    assert list(frame) == ["intervention", "prompt", "baseline", "intervened", "delta", "source", "score"]
+    place = ["site", "layer", "head", "position"]
+    assert list(frame) == ["intervention", *place, "prompt", "baseline", "intervened", "delta", "source", "score"]
+    assert frame[place].isna().all(axis=None)  # made by hand, without specs
     rows = [
         ["a", 0, 1, 2, -1, 3, 0.5],
         ["a", 1, 2, 2.5, -0.5, 2, np.nan],
         ["b", 0, 1, 1, 0, 3, 0],
         ["b", 1, 2, 2, 0, 2, np.nan],
     ]
-    for found, row in zip(frame.to_numpy(), rows, strict=True):
+    for found, row in zip(frame.drop(columns=place).to_numpy(), rows, strict=True):
         assert found[0] == row[0]
         np.testing.assert_array_equal(found[1:].astype(float), row[1:])
 
