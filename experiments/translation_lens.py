@@ -17,7 +17,7 @@ config.yaml (running it again gives the same); and last summary.json, what was r
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def main(config: Config) -> None:
     targets = [own for own, _ in plus.answer_ids]
     sources = px.methods.source_tokens(model, plus, setting.heads, source_spans(plus), **options)
     lenses = {
-        language: px.methods.logit_lens(model, replace(plus, answer_ids=tuple(answers)), **options)
+        language: px.methods.logit_lens(model, plus.with_answer_ids(answers), **options)
         for language, answers in (
             ("target", zip(targets, sources, strict=True)),
             ("source", zip(sources, targets, strict=True)),

@@ -28,6 +28,7 @@ from modelcards.components import (
     n_positions,
     window,
 )
+from modelcards.names import component_named, meant
 from modelcards.register import CARDS, card_of, register
 
 __all__ = [
@@ -38,9 +39,11 @@ __all__ = [
     "Component",
     "Taps",
     "card_of",
+    "component_named",
     "dimensions",
     "head_dim",
     "head_shares",
+    "meant",
     "n_heads",
     "n_kv_heads",
     "n_layers",

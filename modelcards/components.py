@@ -45,6 +45,11 @@ class Component:
     per_layer: bool = True
 
     @property
+    def site(self) -> str:
+        """What `pyvene_ext` calls the place: the literature's name where there is one."""
+        return self.field or self.name
+
+    @property
     def units(self) -> tuple[str, ...]:
         """The pyvene units that are right for this component."""
         return PER_HEAD if self.heads else PER_POSITION

@@ -13,8 +13,12 @@ from . import runs as runs
 from . import specs as specs
 from . import stats as stats
 from .engine.generate import generate as generate
+from .engine.measure import Metric as Metric
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
+from .engine.reading import Activations as Activations
+from .engine.reading import read as read
+from .engine.reading import read_batches as read_batches
 from .engine.resolve import resolve as resolve
 from .engine.results import Result as Result
 from .engine.sweep import Plan as Plan
@@ -30,6 +34,7 @@ from .methods.patching.patch import Patched as Patched
 from .methods.patching.patch import all_patches as all_patches
 from .methods.patching.patch import all_paths as all_paths
 from .methods.patching.patch import patch as patch
+from .methods.steering import steering_vector as steering_vector
 from .models.devices import is_main_process as is_main_process
 from .models.loading import TINY_MODELS as TINY_MODELS
 from .models.loading import load_model as load_model

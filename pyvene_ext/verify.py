@@ -2,6 +2,7 @@
 
     python -m pyvene_ext.verify --model Qwen/Qwen2.5-3B
     python -m pyvene_ext.verify --model path/to/folder --layers all
+    python -m pyvene_ext.verify --model path/to/folder --sites z resid_post attention_pattern
 
 For each component, unit, layer, padding side and attention implementation three things are checked on a batch of unequal lengths,
 at different positions and heads in each example: the activation that is read, the outputs after zeroing it, and the outputs after
@@ -30,10 +31,11 @@ from pyvene import (
 )
 from torch import Tensor
 
-from modelcards import COMPONENTS, card_of, dimensions, n_layers
+from modelcards import COMPONENTS, card_of, component_named, dimensions, n_layers
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.truth import Truth, first_tensor
 from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.bounds import OneOrMore
 from pyvene_ext.io.cli import run
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.models.modes import evaluating
@@ -111,6 +113,7 @@ def verify_card(
     padding_sides: Sequence[str] = ("left", "right"),
     tolerance: float = 1e-5,
     progress: bool = False,
+    sites: Sequence[str] | None = None,
 ) -> Report:
     """Check every component of `model`'s card against independent hooks.
 
@@ -121,12 +124,13 @@ def verify_card(
         padding_sides: "left", "right" or both.
         tolerance: largest difference allowed, relative to the largest value if that exceeds 1.
         progress: show a progress bar.
+        sites: which sites or components, in either vocabulary; None for all.
 
     Returns:
         A `Report`; `.failures` is 0 for a correct card. An error raised by a check counts as a failure.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there is no such layer or site.
     """
     card = card_of(model)
     report = Report(type(model).__name__, card.family)
@@ -136,7 +140,8 @@ def verify_card(
         layers = range(count) if layers == "all" else sorted({0, count // 2, count - 1})
     if outside := [layer for layer in layers if not 0 <= layer < count]:
         raise ValueError(f"there is no layer {outside[0]}: {type(model).__name__} has layers 0 to {count - 1}.")
-    components = sorted(card.mapping(type(model)), key=list(COMPONENTS).index)
+    wanted = card.mapping(type(model)) if sites is None else {card.component(model, site).name for site in sites}
+    components = sorted(wanted, key=list(COMPONENTS).index)
     own_implementation = model.config._attn_implementation
     supported = [name for name in implementations if name == "eager" or model._supports_sdpa]
     bar = progress_bar(len(supported) * len(padding_sides) * len(components), "component", shown=progress)
@@ -332,6 +337,8 @@ class Options:
     """A hub name, a folder, or a shipped tiny model."""
     layers: Literal["ends", "all"] = "ends"
     """First, middle and last layer, or all of them."""
+    sites: OneOrMore[str] | None = None
+    """Only these sites or components, such as z or block_output; by default all that the card has."""
     tolerance: float = 1e-5
     """Largest difference allowed, relative where values exceed 1."""
     dtype: str = "float32"
@@ -352,7 +359,12 @@ def main(options: Options) -> int:
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
     failures = 0
     for part in (model, model.base_model):
-        report = verify_card(part, options.layers, tolerance=options.tolerance, progress=True)
+        sites = options.sites
+        if sites and part is not model:
+            sites = tuple(site for site in sites if component_named(site).name in card_of(part).mapping(type(part)))
+        if sites == ():  # the model without its head has no logits
+            continue
+        report = verify_card(part, options.layers, tolerance=options.tolerance, progress=True, sites=sites)
         print(report.table())
         failures += report.failures
     return 1 if failures else 0

@@ -19,7 +19,7 @@ from pyvene import (
 )
 from torch import Tensor
 
-from modelcards import COMPONENTS, Card, dimensions, n_layers
+from modelcards import COMPONENTS, Card, dimensions, meant, n_layers
 
 Locations = list[Any]  # per key: [batch n] for one-level units, [[batch n_head], [batch n_pos]] for h.pos
 
@@ -45,7 +45,11 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
             raise ValueError(f"a component is a name, not {representation.component!r}.")
         if "." in representation.component:
             if representation.component.rpartition(".")[2] not in ("input", "output"):
-                raise ValueError(f"the module path {representation.component!r} must end in .input or .output.")
+                close = meant(representation.component, places=card.mapping(type(model)))
+                raise ValueError(
+                    f"the module path {representation.component!r} must end in .input or .output"
+                    + (f"; or did you mean the component {close!r}?" if close else ".")
+                )
             continue  # the rest of a raw path is up to the user
         component = card.component(model, representation.component)
         if type(representation.layer) is not int:

@@ -18,6 +18,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
 
-from modelcards import COMPONENTS, Card, Taps, card_of, register
+from modelcards import COMPONENTS, FIELD_NAMES, Card, Taps, card_of, register
 from pyvene_ext.intervenable.checks import (
     Inputs,
     Representation,
@@ -58,7 +59,8 @@ class IntervenableModel(pyvene.IntervenableModel):
         """Build the interventions of a config.
 
         Args:
-            config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it.
+            config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it; components may be called by
+                the names of their sites ("z", "resid_post").
             model: a transformers model of a class that `modelcards` covers, or a subclass of one.
             **kwargs: pyvene's. `use_fast` is accepted and has no effect: the general path is as fast and never wrong.
 
@@ -69,6 +71,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         register(type(model))
         if not isinstance(config, IntervenableConfig):
             config = IntervenableConfig(representations=config)
+        config = _in_pyvenes_names(config)
         check_config(config, model, card)
         taps = Taps(model, card, [(item.component, item.layer) for item in config.representations])
         kwargs.pop("use_fast", None)
@@ -641,6 +644,15 @@ def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Te
 def _with_entry(output: dict, name: str, new: Tensor) -> dict:
     output[name] = new  # a model output of this very call, which nothing else refers to yet
     return output
+
+
+def _in_pyvenes_names(config: IntervenableConfig) -> IntervenableConfig:
+    """A config whose representations name components where the user's names sites."""
+    named = copy(config)
+    named.representations = [
+        item._replace(component=FIELD_NAMES.get(str(item.component), item.component)) for item in config.representations
+    ]
+    return config if named.representations == config.representations else named
 
 
 def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card) -> IntervenableConfig:

@@ -10,6 +10,7 @@ from .bounds import check as check
 from .cli import config_from as config_from
 from .cli import run as run
 from .cli import write_config as write_config
+from .errors import did_you_mean as did_you_mean
 from .errors import one_sentence as one_sentence
 from .files import atomic_path as atomic_path
 from .files import cache_folder as cache_folder
@@ -26,4 +27,5 @@ from .files import write_npy as write_npy
 from .files import write_yaml as write_yaml
 from .hashes import data_hash as data_hash
 from .packages import need as need
+from .records import Record as Record
 from .seeds import rng as rng

@@ -29,4 +29,7 @@ from .token_lists import read_token_list as read_token_list
 from .token_tags import TAGS as TAGS
 from .token_tags import tag_tokens as tag_tokens
 from .tokenized import Answers as Answers
+from .tokenized import AnswerTokens as AnswerTokens
+from .tokenized import Batch as Batch
 from .tokenized import TokenizedPrompts as TokenizedPrompts
+from .tokenized import answer_pairs as answer_pairs

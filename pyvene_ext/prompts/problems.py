@@ -24,7 +24,7 @@ from pyvene_ext.io.files import parse_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.prompts.tiny_tasks import draw
-from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode, pad_id
 
 MARK = "####"
 GSM8K = "openai/gsm8k"
@@ -283,13 +283,8 @@ def tokenize_problems(
                 "generate fewer tokens, or use a model with a longer context."
             )
         rows.append(tuple(ids))
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    prompts = TokenizedPrompts(
-        input_ids=tuple(rows),
-        answer_ids=((0, 0),) * len(rows),  # the answer is read from what the model generates
-        positions=({"end": -1, "last": -1},) * len(rows),
-        pad_id=next(pad for pad in pads if pad is not None),
-    )
+    # Without answers: they are read from what the model generates.
+    prompts = TokenizedPrompts(tuple(rows), pad_id=pad_id(tokenizer))
     return Questions(
         tuple(problems), prompts, tuple(map(len, rows)), (range(0),) * len(rows), tuple(range(len(problems)))
     )

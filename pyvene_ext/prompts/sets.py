@@ -10,13 +10,22 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 from transformers import PreTrainedTokenizerBase
 
 from pyvene_ext.io.files import atomic_path, parse_json, write_json
@@ -24,9 +33,11 @@ from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import (
     Answers,
+    AnswerTexts,
     Batch,
     PaddingSide,
     TokenizedPrompts,
+    collect,
     tokenize_prompt,
 )
 
@@ -36,104 +47,191 @@ Text = Literal["clean", "corrupt"]
 BUILT_IN_POSITIONS = ("end", "last", "io", "s1", "s2", "subject")
 
 
-class Prompt(BaseModel):
-    """One prompt with its right answer (IO), its wrong answer (S) and its named positions, as in IOI (Wang et al. 2022).
+FIELDS = (
+    "text",
+    "answer",
+    "wrong",
+    "corrupt",
+    "corrupt_answer",
+    "corrupt_wrong",
+    "positions",
+)  # in the order of arguments
 
-    A name is matched as a whole word in scripts with upper and lower case ("Mark" is not in "Market") and anywhere in others
-    (Chinese has no spaces between words), but never inside the other, longer name.
+
+def _texts(value: Any) -> Any:
+    several = list(value) if isinstance(value, list | tuple) else [value]
+    if not several or not all(isinstance(text, str) and text for text in several):
+        raise ValueError(f"{value!r} should be a text or several, none of them empty.")
+    return value if isinstance(value, str) else tuple(several)
+
+
+Answer = Annotated[str | tuple[str, ...], BeforeValidator(_texts)]
+
+
+class Prompt(BaseModel):
+    """A text, the answers that are compared after it, and its named positions.
+
+        Prompt("The capital of France is", "Paris", "Rome")
+        Prompt("The keys to the cabinet", ["are", "were"], ["is", "was"], positions={"subject": "keys"})
+
+    An answer is what follows the text. Where the text ends and the answer begins with a letter or digit of a script with upper
+    and lower case, a space is put between them ("is" + "Paris" gives "is Paris"; Chinese has no spaces); else nothing is.
+
+    Prompts of indirect object identification (Wang et al. 2022) may give two names instead: `io_name` is the right answer,
+    `s_name` the wrong one, and where they occur in the text is named. A name is matched as a whole word in scripts with upper and
+    lower case ("Mark" is not in "Market") and anywhere in others, but never inside the other, longer name.
 
     Attributes:
-        clean: the text that `io_token` continues; mentions both names.
-        corrupt: the contrast text of patching studies, if there is one.
-        io_name: the indirect object, the right answer.
-        s_name: the subject, the wrong answer.
-        io_token: the right answer as appended to the prompt, ending with `io_name`; default a space and `io_name`. The wrong
-            answer is the same text with `s_name` in place of `io_name`.
-        positions: further named positions: a substring that occurs exactly once, or `[start, end)` in characters of `clean`.
+        text: the text; `clean` is another name for it.
+        answer: the right answer, or several, any of which counts.
+        wrong: the wrong answer, or several.
+        corrupt: the contrast text of patching studies.
+        corrupt_answer: the right answer after `corrupt`, if it is another one.
+        corrupt_wrong: the wrong answer after `corrupt`, if it is another one.
+        positions: named positions: a substring that occurs exactly once, `[start, end)` in characters of `text`, or the index of
+            a token (negative: from the last).
+        io_name: the indirect object, the right answer unless there is `answer`.
+        s_name: the subject, the wrong answer unless there is `wrong`.
+        io_token: the right answer just as it is appended to the text, ending with `io_name`; default a space and `io_name`. The
+            wrong answer is the same text with `s_name` in place of `io_name`.
 
     Raises:
-        ValueError: a missing field, equal names, a name that `clean` does not mention, or a position that cannot be found
-            (pydantic's ValidationError).
+        ValueError: no text, a field of another type, an answer that is both right and wrong, or a position that cannot be found.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    clean: str
-    corrupt: str | None = None
-    io_name: str = Field(min_length=1)
-    s_name: str = Field(min_length=1)
-    io_token: str = Field(default_factory=lambda data: " " + data["io_name"])
-    positions: dict[str, str | tuple[int, int]] = Field(default_factory=dict)
+    text: StrictStr
+    answer: Answer | None = None
+    wrong: Answer | None = None
+    corrupt: StrictStr | None = None
+    corrupt_answer: Answer | None = None
+    corrupt_wrong: Answer | None = None
+    positions: dict[str, StrictStr | StrictInt | tuple[int, int]] = Field(default_factory=dict)
+    io_name: StrictStr | None = Field(default=None, min_length=1)
+    s_name: StrictStr | None = Field(default=None, min_length=1)
+    io_token: StrictStr | None = Field(
+        default_factory=lambda data: f" {data['io_name']}" if data.get("io_name") else None
+    )
+
+    def __init__(
+        self,
+        text: str | None = None,
+        answer: str | Iterable[str] | None = None,
+        wrong: str | Iterable[str] | None = None,
+        corrupt: str | None = None,
+        corrupt_answer: str | Iterable[str] | None = None,
+        corrupt_wrong: str | Iterable[str] | None = None,
+        positions: Mapping[str, Any] | None = None,
+        /,
+        **fields: Any,
+    ) -> None:
+        by_place = (text, answer, wrong, corrupt, corrupt_answer, corrupt_wrong, positions)
+        try:
+            super().__init__(
+                **{name: value for name, value in zip(FIELDS, by_place, strict=True) if value is not None}, **fields
+            )
+        except ValidationError as error:
+            raise ValueError(_first_error(error)) from None
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Show what was given."""
+        return ((name, getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set)
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
+    def _clean(cls, data: Any) -> Any:
         # In a `datasets` dataset every row has all columns, and all keys of a struct, with nulls where there is no value.
-        if not isinstance(data, dict):
-            return data
         data = {name: value for name, value in data.items() if value is not None}
+        if "clean" in data and "text" not in data:
+            data["text"] = data.pop("clean")
         for name in data:  # other fields are the user's own, but a misspelt one of ours is an error
-            close = difflib.get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.8)
+            close = difflib.get_close_matches(str(name), (*cls.model_fields, "clean"), n=1, cutoff=0.8)
             if name not in cls.model_fields and close and close[0] not in data:
                 raise ValueError(f"unknown field {name!r}; did you mean {close[0]!r}?")
+        if "text" not in data:
+            raise ValueError("there is no field 'text'; give the text of the prompt.")
         if isinstance(data.get("positions"), dict):
             data["positions"] = {name: at for name, at in data["positions"].items() if at is not None}
         return data
 
     @model_validator(mode="after")
     def _check(self) -> Prompt:
-        if self.io_name == self.s_name:
+        if self.io_name is not None and self.io_name == self.s_name:
             raise ValueError(f"io_name and s_name are both {self.io_name!r}; they must differ.")
-        if not self.io_token.endswith(self.io_name):
+        if self.io_token is not None and not (self.io_name and self.io_token.endswith(self.io_name)):
             raise ValueError(f"io_token {self.io_token!r} must end with io_name {self.io_name!r}.")
-        spans = self.spans("clean")
-        for field, place in (("io_name", "io"), ("s_name", "s1")):
-            if place not in spans:
+        for text in ("clean", "corrupt") if self.corrupt is not None else ("clean",):
+            right, wrong = self.answers(text)
+            if same := set(right) & set(wrong):
                 raise ValueError(
-                    f"{field} {getattr(self, field)!r} does not occur as a word of its own in clean {_short(self.clean)}."
+                    f"{same.pop().strip()!r} is both a right and a wrong answer of the {text} text; use different answers."
                 )
+        spans = self.spans("clean")
         for name, at in self.positions.items():
-            if name in BUILT_IN_POSITIONS:
+            if name in ("end", "last") or (name in BUILT_IN_POSITIONS and (self.io_name or self.s_name)):
                 raise ValueError(f"position {name!r} has a built-in meaning; choose another name.")
             if name not in spans:
-                raise ValueError(f"position {name!r}: {at!r} must occur exactly once in clean {_short(self.clean)}.")
-            start, end = spans[name]
-            if not 0 <= start < end <= len(self.clean):
+                raise ValueError(f"position {name!r}: {at!r} must occur exactly once in the text {short(self.text)}.")
+            if isinstance(at, tuple) and not 0 <= at[0] < at[1] <= len(self.text):
                 raise ValueError(
-                    f"position {name!r}: [{start}, {end}) must be a non-empty part of the {len(self.clean)} characters of clean."
+                    f"position {name!r}: [{at[0]}, {at[1]}) must be a non-empty part of the {len(self.text)} characters of the "
+                    "text."
                 )
         return self
 
     @property
-    def answers(self) -> tuple[str, str]:
-        """The texts that IO and S append to the prompt."""
-        return self.io_token, self.io_token.removesuffix(self.io_name) + self.s_name
+    def clean(self) -> str:
+        """The text."""
+        return self.text
 
-    def spans(self, text: Text) -> dict[str, tuple[int, int]]:
-        """Find the named positions in one of the two texts.
-
-        "io" is the first mention of IO, "s1" the first and "s2" the last mention of S. "subject" is "s2": in "..., Mark gave the
-        book to" it is the subject of the last clause. Names that `corrupt` does not mention have no position there, and positions
-        given in characters exist in `clean` only.
+    def answers(self, text: Text = "clean") -> AnswerTexts:
+        """Find what the answers append to one of the two texts.
 
         Args:
             text: "clean" or "corrupt".
 
         Returns:
-            `[start, end)` in characters by name, without "end" and "last".
+            The right and the wrong answers, with the space that separates them from the text.
         """
-        string = self.clean if text == "clean" else self.corrupt or ""
-        found = {}
-        if io := _mentions(string, self.io_name, self.s_name):
+        string = self.text if text == "clean" else self.corrupt or ""
+        right, wrong = self.answer, self.wrong
+        if text == "corrupt":
+            right, wrong = self.corrupt_answer or right, self.corrupt_wrong or wrong
+        before = (self.io_token or " ").removesuffix(self.io_name or "")
+        names = (self.io_token, None if self.s_name is None else before + self.s_name)
+        return AnswerTexts(
+            *(
+                _continue(string, given) if given is not None else () if name is None else (name,)
+                for given, name in zip((right, wrong), names, strict=True)
+            )
+        )
+
+    def spans(self, text: Text) -> dict[str, tuple[int, int] | int]:
+        """Find the named positions in one of the two texts.
+
+        "io" is the first mention of IO, "s1" the first and "s2" the last mention of S. "subject" is "s2": in "..., Mark gave the
+        book to" it is the subject of the last clause. Names and substrings that a text does not mention have no position there,
+        and positions given in characters exist in `text` only.
+
+        Args:
+            text: "clean" or "corrupt".
+
+        Returns:
+            `[start, end)` in characters, or the index of a token, by name, without "end" and "last".
+        """
+        string = self.text if text == "clean" else self.corrupt or ""
+        found: dict[str, tuple[int, int] | int] = {}
+        if self.io_name and (io := _mentions(string, self.io_name, self.s_name)):
             found["io"] = io[0]
-        if s := _mentions(string, self.s_name, self.io_name):
+        if self.s_name and (s := _mentions(string, self.s_name, self.io_name)):
             found |= {"s1": s[0], "s2": s[-1], "subject": s[-1]}
         for name, at in self.positions.items():
             if isinstance(at, str):
                 start = string.find(at)
                 if at and start >= 0 and start == string.rfind(at):
                     found[name] = (start, start + len(at))
-            elif text == "clean":
+            elif text == "clean" or isinstance(at, int):
                 found[name] = at
         return found
 
@@ -201,7 +299,7 @@ class PromptSet:
             ValueError: the name has another suffix.
         """
         path = Path(path)
-        pairs = [prompt.model_dump(mode="json", exclude_defaults=True) for prompt in self]
+        pairs = [prompt.model_dump(mode="json", exclude_unset=True) for prompt in self]
         if path.suffix.lower() == ".json":
             write_json(path, {"n_examples": len(pairs), "description": self.description, "pairs": pairs})
         elif path.suffix.lower() == ".jsonl":
@@ -214,7 +312,17 @@ class PromptSet:
     @cached_property
     def hash(self) -> str:
         """Hash of the prompts in order, without name and description."""
-        return data_hash([prompt.model_dump(mode="json") for prompt in self])
+        always = ("text", "corrupt", "io_name", "s_name", "io_token", "positions")  # the fields of earlier versions
+        return data_hash(
+            [
+                {
+                    "clean" if name == "text" else name: value
+                    for name, value in prompt.model_dump(mode="json").items()
+                    if name in always or value is not None
+                }
+                for prompt in self
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -235,14 +343,16 @@ class PromptSet:
         """Tokenise every prompt with its answers and positions.
 
         Prompts get the special tokens that the tokenizer prepends by default but not those it appends (an end token), since the
-        prompt is to be continued. Answers are tokenised in context: the ids of prompt + answer must begin with the prompt's. A
-        position of several tokens is its last token.
+        prompt is to be continued. Answers are tokenised in context: the ids of prompt + answer must begin with the prompt's. An
+        answer that begins with another answer of the same side adds nothing to it and is dropped. A position of several tokens is
+        its last token.
 
         Args:
             tokenizer: a fast one, which knows the characters of each token.
             text: which text of each prompt, "clean" or "corrupt".
-            answers: "first_token" compares the first tokens of the two answers; "first_difference" appends the tokens that both
-                answers begin with to the prompt (so that "end" is the last of those) and compares the first tokens that differ.
+            answers: "first_token" keeps the prompt as it is; metrics of one token compare the first tokens of the answers, which
+                must differ. "first_difference" appends the tokens that all right and wrong answers begin with to the prompt (so
+                that "end" is the last of those).
             max_length: the most tokens that a prompt may have.
 
         Returns:
@@ -250,7 +360,8 @@ class PromptSet:
 
         Raises:
             ValueError: no corrupt text, a word that the tokenizer does not know, an answer that merges with the end of the
-                prompt, answers that no token tells apart, or a prompt that is empty or too long; names the prompt.
+                prompt, answers that no token tells apart (with "first_difference"), or a prompt that is empty or too long; names
+                the prompt.
         """
         if text not in ("clean", "corrupt"):
             raise ValueError(f"text must be 'clean' or 'corrupt', not {text!r}.")
@@ -262,30 +373,31 @@ class PromptSet:
             )
         rows = []
         for index, prompt in enumerate(self):
-            string = prompt.clean if text == "clean" else prompt.corrupt
+            string = prompt.text if text == "clean" else prompt.corrupt
             if string is None:
                 raise ValueError(
                     f"prompt {index} of {self.name} has no corrupt text; add the field 'corrupt' to the pair."
                 )
-            where = f"prompt {index} of {self.name} ({_short(string)})"
+            where = f"prompt {index} of {self.name} ({short(string)})"
             rows.append(
-                tokenize_prompt(tokenizer, string, prompt.answers, prompt.spans(text), answers, max_length, where)
+                tokenize_prompt(tokenizer, string, prompt.answers(text), prompt.spans(text), answers, max_length, where)
             )
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        return TokenizedPrompts(
-            input_ids=tuple(row.input_ids for row in rows),
-            answer_ids=tuple(row.answer_ids for row in rows),
-            positions=tuple(row.positions for row in rows),
-            pad_id=next(pad for pad in pads if pad is not None),
-        )
+        return collect(rows, tokenizer)
 
 
-# --- names in a text -------------------------------------------------------------------------------------------------
+# --- answers and names in a text ------------------------------------------------------------------------------------------
 
 
-def _mentions(text: str, name: str, other: str) -> list[tuple[int, int]]:
+def _continue(text: str, answers: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The answers, each after a space if it would be glued to the text's last word without one."""
+    several = (answers,) if isinstance(answers, str) else answers
+    glued = text != "" and _in_cased_word(text[-1])
+    return tuple(f" {answer}" if glued and _in_cased_word(answer[0]) else answer for answer in several)
+
+
+def _mentions(text: str, name: str, other: str | None) -> list[tuple[int, int]]:
     """The mentions of `name` as a whole word and not inside a mention of `other`."""
-    longer_first = sorted((name, other), key=len, reverse=True)
+    longer_first = sorted(filter(None, (name, other)), key=len, reverse=True)
     matches = re.finditer("|".join(map(re.escape, longer_first)), text)
     return [match.span() for match in matches if match.group() == name and not _inside_word(text, *match.span())]
 
@@ -300,7 +412,7 @@ def _in_cased_word(character: str) -> bool:
     return character.lower() != character.upper() or character.isdigit()
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
@@ -385,15 +497,15 @@ def _from_pairs(pairs: list[Any], where: str, name: str, description: str = "") 
         if not isinstance(pair, dict):
             raise ValueError(f"{where}, pair {index}: should be an object with the fields of a prompt, not {pair!r}.")
         try:
-            prompts.append(Prompt.model_validate(pair))
-        except ValidationError as error:
-            raise ValueError(f"{where}, pair {index}: {_first_error(error)}") from None
+            prompts.append(Prompt(**pair))
+        except ValueError as error:
+            raise ValueError(f"{where}, pair {index}: {error}") from None
     return PromptSet(tuple(prompts), name, description)
 
 
 def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
     field = ".".join(map(str, first["loc"][:2]))
+    if first["type"] == "value_error":
+        return f"{field}: {first['ctx']['error']}" if field else str(first["ctx"]["error"])
     return f"{field}: {first['msg'][0].lower()}{first['msg'][1:]}."

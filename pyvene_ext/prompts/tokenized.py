@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,27 +20,128 @@ Answers = Literal["first_token", "first_difference"]
 PaddingSide = Literal["left", "right"]
 
 
+class AnswerTexts(NamedTuple):
+    """The answers of one prompt as they are appended to its text.
+
+    Attributes:
+        right: the right answers, any of which counts.
+        wrong: the wrong ones.
+    """
+
+    right: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+
+
+class AnswerTokens(NamedTuple):
+    """The answers of one prompt, as the tokens that follow it.
+
+    Attributes:
+        right: the token ids of every right answer, any of which counts.
+        wrong: those of every wrong answer.
+    """
+
+    right: tuple[tuple[int, ...], ...] = ()
+    wrong: tuple[tuple[int, ...], ...] = ()
+
+    def first_ids(self, prompt: int) -> tuple[int, int]:
+        """The first token of the only right and of the only wrong answer.
+
+        Args:
+            prompt: the prompt's index, for messages.
+
+        Returns:
+            Both ids, which may be equal.
+
+        Raises:
+            ValueError: there is not exactly one of each.
+        """
+        if len(self.right) != 1 or len(self.wrong) != 1:
+            raise ValueError(
+                f"prompt {prompt} has {len(self.right)} right and {len(self.wrong)} wrong answers, and one of each is compared "
+                "here; give it answer= and wrong=."
+            )
+        return self.right[0][0], self.wrong[0][0]
+
+
+def answer_pairs(pairs: Iterable[tuple[int, int]]) -> tuple[AnswerTokens, ...]:
+    """Make answers of single tokens.
+
+    Args:
+        pairs: for every prompt the right token and the wrong one.
+
+    Returns:
+        The answers of every prompt.
+    """
+    return tuple(AnswerTokens(((right,),), ((wrong,),)) for right, wrong in pairs)
+
+
+def check_first_ids(right: int, wrong: int, prompt: int) -> tuple[int, int]:
+    """Check that one token tells two answers apart.
+
+    Args:
+        right: the first token of the right answer.
+        wrong: the first token of the wrong one.
+        prompt: the prompt's index.
+
+    Returns:
+        Both tokens.
+
+    Raises:
+        ValueError: they are the same.
+    """
+    if right == wrong:
+        raise ValueError(
+            f"the answers of prompt {prompt} begin with the same token (id {right}), which cannot tell them apart; use "
+            "tokenize(answers='first_difference'), the metric 'answer_logprob_diff', or other answers."
+        )
+    return right, wrong
+
+
 @dataclass(frozen=True)
 class TokenizedPrompts:
     """A tokenised prompt set, unpadded.
 
     Attributes:
         input_ids: the tokens of every prompt.
-        answer_ids: for every prompt, the two ids whose logits are compared at its last token: IO's, then S's.
+        answers: for every prompt, the tokens of its answers; by default there are none.
         positions: for every prompt, token positions by name, counted from its last token (-1). Always has "end" and "last" (both
-            -1); "io", "s1", "s2" and "subject" where the names occur; and the prompt's own.
+            -1), the default; "io", "s1", "s2" and "subject" where the names occur; and the prompt's own.
         pad_id: the padding token; it is masked, so its value does not matter.
     """
 
     input_ids: tuple[tuple[int, ...], ...]
-    answer_ids: tuple[tuple[int, int], ...]
-    positions: tuple[dict[str, int], ...]
-    pad_id: int
+    answers: tuple[AnswerTokens, ...] = ()
+    positions: tuple[dict[str, int], ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answers", self.answers or (AnswerTokens(),) * len(self))
+        object.__setattr__(self, "positions", self.positions or ({"end": -1, "last": -1},) * len(self))
+
+    @cached_property
+    def answer_ids(self) -> tuple[tuple[int, int], ...]:
+        """The tokens that are compared at the last token of every prompt: the first ones of its right and of its wrong answer.
+
+        Raises:
+            ValueError: a prompt does not have one answer of each, or they begin with the same token.
+        """
+        return tuple(check_first_ids(*own.first_ids(prompt), prompt) for prompt, own in enumerate(self.answers))
+
+    def with_answer_ids(self, pairs: Iterable[tuple[int, int]]) -> TokenizedPrompts:
+        """Replace the answers by single tokens.
+
+        Args:
+            pairs: for every prompt the right token and the wrong one.
+
+        Returns:
+            The same prompts with these answers.
+        """
+        return replace(self, answers=answer_pairs(pairs))
 
     @cached_property
     def hash(self) -> str:
-        """Hash of ids, answer ids and positions, which depends on the tokenizer."""
-        return data_hash([self.input_ids, self.answer_ids, self.positions])
+        """Hash of ids, answers and positions, which depends on the tokenizer."""
+        return data_hash([self.input_ids, self.answers, self.positions])
 
     def __hash__(self) -> int:
         return hash(self.hash)
@@ -61,7 +162,7 @@ class TokenizedPrompts:
         return replace(
             self,
             input_ids=tuple(self.input_ids[i] for i in which),
-            answer_ids=tuple(self.answer_ids[i] for i in which),
+            answers=tuple(self.answers[i] for i in which),
             positions=tuple(self.positions[i] for i in which),
         )
 
@@ -86,22 +187,37 @@ class TokenizedPrompts:
 
     def _batches(self, batch_size: int, padding_side: PaddingSide) -> Iterator[Batch]:
         order = sorted(range(len(self)), key=lambda i: len(self.input_ids[i]))
-        names = [name for name in self.positions[0] if all(name in places for places in self.positions)]
         for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
-            rows = [torch.tensor(self.input_ids[i], dtype=torch.long) for i in index]
-            ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side=padding_side)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
-            yield Batch(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                answer_ids=torch.tensor([self.answer_ids[i] for i in index]),
-                positions={name: [self.positions[i][name] for i in index] for name in names},
-                index=index,
-                lengths=list(map(len, rows)),
-                padding_side=padding_side,
-            )
+            yield self.batch(order[start : start + batch_size], padding_side)
+
+    def batch(self, which: Sequence[int], padding_side: PaddingSide = "left") -> Batch:
+        """Make one batch of some prompts.
+
+        Args:
+            which: their indices, in the order wanted.
+            padding_side: "left" or "right".
+
+        Returns:
+            The batch, padded to its longest prompt. Only positions that every prompt of the set has are kept.
+        """
+        rows = [torch.tensor(self.input_ids[i], dtype=torch.long) for i in which]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side=padding_side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            right_ids=_first_tokens([self.answers[i].right for i in which]),
+            wrong_ids=_first_tokens([self.answers[i].wrong for i in which]),
+            positions={name: [self.positions[i][name] for i in which] for name in self._shared_names},
+            index=list(which),
+            lengths=list(map(len, rows)),
+            padding_side=padding_side,
+        )
+
+    @cached_property
+    def _shared_names(self) -> list[str]:
+        return [name for name in self.positions[0] if all(name in places for places in self.positions)]
 
 
 def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
@@ -142,21 +258,37 @@ class Batch:
         input_ids: the tokens and the padding.
         attention_mask: 1 for real tokens, 0 for padding.
         position_ids: counted from each prompt's first real token (GPT-2's own default is wrong under left padding).
-        answer_ids: the ids of IO and S.
+        right_ids: the first token of every right answer, each token once; -1 where a prompt has fewer.
+        wrong_ids: the same of wrong answers.
         positions: named positions of each prompt, counted from its last real token (-1).
         index: the index in the set of each row's prompt.
         lengths: the number of real tokens of each row.
         padding_side: "left" or "right".
+        clean_logits: the logits of the untouched run at the last tokens, which engines set for metrics that compare with them.
     """
 
     input_ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
     position_ids: Int[Tensor, "batch pos"]
-    answer_ids: Int[Tensor, "batch 2"]
+    right_ids: Int[Tensor, "batch n_right"]
+    wrong_ids: Int[Tensor, "batch n_wrong"]
     positions: dict[str, list[int]]
     index: list[int]
     lengths: list[int]
     padding_side: PaddingSide
+    clean_logits: Float[Tensor, "batch vocab"] | None = None
+
+    @property
+    def answer_ids(self) -> Int[Tensor, "batch 2"]:
+        """The first token of each prompt's right answer, then of its wrong one.
+
+        Raises:
+            ValueError: a prompt does not have one of each, or they are the same token.
+        """
+        for prompt, *both in zip(self.index, self.right_ids.tolist(), self.wrong_ids.tolist(), strict=True):
+            right, wrong = (tuple((id,) for id in ids if id >= 0) for ids in both)
+            check_first_ids(*AnswerTokens(right, wrong).first_ids(prompt), prompt)
+        return torch.cat((self.right_ids, self.wrong_ids), 1)
 
     def inputs(self, device: str | torch.device | None = None) -> dict[str, Tensor]:
         """The keyword arguments of a model's forward, or pyvene's `base`.
@@ -184,7 +316,29 @@ class Batch:
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             position_ids=self.position_ids.to(device),
-            answer_ids=self.answer_ids.to(device),
+            right_ids=self.right_ids.to(device),
+            wrong_ids=self.wrong_ids.to(device),
+            clean_logits=None if self.clean_logits is None else self.clean_logits.to(device),
+        )
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Select rows.
+
+        Args:
+            rows: their numbers, in the order wanted; a row may occur more than once.
+
+        Returns:
+            The batch of these rows, with its padding.
+        """
+        at = torch.as_tensor(rows, device=self.input_ids.device)
+        names = ("input_ids", "attention_mask", "position_ids", "right_ids", "wrong_ids")
+        return replace(
+            self,
+            **{name: getattr(self, name)[at] for name in names},
+            positions={name: [places[row] for row in rows] for name, places in self.positions.items()},
+            index=[self.index[row] for row in rows],
+            lengths=[self.lengths[row] for row in rows],
+            clean_logits=None if self.clean_logits is None else self.clean_logits[at],
         )
 
     @property
@@ -223,19 +377,37 @@ class Batch:
         return self.columns(-1)
 
 
+def _first_tokens(answers: Sequence[tuple[tuple[int, ...], ...]]) -> Int[Tensor, "batch some"]:
+    """The first tokens of each prompt's answers, each once, filled up with -1."""
+    rows = [list(dict.fromkeys(answer[0] for answer in own)) for own in answers]
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long).reshape(len(rows), width)
+
+
 class TokenizedPrompt(NamedTuple):
     """One row of `TokenizedPrompts`."""
 
     input_ids: tuple[int, ...]
-    answer_ids: tuple[int, int]
+    answers: AnswerTokens
     positions: dict[str, int]
+
+
+def collect(rows: Iterable[TokenizedPrompt], tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompts:
+    """Make a tokenised set of one or more rows."""
+    ids, answers, positions = zip(*rows, strict=True)
+    return TokenizedPrompts(ids, answers, positions, pad_id(tokenizer))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills batches: the padding token, or else the end token, or else token 0."""
+    return next(pad for pad in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if pad is not None)
 
 
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    answer_texts: tuple[str, str],
-    spans: dict[str, tuple[int, int]],
+    answer_texts: AnswerTexts,
+    places: Mapping[str, tuple[int, int] | int],
     answers: Answers,
     max_length: int | None,
     where: str,
@@ -245,47 +417,61 @@ def tokenize_prompt(
     Args:
         tokenizer: a fast one.
         text: the prompt.
-        answer_texts: the texts that IO and S append to it.
-        spans: its named positions, `[start, end)` in characters.
+        answer_texts: its answers as they are appended to it.
+        places: its named positions: `[start, end)` in characters, or a token index, negative from the last token.
         answers: "first_token" or "first_difference".
         max_length: the most tokens that it may have.
         where: what messages call it.
 
     Returns:
-        Its token ids, answer ids and positions.
+        Its token ids, answers and positions.
 
     Raises:
-        ValueError: a word that the tokenizer does not know, an answer that merges with the end of the prompt, answers that no
-            token tells apart, a position without a token, or a prompt that is empty or too long.
+        ValueError: a word that the tokenizer does not know, an answer that merges with the end of the prompt, a right answer of
+            the same tokens as a wrong one, answers that no token tells apart (with "first_difference"), a position without a
+            token, or a prompt that is empty or too long.
     """
     ids, offsets = encode(tokenizer, text, where)
-    io, s = (_continuation(tokenizer, text, ids, answer, where) for answer in answer_texts)
-    # Tokens that both answers begin with do not tell them apart.
-    shared = 0
-    while shared < min(len(io), len(s)) and io[shared] == s[shared]:
-        shared += 1
-    if shared == min(len(io), len(s)):
+    right, wrong = (
+        _distinct([_continuation(tokenizer, text, ids, answer, where) for answer in some]) for some in answer_texts
+    )
+    if same := set(right) & set(wrong):
         raise ValueError(
-            f"{where}: the tokens of one of the answers {answer_texts} begin the other's, so no token tells them apart; use "
-            "other names."
+            f"{where}: {tokenizer.decode(list(same.pop()))!r} is both a right and a wrong answer; use different answers."
         )
-    if shared and answers == "first_token":
-        raise ValueError(
-            f"{where}: the answers {answer_texts} begin with the same token "
-            f"{tokenizer.convert_ids_to_tokens(io[0])!r} (id {io[0]}); use other names, or answers='first_difference'."
-        )
-    ids = ids + io[:shared]
+    if answers == "first_difference" and right and wrong:
+        several = (*right, *wrong)
+        differ = (place for place, tokens in enumerate(zip(*several, strict=False)) if len(set(tokens)) > 1)
+        shared = next(differ, min(map(len, several)))
+        ids = ids + list(right[0][:shared])
+        right, wrong = (tuple(answer[shared:] for answer in some) for some in (right, wrong))
+        if not all((*right, *wrong)):
+            raise ValueError(
+                f"{where}: the tokens of one of the answers {', '.join(map(repr, sum(answer_texts, ())))} begin all others, so "
+                "that no token tells them apart; use other answers, or the metric 'answer_logprob_diff'."
+            )
     if max_length is not None and len(ids) > max_length:
         raise ValueError(
             f"{where} has {len(ids)} tokens but the model takes {max_length}; shorten it, or use another model."
         )
     positions = {"end": -1, "last": -1}
-    for name, (start, end) in spans.items():
-        held = tokens_in_span(offsets, start, end)
+    for name, place in places.items():
+        if isinstance(place, int):
+            if not -len(ids) <= place < len(ids):
+                raise ValueError(f"{where}: position {name!r} is token {place}, but there are {len(ids)} tokens.")
+            positions[name] = place % len(ids) - len(ids)
+            continue
+        held = tokens_in_span(offsets, *place)
         if not held:
-            raise ValueError(f"{where}: no token holds {text[start:end]!r}, the place {name!r}.")
+            raise ValueError(f"{where}: no token holds {text[slice(*place)]!r}, the place {name!r}.")
         positions[name] = held[-1] - len(ids)
-    return TokenizedPrompt(tuple(ids), (io[shared], s[shared]), positions)
+    return TokenizedPrompt(tuple(ids), AnswerTokens(right, wrong), positions)
+
+
+def _distinct(answers: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Drop answers that repeat or continue another one: whoever gives them has given that one."""
+    whole = list(dict.fromkeys(map(tuple, answers)))
+    return tuple(one for one in whole if not any(one != other and one[: len(other)] == other for other in whole))
 
 
 class Encoded(NamedTuple):
@@ -338,8 +524,10 @@ def _continuation(
     if longer[: len(ids)] != ids:
         raise ValueError(
             f"{where}: the answer {answer!r} merges with the end of the prompt when tokenised, so no position predicts it; end "
-            "the prompt with a whole word, or let io_token begin with a space."
+            "the prompt with a whole word and no space, or let the answer begin with a space."
         )
+    if len(longer) == len(ids):
+        raise ValueError(f"{where}: the answer {answer!r} has no tokens; give it some text.")
     return longer[len(ids) :]
 
 

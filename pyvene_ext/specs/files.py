@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
 
-from pyvene_ext.io.errors import one_sentence
+from pyvene_ext.io.errors import did_you_mean
 from pyvene_ext.io.files import atomic_path, parse_json, parse_yaml
-from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.ablation import Ablation, Kind
 from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.joint import (
@@ -31,8 +30,8 @@ from pyvene_ext.specs.joint import (
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 
-# All other kinds are ablations.
-KINDS: dict[Any, Any] = {"path": PathPatch, "patch": ActivationPatch, "add": Addition, "force": ForcedAttention}
+KINDS: dict[Any, Any] = dict.fromkeys(get_args(Kind), Ablation)
+KINDS |= {"path": PathPatch, "patch": ActivationPatch, "add": Addition, "force": ForcedAttention}
 
 
 def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:
@@ -68,6 +67,8 @@ def from_plain(values: Any) -> list[Any]:
 
     def one(value: Any) -> OneSpec | PathPatch:
         kind = value.get("kind") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind not in KINDS:
+            raise ValueError(f"there is no kind {kind!r}; {did_you_mean(kind, KINDS)}")
         return KINDS.get(kind if isinstance(kind, str) else None, Ablation).model_validate(value)
 
     specs: list[Any] = []
@@ -77,8 +78,6 @@ def from_plain(values: Any) -> list[Any]:
             if not isinstance(spec, PathPatch):
                 members(as_specs([spec])[0])
             specs.append(spec)
-        except ValidationError as error:
-            raise ValueError(f"spec {index}: {one_sentence(error)}") from None
         except ValueError as error:
             raise ValueError(f"spec {index}: {error}") from None
     return specs

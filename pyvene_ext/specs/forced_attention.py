@@ -13,18 +13,14 @@ from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import (
-    StrictInt,
-    StrictStr,
-    model_validator,
-)
+from pydantic import StrictStr, model_validator
 from torch import Tensor
 
 from modelcards import n_heads, n_layers, window
 from pyvene_ext.intervenable.interventions import ForcedRowsIntervention
 from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.specs.base import SiteEdit
+from pyvene_ext.specs.base import SiteEdit, Token
 from pyvene_ext.specs.sources import Sources
 
 TO_HUB = 0.8  # of the mass on the block
@@ -57,8 +53,8 @@ class ForcedAttention(SiteEdit):
     kind: Literal["force"] = "force"
     site: StrictStr = "pattern"
     shape: Literal["hub", "uniform", "sequential"]
-    block: tuple[StrictStr | StrictInt, StrictStr | StrictInt]
-    hub: StrictStr | StrictInt | None = None
+    block: tuple[Token, Token]
+    hub: Token | None = None
     hard: bool = False
 
     @model_validator(mode="after")

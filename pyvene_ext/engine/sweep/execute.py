@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from modelcards import n_heads, n_kv_heads
 from modelcards.attention_taps import output_weight
-from pyvene_ext.engine.plain import ANSWERS_ONLY, measure
+from pyvene_ext.engine.measure import Metric, as_array
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
     INSIDE_ATTENTION,
@@ -32,6 +31,7 @@ from pyvene_ext.engine.sweep.layout import (
 from pyvene_ext.engine.sweep.plan import ActivationSizes, Plan
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.replay import Past, Replay
+from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.joint import Spec, spec_name
 
 Frozen = Literal["attention", "mlp"]  # keeps its clean output in every row, except where that is edited
@@ -179,7 +179,7 @@ class Executor:
 
     Args:
         resolved: the specs on the prompts, with the statistics they need.
-        metric: its name.
+        metric: the metric, checked (`check_metric`).
         plan: of these specs.
         freeze: what keeps its clean output in every row.
         observer: reads activations of rows.
@@ -188,7 +188,7 @@ class Executor:
     def __init__(
         self,
         resolved: Resolved,
-        metric: str,
+        metric: Metric,
         plan: Plan,
         freeze: Collection[Frozen] = (),
         observer: BlockObserver | None = None,
@@ -265,8 +265,9 @@ class Executor:
             for state in states.values():
                 state.run_layer(layer, clean, lambda done: advance(done * share))
         final = hidden[:, -1]
+        batch = self.prompts.batch(wave.prompts).to(final.device)
         try:
-            baseline, clean_logits = self._read(final, np.arange(len(ids)), wave, None)
+            baseline, clean_logits = self._read(final, np.arange(len(ids)), batch)
         except _NotFiniteError as error:
             raise _not_finite_error(wave.prompts[error.row], None) from None
         intervened = np.repeat(baseline[None], len(wave.specs), 0)  # unchanged where no edit can reach the metric
@@ -277,7 +278,7 @@ class Executor:
             group = state.group
             specs, rows = np.repeat(group.specs, len(group.prompts)), np.tile(group.prompts, len(group.specs))
             try:
-                intervened[specs, rows] = self._read(state.final, rows, wave, clean_logits)[0]
+                intervened[specs, rows] = self._read(state.final, rows, batch, clean_logits)[0]
             except _NotFiniteError as error:
                 raise _not_finite_error(
                     wave.prompts[rows[error.row]], self.specs[wave.specs[specs[error.row]]]
@@ -312,30 +313,31 @@ class Executor:
         return out, CleanLayer(hidden, keys, values, start, seen["z"], seen["attention"], seen["mlp"])
 
     def _read(
-        self, final: Float[Tensor, "row d_model"], rows: np.ndarray, wave: Wave, clean_logits: Tensor | None
+        self, final: Float[Tensor, "row d_model"], rows: np.ndarray, prompts: Batch, clean_logits: Tensor | None = None
     ) -> tuple[Float32[np.ndarray, " row *pos"], Tensor | None]:
-        """The metric of rows, given the prompt of the wave that each has; with the logits if this is the clean run."""
-        answers = torch.tensor([self.prompts.answer_ids[prompt] for prompt in wave.prompts], device=final.device)
-        tokens = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=final.device)
-        of_row = torch.from_numpy(rows).to(final.device)
-        narrow = self.metric in ANSWERS_ONLY
+        """The metric of rows, given the prompt of the wave that each has; with the logits if these are of the clean run."""
+        ids, prompts = self.metric.narrowed(prompts)
         head = self.model.get_output_embeddings()
-        width = 2 * self.sizes.token if narrow and output_weight(head) is not None else head.weight.shape[0]
+        width = head.weight.shape[0]
+        if ids is not None and output_weight(head) is not None:
+            # Each row multiplies with its own rows of the unembedding, or all with the same.
+            width = self.sizes.token * ids.shape[1] if ids.ndim == 2 else self.sizes.token + len(ids)
         step = max(1, self.budget.call_memory // (40 * width))
+        keeps_clean = clean_logits is None and "clean" in self.metric.needs
         found, kept = [], []
         for start in range(0, len(rows), step):
-            which = of_row[start : start + step]
-            ids = answers[which]
-            logits = self.replay.logits(final[start : start + step], ids if narrow else None).to(final.device)
+            which = torch.from_numpy(rows[start : start + step]).to(final.device)
+            logits = self.replay.logits(
+                final[start : start + step], ids[which] if ids is not None and ids.ndim == 2 else ids
+            ).to(final.device)
             finite = logits.isfinite().all(-1)
             if not finite.all():
                 raise _NotFiniteError(start + int((~finite).nonzero()[0]))
-            if clean_logits is None:
+            if keeps_clean:
                 kept.append(logits)
             reference = logits if clean_logits is None else clean_logits[which]
-            names = torch.tensor([[0, 1]], device=ids.device).expand(len(ids), 2) if narrow else ids
-            batch: Any = SimpleNamespace(answer_ids=names, input_ids=tokens[which])
-            found.append(measure(self.metric, logits, batch, reference))
+            batch = self.metric.with_clean(prompts.take(rows[start : start + step].tolist()), reference)
+            found.append(as_array(self.metric.of_columns(logits, batch)))
         return np.concatenate(found), torch.cat(kept) if kept else None
 
     def values(self, batch: EditBatch) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import check_metric
+from pyvene_ext.engine.measure import Metric, MetricLike, check_metric
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep.execute import Executor
@@ -49,7 +49,7 @@ def plan_sweep(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     *,
     memory: int | None = None,
@@ -72,7 +72,7 @@ def plan_sweep(
     Raises:
         ValueError: for whatever `sweep` refuses.
     """
-    check_metric(model, prompts, metric, of_tokens=True)
+    metric = _check_metric(model, prompts, metric)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     return plan_resolved(resolved, memory=memory, subset=subset)
 
@@ -99,7 +99,7 @@ def sweep(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     *,
     memory: int | None = None,
@@ -110,6 +110,9 @@ def sweep(
 ) -> Result:
     """Run every spec on every prompt and read one metric at each prompt's last token, with the numbers of `run`.
 
+    A metric that says which token ids it reads (`Metric.ids`, and so logit_diff and logit) costs little: only these rows of the
+    unembedding are used.
+
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         specs: one edit, or a list of edits and of tuples of them (made jointly).
@@ -119,7 +122,8 @@ def sweep(
         memory: working memory in bytes besides the weights; by default half of what the weights take (on one device, if they are
             spread over several), at least 256 MiB. More makes larger batches, which are faster on a GPU.
         store: a folder in which finished batches are saved. The same call resumes where an earlier one stopped; a folder that
-            belongs to other specs, prompts, weights or metric is refused, and so is one that another process is writing to.
+            belongs to other specs, prompts, weights or metric is refused, and so is one that another process is writing to. A
+            metric of your own needs a name: `Metric(function, name="...")`.
             Batches stay those of the first call, so that the result is the same to the last bit.
         subset: indices of the prompts to run, the columns of the result. Reference set and donors remain those of all prompts.
         compile: let torch.compile fuse the MLPs, for a model on one device. It takes a minute, so only long sweeps gain.
@@ -131,7 +135,7 @@ def sweep(
     Raises:
         ValueError: before the model runs, for what `run` refuses, for latent steps, too little memory, or a store of another run.
     """
-    check_metric(model, prompts, metric, of_tokens=True)
+    metric = _check_metric(model, prompts, metric)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     plan = plan_resolved(resolved, memory=memory, subset=subset)
     return sweep_resolved(resolved, metric, plan, store=store, compile=compile, progress=progress)
@@ -139,7 +143,7 @@ def sweep(
 
 def sweep_resolved(
     resolved: Resolved,
-    metric: str,
+    metric: Metric,
     plan: Plan,
     *,
     store: str | Path | None = None,
@@ -150,7 +154,7 @@ def sweep_resolved(
 
     Args:
         resolved: the specs on the prompts.
-        metric: as for `sweep`.
+        metric: the metric, checked (`check_metric`).
         plan: of these specs.
         store: as for `sweep`.
         compile: as for `sweep`.
@@ -176,7 +180,7 @@ def sweep_resolved(
             # Read before any process adds a wave, and by one process, so that all divide the same remaining waves.
             whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(resolved.names, metric, whole["clean"], whole["intervened"], specs=specs)
+                return Result(resolved.names, metric.label, whole["clean"], whole["intervened"], specs=specs)
             if remembered != _plan_record(plan):
                 plan = make_plan(resolved, which, Budget(**remembered["budget"]))
             if remembered != _plan_record(plan):
@@ -204,7 +208,7 @@ def sweep_resolved(
         took = time.monotonic() - started
         where = "" if store is None else f"; kept in {store}"
         note(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", shown=progress)
-    return Result(resolved.names, metric, result["clean"], result["intervened"], specs=specs)
+    return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs)
 
 
 @contextmanager
@@ -233,6 +237,13 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
     return {"budget": asdict(plan.budget), "waves": data_hash([[wave.prompts, wave.specs] for wave in plan.waves])}
 
 
+def _check_metric(model: PreTrainedModel, prompts: TokenizedPrompts, metric: MetricLike) -> Metric:
+    metric = check_metric(model, prompts, metric, per_token=True)
+    if metric.of_tokens:
+        raise ValueError(f"{metric.label} is read at every token, which run does, but not yet sweep.")
+    return metric
+
+
 def _checked_subset(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> list[int]:
     if subset is None:
         return list(range(len(prompts)))
@@ -243,16 +254,19 @@ def _checked_subset(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> 
     return which
 
 
-def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[str, Any]:
+def store_facts(resolved: Resolved, metric: Metric, which: Sequence[int]) -> dict[str, Any]:
     """Everything that the numbers of a sweep depend on, as JSON-able data for a `Store`.
 
     Args:
         resolved: the specs on the prompts.
-        metric: its name.
+        metric: the metric.
         which: indices of the prompts that are run.
 
     Returns:
         Hashes and settings by name.
+
+    Raises:
+        ValueError: the metric has no name.
     """
     model, sources = resolved.model, resolved.sources
     parameter = next(model.parameters())
@@ -267,7 +281,7 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
         "subset": data_hash(list(which)),
         "reference set": source.hash if resolved.needs.places else None,
         "specs": data_hash(to_plain(resolved.specs)),
-        "metric": metric,
+        **metric.facts(),
     }
     if sources.recorded is not None:
         facts["reference set"] = sources.recorded.prompts_hash

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import check_metric
+from pyvene_ext.engine.measure import MetricLike, check_metric
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.results import Result, Shown, Summary, count, strongest
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
@@ -95,7 +95,7 @@ def frequencies(
     width: float,
     block: int = 16,
     absolute: bool = True,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     seed: int = 0,
     confidence: float = 0.95,
@@ -149,7 +149,7 @@ def frequencies(
     ):
         if not fits:
             raise ValueError(f"{name} must be {wanted}, not {value}.")
-    check_metric(model, prompts, metric)
+    metric = check_metric(model, prompts, metric)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     reference = resolved.with_statistics(progress=progress).sources.reference
 
@@ -181,5 +181,5 @@ def frequencies(
             if not going.size:
                 break
         bar.refresh()
-    result = Result(resolved.names, metric, clean, intervened, specs=resolved.specs)
+    result = Result(resolved.names, metric.label, clean, intervened, specs=resolved.specs)
     return Sequential(result, frequency, low, high, n_prompts, order, width)

@@ -26,7 +26,7 @@ in the run on the source prompts, with the full circuit what it reads in the run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,16 +40,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import Taps, head_shares, n_heads
-from pyvene_ext.engine.plain import METRICS
+from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.attribution.edges import check_edges
+from pyvene_ext.methods.attribution.edges import check_pairs
 from pyvene_ext.methods.attribution.faithfulness import CircuitRuns, Curve
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.hooks import hook_component
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.replay import Past, Replay
-from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.graph import (
     SENDERS,
     Node,
@@ -336,7 +336,7 @@ def run_circuit(
     circuit: Circuit | Edges,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     batch_size: int = 8,
     progress: bool = True,
@@ -363,7 +363,7 @@ def run_circuits(
     circuits: Iterable[Circuit | Edges],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     batch_size: int = 8,
     progress: bool = True,
@@ -379,7 +379,7 @@ def run_circuits(
         circuits: each a `Circuit` or a boolean matrix by `graph.senders` and `graph.receivers`; they are not pruned.
         base: the prompts that are run; the metric is read with their answers.
         source: the prompts that ablated edges are set to, paired with `base` by order and of equal length.
-        metric: logit_diff, probability, rank, accuracy, kl (to the clean run) or logit.
+        metric: as for `run`, one number per prompt; kl is to the clean run.
         batch_size: prompts per forward pass, all of one length.
         progress: show a bar.
 
@@ -396,7 +396,9 @@ def run_circuits(
         circuit.matrix(config) if isinstance(circuit, Circuit) else _checked_matrix(circuit, config)
         for circuit in circuits
     ]
-    _check(model, base, source, metric, batch_size)
+    check_pairs(model, base, source)
+    metric = check_metric(model, base, metric)
+    base.batches(batch_size)  # refuses a wrong size
     if not matrices:
         raise ValueError("nothing to run: give at least one circuit.")
     clean, of_source = (np.empty(len(base), np.float32) for _ in range(2))
@@ -405,16 +407,16 @@ def run_circuits(
     bar = progress_bar(found.size, "prompt", "circuits", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         for index in _of_one_length(base, batch_size):
-            batch, ids = _rows(base, index), _rows(source, index).input_ids
+            batch, ids = base.batch(index), source.batch(index).input_ids
             clean_logits = edgewise(batch.input_ids)[0]
-            measured = partial(_measured, metric, batch, clean_logits)
+            batch = metric.with_clean(batch, clean_logits)
             source_logits, outputs = edgewise(ids)
-            clean[index], of_source[index] = measured(clean_logits), measured(source_logits)
+            clean[index], of_source[index] = (as_array(metric(x, batch)) for x in (clean_logits, source_logits))
             for number, matrix in enumerate(matrices):
                 logits, _ = edgewise(batch.input_ids, edgewise.exists & ~matrix, outputs)
-                found[number, index] = measured(logits)
+                found[number, index] = as_array(metric(logits, batch))
                 bar.update(len(index))
-    return CircuitRuns(metric, clean, of_source, found)
+    return CircuitRuns(metric.label, clean, of_source, found)
 
 
 def faithfulness(
@@ -422,7 +424,7 @@ def faithfulness(
     circuit: Circuit | Edges,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     **options: Any,
 ) -> float:
     """Faithfulness of a circuit: the share of the difference between base and source that it recovers (Marks et al. 2024).
@@ -446,7 +448,7 @@ def completeness(
     circuit: Circuit | Edges,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     **options: Any,
 ) -> float:
     """Completeness of a circuit: the faithfulness of its complement, near 0 if the circuit misses nothing (Marks et al. 2024).
@@ -473,7 +475,7 @@ def faithfulness_curve(
     base: TokenizedPrompts,
     source: TokenizedPrompts,
     sizes: Collection[int] | None = None,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     complement: bool = False,
     random: int = 0,
@@ -669,38 +671,3 @@ def _of_one_length(prompts: TokenizedPrompts, batch_size: int) -> Iterator[list[
     for length in sorted(set(lengths)):
         those = [prompt for prompt, own in enumerate(lengths) if own == length]
         yield from (those[start : start + batch_size] for start in range(0, len(those), batch_size))
-
-
-def _rows(prompts: TokenizedPrompts, index: Sequence[int]) -> Batch:
-    """Some prompts of one length as a batch, in this order."""
-    some = replace(
-        prompts,
-        input_ids=tuple(prompts.input_ids[i] for i in index),
-        answer_ids=tuple(prompts.answer_ids[i] for i in index),
-        positions=tuple(prompts.positions[i] for i in index),
-    )
-    return next(some.batches(len(index)))
-
-
-def _measured(
-    metric: str, batch: Batch, clean: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch vocab"]
-) -> Float32[np.ndarray, " batch"]:
-    return METRICS[metric](logits, batch, clean).float().cpu().numpy()
-
-
-def _check(
-    model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts, metric: str, batch_size: int
-) -> None:
-    """Raise ValueError for anything wrong with a run apart from its circuits."""
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS)}.")
-    # No gradient is needed here, so any differentiable metric will do for the other checks.
-    check_edges(model, base, source, "logit_diff", "eap", 1)
-    base.batches(batch_size)
-    n_vocab = model.get_output_embeddings().weight.shape[0]
-    for pair, ids in enumerate(base.answer_ids):
-        if not 0 <= min(ids) <= max(ids) < n_vocab:
-            raise ValueError(
-                f"the answers of pair {pair} have the ids {ids[0]} and {ids[1]} but the vocabulary has {n_vocab} tokens; use "
-                "the model's own tokenizer."
-            )

@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layers
-from pyvene_ext.engine.plain import METRICS
+from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table
 from pyvene_ext.io.bars import progress_bar
-from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_differentiable
-from pyvene_ext.methods.attribution.screen import DIFFERENTIABLE, SIDE_BY_SIDE
+from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_differentiable, metric_total
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
+    SIDE_BY_SIDE,
     Where,
     check_projections,
     head_entries,
@@ -147,7 +147,7 @@ def edge_attribution(
     model: PreTrainedModel,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     method: EdgeMethod = "eap",
     *,
     steps: int = 5,
@@ -168,7 +168,8 @@ def edge_attribution(
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         base: the prompts that are patched.
         source: the prompts that contributions are taken from, paired with `base` by order and of equal length.
-        metric: logit_diff, probability or logit; for EAP-IG also kl, to the base run (with eap its gradient is 0).
+        metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function; for EAP-IG also
+            kl, to the base run (with eap its gradient is 0).
         method: where gradients are taken.
 
             * eap (Syed et al. 2023): in the base run.
@@ -189,6 +190,7 @@ def edge_attribution(
         ValueError: before the model runs, for a metric without a gradient, an unknown method, fewer than one step, prompts that
             are not pairs or of unequal lengths, and output projections that cannot be split by heads.
     """
+    metric = as_metric(metric)
     check_edges(model, base, source, metric, method, steps)
     nodes = tuple(senders(model.config)), tuple(receivers(model.config))
     exists = torch.from_numpy(_edge_exists(*nodes))
@@ -209,7 +211,7 @@ def edge_attribution(
             found.masked_fill_(~exists.to(found.device), torch.nan)
             scores[:, :, batch.index] = found.permute(1, 2, 0).cpu().numpy()
             bar.update(len(batch.index))
-    return EdgeScores(*nodes, scores, metric, method)
+    return EdgeScores(*nodes, scores, metric.label, method)
 
 
 class _Stage(NamedTuple):
@@ -261,7 +263,7 @@ class _GradientRun:
         self,
         model: PreTrainedModel,
         batch: Batch,
-        metric: str,
+        metric: Metric,
         clean: Float[Tensor, "batch vocab"],
         stage: _Stage | None,
         changes: Float[Tensor, "batch sender pos d_model"],
@@ -275,7 +277,7 @@ class _GradientRun:
                 shift = share * changes[:, stage.senders].sum(1)
                 hook_component(model, stage.where, lambda x: (x.float() + shift.to(x.device)).to(x.dtype), hooks)
             self.seen = record_activations(model, places, hooks, graph=True)
-            self.total = METRICS[metric](answer_logits(model, batch), batch, clean).sum()
+            self.total = metric_total(metric, model, batch, clean)
 
     def products(
         self,
@@ -372,7 +374,12 @@ def _edge_exists(writing: Iterable[Node], reading: Iterable[Node]) -> Bool[np.nd
 
 
 def check_edges(
-    model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts, metric: str, method: str, steps: int
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts,
+    metric: MetricLike,
+    method: str,
+    steps: int,
 ) -> None:
     """Check the arguments of `edge_attribution`; nothing is run.
 
@@ -387,22 +394,30 @@ def check_edges(
     Raises:
         ValueError: for whatever `edge_attribution` refuses.
     """
-    card = card_of(model)
-    for name in (*_STREAM.values(), *_READS.values()):
-        card.component(model, name)
     if method not in get_args(EdgeMethod):
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of 1 or more, not {steps!r}.")
+    check_pairs(model, base, source)
+    check_differentiable(check_metric(model, base, metric), model.dtype, first_order=method == "eap" or steps == 1)
+
+
+def check_pairs(model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts) -> None:
+    """Check that edges can be read in a model and on pairs of prompts.
+
+    Args:
+        model: as for `edge_attribution`.
+        base: as for `edge_attribution`.
+        source: as for `edge_attribution`.
+
+    Raises:
+        ValueError: for whatever `edge_attribution` refuses, except of metric and method.
+    """
+    card = card_of(model)
+    for name in (*_STREAM.values(), *_READS.values()):
+        card.component(model, name)
     check_tokenized(model, base, source)
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
-    check_differentiable(
-        metric, DIFFERENTIABLE if method == "eap" or steps == 1 else (*DIFFERENTIABLE, "kl"), model.dtype
-    )
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
-        )
     if not len(base) or len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base prompts and {len(source)} source prompts; give each base prompt its source."

@@ -135,7 +135,19 @@ def _names(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, others: Sequence[str], where: str
 ) -> dict[str, tuple[int, tuple[int, ...]]] | str:
     """For every kind its token as an answer and its positions; or a message about a name that is not one token."""
-    text, spans = prompt.clean, prompt.spans("clean")
+    if prompt.io_token is None or prompt.io_name is None or prompt.s_name is None:
+        raise ValueError(f"{where} names no two people; give it io_name and s_name.")
+    text = prompt.text
+    spans = {name: at for name, at in prompt.spans("clean").items() if isinstance(at, tuple)}
+    for place, name in {
+        "io": prompt.io_name,
+        "s1": prompt.s_name,
+        **{other: prompt.positions[other] for other in others},
+    }.items():
+        if place not in spans:
+            raise ValueError(
+                f"{where}: {name!r}, the place {place!r}, does not occur as a word of its own in the text."
+            )
     ids, offsets = encode(tokenizer, text, where)
     before_answer = prompt.io_token.removesuffix(prompt.io_name)
     found = {}

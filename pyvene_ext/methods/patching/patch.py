@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers
+from modelcards import component_named, n_heads, n_kv_heads, n_layers
+from pyvene_ext.engine.measure import Metric, MetricLike, as_array, as_metric, check_metric
 from pyvene_ext.engine.metrics import last_logits
-from pyvene_ext.engine.plain import METRICS, check_metric, run_resolved
+from pyvene_ext.engine.plain import run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.results import Result, finite_mean, three_digits
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
@@ -60,7 +61,7 @@ class Patched(Result):
         metric: name of the metric.
         baseline: the metric of the untouched base prompts, be they clean or corrupt.
         intervened: the metric of the patched base prompts.
-        source: the metric of the untouched source prompts; NaN for kl, which compares with the base.
+        source: the metric of the untouched source prompts, with the base's answers; NaN for kl, which compares with the base.
         specs: the patches themselves; empty if unknown.
         identical: pairs whose two texts are the same tokens: no patch has an effect on them, and their score is NaN.
     """
@@ -128,7 +129,7 @@ def patch(
     specs: Patch | Iterable[Patch],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     engine: Literal["sweep", "plain"] = "sweep",
     directions: Directions | None = None,
@@ -147,7 +148,7 @@ def patch(
         base: the prompts that are patched.
         source: the prompts that activations are taken from, paired with `base` by order; with the same answers, and of equal
             length where every position is patched.
-        metric: logit_diff, probability, rank, accuracy, kl (to the untouched base) or logit.
+        metric: as for `run`, one number per prompt; kl is to the untouched base.
         engine: plain is the definition, one intervention at a time through `IntervenableModel`; sweep gives the same, faster. A
             path with several receivers in different places and a sender patched at some positions runs plainly on both.
         directions: concept directions of patches with `subspace`; by default `concept_directions` of these pairs.
@@ -169,7 +170,10 @@ def patch(
     at_place = [number for number in range(len(wanted)) if number not in set(at_path)]
     if engine == "plain" and store is not None:
         raise ValueError("the plain engine saves nothing: leave store out, or use engine='sweep'.")
+    metric = as_metric(metric)
     resolved = resolve_patches(model, wanted, base, source, metric, engine, directions)
+    if store is not None:
+        metric.facts()  # refuses a metric without a name before anything runs
     places = resolved.select(at_place)
     plan = plan_resolved(places, memory=memory) if engine == "sweep" and at_place else None
     groups: dict[_PathKind, list[int]] = {}
@@ -214,12 +218,14 @@ def patch(
         else:
             put(numbers, *_plain_paths(resolved, some, metric, batch_size, progress))
     assert clean is not None  # there is a patch
-    of_source = np.full_like(clean, np.nan) if metric == "kl" else _metric_of(model, source, metric, batch_size)
     same = _identical(base, source)
-    if metric != "kl":
+    if "clean" in metric.needs:
+        of_source = np.full_like(clean, np.nan)
+    else:
+        of_source = _metric_of(model, replace(source, answers=base.answers), metric, batch_size)
         of_source[same] = clean[same]  # a rounding difference would give scores where there are none
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
-    return Patched(names, metric, clean, found, of_source, specs=tuple(wanted), identical=tuple(same))
+    return Patched(names, metric.label, clean, found, of_source, specs=tuple(wanted), identical=tuple(same))
 
 
 def _identical(base: TokenizedPrompts, source: TokenizedPrompts) -> list[int]:
@@ -255,9 +261,7 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     Raises:
         ValueError: the site cannot be patched.
     """
-    if site not in ActivationPatch.sites:
-        raise ValueError(f"no patch of {site!r}; choose among {', '.join(ActivationPatch.sites)}.")
-    component = COMPONENTS[FIELD_NAMES[site]]
+    component = component_named(site, ActivationPatch.sites, ActivationPatch.what)
     if not component.per_layer:
         return [ActivationPatch(site=site, **fields)]
     count = {"n_head": n_heads(config), "n_kv_head": n_kv_heads(config), None: 1}[component.heads]
@@ -331,7 +335,7 @@ def resolve_patches(
     specs: list[Patch],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str,
+    metric: MetricLike,
     engine: str,
     directions: Directions | None,
 ) -> Resolved:
@@ -358,24 +362,18 @@ def resolve_patches(
         )
     if engine not in ("sweep", "plain"):
         raise ValueError(f"unknown engine {engine!r}; choose sweep or plain.")
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS)}.")
+    metric = as_metric(metric)
     if not specs or not len(base):
         raise ValueError("nothing to run: give at least one patch and one pair of prompts.")
     if len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base and {len(source)} source prompts; give each base prompt its source."
         )
-    if len(_identical(base, source)) == len(base):
-        raise ValueError(
-            "base and source are the same texts, so that no patch changes anything; give the other text of each pair, as with "
-            'tokenize(tokenizer, text="corrupt").'
-        )
-    for pair, answers in enumerate(zip(base.answer_ids, source.answer_ids, strict=True)):
-        if answers[0] != answers[1]:
+    for pair, (own, other) in enumerate(zip(base.answers, source.answers, strict=True)):
+        if own != other and {"right", "wrong"} & set(metric.needs):
             raise ValueError(
-                f"the answers of pair {pair} are the tokens {answers[0]} of the base and {answers[1]} of the source prompt; "
-                "compare the same two answers in both."
+                f"the answers of pair {pair} are the tokens {tuple(own)} of the base and {tuple(other)} of the source prompt; "
+                "compare the same answers in both, such as with dataclasses.replace(source, answers=base.answers)."
             )
     for spec in specs:
         if isinstance(spec, PathPatch):
@@ -390,6 +388,11 @@ def resolve_patches(
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
     check_metric(model, base, metric)
+    if len(_identical(base, source)) == len(base):
+        raise ValueError(
+            "base and source are the same texts, so that no patch changes anything; give the other text of each pair, as with "
+            'tokenize(tokenizer, text="corrupt").'
+        )
     activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
 
@@ -397,7 +400,7 @@ def resolve_patches(
 def _plain_paths(
     resolved: Resolved,
     paths: list[PathPatch],
-    metric: str,
+    metric: Metric,
     batch_size: int,
     progress: bool,
 ) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
@@ -410,17 +413,16 @@ def _plain_paths(
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
             clean = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
-            baseline[batch.index] = METRICS[metric](clean, batch, clean).float().cpu().numpy()
+            batch = metric.with_clean(batch, clean)
+            baseline[batch.index] = as_array(metric(clean, batch))
             for number, path in enumerate(paths):
-                found[number, batch.index] = (
-                    METRICS[metric](plain.logits(path, batch), batch, clean).float().cpu().numpy()
-                )
+                found[number, batch.index] = as_array(metric(plain.logits(path, batch), batch))
                 bar.update(len(batch.index))
     return baseline, found
 
 
 def _metric_of(
-    model: PreTrainedModel, prompts: TokenizedPrompts, metric: str, batch_size: int
+    model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric, batch_size: int
 ) -> Float32[np.ndarray, " prompt"]:
     """The metric of untouched prompts."""
     found = np.empty(len(prompts), np.float32)
@@ -428,5 +430,5 @@ def _metric_of(
         for batch in prompts.batches(batch_size):
             batch = batch.to(input_device(model))
             logits = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
-            found[batch.index] = METRICS[metric](logits, batch, logits).float().cpu().numpy()
+            found[batch.index] = as_array(metric(logits, batch))
     return found

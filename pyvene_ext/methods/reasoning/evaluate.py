@@ -195,7 +195,7 @@ class Transcripts:
             {**{name: at - len(new) for name, at in named.items()}, "end": -1, "last": -1}
             for named, new in zip(asked.positions, clean.ids, strict=True)
         )
-        prompts = TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), positions, asked.pad_id)
+        prompts = TokenizedPrompts(tuple(rows), positions=positions, pad_id=asked.pad_id)
         bank = ("all",) if wanted.bank else ()
         reference = Reference.compute(
             model, prompts, wanted.places, bank=bank, batch_size=batch_size, progress=progress

@@ -172,11 +172,7 @@ def pair_texts(
                 f"{text[max(first - 12, 0) : first]!r}, so that their tokens do not correspond; use a donor whose tokenizer cuts "
                 "the texts into the same pieces."
             )
-    return Paired(*(_as_prompts(of_model) for of_model in rows))
-
-
-def _as_prompts(rows: Sequence[tuple[int, ...]]) -> TokenizedPrompts:
-    return TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), ({"end": -1, "last": -1},) * len(rows), pad_id=0)
+    return Paired(*(TokenizedPrompts(tuple(of_model)) for of_model in rows))
 
 
 def fit_maps(
