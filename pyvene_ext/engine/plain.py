@@ -30,6 +30,7 @@ from pyvene_ext.prompts.tokenized import Batch, PaddingSide, TokenizedPrompts
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
+    as_specs,
     needs,
 )
 from pyvene_ext.specs.sources import Sources
@@ -60,7 +61,7 @@ def reference_for(
     Raises:
         ValueError: the reference set lacks a position, or activations are not finite.
     """
-    wanted = needs(specs)
+    wanted = needs(as_specs(specs))
     if not wanted.places:
         return None
     return Reference.compute(

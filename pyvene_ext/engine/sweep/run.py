@@ -250,8 +250,8 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
 def _checked_subset(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> list[int]:
     if subset is None:
         return list(range(len(prompts)))
-    which = np.asarray(subset).tolist()
-    numbers = isinstance(which, list) and all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
+    which = [int(one) if isinstance(one, np.integer) else one for one in subset] if isinstance(subset, Iterable) else []
+    numbers = all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
     if not numbers or not which or len(set(which)) < len(which):
         raise ValueError(f"subset must list one or more of the prompts by number, 0 to {len(prompts) - 1}, each once.")
     return which
