@@ -1095,7 +1095,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "answers": (
         lambda: A(**HEAD),
         {"source": random_prompts(LENGTHS, seed=5)},
-        r"base and source of pair 0 have other answers, right \(\(\d+,\),\) and \(\(\d+,\),\), wrong .*; compare the same in both",
+        r"base and source of pair 0 have other answers, right \(\(\d+,\),\) and \(\(\d+,\),\), wrong .*; compare the same",
     ),
     "position": (lambda: A(**HEAD, positions="s3"), {}, "no position 's3'; choose among end, last, s1, s2"),
     "position of the base": (lambda: A(**HEAD, positions="s1"), {"base": _without_names(BASE)}, "no position 's1'"),
