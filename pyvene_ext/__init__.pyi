@@ -37,7 +37,7 @@ from .methods.steering import steering_vector as steering_vector
 from .models.devices import is_main_process as is_main_process
 from .models.loading import TINY_MODELS as TINY_MODELS
 from .models.loading import load_model as load_model
-from .prompts.sets import Prompt as Prompt
+from .prompts.prompt import Prompt as Prompt
 from .prompts.sets import PromptSet as PromptSet
 from .prompts.tokenized import TokenizedPrompts as TokenizedPrompts
 from .runs import figures as figures

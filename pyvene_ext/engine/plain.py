@@ -6,7 +6,7 @@ It defines what a spec does. Every faster engine is tested for equality with it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.measure import Metric, MetricLike, as_array, check_metric
 from pyvene_ext.engine.metrics import check_finite, last_logits
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.sequences import Sequences, answers_measured
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.models.devices import input_device, no_gradients
@@ -30,6 +31,7 @@ from pyvene_ext.specs.joint import (
     Spec,
     needs,
 )
+from pyvene_ext.specs.sources import Sources
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +144,7 @@ def run(
     Raises:
         ValueError: before the model runs, for a spec that does not fit the model, the prompts or the reference set.
     """
-    metric = check_metric(model, prompts, metric, per_token=True)
+    metric = check_metric(model, prompts, metric, per_token=True, of_answers=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     return run_resolved(
         resolved, metric, batch_size=batch_size, padding_side=padding_side, progress=progress, baseline=baseline
@@ -180,7 +182,10 @@ def run_resolved(
         each = "one per token" if metric.per_token else "one each"
         raise ValueError(f"baseline holds {np.shape(baseline)} values for {len(prompts)} prompts; give {each}.")
     shown = progress is True
-    resolved = resolved.with_statistics(batch_size=batch_size, progress=shown)
+    resolved = resolved.for_metric(metric).with_statistics(batch_size=batch_size, progress=shown)
+    sequences, values_of = resolved.sequences, metric.__call__
+    if metric.of_answers:
+        prompts, shape, values_of = sequences.prompts, (len(sequences.prompts), 2), sequences.log_probabilities
 
     runs_clean = baseline is None or "clean" in metric.needs
     values = np.full(shape, np.nan, np.float32) if baseline is None else np.array(baseline, np.float32)
@@ -194,9 +199,9 @@ def run_resolved(
             batch = batch.to(device)
             base = {**batch.inputs(), "use_cache": False}
             if runs_clean:
-                logits = _read_logits(metric, model(**base).logits, batch)
+                logits = _read_logits(metric, model(**base).logits, batch, sequences)
                 batch = metric.with_clean(batch, logits)
-                _put(values, metric, metric(logits, batch), batch)
+                _put(values, metric, values_of(logits, batch), batch)
             for number, spec in enumerate(specs):
                 compiled = compile_spec(spec, batch, resolved)
                 structure = tuple(compiled.config.representations)
@@ -208,19 +213,42 @@ def run_resolved(
                     unit_locations=compiled.unit_locations,
                     source_representations=compiled.source_representations(iv.sorted_keys),
                 )
-                logits = _read_logits(metric, output.logits, batch)
-                _put(intervened[number], metric, metric(logits, batch), batch)
+                logits = _read_logits(metric, output.logits, batch, sequences)
+                _put(intervened[number], metric, values_of(logits, batch), batch)
                 bar.update(len(batch.index))
+    if metric.of_answers:
+        counts = list(map(len, sequences.of_prompt))
+        values = answers_measured(metric, values, counts) if runs_clean else values
+        intervened = answers_measured(metric, intervened, counts)
     return Result(resolved.names, metric.label, values, intervened)
 
 
+def measured(
+    model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric, *, batch_size: int = 8
+) -> Float32[np.ndarray, " n_prompts *pos"]:
+    """Compute a metric of untouched prompts.
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+        metric: the metric, checked (`check_metric`).
+        batch_size: prompts per forward pass.
+
+    Returns:
+        The metric of every prompt.
+    """
+    nothing = Resolved((), Sources(model, prompts), {}, Sequences.of_prompts(prompts))
+    return run_resolved(nothing, metric, batch_size=batch_size, progress=False).baseline
+
+
 def _read_logits(
-    metric: Metric, logits: Float[Tensor, "batch pos vocab"], batch: Batch
+    metric: Metric, logits: Float[Tensor, "batch pos vocab"], batch: Batch, sequences: Sequences
 ) -> Float[Tensor, "batch *pos vocab"]:
     """The logits that a metric is read from, at the last tokens or at every token."""
-    if not metric.of_tokens:
-        return last_logits(logits, batch)
-    check_finite(logits, batch)
+    named = replace(batch, index=[sequences.prompt_of[sequence] for sequence in batch.index])  # for messages
+    if not (metric.of_tokens or metric.of_answers):
+        return last_logits(logits, named)
+    check_finite(logits, named)
     return logits
 
 

@@ -116,7 +116,7 @@ def frequencies(
     ):
         if not fits:
             raise ValueError(f"{name} must be {wanted}, not {value}.")
-    metric = check_metric(model, prompts, metric)
+    metric = check_metric(model, prompts, metric, of_answers=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     reference = resolved.with_statistics(progress=progress).sources.reference
 

@@ -107,7 +107,7 @@ def logit_lens(
             seen = _run(replay, batch, places, [at[prompt] for prompt in batch.index])
             for k, place in enumerate(places):
                 all_logits = replay.logits(seen[place])
-                ids = torch.cat((batch.right_ids, batch.wrong_ids), 1).to(all_logits.device)  # may be equal
+                ids = batch.answer_ids.to(all_logits.device)
                 probability[k, batch.index] = metrics.probability(all_logits, batch).cpu().numpy()
                 rank[k, batch.index] = metrics.rank(all_logits, batch).cpu().numpy()
                 logits[k][:, batch.index] = all_logits.gather(1, ids).T.float().cpu().numpy()
@@ -391,8 +391,7 @@ def _check(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int) -
             f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
         )
     n_vocab = head.weight.shape[0]
-    for prompt, answers in enumerate(prompts.answers):
-        ids = answers.first_ids(prompt)
+    for prompt, ids in enumerate(prompts.answer_ids):
         if not 0 <= min(ids) <= max(ids) < n_vocab:
             raise ValueError(
                 f"the answers of prompt {prompt} have the ids {ids[0]} and {ids[1]} but the vocabulary has {n_vocab} tokens; "

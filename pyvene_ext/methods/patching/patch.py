@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from modelcards import component_named, n_heads, n_kv_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_array, as_metric, check_metric
 from pyvene_ext.engine.metrics import last_logits
-from pyvene_ext.engine.plain import Result, run_resolved
+from pyvene_ext.engine.plain import Result, measured, run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.methods.patching.direct import run_direct_paths
@@ -142,7 +142,7 @@ def patch(
     if store is not None:
         metric.facts()  # refuses a metric without a name before anything runs
     places = resolved.select(at_place)
-    plan = plan_resolved(places, memory=memory) if engine == "sweep" and at_place else None
+    plan = plan_resolved(places, metric, memory=memory) if engine == "sweep" and at_place else None
     groups: dict[_PathKind, list[int]] = {}
     for number in at_path:
         groups.setdefault(_PathKind.of(wanted[number], engine), []).append(number)  # type: ignore[arg-type]
@@ -188,7 +188,7 @@ def patch(
     if "clean" in metric.needs:
         of_source = np.full_like(clean, np.nan)
     else:
-        of_source = _metric_of(model, replace(source, answers=base.answers), metric, batch_size)
+        of_source = measured(model, replace(source, answers=base.answers), metric, batch_size=batch_size)
         same = [ids == of_pair for ids, of_pair in zip(base.input_ids, source.input_ids, strict=True)]
         of_source[same] = clean[same]  # a rounding difference would give scores where there are none
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
@@ -348,7 +348,8 @@ def resolve_patches(
                 raise ValueError(f"{edit.name}: path is set by path patching only; give a PathPatch.")
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
-    check_metric(model, base, metric)
+    for prompts in (base, replace(source, answers=base.answers)):
+        check_metric(model, prompts, metric, of_answers=not any(isinstance(spec, PathPatch) for spec in specs))
     activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
 
@@ -375,16 +376,3 @@ def _plain_paths(
                 found[number, batch.index] = as_array(metric(plain.logits(path, batch), batch))
                 bar.update(len(batch.index))
     return baseline, found
-
-
-def _metric_of(
-    model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric, batch_size: int
-) -> Float32[np.ndarray, " prompt"]:
-    """The metric of untouched prompts."""
-    found = np.empty(len(prompts), np.float32)
-    with evaluating(model), no_gradients(model):
-        for batch in prompts.batches(batch_size):
-            batch = batch.to(input_device(model))
-            logits = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
-            found[batch.index] = as_array(metric(logits, batch))
-    return found

@@ -101,7 +101,8 @@ def test_a_function_of_ones_own_is_read_from_the_logits_of_each_prompt(family: s
 def test_by_name_and_by_function_it_is_the_same_metric(family: str, name: str) -> None:
     known = METRICS[name]
     prompts = random_prompts((6,) * 3) if known.per_token else PROMPTS
-    anew = Metric(lambda *of: known.function(*of), needs=known.needs, per_token=known.per_token)  # the whole vocabulary
+    kind = {"per_token": known.per_token, "of_answers": known.of_answers}
+    anew = Metric(lambda *of: known.function(*of), needs=known.needs, **kind)  # the whole vocabulary
     for engine in (run, sweep):
         by_name, by_function, by_own = (
             engine(model_of(family), SPECS, prompts, metric, **QUIET) for metric in (name, known.function, anew)

@@ -45,7 +45,9 @@ def test_batches_of_unequal_lengths_equal_one_prompt_at_a_time(family: str) -> N
         np.testing.assert_allclose(batched.intervened, single.intervened, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("metric", [name for name, metric in METRICS.items() if not metric.per_token])
+@pytest.mark.parametrize(
+    "metric", [name for name, metric in METRICS.items() if not (metric.per_token or metric.of_answers)]
+)
 def test_metrics_are_those_of_hand_ablated_logits(metric: str) -> None:
     model = random_model("qwen2_5")
     result = _quiet_run(model, [HEAD], PROMPTS, metric, batch_size=4)
