@@ -297,7 +297,8 @@ def check_metric(
             f"metric {metric.label!r} reads the id {max(metric.ids)} but the vocabulary has {n_vocab} tokens; use the model's "
             "own tokenizer."
         )
-    if wanted := [which for which in ("right", "wrong") if which in metric.needs]:
+    wanted: list[str] = [which for which in ("right", "wrong") if which in metric.needs]
+    if wanted:
         _check_answers(model, prompts, metric, wanted, n_vocab)
     return metric
 

@@ -300,9 +300,10 @@ def _merge(plan: Plan, metric: Metric, waves: dict[int, dict[str, np.ndarray]]) 
     clean = np.full((len(column), *of_prompt), np.nan, np.float32)
     intervened = np.full((len(plan.edits), len(column), *of_prompt), np.nan, np.float32)
     for wave, arrays in ((plan.waves[number], arrays) for number, arrays in sorted(waves.items())):
-        columns, pos = [column[prompt] for prompt in wave.prompts], [slice(n) for n in arrays["clean"].shape[1:]]
-        clean[columns, *pos] = arrays["clean"]
-        intervened[*np.ix_(wave.specs, columns), *pos] = arrays["intervened"]
+        columns = [column[prompt] for prompt in wave.prompts]
+        pos: tuple[Any, ...] = tuple(slice(n) for n in arrays["clean"].shape[1:])
+        clean[(columns, *pos)] = arrays["clean"]
+        intervened[(*np.ix_(wave.specs, columns), *pos)] = arrays["intervened"]
     if metric.of_answers:
         counts = [len(plan.resolved.sequences.of_prompt[prompt]) for prompt in plan.subset]
         clean, intervened = (answers_measured(metric, values, counts) for values in (clean, intervened))
