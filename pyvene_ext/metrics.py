@@ -2,6 +2,8 @@
 
 from pyvene_ext.engine.metrics import (
     accuracy,
+    answer_logprob,
+    answer_logprob_diff,
     entropy,
     kl,
     last_logits,
@@ -17,6 +19,8 @@ from pyvene_ext.engine.metrics import (
 
 __all__ = [
     "accuracy",
+    "answer_logprob",
+    "answer_logprob_diff",
     "entropy",
     "kl",
     "last_logits",

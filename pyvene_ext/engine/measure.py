@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modelcards import n_positions
 from pyvene_ext.engine import metrics
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
@@ -50,6 +51,8 @@ class Metric:
         needs: what the function reads besides the prompts' tokens: "right" and "wrong", an answer of each prompt; "clean", the
             logits of the untouched run, as `prompts.clean_logits`.
         per_token: the function takes the logits at the last token and returns one number for each token of the prompt.
+        of_answers: the function takes the log-probability of each prompt's right answers and that of its wrong ones instead,
+            whole and teacher-forced, as `pyvene_ext.metrics.answer_logprob` does.
         differentiable: it has a gradient, and so can serve attribution.
     """
 
@@ -59,6 +62,7 @@ class Metric:
     ids: Sequence[int] | Literal["answers"] | None = None
     needs: tuple[Need, ...] = ()
     per_token: bool = False
+    of_answers: bool = False
     differentiable: bool = True
 
     def __post_init__(self) -> None:
@@ -105,7 +109,10 @@ class Metric:
             )
         if METRICS.get(self.name) == self:
             return {"metric": self.name}
-        return {"metric": self.name, "metric reads": data_hash([self.ids, self.of_tokens, self.per_token])}
+        return {
+            "metric": self.name,
+            "metric reads": data_hash([self.ids, self.of_tokens, self.per_token, self.of_answers]),
+        }
 
     def __call__(self, logits: Float[Tensor, "batch *pos vocab"], batch: Batch) -> Float[Tensor, " batch *pos"]:
         """Compute the metric from logits of the whole vocabulary.
@@ -204,6 +211,8 @@ METRICS: dict[str, Metric] = {
         Metric(metrics.accuracy, "accuracy", needs=("right",), differentiable=False),
         Metric(metrics.kl, "kl", needs=("clean",)),
         Metric(metrics.logit, "logit", ids="answers", needs=("right",)),
+        Metric(metrics.answer_logprob, "answer_logprob", of_answers=True, needs=("right",)),
+        Metric(metrics.answer_logprob_diff, "answer_logprob_diff", of_answers=True, needs=("right", "wrong")),
         Metric(metrics.token_probabilities, "token_probabilities", per_token=True),
         Metric(metrics.next_token_loss, "next_token_loss", of_tokens=True),
         Metric(metrics.entropy, "entropy", of_tokens=True),
@@ -239,7 +248,12 @@ def as_metric(metric: MetricLike) -> Metric:
 
 
 def check_metric(
-    model: PreTrainedModel, prompts: TokenizedPrompts, metric: MetricLike, *, per_token: bool = False
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    metric: MetricLike,
+    *,
+    per_token: bool = False,
+    of_answers: bool = False,
 ) -> Metric:
     """Check that a metric can be read on these prompts.
 
@@ -248,6 +262,7 @@ def check_metric(
         prompts: the prompts that it is read on.
         metric: a name, a function, or a `Metric`.
         per_token: allow metrics with one number per token.
+        of_answers: allow metrics of whole answers.
 
     Returns:
         The metric.
@@ -256,9 +271,14 @@ def check_metric(
         ValueError: the metric is unknown or not allowed, the prompts do not fit it or the model, or the model has no logits.
     """
     metric = as_metric(metric)
-    if metric.per_token and not per_token:
-        others = ", ".join(name for name, other in METRICS.items() if not other.per_token)
-        raise ValueError(f"{metric.label} is one number per token; here choose among {others}.")
+    if (metric.per_token and not per_token) or (metric.of_answers and not of_answers):
+        what = "is one number per token" if metric.per_token else "reads whole answers"
+        others = [
+            name
+            for name, other in METRICS.items()
+            if (per_token or not other.per_token) and (of_answers or not other.of_answers)
+        ]
+        raise ValueError(f"{metric.label} {what}; here choose among {', '.join(others)}.")
     check_tokenized(model, prompts)
     lengths = sorted(map(len, prompts.input_ids))
     if metric.per_token and not metric.of_tokens and lengths and lengths[0] < lengths[-1]:
@@ -277,26 +297,42 @@ def check_metric(
             f"metric {metric.label!r} reads the id {max(metric.ids)} but the vocabulary has {n_vocab} tokens; use the model's "
             "own tokenizer."
         )
-    wanted = [which for which in ("right", "wrong") if which in metric.needs]
-    for prompt, answers in enumerate(prompts.answers if wanted else ()):
-        right, wrong = ({tokens[0] for tokens in some} for some in answers)
+    wanted: list[str] = [which for which in ("right", "wrong") if which in metric.needs]
+    if wanted:
+        _check_answers(model, prompts, metric, wanted, n_vocab)
+    return metric
+
+
+def _check_answers(
+    model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric, wanted: list[str], n_vocab: int
+) -> None:
+    context = n_positions(model.config)
+    for prompt, answers in enumerate(prompts.answers):
         for which in wanted:
             if not getattr(answers, which):
                 raise ValueError(
                     f"prompt {prompt} has no {which} answer, which {metric.label} needs; give it one, or choose another metric."
                 )
-        first = sorted(right | wrong)
-        if not 0 <= first[0] <= first[-1] < n_vocab:
+        right, wrong = ({tokens[: None if metric.of_answers else 1] for tokens in some} for some in answers)
+        ids = sorted(id for tokens in right | wrong for id in tokens)
+        if not 0 <= ids[0] <= ids[-1] < n_vocab:
             raise ValueError(
-                f"the answers of prompt {prompt} have ids from {first[0]} to {first[-1]} but the vocabulary has {n_vocab} "
-                "tokens; use the model's own tokenizer."
+                f"the answers of prompt {prompt} have ids from {ids[0]} to {ids[-1]} but the vocabulary has {n_vocab} tokens; "
+                "use the model's own tokenizer."
             )
         if same := right & wrong:
-            raise ValueError(
-                f"the answers of prompt {prompt} begin with the same token (id {min(same)}), which cannot tell them apart; use "
-                "tokenize(answers='first_difference'), or other answers."
+            how = f"begin with the same token (id {min(same)[0]}), which cannot tell them apart; use tokenize(answers="
+            how = (
+                "are right and wrong at once; use other answers."
+                if metric.of_answers
+                else (f"{how}'first_difference'), the metric 'answer_logprob_diff', or other answers.")
             )
-    return metric
+            raise ValueError(f"the answers of prompt {prompt} {how}")
+        length = len(prompts.input_ids[prompt]) + max(map(len, right | wrong)) - 1
+        if length > context:
+            raise ValueError(
+                f"prompt {prompt} has {length} tokens with its longest answer but the model takes {context}; shorten it."
+            )
 
 
 def _columns(logits: Float[Tensor, "batch *pos vocab"], ids: Int[Tensor, "*batch k"]) -> Float[Tensor, "batch *pos k"]:

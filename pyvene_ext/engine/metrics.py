@@ -161,6 +161,35 @@ def kl(logits: Logits, prompts: Batch) -> PerPrompt:
     return _kl(logits, prompts, of_tokens=False)
 
 
+def answer_logprob(right: PerPrompt, wrong: PerPrompt) -> PerPrompt:
+    """Log-probability of the whole right answer: the sum of its tokens', each given the prompt and the tokens before it.
+
+    Edits are made in the prompt only and the answer's tokens run untouched, so that this is the log-probability with which
+    `generate(scope="prompt")` would write the answer. Of several right answers it is the log of the summed probability.
+
+    Args:
+        right: log-probability of each prompt's right answers.
+        wrong: not used.
+
+    Returns:
+        One number per prompt.
+    """
+    return right
+
+
+def answer_logprob_diff(right: PerPrompt, wrong: PerPrompt) -> PerPrompt:
+    """Log-probability of the whole right answer minus that of the wrong one (`answer_logprob`).
+
+    Args:
+        right: log-probability of each prompt's right answers.
+        wrong: log-probability of its wrong answers.
+
+    Returns:
+        One number per prompt.
+    """
+    return right - wrong
+
+
 def token_probabilities(logits: Logits, prompts: Batch) -> PerToken:
     """Probability that the next token is the one at each position of the prompt, over the whole vocabulary.
 

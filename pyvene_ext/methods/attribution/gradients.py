@@ -33,7 +33,11 @@ def check_differentiable(metric: Metric, dtype: torch.dtype, *, first_order: boo
     if metric.function is METRICS["kl"].function and first_order:
         why = "kl to the base run has no first-order term there; only integrated gradients of several steps measure it"
     if why is not None:
-        others = [name for name, it in METRICS.items() if it.differentiable and not it.per_token and name != "kl"]
+        others = [
+            name
+            for name, it in METRICS.items()
+            if it.differentiable and not (it.per_token or it.of_answers) and name != "kl"
+        ]
         raise ValueError(f"{why}: choose among {', '.join(others)}, or another differentiable function.")
     if metric.ids != "answers":
         check_gradient(metric.label, dtype)

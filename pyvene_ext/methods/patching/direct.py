@@ -87,7 +87,7 @@ def run_direct_paths(
         if engine == "plain":
             result = run_resolved(received, metric, batch_size=batch_size, progress=progress)
         else:
-            plan = plan_resolved(received, memory=memory)
+            plan = plan_resolved(received, metric, memory=memory)
             result = sweep_resolved(received, metric, plan, store=store, progress=progress)
         found[others] = result.intervened
         found[to_logits] += result.baseline - clean  # the rounding difference between the two ways

@@ -88,7 +88,7 @@ def sweep_paths(
             through = sweep_resolved(
                 received,
                 metric,
-                plan_resolved(received, memory=memory, subset=subset),
+                plan_resolved(received, metric, memory=memory, subset=subset),
                 store=None if store is None else store / str(number),
                 progress=progress,
             )

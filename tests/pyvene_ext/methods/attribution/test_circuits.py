@@ -253,7 +253,7 @@ def test_every_metric_is_read_from_the_circuits_logits_with_the_answers_of_base(
     clean, of_source = run_by_hooks(model, base)[0], run_by_hooks(model, source)[0]
     by_circuit = circuit_by_hooks(model, edges, base, source)
     batch = replace(next(pairs[0].batches(3)), clean_logits=clean)
-    for metric in (name for name, it in METRICS.items() if not it.per_token):
+    for metric in (name for name, it in METRICS.items() if not (it.per_token or it.of_answers)):
         runs = runs_of(model, [Circuit(edges)], *pairs, metric)
         for logits, found in ((clean, runs.clean), (of_source, runs.source), (by_circuit, runs.circuits[0])):
             close(found, METRICS[metric].function(logits, batch).numpy())
@@ -574,7 +574,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_before_the_model_runs() -> 
         ("pair 2 has 7 tokens and its source 6", circuit, BASE, shorter, {}),
         ("6 base prompts and 5 source prompts", circuit, BASE, fewer, {}),
         ("must be tokenised", circuit, BASE, ["a text"], {}),
-        ("answers of pair 1 have the ids 3 and 61", circuit, outside, SOURCE, {}),
+        ("answers of prompt 1 have ids from 3 to 61", circuit, outside, SOURCE, {}),
         ("batch_size must be at least 1", circuit, BASE, SOURCE, {"batch_size": 0}),
     ):
         with pytest.raises(ValueError, match=told) as caught:
