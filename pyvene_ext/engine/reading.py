@@ -12,7 +12,6 @@ too. `read_batches` gives one batch after the other, for sets whose activations 
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -25,11 +24,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Component, Taps, card_of, component_named, dimensions, n_layers
 from pyvene_ext.intervenable.statistics import Place, label, named
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import atomic_path, parse_json
 from pyvene_ext.models.devices import free_memory, input_device, no_gradients
 from pyvene_ext.models.hooks import StopForward, hook_component, split_heads
@@ -41,6 +40,7 @@ from pyvene_ext.specs.base import plain
 
 Values = Tensor | list[Tensor]  # of all prompts stacked, or of each prompt where shapes differ
 Reduce = Callable[[Tensor], Tensor]
+COUNTED = {"n_head": "query heads", "n_kv_head": "K/V heads", "n_expert": "experts"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,15 +187,14 @@ class Activations(Mapping[Place, Values]):
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 described = parse_json((file.metadata() or {})["activations"])
-                names = set(file.keys())
-                places = [(site, layer) for site, layer in described["places"]]
-                count = range(len(described["prompts"]))
-                values_at: dict[Place, Values] = {
-                    place: file.get_tensor(name)
-                    if (name := label(place)) in names
-                    else [file.get_tensor(f"{name}/{i}") for i in count]
-                    for place in places
-                }
+                prompts, tokens = tuple(described["prompts"]), tuple(map(tuple, described["tokens"]))
+                heads = None if described["heads"] is None else tuple(described["heads"])
+                names, values_at = set(file.keys()), dict[Place, Values]()
+                for site, layer in described["places"]:
+                    name = label((site, layer))
+                    parts = [f"{name}/{i}" for i in range(len(prompts))]
+                    alone = name in names
+                    values_at[site, layer] = file.get_tensor(name) if alone else list(map(file.get_tensor, parts))
         except FileNotFoundError:
             raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -203,13 +202,7 @@ class Activations(Mapping[Place, Values]):
             raise ValueError(
                 f"{path} is not a complete file of activations ({reason}); read and save them again."
             ) from None
-        heads = described["heads"]
-        return cls(
-            values_at,
-            tuple(described["prompts"]),
-            tuple(map(tuple, described["tokens"])),
-            None if heads is None else tuple(heads),
-        )
+        return cls(values_at, prompts, tokens, heads)
 
 
 def read(
@@ -263,7 +256,7 @@ def read(
     reading = _Reading.of(model, prompts, sites, layers, heads, positions, reduce, device, dtype)
     reading.check_memory()
     found: dict[Place, dict[int, Tensor]] = {place: {} for place in reading.places}
-    with tqdm(total=len(prompts), desc="reading", unit="prompt", disable=not progress) as bar:
+    with progress_bar(len(prompts), "prompt", "reading", shown=progress) as bar:
         for batch in prompts.batches(batch_size, padding_side):
             for place, tensors in reading.run(batch).items():
                 found[place] |= zip(batch.index, tensors, strict=True)
@@ -316,7 +309,7 @@ def read_batches(
     batches = prompts.batches(batch_size, padding_side)
 
     def each() -> Iterator[Activations]:
-        with tqdm(total=len(prompts), desc="reading", unit="prompt", disable=not progress) as bar:
+        with progress_bar(len(prompts), "prompt", "reading", shown=progress) as bar:
             for batch in batches:
                 values_at = {place: _stacked(tensors) for place, tensors in reading.run(batch).items()}
                 bar.update(len(batch.index))
@@ -349,7 +342,7 @@ class _Reading:
     tokens: tuple[tuple[int, ...], ...]
     whole: bool
     reduce: dict[str, Reduce]
-    device: str | torch.device | None
+    device: torch.device | None
     dtype: torch.dtype | None
 
     @classmethod
@@ -373,18 +366,18 @@ class _Reading:
         components = [card.component(model, site) for site in ([sites] if isinstance(sites, str) else list(sites))]
         if not components:
             raise ValueError("nothing to read: name at least one site.")
-        at = _numbers("layers", layers, n_layers(model.config), "the model has layers")
+        at = _numbers("layers", layers)
+        _check_range("layer", at, n_layers(model.config), "the model has layers")
         if at is not None and not any(component.per_layer for component in components):
             raise ValueError(f"{components[0].site} exists once: leave layers out.")
-        chosen = None
-        if heads is not None:
-            of_heads = [component for component in components if component.heads]
-            if not of_heads:
-                raise ValueError(f"{components[0].site} has no heads: leave heads out.")
-            for component in of_heads:
-                chosen = _check_heads(heads, component, model)
+        chosen, with_heads = _numbers("heads", heads), [component for component in components if component.heads]
+        if chosen is not None and not with_heads:
+            raise ValueError(f"{components[0].site} has no heads: leave heads out.")
+        for component in with_heads:
+            count = dimensions(model.config)[str(component.heads)]
+            _check_range("head", chosen, count, f"{component.site} has {COUNTED[str(component.heads)]}")
         positions = plain(positions)
-        if positions == () or positions == "":
+        if positions in ((), ""):
             raise ValueError("name one or more positions.")
         tokens = tuple(tuple(token_indices(prompts, prompt, positions)) for prompt in range(len(prompts)))
         everywhere = range(n_layers(model.config)) if at is None else at
@@ -399,7 +392,7 @@ class _Reading:
             raise ValueError(f"reduce has a function for {unread[0]}, which is not read; name it in sites.")
         with Taps(model, card, [(one.name, layer or 0) for (_, layer), one in places.items()]):
             pass  # raises for an attention implementation or a projection that cannot be tapped
-        return cls(model, prompts, places, chosen, tokens, positions == "all", by_site, device, dtype)
+        return cls(model, prompts, places, chosen, tokens, positions == "all", by_site, _device(device), dtype)
 
     def run(self, batch: Batch) -> dict[Place, list[Tensor]]:
         """Run the model once; gives what is kept of each row's prompt."""
@@ -440,17 +433,18 @@ class _Reading:
                 own = own[..., start : start + length]
             elif component.heads:
                 own = own.transpose(0, 1)
-            own = own if self.dtype is None else own.to(self.dtype)
-            if reduce is not None and not isinstance(own := reduce(own), Tensor):
-                raise ValueError(f"reduce gave a {type(own).__name__} for {label(place)}; return a tensor.")
-            # A copy, because the model may go on to change the tensor, and no inference tensor, which could not be trained on.
-            with torch.inference_mode(False):
-                device = own.device if self.device is None else self.device
+            device = self.device or own.device
+            # Copies, because the model may go on to change the tensor, and a part of it would keep the whole in memory; no
+            # inference tensors, because those could not be trained on.
+            with torch.inference_mode(False), torch.no_grad():
+                own = own.to(self.dtype or own.dtype, copy=reduce is not None)
+                if reduce is not None and not isinstance(own := reduce(own), Tensor):
+                    raise ValueError(f"reduce gave a {type(own).__name__} for {label(place)}; return a tensor.")
                 found[place].append(own.to(device, copy=True, memory_format=torch.contiguous_format))
 
     def check_memory(self) -> None:
         """Raise ValueError if what is kept exceeds the memory that is free."""
-        device = input_device(self.model) if self.device is None else torch.device(self.device)
+        device = self.device or input_device(self.model)
         free = free_memory(device)
         sizes: dict[str, int] = {}
         for (site, _), component in self.places.items():
@@ -476,27 +470,32 @@ class _Reading:
         return heads * entries * (self.dtype or self.model.dtype).itemsize
 
 
-def _numbers(what: str, value: Any, count: int, there: str) -> tuple[int, ...] | None:
-    """Whole numbers from 0 to `count` - 1, each once; None for all."""
+def _numbers(what: str, value: Any) -> tuple[int, ...] | None:
+    """One or more whole numbers, each once; None for all."""
     if value is None:
         return None
-    try:
-        numbers = tuple(map(operator.index, value)) if isinstance(value, Iterable) else (operator.index(value),)
-    except TypeError:
-        raise ValueError(f"{what} are whole numbers, such as 3 or (0, 3), not {value!r}.") from None
+    numbers = plain(value)
+    numbers = numbers if isinstance(numbers, tuple) else (numbers,)
+    if any(type(number) is not int for number in numbers):
+        raise ValueError(f"{what} are whole numbers, such as 3 or (0, 3), not {value!r}.")
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"name one or more {what}, each once, not {list(numbers)}.")
-    if outside := [number for number in numbers if not 0 <= number < count]:
-        raise ValueError(f"{what.removesuffix('s')} {outside[0]} is out of range: {there} 0 to {count - 1}.")
     return numbers
 
 
-def _check_heads(heads: Any, component: Component, model: PreTrainedModel) -> tuple[int, ...] | None:
-    """The heads to read of a component that has heads."""
-    sizes = dimensions(model.config)
-    assert component.heads is not None
-    what = {"n_head": "query heads", "n_kv_head": "K/V heads", "n_expert": "experts"}[component.heads]
-    return _numbers("heads", heads, sizes[component.heads], f"{component.site} has {what}")
+def _check_range(what: str, numbers: tuple[int, ...] | None, count: int, there: str) -> None:
+    """Raise ValueError for a number that is not from 0 to `count` - 1."""
+    if outside := [number for number in numbers or () if not 0 <= number < count]:
+        raise ValueError(f"{what} {outside[0]} is out of range: {there} 0 to {count - 1}.")
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    """A device that exists; ValueError for one that does not."""
+    try:
+        return None if device is None else torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without it
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"activations cannot be kept on {device!r} ({reason}); give another device.") from None
 
 
 def _stacked(tensors: list[Tensor]) -> Values:

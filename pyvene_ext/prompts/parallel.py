@@ -24,17 +24,16 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from pyvene_ext.io.files import parse_json
-from pyvene_ext.prompts.tokenized import (
+from pyvene_ext.prompts.encoding import (
     AnswerTexts,
     AnswerTokens,
     TokenizedPrompt,
-    TokenizedPrompts,
-    collect,
     encode,
     pad_id,
     tokenize_prompt,
     tokens_in_span,
 )
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, collect
 
 Languages = tuple[str, str]
 Minus = Literal["source", "label"]
@@ -105,7 +104,7 @@ def load_pairs(source: str | Path, languages: Languages, split: str | None = Non
         rows = _from_tsv(path, lines) if path.suffix.lower() == ".tsv" else _from_jsonl(path, lines)
     elif path.exists():
         raise ValueError(f"{path} is not named as parallel text; give a .tsv or a .jsonl file.")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(f"there is no file {path} of parallel text; check the path.")
     else:
         rows = _from_hub(str(source), languages, split)

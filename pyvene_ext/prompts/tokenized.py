@@ -1,12 +1,14 @@
-"""Tokenised prompts: answers in context, token positions, batches of unequal lengths."""
+"""Tokenised prompts: answers, token positions, batches of unequal lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from numbers import Integral
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,86 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, n_positions
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.prompts.encoding import (
+    AnswerTokens,
+    TokenizedPrompt,
+    answer_pairs,
+    check_first_ids,
+    distinct,
+    first_tokens,
+    pad_id,
+)
 
-Answers = Literal["first_token", "first_difference"]
 PaddingSide = Literal["left", "right"]
-
-
-class AnswerTexts(NamedTuple):
-    """The answers of one prompt as they are appended to its text.
-
-    Attributes:
-        right: the right answers, any of which counts.
-        wrong: the wrong ones.
-    """
-
-    right: tuple[str, ...] = ()
-    wrong: tuple[str, ...] = ()
-
-
-class AnswerTokens(NamedTuple):
-    """The answers of one prompt, as the tokens that follow it.
-
-    Attributes:
-        right: the token ids of every right answer, any of which counts.
-        wrong: those of every wrong answer.
-    """
-
-    right: tuple[tuple[int, ...], ...] = ()
-    wrong: tuple[tuple[int, ...], ...] = ()
-
-    def first_ids(self, prompt: int) -> tuple[int, int]:
-        """The first token of the only right and of the only wrong answer.
-
-        Args:
-            prompt: the prompt's index, for messages.
-
-        Returns:
-            Both ids, which may be equal.
-
-        Raises:
-            ValueError: there is not exactly one of each.
-        """
-        if len(self.right) != 1 or len(self.wrong) != 1:
-            raise ValueError(
-                f"prompt {prompt} has {len(self.right)} right and {len(self.wrong)} wrong answers, and one of each is compared "
-                "here; give it answer= and wrong=."
-            )
-        return self.right[0][0], self.wrong[0][0]
-
-
-def answer_pairs(pairs: Iterable[tuple[int, int]]) -> tuple[AnswerTokens, ...]:
-    """Make answers of single tokens.
-
-    Args:
-        pairs: for every prompt the right token and the wrong one.
-
-    Returns:
-        The answers of every prompt.
-    """
-    return tuple(AnswerTokens(((right,),), ((wrong,),)) for right, wrong in pairs)
-
-
-def check_first_ids(right: int, wrong: int, prompt: int) -> tuple[int, int]:
-    """Check that one token tells two answers apart.
-
-    Args:
-        right: the first token of the right answer.
-        wrong: the first token of the wrong one.
-        prompt: the prompt's index.
-
-    Returns:
-        Both tokens.
-
-    Raises:
-        ValueError: they are the same.
-    """
-    if right == wrong:
-        raise ValueError(
-            f"the answers of prompt {prompt} begin with the same token (id {right}), which cannot tell them apart; use "
-            "tokenize(answers='first_difference'), the metric 'answer_logprob_diff', or other answers."
-        )
-    return right, wrong
 
 
 @dataclass(frozen=True)
@@ -117,6 +50,38 @@ class TokenizedPrompts:
     def __post_init__(self) -> None:
         object.__setattr__(self, "answers", self.answers or (AnswerTokens(),) * len(self))
         object.__setattr__(self, "positions", self.positions or ({"end": -1, "last": -1},) * len(self))
+
+    @classmethod
+    def of(
+        cls,
+        ids: Any,
+        attention_mask: Any = None,
+        answers: Iterable[Any] | None = None,
+        positions: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
+        pad_id: int = 0,
+    ) -> TokenizedPrompts:
+        """Take prompts that are tokenised already.
+
+            TokenizedPrompts.of(tokenizer(texts, padding=True, return_tensors="pt"), answers=[(5, 7), (12, [9, 3])])
+
+        Args:
+            ids: what a tokenizer returns for a list of texts, a tensor or array `batch pos`, or a list of lists.
+            attention_mask: 1 for tokens and 0 for padding, on either side of each prompt; by default that of `ids`, or else
+                everything is a token.
+            answers: for every prompt its right and its wrong answer, `(right, wrong)`: each a token id, the ids of an answer of
+                several tokens, a list of such lists, or None.
+            positions: named token indices, negative from the last token; the same for all prompts, or for each its own.
+            pad_id: the padding token.
+
+        Returns:
+            The prompts without padding.
+
+        Raises:
+            ValueError: something else is given, a mask with gaps, a prompt without tokens, or numbers of prompts that differ;
+                names the prompt.
+        """
+        rows = _as_rows(ids, attention_mask)
+        return cls(rows, _as_answers(answers, len(rows)), _as_positions(positions, rows), pad_id)
 
     @cached_property
     def answer_ids(self) -> tuple[tuple[int, int], ...]:
@@ -179,8 +144,8 @@ class TokenizedPrompts:
         Raises:
             ValueError: a batch size below 1, or another padding side.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
         return self._batches(batch_size, padding_side)
@@ -207,8 +172,8 @@ class TokenizedPrompts:
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            right_ids=_first_tokens([self.answers[i].right for i in which]),
-            wrong_ids=_first_tokens([self.answers[i].wrong for i in which]),
+            right_ids=first_tokens([self.answers[i].right for i in which]),
+            wrong_ids=first_tokens([self.answers[i].wrong for i in which]),
             positions={name: [self.positions[i][name] for i in which] for name in self._shared_names},
             index=list(which),
             lengths=list(map(len, rows)),
@@ -218,6 +183,12 @@ class TokenizedPrompts:
     @cached_property
     def _shared_names(self) -> list[str]:
         return [name for name in self.positions[0] if all(name in places for places in self.positions)]
+
+
+def collect(rows: Iterable[TokenizedPrompt], tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompts:
+    """Make a tokenised set of one or more rows."""
+    ids, answers, positions = zip(*rows, strict=True)
+    return TokenizedPrompts(ids, answers, positions, pad_id(tokenizer))
 
 
 def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
@@ -231,6 +202,8 @@ def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
         ValueError: a set that is not tokenised, or a prompt that is empty, too long, or has ids beyond the model's embeddings.
     """
     card_of(model)
+    if isinstance(model, type):
+        raise ValueError(f"{model.__name__} is a class; load a model with pyvene_ext.load_model(NAME).")
     embeddings: Any = model.get_input_embeddings()
     context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     for some in prompts:
@@ -377,169 +350,134 @@ class Batch:
         return self.columns(-1)
 
 
-def _first_tokens(answers: Sequence[tuple[tuple[int, ...], ...]]) -> Int[Tensor, "batch some"]:
-    """The first tokens of each prompt's answers, each once, filled up with -1."""
-    rows = [list(dict.fromkeys(answer[0] for answer in own)) for own in answers]
-    width = max(map(len, rows))
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long).reshape(len(rows), width)
+# -- ids in whatever form they are given -------------------------------------------------------------------------------
 
 
-class TokenizedPrompt(NamedTuple):
-    """One row of `TokenizedPrompts`."""
-
-    input_ids: tuple[int, ...]
-    answers: AnswerTokens
-    positions: dict[str, int]
-
-
-def collect(rows: Iterable[TokenizedPrompt], tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompts:
-    """Make a tokenised set of one or more rows."""
-    ids, answers, positions = zip(*rows, strict=True)
-    return TokenizedPrompts(ids, answers, positions, pad_id(tokenizer))
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills batches: the padding token, or else the end token, or else token 0."""
-    return next(pad for pad in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if pad is not None)
-
-
-def tokenize_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    answer_texts: AnswerTexts,
-    places: Mapping[str, tuple[int, int] | int],
-    answers: Answers,
-    max_length: int | None,
-    where: str,
-) -> TokenizedPrompt:
-    """Tokenise one prompt as `PromptSet.tokenize` describes.
+def _as_rows(ids: Any, attention_mask: Any = None) -> tuple[tuple[int, ...], ...]:
+    """Remove the padding of prompts.
 
     Args:
-        tokenizer: a fast one.
-        text: the prompt.
-        answer_texts: its answers as they are appended to it.
-        places: its named positions: `[start, end)` in characters, or a token index, negative from the last token.
-        answers: "first_token" or "first_difference".
-        max_length: the most tokens that it may have.
-        where: what messages call it.
+        ids: a tokenizer's output, an array or tensor `batch pos`, or lists of ids.
+        attention_mask: of the same shape, 1 for tokens and 0 for padding on one side; by default that in `ids`, if any.
 
     Returns:
-        Its token ids, answers and positions.
+        The tokens of every prompt.
 
     Raises:
-        ValueError: a word that the tokenizer does not know, an answer that merges with the end of the prompt, a right answer of
-            the same tokens as a wrong one, answers that no token tells apart (with "first_difference"), a position without a
-            token, or a prompt that is empty or too long.
+        ValueError: anything else; names the prompt.
     """
-    ids, offsets = encode(tokenizer, text, where)
-    right, wrong = (
-        _distinct([_continuation(tokenizer, text, ids, answer, where) for answer in some]) for some in answer_texts
-    )
-    if same := set(right) & set(wrong):
-        raise ValueError(
-            f"{where}: {tokenizer.decode(list(same.pop()))!r} is both a right and a wrong answer; use different answers."
-        )
-    if answers == "first_difference" and right and wrong:
-        several = (*right, *wrong)
-        differ = (place for place, tokens in enumerate(zip(*several, strict=False)) if len(set(tokens)) > 1)
-        shared = next(differ, min(map(len, several)))
-        ids = ids + list(right[0][:shared])
-        right, wrong = (tuple(answer[shared:] for answer in some) for some in (right, wrong))
-        if not all((*right, *wrong)):
+    if isinstance(ids, Mapping):
+        if "input_ids" not in ids:
+            raise ValueError(f"there are no input_ids but {', '.join(map(str, ids))}; give what a tokenizer returns.")
+        attention_mask = ids.get("attention_mask") if attention_mask is None else attention_mask
+        ids = ids["input_ids"]
+    rows = [_numbers(row, f"prompt {prompt}") for prompt, row in enumerate(_entries(ids, "ids"))]
+    if not rows:
+        raise ValueError("there are no prompts; give the ids of at least one.")
+    if attention_mask is not None:
+        masks = [
+            _numbers(row, f"the attention mask of prompt {n}") for n, row in enumerate(_entries(attention_mask, "mask"))
+        ]
+        if list(map(len, masks)) != list(map(len, rows)):
             raise ValueError(
-                f"{where}: the tokens of one of the answers {', '.join(map(repr, sum(answer_texts, ())))} begin all others, so "
-                "that no token tells them apart; use other answers, or the metric 'answer_logprob_diff'."
+                "the attention mask does not have the shape of the ids; give both as the tokenizer returns them."
             )
-    if max_length is not None and len(ids) > max_length:
-        raise ValueError(
-            f"{where} has {len(ids)} tokens but the model takes {max_length}; shorten it, or use another model."
-        )
-    positions = {"end": -1, "last": -1}
-    for name, place in places.items():
-        if isinstance(place, int):
-            if not -len(ids) <= place < len(ids):
-                raise ValueError(f"{where}: position {name!r} is token {place}, but there are {len(ids)} tokens.")
-            positions[name] = place % len(ids) - len(ids)
-            continue
-        held = tokens_in_span(offsets, *place)
-        if not held:
-            raise ValueError(f"{where}: no token holds {text[slice(*place)]!r}, the place {name!r}.")
-        positions[name] = held[-1] - len(ids)
-    return TokenizedPrompt(tuple(ids), AnswerTokens(right, wrong), positions)
+        rows = [_unpadded(row, mask, prompt) for prompt, (row, mask) in enumerate(zip(rows, masks, strict=True))]
+    for prompt, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {prompt} has no tokens; give it some text.")
+    return tuple(rows)
 
 
-def _distinct(answers: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Drop answers that repeat or continue another one: whoever gives them has given that one."""
-    whole = list(dict.fromkeys(map(tuple, answers)))
-    return tuple(one for one in whole if not any(one != other and one[: len(other)] == other for other in whole))
-
-
-class Encoded(NamedTuple):
-    """Token ids of a text, and `[start, end)` in characters of each token."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, string: str, where: str) -> Encoded:
-    """Tokenise a text with its leading special tokens but without those that the tokenizer appends.
+def _as_answers(answers: Iterable[Any] | None, count: int) -> tuple[AnswerTokens, ...]:
+    """Bring answers to one form.
 
     Args:
-        tokenizer: a fast one.
-        string: the text.
-        where: what messages call it.
+        answers: a pair (right, wrong) for every prompt: token ids, lists of ids, lists of those, or None.
+        count: the number of prompts.
 
     Returns:
-        Ids and character offsets.
+        The answers of every prompt; empty if `answers` is None.
 
     Raises:
-        ValueError: no tokens, a start token written out in the text, or a word that the tokenizer does not know.
+        ValueError: anything else; names the prompt.
     """
-    encoding = tokenizer(string, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, offsets, special = (encoding[key] for key in ("input_ids", "offset_mapping", "special_tokens_mask"))
-    of_text = [i for i, added in enumerate(special) if not added]
-    if not of_text:
-        raise ValueError(f"{where} has no tokens; give it some text.")
-    if special[0] and ids[0] == ids[1]:
-        added = tokenizer.convert_ids_to_tokens(ids[0])
-        raise ValueError(f"{where} begins with {added!r}, which the tokenizer adds itself; leave it out of the text.")
-    ids, offsets = ids[: of_text[-1] + 1], offsets[: of_text[-1] + 1]
-    # GPT-2's end token is also its unknown token, so one that is written out in the text is not an unknown word.
-    words = [
-        string[start:end] for token, (start, end) in zip(ids, offsets, strict=True) if token == tokenizer.unk_token_id
-    ]
-    if unknown := [word for word in words if word and word != tokenizer.unk_token]:
-        raise ValueError(
-            f"{where}: the tokenizer does not know {', '.join(map(repr, unknown))}; use words of its vocabulary, or another "
-            "model."
-        )
-    return Encoded(ids, offsets)
+    if answers is None:
+        return ()
+    found = []
+    for prompt, pair in enumerate(_entries(answers, "answers")):
+        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise ValueError(
+                f"the answers of prompt {prompt} should be a pair (right, wrong) of token ids, not {pair!r}."
+            )
+        right, wrong = (_sequences(side, f"an answer of prompt {prompt}") for side in pair)
+        if set(right) & set(wrong):
+            raise ValueError(f"an answer of prompt {prompt} is both right and wrong; use different answers.")
+        found.append(AnswerTokens(right, wrong))
+    if len(found) != count:
+        raise ValueError(f"there are answers of {len(found)} prompts but {count} prompts; give each prompt a pair.")
+    return tuple(found)
 
 
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, string: str, ids: list[int], answer: str, where: str
-) -> list[int]:
-    """The tokens that `answer` adds to a prompt."""
-    longer = encode(tokenizer, string + answer, where).ids
-    if longer[: len(ids)] != ids:
-        raise ValueError(
-            f"{where}: the answer {answer!r} merges with the end of the prompt when tokenised, so no position predicts it; end "
-            "the prompt with a whole word and no space, or let the answer begin with a space."
-        )
-    if len(longer) == len(ids):
-        raise ValueError(f"{where}: the answer {answer!r} has no tokens; give it some text.")
-    return longer[len(ids) :]
-
-
-def tokens_in_span(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:
-    """Find the tokens that overlap a span of characters.
+def _as_positions(
+    positions: Mapping[str, int] | Iterable[Mapping[str, int]] | None, rows: tuple[tuple[int, ...], ...]
+) -> tuple[dict[str, int], ...]:
+    """Count named positions from the last token of each prompt.
 
     Args:
-        offsets: `[start, end)` in characters of each token.
-        start: the span's first character.
-        end: one past its last character.
+        positions: token indices by name, negative from the last token, for all prompts or for each its own.
+        rows: the tokens of every prompt.
 
     Returns:
-        Their indices, in order.
+        Positions of every prompt, with "end" and "last".
+
+    Raises:
+        ValueError: a position outside its prompt, or another number of prompts; names the prompt.
     """
-    return [i for i, (begins, ends) in enumerate(offsets) if begins < end and ends > start]
+    own = [positions or {}] * len(rows) if positions is None or isinstance(positions, Mapping) else list(positions)
+    if len(own) != len(rows):
+        raise ValueError(f"there are positions of {len(own)} prompts but {len(rows)} prompts; give them for each.")
+    found = []
+    for prompt, (named, row) in enumerate(zip(own, rows, strict=True)):
+        for name, at in named.items():
+            if not -len(row) <= at < len(row):
+                raise ValueError(f"position {name!r} is token {at} of prompt {prompt}, which has {len(row)} tokens.")
+        found.append({"end": -1, "last": -1, **{name: int(at) % len(row) - len(row) for name, at in named.items()}})
+    return tuple(found)
+
+
+def _entries(values: Any, what: str) -> list[Any]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{what} should have one entry per prompt, not be a {type(values).__name__}.")
+    return list(values)
+
+
+def _numbers(row: Any, where: str) -> tuple[int, ...]:
+    row = row.tolist() if hasattr(row, "tolist") else row
+    if not isinstance(row, list | tuple) or not all(isinstance(i, int | np.integer) and i >= 0 for i in row):
+        raise ValueError(
+            f"{where} should be a list of token ids, not {row!r:.60}; give [batch pos] or lists of whole numbers."
+        )
+    return tuple(map(int, row))
+
+
+def _sequences(side: Any, where: str) -> tuple[tuple[int, ...], ...]:
+    """One side's answers: nothing, a token, the tokens of an answer, or those of several."""
+    side = side.tolist() if hasattr(side, "tolist") else side
+    if side is None:
+        return ()
+    if isinstance(side, int):
+        side = [side]
+    if isinstance(side, list | tuple) and not any(isinstance(one, list | tuple) for one in side):
+        side = [side] if side else []
+    if not isinstance(side, list | tuple) or not all(side):
+        raise ValueError(f"{where} should be token ids, not {side!r:.60}.")
+    return distinct([_numbers(one, where) for one in side])
+
+
+def _unpadded(row: tuple[int, ...], mask: tuple[int, ...], prompt: int) -> tuple[int, ...]:
+    kept = [i for i, real in enumerate(mask) if real]
+    if kept and len(kept) != kept[-1] + 1 - kept[0]:
+        raise ValueError(f"the attention mask of prompt {prompt} has gaps; padding belongs on one side.")
+    return tuple(row[i] for i in kept)

@@ -48,7 +48,8 @@ from pyvene_ext.models.hooks import (
 )
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
+from pyvene_ext.prompts.encoding import encode
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.stats.controls import Head, head_label
 
 Method = Literal["ridge", "procrustes"]

@@ -192,18 +192,29 @@ def test_every_prompt_is_in_one_batch() -> None:
     assert found == [(1, 2), (0,)]  # the shortest first
 
 
+def first_key(pattern: Tensor) -> Tensor:
+    """The last query's look at the first key, from a pattern that it spoils."""
+    kept = pattern[:, -1, 0].clone()
+    pattern.zero_()
+    return kept
+
+
 def test_reduce_sees_each_prompt_without_padding_and_decides_what_is_kept() -> None:
     model = random_model("llama3_1").bfloat16()
     whole = read(model, PROMPTS, ("z", "pattern"), dtype=torch.float32, progress=False)
     means = read(
         model, PROMPTS, ("z", "pattern"), reduce=lambda x: x.mean(-1), dtype=torch.float32, batch_size=2, progress=False
     )
-    last = read(model, PROMPTS, ("z", "pattern"), reduce={"attention_pattern": lambda x: x[:, -1, 0]}, progress=False)
+    last = read(model, PROMPTS, ("z", "pattern"), reduce={"attention_pattern": first_key}, progress=False)
     for prompt in range(len(PROMPTS)):
         close(means["z", 1][prompt], whole["z", 1][prompt].mean(-1))
         close(means["pattern", 1][prompt], whole["pattern", 1][prompt].mean(-1))
         close(last["pattern", 1][prompt].float(), whole["pattern", 1][prompt][:, -1, 0])
         close(last["z", 1][prompt].float(), whole["z", 1][prompt])
+    part = read(model, PROMPTS, "z", layers=0, reduce=lambda x: x[: len(x) // 2], progress=False)["z", 0][0]
+    assert (
+        part.shape == (4, 6, 12) and part.untyped_storage().nbytes() == part.nbytes
+    )  # not the whole that it is part of
     assert last["pattern", 1].shape == (3, 6) and last["z", 1][0].dtype == torch.bfloat16
 
 
@@ -282,6 +293,7 @@ def test_activations_beyond_the_free_memory_are_refused_before_the_model_runs(mo
         ({"positions": ()}, "name one or more positions"),
         ({"positions": 8}, "position 8 lies outside prompt 1"),
         ({"reduce": {"q": torch.mean}}, "reduce has a function for q, which is not read"),
+        ({"device": "abacus"}, "activations cannot be kept on 'abacus'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"prompts": PROMPTS.take([])}, "give at least one prompt"),
         ({"prompts": "text"}, "prompts must be tokenised, not a str"),
@@ -305,9 +317,10 @@ def test_a_family_without_patterns_says_why() -> None:
 
 
 def test_patterns_z_head_norms_and_who_looks_at_a_token_take_ten_lines() -> None:
-    prompt = px.PromptSet.load("ioi_en").tokenize(px.load_model("tiny-gemma2")[1]).take([0])
     # -- the ten lines
-    model, _ = px.load_model("tiny-gemma2")
+    model, tokenizer = px.load_model("tiny-gemma2")
+    text = "When Lisa and David went to the store, David gave the book to"
+    prompt = px.PromptSet((px.Prompt(text=text),)).tokenize(tokenizer)
     acts = px.read(model, prompt, ["pattern", "z", "result"], progress=False)
     patterns, z = acts.stack("pattern")[:, 0], acts.stack("z")[:, 0]  # layer head query key, layer pos head d_head
     norms = acts.stack("result")[:, 0, -1].norm(dim=-1)  # layer head

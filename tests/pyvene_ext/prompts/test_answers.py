@@ -166,7 +166,7 @@ def test_an_answer_that_no_token_can_be_is_refused_by_name(prompt: Prompt, optio
     ("fields", "message"),
     [
         ({}, "there is no field 'text'"),
-        ({"text": 3}, "text: input should be a valid string"),
+        ({"text": 3}, "text: [37] should be a text, or a list of chat messages"),
         ({"text": FRANCE, "answer": []}, r"answer: \[\] should be a text or several, none of them empty"),
         ({"text": FRANCE, "answer": 5}, "answer: 5 should be a text or several"),
         ({"text": FRANCE, "answer": "Rome", "wrong": ["Lyon", "Rome"]}, "'Rome' is both a right and a wrong answer"),

@@ -111,7 +111,7 @@ def broken(**changes: object) -> str:
         ("a.json", json.dumps({"n_examples": 3, "pairs": [PAIR]}), "says n_examples is 3 but holds 1 pairs"),
         ("a.json", json.dumps([PAIR, ["clean"]]), "pair 1: should be an object"),
         ("a.json", broken(clean=None), "pair 1: there is no field 'text'"),
-        ("a.json", broken(clean=7), "pair 1: text: input should be a valid string"),
+        ("a.json", broken(clean=7), "pair 1: text: [37] should be a text, or a list of chat messages"),
         ("a.json", broken(answer=["Lisa", 7]), r"pair 1: answer: \['Lisa', 7\] should be a text or several"),
         ("a.json", broken(wrong=""), "pair 1: wrong: '' should be a text or several, none of them empty"),
         (

@@ -574,7 +574,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_before_the_model_runs() -> 
         ("pair 2 has 7 tokens and its source 6", circuit, BASE, shorter, {}),
         ("6 base prompts and 5 source prompts", circuit, BASE, fewer, {}),
         ("must be tokenised", circuit, BASE, ["a text"], {}),
-        ("answers of pair 1 have the ids 3 and 61", circuit, outside, SOURCE, {}),
+        ("answers of prompt 1 have ids from 3 to 61", circuit, outside, SOURCE, {}),
         ("batch_size must be at least 1", circuit, BASE, SOURCE, {"batch_size": 0}),
     ):
         with pytest.raises(ValueError, match=told) as caught:
