@@ -4,7 +4,7 @@ A row is one spec on one prompt. It enters at the first block that it changes, a
 and carries the columns from the first edited one on; everything else is taken from the clean run. Rows of the same prompts and
 the same first column form a `Group`, which runs through every layer once and grows by the rows that enter there.
 
-In this package a prompt is one of the sequences that are run (`engine.sequences`): it may be followed by an answer.
+In the sweep engine "prompt" means a sequence that is run (`engine.sequences`): a prompt, or a prompt followed by an answer.
 
 Where all prompts of a group share a prefix and are edited there in the same way, the prefix runs once for all of them, in a group
 of its own that provides the keys and values of their earlier columns.
