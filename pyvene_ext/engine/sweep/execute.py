@@ -502,7 +502,7 @@ class GroupState:
         if missing:
             assert clean_logits is not None
             parts.insert(0, clean_logits[self.prompt[some], :missing])
-        return torch.cat(parts, 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _call_rows(self) -> int:
         executor, prompts = self.executor, len(self.group.prompts)
