@@ -25,7 +25,7 @@ def last_logits(logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> Logit
     """Select the logits at each row's last real token.
 
     Args:
-        logits: of every token of the batch.
+        logits: of every token of the batch, or of the last `Batch.logits_to_keep` columns.
         batch: the prompts, padded on either side.
 
     Returns:
@@ -34,13 +34,14 @@ def last_logits(logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> Logit
     Raises:
         ValueError: the shapes do not match, or logits are not finite; the message names the prompts.
     """
-    if logits.ndim != 3 or logits.shape[:2] != batch.input_ids.shape:
+    rows, columns = batch.input_ids.shape
+    if logits.ndim != 3 or len(logits) != rows or logits.shape[1] not in (batch.logits_to_keep, columns):
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} do not belong to a batch of shape {tuple(batch.input_ids.shape)}; give "
             "those of every token, [batch pos vocab]."
         )
-    rows = torch.arange(len(batch.index), device=logits.device)
-    chosen = logits[rows, torch.tensor(batch.last_columns, device=logits.device)]
+    last = torch.tensor(batch.last_columns, device=logits.device) - (columns - logits.shape[1])
+    chosen = logits[torch.arange(rows, device=logits.device), last]
     _check_finite(chosen, "prompts", batch.index)
     return chosen
 

@@ -207,7 +207,7 @@ def run_resolved(
     with own_bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size, padding_side):
             batch = batch.to(device)
-            base = {**batch.inputs(), "use_cache": False}
+            base = {**batch.inputs(), "use_cache": False, "logits_to_keep": batch.logits_to_keep}
             clean_logits = None
             if runs_clean:
                 clean_logits = metrics.last_logits(model(**base).logits, batch)

@@ -90,7 +90,8 @@ def run_direct_paths(
             plan = plan_resolved(received, memory=memory)
             result = sweep_resolved(received, metric, plan, store=store, progress=progress)
         found[others] = result.intervened
-        found[to_logits] += result.baseline - clean  # the rounding difference between the two ways
+        # Without the rounding difference between the two ways; a path that does nothing keeps a delta of exactly 0.
+        found[to_logits] = result.baseline - (clean - found[to_logits])
         clean = result.baseline
     return clean, found
 
@@ -190,14 +191,14 @@ class DirectTerms:
         of_rows = [None, *paths]  # the first is the untouched base
         for start in range(0, len(of_rows), ROWS):
             here = of_rows[start : start + ROWS]
-            rows = [normed[0]] * len(here)
+            rows = [normed[0].float()] * len(here)
             for row, path in enumerate(here):
                 if path is None:
                     continue
                 tokens = self._sender_tokens(path, prompt)
                 if last in tokens:
                     added = self.direct_term(path.name, ("logits", None), prompt)[tokens.index(last)]
-                    rows[row] = (normed[0].float() + added.to(normed.device)).to(normed.dtype)
+                    rows[row] = rows[row] + added.to(normed.device)
             logits = self.replay.unembed(torch.stack(rows))
             batch: Any = SimpleNamespace(answer_ids=ids.expand(len(rows), 2))
             found.append(METRICS[metric](logits, batch, clean.expand_as(logits)).float().cpu())

@@ -365,7 +365,9 @@ def _plain_paths(
     with bar, evaluating(model), no_gradients(model):
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
-            clean = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
+            clean = last_logits(
+                model(**batch.inputs(), use_cache=False, logits_to_keep=batch.logits_to_keep).logits, batch
+            )
             baseline[batch.index] = METRICS[metric](clean, batch, clean).float().cpu().numpy()
             for number, path in enumerate(paths):
                 found[number, batch.index] = (
@@ -383,6 +385,8 @@ def _metric_of(
     with evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size):
             batch = batch.to(input_device(model))
-            logits = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
+            logits = last_logits(
+                model(**batch.inputs(), use_cache=False, logits_to_keep=batch.logits_to_keep).logits, batch
+            )
             found[batch.index] = METRICS[metric](logits, batch, logits).float().cpu().numpy()
     return found
