@@ -188,22 +188,23 @@ class DirectTerms:
         ids = torch.tensor([self.base.answer_ids[prompt]], device=self.replay.device)
         clean = self.replay.unembed(normed)
         found = []
-        of_rows = [None, *paths]  # the first is the untouched base
+        tokens_of = [self._sender_tokens(path, prompt) for path in paths]
+        changing = [number for number, tokens in enumerate(tokens_of) if last in tokens]
+        of_rows = [None, *changing]  # the first is the untouched base
         for start in range(0, len(of_rows), ROWS):
             here = of_rows[start : start + ROWS]
             rows = [normed[0].float()] * len(here)
-            for row, path in enumerate(here):
-                if path is None:
-                    continue
-                tokens = self._sender_tokens(path, prompt)
-                if last in tokens:
-                    added = self.direct_term(path.name, ("logits", None), prompt)[tokens.index(last)]
-                    rows[row] = rows[row] + added.to(normed.device)
+            for row, number in enumerate(here):
+                if number is not None:
+                    terms = self.direct_term(paths[number].name, ("logits", None), prompt)
+                    rows[row] = rows[row] + terms[tokens_of[number].index(last)].to(normed.device)
             logits = self.replay.unembed(torch.stack(rows))
             batch: Any = SimpleNamespace(answer_ids=ids.expand(len(rows), 2))
             found.append(METRICS[metric](logits, batch, clean.expand_as(logits)).float().cpu())
         values = torch.cat(found).numpy()
-        return values[0], values[1:]
+        of_paths = np.full(len(paths), values[0])
+        of_paths[changing] = values[1:]
+        return values[0], of_paths
 
     def _direct_term(self, name: str, place: Place, prompt: int) -> Float[Tensor, "pos d"]:
         """The direct term at a receiver's place, heads concatenated, at the positions where the sender is patched."""
