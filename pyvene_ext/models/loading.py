@@ -34,6 +34,7 @@ from transformers import (
 
 from modelcards import CARDS, n_positions
 from pyvene_ext.models.devices import input_device
+from pyvene_ext.models.identity import named_weights
 from pyvene_ext.models.latent_steps import restore
 
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
@@ -283,7 +284,7 @@ def _check_files(folder: Path, name: str) -> None:
 
 def _check_layers(model: PreTrainedModel, unexpected: Iterable[str], name: str) -> None:
     """Raise ValueError for weights of layers beyond the config's; other surplus weights are common and harmless."""
-    own = {*model.state_dict(), *model.base_model.state_dict()}
+    own = {key for part in (model, model.base_model) for key, _ in named_weights(part)}
     if surplus := [key for key in sorted(unexpected) if re.sub(r"\.\d+\.", ".0.", f".{key}", count=1)[1:] in own]:
         raise ValueError(
             f"{name} has weights of more layers ({surplus[0]} ...) than its config.json counts; get files that belong together."
