@@ -164,6 +164,8 @@ def run_resolved(
         for batch in prompts.batches(batch_size, padding_side):
             batch = batch.to(device)
             base = {**batch.inputs(), "use_cache": False}
+            if not (metric.of_tokens or metric.of_answers):
+                base["logits_to_keep"] = batch.logits_to_keep
             if runs_clean:
                 logits = _read_logits(metric, model(**base).logits, batch, sequences)
                 batch = metric.with_clean(batch, logits)
