@@ -24,11 +24,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Component, Taps, card_of, component_named, dimensions, n_layers
 from pyvene_ext.intervenable.statistics import Place, label, named
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import atomic_path, parse_json
 from pyvene_ext.models.devices import free_memory, input_device, no_gradients
 from pyvene_ext.models.hooks import StopForward, hook_component, split_heads
@@ -256,7 +256,7 @@ def read(
     reading = _Reading.of(model, prompts, sites, layers, heads, positions, reduce, device, dtype)
     reading.check_memory()
     found: dict[Place, dict[int, Tensor]] = {place: {} for place in reading.places}
-    with tqdm(total=len(prompts), desc="reading", unit="prompt", disable=not progress) as bar:
+    with progress_bar(len(prompts), "prompt", "reading", shown=progress) as bar:
         for batch in prompts.batches(batch_size, padding_side):
             for place, tensors in reading.run(batch).items():
                 found[place] |= zip(batch.index, tensors, strict=True)
@@ -309,7 +309,7 @@ def read_batches(
     batches = prompts.batches(batch_size, padding_side)
 
     def each() -> Iterator[Activations]:
-        with tqdm(total=len(prompts), desc="reading", unit="prompt", disable=not progress) as bar:
+        with progress_bar(len(prompts), "prompt", "reading", shown=progress) as bar:
             for batch in batches:
                 values_at = {place: _stacked(tensors) for place, tensors in reading.run(batch).items()}
                 bar.update(len(batch.index))
