@@ -20,18 +20,18 @@ from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import component_named, dimensions
 from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import atomic_path
 from pyvene_ext.io.hashes import data_hash, tensors_hash
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.identity import config_hash, weight_hash
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.positions import Positions, token_indices
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
 
 Place = tuple[str, int | None]
 FORMAT = 1  # version of the cache files
@@ -119,6 +119,7 @@ class Reference:
             ValueError: an unknown site, an empty set, a position that some prompt lacks, unequal lengths with "all" in
                 `position_means`, or activations that are not finite.
         """
+        check_tokenized(model, prompts)
         wanted = cls(prompts, tuple(map(named, places)), tuple(position_means), tuple(bank))
         check_reference_prompts(prompts, wanted.position_means, wanted.bank)
         wanted = replace(wanted, weights=weight_hash(model), _model=weakref.ref(model))
@@ -254,7 +255,7 @@ class Reference:
         iv = IntervenableModel(IntervenableConfig(representations), model)
         sizes = dimensions(model.config)
         sums = [_Sums() for _ in self.places]
-        bar = tqdm(total=len(self.prompts.input_ids), desc="reference", unit="prompt", disable=not progress)
+        bar = progress_bar(len(self.prompts.input_ids), "prompt", "reference", shown=progress)
         with bar, evaluating(model), no_gradients(model):
             for batch in self.prompts.batches(batch_size):
                 width = batch.input_ids.shape[1]

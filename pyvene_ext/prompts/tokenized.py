@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -143,8 +144,8 @@ class TokenizedPrompts:
         Raises:
             ValueError: a batch size below 1, or another padding side.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
         return self._batches(batch_size, padding_side)
@@ -201,6 +202,8 @@ def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
         ValueError: a set that is not tokenised, or a prompt that is empty, too long, or has ids beyond the model's embeddings.
     """
     card_of(model)
+    if isinstance(model, type):
+        raise ValueError(f"{model.__name__} is a class; load a model with pyvene_ext.load_model(NAME).")
     embeddings: Any = model.get_input_embeddings()
     context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     for some in prompts:

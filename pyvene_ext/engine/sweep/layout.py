@@ -323,7 +323,7 @@ class EditColumns:
     @cached_property
     def effective(self) -> np.ndarray:
         """On which prompts the edit is made, [prompt]."""
-        return self.kept.any(1)
+        return np.asarray(self.kept.any(1))
 
     def within(self, start: int, stop: int) -> np.ndarray:
         """At which of the spec's positions the edit is made in the columns `[start, stop)`, [prompt pos]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine.measure import Metric, MetricLike, check_metric
-from pyvene_ext.engine.plain import Result
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sequences import answers_measured
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.plan import (
@@ -27,6 +25,7 @@ from pyvene_ext.engine.sweep.plan import (
 )
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import note, progress_bar
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
     all_gather,
@@ -191,13 +190,12 @@ def sweep_resolved(
             # Read before any process adds a wave, and by one process, so that all divide the same remaining waves.
             whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(resolved.names, metric.label, whole["clean"], whole["intervened"])
+                return Result(resolved.names, metric.label, whole["clean"], whole["intervened"], specs=specs)
             if remembered != _plan_record(plan):
                 plan = make_plan(plan.resolved, which, Budget(**remembered["budget"]))
             if remembered != _plan_record(plan):
                 raise ValueError(f"{store} was begun by a version that cut the work differently; delete the folder.")
-        if progress:
-            tqdm.write(plan.summary(), file=sys.stderr)
+        note(plan.summary(), shown=progress, in_notebooks=False)
         resolved = resolved.for_metric(metric).with_statistics(progress=progress)
         mine = [number for number in range(len(plan.waves)) if number not in finished]
         mine = mine[group.process_index :: group.num_processes]
@@ -217,11 +215,10 @@ def sweep_resolved(
         result = _merge(plan, metric, finished | everything)
         if kept is not None and group.is_main_process:
             kept.complete(result)
-        if progress:
-            took = time.monotonic() - started
-            where = "" if store is None else f"; kept in {store}"
-            tqdm.write(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", file=sys.stderr)
-    return Result(resolved.names, metric.label, result["clean"], result["intervened"])
+        took = time.monotonic() - started
+        where = "" if store is None else f"; kept in {store}"
+        note(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", shown=progress)
+    return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs)
 
 
 @contextmanager
@@ -253,8 +250,8 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
 def _checked_subset(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> list[int]:
     if subset is None:
         return list(range(len(prompts)))
-    which = np.asarray(subset).tolist()
-    numbers = isinstance(which, list) and all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
+    which = [int(one) if isinstance(one, np.integer) else one for one in subset] if isinstance(subset, Iterable) else []
+    numbers = all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
     if not numbers or not which or len(set(which)) < len(which):
         raise ValueError(f"subset must list one or more of the prompts by number, 0 to {len(prompts) - 1}, each once.")
     return which
@@ -303,9 +300,10 @@ def _merge(plan: Plan, metric: Metric, waves: dict[int, dict[str, np.ndarray]]) 
     clean = np.full((len(column), *of_prompt), np.nan, np.float32)
     intervened = np.full((len(plan.edits), len(column), *of_prompt), np.nan, np.float32)
     for wave, arrays in ((plan.waves[number], arrays) for number, arrays in sorted(waves.items())):
-        columns, pos = [column[prompt] for prompt in wave.prompts], [slice(n) for n in arrays["clean"].shape[1:]]
-        clean[columns, *pos] = arrays["clean"]
-        intervened[*np.ix_(wave.specs, columns), *pos] = arrays["intervened"]
+        columns = [column[prompt] for prompt in wave.prompts]
+        pos: tuple[Any, ...] = tuple(slice(n) for n in arrays["clean"].shape[1:])
+        clean[(columns, *pos)] = arrays["clean"]
+        intervened[(*np.ix_(wave.specs, columns), *pos)] = arrays["intervened"]
     if metric.of_answers:
         counts = [len(plan.resolved.sequences.of_prompt[prompt]) for prompt in plan.subset]
         clean, intervened = (answers_measured(metric, values, counts) for values in (clean, intervened))
@@ -319,9 +317,7 @@ class _ProgressBar:
         self._plan, self._done = plan, 0
         self._cells = {number: len(plan.waves[number].specs) * len(plan.waves[number].prompts) for number in waves}
         total = sum(self._cells.values())
-        self._bar = tqdm(
-            total=total, unit="intervention", unit_scale=True, smoothing=0.1, desc="sweep", disable=not shown
-        )
+        self._bar = progress_bar(total, "intervention", "sweep", shown=shown, unit_scale=True, smoothing=0.1)
 
     def advance(self, share: float) -> None:
         """Advance by a number of interventions, estimated from the arithmetic done."""

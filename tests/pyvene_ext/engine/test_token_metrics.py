@@ -28,6 +28,7 @@ from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, VOCAB, random_model
 
 METRIC = "token_probabilities"
+PLACE = ["intervention", "site", "layer", "head", "position"]
 PROMPTS = random_prompts((9,) * 8)
 UNEQUAL = random_prompts((9, 7, 9))
 MEMORY = 300_000  # makes several waves
@@ -84,11 +85,11 @@ def test_a_frame_has_a_row_for_every_token() -> None:
     model, specs = model_and_specs("llama3_1")
     result = run(model, specs[:2], PROMPTS, METRIC, progress=False)
     frame = result.to_frame()
-    assert list(frame) == ["intervention", "prompt", "pos", "baseline", "intervened", "delta"]
+    assert list(frame) == [*PLACE, "prompt", "token", "baseline", "intervened", "delta"]
     assert len(frame) == result.intervened.size
     for row, at in zip(frame.itertuples(index=False), np.ndindex(result.intervened.shape), strict=True):
         before, after = result.baseline[at[1:]], result.intervened[at]
-        assert tuple(row) == (result.names[at[0]], *at[1:], before, after, before - after)
+        assert (row[0], *row[len(PLACE) :]) == (result.names[at[0]], *at[1:], before, after, before - after)
 
 
 def test_some_of_the_prompts_and_a_given_clean_run() -> None:
@@ -247,7 +248,7 @@ def test_a_frame_has_no_rows_after_a_prompts_end() -> None:
             for prompt, ids in enumerate(UNEQUAL.input_ids)
             for pos in range(len(ids) - missing)
         ]
-        assert [tuple(row) for row in frame[["prompt", "pos"]].to_numpy()] == [tuple(row[1:]) for row in expected]
+        assert [tuple(row) for row in frame[["prompt", "token"]].to_numpy()] == [tuple(row[1:]) for row in expected]
         assert frame.notna().all(axis=None)
 
 

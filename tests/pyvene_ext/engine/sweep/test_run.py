@@ -11,7 +11,8 @@ import torch
 
 from modelcards import n_heads, n_layers
 from pyvene_ext.engine.measure import METRICS
-from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.engine.plain import reference_for, run
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.engine.sweep.execute import GroupState
 from pyvene_ext.engine.sweep.store import Store
