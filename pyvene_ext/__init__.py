@@ -2,7 +2,7 @@
 
 Rooms, in the order in which data flows; a room imports only from those above it:
 
-    io            files, hashes, seeds, the command line
+    io            files, hashes, seeds, progress bars, the command line
     models        loading, devices, hooks, and running a model block by block
     prompts       prompt sets, tokenized prompts, named positions, word problems, parallel text
     stats         intervals, correlations, controls

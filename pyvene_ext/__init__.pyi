@@ -14,13 +14,13 @@ from . import specs as specs
 from . import stats as stats
 from .engine.generate import generate as generate
 from .engine.measure import Metric as Metric
-from .engine.plain import Result as Result
 from .engine.plain import reference_for as reference_for
 from .engine.plain import run as run
 from .engine.reading import Activations as Activations
 from .engine.reading import read as read
 from .engine.reading import read_batches as read_batches
 from .engine.resolve import resolve as resolve
+from .engine.results import Result as Result
 from .engine.sweep import Plan as Plan
 from .engine.sweep import Sequential as Sequential
 from .engine.sweep import frequencies as frequencies
@@ -29,6 +29,7 @@ from .engine.sweep import sweep as sweep
 from .intervenable.model import IntervenableModel as IntervenableModel
 from .intervenable.statistics import Reference as Reference
 from .intervenable.verification import verify_card as verify_card
+from .io.bars import progress as progress
 from .io.seeds import rng as rng
 from .methods.patching.patch import Patched as Patched
 from .methods.patching.patch import all_patches as all_patches
@@ -47,6 +48,7 @@ from .runs import reasoning as reasoning
 from .runs import translation as translation
 from .runs.facts import metadata as metadata
 from .runs.folder import RunFolder as RunFolder
+from .runs.plotting import plot as plot
 from .specs.ablation import Ablation as Ablation
 from .specs.ablation import all_heads as all_heads
 from .specs.addition import Addition as Addition

@@ -1,10 +1,10 @@
 """Verify a model's card: compare every component with plain torch hooks that are independent of the card.
 
-    python -m pyvene_ext.verify --model Qwen/Qwen2.5-3B
-    python -m pyvene_ext.verify --model path/to/folder --layers all
+    python -m pyvene_ext.verify --model smollm2-135m-instruct                  # what a minute can prove
+    python -m pyvene_ext.verify --model path/to/folder --thorough --layers all
     python -m pyvene_ext.verify --model path/to/folder --sites z resid_post attention_pattern
 
-`pyvene_ext.verify_card` does it (`intervenable.verification` says how), for the model with and without its head.
+`pyvene_ext.verify_card` does it (`pyvene_ext.intervenable.verification` says how), for the model with and without its head.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ class Options:
     """Check every component of a model's card against independent hooks; exit status 1 if anything differs."""
 
     model: str
-    """A hub name, a folder, or a shipped tiny model."""
+    """A shipped or fetched model, a folder, a GGUF file, or a name on the hub."""
     layers: Literal["ends", "all"] = "ends"
     """First, middle and last layer, or all of them."""
     sites: OneOrMore[str] | None = None
     """Only these sites or components, such as z or block_output; by default all that the card has."""
+    thorough: bool = False
+    """Make all checks, however long they take; by default as many as a minute allows."""
     tolerance: float = 1e-5
     """Largest difference allowed, relative where values exceed 1."""
     dtype: str = "float32"
@@ -49,13 +51,20 @@ def main(options: Options) -> int:
 
     model, _ = px.load_model(options.model, dtype=options.dtype, device=options.device)
     failures = 0
-    for part in (model, model.base_model):
+    for part, seconds in ((model, 45.0), (model.base_model, 15.0)):
         sites = options.sites
         if sites and part is not model:
             sites = tuple(site for site in sites if component_named(site).name in card_of(part).mapping(type(part)))
         if sites == ():  # the model without its head has no logits
             continue
-        report = px.verify_card(part, options.layers, tolerance=options.tolerance, progress=True, sites=sites)
+        report = px.verify_card(
+            part,
+            options.layers,
+            tolerance=options.tolerance,
+            progress=True,
+            sites=sites,
+            seconds=None if options.thorough else seconds,
+        )
         print(report.table())
         failures += report.failures
     return 1 if failures else 0

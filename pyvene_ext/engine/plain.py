@@ -6,9 +6,8 @@ It defines what a spec does. Every faster engine is tested for equality with it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -20,9 +19,11 @@ from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.measure import Metric, MetricLike, as_array, check_metric
 from pyvene_ext.engine.metrics import check_finite, last_logits
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sequences import Sequences, answers_measured
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, PaddingSide, TokenizedPrompts
@@ -33,48 +34,6 @@ from pyvene_ext.specs.joint import (
     needs,
 )
 from pyvene_ext.specs.sources import Sources
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-@dataclass(frozen=True)
-class Result:
-    """The effect of a list of interventions on every prompt.
-
-    Attributes:
-        names: the interventions' names (`spec_name`).
-        metric: name of the metric. One with a value per token of a prompt has them along the last axis, from each prompt's first
-            token on, and NaN after the end of shorter prompts.
-        baseline: the metric of the untouched run of these prompts, whatever they are.
-        intervened: the metric under each intervention.
-    """
-
-    names: tuple[str, ...]
-    metric: str
-    baseline: Float32[np.ndarray, " n_prompts *pos"]
-    intervened: Float32[np.ndarray, "n_interventions n_prompts *pos"]
-
-    @property
-    def delta(self) -> Float32[np.ndarray, "n_interventions n_prompts *pos"]:
-        """Baseline minus intervened: positive where the intervention lowered the metric."""
-        return self.baseline - self.intervened
-
-    def to_frame(self) -> pd.DataFrame:
-        """Convert to a table with one row per intervention and prompt (and token, for a metric with a value per token).
-
-        Returns:
-            A table with the columns intervention (its name), prompt (its number, from 0), pos (for a token metric), baseline,
-            intervened and delta; without the tokens that have no value, such as those after a prompt's end.
-        """
-        import pandas as pd  # takes a second to import, and most runs need no table
-
-        names = ("intervention", "prompt", "pos")[: self.intervened.ndim]
-        rows = pd.MultiIndex.from_product([self.names, *map(range, self.intervened.shape[1:])], names=names)
-        baseline = np.broadcast_to(self.baseline, self.intervened.shape)
-        columns = {"baseline": baseline, "intervened": self.intervened, "delta": self.delta}
-        table = pd.DataFrame({name: values.ravel() for name, values in columns.items()}, rows).reset_index()
-        return table.dropna(subset="baseline", ignore_index=True) if "pos" in names else table
 
 
 def reference_for(
@@ -122,16 +81,22 @@ def run(
     progress: bool | tqdm = True,
     baseline: Float32[np.ndarray, " n_prompts *pos"] | None = None,
 ) -> Result:
-    """Run every spec on every prompt and read one metric, at each prompt's last token or at every token.
+    """Run every spec on every prompt and read one metric: at each prompt's last token, at every token, or of whole answers.
+
+    An answer of several tokens is read teacher-forced: the prompt runs followed by the answer, and the log-probabilities of the
+    answer's tokens are summed. Edits are made in the prompt only ("all" is every token of the prompt); the answer's tokens run
+    untouched and read the edited prompt through attention, so that the sum is the log-probability with which
+    `generate(scope="prompt")` would write the answer.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         specs: one edit, or a list of edits and of tuples of them (made jointly).
         prompts: the prompts that are intervened on.
         metric: a name; a function (logits `[batch vocab]` at the last tokens, prompts) that returns one number per prompt,
-            `[batch]`; or a `Metric`, to say more about it. Names: logit_diff, logit, probability, rank and accuracy, of the
-            prompts' answers; kl (to the untouched run); at every token next_token_loss, entropy and token_kl; and
-            token_probabilities, the probability that each of the prompt's own tokens comes next, for prompts of equal length.
+            `[batch]`; or a `Metric`, to say more about it. Names: logit_diff, logit, probability, rank and accuracy, of the first
+            tokens of the prompts' answers; answer_logprob and answer_logprob_diff, of whole answers; kl (to the untouched run);
+            at every token next_token_loss, entropy and token_kl; and token_probabilities, the probability that each of the
+            prompt's own tokens comes next, for prompts of equal length.
         reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         batch_size: prompts per forward pass.
         padding_side: left or right; numbers do not depend on it.
@@ -193,12 +158,14 @@ def run_resolved(
     intervened = np.full((len(specs), *shape), np.nan, np.float32)
     device = input_device(model)
     structures: dict[tuple, IntervenableModel] = {}  # shared by specs that differ in heads or positions only
-    own_bar = tqdm(total=len(specs) * len(prompts), unit="prompt", smoothing=0.1, disable=not shown)
+    own_bar = progress_bar(len(specs) * len(prompts), "prompt", shown=shown, smoothing=0.1)
     bar = progress if isinstance(progress, tqdm) else own_bar
     with own_bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size, padding_side):
             batch = batch.to(device)
             base = {**batch.inputs(), "use_cache": False}
+            if not (metric.of_tokens or metric.of_answers):
+                base["logits_to_keep"] = batch.logits_to_keep
             if runs_clean:
                 logits = _read_logits(metric, model(**base).logits, batch, sequences)
                 batch = metric.with_clean(batch, logits)
@@ -221,7 +188,7 @@ def run_resolved(
         counts = list(map(len, sequences.of_prompt))
         values = answers_measured(metric, values, counts) if runs_clean else values
         intervened = answers_measured(metric, intervened, counts)
-    return Result(resolved.names, metric.label, values, intervened)
+    return Result(resolved.names, metric.label, values, intervened, specs=resolved.specs)
 
 
 def measured(

@@ -12,7 +12,6 @@ too. `read_batches` gives one batch after the other, for sets whose activations 
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -25,11 +24,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Component, Taps, card_of, component_named, dimensions, n_layers
 from pyvene_ext.intervenable.statistics import Place, label, named
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import atomic_path, parse_json
 from pyvene_ext.models.devices import free_memory, input_device, no_gradients
 from pyvene_ext.models.hooks import StopForward, hook_component, split_heads
@@ -80,7 +79,8 @@ class Activations(Mapping[Place, Values]):
         return len(self.values_at)
 
     def __repr__(self) -> str:
-        return f"Activations of {len(self.prompts)} prompts: {self._places()}"
+        prompts = "1 prompt" if len(self.prompts) == 1 else f"{len(self.prompts)} prompts"
+        return f"Activations of {prompts}: {self._places()}"
 
     def _places(self) -> str:
         by_site: dict[str, list[str]] = {}
@@ -257,7 +257,7 @@ def read(
     reading = _Reading.of(model, prompts, sites, layers, heads, positions, reduce, device, dtype)
     reading.check_memory()
     found: dict[Place, dict[int, Tensor]] = {place: {} for place in reading.places}
-    with tqdm(total=len(prompts), desc="reading", unit="prompt", disable=not progress) as bar:
+    with progress_bar(len(prompts), "prompt", "reading", shown=progress) as bar:
         for batch in prompts.batches(batch_size, padding_side):
             for place, tensors in reading.run(batch).items():
                 found[place] |= zip(batch.index, tensors, strict=True)
@@ -310,7 +310,7 @@ def read_batches(
     batches = prompts.batches(batch_size, padding_side)
 
     def each() -> Iterator[Activations]:
-        with tqdm(total=len(prompts), desc="reading", unit="prompt", disable=not progress) as bar:
+        with progress_bar(len(prompts), "prompt", "reading", shown=progress) as bar:
             for batch in batches:
                 values_at = {place: _stacked(tensors) for place, tensors in reading.run(batch).items()}
                 bar.update(len(batch.index))
@@ -378,8 +378,6 @@ class _Reading:
             count = dimensions(model.config)[str(component.heads)]
             _check_range("head", chosen, count, f"{component.site} has {COUNTED[str(component.heads)]}")
         positions = plain(positions)
-        if isinstance(positions, Iterable) and not isinstance(positions, str):
-            positions = tuple(positions)
         if positions in ((), ""):
             raise ValueError("name one or more positions.")
         tokens = tuple(tuple(token_indices(prompts, prompt, positions)) for prompt in range(len(prompts)))
@@ -477,10 +475,10 @@ def _numbers(what: str, value: Any) -> tuple[int, ...] | None:
     """One or more whole numbers, each once; None for all."""
     if value is None:
         return None
-    try:
-        numbers = tuple(map(operator.index, value)) if isinstance(value, Iterable) else (operator.index(value),)
-    except TypeError:
-        raise ValueError(f"{what} are whole numbers, such as 3 or (0, 3), not {value!r}.") from None
+    numbers = plain(value)
+    numbers = numbers if isinstance(numbers, tuple) else (numbers,)
+    if any(type(number) is not int for number in numbers):
+        raise ValueError(f"{what} are whole numbers, such as 3 or (0, 3), not {value!r}.")
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"name one or more {what}, each once, not {list(numbers)}.")
     return numbers

@@ -20,11 +20,11 @@ from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import component_named, dimensions
 from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import atomic_path
 from pyvene_ext.io.hashes import data_hash, tensors_hash
 from pyvene_ext.models.devices import input_device, no_gradients
@@ -255,7 +255,7 @@ class Reference:
         iv = IntervenableModel(IntervenableConfig(representations), model)
         sizes = dimensions(model.config)
         sums = [_Sums() for _ in self.places]
-        bar = tqdm(total=len(self.prompts.input_ids), desc="reference", unit="prompt", disable=not progress)
+        bar = progress_bar(len(self.prompts.input_ids), "prompt", "reference", shown=progress)
         with bar, evaluating(model), no_gradients(model):
             for batch in self.prompts.batches(batch_size):
                 width = batch.input_ids.shape[1]

@@ -1,3 +1,6 @@
+from .bars import note as note
+from .bars import progress as progress
+from .bars import progress_bar as progress_bar
 from .bounds import Ascending as Ascending
 from .bounds import Distinct as Distinct
 from .bounds import EachOnce as EachOnce

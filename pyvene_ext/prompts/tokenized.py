@@ -20,6 +20,7 @@ from modelcards import card_of, n_positions
 from pyvene_ext.io.errors import counted
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.encoding import (
+    RESERVED_POSITIONS,
     AnswerTokens,
     TokenizedPrompt,
     answer_pairs,
@@ -327,6 +328,11 @@ class Batch:
         width = self.input_ids.shape[1]
         return [width - length if self.padding_side == "left" else 0 for length in self.lengths]
 
+    @property
+    def logits_to_keep(self) -> int:
+        """The number of columns that hold the last token of every row: a model's argument of this name."""
+        return self.input_ids.shape[1] - min(self.last_columns)
+
     def columns(self, position: str | int) -> list[int]:
         """Find the column of a position in each row.
 
@@ -447,6 +453,8 @@ def _as_positions(
     found = []
     for prompt, (named, row) in enumerate(zip(own, rows, strict=True)):
         for name, at in named.items():
+            if name in RESERVED_POSITIONS:
+                raise ValueError(f"position {name!r} has a built-in meaning; choose another name.")
             if not -len(row) <= at < len(row):
                 raise ValueError(f"position {name!r} is token {at} of prompt {prompt}, which has {len(row)} tokens.")
         found.append({"end": -1, "last": -1, **{name: int(at) % len(row) - len(row) for name, at in named.items()}})

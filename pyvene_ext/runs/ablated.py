@@ -7,7 +7,6 @@ the tokens of the question too. For a model of continuous thoughts, the reasonin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyvene_ext.io.bars import note
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
@@ -198,7 +198,7 @@ def prepare(
     questions = ask(flags, model, tokenizer, problems, flags.max_new_tokens)
     results = Results(unfinished, facts_of(model, questions, flags.max_new_tokens))
     solver = Solver(Path(name).name, model, tokenizer, questions, results, flags)
-    print(f"{solver.name}: {len(questions)} problems", file=sys.stderr)
+    note(f"{solver.name}: {len(questions)} problems")
     if not heads:
         scores = solver.rank(by)
         heads = rank_heads(scores, "full", n_layers(model.config), wanted)

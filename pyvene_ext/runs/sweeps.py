@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine.measure import MetricLike, as_metric
-from pyvene_ext.engine.plain import Result
 from pyvene_ext.engine.resolve import resolve
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep.run import open_shared_store, store_facts, sweep
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.tokenized import TokenizedPrompts

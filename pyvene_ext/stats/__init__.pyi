@@ -30,6 +30,7 @@ from .intervals import frequency_interval as frequency_interval
 from .intervals import paired_bootstrap as paired_bootstrap
 from .intervals import ratio_of_means as ratio_of_means
 from .intervals import standard_error as standard_error
+from .intervals import student_interval as student_interval
 from .rankings import auroc as auroc
 from .rankings import precision_at_k as precision_at_k
 from .rankings import rank_correlation as rank_correlation

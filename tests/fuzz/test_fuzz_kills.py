@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvene_ext.engine.plain import Result
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep import (
     frequencies,
     store,

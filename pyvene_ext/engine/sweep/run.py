@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine.measure import Metric, MetricLike, check_metric
-from pyvene_ext.engine.plain import Result
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sequences import answers_measured
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.plan import (
@@ -27,6 +25,7 @@ from pyvene_ext.engine.sweep.plan import (
 )
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import note, progress_bar
 from pyvene_ext.io.errors import counted
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
@@ -120,7 +119,7 @@ def sweep(
     compile: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Run every spec on every prompt and read one metric at each prompt's last token, with the numbers of `run`.
+    """Run every spec on every prompt and read one metric, with the numbers of `run`.
 
     A metric that says which token ids it reads (`Metric.ids`, and so logit_diff and logit) costs little: only these rows of the
     unembedding are used.
@@ -192,13 +191,12 @@ def sweep_resolved(
             # Read before any process adds a wave, and by one process, so that all divide the same remaining waves.
             whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(resolved.names, metric.label, whole["clean"], whole["intervened"])
+                return Result(resolved.names, metric.label, whole["clean"], whole["intervened"], specs=specs)
             if remembered != _plan_record(plan):
                 plan = make_plan(plan.resolved, which, Budget(**remembered["budget"]))
             if remembered != _plan_record(plan):
                 raise ValueError(f"{store} was begun by a version that cut the work differently; delete the folder.")
-        if progress:
-            tqdm.write(plan.summary(), file=sys.stderr)
+        note(plan.summary(), shown=progress, in_notebooks=False)
         resolved = resolved.for_metric(metric).with_statistics(progress=progress)
         mine = [number for number in range(len(plan.waves)) if number not in finished]
         mine = mine[group.process_index :: group.num_processes]
@@ -218,11 +216,9 @@ def sweep_resolved(
         result = _merge(plan, metric, finished | everything)
         if kept is not None and group.is_main_process:
             kept.complete(result)
-        if progress:
-            took = time.monotonic() - started
-            size = f"{counted(len(specs), 'intervention')} x {counted(len(which), 'prompt')}"
-            tqdm.write(f"{size} in {took:.1f} s", file=sys.stderr)
-    return Result(resolved.names, metric.label, result["clean"], result["intervened"])
+        size = f"{counted(len(specs), 'intervention')} x {counted(len(which), 'prompt')}"
+        note(f"{size} in {time.monotonic() - started:.1f} s", shown=progress)
+    return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs)
 
 
 @contextmanager
@@ -304,9 +300,10 @@ def _merge(plan: Plan, metric: Metric, waves: dict[int, dict[str, np.ndarray]]) 
     clean = np.full((len(column), *of_prompt), np.nan, np.float32)
     intervened = np.full((len(plan.edits), len(column), *of_prompt), np.nan, np.float32)
     for wave, arrays in ((plan.waves[number], arrays) for number, arrays in sorted(waves.items())):
-        columns, pos = [column[prompt] for prompt in wave.prompts], [slice(n) for n in arrays["clean"].shape[1:]]
-        clean[columns, *pos] = arrays["clean"]
-        intervened[*np.ix_(wave.specs, columns), *pos] = arrays["intervened"]
+        columns = [column[prompt] for prompt in wave.prompts]
+        pos: tuple[Any, ...] = tuple(slice(n) for n in arrays["clean"].shape[1:])
+        clean[(columns, *pos)] = arrays["clean"]
+        intervened[(*np.ix_(wave.specs, columns), *pos)] = arrays["intervened"]
     if metric.of_answers:
         counts = [len(plan.resolved.sequences.of_prompt[prompt]) for prompt in plan.subset]
         clean, intervened = (answers_measured(metric, values, counts) for values in (clean, intervened))
@@ -320,9 +317,7 @@ class _ProgressBar:
         self._plan, self._done = plan, 0
         self._cells = {number: len(plan.waves[number].specs) * len(plan.waves[number].prompts) for number in waves}
         total = sum(self._cells.values())
-        self._bar = tqdm(
-            total=total, unit="intervention", unit_scale=True, smoothing=0.1, desc="sweep", disable=not shown
-        )
+        self._bar = progress_bar(total, "intervention", "sweep", shown=shown, unit_scale=True, smoothing=0.1)
 
     def advance(self, share: float) -> None:
         """Advance by a number of interventions, estimated from the arithmetic done."""

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.statistics import Place
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.attribution.gradients import (
     ADDS,
     check_differentiable,
@@ -156,7 +156,7 @@ def atp_star(
         pass
     resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     estimates = np.empty((len(specs), len(base)), np.float32)
-    bar = tqdm(total=len(base), desc="estimates", unit="prompt", disable=not progress)
+    bar = progress_bar(len(base), "prompt", "estimates", shown=progress)
     with bar, evaluating(model), torch.inference_mode(False), taps:
         # No gradients of parameters: the graph starts at the first place that is read.
         model.requires_grad_(False)

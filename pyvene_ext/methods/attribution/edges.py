@@ -15,17 +15,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
+from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_differentiable, metric_total
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
@@ -46,6 +47,10 @@ from pyvene_ext.specs.graph import (
     receivers,
     senders,
 )
+from pyvene_ext.stats.intervals import student_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EdgeMethod = Literal["eap", "eap_ig_inputs", "eap_ig_activations"]
 
@@ -54,8 +59,8 @@ _READS = {"q": "query_output", "k": "key_output", "v": "value_output", "mlp_in":
 _STREAM = {"q": "block_input", "k": "block_input", "v": "block_input", "mlp_in": "resid_mid", "logits": "block_output"}
 
 
-@dataclass(frozen=True)
-class EdgeScores:
+@dataclass(frozen=True, repr=False)
+class EdgeScores(Shown):
     """Estimates for every edge of a model.
 
     Attributes:
@@ -82,6 +87,33 @@ class EdgeScores:
     def exists(self) -> Bool[np.ndarray, "sender receiver"]:
         """Where there is an edge."""
         return _edge_exists(self.senders, self.receivers)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per edge and prompt.
+
+        Returns:
+            A table with the columns edge ("z.0.1->k.2.0"), sender, receiver, prompt and score (the estimate of delta).
+        """
+        rows, columns = np.nonzero(self.exists)
+        sending, receiving = np.array([*map(str, self.senders)])[rows], np.array([*map(str, self.receivers)])[columns]
+        n = self.per_prompt.shape[-1]
+        edges = [f"{sender}->{receiver}" for sender, receiver in zip(sending, receiving, strict=True)]
+        found = table({"edge": edges, "prompt": range(n)}, {"score": self.per_prompt[self.exists]})
+        found.insert(1, "sender", sending.repeat(n))
+        found.insert(2, "receiver", receiving.repeat(n))
+        return found
+
+    def summarise(self) -> Summary:
+        """The edges with the largest mean estimates, with 95% intervals (Student's t over prompts)."""
+        rows, columns = np.nonzero(self.exists)
+        shown = strongest_rows(
+            self.matrix[rows, columns],
+            lambda i: f"{self.senders[rows[i]]}->{self.receivers[columns[i]]}",
+            lambda some: student_interval(self.per_prompt[rows[some], columns[some]]),
+        )
+        size = f"{count(len(rows), 'edge')} x {count(self.per_prompt.shape[-1], 'prompt')}"
+        title = f"EdgeScores ({self.method}) of {self.metric}: {size}"
+        return Summary(title, ("strongest", "mean score", "95% interval"), shown)
 
     def edge(self, name: str) -> Float32[np.ndarray, " prompt"]:
         """Look up the estimates of one edge.
@@ -164,7 +196,7 @@ def edge_attribution(
     exists = torch.from_numpy(_edge_exists(*nodes))
     scores = np.empty((*exists.shape, len(base)), np.float32)
     pairs = zip(base.batches(batch_size, "right"), source.batches(batch_size, "right"), strict=True)
-    bar = tqdm(total=len(base), desc=method, unit="prompt", disable=not progress)
+    bar = progress_bar(len(base), "prompt", method, shown=progress)
     with bar, evaluating(model), torch.inference_mode(False):
         model.requires_grad_(False)
         for batch, of_source in pairs:

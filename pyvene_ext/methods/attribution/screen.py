@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,15 +21,15 @@ from jaxtyping import Bool, Float, Float32, Int
 from scipy.stats import hypergeom
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, dimensions
 from pyvene_ext.engine.measure import Metric, MetricLike, check_metric
-from pyvene_ext.engine.plain import Result
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result, Shown, Summary
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
 from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.gradients import check_differentiable, check_places, metric_total
 from pyvene_ext.models.devices import broadcast_from_main
@@ -42,6 +43,9 @@ from pyvene_ext.specs.joint import (
     members,
 )
 from pyvene_ext.stats.intervals import Interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNIFORM_Z_INPUTS = ("attention_scores", "head_value_output")  # what the z of uniform attention is computed from
 MIN_CHECKED = 20  # rejected interventions run exactly; fewer say next to nothing about the recall
@@ -101,7 +105,7 @@ def estimate_resolved(
     resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     joint = [members(spec) for spec in resolved.specs]
     estimates = np.empty((len(joint), len(prompts)), np.float32)
-    bar = tqdm(total=len(prompts), desc="estimates", unit="prompt", disable=not progress)
+    bar = progress_bar(len(prompts), "prompt", "estimates", shown=progress)
     with bar, evaluating(model), torch.inference_mode(False):
         # No gradients of parameters: the graph starts at the first place that is edited.
         model.requires_grad_(False)
@@ -201,8 +205,8 @@ def _first_order(
     return (by_token.cpu() * real).sum(-1)
 
 
-@dataclass(frozen=True)
-class Screen:
+@dataclass(frozen=True, repr=False)
+class Screen(Shown):
     """The result of a screen; an intervention is active if |delta| > tau on at least one prompt.
 
     Attributes:
@@ -269,6 +273,20 @@ class Screen:
     def precision(self) -> float | None:
         """The share of active ones among the interventions that could matter; None if none could matter."""
         return float(self.active[self.could_matter].mean()) if self.could_matter.any() else None
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per intervention and prompt.
+
+        Returns:
+            That of `Result.to_frame`, with NaN where an intervention was not run, the estimate of delta, and could_matter.
+        """
+        flagged = self.could_matter.repeat(self.estimates.shape[1])
+        return self.result.to_frame().assign(estimate=self.estimates.ravel(), could_matter=flagged)
+
+    def summarise(self) -> Summary:
+        """What the screen caught and missed, and the strongest interventions of those that were run."""
+        of_result = self.result.summarise()
+        return of_result._replace(title=f"{self.summary()}\n{of_result.title}")
 
     def summary(self) -> str:
         """Summarise the screen in three lines."""
@@ -345,7 +363,7 @@ def screened(
     exact = sweep(model, [specs[i] for i in chosen], prompts, metric, reference, progress=progress)
     intervened = np.full_like(estimates, np.nan)
     intervened[chosen] = exact.intervened
-    result = Result(resolved.names, metric.label, exact.baseline, intervened)
+    result = Result(resolved.names, metric.label, exact.baseline, intervened, specs=resolved.specs)
     return Screen(result, estimates, could_matter, checked, tau, margin)
 
 

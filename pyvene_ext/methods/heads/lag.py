@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64, Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
-from pyvene_ext.engine.plain import Result
+from pyvene_ext.engine.results import Result
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.scores import attention_scores, leading_bos, random_tokens, usable_tokens
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs

@@ -12,21 +12,23 @@ breaks the behaviour (noising); with the corrupt text as base, what restores it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
-from tqdm import tqdm
+from jaxtyping import Float, Float32, Int
 from transformers import PreTrainedModel
 
 from modelcards import component_named, config_of, n_heads, n_kv_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_array, as_metric, check_metric
 from pyvene_ext.engine.metrics import last_logits
-from pyvene_ext.engine.plain import Result, measured, run_resolved
+from pyvene_ext.engine.plain import measured, run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result, count, finite_mean, three_digits
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
+from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.patching.direct import run_direct_paths
 from pyvene_ext.methods.patching.plain_paths import PlainPaths
 from pyvene_ext.methods.patching.subspace import concept_directions
@@ -41,6 +43,7 @@ from pyvene_ext.specs.joint import Spec, as_specs, listed, members, spec_name
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.specs.sources import Directions
+from pyvene_ext.stats.intervals import Interval, ratio_of_means
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 Patch = Spec | PathPatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Patched(Result):
     """The effect of patches on every base prompt.
 
@@ -58,9 +61,12 @@ class Patched(Result):
         baseline: the metric of the untouched base prompts, be they clean or corrupt.
         intervened: the metric of the patched base prompts.
         source: the metric of the untouched source prompts, with the base's answers; NaN for kl, which compares with the base.
+        specs: the patches themselves; empty if unknown.
+        identical: pairs whose two texts are the same tokens: no patch has an effect on them, and their score is NaN.
     """
 
     source: Float32[np.ndarray, " n_prompts"]
+    identical: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def score(self) -> Float[np.ndarray, "n_interventions n_prompts"]:
@@ -76,6 +82,27 @@ class Patched(Result):
         """The mean over prompts of (patched - base), divided by the mean of (source - base)."""
         return _ratio((self.intervened - self.baseline).mean(1), (self.source - self.baseline).mean())
 
+    @property
+    def effect(self) -> tuple[str, Float[np.ndarray, " n_interventions"]]:
+        """What `repr` and `plot` show: `mean_score`, or the mean of `delta` where there is no score."""
+        if np.isfinite(score := self.mean_score).any():
+            return "mean score", score
+        return super().effect
+
+    def effect_interval(self, some: Sequence[int] | Int[np.ndarray, " some"]) -> Interval:
+        """Compute 95% intervals of what `repr` and `plot` show: of scores by a bootstrap over pairs.
+
+        Args:
+            some: indices of patches.
+
+        Returns:
+            The means and their intervals.
+        """
+        if self.effect[0] != "mean score" or len(self.baseline) < 2:
+            return super().effect_interval(some)
+        change = self.intervened[list(some)] - self.baseline
+        return ratio_of_means(change, self.source - self.baseline, rng(0, "mean score"))
+
     def to_frame(self) -> pd.DataFrame:
         """One row a patch and prompt.
 
@@ -83,6 +110,14 @@ class Patched(Result):
             A table as of `Result.to_frame`, with the columns source and score besides.
         """
         return super().to_frame().assign(source=np.tile(self.source, len(self.names)), score=self.score.ravel())
+
+    @property
+    def _title(self) -> str:
+        title = f"{super()._title}, source {three_digits(finite_mean(self.source))}"
+        if not self.identical:
+            return title
+        some = ", ".join(map(str, self.identical[:10])) + (" ..." if len(self.identical) > 10 else "")
+        return f"{title}\n{count(len(self.identical), 'pair')} of two equal texts, without effect and score: {some}"
 
 
 def _ratio(change: Float[np.ndarray, "*item"], gap: Any) -> Float[np.ndarray, "*item"]:
@@ -184,14 +219,20 @@ def patch(
         else:
             put(numbers, *_plain_paths(resolved, some, metric, batch_size, progress))
     assert clean is not None  # there is a patch
+    same = _identical(base, source)
     if "clean" in metric.needs:
         of_source = np.full_like(clean, np.nan)
     else:
         of_source = measured(model, replace(source, answers=base.answers), metric, batch_size=batch_size)
-        same = [ids == of_pair for ids, of_pair in zip(base.input_ids, source.input_ids, strict=True)]
         of_source[same] = clean[same]  # a rounding difference would give scores where there are none
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
-    return Patched(names, metric.label, clean, found, of_source)
+    return Patched(names, metric.label, clean, found, of_source, specs=tuple(wanted), identical=tuple(same))
+
+
+def _identical(base: TokenizedPrompts, source: TokenizedPrompts) -> list[int]:
+    """The pairs whose two texts are the same tokens."""
+    pairs = zip(base.input_ids, source.input_ids, strict=True)
+    return [pair for pair, (ids, of_source) in enumerate(pairs) if ids == of_source]
 
 
 class _PathKind(NamedTuple):
@@ -349,6 +390,11 @@ def resolve_patches(
         check_projections(model)
     for prompts in (base, replace(source, answers=base.answers)):
         check_metric(model, prompts, metric, of_answers=not any(isinstance(spec, PathPatch) for spec in specs))
+    if len(_identical(base, source)) == len(base):
+        raise ValueError(
+            "base and source are the same texts, so that no patch changes anything; give the other text of each pair, as with "
+            'tokenize(tokenizer, text="corrupt").'
+        )
     activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
 
@@ -364,11 +410,12 @@ def _plain_paths(
     model, base = resolved.model, resolved.prompts
     baseline, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
     plain = PlainPaths(resolved)
-    bar = tqdm(total=found.size, desc="paths", unit="prompt", disable=not progress)
+    bar = progress_bar(found.size, "prompt", "paths", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
-            clean = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
+            options = {"use_cache": False, "logits_to_keep": batch.logits_to_keep}
+            clean = last_logits(model(**batch.inputs(), **options).logits, batch)
             batch = metric.with_clean(batch, clean)
             baseline[batch.index] = as_array(metric(clean, batch))
             for number, path in enumerate(paths):

@@ -19,6 +19,7 @@ from tests.tiny_random import FAMILIES, random_model
 
 torch.set_num_threads(1)
 
+PLACE = ["intervention", "site", "layer", "head", "position"]
 PROMPTS = random_prompts((9, 6, 7, 9, 6, 7))
 HEAD = Ablation(kind="zero", site="z", layer=1, heads=(2,))
 SPECS: list[Spec] = [
@@ -72,13 +73,14 @@ def test_a_frame_has_a_row_for_every_intervention_and_prompt() -> None:
         random_model("gpt2"), [Ablation(kind="zero", site="mlp_out", layer=layer) for layer in (1, 0, 1)], PROMPTS
     )
     frame = result.to_frame()
-    assert list(frame) == ["intervention", "prompt", "baseline", "intervened", "delta"]
+    assert list(frame) == [*PLACE, "prompt", "baseline", "intervened", "delta"]
     assert frame["baseline"].dtype == np.float32
     rows = iter(frame.itertuples(index=False))
     for number, name in enumerate(result.names):
         for prompt in range(len(PROMPTS)):
             before, after = result.baseline[prompt], result.intervened[number, prompt]
-            assert next(rows) == (name, prompt, before, after, before - after)
+            row = next(rows)
+            assert (row[0], *row[len(PLACE) :]) == (name, prompt, before, after, before - after)
     assert next(rows, None) is None
 
 

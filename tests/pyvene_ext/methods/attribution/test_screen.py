@@ -12,7 +12,8 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
-from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.engine.plain import reference_for, run
+from pyvene_ext.engine.results import Result
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.attribution.screen import (
     Screen,

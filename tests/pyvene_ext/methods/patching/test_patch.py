@@ -621,14 +621,16 @@ def test_scores_of_both_directions_are_those_of_the_definition(engine: str) -> N
 def test_a_frame_of_patches_has_source_and_score() -> None:
     clean, source, after = (np.array(x, np.float32) for x in ([1, 2], [3, 2], [[2, 2.5], [1, 2]]))
     frame = Patched(("a", "b"), "logit_diff", clean, after, source).to_frame()
-    assert list(frame) == ["intervention", "prompt", "baseline", "intervened", "delta", "source", "score"]
+    place = ["site", "layer", "head", "position"]
+    assert list(frame) == ["intervention", *place, "prompt", "baseline", "intervened", "delta", "source", "score"]
+    assert frame[place].isna().all(axis=None)  # made by hand, without specs
     rows = [
         ["a", 0, 1, 2, -1, 3, 0.5],
         ["a", 1, 2, 2.5, -0.5, 2, np.nan],
         ["b", 0, 1, 1, 0, 3, 0],
         ["b", 1, 2, 2, 0, 2, np.nan],
     ]
-    for found, row in zip(frame.to_numpy(), rows, strict=True):
+    for found, row in zip(frame.drop(columns=place).to_numpy(), rows, strict=True):
         assert found[0] == row[0]
         np.testing.assert_array_equal(found[1:].astype(float), row[1:])
 
@@ -1099,7 +1101,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "answers": (
         lambda: A(**HEAD),
         {"source": random_prompts(LENGTHS, seed=5)},
-        r"base and source of pair 0 have other answers, right \(\(\d+,\),\) and \(\(\d+,\),\), wrong .*; compare the same in both",
+        r"base and source of pair 0 have other answers, right \(\(\d+,\),\) and \(\(\d+,\),\), wrong .*; compare the same",
     ),
     "position": (lambda: A(**HEAD, positions="s3"), {}, "no position 's3'; choose among end, last, s1, s2"),
     "position of the base": (lambda: A(**HEAD, positions="s1"), {"base": _without_names(BASE)}, "no position 's1'"),
