@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from pyvene import (
@@ -52,7 +53,7 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
                 )
             continue  # the rest of a raw path is up to the user
         component = card.component(model, representation.component)
-        if type(representation.layer) is not int:
+        if isinstance(representation.layer, bool) or not isinstance(representation.layer, Integral):
             raise ValueError(f"the layer of {component.name} must be a whole number, not {representation.layer!r}.")
         if component.per_layer and not 0 <= representation.layer < layers:
             raise ValueError(
