@@ -111,6 +111,14 @@ COMPONENTS: dict[str, Component] = {component.name: component for component in _
 FIELD_NAMES: dict[str, str] = {component.field: component.name for component in _LIST if component.field}
 
 
+def config_of(model: Any) -> Any:
+    """The config of a model, or the config that is given itself. Raises ValueError for anything else."""
+    config = getattr(model, "config", model)
+    if not hasattr(config, "num_hidden_layers"):
+        raise ValueError(f"expected a model or its config, not {type(model).__name__}.")
+    return config
+
+
 def n_layers(config: Any) -> int:
     """Number of blocks."""
     return config.num_hidden_layers

@@ -91,8 +91,13 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
         The card.
 
     Raises:
-        ValueError: if no card covers the class, or if the model's config has an option that its card does not cover.
+        ValueError: if it is no model, if no card covers the class, or if the model's config has an option that its card does not
+            cover.
     """
+    if not isinstance(model, nn.Module | type):
+        raise ValueError(
+            f"expected a model, not {type(model).__name__}; load one with model, tokenizer = pyvene_ext.load_model(NAME)."
+        )
     model_class = model if isinstance(model, type) else type(model)
     for base in model_class.__mro__:
         for card in CARDS:

@@ -12,7 +12,6 @@ too. `read_batches` gives one batch after the other, for sets whose activations 
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -80,7 +79,8 @@ class Activations(Mapping[Place, Values]):
         return len(self.values_at)
 
     def __repr__(self) -> str:
-        return f"Activations of {len(self.prompts)} prompts: {self._places()}"
+        prompts = "1 prompt" if len(self.prompts) == 1 else f"{len(self.prompts)} prompts"
+        return f"Activations of {prompts}: {self._places()}"
 
     def _places(self) -> str:
         by_site: dict[str, list[str]] = {}
@@ -378,8 +378,6 @@ class _Reading:
             count = dimensions(model.config)[str(component.heads)]
             _check_range("head", chosen, count, f"{component.site} has {COUNTED[str(component.heads)]}")
         positions = plain(positions)
-        if isinstance(positions, Iterable) and not isinstance(positions, str):
-            positions = tuple(positions)
         if positions in ((), ""):
             raise ValueError("name one or more positions.")
         tokens = tuple(tuple(token_indices(prompts, prompt, positions)) for prompt in range(len(prompts)))
@@ -477,10 +475,10 @@ def _numbers(what: str, value: Any) -> tuple[int, ...] | None:
     """One or more whole numbers, each once; None for all."""
     if value is None:
         return None
-    try:
-        numbers = tuple(map(operator.index, value)) if isinstance(value, Iterable) else (operator.index(value),)
-    except TypeError:
-        raise ValueError(f"{what} are whole numbers, such as 3 or (0, 3), not {value!r}.") from None
+    numbers = plain(value)
+    numbers = numbers if isinstance(numbers, tuple) else (numbers,)
+    if any(type(number) is not int for number in numbers):
+        raise ValueError(f"{what} are whole numbers, such as 3 or (0, 3), not {value!r}.")
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"name one or more {what}, each once, not {list(numbers)}.")
     return numbers

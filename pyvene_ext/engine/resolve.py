@@ -147,6 +147,13 @@ def resolve(
         ValueError: for anything that would go wrong in a run: a spec that does not fit the model, the prompts or the reference
             set, pairs that do not correspond, statistics of other weights, or statistics that lack something.
     """
+    if not isinstance(reference, Reference | None):
+        raise ValueError(
+            f"reference takes statistics and not {type(reference).__name__}; compute them with "
+            "reference_for(specs, model, prompts)."
+        )
+    if not isinstance(directions, Mapping | None):
+        raise ValueError(f"directions are a dict by place and positions, not {type(directions).__name__}.")
     source = source if reference is None else reference.prompts
     check_tokenized(model, prompts, *([] if source is None else [source]))
     resolved = tuple(as_specs(specs))

@@ -31,7 +31,7 @@ from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.identity import config_hash, weight_hash
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.positions import Positions, token_indices
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
 
 Place = tuple[str, int | None]
 FORMAT = 1  # version of the cache files
@@ -119,6 +119,7 @@ class Reference:
             ValueError: an unknown site, an empty set, a position that some prompt lacks, unequal lengths with "all" in
                 `position_means`, or activations that are not finite.
         """
+        check_tokenized(model, prompts)
         wanted = cls(prompts, tuple(map(named, places)), tuple(position_means), tuple(bank))
         check_reference_prompts(prompts, wanted.position_means, wanted.bank)
         wanted = replace(wanted, weights=weight_hash(model), _model=weakref.ref(model))

@@ -26,6 +26,12 @@ EXPECTED = {
 }
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 batch", "2 batches"."""
+    plural = noun + ("es" if noun.endswith(("ch", "s", "x")) else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name.
 

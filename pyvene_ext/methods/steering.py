@@ -18,6 +18,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modelcards import component_named
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.prompts.positions import Positions, token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
@@ -53,7 +54,7 @@ def steering_vector(
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         positive: prompts towards which the vector leads; of any lengths.
         negative: prompts from which it leads away.
-        site: a site of `Addition`.
+        site: a site of `Addition`, or pyvene's name of it.
         layer: the layer of the site; None for embed.
         method: mean_difference, the mean over `positive` minus the mean over `negative`; or pca, the first principal component of
             the differences of pairs, or of all activations, with the sign and the length of the difference of means along it, so
@@ -76,8 +77,7 @@ def steering_vector(
         raise ValueError(f"unknown method {method!r}; choose {' or '.join(get_args(SteeringMethod))}.")
     if paired is not None and method != "pca":
         raise ValueError(f"paired={paired} does not apply to {method}: leave paired out.")
-    if site not in Addition.sites:
-        raise ValueError(f"nothing can be added to {site!r}; choose among {', '.join(Addition.sites)}.")
+    site = component_named(site, Addition.sites, Addition.what).site
     where = ActivationPatch(site=site, layer=layer, heads=heads, positions=positions)  # type: ignore[arg-type]
     if where.heads and len(where.heads) > 1:
         raise ValueError(f"{where.where}: every head has a vector of its own; give one head, and add a vector to each.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelcards import card_of, n_positions
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.encoding import (
+    RESERVED_POSITIONS,
     AnswerTokens,
     TokenizedPrompt,
     answer_pairs,
@@ -143,8 +145,8 @@ class TokenizedPrompts:
         Raises:
             ValueError: a batch size below 1, or another padding side.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
         return self._batches(batch_size, padding_side)
@@ -201,6 +203,8 @@ def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
         ValueError: a set that is not tokenised, or a prompt that is empty, too long, or has ids beyond the model's embeddings.
     """
     card_of(model)
+    if isinstance(model, type):
+        raise ValueError(f"{model.__name__} is a class; load a model with pyvene_ext.load_model(NAME).")
     embeddings: Any = model.get_input_embeddings()
     context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     for some in prompts:
@@ -316,6 +320,11 @@ class Batch:
         """The column of each row's first real token."""
         width = self.input_ids.shape[1]
         return [width - length if self.padding_side == "left" else 0 for length in self.lengths]
+
+    @property
+    def logits_to_keep(self) -> int:
+        """The number of columns that hold the last token of every row: a model's argument of this name."""
+        return self.input_ids.shape[1] - min(self.last_columns)
 
     def columns(self, position: str | int) -> list[int]:
         """Find the column of a position in each row.
@@ -437,6 +446,8 @@ def _as_positions(
     found = []
     for prompt, (named, row) in enumerate(zip(own, rows, strict=True)):
         for name, at in named.items():
+            if name in RESERVED_POSITIONS:
+                raise ValueError(f"position {name!r} has a built-in meaning; choose another name.")
             if not -len(row) <= at < len(row):
                 raise ValueError(f"position {name!r} is token {at} of prompt {prompt}, which has {len(row)} tokens.")
         found.append({"end": -1, "last": -1, **{name: int(at) % len(row) - len(row) for name, at in named.items()}})

@@ -12,6 +12,7 @@ from pyvene import AdditionIntervention
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.specs.base import VECTORS, ModelShape, SiteEdit, plain
 from pyvene_ext.specs.sources import Sources
@@ -85,7 +86,9 @@ class Addition(SiteEdit):
         width = model_shape.sizes["d_head" if self.heads else "d_model"]
         if len(self.vector) != width:
             of = f"each head of {self.site}" if self.heads else self.site
-            raise ValueError(f"{self.name}: the vector has {len(self.vector)} numbers, and {of} has {width}.")
+            raise ValueError(
+                f"{self.name}: the vector has {counted(len(self.vector), 'number')}, and {of} has {width}."
+            )
 
     def replacements(
         self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources

@@ -25,6 +25,7 @@ from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
     as_specs,
+    listed,
     members,
 )
 from pyvene_ext.specs.patch import ActivationPatch
@@ -38,7 +39,7 @@ def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:
     """Convert specs to lists and dicts for YAML and JSON.
 
     Args:
-        specs: single specs, joint specs and paths.
+        specs: single specs, joint specs and paths; or one of them.
 
     Returns:
         One dict per spec, a list of dicts for a joint one; fields at their defaults are omitted.
@@ -47,7 +48,7 @@ def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:
     def plain(spec: OneSpec | PathPatch) -> dict[str, Any]:
         return {"kind": spec.kind, **spec.model_dump(mode="json", exclude_defaults=True)}
 
-    return [[plain(edit) for edit in spec] if isinstance(spec, tuple) else plain(spec) for spec in specs]
+    return [[plain(edit) for edit in spec] if isinstance(spec, tuple) else plain(spec) for spec in listed(specs)]
 
 
 def from_plain(values: Any) -> list[Any]:
@@ -98,8 +99,12 @@ def save_specs(path: str | Path, specs: Iterable[Spec | PathPatch]) -> None:
 
     Args:
         path: JSON if it ends in .json, else YAML.
-        specs: single specs, joint specs and paths.
+        specs: single specs, joint specs and paths; or one of them.
+
+    Raises:
+        ValueError: something else among them.
     """
+    as_specs(spec for spec in listed(specs) if not isinstance(spec, PathPatch))
     text = json.dumps(to_plain(specs), indent=2) if Path(path).suffix == ".json" else to_yaml(specs)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import StrictStr, model_validator
 from torch import Tensor
 
-from modelcards import n_heads, n_layers, window
+from modelcards import config_of, n_heads, n_layers, window
 from pyvene_ext.intervenable.interventions import ForcedRowsIntervention
 from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -126,12 +126,12 @@ class ForcedAttention(SiteEdit):
 
 
 def force(
-    config: Any, layers: Iterable[int] | None = None, *, heads: Iterable[int] | None = None, **fields: Any
+    config: Any, layers: Iterable[int] | int | None = None, *, heads: Iterable[int] | int | None = None, **fields: Any
 ) -> tuple[ForcedAttention, ...]:
     """Make the joint spec of one pattern in several layers and heads.
 
     Args:
-        config: the model's config.
+        config: the model's config, or the model.
         layers: by default all.
         heads: query heads of each layer; by default all.
         **fields: the other fields of `ForcedAttention`.
@@ -139,9 +139,11 @@ def force(
     Returns:
         A tuple with one spec per layer.
     """
+    config = config_of(config)
+    every: Any = range(n_heads(config)) if heads is None else heads
     return tuple(
-        ForcedAttention(layer=layer, heads=tuple(range(n_heads(config)) if heads is None else heads), **fields)
-        for layer in (range(n_layers(config)) if layers is None else layers)
+        ForcedAttention(layer=layer, heads=every, **fields)
+        for layer in (range(n_layers(config)) if layers is None else [layers] if isinstance(layers, int) else layers)
     )
 
 

@@ -118,7 +118,7 @@ def sweep(
     compile: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Run every spec on every prompt and read one metric at each prompt's last token, with the numbers of `run`.
+    """Run every spec on every prompt and read one metric, with the numbers of `run`.
 
     A metric that says which token ids it reads (`Metric.ids`, and so logit_diff and logit) costs little: only these rows of the
     unembedding are used.
@@ -250,8 +250,8 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
 def _checked_subset(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> list[int]:
     if subset is None:
         return list(range(len(prompts)))
-    which = np.asarray(subset).tolist()
-    numbers = isinstance(which, list) and all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
+    which = [int(one) if isinstance(one, np.integer) else one for one in subset] if isinstance(subset, Iterable) else []
+    numbers = all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
     if not numbers or not which or len(set(which)) < len(which):
         raise ValueError(f"subset must list one or more of the prompts by number, 0 to {len(prompts) - 1}, each once.")
     return which
@@ -300,9 +300,10 @@ def _merge(plan: Plan, metric: Metric, waves: dict[int, dict[str, np.ndarray]]) 
     clean = np.full((len(column), *of_prompt), np.nan, np.float32)
     intervened = np.full((len(plan.edits), len(column), *of_prompt), np.nan, np.float32)
     for wave, arrays in ((plan.waves[number], arrays) for number, arrays in sorted(waves.items())):
-        columns, pos = [column[prompt] for prompt in wave.prompts], [slice(n) for n in arrays["clean"].shape[1:]]
-        clean[columns, *pos] = arrays["clean"]
-        intervened[*np.ix_(wave.specs, columns), *pos] = arrays["intervened"]
+        columns = [column[prompt] for prompt in wave.prompts]
+        pos: tuple[Any, ...] = tuple(slice(n) for n in arrays["clean"].shape[1:])
+        clean[(columns, *pos)] = arrays["clean"]
+        intervened[(*np.ix_(wave.specs, columns), *pos)] = arrays["intervened"]
     if metric.of_answers:
         counts = [len(plan.resolved.sequences.of_prompt[prompt]) for prompt in plan.subset]
         clean, intervened = (answers_measured(metric, values, counts) for values in (clean, intervened))

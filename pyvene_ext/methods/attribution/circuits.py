@@ -513,13 +513,15 @@ def faithfulness_curve(
         raise ValueError(f"give one or more sizes, each once, not {list(sizes)}.")
     magnitudes = _checked_scores(scores, config)
     kept = [_on_paths(_top(magnitudes, n, config), config) for n in ascending]
-    sizes = np.array(ascending), np.array([int(matrix.sum()) for matrix in kept])
+    n_edges = np.array([int(matrix.sum()) for matrix in kept])
     for n in ascending if random else ():
         kept += [one.matrix(config) for one in random_circuits(scores, n, config, random, seed=seed)]
     run = [there & ~matrix for matrix in kept] if complement else kept
     runs = run_circuits(model, run, base, source, metric, batch_size=batch_size, progress=progress)
     own, others = np.split(runs.circuits, [len(ascending)])
-    return Curve(*sizes, replace(runs, circuits=own), others.reshape(len(ascending), random, len(base)))
+    return Curve(
+        np.array(ascending), n_edges, replace(runs, circuits=own), others.reshape(len(ascending), random, len(base))
+    )
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

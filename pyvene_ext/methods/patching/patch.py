@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 from transformers import PreTrainedModel
 
-from modelcards import component_named, n_heads, n_kv_heads, n_layers
+from modelcards import component_named, config_of, n_heads, n_kv_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_array, as_metric, check_metric
 from pyvene_ext.engine.metrics import last_logits
 from pyvene_ext.engine.plain import measured, run_resolved
@@ -38,9 +38,8 @@ from pyvene_ext.models.hooks import check_projections
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.specs.base import SiteEdit
 from pyvene_ext.specs.graph import Node, reaches, senders
-from pyvene_ext.specs.joint import Spec, as_specs, members, spec_name
+from pyvene_ext.specs.joint import Spec, as_specs, listed, members, spec_name
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.specs.sources import Directions
@@ -167,7 +166,7 @@ def patch(
         ValueError: before anything runs, for specs that do not fit the model, pairs that do not correspond (naming the pair), and
             what `run` refuses.
     """
-    wanted: list[Patch] = [specs] if isinstance(specs, SiteEdit | PathPatch) else list(specs)
+    wanted: list[Patch] = listed(specs)
     at_path = [number for number, spec in enumerate(wanted) if isinstance(spec, PathPatch)]
     at_place = [number for number in range(len(wanted)) if number not in set(at_path)]
     if engine == "plain" and store is not None:
@@ -253,7 +252,7 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     """Make one patch per layer, and per head where the site has heads (K/V heads for k and v).
 
     Args:
-        config: the model's config.
+        config: the model's config, or the model.
         site: the site that is patched.
         **fields: further fields of `ActivationPatch`.
 
@@ -266,6 +265,7 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     component = component_named(site, ActivationPatch.sites, ActivationPatch.what)
     if not component.per_layer:
         return [ActivationPatch(site=site, **fields)]
+    config = config_of(config)
     count = {"n_head": n_heads(config), "n_kv_head": n_kv_heads(config), None: 1}[component.heads]
     heads = [None if component.heads is None else (head,) for head in range(count)]
     return [
@@ -275,25 +275,24 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     ]
 
 
-def all_paths(config: Any, receivers: Sequence[str], **fields: Any) -> list[PathPatch]:
+def all_paths(config: Any, receivers: str | Sequence[str], **fields: Any) -> list[PathPatch]:
     """Make one path to these receivers from every sender that reaches all of them.
 
     Args:
-        config: the model's config.
-        receivers: names of the receivers, as in `PathPatch`; patched jointly.
+        config: the model's config, or the model.
+        receivers: name of the receiver, as in `PathPatch`, or of several, which are patched jointly.
         **fields: further fields of `PathPatch`.
 
     Returns:
         The paths, in the order of `graph.senders`: the embedding, then heads and MLP of each layer.
 
     Raises:
-        ValueError: `receivers` is a string, or names a node that does not exist.
+        ValueError: a receiver that does not exist.
     """
-    if isinstance(receivers, str):
-        raise ValueError(f"receivers are a tuple: write ({receivers!r},).")
+    config, receivers = config_of(config), (receivers,) if isinstance(receivers, str) else tuple(receivers)
     nodes = [Node.parse(receiver) for receiver in receivers]
     return [
-        PathPatch(sender=str(sender), receivers=tuple(receivers), **fields)
+        PathPatch(sender=str(sender), receivers=receivers, **fields)
         for sender in senders(config)
         if all(reaches(sender, node) for node in nodes)
     ]
@@ -415,7 +414,8 @@ def _plain_paths(
     with bar, evaluating(model), no_gradients(model):
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
-            clean = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
+            options = {"use_cache": False, "logits_to_keep": batch.logits_to_keep}
+            clean = last_logits(model(**batch.inputs(), **options).logits, batch)
             batch = metric.with_clean(batch, clean)
             baseline[batch.index] = as_array(metric(clean, batch))
             for number, path in enumerate(paths):

@@ -317,9 +317,10 @@ def test_a_family_without_patterns_says_why() -> None:
 
 
 def test_patterns_z_head_norms_and_who_looks_at_a_token_take_ten_lines() -> None:
-    prompt = px.PromptSet.load("ioi_en").tokenize(px.load_model("tiny-gemma2")[1]).take([0])
     # -- the ten lines
-    model, _ = px.load_model("tiny-gemma2")
+    model, tokenizer = px.load_model("tiny-gemma2")
+    text = "When Lisa and David went to the store, David gave the book to"
+    prompt = px.PromptSet([text]).tokenize(tokenizer)
     acts = px.read(model, prompt, ["pattern", "z", "result"], progress=False)
     patterns, z = acts.stack("pattern")[:, 0], acts.stack("z")[:, 0]  # layer head query key, layer pos head d_head
     norms = acts.stack("result")[:, 0, -1].norm(dim=-1)  # layer head

@@ -129,7 +129,7 @@ def test_a_sweep_over_scales_is_exact_and_computes_only_what_comes_after_the_vec
     [
         ({"method": "mean"}, "unknown method 'mean'; choose mean_difference or pca."),
         ({"paired": True}, "paired=True does not apply to mean_difference: leave paired out."),
-        ({"site": "k", "heads": 0}, "nothing can be added to 'k'; choose among z, attn_out"),
+        ({"site": "k", "heads": 0}, "no addition of 'k'; choose among z, attn_out"),
         ({"layer": 9}, "layer 9 is out of range"),
         ({"layer": None}, "resid_post needs a layer"),
         ({"site": "z"}, "z needs heads"),

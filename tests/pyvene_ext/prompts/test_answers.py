@@ -174,7 +174,7 @@ def test_an_answer_that_no_token_can_be_is_refused_by_name(prompt: Prompt, optio
         ({"text": FRANCE, "io_token": " Rome"}, "io_token ' Rome' must end with io_name None"),
         ({"text": FRANCE, "answr": "Rome"}, "unknown field 'answr'; did you mean 'answer'"),
         ({"clen": FRANCE}, "unknown field 'clen'; did you mean 'clean'"),
-        ({"text": FRANCE, "positions": {"end": 3}}, "position 'end' has a built-in meaning"),
+        ({"text": FRANCE, "positions": {"all": 3}}, "position 'all' has a built-in meaning"),
         ({"text": FRANCE, "positions": {"x": "Spain"}}, "position 'x': 'Spain' must occur exactly once in the text"),
         ({"text": FRANCE, "positions": {"x": True}}, r"positions\.x: "),
     ],
