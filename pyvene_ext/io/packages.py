@@ -6,7 +6,7 @@ import importlib.metadata
 from importlib.util import find_spec
 
 # The package that each extra of pyproject.toml installs.
-EXTRAS = {"report": "plotly", "input-attribution": "captum"}
+EXTRAS = {"report": "plotly", "input-attribution": "captum", "gguf": "gguf"}
 
 
 class MissingExtra(ImportError):

@@ -274,7 +274,7 @@ def with_solutions(questions: Questions, _: Any, tokenizer: Any) -> Questions:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Filled with the modules that run, but for the few tokens that `load_model` tries."""
-    monkeypatch.setattr("pyvene_ext.models.loading._check_runs", lambda *_: None)
+    monkeypatch.setattr("pyvene_ext.models.loading.load.check_runs", lambda *_: None)
     seen: list[str] = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: seen.append(type(module).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -306,6 +307,52 @@ def test_verify_does_not_pass_what_it_did_not_check() -> None:
     assert verify_card(random_model("llama3_1"), padding_sides=[]).failures
     with pytest.raises(ValueError, match="there is no layer 99"):
         verify_card(random_model("llama3_1"), layers=[99])
+
+
+def test_verify_forgives_what_rounding_explains_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between implementations of attention, a tolerance of 1e-9 is below rounding in float32."""
+    model = random_model("llama3_1")
+    report = verify_card(model, layers=[1], implementations=["sdpa"], padding_sides=["left"], tolerance=1e-9)
+    assert not report.failures and sum(row.by_rounding for row in report.rows) > report.checks / 4
+    assert "due to rounding" in report.table()
+    monkeypatch.setattr(verify, "SAFETY", 0.0)
+    assert verify_card(model, layers=[1], implementations=["sdpa"], padding_sides=["left"], tolerance=1e-9).failures
+    monkeypatch.undo()
+    monkeypatch.setattr(ZeroIntervention, "forward", lambda _, base, *__, **___: 1e-3 * base)
+    report = verify_card(model, layers=[1], implementations=["sdpa"], padding_sides=["left"], tolerance=1e-9)
+    assert report.failures > report.checks / 4  # a third of them zero
+
+
+def test_verify_checks_every_component_before_any_again_and_says_how_far_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model("llama3_1")
+    visited: list[tuple[Any, ...]] = []
+
+    def checked(model: Any, truth: Any, component: str, *others: Any) -> None:
+        visited.append((component, others[-1]))
+        rows = others[-2]
+        rows[component, "pos"] = verify.Row(component, "pos", checks=1, effect=1.0)
+
+    clock = itertools.count()
+    monkeypatch.setattr(verify, "_check_component", checked)
+    monkeypatch.setattr(verify.time, "monotonic", lambda: next(clock))
+    components = len(card_of(model).mapping(type(model)))
+    report = verify_card(model, seconds=10)
+    assert len({component for component, _ in visited}) == len(visited) == 10 - 1
+    assert len({where for _, where in visited}) > 4
+    assert len(report.unreached) == components - 9 and "not reached: " in report.table()
+    visited.clear()
+    report = verify_card(model, seconds=2 * components + 1)
+    assert len(visited) == 2 * components == len(set(visited)) and not report.unreached
+    assert len({component for component, _ in visited[:components]}) == components
+    assert "every component at least once" in report.table()
+    visited.clear()
+    verify_card(model)
+    whole = len(visited)
+    visited.clear()
+    verify_card(model, seconds=10**6)
+    assert len(visited) == len(set(visited)) == whole
 
 
 def test_verify_leaves_train_modes_alone_and_takes_half_precision() -> None:

@@ -30,8 +30,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from pyvene_ext.models import loading
-from pyvene_ext.models.loading import load_model
+from pyvene_ext.models.loading import load, load_model, names
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
 from tests.saved_models import save_random_model
 from tests.tiny_random import FAMILIES, random_inputs, random_model
@@ -61,8 +60,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, saved: dict[str, Path], tmp_path: Path
     """Two shipped models."""
     for name in ("tiny-llama3.1", "tiny-qwen2.5"):
         shutil.copytree(saved["llama3_1"], tmp_path / "tiny" / name)
-    monkeypatch.setattr(loading, "TINY_FOLDER", tmp_path / "tiny")
-    monkeypatch.setattr(loading, "TINY_MODELS", ("tiny-llama3.1", "tiny-qwen2.5"))
+    monkeypatch.setattr(names, "TINY_FOLDER", tmp_path / "tiny")
+    monkeypatch.setattr(names, "TINY_MODELS", ("tiny-llama3.1", "tiny-qwen2.5"))
 
 
 def refusal(kind: type[Exception], *arguments: Any, **options: Any) -> str:
@@ -138,7 +137,7 @@ def test_a_family_keeps_its_own_tokenizer_class(folder: Path) -> None:
     model = json.loads(backend.to_str())["model"]
     edit_json(folder / "config.json", model_type="qwen2")
     Qwen2Tokenizer(vocab=model["vocab"], merges=list(map(tuple, model["merges"]))).save_pretrained(folder)
-    assert type(loading._tokenizer(str(folder), None)) is Qwen2Tokenizer
+    assert type(load._tokenizer(str(folder), None)) is Qwen2Tokenizer
 
 
 @pytest.mark.usefixtures("tiny")
@@ -152,8 +151,8 @@ def test_a_shipped_name_comes_before_a_folder_of_that_name(
 
 
 def test_the_shipped_models_are_the_folders_beside_the_code() -> None:
-    assert set(loading.TINY_MODELS) == {path.parent.name for path in loading.TINY_FOLDER.glob("*/config.json")}
-    assert Path(loading.__file__).parents[1] / "tiny" == loading.TINY_FOLDER
+    assert set(names.TINY_MODELS) == {path.parent.name for path in names.TINY_FOLDER.glob("*/config.json")}
+    assert Path(names.__file__).parents[2] / "tiny" == names.TINY_FOLDER
 
 
 def test_nothing_that_came_with_the_model_can_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +393,6 @@ def test_a_model_is_tried_where_it_was_asked_for(tmp_path: Path, monkeypatch: py
     """What needs a GPU must not be run on the CPU first."""
     save_random_model("llama3_1", tmp_path)
     tried: list[str] = []
-    monkeypatch.setattr("pyvene_ext.models.loading._check_runs", lambda model, *_: tried.append(model.device.type))
+    monkeypatch.setattr("pyvene_ext.models.loading.load.check_runs", lambda model, *_: tried.append(model.device.type))
     load_model(tmp_path, device="meta")
     assert tried == ["meta"]
