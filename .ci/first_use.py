@@ -16,8 +16,7 @@ import numpy as np
 
 import modelcards
 import pyvene_ext
-from pyvene_ext import Prompt, PromptSet, all_heads, all_patches, all_paths, load_model, patch, run
-from pyvene_ext.engine.sweep import sweep
+from pyvene_ext import Prompt, PromptSet, all_heads, all_patches, all_paths, load_model, patch, run, sweep
 from pyvene_ext.io.files import write_csv, write_yaml
 from pyvene_ext.io.packages import EXTRAS, MissingExtra
 from pyvene_ext.io.seeds import rng

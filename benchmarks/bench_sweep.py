@@ -69,7 +69,7 @@ from pyvene_ext.io.cli import run
 from pyvene_ext.io.files import atomic_path, output_path, write_json, write_yaml
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS
-from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, answer_pairs
 from pyvene_ext.runs.facts import metadata
 from pyvene_ext.specs.ablation import Ablation, all_heads, donors
 
@@ -256,9 +256,7 @@ def random_prompts(config: Config) -> TokenizedPrompts:
     vocab, random = model_config(config).vocab_size, rng(config.seed, "prompts")
     return TokenizedPrompts(
         input_ids=tuple(tuple(random.integers(vocab, size=config.tokens).tolist()) for _ in range(config.prompts)),
-        answer_ids=tuple(tuple(random.choice(vocab, 2, replace=False).tolist()) for _ in range(config.prompts)),
-        positions=({"end": -1, "last": -1},) * config.prompts,
-        pad_id=0,
+        answers=answer_pairs(random.choice(vocab, 2, replace=False).tolist() for _ in range(config.prompts)),
     )
 
 
@@ -663,7 +661,7 @@ def time_other(case: Case, specs: list[Ablation], letter: Letter, engine: str) -
                 seconds.append(took)
                 found.setdefault(spec, logits)  # evaluated below: what it allocates would count for the next forward
                 bar.update()
-    values = np.stack([logit_diff(found[spec], case.batch.answer_ids).cpu().numpy() for spec in specs])
+    values = np.stack([logit_diff(found[spec], case.batch).cpu().numpy() for spec in specs])
     return {"n": len(specs), "seconds": seconds, "plain": plain, "peak": peak(case), "values": values}
 
 

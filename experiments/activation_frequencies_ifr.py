@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
-    Found = px.methods.Screen | px.sweep.Sequential | None
+    Found = px.methods.Screen | px.Sequential | None
 
 SHOWN = 12  # heads in the table on the terminal
 Deltas = Float[np.ndarray, "layer head prompt"]
@@ -182,7 +182,7 @@ def ablated(
             return screen.result, screen
         if config.width is not None:
             common |= {"width": config.width, "block": config.block, "absolute": config.abs}
-            sequential = px.sweep.frequencies(model, specs, prompts, config.tau, **common)
+            sequential = px.frequencies(model, specs, prompts, config.tau, **common)
             return sequential.result, sequential
         return sweep(model, specs, prompts, reference=reference), None
 
@@ -218,7 +218,7 @@ def how_much(config: Config, found: Found) -> dict[str, Any]:
             "n_missed": found.missed,
             **{f"recall{end}": value for end, value in zip(("", "_low", "_high"), recall, strict=True)},
         }
-    if isinstance(found, px.sweep.Sequential):
+    if isinstance(found, px.Sequential):
         reached, seen = int(found.reached.sum()), float(found.n_prompts.mean())
         return {"width": config.width, "block": config.block, "n_heads_reached": reached, "mean_prompts_a_head": seen}
     return {}
@@ -317,7 +317,7 @@ def summary(
     ]
     if isinstance(found, px.methods.Screen):
         lines.append(found.summary())
-    if isinstance(found, px.sweep.Sequential):
+    if isinstance(found, px.Sequential):
         lines.append(
             f"intervals at most {found.width:g} wide for {found.reached.sum()} of {len(found.reached)} heads, "
             f"after {found.n_prompts.mean():.1f} prompts a head"

@@ -42,7 +42,12 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Site = Literal["z", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post"]
+# pyvene's names mean the same: head_attention_value_output is z, block_input resid_pre.
+Site = Literal[
+    "z", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "resid_pre", "resid_mid", "resid_post",
+    "head_attention_value_output", "head_query_output", "head_key_output", "head_value_output", "attention_contribution",
+    "mlp_input", "mlp_contribution", "block_input", "block_output",
+]  # fmt: skip
 Maps = Mapping[str, Float[np.ndarray, "position layer head"]]
 SHOWN = 12  # patches of a site in the table on the terminal
 NAMED = 10  # pairs left out that the terminal names
@@ -64,6 +69,11 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
     """what is read at the last token"""
 
     @property
+    def sites(self) -> list[str]:
+        """Each site once, by its name in specs."""
+        return list(dict.fromkeys(map(px.models.site_named, self.site)))
+
+    @property
     def runs(self) -> tuple[str, str]:
         """Which text is base and which source."""
         return ("clean", "corrupt") if self.direction == "noise" else ("corrupt", "clean")
@@ -81,7 +91,7 @@ def main(config: Config) -> None:
     positions = distinct(names, base, source) if names else ("all",)
     specs = [
         spec
-        for site in config.site
+        for site in config.sites
         for position in positions
         for spec in px.all_patches(model.config, site, positions=position, subspace=config.subspace)
     ]
@@ -106,7 +116,7 @@ def main(config: Config) -> None:
     change, gap = result.intervened - result.baseline, result.source - result.baseline
     score = px.stats.ratio_of_means(change, gap, px.rng(config.seed, "scores"), RESAMPLES)
     rows = table(specs, score, change)
-    maps = maps_of(specs, score.mean, config.site, len(positions))
+    maps = maps_of(specs, score.mean, config.sites, len(positions))
     facts = px.metadata(
         model,
         **settings(config, base, source, kept, dropped, positions),
@@ -222,7 +232,7 @@ def table(
 
 
 def maps_of(
-    specs: list[px.ActivationPatch], scores: Float[np.ndarray, " patch"], sites: tuple[Site, ...], n_positions: int
+    specs: list[px.ActivationPatch], scores: Float[np.ndarray, " patch"], sites: list[str], n_positions: int
 ) -> Maps:
     """The mean scores of each site."""
     layers = 1 + max(spec.layer or 0 for spec in specs)
@@ -273,7 +283,7 @@ def summary(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -
     low, high = facts["gap_low"], facts["gap_high"]
     if low is None or high is None or low <= 0 <= high:
         lines.append("the two runs do not differ beyond chance (95% interval), so that scores mean little")
-    for site in config.site:
+    for site in config.sites:
         lines.append(f"\n{site:>24}    score     95% interval    change")
         for row in [row for row in rows if row["site"] == site][:SHOWN]:
             interval = f"[{row['low']:.3f}, {row['high']:.3f}]"

@@ -109,7 +109,7 @@ def with_answers_of_others(prompts: px.TokenizedPrompts, seed: int) -> px.Tokeni
     """The same prompts, each with the answers of another one; no two share theirs."""
     order = px.rng(seed, "control").permutation(len(prompts))
     donor = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
-    return replace(prompts, answer_ids=tuple(prompts.answer_ids[donor[prompt]] for prompt in range(len(prompts))))
+    return replace(prompts, answers=tuple(prompts.answers[donor[prompt]] for prompt in range(len(prompts))))
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

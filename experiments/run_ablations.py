@@ -14,8 +14,8 @@ The heads are the first ones of the ranking by induction score, so that larger s
 below L/2 only (nearer the input), `bottom` the rest. All sets see the same permutations.
 
 The control (ours) is many random sets: of the same layers, head for head, and none of the --max_heads_abl heads with the highest
-scores. A layer that consists of such heads has no control: ask for fewer heads, or for no control with --random_draws 0. The
-control is as clean as the heads that are left in a layer: the table has the mean induction score of the sets beside it.
+scores. Where a layer has too few others, they come from the nearest layers, and the line "control" says how far. The control is
+as clean as the heads that are left: the table has the mean induction score of the sets beside it.
 
 Induction scores are computed on two blocks of random tokens, because the cue has been shown once before: heads that share their
 attention among several earlier occurrences score low with more blocks. For a CSV of `induction_scores.py` that means --repeats 2
@@ -172,7 +172,7 @@ def main(config: Config) -> None:
             print(px.plan_sweep(model, list(specs), prompts, **options).summary())
         return
     options |= {"compile": config.compile, "store": run.unfinished, "progress": px.is_main_process()}
-    result = px.sweep.sweep(model, list(specs), prompts, **options)
+    result = px.sweep(model, list(specs), prompts, **options)
     if not px.is_main_process():
         return
     rows = {key: specs[spec] for key, spec in sets.items()}
@@ -290,10 +290,7 @@ def ranked_heads(
     random: list[tuple[px.stats.Head, ...]] = []
     if config.random_draws:
         draws = px.rng(config.seed, "random heads", layers)
-        try:
-            random = px.methods.random_rankings(ranked, most, *sizes, config.random_draws, draws)
-        except ValueError as error:
-            raise ValueError(f"{str(error).removesuffix('.')}, or take --random_draws 0 for no control.") from None
+        random = px.stats.random_rankings(ranked, most, *sizes, config.random_draws, draws)
     return px.methods.RankedHeads(ranked, random, {(layer, head): score for score, layer, head in scores})
 
 
@@ -316,7 +313,7 @@ def write_setting(
 
     title = f"{config.name}, {config.head_type} heads, {mode}, {layers} layers"
     for at in found:
-        chosen: dict[Type, Any] = {"random": heads.random_sets(at.n), "induction": heads.ranked[: at.n]}
+        chosen: dict[Type, Any] = {"random": heads.random_sets(at.n).sets, "induction": heads.ranked[: at.n]}
         curves: dict[Type, np.ndarray] = {"induction": at.own} if config.head_type == "induction" else {}
         if len(at.random):
             curves["random"] = at.random.mean(0)
@@ -337,11 +334,8 @@ def summary(config: Config, n_tokens: int, summaries: dict[str, list[dict[str, A
     for mode, layers in config.settings:
         rows = summaries[f"{mode}_{layers}"]
         lines = [f"{mode}, {layers} layers", px.methods.lag_text(rows)]
-        if few := [str(row["heads"]) for row in rows if row.get("random sets", np.inf) < config.random_draws]:
-            lines.append(
-                f"with {', '.join(few)} heads there are fewer different random sets than the {config.random_draws} asked for: "
-                "their range is narrow and the share cannot be low; take a smaller --max_heads_abl, or another --layer_abl"
-            )
+        if strengths := dict.fromkeys(row["control"] for row in rows if "control" in row):
+            lines.append("control: " + "; ".join(strengths))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

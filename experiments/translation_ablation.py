@@ -13,9 +13,9 @@ agree. The heads are those of `--heads`; by default all that translation_heads.p
 
 The heads are ablated together (`--kinds`: zero, mean, resample; at `--positions`), and so are up to `--n_random` random sets of
 as many other heads, of the same layers and of any layer: heads of any layer differ in depth too, and heads of the same layers may
-do the same. (Where the same layers have too few others, sets of theirs may hold some of the heads.) The same on another task
-(`--other`) tells what is of translation alone. p is the share of sets, the found one counted with the random ones, that lower the
-metric as much; drops of the paired logit difference have percentile bootstrap 95% intervals over swaps.
+do the same. (Where the same layers have too few others, some come from the nearest ones, as the output says.) The same on another
+task (`--other`) tells what is of translation alone. p is the share of sets, the found one counted with the random ones, that
+lower the metric as much; drops of the paired logit difference have percentile bootstrap 95% intervals over swaps.
 
 Written to the folder OUT: sets.csv, one row a kind and set, the found set first; sets_KIND.npy, the paired logit difference
 [set swap]; figures/sets.png; config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the
@@ -36,8 +36,8 @@ from annotated_types import Ge
 import pyvene_ext as px
 
 if TYPE_CHECKING:
-    from pyvene_ext.methods.heads.translation import Control
     from pyvene_ext.specs.joint import Spec
+    from pyvene_ext.stats import RandomHeads
 
 CONTROLS = ("same layers", "any layer")
 RESAMPLES = 2000
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
         **setting.facts,
         heads=[px.stats.head_label(head) for head in setting.heads],
         sets={kind: set_facts([row for row in rows if row["kind"] == kind], measured[kind]) for kind in config.kinds},
-        random_sets={control.name: {"n": len(control.sets), "apart": control.apart} for control in controls},
+        random_sets={name: control.strength for name, control in controls.items()},
     )
 
     print(f"{setting.headline(setting.heads)}\n{summary(config, facts)}")
@@ -111,11 +111,11 @@ def other_task(
     return {"other_": prompts.take(range(min(config.limit, len(prompts))))}
 
 
-def heads_and_controls(setting: px.translation.Setting, config: Config) -> tuple[Sets, list[Control]]:
+def heads_and_controls(setting: px.translation.Setting, config: Config) -> tuple[Sets, dict[str, RandomHeads]]:
     """The heads, then random sets of as many others; and the controls that these make up."""
     size = px.models.n_layers(setting.model.config), px.models.n_heads(setting.model.config)
     controls = px.methods.control_sets(setting.heads, *size, config.n_random, config.seed)
-    random = [(control.name, heads) for control in controls for heads in control.sets]
+    random = [(name, heads) for name, control in controls.items() for heads in control.sets]
     return [("found", tuple(setting.heads)), *random], controls
 
 
@@ -130,7 +130,7 @@ def ablated(
     found: Measures = {}
     for prefix, prompts in tasks.items():
         for metric in ("logit_diff", "accuracy"):
-            result = px.sweep.sweep(
+            result = px.sweep(
                 setting.model,
                 specs,
                 prompts,
@@ -186,9 +186,7 @@ def summary(config: Config, facts: dict[str, Any]) -> str:
             random = "".join(f"{of[at]['mean']:13.2f} ({of[at]['lowest']:6.2f}) {of[at]['p']:6.3f}" for at in CONTROLS)
             name = measure.removeprefix("other_")
             lines.append(f"{kind:<9} {task:<10} {name:<11} {of['clean']:10.2f} {of['found']:6.2f} {random}")
-    for name, control in facts["random_sets"].items():
-        held = "none" if control["apart"] else "some"
-        lines.append(f"random sets of heads, {name}: {control['n']}; {held} of their heads found")
+    lines += [f"control, {name}: {strength}" for name, strength in facts["random_sets"].items()]
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ config.yaml (running it again gives the same); and last summary.json, what was r
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,11 @@ def main(config: Config) -> None:
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": True}
     targets = [own for own, _ in plus.answer_ids]
     sources = px.methods.source_tokens(model, plus, setting.heads, source_spans(plus), **options)
+    # Only the first token of each pair is read; the second must be another one, which the right word need not be.
+    others = [next(i for i in ids if i != source) for ids, source in zip(plus.answer_ids, sources, strict=True)]
     lenses = {
-        language: px.methods.logit_lens(model, replace(plus, answer_ids=tuple(answers)), **options)
-        for language, answers in (
-            ("target", zip(targets, sources, strict=True)),
-            ("source", zip(sources, targets, strict=True)),
-        )
+        "target": px.methods.logit_lens(model, plus, **options),
+        "source": px.methods.logit_lens(model, plus.with_answer_ids(zip(sources, others, strict=True)), **options),
     }
 
     # Over prompts, by depth.

@@ -62,7 +62,7 @@ def main(config: Config) -> None:
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": px.is_main_process()}
     replaced: dict[str, Float[np.ndarray, "head swap"]] = {}
     for kind, specs, reference in px.methods.replaced_heads(model, sources, config.replacements, **options):
-        result = px.sweep.sweep(
+        result = px.sweep(
             model,
             specs,
             setting.asked.plus,

@@ -20,6 +20,7 @@ from modelcards.components import (
     COMPONENTS,
     FIELD_NAMES,
     Component,
+    config_of,
     dimensions,
     head_dim,
     n_heads,
@@ -28,6 +29,7 @@ from modelcards.components import (
     n_positions,
     window,
 )
+from modelcards.names import component_named, meant
 from modelcards.register import CARDS, card_of, register
 
 __all__ = [
@@ -38,9 +40,12 @@ __all__ = [
     "Component",
     "Taps",
     "card_of",
+    "component_named",
+    "config_of",
     "dimensions",
     "head_dim",
     "head_shares",
+    "meant",
     "n_heads",
     "n_kv_heads",
     "n_layers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from collections.abc import Mapping as AnyMapping
@@ -14,6 +13,7 @@ from pyvene.models.constants import CONST_OUTPUT_HOOK
 from torch import Tensor, nn
 
 from modelcards.components import COMPONENTS, Component, dimensions
+from modelcards.names import NAMES, meant
 from modelcards.template import PREFIX, Mapping, at_layer, within
 
 # Families that have a component, by its name. `modelcards.register`, which alone knows all cards, fills it in.
@@ -169,7 +169,7 @@ class Card:
 
         Args:
             model: a model of the family.
-            name: the component.
+            name: the component, or the site that it is.
 
         Returns:
             Its entry in the vocabulary.
@@ -177,21 +177,22 @@ class Card:
         Raises:
             ValueError: if this model has none of that name; the error lists those it has.
         """
-        mapping = self.mapping(type(model))
-        if name in mapping:
-            return COMPONENTS[name]
-        elsewhere = FAMILIES_WITH.get(name, [])
-        if name in self.components:
+        mapping, known = self.mapping(type(model)), NAMES.get(name)
+        if known is not None and known.name in mapping:
+            return known
+        wanted = name if known is None else known.name
+        elsewhere = FAMILIES_WITH.get(wanted, [])
+        if wanted in self.components:
             there = f"{type(model).__name__} has none, other {self.family} classes do"
-        elif name in self.absent:
-            there = f"{self.family} {self.absent[name]}"
+        elif wanted in self.absent:
+            there = f"{self.family} {self.absent[wanted]}"
         elif len(elsewhere) > 3:
             there = f"{self.family} has none"
         else:
             there = f"only {', '.join(elsewhere)} and not {self.family} has it" if elsewhere else "no card has it"
-        close = difflib.get_close_matches(str(name), mapping, n=1)
-        if close and name not in COMPONENTS:
-            there += f"; did you mean {close[0]!r}?"
+        close = meant(name, [COMPONENTS[component].site for component in mapping], mapping)
+        if known is None and close:
+            there += f"; did you mean {close!r}?"
         raise ValueError(
             f"unknown component {name!r} ({there}); {type(model).__name__} has: {', '.join(sorted(mapping))}."
         )

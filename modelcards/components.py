@@ -45,6 +45,11 @@ class Component:
     per_layer: bool = True
 
     @property
+    def site(self) -> str:
+        """What `pyvene_ext` calls the place: the literature's name where there is one."""
+        return self.field or self.name
+
+    @property
     def units(self) -> tuple[str, ...]:
         """The pyvene units that are right for this component."""
         return PER_HEAD if self.heads else PER_POSITION
@@ -104,6 +109,14 @@ _LIST = (
 
 COMPONENTS: dict[str, Component] = {component.name: component for component in _LIST}
 FIELD_NAMES: dict[str, str] = {component.field: component.name for component in _LIST if component.field}
+
+
+def config_of(model: Any) -> Any:
+    """The config of a model, or the config that is given itself. Raises ValueError for anything else."""
+    config = getattr(model, "config", model)
+    if not hasattr(config, "num_hidden_layers"):
+        raise ValueError(f"expected a model or its config, not {type(model).__name__}.")
+    return config
 
 
 def n_layers(config: Any) -> int:

@@ -20,6 +20,7 @@ from modelcards.llama3_1.card import card as llama3_1
 from modelcards.ministral.card import card as ministral
 from modelcards.mistral.card import card as mistral
 from modelcards.mixtral.card import card as mixtral
+from modelcards.names import MODULES, by_module
 from modelcards.olmo2.card import card as olmo2
 from modelcards.opt.card import card as opt
 from modelcards.phi3.card import card as phi3
@@ -55,6 +56,7 @@ CARDS: tuple[Card, ...] = (
     bloom,
     starcoder2,
 )
+MODULES.update(by_module(mapping for _card in CARDS for mapping in _card.mappings.values()))
 for _card in CARDS:
     for _component in _card.components:
         FAMILIES_WITH.setdefault(_component, []).append(_card.family)
@@ -89,8 +91,13 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
         The card.
 
     Raises:
-        ValueError: if no card covers the class, or if the model's config has an option that its card does not cover.
+        ValueError: if it is no model, if no card covers the class, or if the model's config has an option that its card does not
+            cover.
     """
+    if not isinstance(model, nn.Module | type):
+        raise ValueError(
+            f"expected a model, not {type(model).__name__}; load one with model, tokenizer = pyvene_ext.load_model(NAME)."
+        )
     model_class = model if isinstance(model, type) else type(model)
     for base in model_class.__mro__:
         for card in CARDS:

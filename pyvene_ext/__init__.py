@@ -2,7 +2,7 @@
 
 Rooms, in the order in which data flows; a room imports only from those above it:
 
-    io            files, hashes, seeds, the command line
+    io            files, hashes, seeds, progress bars, the command line
     models        loading, devices, hooks, and running a model block by block
     prompts       prompt sets, tokenized prompts, named positions, word problems, parallel text
     stats         intervals, correlations, controls
@@ -13,8 +13,8 @@ Rooms, in the order in which data flows; a room imports only from those above it
     runs          what studies share: flags, run folders, metadata, figures
     report        one HTML page for one or more runs
 
-The names that most programs need are here, and are imported on first use; `sweep`, `patching`, `attribution`, `edges`, `circuits`
-and `metrics` are short names of modules in the rooms. Once this package and pyvene are both imported, in either order, pyvene's
+The names that most programs need are here, and are imported on first use; `patching`, `attribution`, `edges`, `circuits` and
+`metrics` are short names of modules in the rooms. Once this package and pyvene are both imported, in either order, pyvene's
 mappings contain this project's cards.
 """
 

@@ -2,6 +2,7 @@
 
     python -m pyvene_ext.verify --model smollm2-135m-instruct                  # what a minute can prove
     python -m pyvene_ext.verify --model path/to/folder --thorough --layers all
+    python -m pyvene_ext.verify --model path/to/folder --sites z resid_post attention_pattern
 
 For each component, unit, layer, padding side and attention implementation three things are checked on a batch of unequal lengths,
 at different positions and heads in each example: the activation that is read, the outputs after zeroing it, and the outputs after
@@ -37,11 +38,12 @@ from pyvene import (
     ZeroIntervention,
 )
 from torch import Tensor
-from tqdm import tqdm
 
-from modelcards import COMPONENTS, card_of, dimensions, n_layers
+from modelcards import COMPONENTS, card_of, component_named, dimensions, n_layers
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.truth import Change, Truth, first_tensor
+from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.bounds import OneOrMore
 from pyvene_ext.io.cli import run
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.models.modes import evaluating
@@ -133,6 +135,7 @@ def verify_card(
     padding_sides: Sequence[str] = ("left", "right"),
     tolerance: float = 1e-5,
     progress: bool = False,
+    sites: Sequence[str] | None = None,
     seconds: float | None = None,
 ) -> Report:
     """Check every component of `model`'s card against independent hooks.
@@ -144,13 +147,14 @@ def verify_card(
         padding_sides: "left", "right" or both.
         tolerance: largest difference allowed, relative to the largest value if that exceeds 1.
         progress: show a progress bar.
+        sites: which sites or components, in either vocabulary; None for all.
         seconds: begin no check after this time; by default all are made. Every component comes before any comes again.
 
     Returns:
         A `Report`; `.failures` is 0 for a correct card. An error raised by a check counts as a failure.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there is no such layer or site.
     """
     card = card_of(model)
     report = Report(type(model).__name__, card.family)
@@ -160,12 +164,13 @@ def verify_card(
         layers = range(count) if layers == "all" else sorted({0, count // 2, count - 1})
     if outside := [layer for layer in layers if not 0 <= layer < count]:
         raise ValueError(f"there is no layer {outside[0]}: {type(model).__name__} has layers 0 to {count - 1}.")
-    components = sorted(card.mapping(type(model)), key=list(COMPONENTS).index)
+    wanted = card.mapping(type(model)) if sites is None else {card.component(model, site).name for site in sites}
+    components = sorted(wanted, key=list(COMPONENTS).index)
     own_implementation = model.config._attn_implementation
     supported = [name for name in implementations if name == "eager" or model._supports_sdpa]
     visits = _visits(components, list(itertools.product(supported, padding_sides)), list(layers))
     report.planned = len(OPERATIONS) * sum(len(COMPONENTS[component].units) for component, *_ in visits)
-    bar = tqdm(total=1.0, disable=not progress, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+    bar = progress_bar(1, "", shown=progress, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
     with evaluating(model), bar:
         before = _fingerprint(model)
         batches = {side: (_batch(model, side, seed=1), _batch(model, side, seed=2)) for side in padding_sides}
@@ -429,6 +434,8 @@ class Options:
     """A shipped or fetched model, a folder, a GGUF file, or a name on the hub."""
     layers: Literal["ends", "all"] = "ends"
     """First, middle and last layer, or all of them."""
+    sites: OneOrMore[str] | None = None
+    """Only these sites or components, such as z or block_output; by default all that the card has."""
     thorough: bool = False
     """Make all checks, however long they take; by default as many as a minute allows."""
     tolerance: float = 1e-5
@@ -451,12 +458,14 @@ def main(options: Options) -> int:
     model, _ = load_model(options.model, dtype=options.dtype, device=options.device)
     failures = 0
     for part, seconds in ((model, 45.0), (model.base_model, 15.0)):
+        sites = options.sites
+        if sites and part is not model:
+            sites = tuple(site for site in sites if component_named(site).name in card_of(part).mapping(type(part)))
+        if sites == ():  # the model without its head has no logits
+            continue
+        limit = None if options.thorough else seconds
         report = verify_card(
-            part,
-            options.layers,
-            tolerance=options.tolerance,
-            progress=True,
-            seconds=None if options.thorough else seconds,
+            part, options.layers, tolerance=options.tolerance, progress=True, sites=sites, seconds=limit
         )
         print(report.table())
         failures += report.failures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 from tests.tiny_random import PAD, VOCAB
 
 
@@ -17,7 +17,7 @@ def random_prompts(lengths: tuple[int, ...], seed: int = 0) -> TokenizedPrompts:
 
     return TokenizedPrompts(
         input_ids=tuple(tuple(tokens(length)) for length in lengths),
-        answer_ids=tuple((io, io - 1) for io in tokens(len(lengths))),
+        answers=answer_pairs((io, io - 1) for io in tokens(len(lengths))),
         positions=tuple({"end": -1, "last": -1, "s1": -4 - i % 2, "s2": -2} for i in range(len(lengths))),
         pad_id=PAD,
     )

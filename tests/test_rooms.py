@@ -83,6 +83,20 @@ def test_every_sub_package_is_a_room_that_says_what_belongs_there() -> None:
         assert len([other for other in path.parent.glob("*.py") if other != path]) <= MOST_MODULES, path
 
 
+def test_no_public_function_or_class_shares_its_name_with_a_module_beside_it() -> None:
+    # Importing a module sets it as an attribute of its package, in place of what is loaded lazily under that name.
+    for stub in (ROOT / "pyvene_ext").rglob("__init__.pyi"):
+        public = {
+            alias.name
+            for node in ast.parse(stub.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+            if not (stub.parent / node.module.replace(".", "/") / alias.name).with_suffix(".py").exists()
+            and not (stub.parent / node.module.replace(".", "/") / alias.name).is_dir()
+        }
+        assert not public & {path.stem for path in stub.parent.iterdir()}, stub
+
+
 def test_packages_import_only_packages_before_them() -> None:
     for package in PACKAGES[1:]:
         later = PACKAGES[PACKAGES.index(package) + 1 :]

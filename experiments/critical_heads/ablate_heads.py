@@ -142,24 +142,25 @@ def main(config: Config) -> None:
 
 def ablate(config: Config, solver: Solver, ranked: tuple[Head, ...], controls: list[tuple[Head, ...]]) -> Found:
     """Every kind, scope and number of heads, with the random sets."""
-    # Of draws that begin with the same heads one counts: small layers have few sets.
-    sets = {n: list({frozenset(ranking[:n]): ranking[:n] for ranking in controls}.values()) for n in config.n_heads}
-    n_runs = len(config.kind) * len(config.scope) * sum(1 + len(random) for random in sets.values())
+    controls_of = {n: px.stats.first_of(controls, ranked, n) for n in config.n_heads}
+    n_runs = len(config.kind) * len(config.scope) * sum(1 + len(control.sets) for control in controls_of.values())
     found = Found([], [], [])
     with tqdm(total=n_runs, desc=solver.name, unit="set") as bar:
         for kind in config.kind:
             reference = solver.transcripts(kind, [ranked, *controls], config.donors)
             for scope in config.scope:
-                found.rows.append(row_of(solver, kind, scope, 0, solver.clean, []))
+                found.rows.append({**row_of(solver, kind, scope, 0, solver.clean, []), "control": ""})
                 found.correct.append(solver.clean.correct)
                 for n in config.n_heads:
                     own = solver.ablate(ranked[:n], kind, scope, reference)
-                    others = [solver.ablate(heads, kind, scope, reference) for heads in sets[n]]
+                    sets = controls_of[n].sets
+                    others = [solver.ablate(heads, kind, scope, reference) for heads in sets]
                     bar.update(1 + len(others))
-                    found.rows.append(row_of(solver, kind, scope, n, own, others))
+                    strength = controls_of[n].strength if others else ""
+                    found.rows.append({**row_of(solver, kind, scope, n, own, others), "control": strength})
                     found.correct.append(own.correct)
                     about = {"model": solver.name, "kind": kind, "scope": scope, "n_heads": n}
-                    found.randoms.extend(random_row(solver, about, *pair) for pair in zip(sets[n], others, strict=True))
+                    found.randoms.extend(random_row(solver, about, *pair) for pair in zip(sets, others, strict=True))
     return found
 
 
@@ -241,7 +242,7 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
                     "more than all random sets, too few to call it specific" if few else "specific to these heads"
                 )
             line += (
-                f", {specific}: {row['random_sets']} random sets of the same layers cost {row['random_drop']:.1f} "
+                f", {specific}: {row['control'].partition(';')[0]} cost {row['random_drop']:.1f} "
                 f"[{row['random_lowest']:.1f} to {row['random_highest']:.1f}], {as_much} of them as much; excess "
                 f"{row['excess']:.1f} [{row['excess_low']:.1f}, {row['excess_high']:.1f}]"
             )

@@ -160,15 +160,13 @@ def given_heads(config: Config, number: int, name: str, model: PreTrainedModel) 
 
 
 def random_heads(config: Config, model: PreTrainedModel, head: Head, chosen: Sequence[Head]) -> list[Head]:
-    """The other heads of a layer that a head is compared with, none of them chosen; ValueError if there are too few."""
+    """The other heads that a head is compared with, none of them chosen: of its layer, or of the nearest if it has too few."""
     if not config.random_heads:
         return []
     draw = px.rng(config.seed, "random heads", *head)
     sizes = px.models.n_layers(model.config), px.models.n_heads(model.config)
-    others = px.stats.layer_matched_random_heads(
-        [head], *sizes, config.random_heads, draw, exclude=set(chosen) - {head}
-    )
-    return sorted({other for (other,) in others})
+    others = px.stats.random_heads([head], *sizes, config.random_heads, draw, exclude=set(chosen) - {head})
+    return sorted(other for (other,) in others.sets)
 
 
 def heads_and_hubs(setting: Setting, config: Config, number: int) -> list[tuple[Head, int | None]]:

@@ -80,13 +80,13 @@ def main(config: Config) -> None:
     facts: Row = {}
     for name in config.models:
         setting = px.reasoning.prepare(config, name, problems, run.unfinished, partial(forced_heads, config))
-        heads, controls = forced_heads(config, setting.name, setting.model)
+        heads, controls, strength = forced_heads(config, setting.name, setting.model)
         patterns.append(untouched(setting))
         for shape in config.shapes:
             patterns += [one_pattern(setting, config, heads, controls, shape, hard) for hard in (False, True)]
         if config.sweep:
             hubs += sweep(setting, config, heads)
-        facts[setting.name] = px.metadata(setting.model, **setting.facts)
+        facts[setting.name] = px.metadata(setting.model, **setting.facts, control=strength)
         del setting  # two models need not fit in memory together
     if not px.is_main_process():
         return
@@ -109,21 +109,20 @@ def main(config: Config) -> None:
 # -- patterns ----------------------------------------------------------------------------------------------------------
 
 
-def forced_heads(config: Config, name: str, model: PreTrainedModel) -> tuple[Heads, list[Heads]]:
-    """The heads to force, and the random sets beside them: as many other heads of each layer; none where all heads are forced.
+def forced_heads(config: Config, name: str, model: PreTrainedModel) -> tuple[Heads, list[Heads], str]:
+    """The heads to force, the random sets beside them, none where all heads are forced, and how strong a control these are.
 
-    Raises ValueError for a model whose attention cannot be seen, a head that it has not, and layers with too few other heads.
+    Raises ValueError for a model whose attention cannot be seen, and a head that it has not.
     """
     px.methods.check_patterns(model)
     layers, heads = px.models.n_layers(model.config), px.models.n_heads(model.config)
     if not config.heads:
-        return dict.fromkeys(range(layers), tuple(range(heads))), []
+        return dict.fromkeys(range(layers), tuple(range(heads))), [], ""
     chosen = sorted(px.reasoning.heads_of(config.heads, name, model))
-    sets: list[tuple[tuple[int, int], ...]] = []
-    if config.random_sets:
-        draw = px.rng(config.seed, "random heads")
-        sets = px.stats.layer_matched_random_heads(chosen, layers, heads, config.random_sets, draw)
-    return by_layer(chosen), [by_layer(some) for some in sets]
+    if not config.random_sets:
+        return by_layer(chosen), [], ""
+    random = px.stats.random_heads(chosen, layers, heads, config.random_sets, px.rng(config.seed, "random heads"))
+    return by_layer(chosen), [by_layer(some) for some in random.sets], random.strength
 
 
 def by_layer(heads: Iterable[tuple[int, int]]) -> Heads:
@@ -264,6 +263,7 @@ def summary(facts: Row, rows: Sequence[Row], verdicts: Sequence[str]) -> str:
                     f"{row['mcnemar_p']:11.2g} {row['unparsed']:9}"
                 )
         lines.append("")
+    lines += [f"control of {model}: {found['control']}" for model, found in facts.items() if found["control"]]
     return "\n".join([*lines, px.reasoning.VERDICTS, *verdicts])
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 
 Architecture = Literal["llama", "gemma2"]
 ARCHITECTURES: tuple[Architecture, ...] = ("llama", "gemma2")
@@ -434,7 +434,7 @@ def _prompts(case: Case, count: int, seed: int) -> tuple[TokenizedPrompts, Token
         named = {"bos": 0, "end": END, "last": END, **pair.positions}
         positions.append({name: at - LENGTH for name, at in named.items()})
     clean_set, corrupt_set = (
-        TokenizedPrompts(tuple(ids), tuple(answers), tuple(positions), PAD) for ids in (clean, corrupt)
+        TokenizedPrompts(tuple(ids), answer_pairs(answers), tuple(positions), PAD) for ids in (clean, corrupt)
     )
     return clean_set, corrupt_set
 

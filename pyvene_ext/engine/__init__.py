@@ -1,7 +1,7 @@
-"""Running specs on prompts: resolved and checked once, then one metric per intervention and prompt.
+"""Running models on prompts: specs, resolved and checked once, give a metric per intervention and prompt; activations are read.
 
-`plain` defines what a spec does, one intervention at a time; `sweep` computes the same numbers fast. Methods that combine several
-runs belong in `methods`.
+`plain` defines what a spec does, one intervention at a time; `sweep` computes the same numbers fast; `reading`
+reads activations of the untouched model. Methods that combine several runs belong in `methods`.
 """
 
 import lazy_loader

@@ -47,11 +47,12 @@ def compile_spec(spec: Spec, batch: Batch, resolved: Resolved) -> Compiled:
     """Compile one spec for one batch of its prompts.
 
     The config depends on the spec alone, never on the batch or the heads, so that one IntervenableModel serves many calls.
-    Replacements are on the model's device. At positions "all" padding is edited too; no real token sees it.
+    Replacements are on the model's device. At positions "all" padding is edited too; no real token sees it. If answers follow the
+    prompts, only the prompts' own tokens are edited.
 
     Args:
         spec: a single or joint spec.
-        batch: some of the prompts, padded on either side.
+        batch: some of the sequences that are run, padded on either side.
         resolved: the spec on the prompts, with the statistics it needs.
 
     Returns:
@@ -62,11 +63,14 @@ def compile_spec(spec: Spec, batch: Batch, resolved: Resolved) -> Compiled:
     device = input_device(resolved.model)
     width, starts = batch.input_ids.shape[1], batch.starts
     for edit in members(spec):
-        everywhere = edit.positions == "all"
+        everywhere = edit.positions == "all" and resolved.sequences.prompts is resolved.prompts
         if everywhere:
             columns = [list(range(width))] * len(starts)
         else:
             tokens = resolved.tokens_of(edit, batch.index)
+            most = max(map(len, tokens))
+            # Every row needs as many columns: a shorter prompt's last one is repeated, and set to one value more than once.
+            tokens = [row + row[-1:] * (most - len(row)) for row in tokens]
             columns = [[start + token for token in row] for start, row in zip(starts, tokens, strict=True)]
         heads = [list(edit.heads or ())] * len(starts)
         unit = "pos" if edit.heads is None else "h" if everywhere else "h.pos"
@@ -83,6 +87,8 @@ def compile_spec(spec: Spec, batch: Batch, resolved: Resolved) -> Compiled:
         for row, start, value in zip(replacement, starts, values, strict=True):
             offset = start if everywhere else 0
             row[offset : offset + len(value)] = value
+            if not everywhere:
+                row[len(value) :] = value[-1]
         replacements.append((replacement.transpose(1, 2) if edit.heads else replacement).to(device))
     return Compiled(IntervenableConfig(representations), {"base": locations}, tuple(replacements))
 

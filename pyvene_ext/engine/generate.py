@@ -40,9 +40,9 @@ def generate(
         spec: one edit, or a tuple of them (made jointly); None: the untouched model.
         prompts: of any lengths.
         max_new_tokens: most tokens per text.
-        scope: edit the positions of the prompt that the spec names ("prompt"), every new token ("new"), or both. (pyvene's own
-            `generate` edits only new tokens by default, and only the prompt on request.) At new tokens a spec's heads apply and
-            its positions do not.
+        scope: edit the positions of the prompt that the spec names ("prompt"), every new token ("new"), or both, as steering
+            usually does. At new tokens a spec's heads apply and its positions do not. (pyvene's own `generate` edits either new
+            tokens, by default, or the prompt, never both: with its defaults the first new token is that of the untouched model.)
         reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         batch_size: prompts per forward pass.
         **options: passed to transformers' `generate`.

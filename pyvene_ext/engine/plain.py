@@ -5,10 +5,9 @@ It defines what a spec does. Every faster engine is tested for equality with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -16,79 +15,25 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine import metrics
 from pyvene_ext.engine.compile import compile_spec
+from pyvene_ext.engine.measure import Metric, MetricLike, as_array, check_metric
+from pyvene_ext.engine.metrics import check_finite, last_logits
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result
+from pyvene_ext.engine.sequences import Sequences, answers_measured
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import (
-    Batch,
-    PaddingSide,
-    TokenizedPrompts,
-    check_tokenized,
-)
+from pyvene_ext.prompts.tokenized import Batch, PaddingSide, TokenizedPrompts
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
+    as_specs,
     needs,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-# Each takes the logits at the last token, [batch vocab], the batch and the clean logits.
-METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
-    "logit_diff": lambda logits, batch, clean: metrics.logit_diff(logits, batch.answer_ids),
-    "probability": lambda logits, batch, clean: metrics.probability(logits, batch.answer_ids),
-    "rank": lambda logits, batch, clean: metrics.rank(logits, batch.answer_ids),
-    "accuracy": lambda logits, batch, clean: metrics.accuracy(logits, batch.answer_ids),
-    "kl": lambda logits, batch, clean: metrics.kl(clean, logits),
-    "logit": lambda logits, batch, clean: metrics.logit(logits, batch.answer_ids),
-}
-# The same with one number per token of a prompt, [batch pos]; `run` and `sweep` read these too, on prompts of equal length.
-TOKEN_METRICS: dict[str, Callable[[Tensor, Batch, Any], Tensor]] = {
-    "token_probabilities": lambda logits, batch, clean: metrics.token_probabilities(logits, batch.input_ids),
-}
-ANSWERS_ONLY = ("logit_diff", "logit")  # metrics that read only the logits of the two answers
-
-
-@dataclass(frozen=True)
-class Result:
-    """The effect of a list of interventions on every prompt.
-
-    Attributes:
-        names: the interventions' names (`spec_name`).
-        metric: name of the metric; one of `TOKEN_METRICS` has a value per token of a prompt, as the last axis.
-        baseline: the metric of the untouched run of these prompts, whatever they are.
-        intervened: the metric under each intervention.
-    """
-
-    names: tuple[str, ...]
-    metric: str
-    baseline: Float32[np.ndarray, " n_prompts *pos"]
-    intervened: Float32[np.ndarray, "n_interventions n_prompts *pos"]
-
-    @property
-    def delta(self) -> Float32[np.ndarray, "n_interventions n_prompts *pos"]:
-        """Baseline minus intervened: positive where the intervention lowered the metric."""
-        return self.baseline - self.intervened
-
-    def to_frame(self) -> pd.DataFrame:
-        """Convert to a table with one row per intervention and prompt (and token, for a metric with a value per token).
-
-        Returns:
-            A table with the columns intervention (its name), prompt (its number, from 0), pos (for a token metric), baseline,
-            intervened and delta.
-        """
-        import pandas as pd  # takes a second to import, and most runs need no table
-
-        names = ("intervention", "prompt", "pos")[: self.intervened.ndim]
-        rows = pd.MultiIndex.from_product([self.names, *map(range, self.intervened.shape[1:])], names=names)
-        baseline = np.broadcast_to(self.baseline, self.intervened.shape)
-        columns = {"baseline": baseline, "intervened": self.intervened, "delta": self.delta}
-        return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, rows).reset_index()
+from pyvene_ext.specs.sources import Sources
 
 
 def reference_for(
@@ -116,7 +61,7 @@ def reference_for(
     Raises:
         ValueError: the reference set lacks a position, or activations are not finite.
     """
-    wanted = needs(specs)
+    wanted = needs(as_specs(specs))
     if not wanted.places:
         return None
     return Reference.compute(
@@ -128,7 +73,7 @@ def run(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     *,
     batch_size: int = 8,
@@ -136,13 +81,15 @@ def run(
     progress: bool | tqdm = True,
     baseline: Float32[np.ndarray, " n_prompts *pos"] | None = None,
 ) -> Result:
-    """Run every spec on every prompt and read one metric at each prompt's last token.
+    """Run every spec on every prompt and read one metric, at each prompt's last token or at every token.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         specs: one edit, or a list of edits and of tuples of them (made jointly).
         prompts: the prompts that are intervened on.
-        metric: logit_diff, probability, rank, accuracy, kl (to the clean run) or logit (of the correct answer); or
+        metric: a name; a function (logits `[batch vocab]` at the last tokens, prompts) that returns one number per prompt,
+            `[batch]`; or a `Metric`, to say more about it. Names: logit_diff, logit, probability, rank and accuracy, of the
+            prompts' answers; kl (to the untouched run); at every token next_token_loss, entropy and token_kl; and
             token_probabilities, the probability that each of the prompt's own tokens comes next, for prompts of equal length.
         reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         batch_size: prompts per forward pass.
@@ -157,7 +104,7 @@ def run(
     Raises:
         ValueError: before the model runs, for a spec that does not fit the model, the prompts or the reference set.
     """
-    check_metric(model, prompts, metric, of_tokens=True)
+    metric = check_metric(model, prompts, metric, per_token=True, of_answers=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     return run_resolved(
         resolved, metric, batch_size=batch_size, padding_side=padding_side, progress=progress, baseline=baseline
@@ -166,7 +113,7 @@ def run(
 
 def run_resolved(
     resolved: Resolved,
-    metric: str,
+    metric: Metric,
     *,
     batch_size: int = 8,
     padding_side: PaddingSide = "left",
@@ -177,7 +124,7 @@ def run_resolved(
 
     Args:
         resolved: the specs on the prompts.
-        metric: as for `run`.
+        metric: the metric, checked (`check_metric`).
         batch_size: prompts per forward pass.
         padding_side: left or right.
         progress: as for `run`.
@@ -190,28 +137,31 @@ def run_resolved(
         ValueError: `baseline` has another shape.
     """
     model, prompts, specs = resolved.model, resolved.prompts, resolved.specs
-    shape = (len(prompts), len(prompts.input_ids[0])) if metric in TOKEN_METRICS else (len(prompts),)
+    shape = (len(prompts), max(map(len, prompts.input_ids))) if metric.per_token else (len(prompts),)
     if baseline is not None and np.shape(baseline) != shape:
-        each = "one per token" if metric in TOKEN_METRICS else "one each"
+        each = "one per token" if metric.per_token else "one each"
         raise ValueError(f"baseline holds {np.shape(baseline)} values for {len(prompts)} prompts; give {each}.")
     shown = progress is True
-    resolved = resolved.with_statistics(batch_size=batch_size, progress=shown)
+    resolved = resolved.for_metric(metric).with_statistics(batch_size=batch_size, progress=shown)
+    sequences, values_of = resolved.sequences, metric.__call__
+    if metric.of_answers:
+        prompts, shape, values_of = sequences.prompts, (len(sequences.prompts), 2), sequences.log_probabilities
 
-    runs_clean = baseline is None or metric == "kl"
-    values = np.empty(shape, np.float32) if runs_clean else np.asarray(baseline, np.float32)
-    intervened = np.empty((len(specs), *shape), np.float32)
+    runs_clean = baseline is None or "clean" in metric.needs
+    values = np.full(shape, np.nan, np.float32) if baseline is None else np.array(baseline, np.float32)
+    intervened = np.full((len(specs), *shape), np.nan, np.float32)
     device = input_device(model)
     structures: dict[tuple, IntervenableModel] = {}  # shared by specs that differ in heads or positions only
-    own_bar = tqdm(total=len(specs) * len(prompts), unit="prompt", smoothing=0.1, disable=not shown)
+    own_bar = progress_bar(len(specs) * len(prompts), "prompt", shown=shown, smoothing=0.1)
     bar = progress if isinstance(progress, tqdm) else own_bar
     with own_bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size, padding_side):
             batch = batch.to(device)
             base = {**batch.inputs(), "use_cache": False}
-            clean_logits = None
             if runs_clean:
-                clean_logits = metrics.last_logits(model(**base).logits, batch)
-                values[batch.index] = measure(metric, clean_logits, batch, clean_logits)
+                logits = _read_logits(metric, model(**base).logits, batch, sequences)
+                batch = metric.with_clean(batch, logits)
+                _put(values, metric, values_of(logits, batch), batch)
             for number, spec in enumerate(specs):
                 compiled = compile_spec(spec, batch, resolved)
                 structure = tuple(compiled.config.representations)
@@ -223,53 +173,49 @@ def run_resolved(
                     unit_locations=compiled.unit_locations,
                     source_representations=compiled.source_representations(iv.sorted_keys),
                 )
-                logits = metrics.last_logits(output.logits, batch)
-                intervened[number, batch.index] = measure(metric, logits, batch, clean_logits)
+                logits = _read_logits(metric, output.logits, batch, sequences)
+                _put(intervened[number], metric, values_of(logits, batch), batch)
                 bar.update(len(batch.index))
-    return Result(resolved.names, metric, values, intervened)
+    if metric.of_answers:
+        counts = list(map(len, sequences.of_prompt))
+        values = answers_measured(metric, values, counts) if runs_clean else values
+        intervened = answers_measured(metric, intervened, counts)
+    return Result(resolved.names, metric.label, values, intervened, specs=resolved.specs)
 
 
-def check_metric(model: PreTrainedModel, prompts: TokenizedPrompts, metric: str, *, of_tokens: bool = False) -> None:
-    """Check that a metric can be read on these prompts.
-
-    Args:
-        model: the model that is run.
-        prompts: the prompts that it is read on.
-        metric: its name.
-        of_tokens: allow `TOKEN_METRICS`.
-
-    Raises:
-        ValueError: the metric is unknown or not allowed, the prompts do not fit it or the model, or the model has no logits.
-    """
-    if metric in TOKEN_METRICS and not of_tokens:
-        raise ValueError(f"{metric} is one number per token; here choose among {', '.join(METRICS)}.")
-    if metric not in METRICS | TOKEN_METRICS:
-        raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS | TOKEN_METRICS)}.")
-    check_tokenized(model, prompts)
-    lengths = sorted(map(len, prompts.input_ids))
-    if metric in TOKEN_METRICS and lengths and lengths[0] < lengths[-1]:
-        raise ValueError(
-            f"{metric} has one number per token, so all prompts must have the same length, not {lengths[0]} to {lengths[-1]} "
-            "tokens; run each length separately."
-        )
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
-        )
-
-
-def measure(
-    metric: str, logits: Float[Tensor, "batch vocab"], batch: Batch, clean: Float[Tensor, "batch vocab"] | None
-) -> Float32[np.ndarray, " batch *pos"]:
-    """Compute a metric for a batch of prompts.
+def measured(
+    model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric, *, batch_size: int = 8
+) -> Float32[np.ndarray, " n_prompts *pos"]:
+    """Compute a metric of untouched prompts.
 
     Args:
-        metric: its name.
-        logits: at the prompts' last tokens, with the intervention.
-        batch: the prompts.
-        clean: the same logits of the untouched run, for kl.
+        model: the model.
+        prompts: the prompts.
+        metric: the metric, checked (`check_metric`).
+        batch_size: prompts per forward pass.
 
     Returns:
-        One number per prompt, or per token for `TOKEN_METRICS`.
+        The metric of every prompt.
     """
-    return (METRICS | TOKEN_METRICS)[metric](logits, batch, clean).float().cpu().numpy()
+    nothing = Resolved((), Sources(model, prompts), {}, Sequences.of_prompts(prompts))
+    return run_resolved(nothing, metric, batch_size=batch_size, progress=False).baseline
+
+
+def _read_logits(
+    metric: Metric, logits: Float[Tensor, "batch pos vocab"], batch: Batch, sequences: Sequences
+) -> Float[Tensor, "batch *pos vocab"]:
+    """The logits that a metric is read from, at the last tokens or at every token."""
+    named = replace(batch, index=[sequences.prompt_of[sequence] for sequence in batch.index])  # for messages
+    if not (metric.of_tokens or metric.of_answers):
+        return last_logits(logits, named)
+    check_finite(logits, named)
+    return logits
+
+
+def _put(into: Float32[np.ndarray, " prompt *pos"], metric: Metric, values: Tensor, batch: Batch) -> None:
+    """Put a batch's values where their prompts are, those of tokens from each prompt's first token on."""
+    if not metric.per_token:
+        into[batch.index] = as_array(values)
+        return
+    for row, start, length, prompt in zip(as_array(values), batch.starts, batch.lengths, batch.index, strict=True):
+        into[prompt, :length] = row[start : start + length]

@@ -12,6 +12,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyvene_ext.engine.measure import Metric
+from pyvene_ext.engine.sequences import Sequences
 from pyvene_ext.intervenable.statistics import Reference, check_reference_prompts
 from pyvene_ext.prompts.positions import Positions, token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
@@ -28,11 +30,13 @@ class Resolved:
         specs: the interventions, each run separately.
         sources: the model, the prompts, and what replacements are computed from.
         tokens: for each choice of positions and each prompt, the tokens that it names, counted from the prompt's first token.
+        sequences: what is run, and where it is read; by default the prompts, at their last tokens.
     """
 
     specs: tuple[Spec, ...]
     sources: Sources
     tokens: Mapping[Positions, tuple[tuple[int, ...], ...]]
+    sequences: Sequences
 
     @property
     def model(self) -> PreTrainedModel:
@@ -57,6 +61,10 @@ class Resolved:
     def select(self, numbers: Iterable[int]) -> Resolved:
         """Select some of the specs by number, in this order."""
         return replace(self, specs=tuple(self.specs[number] for number in numbers))
+
+    def for_metric(self, metric: Metric) -> Resolved:
+        """Return a copy that runs and reads what a metric needs."""
+        return replace(self, sequences=Sequences.of_metric(self.prompts, metric))
 
     def with_directions(self, directions: Directions) -> Resolved:
         """Return a copy with concept directions, for patches with `subspace`."""
@@ -84,30 +92,31 @@ class Resolved:
         )
         return replace(self, sources=replace(self.sources, reference=reference))
 
-    def replacements(self, edit: OneSpec, prompts: Sequence[int]) -> list[Tensor] | None:
-        """Compute an edit's replacements on some prompts.
+    def replacements(self, edit: OneSpec, sequences: Sequence[int]) -> list[Tensor] | None:
+        """Compute an edit's replacements on some sequences.
 
         Args:
             edit: one of the specs' edits.
-            prompts: indices of the prompts.
+            sequences: their indices; those of prompts, unless answers follow them.
 
         Returns:
-            For each of these prompts `pos d` or `pos head d` at its edited tokens; None if the intervention takes no source.
+            For each of them `pos d` or `pos head d` at its edited tokens; None if the intervention takes no source.
         """
-        return edit.replacements(prompts, self.tokens_of(edit, prompts), self.sources)
+        prompts = [self.sequences.prompt_of[sequence] for sequence in sequences]
+        return edit.replacements(prompts, self.tokens_of(edit, sequences), self.sources)
 
-    def tokens_of(self, edit: OneSpec, prompts: Iterable[int]) -> list[tuple[int, ...]]:
-        """The edited tokens of some prompts.
+    def tokens_of(self, edit: OneSpec, sequences: Iterable[int]) -> list[tuple[int, ...]]:
+        """The edited tokens of some sequences, all of which lie in the prompts.
 
         Args:
             edit: one of the specs' edits.
-            prompts: indices of the prompts.
+            sequences: their indices; those of prompts, unless answers follow them.
 
         Returns:
-            For each of these prompts its edited tokens, counted from its first token.
+            For each of them its edited tokens, counted from its first token.
         """
         tokens = self.tokens[edit.positions]
-        return [tokens[prompt] for prompt in prompts]
+        return [tokens[self.sequences.prompt_of[sequence]] for sequence in sequences]
 
 
 def resolve(
@@ -138,6 +147,13 @@ def resolve(
         ValueError: for anything that would go wrong in a run: a spec that does not fit the model, the prompts or the reference
             set, pairs that do not correspond, statistics of other weights, or statistics that lack something.
     """
+    if not isinstance(reference, Reference | None):
+        raise ValueError(
+            f"reference takes statistics and not {type(reference).__name__}; compute them with "
+            "reference_for(specs, model, prompts)."
+        )
+    if not isinstance(directions, Mapping | None):
+        raise ValueError(f"directions are a dict by place and positions, not {type(directions).__name__}.")
     source = source if reference is None else reference.prompts
     check_tokenized(model, prompts, *([] if source is None else [source]))
     resolved = tuple(as_specs(specs))
@@ -166,4 +182,4 @@ def resolve(
     if directions is not None:
         for edit in edits:
             edit.check_directions(directions, model_shape)
-    return Resolved(resolved, sources, tokens)
+    return Resolved(resolved, sources, tokens, Sequences.of_prompts(prompts))

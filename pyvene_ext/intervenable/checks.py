@@ -8,20 +8,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 from pyvene import (
+    AdditionIntervention,
     CollectIntervention,
     IntervenableConfig,
+    Intervention,
     LocalistRepresentationIntervention,
+    LowRankRotatedSpaceIntervention,
     RepresentationConfig,
+    SubtractionIntervention,
     TrainableIntervention,
+    VanillaIntervention,
 )
+from pyvene.models.modeling_utils import getattr_for_torch_module
 from torch import Tensor
 
-from modelcards import COMPONENTS, Card, dimensions, n_layers
+from modelcards import COMPONENTS, Card, dimensions, meant, n_layers, n_positions
+from pyvene_ext.io.errors import counted
 
 Locations = list[Any]  # per key: [batch n] for one-level units, [[batch n_head], [batch n_pos]] for h.pos
+# They take a source of the shape of what they edit, or one vector.
+SWAPS = (VanillaIntervention, AdditionIntervention, SubtractionIntervention)
+
+
+def as_config(config: Any) -> IntervenableConfig:
+    """Turn what a user gives as a config into one.
+
+    Args:
+        config: an `IntervenableConfig`; or a representation, or a list of them, each a `RepresentationConfig`, a dict or a list.
+
+    Returns:
+        The config; itself if it is one already.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(config, IntervenableConfig):
+        return config
+    several = isinstance(config, list | tuple) and not isinstance(config, RepresentationConfig)
+    for item in config if several else [config]:
+        if not isinstance(item, RepresentationConfig | dict | list):
+            raise ValueError(
+                f"a config is an IntervenableConfig, a RepresentationConfig or a list of these, and {type(item).__name__} is "
+                "none; ablations, patches and other specs are run by pyvene_ext.run."
+            )
+    return IntervenableConfig(representations=list(config) if several else config)
 
 
 def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
@@ -39,16 +74,28 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
         raise ValueError("the config names no representation: give at least one RepresentationConfig.")
     if config.mode not in ("parallel", "serial"):
         raise ValueError(f"mode must be 'parallel' or 'serial', not {config.mode!r}.")
-    layers = n_layers(model.config)
-    for representation in config.representations:
+    layers, kinds = n_layers(model.config), config.intervention_types
+    if isinstance(kinds, list) and len(kinds) != len(config.representations):
+        raise ValueError(
+            f"the config names {counted(len(kinds), 'intervention type')} for "
+            f"{counted(len(config.representations), 'representation')}: give one each."
+        )
+    for number, representation in enumerate(config.representations):
+        kind = kinds[number] if isinstance(kinds, list) else kinds
         if not isinstance(representation.component, str):
             raise ValueError(f"a component is a name, not {representation.component!r}.")
         if "." in representation.component:
             if representation.component.rpartition(".")[2] not in ("input", "output"):
-                raise ValueError(f"the module path {representation.component!r} must end in .input or .output.")
+                close = meant(representation.component, places=card.mapping(type(model)))
+                raise ValueError(
+                    f"the module path {representation.component!r} must end in .input or .output"
+                    + (f"; or did you mean the component {close!r}?" if close else ".")
+                )
+            _check_path(model, representation.component)
+            _check_intervention(representation, kind, None)
             continue  # the rest of a raw path is up to the user
         component = card.component(model, representation.component)
-        if type(representation.layer) is not int:
+        if type(representation.layer) is not int and not isinstance(representation.layer, np.integer):
             raise ValueError(f"the layer of {component.name} must be a whole number, not {representation.layer!r}.")
         if component.per_layer and not 0 <= representation.layer < layers:
             raise ValueError(
@@ -60,12 +107,64 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
                 f"unit {representation.unit!r} is wrong for {component.name} ({component.shape}); "
                 f"use {' or '.join(map(repr, component.units))}."
             )
+        _check_intervention(representation, kind, card.width(model, component.name))
     groups = [representation.group_key for representation in config.representations]
     if any(group is not None for group in groups):
         if None in groups or sorted(set(groups)) != list(range(len(set(groups)))):
             raise ValueError(f"group keys must be 0 .. n-1 and given on every representation, not {groups}.")
         if config.mode == "serial" and len(set(groups)) < len(groups):
             raise ValueError("serial mode takes one representation per group; use mode='parallel' for several.")
+
+
+def _check_path(model: Any, path: str) -> None:
+    try:
+        getattr_for_torch_module(model, path.rpartition(".")[0])
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"{type(model).__name__} has no module {path.rpartition('.')[0]!r}; print(model) shows its modules, and a layer is "
+            "written as model.layers[3]."
+        ) from None
+
+
+def _check_intervention(item: RepresentationConfig, kind: Any, width: int | None) -> None:
+    """Raise ValueError for what pyvene cannot make an intervention of, in a component of this width (None: unknown)."""
+    units, rank = item.max_number_of_units, item.low_rank_dimension
+    if item.intervention is not None:
+        if not isinstance(item.intervention, Intervention | FunctionType):
+            raise ValueError(
+                f"the intervention on {item.component} is an instance of an intervention class or a function, not "
+                f"{item.intervention!r}; a class is given as intervention_type."
+            )
+        return
+    if not isinstance(kind, type) or not issubclass(kind, Intervention):
+        raise ValueError(
+            f"the intervention_type on {item.component} is a class of interventions such as pyvene.VanillaIntervention, not "
+            f"{kind!r}."
+        )
+    if type(units) is not int or units < 1:
+        raise ValueError(f"max_number_of_units on {item.component} must be a whole number of 1 or more, not {units!r}.")
+    full = None if width is None else width * units
+    if issubclass(kind, LowRankRotatedSpaceIntervention) and (
+        type(rank) is not int or rank < 1 or (full is not None and rank > full)
+    ):
+        most = "1 or more" if full is None else f"1 to {full}"
+        raise ValueError(
+            f"{kind.__name__} on {item.component} needs low_rank_dimension, a whole number of {most}, not {rank!r}."
+        )
+    if item.subspace_partition is not None:
+        size = rank or full
+        parts = _plain(item.subspace_partition, "a dimension of subspace_partition")
+        parts = [range(*part) if len(part) == 2 else part for part in parts] if all(map(_is_flat, parts)) else [[]]
+        if not all(len(part) and min(part) >= 0 and (size is None or max(part) < size) for part in parts):
+            raise ValueError(
+                f"the subspace_partition on {item.component} lists its parts, each as [first, one past the last] or as a list of "
+                f"dimensions{'' if size is None else f' from 0 to {size - 1}'}, unlike {item.subspace_partition!r}."
+            )
+    source = item.source_representation
+    if source is not None and not isinstance(source, Tensor):
+        raise ValueError(
+            f"the source_representation on {item.component} must be a tensor, not {type(source).__name__}."
+        )
 
 
 def is_collect(representation: RepresentationConfig, kind: Any) -> bool:
@@ -110,14 +209,30 @@ class Inputs:
         tensor = next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim >= 2), None)
         if tensor is None:
             raise ValueError(
-                f"{name} must be a tokenised batch with input_ids [batch pos] or inputs_embeds [batch pos d]."
+                f"{name} must be a tokenised batch with input_ids [batch pos] or inputs_embeds [batch pos d], such as "
+                'tokenizer(texts, return_tensors="pt", padding=True).'
             )
+        if all(tensor is not None for tensor in tensors):
+            raise ValueError(f"{name} has both input_ids and inputs_embeds: give one of them.")
         batch, length = tensor.shape[:2]
+        if not batch or not length:
+            raise ValueError(
+                f"{name} has no tokens: its {'input_ids' if tensor is tensors[0] else 'inputs_embeds'} are empty."
+            )
+        if tensor is tensors[0] and tensor.is_floating_point():
+            raise ValueError(f"the input_ids of {name} are {tensor.dtype}; token ids are whole numbers.")
         cache = inputs.get("past_key_values")
         if cache is not None and not hasattr(cache, "get_seq_length"):
             raise ValueError(f"the past_key_values of {name} must be a transformers Cache, not {type(cache).__name__}.")
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim < 2):
+            raise ValueError(f"the attention_mask of {name} must be a tensor [batch pos].")
+        positions = inputs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.shape[-1] != length:
+            raise ValueError(
+                f"the position_ids of {name} are for {positions.shape[-1]} tokens, and there are {length}."
+            )
         rows = None
         if isinstance(mask, Tensor) and mask.ndim == 2:
             if mask.shape[0] != batch or mask.shape[1] < length:
@@ -126,6 +241,34 @@ class Inputs:
                 )
             rows = mask[:, mask.shape[1] - length :].bool().int().tolist()
         return cls(name, batch, length, past, rows)
+
+
+def check_tokens(inputs: Mapping[str, Any], name: str, model: Any) -> None:
+    """Check that a model can embed the tokens of a batch.
+
+    Args:
+        inputs: keyword arguments of the model's forward, which `Inputs.of` has read.
+        name: what messages call the batch.
+        model: the model.
+
+    Raises:
+        ValueError: ids that the model does not embed, embeddings of another width, or more tokens than it has positions for.
+    """
+    ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    n_vocab, width = model.get_input_embeddings().weight.shape
+    if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
+        raise ValueError(
+            f"the ids of {name} range from {int(ids.min())} to {int(ids.max())} but the model embeds {n_vocab} tokens; use its "
+            "own tokenizer."
+        )
+    if embedded is not None and embedded.shape[-1] != width:
+        raise ValueError(
+            f"the inputs_embeds of {name} have {embedded.shape[-1]} dimensions, and the model's have {width}."
+        )
+    # Rotary positions go on beyond the context, learnt ones do not.
+    length, context = (ids if embedded is None else embedded).shape[1], n_positions(model.config)
+    if length > context and not getattr(model.config, "rope_parameters", None):
+        raise ValueError(f"{name} has {length} tokens but the model takes {context}; shorten it.")
 
 
 @dataclass(frozen=True)
@@ -176,27 +319,119 @@ def check_unit_counts(
         given = len((rows[0] if place.unit == "h.pos" else rows)[0])
         if given != (made_for := int(representations[key].max_number_of_units)):
             raise ValueError(
-                f"{place} has {given} units for an intervention made for {made_for}: set max_number_of_units={given} in its "
-                "RepresentationConfig, or give as many places."
+                f"{place} has {counted(given, 'unit')} for an intervention made for {made_for}: set "
+                f"max_number_of_units={given} in its RepresentationConfig, or give as many places."
             )
 
 
-def check_subspaces(subspaces: Any, interventions: Mapping[str, Any], batch: int) -> None:
-    """Refuse subspaces that pyvene mixes up: different ones per example, in an intervention that sees units separately."""
-    if not isinstance(subspaces, list) or not any(isinstance(rows, list) for rows in subspaces):
+def check_subspaces(
+    subspaces: Any, interventions: Mapping[str, Any], representations: Mapping[str, RepresentationConfig], batch: int
+) -> None:
+    """Refuse subspaces that do not exist or that pyvene mixes up.
+
+    Args:
+        subspaces: a number or a list of them, for all; or for each intervention None or one list per example.
+        interventions: by key.
+        representations: their configs, by key.
+        batch: the number of examples.
+
+    Raises:
+        ValueError: says which intervention has wrong subspaces, and how to write them.
+    """
+    if subspaces is None:
         return
-    for (key, intervention), rows in zip(interventions.items(), subspaces, strict=False):
-        if not isinstance(rows, list):
+    subspaces = _plain(subspaces, "a subspace")
+    if isinstance(subspaces, int) or (_is_flat(subspaces) and subspaces):
+        subspaces = [[[subspaces] if isinstance(subspaces, int) else subspaces] * batch] * len(interventions)
+    if not isinstance(subspaces, list) or len(subspaces) != len(interventions):
+        raise ValueError(
+            f"subspaces hold entries for {counted(len(subspaces), 'intervention')}, and there are {len(interventions)}: give "
+            "each its own, one list per example, [intervention][example][subspace]."
+        )
+    for (key, intervention), rows in zip(interventions.items(), subspaces, strict=True):
+        if rows is None:
             continue
+        if not isinstance(rows, list) or not all(isinstance(row, list) and row and _is_flat(row) for row in rows):
+            raise ValueError(f"the subspaces of {key} must be one list of numbers per example, not {rows!r}.")
         if len(rows) != batch:
             raise ValueError(
-                f"{key} has subspaces for {len(rows)} examples, but base has {batch}: give one list per example."
+                f"{key} has subspaces for {counted(len(rows), 'example')}, but base has {batch}: give one list per example."
             )
+        parts, rank, size = (
+            intervention.subspace_partition,
+            representations[key].low_rank_dimension,
+            intervention.embed_dim,
+        )
+        count = len(parts) if parts is not None else rank or (None if size is None else int(size))
+        for row in rows:
+            if count is not None and not 0 <= min(row) <= max(row) < count:
+                raise ValueError(f"subspaces {row} of {key} are out of range: there are subspaces 0 to {count - 1}.")
         if isinstance(intervention, LocalistRepresentationIntervention) and any(row != rows[0] for row in rows):
             raise ValueError(
                 f"{key} ({intervention}) has different subspaces per example, which pyvene mixes up across positions: give all "
                 "examples of a call the same."
             )
+
+
+def check_source_counts(
+    keys: Sequence[str], sources: Locations | None, base: Locations | None, interventions: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if pyvene's own interventions would get other numbers of places from the source than they edit."""
+    for key, source_rows, base_rows in zip(keys, sources or [], base or [], strict=False):
+        if source_rows is None or not type(interventions[key]).__module__.startswith("pyvene."):
+            continue
+        levels = (
+            [(source_rows, base_rows)] if isinstance(base_rows[0][0], int) else zip(source_rows, base_rows, strict=True)
+        )
+        for of_source, of_base in levels:
+            if len(of_source[0]) != len(of_base[0]) and len(of_source) * len(of_source[0]) > 1:
+                raise ValueError(
+                    f"{key} has {counted(len(of_source[0]), 'place')} in the source and {len(of_base[0])} in base: give as many "
+                    "of each."
+                )
+
+
+def check_source_shapes(
+    given: Mapping[str, Any],
+    representations: Mapping[str, RepresentationConfig],
+    interventions: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Refuse source representations that pyvene's swaps and additions cannot take: they need one vector, or one for each place.
+
+    Args:
+        given: source representations by key.
+        representations: by key.
+        interventions: by key.
+        shapes: axes of what each key edits but for the last; keys that are missing are checked for their width alone.
+
+    Raises:
+        ValueError: names the key, the shape and what it should be.
+    """
+    for key, source in given.items():
+        if not isinstance(source, Tensor) or not source.ndim:
+            raise ValueError(
+                f"source_representations[{key!r}] must be a tensor with an axis, not {type(source).__name__}."
+            )
+        if type(interventions[key]) not in SWAPS or interventions[key].embed_dim is None:
+            continue
+        width, shape = (
+            int(interventions[key].embed_dim) // int(representations[key].max_number_of_units),
+            tuple(source.shape),
+        )
+        if shape[-1] != width or (source.numel() > width and shape[:-1] != shapes.get(key, shape[:-1])):
+            or_each = f" or {(*shapes[key], width)}" if key in shapes else ""
+            raise ValueError(
+                f"source_representations[{key!r}] has shape {shape}, but {representations[key].component} needs {(width,)}"
+                f"{or_each}."
+            )
+
+
+def edited_shape(place: Representation, locations: Any, inputs: Inputs) -> tuple[int, ...]:
+    """The axes of what an intervention edits in one call, but for the last."""
+    if place.unit == "h.pos":
+        return inputs.batch, len(locations[0][0]), len(locations[1][0])
+    return (inputs.batch, len(locations[0]), *([inputs.length] if place.unit == "h" else []))
 
 
 def resolve_locations(
@@ -260,8 +495,8 @@ def _side(
         per_place = list(value)
         if len(per_place) != len(places):
             raise ValueError(
-                f"{key!r} lists locations for {len(per_place)} representations, but there are {len(places)}: give one list "
-                "for each, [representation][example][place]."
+                f"{key!r} lists locations for {counted(len(per_place), 'representation')}, but there are {len(places)}: give one "
+                "list for each, [representation][example][place]."
             )
     resolved: Locations = []
     for place, locations, at in zip(places, per_place, inputs, strict=True):
@@ -280,7 +515,9 @@ def _one_place(place: Representation, locations: Any, config: Any, inputs: Input
     levels = place.unit.split(".")
     per_level = [locations] if len(levels) == 1 else locations
     if len(per_level) != len(levels):
-        raise ValueError(f"{place} needs [heads, positions] for its unit 'h.pos', not {len(per_level)} lists.")
+        raise ValueError(
+            f"{place} needs [heads, positions] for its unit 'h.pos', not {counted(len(per_level), 'list')}."
+        )
     checked = []
     for level, rows in zip(levels, per_level, strict=True):
         if not isinstance(rows, list) or any(not _is_flat(row) or not isinstance(row, list) for row in rows):
@@ -290,7 +527,7 @@ def _one_place(place: Representation, locations: Any, config: Any, inputs: Input
             )
         if len(rows) != inputs.batch:
             raise ValueError(
-                f"{place} has locations for {len(rows)} examples, but {inputs.name} has {inputs.batch}: "
+                f"{place} has locations for {counted(len(rows), 'example')}, but {inputs.name} has {inputs.batch}: "
                 "give one list per example."
             )
         if len({len(row) for row in rows}) > 1 or not rows[0]:
@@ -350,17 +587,17 @@ def _over_keys(place: Representation) -> bool:
     return place.component in ("key_rotated", "head_key_rotated")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, what: str = "a unit location") -> Any:
     """Convert tensors, arrays and ranges to lists."""
     if isinstance(value, range):
         return list(value)
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_plain(item, what) for item in value)
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
-    raise ValueError(f"a unit location must be a whole number, not {value!r}.")
+    raise ValueError(f"{what} must be a whole number, not {value!r}.")
 
 
 def _is_flat(value: Any) -> bool:

@@ -18,6 +18,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,24 @@ from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
 
-from modelcards import COMPONENTS, Card, Taps, card_of, register
+from modelcards import COMPONENTS, FIELD_NAMES, Card, Taps, card_of, register
 from pyvene_ext.intervenable.checks import (
     Inputs,
     Representation,
+    as_config,
     check_config,
+    check_source_counts,
+    check_source_shapes,
     check_subspaces,
+    check_tokens,
     check_unit_counts,
+    edited_shape,
     everywhere,
     is_collect,
     resolve_locations,
 )
 from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
+from pyvene_ext.io.errors import counted
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
 
@@ -58,7 +65,8 @@ class IntervenableModel(pyvene.IntervenableModel):
         """Build the interventions of a config.
 
         Args:
-            config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it.
+            config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it; components may be called by
+                the names of their sites ("z", "resid_post").
             model: a transformers model of a class that `modelcards` covers, or a subclass of one.
             **kwargs: pyvene's. `use_fast` is accepted and has no effect: the general path is as fast and never wrong.
 
@@ -67,8 +75,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         """
         card = card_of(model)
         register(type(model))
-        if not isinstance(config, IntervenableConfig):
-            config = IntervenableConfig(representations=config)
+        config = _in_pyvenes_names(as_config(config))
         check_config(config, model, card)
         taps = Taps(model, card, [(item.component, item.layer) for item in config.representations])
         kwargs.pop("use_fast", None)
@@ -123,11 +130,12 @@ class IntervenableModel(pyvene.IntervenableModel):
         Raises:
             ValueError: a location that does not exist or is ambiguous, a missing source, or an intervention that never fired.
         """
-        sources = self._checked_sources(sources, source_representations)
         inputs = Inputs.of(base, "base")
+        sources = self._checked_sources(sources, source_representations)
         locations = self._resolved(inputs, sources, unit_locations)
         self._check_inputs(base, sources, output_original_output, labels)
-        check_subspaces(subspaces, self.interventions, inputs.batch)
+        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch)
+        self._check_source_representations(source_representations, locations, inputs)
         # Run here and not by pyvene, so that the original is the user's own model, without taps.
         original = self.model(**base) if output_original_output else None
         with self._running():
@@ -205,11 +213,16 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise ValueError("generate with interventions cannot split the prompt: leave out prefill_chunk_size.")
         if self.as_adaptor or self._intervention_pointers:
             raise ValueError("generate takes no as_adaptor and no intervention_link_key: intervene in forward passes.")
-        sources = self._checked_sources(sources, source_representations)
+        if not self.model.can_generate():
+            raise ValueError(f"{type(self.model).__name__} cannot generate; load the model as a causal language model.")
         inputs = Inputs.of(base, "base")
+        if inputs.mask is not None and not all(row[-1] for row in inputs.mask):
+            raise ValueError("base is padded on the right, and new tokens would follow the padding: pad on the left.")
+        sources = self._checked_sources(sources, source_representations)
         locations = self._resolved(inputs, sources, unit_locations)
         self._check_inputs(base, sources, output_original_output, None)
-        check_subspaces(subspaces, self.interventions, inputs.batch)
+        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch)
+        self._check_source_representations(source_representations)
         self._cleanup_states()
         self.full_intervention_outputs.clear()
         original = self.model.generate(**base, **kwargs) if output_original_output else None
@@ -278,11 +291,18 @@ class IntervenableModel(pyvene.IntervenableModel):
             sources = sources * len(groups)
         if len(sources) != len(groups):
             raise ValueError(
-                f"{len(sources)} sources were given for {len(groups)} groups of interventions: give one each."
+                f"{counted(len(sources), 'source')} were given for {counted(len(groups), 'group')} of interventions: give one "
+                "each."
+            )
+        if not isinstance(representations, dict | list | Tensor | None):
+            raise ValueError(
+                f"source_representations are a dict of tensors by key, a list of tensors or one tensor, not "
+                f"{type(representations).__name__}."
             )
         if isinstance(representations, list) and len(representations) != len(self.sorted_keys):
             raise ValueError(
-                f"source_representations lists {len(representations)} tensors for {len(self.sorted_keys)} interventions; "
+                f"source_representations lists {counted(len(representations), 'tensor')} for "
+                f"{counted(len(self.sorted_keys), 'intervention')}; "
                 "give one each (None for one that needs none), or a dict."
             )
         given = set(self._broadcast_source_representations(representations) or {})
@@ -315,6 +335,19 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise ValueError("give sources or source_representations, not both: pyvene would ignore the sources.")
         return sources
 
+    def _check_source_representations(
+        self, representations: Any, locations: Mapping[str, Any] | None = None, inputs: Inputs | None = None
+    ) -> None:
+        """Check the shapes of source representations: in full in a forward pass, only their widths in generation."""
+        given = self._broadcast_source_representations(representations) or {}
+        edited = [] if locations is None else [row for _, base in locations.values() for row in base]
+        shapes = {
+            key: edited_shape(self._place(key), rows, inputs)
+            for key, rows in zip(self.sorted_keys, edited, strict=False)
+            if rows is not None and inputs is not None
+        }
+        check_source_shapes(given, self.representations, self.interventions, shapes)
+
     def _check_inputs(self, base: Any, sources: list[Any], twice: bool | None, labels: Tensor | None) -> None:
         """Refuse inputs that would run but give something other than asked for."""
         caches = [inputs["past_key_values"] for inputs in (base, *sources) if inputs and "past_key_values" in inputs]
@@ -324,6 +357,9 @@ class IntervenableModel(pyvene.IntervenableModel):
                 "output_original_output runs base twice, and past_key_values would grow twice: run the original separately, with "
                 "its own copy of the cache."
             )
+        for name, inputs in (("base", base), *((f"source {number}", inputs) for number, inputs in enumerate(sources))):
+            if inputs is not None:
+                check_tokens(inputs, name, self.model)
         if len(set(caches)) < len(caches):
             raise ValueError(
                 "two of the runs (base, sources) share one past_key_values, which each appends to: give each its own copy."
@@ -388,6 +424,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                         f"{key} has a source run, but only base locations are given: write "
                         "{'sources->base': (source locations, base locations)}."
                     )
+            check_source_counts(keys, source_side, base_side, self.interventions)
             check_unit_counts(keys, places, base_side, self.interventions, self.representations)
             resolved["sources->base" if entry == "base" else entry] = (source_side, base_side)
         return resolved
@@ -571,6 +608,8 @@ class IntervenableModel(pyvene.IntervenableModel):
         """
         if from_huggingface_hub or not Path(load_directory).exists():
             load_directory = snapshot_download(load_directory, local_dir=local_directory)
+        if not (Path(load_directory) / "config.json").is_file():
+            raise ValueError(f"{load_directory} holds no intervenable model; give the folder that save has written.")
         saved = IntervenableConfig.from_pretrained(load_directory)
         kinds = [_intervention_class(name) for name in saved.intervention_types]
         representations = [RepresentationConfig(*item) for item in saved.representations]
@@ -641,6 +680,15 @@ def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Te
 def _with_entry(output: dict, name: str, new: Tensor) -> dict:
     output[name] = new  # a model output of this very call, which nothing else refers to yet
     return output
+
+
+def _in_pyvenes_names(config: IntervenableConfig) -> IntervenableConfig:
+    """A config whose representations name components where the user's names sites."""
+    named = copy(config)
+    named.representations = [
+        item._replace(component=FIELD_NAMES.get(str(item.component), item.component)) for item in config.representations
+    ]
+    return config if named.representations == config.representations else named
 
 
 def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card) -> IntervenableConfig:

@@ -20,33 +20,49 @@ from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, dimensions
+from modelcards import component_named, dimensions
 from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import atomic_path
 from pyvene_ext.io.hashes import data_hash, tensors_hash
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.identity import config_hash, weight_hash
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.positions import Positions, token_indices
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
 
 Place = tuple[str, int | None]
 FORMAT = 1  # version of the cache files
+
+
+def named(place: Place) -> Place:
+    """Give a place the name of its site.
+
+    Args:
+        place: a site, or pyvene's name of one, and its layer; None for a site without layers.
+
+    Returns:
+        Site and layer.
+
+    Raises:
+        ValueError: there is no such site.
+    """
+    site, layer = place
+    return component_named(site).site, layer
 
 
 def label(place: Place) -> str:
     """Label a place.
 
     Args:
-        place: a site and its layer, None for a site without layers.
+        place: as `named` takes it.
 
     Returns:
         "z.3", "embed".
     """
-    return ".".join(str(part) for part in place if part is not None)
+    return ".".join(str(part) for part in named(place) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class Reference:
         Args:
             model: a model whose family has a card.
             prompts: the reference set.
-            places: (site, layer) pairs.
+            places: (site, layer) pairs, sites in either vocabulary.
             position_means: positions to average over prompts at; "all" for every token.
             bank: positions to keep activations of.
             batch_size: prompts per forward pass.
@@ -100,10 +116,11 @@ class Reference:
             The statistics.
 
         Raises:
-            ValueError: an empty set, a position that some prompt lacks, unequal lengths with "all" in `position_means`, or
-                activations that are not finite.
+            ValueError: an unknown site, an empty set, a position that some prompt lacks, unequal lengths with "all" in
+                `position_means`, or activations that are not finite.
         """
-        wanted = cls(prompts, tuple(places), tuple(position_means), tuple(bank))
+        check_tokenized(model, prompts)
+        wanted = cls(prompts, tuple(map(named, places)), tuple(position_means), tuple(bank))
         check_reference_prompts(prompts, wanted.position_means, wanted.bank)
         wanted = replace(wanted, weights=weight_hash(model), _model=weakref.ref(model))
         if cache_dir is None:
@@ -178,7 +195,7 @@ class Reference:
             ValueError: something is missing; says what.
         """
         for what, wanted, covered in (
-            ("places", places, self.places),
+            ("places", map(named, places), self.places),
             ("position_means", position_means, self.position_means),
             ("bank", () if "all" in self.bank else bank, self.bank),
         ):
@@ -228,7 +245,7 @@ class Reference:
 
     def _collect(self, model: PreTrainedModel, batch_size: int, progress: bool) -> dict[str, Tensor]:
         """One pass over the prompts; each batch's activations are added to sums and dropped."""
-        components = [COMPONENTS[FIELD_NAMES[site]] for site, _ in self.places]
+        components = [component_named(site) for site, _ in self.places]
         representations = [
             RepresentationConfig(
                 layer or 0, component.name, component.units[0], intervention=CollectIntervention(keep_last_dim=True)
@@ -238,7 +255,7 @@ class Reference:
         iv = IntervenableModel(IntervenableConfig(representations), model)
         sizes = dimensions(model.config)
         sums = [_Sums() for _ in self.places]
-        bar = tqdm(total=len(self.prompts.input_ids), desc="reference", unit="prompt", disable=not progress)
+        bar = progress_bar(len(self.prompts.input_ids), "prompt", "reference", shown=progress)
         with bar, evaluating(model), no_gradients(model):
             for batch in self.prompts.batches(batch_size):
                 width = batch.input_ids.shape[1]

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, hashes, seeds, optional packages, and the command line.
+"""Files that are complete or absent, hashes, seeds, progress bars, optional packages, and the command line.
 
 Nothing here depends on models, prompts or interventions, and nothing here imports transformers or pyvene.
 """

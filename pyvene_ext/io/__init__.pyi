@@ -1,3 +1,6 @@
+from .bars import note as note
+from .bars import progress as progress
+from .bars import progress_bar as progress_bar
 from .bounds import Ascending as Ascending
 from .bounds import Distinct as Distinct
 from .bounds import EachOnce as EachOnce
@@ -7,6 +10,8 @@ from .bounds import check as check
 from .cli import config_from as config_from
 from .cli import run as run
 from .cli import write_config as write_config
+from .errors import counted as counted
+from .errors import did_you_mean as did_you_mean
 from .errors import one_sentence as one_sentence
 from .files import atomic_path as atomic_path
 from .files import cache_folder as cache_folder
@@ -23,4 +28,5 @@ from .files import write_npy as write_npy
 from .files import write_yaml as write_yaml
 from .hashes import data_hash as data_hash
 from .packages import need as need
+from .records import Record as Record
 from .seeds import rng as rng

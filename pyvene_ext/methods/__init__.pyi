@@ -38,7 +38,6 @@ from .heads.lag import lag_text as lag_text
 from .heads.lag import lags_of as lags_of
 from .heads.lag import plus_one as plus_one
 from .heads.lag import plus_one_bias as plus_one_bias
-from .heads.lag import random_rankings as random_rankings
 from .heads.lag import rank_heads as rank_heads
 from .heads.lag import recalled as recalled
 from .heads.lens import Attribution as Attribution
@@ -119,3 +118,4 @@ from .reasoning.transplant import Transplant as Transplant
 from .reasoning.transplant import fit_maps as fit_maps
 from .reasoning.transplant import pair_texts as pair_texts
 from .reasoning.transplant import transplanted as transplanted
+from .steering import steering_vector as steering_vector

@@ -14,3 +14,4 @@ from .sizes import n_heads as n_heads
 from .sizes import n_kv_heads as n_kv_heads
 from .sizes import n_layers as n_layers
 from .sizes import n_positions as n_positions
+from .sizes import site_named as site_named

@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import align_module_device, has_offloaded_params, parse_flag_from_env
@@ -78,6 +79,20 @@ def weights_on_a_device(model: nn.Module) -> int:
     for parameter in model.parameters():
         held[parameter.device] += parameter.nbytes
     return max((size for device, size in held.items() if device.type != "meta"), default=0)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The memory that is free on a device.
+
+    Args:
+        device: the device.
+
+    Returns:
+        Bytes; None where they cannot be asked for.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def no_gradients(model: nn.Module) -> AbstractContextManager[Any]:

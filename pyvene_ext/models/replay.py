@@ -291,21 +291,20 @@ class Replay:
             x = split(x, which)
         return x
 
-    def logits(self, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, "row k"] | None = None) -> Tensor:
+    def logits(self, hidden: Float[Tensor, "row d_model"], ids: Int[Tensor, "*row k"] | None = None) -> Tensor:
         """Compute logits from the output of the last block, through the final norm and the model's own scale or soft-cap.
 
         Args:
             hidden: the last block's output at one position of each row.
-            ids: the tokens wanted of each row: only their rows of the unembedding are used, in float32 whatever the model's
-                dtype.
-                None: all tokens.
+            ids: the tokens wanted of all rows, or of each: only their rows of the unembedding are used, in float32 whatever the
+                model's dtype. None: all tokens.
 
         Returns:
             Logits, `row k` or `row vocab`.
         """
         return self.unembed(self.module("final_norm")(hidden[:, None])[:, 0], ids)
 
-    def unembed(self, normed: Float[Tensor, "row d_model"], ids: Int[Tensor, "row k"] | None = None) -> Tensor:
+    def unembed(self, normed: Float[Tensor, "row d_model"], ids: Int[Tensor, "*row k"] | None = None) -> Tensor:
         """Compute logits from the output of the final norm.
 
         Args:
@@ -325,12 +324,16 @@ class Replay:
                 chosen = ids.to(weight.device)
 
                 def unembed(x: Tensor) -> Tensor:
-                    logits = torch.einsum("rd,rkd->rk", x[:, 0].to(weight.device).float(), head.weight[chosen].float())
+                    product = "rd,kd->rk" if chosen.ndim == 1 else "rd,rkd->rk"
+                    logits = torch.einsum(product, x[:, 0].to(weight.device).float(), head.weight[chosen].float())
                     return (logits if head.bias is None else logits + head.bias[chosen].float())[:, None]
 
                 stack.enter_context(replace_forward(head, unembed))
             logits = self.model(input_ids=torch.full((1, 1), self._token, device=self.device)).logits[:, 0]
-        return logits if ids is None or weight is not None else logits.gather(1, ids.to(logits.device))
+        if ids is None or weight is not None:
+            return logits
+        ids = ids.to(logits.device)
+        return logits[:, ids] if ids.ndim == 1 else logits.gather(1, ids)
 
     def arguments(self, start: int, stop: int) -> list[tuple[tuple, dict]]:
         """The arguments of every block for a prompt's columns `[start, stop)`, earlier ones being in the cache.

@@ -5,24 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers, n_positions
+from modelcards import component_named, n_heads, n_kv_heads, n_layers, n_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["has_heads", "heads_of", "n_heads", "n_kv_heads", "n_layers", "n_positions"]
+__all__ = ["has_heads", "heads_of", "n_heads", "n_kv_heads", "n_layers", "n_positions", "site_named"]
 
 
 def has_heads(site: str) -> bool:
     """Whether a site is split by heads.
 
     Args:
-        site: its name in specs ("z", "resid_pre" ...).
+        site: its name in specs ("z", "resid_pre" ...), or pyvene's.
 
     Returns:
         True if its activations have an axis of heads (q, k, v, z, result, scores, pattern ...) or experts.
+
+    Raises:
+        ValueError: there is no such site.
     """
-    return COMPONENTS[FIELD_NAMES[site]].heads is not None
+    return component_named(site).heads is not None
+
+
+def site_named(name: str) -> str:
+    """What specs call a site.
+
+    Args:
+        name: the site, or pyvene's name of the component.
+
+    Returns:
+        Such as "z" for "head_attention_value_output".
+
+    Raises:
+        ValueError: there is no such site; suggests one.
+    """
+    return component_named(name).site
 
 
 def heads_of(

@@ -1,3 +1,6 @@
+from .encoding import Answers as Answers
+from .encoding import AnswerTokens as AnswerTokens
+from .encoding import answer_pairs as answer_pairs
 from .parallel import OPUS_100 as OPUS_100
 from .parallel import SentencePair as SentencePair
 from .parallel import WordPrompts as WordPrompts
@@ -21,12 +24,12 @@ from .problems import tiny_problems as tiny_problems
 from .problems import tokenize_problems as tokenize_problems
 from .problems import with_latents as with_latents
 from .problems import with_reasoning as with_reasoning
-from .sets import Prompt as Prompt
+from .prompt import Prompt as Prompt
 from .sets import PromptSet as PromptSet
 from .shipped import PROMPTS as PROMPTS
 from .shipped import find_prompts as find_prompts
 from .token_lists import read_token_list as read_token_list
 from .token_tags import TAGS as TAGS
 from .token_tags import tag_tokens as tag_tokens
-from .tokenized import Answers as Answers
+from .tokenized import Batch as Batch
 from .tokenized import TokenizedPrompts as TokenizedPrompts

@@ -24,13 +24,16 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from pyvene_ext.io.files import parse_json
-from pyvene_ext.prompts.tokenized import (
+from pyvene_ext.prompts.encoding import (
+    AnswerTexts,
+    AnswerTokens,
     TokenizedPrompt,
-    TokenizedPrompts,
     encode,
+    pad_id,
     tokenize_prompt,
     tokens_in_span,
 )
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, collect
 
 Languages = tuple[str, str]
 Minus = Literal["source", "label"]
@@ -101,7 +104,7 @@ def load_pairs(source: str | Path, languages: Languages, split: str | None = Non
         rows = _from_tsv(path, lines) if path.suffix.lower() == ".tsv" else _from_jsonl(path, lines)
     elif path.exists():
         raise ValueError(f"{path} is not named as parallel text; give a .tsv or a .jsonl file.")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(f"there is no file {path} of parallel text; check the path.")
     else:
         rows = _from_hub(str(source), languages, split)
@@ -299,7 +302,7 @@ def tokenize_pairs(
         max_length: the most tokens that a prompt may have.
 
     Returns:
-        The prompts, without answers (both ids are 0), with the positions "label", the token where the target's label begins
+        The prompts, without answers, with the positions "label", the token where the target's label begins
         (found by its place in the text, since the sentence may contain the same word), and "first", the first token after any
         start token.
 
@@ -326,8 +329,8 @@ def tokenize_pairs(
             raise ValueError(f"{where} has {len(ids)} tokens but the model takes {max_length}; leave the pair out.")
         first = int(ids[0] == tokenizer.bos_token_id)
         positions = {"end": -1, "last": -1, "label": label[0] - len(ids), "first": first - len(ids)}
-        rows.append(TokenizedPrompt(tuple(ids), (0, 0), positions))
-    return _prompts(rows, tokenizer)
+        rows.append(TokenizedPrompt(tuple(ids), AnswerTokens(), positions))
+    return collect(rows, tokenizer)
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> TokenizedPrompts:
@@ -338,19 +341,13 @@ def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> 
         texts: the texts.
 
     Returns:
-        One prompt per text, without answers (both ids are 0).
+        One prompt per text, without answers.
 
     Raises:
         ValueError: an empty text, or a word that the tokenizer does not know; names the text.
     """
-    encoded = [encode(tokenizer, text, f"text {number} ({text!r})").ids for number, text in enumerate(texts)]
-    return _prompts([TokenizedPrompt(tuple(ids), (0, 0), {"end": -1, "last": -1}) for ids in encoded], tokenizer)
-
-
-def _prompts(rows: Sequence[TokenizedPrompt], tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompts:
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    ids, answers, positions = zip(*rows, strict=True)
-    return TokenizedPrompts(ids, answers, positions, next(pad for pad in pads if pad is not None))
+    encoded = (encode(tokenizer, text, f"text {number} ({text!r})").ids for number, text in enumerate(texts))
+    return TokenizedPrompts(tuple(map(tuple, encoded)), pad_id=pad_id(tokenizer))
 
 
 # -- one word of a translation -----------------------------------------------------------------------------------------
@@ -380,7 +377,7 @@ class WordPrompts:
             replace(
                 mine,
                 input_ids=mine.input_ids + theirs.input_ids,
-                answer_ids=mine.answer_ids + theirs.answer_ids,
+                answers=mine.answers + theirs.answers,
                 positions=mine.positions + theirs.positions,
             )
             for mine, theirs in ((self.plus, other.plus), *((self.minus[of], other.minus[of]) for of in self.minus))
@@ -467,8 +464,8 @@ def word_prompts(
             + last_error
         )
     plus, source, label, words = zip(*rows, strict=True)
-    minus: dict[Minus, TokenizedPrompts] = {"source": _prompts(source, tokenizer), "label": _prompts(label, tokenizer)}
-    return WordPrompts(_prompts(plus, tokenizer), minus, words, dropped)
+    minus: dict[Minus, TokenizedPrompts] = {"source": collect(source, tokenizer), "label": collect(label, tokenizer)}
+    return WordPrompts(collect(plus, tokenizer), minus, words, dropped)
 
 
 _Row = tuple[TokenizedPrompt, TokenizedPrompt, TokenizedPrompt, str]
@@ -509,11 +506,11 @@ def _couple(
 
     def tokenized(shown: _Target, right: _Target, languages: Languages) -> TokenizedPrompt:
         prompt, places = shown.texts(languages, template)[0], shown.places(languages, template)
-        answers = [one.texts(languages, template)[1] for one in (right, *(one for one in couple if one is not right))]
+        other = next(one for one in couple if one is not right)
         return tokenize_prompt(
             tokenizer,
             prompt,
-            (answers[0], answers[1]),
+            AnswerTexts(*((one.texts(languages, template)[1],) for one in (right, other))),
             places,
             "first_difference",
             max_length,
@@ -524,7 +521,8 @@ def _couple(
     for target, other in (couple, couple[::-1]):
         plus = tokenized(target, target, languages)
         source, label = tokenized(other, target, languages), tokenized(target, target, (languages[0], languages[0]))
-        if not plus.answer_ids == source.answer_ids == label.answer_ids:
+        if len({row.answers.first_ids(number) for number, row in enumerate((plus, source, label))}) > 1:
             raise ValueError(f"the word {target.word!r} has different tokens in X+ and X-.")
+        source, label = (row._replace(answers=plus.answers) for row in (source, label))
         rows.append((plus, source, label, target.word))
     return rows

@@ -7,6 +7,7 @@ each step and the number after `####`.
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -23,8 +24,9 @@ from modelcards import n_positions
 from pyvene_ext.io.files import parse_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.prompts.encoding import encode, pad_id, render_chat
 from pyvene_ext.prompts.tiny_tasks import draw
-from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 MARK = "####"
 GSM8K = "openai/gsm8k"
@@ -259,8 +261,6 @@ def tokenize_problems(
         raise ValueError("there are no problems; give at least one.")
     if template.count("{question}") != 1:
         raise ValueError("the template must hold {question} exactly once.")
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template; ask without one.")
     rows = []
     for number, problem in enumerate(problems):
         before = [example for example in examples if example.question.split() != problem.question.split()][:shots]
@@ -272,7 +272,9 @@ def tokenize_problems(
         turns = [(template.replace("{question}", example.question), example.solution.strip()) for example in before]
         asked = template.replace("{question}", problem.question)
         if chat:
-            ids = _as_chat(turns, asked, tokenizer)
+            contents = (*itertools.chain(*turns), asked)
+            messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+            ids = encode(tokenizer, render_chat(messages, tokenizer), f"problem {number}", chat=True).ids
         else:
             text = "".join(f"{question} {solution}\n\n" for question, solution in turns) + asked
             ids = encode(tokenizer, text, f"problem {number}").ids
@@ -283,32 +285,11 @@ def tokenize_problems(
                 "generate fewer tokens, or use a model with a longer context."
             )
         rows.append(tuple(ids))
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    prompts = TokenizedPrompts(
-        input_ids=tuple(rows),
-        answer_ids=((0, 0),) * len(rows),  # the answer is read from what the model generates
-        positions=({"end": -1, "last": -1},) * len(rows),
-        pad_id=next(pad for pad in pads if pad is not None),
-    )
+    # Without answers: they are read from what the model generates.
+    prompts = TokenizedPrompts(tuple(rows), pad_id=pad_id(tokenizer))
     return Questions(
         tuple(problems), prompts, tuple(map(len, rows)), (range(0),) * len(rows), tuple(range(len(problems)))
     )
-
-
-def _as_chat(turns: Sequence[tuple[str, str]], asked: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenise a conversation up to the assistant's next turn; special tokens come from the chat template."""
-    messages = [
-        {"role": role, "content": content}
-        for turn in turns
-        for role, content in zip(("user", "assistant"), turn, strict=True)
-    ]
-    messages.append({"role": "user", "content": asked})
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except Exception as error:  # a template is a sandboxed program, which may fail in any way
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the tokenizer's chat template fails ({reason}); ask without one.") from None
 
 
 def prompt_budget(model: PreTrainedModel, max_new_tokens: int) -> int:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 PROMPTS = Path(__file__).parent / "data"
 
 
-def find_prompts(dataset: str) -> str | Path:
+def find_prompts(dataset: str, suffix: str = ".json") -> str | Path:
     """Find the file of a shipped prompt set.
 
     Args:
-        dataset: the name of a shipped set ("ioi_en"), or anything else that names a data set.
+        dataset: the name of a shipped set ("ioi_en"), a path, or the id of a data set on the hub ("owner/name").
+        suffix: that of the shipped files: ".json" for prompts, ".tsv" for parallel text.
 
     Returns:
-        The shipped file, or `dataset` unchanged.
+        The shipped file, or `dataset` unchanged if it is a path or an id.
 
     Raises:
-        ValueError: a near miss of a shipped name, which would otherwise be looked up on the hub.
+        ValueError: a mere name that is none of the shipped ones.
     """
-    shipped = {path.stem: path for path in PROMPTS.glob("*.*") if path.suffix in (".json", ".tsv")}
-    close = difflib.get_close_matches(dataset, shipped, n=1, cutoff=0.75)
-    if dataset not in shipped and close and not Path(dataset).exists():
-        raise ValueError(f"there is no prompt set {dataset!r}; did you mean {close[0]!r}?")
+    shipped = {path.stem: path for path in sorted(PROMPTS.glob(f"*{suffix}"))}
+    if dataset not in shipped and re.fullmatch(r"[\w-]+", dataset) and not Path(dataset).exists():
+        close = difflib.get_close_matches(dataset, shipped, n=1)
+        hint = f"did you mean {close[0]!r}? Shipped are" if close else "shipped are"
+        raise ValueError(
+            f"there is no prompt set {dataset!r}; {hint} {', '.join(shipped)}; a file needs its suffix, and a data set of the "
+            "hub its owner (owner/name)."
+        )
     return shipped.get(dataset, dataset)

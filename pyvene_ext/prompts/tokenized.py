@@ -1,22 +1,32 @@
-"""Tokenised prompts: answers in context, token positions, batches of unequal lengths."""
+"""Tokenised prompts: answers, token positions, batches of unequal lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from numbers import Integral
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, n_positions
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.prompts.encoding import (
+    AnswerTokens,
+    TokenizedPrompt,
+    answer_pairs,
+    check_first_ids,
+    distinct,
+    first_tokens,
+    pad_id,
+)
 
-Answers = Literal["first_token", "first_difference"]
 PaddingSide = Literal["left", "right"]
 
 
@@ -26,21 +36,77 @@ class TokenizedPrompts:
 
     Attributes:
         input_ids: the tokens of every prompt.
-        answer_ids: for every prompt, the two ids whose logits are compared at its last token: IO's, then S's.
+        answers: for every prompt, the tokens of its answers; by default there are none.
         positions: for every prompt, token positions by name, counted from its last token (-1). Always has "end" and "last" (both
-            -1); "io", "s1", "s2" and "subject" where the names occur; and the prompt's own.
+            -1), the default; "io", "s1", "s2" and "subject" where the names occur; and the prompt's own.
         pad_id: the padding token; it is masked, so its value does not matter.
     """
 
     input_ids: tuple[tuple[int, ...], ...]
-    answer_ids: tuple[tuple[int, int], ...]
-    positions: tuple[dict[str, int], ...]
-    pad_id: int
+    answers: tuple[AnswerTokens, ...] = ()
+    positions: tuple[dict[str, int], ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answers", self.answers or (AnswerTokens(),) * len(self))
+        object.__setattr__(self, "positions", self.positions or ({"end": -1, "last": -1},) * len(self))
+
+    @classmethod
+    def of(
+        cls,
+        ids: Any,
+        attention_mask: Any = None,
+        answers: Iterable[Any] | None = None,
+        positions: Mapping[str, int] | Iterable[Mapping[str, int]] | None = None,
+        pad_id: int = 0,
+    ) -> TokenizedPrompts:
+        """Take prompts that are tokenised already.
+
+            TokenizedPrompts.of(tokenizer(texts, padding=True, return_tensors="pt"), answers=[(5, 7), (12, [9, 3])])
+
+        Args:
+            ids: what a tokenizer returns for a list of texts, a tensor or array `batch pos`, or a list of lists.
+            attention_mask: 1 for tokens and 0 for padding, on either side of each prompt; by default that of `ids`, or else
+                everything is a token.
+            answers: for every prompt its right and its wrong answer, `(right, wrong)`: each a token id, the ids of an answer of
+                several tokens, a list of such lists, or None.
+            positions: named token indices, negative from the last token; the same for all prompts, or for each its own.
+            pad_id: the padding token.
+
+        Returns:
+            The prompts without padding.
+
+        Raises:
+            ValueError: something else is given, a mask with gaps, a prompt without tokens, or numbers of prompts that differ;
+                names the prompt.
+        """
+        rows = _as_rows(ids, attention_mask)
+        return cls(rows, _as_answers(answers, len(rows)), _as_positions(positions, rows), pad_id)
+
+    @cached_property
+    def answer_ids(self) -> tuple[tuple[int, int], ...]:
+        """The tokens that are compared at the last token of every prompt: the first ones of its right and of its wrong answer.
+
+        Raises:
+            ValueError: a prompt does not have one answer of each, or they begin with the same token.
+        """
+        return tuple(check_first_ids(*own.first_ids(prompt), prompt) for prompt, own in enumerate(self.answers))
+
+    def with_answer_ids(self, pairs: Iterable[tuple[int, int]]) -> TokenizedPrompts:
+        """Replace the answers by single tokens.
+
+        Args:
+            pairs: for every prompt the right token and the wrong one.
+
+        Returns:
+            The same prompts with these answers.
+        """
+        return replace(self, answers=answer_pairs(pairs))
 
     @cached_property
     def hash(self) -> str:
-        """Hash of ids, answer ids and positions, which depends on the tokenizer."""
-        return data_hash([self.input_ids, self.answer_ids, self.positions])
+        """Hash of ids, answers and positions, which depends on the tokenizer."""
+        return data_hash([self.input_ids, self.answers, self.positions])
 
     def __hash__(self) -> int:
         return hash(self.hash)
@@ -61,7 +127,7 @@ class TokenizedPrompts:
         return replace(
             self,
             input_ids=tuple(self.input_ids[i] for i in which),
-            answer_ids=tuple(self.answer_ids[i] for i in which),
+            answers=tuple(self.answers[i] for i in which),
             positions=tuple(self.positions[i] for i in which),
         )
 
@@ -78,30 +144,51 @@ class TokenizedPrompts:
         Raises:
             ValueError: a batch size below 1, or another padding side.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
         return self._batches(batch_size, padding_side)
 
     def _batches(self, batch_size: int, padding_side: PaddingSide) -> Iterator[Batch]:
         order = sorted(range(len(self)), key=lambda i: len(self.input_ids[i]))
-        names = [name for name in self.positions[0] if all(name in places for places in self.positions)]
         for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
-            rows = [torch.tensor(self.input_ids[i], dtype=torch.long) for i in index]
-            ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side=padding_side)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
-            yield Batch(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                answer_ids=torch.tensor([self.answer_ids[i] for i in index]),
-                positions={name: [self.positions[i][name] for i in index] for name in names},
-                index=index,
-                lengths=list(map(len, rows)),
-                padding_side=padding_side,
-            )
+            yield self.batch(order[start : start + batch_size], padding_side)
+
+    def batch(self, which: Sequence[int], padding_side: PaddingSide = "left") -> Batch:
+        """Make one batch of some prompts.
+
+        Args:
+            which: their indices, in the order wanted.
+            padding_side: "left" or "right".
+
+        Returns:
+            The batch, padded to its longest prompt. Only positions that every prompt of the set has are kept.
+        """
+        rows = [torch.tensor(self.input_ids[i], dtype=torch.long) for i in which]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side=padding_side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=padding_side)
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            right_ids=first_tokens([self.answers[i].right for i in which]),
+            wrong_ids=first_tokens([self.answers[i].wrong for i in which]),
+            positions={name: [self.positions[i][name] for i in which] for name in self._shared_names},
+            index=list(which),
+            lengths=list(map(len, rows)),
+            padding_side=padding_side,
+        )
+
+    @cached_property
+    def _shared_names(self) -> list[str]:
+        return [name for name in self.positions[0] if all(name in places for places in self.positions)]
+
+
+def collect(rows: Iterable[TokenizedPrompt], tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompts:
+    """Make a tokenised set of one or more rows."""
+    ids, answers, positions = zip(*rows, strict=True)
+    return TokenizedPrompts(ids, answers, positions, pad_id(tokenizer))
 
 
 def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
@@ -115,6 +202,8 @@ def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
         ValueError: a set that is not tokenised, or a prompt that is empty, too long, or has ids beyond the model's embeddings.
     """
     card_of(model)
+    if isinstance(model, type):
+        raise ValueError(f"{model.__name__} is a class; load a model with pyvene_ext.load_model(NAME).")
     embeddings: Any = model.get_input_embeddings()
     context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     for some in prompts:
@@ -142,21 +231,37 @@ class Batch:
         input_ids: the tokens and the padding.
         attention_mask: 1 for real tokens, 0 for padding.
         position_ids: counted from each prompt's first real token (GPT-2's own default is wrong under left padding).
-        answer_ids: the ids of IO and S.
+        right_ids: the first token of every right answer, each token once; -1 where a prompt has fewer.
+        wrong_ids: the same of wrong answers.
         positions: named positions of each prompt, counted from its last real token (-1).
         index: the index in the set of each row's prompt.
         lengths: the number of real tokens of each row.
         padding_side: "left" or "right".
+        clean_logits: the logits of the untouched run at the last tokens, which engines set for metrics that compare with them.
     """
 
     input_ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
     position_ids: Int[Tensor, "batch pos"]
-    answer_ids: Int[Tensor, "batch 2"]
+    right_ids: Int[Tensor, "batch n_right"]
+    wrong_ids: Int[Tensor, "batch n_wrong"]
     positions: dict[str, list[int]]
     index: list[int]
     lengths: list[int]
     padding_side: PaddingSide
+    clean_logits: Float[Tensor, "batch vocab"] | None = None
+
+    @property
+    def answer_ids(self) -> Int[Tensor, "batch 2"]:
+        """The first token of each prompt's right answer, then of its wrong one.
+
+        Raises:
+            ValueError: a prompt does not have one of each, or they are the same token.
+        """
+        for prompt, *both in zip(self.index, self.right_ids.tolist(), self.wrong_ids.tolist(), strict=True):
+            right, wrong = (tuple((id,) for id in ids if id >= 0) for ids in both)
+            check_first_ids(*AnswerTokens(right, wrong).first_ids(prompt), prompt)
+        return torch.cat((self.right_ids, self.wrong_ids), 1)
 
     def inputs(self, device: str | torch.device | None = None) -> dict[str, Tensor]:
         """The keyword arguments of a model's forward, or pyvene's `base`.
@@ -184,7 +289,29 @@ class Batch:
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             position_ids=self.position_ids.to(device),
-            answer_ids=self.answer_ids.to(device),
+            right_ids=self.right_ids.to(device),
+            wrong_ids=self.wrong_ids.to(device),
+            clean_logits=None if self.clean_logits is None else self.clean_logits.to(device),
+        )
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Select rows.
+
+        Args:
+            rows: their numbers, in the order wanted; a row may occur more than once.
+
+        Returns:
+            The batch of these rows, with its padding.
+        """
+        at = torch.as_tensor(rows, device=self.input_ids.device)
+        names = ("input_ids", "attention_mask", "position_ids", "right_ids", "wrong_ids")
+        return replace(
+            self,
+            **{name: getattr(self, name)[at] for name in names},
+            positions={name: [places[row] for row in rows] for name, places in self.positions.items()},
+            index=[self.index[row] for row in rows],
+            lengths=[self.lengths[row] for row in rows],
+            clean_logits=None if self.clean_logits is None else self.clean_logits[at],
         )
 
     @property
@@ -223,135 +350,134 @@ class Batch:
         return self.columns(-1)
 
 
-class TokenizedPrompt(NamedTuple):
-    """One row of `TokenizedPrompts`."""
-
-    input_ids: tuple[int, ...]
-    answer_ids: tuple[int, int]
-    positions: dict[str, int]
+# -- ids in whatever form they are given -------------------------------------------------------------------------------
 
 
-def tokenize_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    answer_texts: tuple[str, str],
-    spans: dict[str, tuple[int, int]],
-    answers: Answers,
-    max_length: int | None,
-    where: str,
-) -> TokenizedPrompt:
-    """Tokenise one prompt as `PromptSet.tokenize` describes.
+def _as_rows(ids: Any, attention_mask: Any = None) -> tuple[tuple[int, ...], ...]:
+    """Remove the padding of prompts.
 
     Args:
-        tokenizer: a fast one.
-        text: the prompt.
-        answer_texts: the texts that IO and S append to it.
-        spans: its named positions, `[start, end)` in characters.
-        answers: "first_token" or "first_difference".
-        max_length: the most tokens that it may have.
-        where: what messages call it.
+        ids: a tokenizer's output, an array or tensor `batch pos`, or lists of ids.
+        attention_mask: of the same shape, 1 for tokens and 0 for padding on one side; by default that in `ids`, if any.
 
     Returns:
-        Its token ids, answer ids and positions.
+        The tokens of every prompt.
 
     Raises:
-        ValueError: a word that the tokenizer does not know, an answer that merges with the end of the prompt, answers that no
-            token tells apart, a position without a token, or a prompt that is empty or too long.
+        ValueError: anything else; names the prompt.
     """
-    ids, offsets = encode(tokenizer, text, where)
-    io, s = (_continuation(tokenizer, text, ids, answer, where) for answer in answer_texts)
-    # Tokens that both answers begin with do not tell them apart.
-    shared = 0
-    while shared < min(len(io), len(s)) and io[shared] == s[shared]:
-        shared += 1
-    if shared == min(len(io), len(s)):
-        raise ValueError(
-            f"{where}: the tokens of one of the answers {answer_texts} begin the other's, so no token tells them apart; use "
-            "other names."
-        )
-    if shared and answers == "first_token":
-        raise ValueError(
-            f"{where}: the answers {answer_texts} begin with the same token "
-            f"{tokenizer.convert_ids_to_tokens(io[0])!r} (id {io[0]}); use other names, or answers='first_difference'."
-        )
-    ids = ids + io[:shared]
-    if max_length is not None and len(ids) > max_length:
-        raise ValueError(
-            f"{where} has {len(ids)} tokens but the model takes {max_length}; shorten it, or use another model."
-        )
-    positions = {"end": -1, "last": -1}
-    for name, (start, end) in spans.items():
-        held = tokens_in_span(offsets, start, end)
-        if not held:
-            raise ValueError(f"{where}: no token holds {text[start:end]!r}, the place {name!r}.")
-        positions[name] = held[-1] - len(ids)
-    return TokenizedPrompt(tuple(ids), (io[shared], s[shared]), positions)
+    if isinstance(ids, Mapping):
+        if "input_ids" not in ids:
+            raise ValueError(f"there are no input_ids but {', '.join(map(str, ids))}; give what a tokenizer returns.")
+        attention_mask = ids.get("attention_mask") if attention_mask is None else attention_mask
+        ids = ids["input_ids"]
+    rows = [_numbers(row, f"prompt {prompt}") for prompt, row in enumerate(_entries(ids, "ids"))]
+    if not rows:
+        raise ValueError("there are no prompts; give the ids of at least one.")
+    if attention_mask is not None:
+        masks = [
+            _numbers(row, f"the attention mask of prompt {n}") for n, row in enumerate(_entries(attention_mask, "mask"))
+        ]
+        if list(map(len, masks)) != list(map(len, rows)):
+            raise ValueError(
+                "the attention mask does not have the shape of the ids; give both as the tokenizer returns them."
+            )
+        rows = [_unpadded(row, mask, prompt) for prompt, (row, mask) in enumerate(zip(rows, masks, strict=True))]
+    for prompt, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {prompt} has no tokens; give it some text.")
+    return tuple(rows)
 
 
-class Encoded(NamedTuple):
-    """Token ids of a text, and `[start, end)` in characters of each token."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, string: str, where: str) -> Encoded:
-    """Tokenise a text with its leading special tokens but without those that the tokenizer appends.
+def _as_answers(answers: Iterable[Any] | None, count: int) -> tuple[AnswerTokens, ...]:
+    """Bring answers to one form.
 
     Args:
-        tokenizer: a fast one.
-        string: the text.
-        where: what messages call it.
+        answers: a pair (right, wrong) for every prompt: token ids, lists of ids, lists of those, or None.
+        count: the number of prompts.
 
     Returns:
-        Ids and character offsets.
+        The answers of every prompt; empty if `answers` is None.
 
     Raises:
-        ValueError: no tokens, a start token written out in the text, or a word that the tokenizer does not know.
+        ValueError: anything else; names the prompt.
     """
-    encoding = tokenizer(string, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, offsets, special = (encoding[key] for key in ("input_ids", "offset_mapping", "special_tokens_mask"))
-    of_text = [i for i, added in enumerate(special) if not added]
-    if not of_text:
-        raise ValueError(f"{where} has no tokens; give it some text.")
-    if special[0] and ids[0] == ids[1]:
-        added = tokenizer.convert_ids_to_tokens(ids[0])
-        raise ValueError(f"{where} begins with {added!r}, which the tokenizer adds itself; leave it out of the text.")
-    ids, offsets = ids[: of_text[-1] + 1], offsets[: of_text[-1] + 1]
-    # GPT-2's end token is also its unknown token, so one that is written out in the text is not an unknown word.
-    words = [
-        string[start:end] for token, (start, end) in zip(ids, offsets, strict=True) if token == tokenizer.unk_token_id
-    ]
-    if unknown := [word for word in words if word and word != tokenizer.unk_token]:
-        raise ValueError(
-            f"{where}: the tokenizer does not know {', '.join(map(repr, unknown))}; use words of its vocabulary, or another "
-            "model."
-        )
-    return Encoded(ids, offsets)
+    if answers is None:
+        return ()
+    found = []
+    for prompt, pair in enumerate(_entries(answers, "answers")):
+        if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+            raise ValueError(
+                f"the answers of prompt {prompt} should be a pair (right, wrong) of token ids, not {pair!r}."
+            )
+        right, wrong = (_sequences(side, f"an answer of prompt {prompt}") for side in pair)
+        if set(right) & set(wrong):
+            raise ValueError(f"an answer of prompt {prompt} is both right and wrong; use different answers.")
+        found.append(AnswerTokens(right, wrong))
+    if len(found) != count:
+        raise ValueError(f"there are answers of {len(found)} prompts but {count} prompts; give each prompt a pair.")
+    return tuple(found)
 
 
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, string: str, ids: list[int], answer: str, where: str
-) -> list[int]:
-    """The tokens that `answer` adds to a prompt."""
-    longer = encode(tokenizer, string + answer, where).ids
-    if longer[: len(ids)] != ids:
-        raise ValueError(
-            f"{where}: the answer {answer!r} merges with the end of the prompt when tokenised, so no position predicts it; end "
-            "the prompt with a whole word, or let io_token begin with a space."
-        )
-    return longer[len(ids) :]
-
-
-def tokens_in_span(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:
-    """Find the tokens that overlap a span of characters.
+def _as_positions(
+    positions: Mapping[str, int] | Iterable[Mapping[str, int]] | None, rows: tuple[tuple[int, ...], ...]
+) -> tuple[dict[str, int], ...]:
+    """Count named positions from the last token of each prompt.
 
     Args:
-        offsets: `[start, end)` in characters of each token.
-        start: the span's first character.
-        end: one past its last character.
+        positions: token indices by name, negative from the last token, for all prompts or for each its own.
+        rows: the tokens of every prompt.
 
     Returns:
-        Their indices, in order.
+        Positions of every prompt, with "end" and "last".
+
+    Raises:
+        ValueError: a position outside its prompt, or another number of prompts; names the prompt.
     """
-    return [i for i, (begins, ends) in enumerate(offsets) if begins < end and ends > start]
+    own = [positions or {}] * len(rows) if positions is None or isinstance(positions, Mapping) else list(positions)
+    if len(own) != len(rows):
+        raise ValueError(f"there are positions of {len(own)} prompts but {len(rows)} prompts; give them for each.")
+    found = []
+    for prompt, (named, row) in enumerate(zip(own, rows, strict=True)):
+        for name, at in named.items():
+            if not -len(row) <= at < len(row):
+                raise ValueError(f"position {name!r} is token {at} of prompt {prompt}, which has {len(row)} tokens.")
+        found.append({"end": -1, "last": -1, **{name: int(at) % len(row) - len(row) for name, at in named.items()}})
+    return tuple(found)
+
+
+def _entries(values: Any, what: str) -> list[Any]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{what} should have one entry per prompt, not be a {type(values).__name__}.")
+    return list(values)
+
+
+def _numbers(row: Any, where: str) -> tuple[int, ...]:
+    row = row.tolist() if hasattr(row, "tolist") else row
+    if not isinstance(row, list | tuple) or not all(isinstance(i, int | np.integer) and i >= 0 for i in row):
+        raise ValueError(
+            f"{where} should be a list of token ids, not {row!r:.60}; give [batch pos] or lists of whole numbers."
+        )
+    return tuple(map(int, row))
+
+
+def _sequences(side: Any, where: str) -> tuple[tuple[int, ...], ...]:
+    """One side's answers: nothing, a token, the tokens of an answer, or those of several."""
+    side = side.tolist() if hasattr(side, "tolist") else side
+    if side is None:
+        return ()
+    if isinstance(side, int):
+        side = [side]
+    if isinstance(side, list | tuple) and not any(isinstance(one, list | tuple) for one in side):
+        side = [side] if side else []
+    if not isinstance(side, list | tuple) or not all(side):
+        raise ValueError(f"{where} should be token ids, not {side!r:.60}.")
+    return distinct([_numbers(one, where) for one in side])
+
+
+def _unpadded(row: tuple[int, ...], mask: tuple[int, ...], prompt: int) -> tuple[int, ...]:
+    kept = [i for i, real in enumerate(mask) if real]
+    if kept and len(kept) != kept[-1] + 1 - kept[0]:
+        raise ValueError(f"the attention mask of prompt {prompt} has gaps; padding belongs on one side.")
+    return tuple(row[i] for i in kept)

@@ -9,5 +9,6 @@ from .attention import View as View
 from .attention import look as look
 from .facts import metadata as metadata
 from .folder import RunFolder as RunFolder
+from .plotting import plot as plot
 from .sweeps import discard as discard
 from .sweeps import unfinished_in as unfinished_in

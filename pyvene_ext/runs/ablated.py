@@ -7,7 +7,6 @@ the tokens of the question too. For a model of continuous thoughts, the reasonin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyvene_ext.io.bars import note
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.heads.lag import random_rankings, rank_heads
+from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores
 from pyvene_ext.methods.reasoning.evaluate import (
@@ -38,7 +38,7 @@ from pyvene_ext.runs.flags import Problems
 from pyvene_ext.runs.reasoning import ask, given_heads
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
-from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.controls import Head, random_rankings
 
 Kind = Literal["zero", "mean", "resample"]
 Scope = Literal["reasoning", "new", "both"]
@@ -148,7 +148,7 @@ class Prepared(NamedTuple):
         solver: the model and its problems.
         scores: the whole ranking, as (score, layer, head); empty if heads were named.
         heads: the heads to ablate, highest first.
-        controls: random rankings of other heads of the same layers.
+        controls: random rankings of other heads, of the same layers where these have enough.
     """
 
     solver: Solver
@@ -186,7 +186,7 @@ def prepare(
         The model, its ranking, the heads and their controls.
 
     Raises:
-        ValueError: a problem does not fit the model, a head does not exist, or a layer has too few other heads for controls.
+        ValueError: a problem does not fit the model, or a head does not exist.
     """
     model, tokenizer = flags.load(name)
     heads = given_heads(model, name, len(named) or wanted, named, ranking)
@@ -195,25 +195,15 @@ def prepare(
         scores = read_head_scores(ranking, model.config)
     if not heads:
         check_scores(model)
-    controls = _random_rankings(heads, model, random_sets, flags.seed) if heads else []
     questions = ask(flags, model, tokenizer, problems, flags.max_new_tokens)
     results = Results(unfinished, facts_of(model, questions, flags.max_new_tokens))
     solver = Solver(Path(name).name, model, tokenizer, questions, results, flags)
-    print(f"{solver.name}: {len(questions)} problems", file=sys.stderr)
+    note(f"{solver.name}: {len(questions)} problems")
     if not heads:
         scores = solver.rank(by)
         heads = rank_heads(scores, "full", n_layers(model.config), wanted)
-        controls = _random_rankings(heads, model, random_sets, flags.seed)
+    controls: list[tuple[Head, ...]] = []
+    if random_sets:
+        sizes, draw = (n_layers(model.config), n_heads(model.config)), rng(flags.seed, "random heads")
+        controls = random_rankings(heads, len(heads), *sizes, random_sets, draw)
     return Prepared(solver, scores, heads, controls)
-
-
-def _random_rankings(
-    heads: tuple[Head, ...], model: PreTrainedModel, random_sets: int, seed: int
-) -> list[tuple[Head, ...]]:
-    if not random_sets:
-        return []
-    sizes, draw = (n_layers(model.config), n_heads(model.config)), rng(seed, "random heads")
-    try:
-        return random_rankings(heads, len(heads), *sizes, random_sets, draw)
-    except ValueError as error:
-        raise ValueError(f"{str(error).removesuffix('.')}, or take --random_sets 0 for no control.") from None

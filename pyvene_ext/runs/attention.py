@@ -79,8 +79,7 @@ def look(
                 found[batch.index[0], head] = pattern[0, head[1]].float().cpu().numpy()
 
     ids = [tuple(prompts[prompt]) for prompt in which]
-    positions = ({"end": -1, "last": -1},) * len(ids)
-    some = TokenizedPrompts(tuple(ids), ((0, 0),) * len(ids), positions, pad_id=0)  # one prompt a batch: no padding
+    some = TokenizedPrompts(tuple(ids))
     read_patterns(model, some, keep, batch_size=1, progress=False)
     return [
         View(

@@ -8,7 +8,6 @@ or no `####`, have no block; they are skipped and reported. The block of a model
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import note
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
@@ -161,7 +161,7 @@ def prepare(
             lambda: evaluate(model, tokenizer, questions, max_new_tokens=new, batch_size=flags.batch_size),
         )
 
-    print(f"{Path(name).name}: {len(questions)} problems", file=sys.stderr)
+    note(f"{Path(name).name}: {len(questions)} problems")
     first = wrote(questions, flags.answer_tokens if latent else flags.max_new_tokens)
     reasoned = questions if latent else with_reasoning(questions, first.ids, tokenizer)
     if len(reasoned) < 2:

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import Result
+from pyvene_ext.engine.measure import MetricLike, as_metric
 from pyvene_ext.engine.resolve import resolve
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep.run import open_shared_store, store_facts, sweep
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -25,7 +26,7 @@ def unfinished_in(
     model: PreTrainedModel,
     specs: Sequence[Spec],
     prompts: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     memory: int | None = None,
     compile: bool = False,
@@ -52,7 +53,7 @@ def unfinished_in(
         ValueError: the folder holds work on other specs, prompts, weights or another metric, or another process uses it.
     """
     folder = Path(folder)
-    facts = store_facts(resolve(specs, model, prompts), metric, range(len(prompts)))
+    facts = store_facts(resolve(specs, model, prompts), as_metric(metric), range(len(prompts)))
     with open_shared_store(folder, facts, {}):
 
         def kept(

@@ -127,7 +127,7 @@ class Scores(NamedTuple):
 
 def load_sentences(pair: str, flags: Translation) -> list[SentencePair]:
     """The sentences of a pair of languages, before any filter (`parallel.load_pairs` says what is refused)."""
-    return load_pairs(find_prompts(dataset_of(flags)), parse_languages(pair), flags.split)
+    return load_pairs(find_prompts(dataset_of(flags), ".tsv"), parse_languages(pair), flags.split)
 
 
 def sentences_of(

@@ -17,7 +17,7 @@ from pydantic import (
 from pyvene import VanillaIntervention, ZeroIntervention
 from torch import Tensor
 
-from modelcards import dimensions, n_heads, n_layers
+from modelcards import config_of, dimensions, n_heads, n_layers
 from pyvene_ext.intervenable.interventions import (
     MaskScoresIntervention,
     NormMatchedIntervention,
@@ -220,7 +220,7 @@ def all_heads(config: Any, kind: Kind = "zero", site: str = "z", **fields: Any) 
     """Make one ablation per query head of a model.
 
     Args:
-        config: the model's config.
+        config: the model's config, or the model.
         kind: as in `Ablation`.
         site: a site with query heads.
         **fields: further fields of `Ablation`.
@@ -228,6 +228,7 @@ def all_heads(config: Any, kind: Kind = "zero", site: str = "z", **fields: Any) 
     Returns:
         The ablations, ordered by layer and head.
     """
+    config = config_of(config)
     return [
         Ablation(kind=kind, site=site, layer=layer, heads=(head,), **fields)
         for layer in range(n_layers(config))

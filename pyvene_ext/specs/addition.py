@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from pyvene import AdditionIntervention
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.hashes import data_hash
-from pyvene_ext.specs.base import VECTORS, ModelShape, SiteEdit
+from pyvene_ext.specs.base import VECTORS, ModelShape, SiteEdit, plain
 from pyvene_ext.specs.sources import Sources
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -28,7 +29,8 @@ class Addition(SiteEdit):
         layer: as in `SiteEdit`.
         heads: as in `SiteEdit`; every head named gets the same vector.
         positions: as in `SiteEdit`.
-        vector: d_model numbers, or d_head for z; a one-dimensional tensor or array is converted.
+        vector: d_model numbers, or d_head for z, as a list, an array or a tensor of any dtype on any device, whose values are
+            copied; `steering_vector` computes one from prompts.
         scale: factor of the vector; the product is taken in float32 and added in the model's dtype.
     """
 
@@ -42,19 +44,12 @@ class Addition(SiteEdit):
     @field_validator("vector", mode="before")
     @classmethod
     def _numbers(cls, vector: Any) -> Any:
-        if isinstance(vector, Tensor):
-            vector = vector.detach().float().cpu().numpy()
-        if isinstance(vector, np.ndarray):
-            if vector.ndim != 1:
-                raise ValueError(f"a vector has one axis, unlike an array of shape {vector.shape}.")
-            vector = vector.tolist()
-        return vector
-
-    @model_validator(mode="after")
-    def _has_a_vector(self) -> Self:
-        if not self.vector:
-            raise ValueError("a vector has one number or more.")
-        return self
+        numbers = plain(vector)
+        if not isinstance(numbers, tuple) or not numbers or any(isinstance(number, tuple) for number in numbers):
+            shape = getattr(vector, "shape", None)
+            given = reprlib.repr(vector) if shape is None else f"an array of shape {tuple(shape)}"
+            raise ValueError(f"a vector has one axis and one number or more, unlike {given}.")
+        return numbers
 
     @property
     def name(self) -> str:
@@ -91,7 +86,9 @@ class Addition(SiteEdit):
         width = model_shape.sizes["d_head" if self.heads else "d_model"]
         if len(self.vector) != width:
             of = f"each head of {self.site}" if self.heads else self.site
-            raise ValueError(f"{self.name}: the vector has {len(self.vector)} numbers, and {of} has {width}.")
+            raise ValueError(
+                f"{self.name}: the vector has {counted(len(self.vector), 'number')}, and {of} has {width}."
+            )
 
     def replacements(
         self, prompts: Sequence[int], tokens: Sequence[Sequence[int]], sources: Sources

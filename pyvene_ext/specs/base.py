@@ -11,37 +11,58 @@ what it checks, what replaces the activations and which pyvene intervention make
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictInt,
-    StrictStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, StrictInt, StrictStr, field_validator, model_validator
 from pyvene import VanillaIntervention
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, Component, card_of, dimensions, n_heads, n_kv_heads, n_layers
+from modelcards import (
+    COMPONENTS,
+    FIELD_NAMES,
+    Component,
+    card_of,
+    component_named,
+    dimensions,
+    n_heads,
+    n_kv_heads,
+    n_layers,
+)
 from pyvene_ext.intervenable.statistics import Place, label
+from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.sources import Directions, Needs, Sources
 
 
 def plain(value: Any) -> Any:
-    """Convert NumPy integers and arrays of them, such as np.argsort's, to Python's own."""
-    if isinstance(value, tuple | list):
-        return tuple(int(number) if isinstance(number, np.integer) else number for number in value)
-    return value.tolist() if isinstance(value, np.integer | np.ndarray) else value
+    """Convert numbers of NumPy and torch, their arrays, ranges and other iterables to Python's own numbers and to tuples."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return plain(value.tolist()) if value.ndim else value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        return tuple(map(plain, value))
+    return value
 
 
+def _token(position: Any) -> str | int:
+    if type(position) is not int and not isinstance(position, str):
+        raise ValueError(f"a position is a name or a whole number, not {position!r}.")
+    return position
+
+
+def _tokens(positions: Any) -> Any:
+    positions = plain(positions)
+    if isinstance(positions, str):
+        return positions
+    return tuple(map(_token, positions if isinstance(positions, tuple) else (positions,)))
+
+
+Token = Annotated[StrictStr | StrictInt, BeforeValidator(_token)]
+"""One token of a prompt: a name of the prompt set, or a number."""
+Tokens = Annotated[StrictStr | tuple[StrictStr | StrictInt, ...], BeforeValidator(_tokens)]
+"""Tokens of a prompt, as the field `positions` names them: one or several."""
 VECTORS = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
 
 
@@ -72,53 +93,63 @@ class ModelShape(NamedTuple):
         return cls(type(model).__name__, components, *counts, dimensions(config))
 
 
-class SiteEdit(BaseModel):
+class SiteEdit(Record):
     """One site of one layer, edited at some heads and positions; a kind of intervention is a subclass.
 
     Attributes:
         what: the kind in words, for messages.
         sites: the sites that the kind can edit.
         has_first_order: whether its effect has a first-order estimate.
-        site: the site that is edited.
-        layer: required, except for embed, which exists once.
-        heads: required for sites with heads, and only for them: query heads, or K/V heads for k and v, each of which serves
-            several query heads. Kept sorted.
-        positions: "all", "last", a name of the prompt set, or a tuple of names and integers. An integer counts tokens from the
-            prompt's first token; a negative one from its end (-1 is the last token), whatever the padding. For scores: positions
-            of the query.
+        site: the site that is edited; pyvene's name of it means the same ("head_attention_value_output" is "z").
+        layer: required, except for embed, which exists once; counted from 0.
+        heads: required for sites with heads, and only for them: one or several query heads, or K/V heads for k and v, each of
+            which serves several query heads. Kept as a sorted tuple.
+        positions: "all", "last", a name of the prompt set, an integer, or several names and integers. An integer counts tokens
+            from the prompt's first token; a negative one from its end (-1 is the last token), whatever the padding. For scores:
+            positions of the query.
 
     Raises:
-        ValueError: pydantic's ValidationError (`one_sentence` shortens it), for an edit that no model could run.
+        ValueError: for an edit that no model could run.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     what: ClassVar[str]
     sites: ClassVar[tuple[str, ...]]
     has_first_order: ClassVar[bool] = True
 
     site: StrictStr
-    layer: Annotated[StrictInt, Field(ge=0)] | None = None
-    heads: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
-    positions: StrictStr | tuple[StrictStr | StrictInt, ...] = "all"
+    layer: StrictInt | None = None
+    heads: tuple[StrictInt, ...] | None = None
+    positions: Tokens = "all"
 
-    _plain = field_validator("*", mode="before")(plain)
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _one_or_several(cls, heads: Any) -> Any:
+        if isinstance(heads, str):
+            raise ValueError(
+                f"heads are numbers, unlike {heads!r}; for all n heads of a layer write range(n), and for an ablation of each "
+                "head of the model all_heads(model.config)."
+            )
+        return (heads,) if isinstance(heads, int) else heads  # `plain` has made tuples of the rest
+
+    _plain = field_validator("*", mode="before")(plain)  # runs before those above
 
     @field_validator("site")
     @classmethod
     def _known_site(cls, site: str) -> str:
-        if site not in cls.sites:
-            close = difflib.get_close_matches(site, cls.sites, n=1) or [
-                s for s, c in FIELD_NAMES.items() if c == site and s in cls.sites
-            ]
-            hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(cls.sites)}."
-            raise ValueError(f"no {cls.what} of {site!r}; {hint}")
-        return site
+        return component_named(site, cls.sites, cls.what).site  # pyvene's name of a site is the same site
+
+    @field_validator("layer")
+    @classmethod
+    def _counted_from_0(cls, layer: int | None) -> int | None:
+        if layer is not None and layer < 0:
+            raise ValueError(f"layers count from 0, unlike {layer}; the last is model.config.num_hidden_layers - 1.")
+        return layer
 
     @field_validator("heads")
     @classmethod
     def _distinct_heads(cls, heads: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if heads is not None and (not heads or len(set(heads)) < len(heads)):
-            raise ValueError(f"name one or more heads, each once, not {list(heads)}.")
+        if heads is not None and (not heads or len(set(heads)) < len(heads) or min(heads) < 0):
+            raise ValueError(f"name one or more heads, each once and counted from 0, not {list(heads)}.")
         return heads and tuple(sorted(heads))
 
     @field_validator("positions")

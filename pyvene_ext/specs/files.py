@@ -12,34 +12,34 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
 
-from pyvene_ext.io.errors import one_sentence
+from pyvene_ext.io.errors import did_you_mean
 from pyvene_ext.io.files import atomic_path, parse_json, parse_yaml
-from pyvene_ext.specs.ablation import Ablation
+from pyvene_ext.specs.ablation import Ablation, Kind
 from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
     as_specs,
+    listed,
     members,
 )
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 
-# All other kinds are ablations.
-KINDS: dict[Any, Any] = {"path": PathPatch, "patch": ActivationPatch, "add": Addition, "force": ForcedAttention}
+KINDS: dict[Any, Any] = dict.fromkeys(get_args(Kind), Ablation)
+KINDS |= {"path": PathPatch, "patch": ActivationPatch, "add": Addition, "force": ForcedAttention}
 
 
 def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:
     """Convert specs to lists and dicts for YAML and JSON.
 
     Args:
-        specs: single specs, joint specs and paths.
+        specs: single specs, joint specs and paths; or one of them.
 
     Returns:
         One dict per spec, a list of dicts for a joint one; fields at their defaults are omitted.
@@ -48,7 +48,7 @@ def to_plain(specs: Iterable[Spec | PathPatch]) -> list[Any]:
     def plain(spec: OneSpec | PathPatch) -> dict[str, Any]:
         return {"kind": spec.kind, **spec.model_dump(mode="json", exclude_defaults=True)}
 
-    return [[plain(edit) for edit in spec] if isinstance(spec, tuple) else plain(spec) for spec in specs]
+    return [[plain(edit) for edit in spec] if isinstance(spec, tuple) else plain(spec) for spec in listed(specs)]
 
 
 def from_plain(values: Any) -> list[Any]:
@@ -68,6 +68,8 @@ def from_plain(values: Any) -> list[Any]:
 
     def one(value: Any) -> OneSpec | PathPatch:
         kind = value.get("kind") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind not in KINDS:
+            raise ValueError(f"there is no kind {kind!r}; {did_you_mean(kind, KINDS)}")
         return KINDS.get(kind if isinstance(kind, str) else None, Ablation).model_validate(value)
 
     specs: list[Any] = []
@@ -77,8 +79,6 @@ def from_plain(values: Any) -> list[Any]:
             if not isinstance(spec, PathPatch):
                 members(as_specs([spec])[0])
             specs.append(spec)
-        except ValidationError as error:
-            raise ValueError(f"spec {index}: {one_sentence(error)}") from None
         except ValueError as error:
             raise ValueError(f"spec {index}: {error}") from None
     return specs
@@ -99,8 +99,12 @@ def save_specs(path: str | Path, specs: Iterable[Spec | PathPatch]) -> None:
 
     Args:
         path: JSON if it ends in .json, else YAML.
-        specs: single specs, joint specs and paths.
+        specs: single specs, joint specs and paths; or one of them.
+
+    Raises:
+        ValueError: something else among them.
     """
+    as_specs(spec for spec in listed(specs) if not isinstance(spec, PathPatch))
     text = json.dumps(to_plain(specs), indent=2) if Path(path).suffix == ".json" else to_yaml(specs)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -13,18 +13,14 @@ from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import (
-    StrictInt,
-    StrictStr,
-    model_validator,
-)
+from pydantic import StrictStr, model_validator
 from torch import Tensor
 
-from modelcards import n_heads, n_layers, window
+from modelcards import config_of, n_heads, n_layers, window
 from pyvene_ext.intervenable.interventions import ForcedRowsIntervention
 from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.specs.base import SiteEdit
+from pyvene_ext.specs.base import SiteEdit, Token
 from pyvene_ext.specs.sources import Sources
 
 TO_HUB = 0.8  # of the mass on the block
@@ -57,8 +53,8 @@ class ForcedAttention(SiteEdit):
     kind: Literal["force"] = "force"
     site: StrictStr = "pattern"
     shape: Literal["hub", "uniform", "sequential"]
-    block: tuple[StrictStr | StrictInt, StrictStr | StrictInt]
-    hub: StrictStr | StrictInt | None = None
+    block: tuple[Token, Token]
+    hub: Token | None = None
     hard: bool = False
 
     @model_validator(mode="after")
@@ -130,12 +126,12 @@ class ForcedAttention(SiteEdit):
 
 
 def force(
-    config: Any, layers: Iterable[int] | None = None, *, heads: Iterable[int] | None = None, **fields: Any
+    config: Any, layers: Iterable[int] | int | None = None, *, heads: Iterable[int] | int | None = None, **fields: Any
 ) -> tuple[ForcedAttention, ...]:
     """Make the joint spec of one pattern in several layers and heads.
 
     Args:
-        config: the model's config.
+        config: the model's config, or the model.
         layers: by default all.
         heads: query heads of each layer; by default all.
         **fields: the other fields of `ForcedAttention`.
@@ -143,9 +139,11 @@ def force(
     Returns:
         A tuple with one spec per layer.
     """
+    config = config_of(config)
+    every: Any = range(n_heads(config)) if heads is None else heads
     return tuple(
-        ForcedAttention(layer=layer, heads=tuple(range(n_heads(config)) if heads is None else heads), **fields)
-        for layer in (range(n_layers(config)) if layers is None else layers)
+        ForcedAttention(layer=layer, heads=every, **fields)
+        for layer in (range(n_layers(config)) if layers is None else [layers] if isinstance(layers, int) else layers)
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from modelcards import n_heads, n_kv_heads, n_layers
+from modelcards.names import NAMES
 
 SENDERS = ("embed", "z", "mlp_out")
 RECEIVERS = ("q", "k", "v", "mlp_in", "resid_pre", "resid_mid", "resid_post", "logits")
@@ -40,7 +41,7 @@ class Node(NamedTuple):
         """Parse a node's name.
 
         Args:
-            text: such as "z.2.5", "mlp_in.3" or "logits".
+            text: such as "z.2.5", "mlp_in.3" or "logits"; pyvene's names of the sites mean the same.
 
         Returns:
             The node, which a given model may still lack (`check`).
@@ -49,6 +50,7 @@ class Node(NamedTuple):
             ValueError: no node has that name.
         """
         site, *numbers = text.split(".")
+        site = NAMES[site].site if site in NAMES else site
         wanted = 0 if site in ("embed", "logits") else 2 if site in ("z", "q", "k", "v") else 1
         known = site in (*SENDERS, *RECEIVERS) and len(numbers) == wanted
         if not known or not all(number.isascii() and number.isdecimal() for number in numbers):

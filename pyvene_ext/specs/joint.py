@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
+from pyvene_ext.io.records import Record
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.base import SiteEdit
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.specs.sources import Needs
 
 OneSpec = Ablation | ActivationPatch | Addition | ForcedAttention
@@ -36,6 +40,11 @@ def members(spec: Spec) -> tuple[OneSpec, ...]:
     return edits
 
 
+def listed(specs: Any) -> list[Any]:
+    """One spec, or several, as a list."""
+    return [specs] if not isinstance(specs, Iterable) or isinstance(specs, Record | str) else list(specs)
+
+
 def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
     """Turn one spec, or several, into a list.
 
@@ -48,15 +57,17 @@ def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
     Raises:
         ValueError: an entry is not a spec.
     """
-    if not isinstance(specs, Iterable) or isinstance(specs, SiteEdit | str):
-        specs = [specs]
-    found = list(specs)
+    found = listed(specs)
     for spec in found:
+        if isinstance(spec, list):
+            raise ValueError("edits that are made jointly are a tuple, not a list: write tuple(edits).")
         for edit in spec if isinstance(spec, tuple) else (spec,):
+            if isinstance(edit, PathPatch):
+                raise ValueError(f"{edit.name} is a path, which is run alone and with pyvene_ext.patch.")
             if not isinstance(edit, SiteEdit):
                 raise ValueError(
-                    f"{edit!r} is not an ablation, activation patch, addition or forced attention, nor a tuple of them; run "
-                    "paths with pyvene_ext.patch."
+                    f"{reprlib.repr(edit)} is not an ablation, activation patch, addition or forced attention, nor a tuple of "
+                    "them."
                 )
     return found
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import StrictStr, field_validator, model_validator
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, card_of
 from pyvene_ext.intervenable.statistics import Place
+from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.positions import Positions
-from pyvene_ext.specs.base import plain
+from pyvene_ext.specs.base import Tokens
 from pyvene_ext.specs.graph import (
     RECEIVERS,
     SENDERS,
@@ -20,13 +22,13 @@ from pyvene_ext.specs.graph import (
 from pyvene_ext.specs.patch import ActivationPatch
 
 
-class PathPatch(BaseModel):
+class PathPatch(Record):
     """Patch the paths from one sender to some receivers that bypass all other heads.
 
     Attributes:
         kind: "path".
-        sender: "embed", "z.LAYER.HEAD" or "mlp_out.LAYER" (`pyvene_ext.specs.graph`).
-        receivers: one or more of "q.LAYER.HEAD", "k.LAYER.KV_HEAD", "v.LAYER.KV_HEAD", "mlp_in.LAYER", "resid_pre.LAYER",
+        sender: "embed", "z.LAYER.HEAD" or "mlp_out.LAYER", or a `Node` of `pyvene_ext.specs.graph`.
+        receivers: one, or a tuple, of "q.LAYER.HEAD", "k.LAYER.KV_HEAD", "v.LAYER.KV_HEAD", "mlp_in.LAYER", "resid_pre.LAYER",
             "resid_mid.LAYER" and "resid_post.LAYER"; or "logits" alone, which is the stream after the last block. All are patched
             jointly. Query heads that share a K/V head receive its k and v together.
         positions: where the sender takes the source's value, as in `ActivationPatch`.
@@ -37,21 +39,29 @@ class PathPatch(BaseModel):
         subspace: the sender changes along the concept direction only (`pyvene_ext.methods.patching.subspace`).
 
     Raises:
-        ValueError: pydantic's ValidationError, for nodes that do not exist, and for a receiver that reads before the sender
-            writes, because then there is no path.
+        ValueError: for nodes that do not exist, and for a receiver that reads before the sender writes, because then there is no
+            path.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["path"] = "path"
     sender: StrictStr
     receivers: tuple[StrictStr, ...]
-    positions: StrictStr | tuple[StrictStr | StrictInt, ...] = "all"
+    positions: Tokens = "all"
     freeze_mlps: bool = False
     direct: bool = False
     subspace: bool = False
 
-    _plain = field_validator("*", mode="before")(plain)
+    @field_validator("sender", mode="before")
+    @classmethod
+    def _by_name(cls, node: Any) -> Any:
+        return str(node) if isinstance(node, str | Node) else node
+
+    @field_validator("receivers", mode="before")
+    @classmethod
+    def _one_or_several(cls, receivers: Any) -> Any:
+        if isinstance(receivers, str | Node) or not isinstance(receivers, Iterable):
+            receivers = (receivers,)
+        return tuple(map(cls._by_name, receivers))
 
     @field_validator("sender")
     @classmethod

@@ -4,13 +4,16 @@ from .accuracy import percent_correct as percent_correct
 from .controls import AgainstRandom as AgainstRandom
 from .controls import Head as Head
 from .controls import Overlap as Overlap
+from .controls import RandomHeads as RandomHeads
 from .controls import StrataTest as StrataTest
 from .controls import against_random as against_random
+from .controls import first_of as first_of
 from .controls import head_label as head_label
 from .controls import head_overlap as head_overlap
-from .controls import layer_matched_random_heads as layer_matched_random_heads
 from .controls import mcnemar_p as mcnemar_p
+from .controls import random_heads as random_heads
 from .controls import random_heads_in_place as random_heads_in_place
+from .controls import random_rankings as random_rankings
 from .controls import share_as_large as share_as_large
 from .controls import strata_test as strata_test
 from .controls import verdict as verdict
@@ -27,6 +30,7 @@ from .intervals import frequency_interval as frequency_interval
 from .intervals import paired_bootstrap as paired_bootstrap
 from .intervals import ratio_of_means as ratio_of_means
 from .intervals import standard_error as standard_error
+from .intervals import student_interval as student_interval
 from .rankings import auroc as auroc
 from .rankings import precision_at_k as precision_at_k
 from .rankings import rank_correlation as rank_correlation

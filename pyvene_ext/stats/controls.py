@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,19 +184,108 @@ def strata_test(
     return StrataTest((1 + as_extreme) / (1 + n_resamples), dict(zip(names, p.tolist(), strict=True)))
 
 
-def layer_matched_random_heads(
+@dataclass(frozen=True)
+class RandomHeads:
+    """Random sets of heads that some heads are compared with, all different, and how well they match.
+
+    Attributes:
+        heads: the (layer, head) pairs that they are controls for.
+        sets: as many (layer, head) pairs each; there may be fewer sets than asked for, or none.
+    """
+
+    heads: tuple[Head, ...]
+    sets: list[tuple[Head, ...]]
+
+    @property
+    def distance(self) -> float:
+        """How many layers a head of the sets lies from the one that it stands for, on average; 0: the same layers."""
+        here = sorted(layer for layer, _ in self.heads)
+        # Both in the order of depth, which is the closest pairing.
+        away = [abs(a - b) for chosen in self.sets for a, (b, _) in zip(here, sorted(chosen), strict=True)]
+        return float(np.mean(away)) if away else math.nan
+
+    @property
+    def shared(self) -> float:
+        """The share of the sets' heads that are themselves among those that they are controls for; 0: disjoint."""
+        among = [head in self.heads for chosen in self.sets for head in chosen]
+        return float(np.mean(among)) if among else math.nan
+
+    @property
+    def strength(self) -> str:
+        """What a comparison with these sets can show, in words, for the line beside p."""
+        if not self.sets:
+            return "no control: the model has no other heads"
+        number = "1 random set" if len(self.sets) == 1 else f"{len(self.sets)} random sets"
+        where = "of the same layers" if not self.distance else f"{self.distance:.1f} layers away on average"
+        held = f", {self.shared:.0%} of whose heads are among those tested" if self.shared else ""
+        return f"{number} {where}{held}; least p {1 / (1 + len(self.sets)):.2g}"
+
+
+def random_rankings(
+    ranked: Sequence[Head], most: int, n_layers: int, n_heads: int, draws: int, rng: np.random.Generator
+) -> list[tuple[Head, ...]]:
+    """Draw random control rankings: the i-th head of a control is in the layer of the i-th ranked head, but is not ranked.
+
+    So every prefix of a control has as many heads of each layer as the same prefix of `ranked`. Where layers have too few other
+    heads, the control is weakened as in `random_heads`, and a head may be of the nearest layer that has one.
+
+    Args:
+        ranked: heads, highest first.
+        most: length of the controls.
+        n_layers: of the model.
+        n_heads: of each layer.
+        draws: how many controls.
+        rng: source of randomness.
+
+    Returns:
+        The control rankings.
+    """
+    matched = ranked[:most]
+    rankings = []
+    for chosen in random_heads(matched, n_layers, n_heads, draws, rng, exclude=ranked[most:]).sets:
+        left = [chosen[i] for i in rng.permutation(len(chosen))]
+        ranking: dict[int, Head] = {}
+        for reach in (0, n_layers):  # first those of the same layer
+            for place, (layer, _) in enumerate(matched):
+                near = [head for head in reversed(left) if abs(head[0] - layer) <= reach]
+                if near and place not in ranking:
+                    ranking[place] = min(near, key=lambda head: abs(head[0] - layer))
+                    left.remove(ranking[place])
+        rankings.append(tuple(ranking[place] for place in range(len(matched))))
+    return rankings
+
+
+def first_of(rankings: Iterable[tuple[Head, ...]], ranked: Sequence[Head], n: int) -> RandomHeads:
+    """The first heads of control rankings, as controls for as many ranked heads.
+
+    Args:
+        rankings: those of `random_rankings`.
+        ranked: the heads that they are controls for, highest first.
+        n: how many heads.
+
+    Returns:
+        The different sets, in the order of the rankings; few where layers are small.
+    """
+    own = frozenset(ranked[:n])
+    sets = {frozenset(ranking[:n]): ranking[:n] for ranking in rankings}
+    return RandomHeads(tuple(ranked[:n]), [chosen for key, chosen in sets.items() if key != own or not n])
+
+
+def random_heads(
     heads: Iterable[Head],
     n_layers: int,
     n_heads: int,
     n_sets: int,
     rng: np.random.Generator,
     exclude: Iterable[Head] = (),
-) -> list[tuple[Head, ...]]:
-    """Draw random control sets for `heads`: as many heads in each layer, none of them in `heads` or `exclude`.
+) -> RandomHeads:
+    """Draw random control sets for `heads`: as many heads of the same layers, none of them in `heads` or `exclude`.
 
-    A control drawn from other layers would differ from the given heads in depth as well as in identity. Every allowed set is
-    equally likely. Sets repeat only when `n_sets` exceeds the number of possible ones, and then evenly (counts differ by at most
-    one).
+    A control drawn from other layers would differ from the given heads in depth as well as in identity. Every such set is equally
+    likely, and none is drawn twice. Where a layer has too few other heads for any such set, the control is weakened
+    rather than refused, as little as possible: what a layer lacks comes from the nearest layers; if that is not enough for
+    `n_sets` sets, any head comes from them; and if the model has no others, from `heads` themselves. `RandomHeads.strength` says
+    so, and how low p can be.
 
     Args:
         heads: (layer, head) pairs to match.
@@ -206,40 +296,66 @@ def layer_matched_random_heads(
         exclude: further heads that a control must not contain.
 
     Returns:
-        `n_sets` sorted tuples of (layer, head).
+        The sets; fewer than `n_sets` if the model has no more.
 
     Raises:
-        ValueError: `heads` is empty or repeats a head, a head is outside the model, or a layer has too few other heads.
+        ValueError: `heads` is empty or repeats a head, or a head is outside the model.
     """
-    heads, exclude = sorted(heads), set(exclude)
-    if not heads or len(set(heads)) < len(heads):
-        raise ValueError(f"heads to match must be at least one (layer, head), each named once, not {heads}.")
-    for layer, head in [*heads, *exclude]:
+    given, exclude = tuple(sorted(heads)), set(exclude)
+    if not given or len(set(given)) < len(given):
+        raise ValueError(f"heads to match must be at least one (layer, head), each named once, not {list(given)}.")
+    for layer, head in [*given, *exclude]:
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise ValueError(f"head {layer}.{head} is outside a model of {n_layers} layers with {n_heads} heads.")
-    taken = exclude.union(heads)
-    wanted = Counter(layer for layer, _ in heads)
-    others = {layer: [(layer, h) for h in range(n_heads) if (layer, h) not in taken] for layer in wanted}
-    for layer, k in wanted.items():
-        if len(others[layer]) < k:
-            raise ValueError(
-                f"layer {layer} has {len(others[layer])} heads left for a control of {k}: "
-                f"{n_heads - len(others[layer])} of its {n_heads} are given or excluded; give or exclude fewer."
-            )
+    everywhere = list(itertools.product(range(n_layers), range(n_heads)))
+    others = [head for head in everywhere if head not in exclude.union(given)]
+    wanted = Counter(layer for layer, _ in given)
+    left = {layer: [head for head in others if head[0] == layer] for layer in wanted}
+    n_possible = math.prod(math.comb(len(left[layer]), k) for layer, k in wanted.items())
+    if n_possible:
+        return RandomHeads(given, _of_same_layers(left, wanted, n_possible, n_sets, rng))
+    found: set[tuple[Head, ...]] = set()
+    for pool in (others, [head for head in everywhere if head not in exclude]):
+        for reach, own_first in itertools.product(range(n_layers), (True, False)):
+            drawn = (_of_near_layers(given, pool, reach, own_first, rng) for _ in range(20 * n_sets))
+            found = set()
+            for chosen in drawn:
+                if chosen is not None and chosen != given:
+                    found.add(chosen)
+                if len(found) == n_sets:
+                    return RandomHeads(given, sorted(found))
+    return RandomHeads(given, sorted(found))
 
-    n_possible = math.prod(math.comb(len(others[layer]), k) for layer, k in wanted.items())
+
+def _of_same_layers(
+    left: dict[int, list[Head]], wanted: Counter[int], n_possible: int, n_sets: int, rng: np.random.Generator
+) -> list[tuple[Head, ...]]:
+    """Different sets with as many heads of each layer as wanted, each equally likely, given the heads that are left there."""
     if n_possible < 2 * n_sets:  # few enough to list, and rejection sampling of distinct sets would be slow
-        by_layer = [list(itertools.combinations(others[layer], k)) for layer, k in wanted.items()]
+        by_layer = [list(itertools.combinations(left[layer], k)) for layer, k in wanted.items()]
         possible = [tuple(itertools.chain(*parts)) for parts in itertools.product(*by_layer)]
-        rounds = (rng.permutation(n_possible) for _ in range(math.ceil(n_sets / n_possible)))
-        return [possible[i] for i in itertools.islice(itertools.chain.from_iterable(rounds), n_sets)]
+        return [possible[i] for i in rng.permutation(n_possible)[:n_sets]]  # all, if there are no more
     drawn: dict[tuple[Head, ...], None] = {}  # an ordered set
     while len(drawn) < n_sets:
-        picked = [
-            others[layer][i] for layer, k in wanted.items() for i in rng.choice(len(others[layer]), k, replace=False)
-        ]
+        picked = [left[layer][i] for layer, k in wanted.items() for i in rng.choice(len(left[layer]), k, replace=False)]
         drawn[tuple(sorted(picked))] = None
     return list(drawn)
+
+
+def _of_near_layers(
+    given: tuple[Head, ...], pool: list[Head], reach: int, own_first: bool, rng: np.random.Generator
+) -> tuple[Head, ...] | None:
+    """One set in which every head lies within `reach` layers of the one that it stands for; None if a place stays empty."""
+    chosen: list[Head] = []
+    for place in rng.permutation(len(given)):
+        layer = given[place][0]
+        near = [head for head in pool if abs(head[0] - layer) <= reach and head not in chosen]
+        if own_first:
+            near = [head for head in near if head[0] == layer] or near
+        if not near:
+            return None
+        chosen.append(near[rng.integers(len(near))])
+    return tuple(sorted(chosen))
 
 
 def random_heads_in_place(

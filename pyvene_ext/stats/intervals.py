@@ -127,6 +127,25 @@ def bootstrap_mean(values: Num[np.ndarray, " prompt"], rng: np.random.Generator,
     return paired_bootstrap(values, np.zeros_like(values), rng, n_resamples)
 
 
+def student_interval(values: Num[np.ndarray, "*item sample"]) -> Interval:
+    """The mean over the last axis with Student's t 95% interval: cheap, so that it can be shown beside every mean.
+
+    Args:
+        values: independent samples along the last axis; values that are not finite are left out.
+
+    Returns:
+        Mean and ends of the interval, each "*item"; NaN where there is no value, ends NaN where there is one.
+    """
+    finite = np.isfinite(values)
+    values = np.where(finite, values, 0).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        n = finite.sum(-1)
+        mean = values.sum(-1) / n
+        variance = (np.where(finite, values - mean[..., None], 0) ** 2).sum(-1) / (n - 1)
+        half = stats.t.ppf(0.975, n - 1) * np.sqrt(variance / n)
+    return Interval(mean, mean - half, mean + half)
+
+
 def standard_error(values: Num[np.ndarray, "sample *rest"]) -> Float[np.ndarray, "*rest"]:  # noqa: UP037 (a shape)
     """Standard error of the mean over the first axis.
 

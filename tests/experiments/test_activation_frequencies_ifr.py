@@ -31,7 +31,7 @@ from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import figures
 from pyvene_ext.specs.ablation import Ablation, all_heads
-from pyvene_ext.stats.controls import layer_matched_random_heads
+from pyvene_ext.stats.controls import random_heads
 from pyvene_ext.stats.intervals import frequency_interval
 from tests.interrupted import stop_at
 from tests.processes import start
@@ -484,7 +484,7 @@ def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path)
     frequency = np.load(out)
     layers, heads = frequency.shape
     most = [divmod(int(i), heads) for i in np.argsort(-frequency, axis=None, kind="stable")[:6]]
-    controls = layer_matched_random_heads(most, layers, heads, 20, rng(0, "controls"))
+    controls = random_heads(most, layers, heads, 20, rng(0, "controls")).sets
 
     def jointly(chosen: Any) -> tuple[Ablation, ...]:
         by_layer: dict[int, list[int]] = {}

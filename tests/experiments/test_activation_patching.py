@@ -169,7 +169,7 @@ def test_scores_equal_a_hand_recomputation(
 
 
 def test_each_is_every_named_position_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--dataset", "equal.json", "--site", "k", "resid_pre"]
+    flags = ["--dataset", "equal.json", "--site", "head_key_output", "resid_pre"]  # which is k
     assert command(*flags, "--out", "each") == 0
     positions = facts_in(folder / "each")["positions"]
     assert positions == ["s1", "io", "s2", "end"], "by place; subject is s2, last is end"

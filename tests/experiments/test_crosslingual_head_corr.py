@@ -300,7 +300,7 @@ def test_other_errors_are_one_line_too(capsys):
         (ValueError(), 2, "error: ValueError"),
         (OSError("no network"), 2, "error: no network"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (lambda: Settings(layer=-1), 2, "error: layer: Input should be greater than or equal to 0"),
+        (lambda: Settings(layer=-1), 2, "error: layer must be greater than or equal to 0, not -1."),
     ):
 
         def study(_: Config, raised=raised):

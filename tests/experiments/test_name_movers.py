@@ -454,7 +454,10 @@ def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPat
             ["--dataset", "lone.json"],
             "prompt 1 of lone has no corrupt text, which path patching needs; add it, or leave",
         ),
-        (["--dataset", "absent.json"], "pair 0: io_name 'Zoe' does not occur as a word of its own in clean"),
+        (
+            ["--dataset", "absent.json"],
+            "prompt 0 of absent: 'Zoe', the place 'io', does not occur as a word of its own in the text.",
+        ),
         (
             ["--dataset", "long.json"],
             "none of the 2 prompts of long has only names of one token (prompt 0: 'Lisa Clara' is",

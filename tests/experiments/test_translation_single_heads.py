@@ -11,7 +11,7 @@ import pytest
 import torch
 import translation_single_heads as study
 
-import pyvene_ext.sweep
+import pyvene_ext as px
 from modelcards import n_heads
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.loading import load_model
@@ -68,7 +68,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch
     save_random_model("llama3_1", folder / "model")
     flags = ("--model", "model", "--dataset", "few.tsv", "--limit", 4, "--replacements", "mean", "zero")
     assert command(*flags, "--out", "whole") == 0
-    sweep, calls = pyvene_ext.sweep.sweep, []
+    sweep, calls = px.sweep, []
 
     def swept(*args: Any, **options: Any) -> Any:
         calls.append(options["store"])
@@ -77,7 +77,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch
         return sweep(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pyvene_ext.sweep, "sweep", swept)
+        patched.setattr(px, "sweep", swept)
         assert command(*flags, "--out", "run") == 130
     assert [path.name for path in (folder / "run/unfinished").iterdir()] == ["mean"]
     assert not (folder / "run/summary.json").exists()

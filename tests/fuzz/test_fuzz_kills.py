@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvene_ext.engine.plain import Result
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep import (
     frequencies,
     store,
@@ -192,7 +192,7 @@ def test_a_manifest_of_anything_is_refused(content: bytes, tmp_path: Path) -> No
 
 # -- patches and paths, and runs of several sweeps ---------------------------------------------------------------------
 
-SOURCE = replace(random_prompts((9, 6, 9, 6), seed=1), answer_ids=PROMPTS.answer_ids)
+SOURCE = replace(random_prompts((9, 6, 9, 6), seed=1), answers=PROMPTS.answers)
 KILLS = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=3)
 
 

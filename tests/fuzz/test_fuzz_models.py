@@ -23,7 +23,7 @@ from torch import Tensor
 from pyvene_ext.engine.plain import run
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 from pyvene_ext.specs.ablation import Ablation
 from tests.fuzz.outcomes import few, outcome
 from tests.fuzz.test_fuzz_files import changed, damaged
@@ -73,7 +73,7 @@ def loaded(folder: Path) -> Any:
     ids = tokenizer("Anna and Mark met")["input_ids"]
     if not ids:  # which the prompts' reader refuses
         return given
-    prompts = TokenizedPrompts((tuple(ids),) * 2, ((0, 1),) * 2, ({"end": -1, "last": -1},) * 2, pad_id=0)
+    prompts = TokenizedPrompts((tuple(ids),) * 2, answer_pairs(((0, 1),) * 2), ({"end": -1, "last": -1},) * 2, pad_id=0)
     spec = Ablation(kind="mean", site="mlp_out", layer=0)
     plain = outcome(lambda: run(model, spec, prompts, progress=False))
     fast = outcome(lambda: sweep(model, spec, prompts, progress=False))

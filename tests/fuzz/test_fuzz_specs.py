@@ -22,7 +22,7 @@ from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.heads.flow import flow_routes
 from pyvene_ext.methods.heads.lens import logit_lens
 from pyvene_ext.methods.patching.patch import patch
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.files import (
     from_plain,
@@ -40,7 +40,7 @@ from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, MORE_FAMILIES, VOCAB, random_model
 
 PROMPTS = random_prompts((8, 6, 8))
-SOURCE = replace(random_prompts((8, 6, 8), seed=1), answer_ids=PROMPTS.answer_ids)
+SOURCE = replace(random_prompts((8, 6, 8), seed=1), answers=PROMPTS.answers)
 
 
 @cache
@@ -284,7 +284,7 @@ def test_prompts_are_run_alike_or_refused(data: Any, ids: list[int], length: int
     """Ids that the model does not embed, and more tokens than it takes."""
     model = _model("gpt2")
     row = (*ids, *(5,) * (length - len(ids)))
-    prompts = TokenizedPrompts((row, (3, 4)), ((0, 1),) * 2, ({"end": -1, "last": -1},) * 2, pad_id=0)
+    prompts = TokenizedPrompts((row, (3, 4)), answer_pairs(((0, 1),) * 2), ({"end": -1, "last": -1},) * 2, pad_id=0)
     fits = len(row) <= 64 and 0 <= min(row) <= max(row) < VOCAB
     spec, moved = Ablation(kind="zero", site="mlp_out", layer=1), ActivationPatch(site="mlp_out", layer=1)
     given = [

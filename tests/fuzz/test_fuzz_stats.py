@@ -129,11 +129,11 @@ def test_overlaps(a: list[Any], b: list[Any]) -> None:
 @given(heads=st.lists(HEAD, max_size=5), exclude=st.lists(HEAD, max_size=4), n_sets=st.integers(0, 30))
 @few(1)
 def test_random_heads_match_or_are_refused(heads: list[Any], exclude: list[Any], n_sets: int) -> None:
-    found = outcome(lambda: stats.layer_matched_random_heads(heads, 3, 4, n_sets, np.random.default_rng(0), exclude))
+    found = outcome(lambda: stats.random_heads(heads, 3, 4, n_sets, np.random.default_rng(0), exclude))
     inside = all(0 <= layer < 3 and 0 <= head < 4 for layer, head in [*heads, *exclude])
     if found is None:
         return
-    assert inside and len(found) == n_sets
-    for drawn in found:
-        assert sorted(layer for layer, _ in drawn) == sorted(layer for layer, _ in heads)
-        assert not {*drawn} & {*heads, *exclude} and len({*drawn}) == len(drawn)
+    assert inside and len(found.sets) == len({*found.sets}) <= n_sets
+    for drawn in found.sets:
+        assert len(drawn) == len({*drawn}) == len(heads) and {*drawn} != {*heads}
+        assert not {*drawn} & {*exclude} and (found.shared or not {*drawn} & {*heads})

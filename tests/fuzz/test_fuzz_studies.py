@@ -185,7 +185,7 @@ def test_noise_is_in_sample_alone(seed: int, d: int) -> None:
 # -- circuits ----------------------------------------------------------------------------------------------------------
 
 BASE = random_prompts((8, 6, 8))
-SOURCE = replace(random_prompts((8, 6, 8), seed=1), answer_ids=BASE.answer_ids)
+SOURCE = replace(random_prompts((8, 6, 8), seed=1), answers=BASE.answers)
 
 
 @given(family=st.sampled_from(FAMILIES), seed=SEED, density=st.floats(0, 1))

@@ -51,7 +51,7 @@ def model_of(family: str) -> Any:
 
 
 BASE = random_prompts((6, 8), seed=1)
-SOURCE = replace(random_prompts((6, 8), seed=2), answer_ids=BASE.answer_ids)
+SOURCE = replace(random_prompts((6, 8), seed=2), answers=BASE.answers)
 
 
 def inputs(ids: Sequence[int]) -> dict[str, Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
-from types import SimpleNamespace
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from modelcards import n_heads, n_kv_heads
 from modelcards.attention_taps import output_weight
-from pyvene_ext.engine.plain import ANSWERS_ONLY, measure
+from pyvene_ext.engine.measure import Metric, as_array
 from pyvene_ext.engine.resolve import Resolved
+from pyvene_ext.engine.sequences import AnswerTable
 from pyvene_ext.engine.sweep.layout import (
     INSIDE_ATTENTION,
     STAGES,
@@ -29,9 +29,10 @@ from pyvene_ext.engine.sweep.layout import (
     shared_columns,
     wave_groups,
 )
-from pyvene_ext.engine.sweep.plan import ActivationSizes, Plan
+from pyvene_ext.engine.sweep.plan import METRIC_COPIES, ActivationSizes, Plan
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.replay import Past, Replay
+from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.joint import Spec, spec_name
 
 Frozen = Literal["attention", "mlp"]  # keeps its clean output in every row, except where that is edited
@@ -45,7 +46,7 @@ class CleanLayer:
         resid_pre: what enters the block.
         keys: of all columns.
         values: of all columns.
-        first: the first column of z, attention and mlp.
+        first: the first column of z, attention and mlp; of the last layer only the columns that are read are run.
         z: concatenated heads.
         attention: output of the attention module.
         mlp: output of the MLP.
@@ -161,9 +162,8 @@ class DeviceEdits:
         if of_rows.start == of_rows.stop:
             return
         entries: slice | Tensor = of_rows
-        if (
-            self.first_column < column
-        ):  # the last block's k and v at earlier columns were edited when they were computed
+        # The last block's k and v at columns before those that are read were edited when they were computed.
+        if self.first_column < column:
             entries = torch.arange(of_rows.start, of_rows.stop, device=x.device)[self.columns[of_rows] >= column]
         index = [self.rows[entries] - first, self.columns[entries] - column]
         if self.heads is not None:
@@ -179,7 +179,7 @@ class Executor:
 
     Args:
         resolved: the specs on the prompts, with the statistics they need.
-        metric: its name.
+        metric: the metric, checked (`check_metric`).
         plan: of these specs.
         freeze: what keeps its clean output in every row.
         observer: reads activations of rows.
@@ -188,14 +188,14 @@ class Executor:
     def __init__(
         self,
         resolved: Resolved,
-        metric: str,
+        metric: Metric,
         plan: Plan,
         freeze: Collection[Frozen] = (),
         observer: BlockObserver | None = None,
     ) -> None:
         self.freeze, self.observer = freeze, observer
         self.resolved, self.model, self.specs, self.metric = resolved, resolved.model, resolved.specs, metric
-        self.prompts, self.edits, self.budget = resolved.prompts, plan.edits, plan.budget
+        self.prompts, self.edits, self.budget = resolved.sequences.prompts, plan.edits, plan.budget
         self.replay, self.sizes = Replay(self.model), ActivationSizes(self.model)
         self.heads, self.kv_heads = n_heads(self.model.config), n_kv_heads(self.model.config)
         # Lowered when memory runs out: the most rows of a wave; raised: the divisor of the number of rows per call.
@@ -245,7 +245,7 @@ class Executor:
     def _run(self, wave: Wave, advance: Callable[[float], object]) -> tuple[np.ndarray, np.ndarray]:
         replay, layers = self.replay, self.replay.n_layers
         ids = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=replay.device)
-        length = ids.shape[1]
+        length, first_read = ids.shape[1], self.resolved.sequences.first_read[wave.prompts[0]]
         shared = shared_columns(wave.prompts, self.prompts)
         groups = wave_groups(wave, self.edits, self.resolved, layers)
         states: dict[int, GroupState] = {}
@@ -254,89 +254,133 @@ class Executor:
                 self, wave, group, length, states[id(group.prefix)] if group.prefix else None
             )
         clean_tokens = shared + (length - shared) * len(ids)
-        token_layers = clean_tokens * layers + sum(group.token_layers(length) for group in groups)
+        token_layers = clean_tokens * layers + sum(group.token_layers(first_read) for group in groups)
         share = len(wave.specs) * len(wave.prompts) / token_layers
         hidden = replay.embed(ids)
         for layer in range(layers):
             # In a model spread over devices the next block may be on another one.
             hidden = hidden.to(input_device(replay.module("block_output", layer)))
-            hidden, clean = self._clean_layer(layer, hidden, shared)
+            hidden, clean = self._clean_layer(layer, hidden, shared, first_read)
             advance(clean_tokens * share)
             for state in states.values():
                 state.run_layer(layer, clean, lambda done: advance(done * share))
-        final = hidden[:, -1]
+        batch = self.prompts.batch(wave.prompts).to(hidden.device)
         try:
-            baseline, clean_logits = self._read(final, np.arange(len(ids)), wave, None)
+            read = self._read(np.arange(len(ids)), batch, lambda rows, ids: self.unembed(hidden[rows], ids))
         except _NotFiniteError as error:
-            raise _not_finite_error(wave.prompts[error.row], None) from None
+            raise self._not_finite_error(wave.prompts[error.row], None) from None
+        baseline, clean_logits = read
         intervened = np.repeat(baseline[None], len(wave.specs), 0)  # unchanged where no edit can reach the metric
         for state in states.values():
+            state.finish(hidden)
+            group = state.group
             if state.is_prefix:
                 continue
-            state.finish(final)
-            group = state.group
             specs, rows = np.repeat(group.specs, len(group.prompts)), np.tile(group.prompts, len(group.specs))
             try:
-                intervened[specs, rows] = self._read(state.final, rows, wave, clean_logits)[0]
+                logits = partial(state.logits, clean_logits=clean_logits)
+                intervened[specs, rows] = self._read(rows, batch, logits, clean_logits)[0]
             except _NotFiniteError as error:
-                raise _not_finite_error(
-                    wave.prompts[rows[error.row]], self.specs[wave.specs[specs[error.row]]]
-                ) from None
+                spec = self.specs[wave.specs[specs[error.row]]]
+                raise self._not_finite_error(wave.prompts[rows[error.row]], spec) from None
         return baseline, intervened
 
-    def _clean_layer(self, layer: int, hidden: Tensor, shared: int) -> tuple[Tensor, CleanLayer]:
-        """One layer of the clean run: columns that all prompts share run once, and the last layer runs the last token only."""
-        replay, length = self.replay, hidden.shape[1]
-        last = layer == replay.n_layers - 1
-        past, seen = Past(), dict[str, Tensor]()
-        prefix, prefix_seen, prefix_out = Past(), dict[str, Tensor](), hidden[:1, :0]
-        if shared:
-            if last:
-                prefix.made = replay.keys_values(layer, hidden[:1, :shared], (0, shared))
-            else:
-                prefix_out = replay.block(layer, hidden[:1, :shared], (0, shared), prefix, seen=prefix_seen)
-            past.shared = (*prefix.keys_values, False)
-        first, x, all_columns = shared, hidden[:, shared:], None
-        if last and first < length - 1:
-            all_columns = replay.keys_values(layer, x, (shared, length))
-            past.before = all_columns[0][:, :, :-1], all_columns[1][:, :, :-1]
-            first, x = length - 1, x[:, -1:]
-        out = replay.block(layer, x, (first, length), past, seen=seen)
-        keys, values = all_columns or past.keys_values
-        if shared:
-            keys, values = (_append(*pair, 2) for pair in zip(prefix.keys_values, (keys, values), strict=True))
-            if not last:
-                out = _append(prefix_out, out, 1)
-                seen = {name: _append(prefix_seen[name], own, 1) for name, own in seen.items()}
-        start = length - 1 if last else 0
-        return out, CleanLayer(hidden, keys, values, start, seen["z"], seen["attention"], seen["mlp"])
+    def _clean_layer(self, layer: int, hidden: Tensor, shared: int, first_read: int) -> tuple[Tensor, CleanLayer]:
+        """One layer of the clean run: columns that all prompts share run once; the last layer runs the columns that are read."""
+        first = first_read if layer == self.replay.n_layers - 1 else 0
+        length, past, seen = hidden.shape[1], Past(), dict[str, Tensor]()
+        if not shared:
+            out, (keys, values) = self._columns_from(first, layer, hidden, (0, length), past, seen)
+        else:
+            of_shared = dict[str, Tensor]()
+            shared_out, before = self._columns_from(first, layer, hidden[:1, :shared], (0, shared), Past(), of_shared)
+            past.shared = (*before, False)
+            out, after = self._columns_from(first, layer, hidden[:, shared:], (shared, length), past, seen)
+            keys, values = (_append(*pair, 2) for pair in zip(before, after, strict=True))
+            if of_shared:
+                out = _append(shared_out, out, 1)
+                seen = {name: _append(of_shared[name], own, 1) for name, own in seen.items()}
+        return out, CleanLayer(hidden, keys, values, first, seen["z"], seen["attention"], seen["mlp"])
+
+    def _columns_from(
+        self, first: int, layer: int, x: Tensor, columns: tuple[int, int], past: Past, seen: dict[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run a block on some columns, of those before `first` only the keys and values; returns the output, and all of these."""
+        start, stop = columns
+        if first <= start:
+            return self.replay.block(layer, x, columns, past, seen=seen), past.keys_values
+        keys, values = self.replay.keys_values(layer, x, columns)
+        if first >= stop:
+            return x[:, :0], (keys, values)
+        before = first - start
+        past.before = keys[:, :, :before], values[:, :, :before]
+        return self.replay.block(layer, x[:, before:], (first, stop), past, seen=seen), (keys, values)
 
     def _read(
-        self, final: Float[Tensor, "row d_model"], rows: np.ndarray, wave: Wave, clean_logits: Tensor | None
+        self,
+        rows: np.ndarray,
+        prompts: Batch,
+        logits_of: Callable[[slice, Tensor | None], Tensor],
+        clean_logits: Tensor | None = None,
     ) -> tuple[Float32[np.ndarray, " row *pos"], Tensor | None]:
-        """The metric of rows, given the prompt of the wave that each has; with the logits if this is the clean run."""
-        answers = torch.tensor([self.prompts.answer_ids[prompt] for prompt in wave.prompts], device=final.device)
-        tokens = torch.tensor([self.prompts.input_ids[prompt] for prompt in wave.prompts], device=final.device)
-        of_row = torch.from_numpy(rows).to(final.device)
-        narrow = self.metric in ANSWERS_ONLY
+        """The metric of rows, given the prompt of the wave that each has, and the clean run's logits; or these for the others."""
+        metric, device = self.metric, prompts.input_ids.device
+        pos = prompts.lengths[0] - self.resolved.sequences.first_read[prompts.index[0]]
+        answers = (
+            AnswerTable.of([self.prompts.answers[i] for i in prompts.index], pos, device) if metric.of_answers else None
+        )
+        ids, prompts = metric.narrowed(prompts)
         head = self.model.get_output_embeddings()
-        width = 2 * self.sizes.token if narrow and output_weight(head) is not None else head.weight.shape[0]
-        step = max(1, self.budget.call_memory // (40 * width))
+        width = head.weight.shape[0]
+        if ids is not None and output_weight(head) is not None:
+            # Each row multiplies with its own rows of the unembedding, or all with the same.
+            width = self.sizes.token * ids.shape[1] if ids.ndim == 2 else self.sizes.token + len(ids)
+        step = max(1, self.budget.call_memory // (4 * METRIC_COPIES * width * pos))
+        compares = "clean" in metric.needs
+        keeps_clean = clean_logits is None and (compares or metric.of_tokens)
         found, kept = [], []
         for start in range(0, len(rows), step):
-            which = of_row[start : start + step]
-            ids = answers[which]
-            logits = self.replay.logits(final[start : start + step], ids if narrow else None).to(final.device)
-            finite = logits.isfinite().all(-1)
+            some = slice(start, start + step)
+            which = torch.from_numpy(rows[some]).to(device)
+            logits = logits_of(some, ids[which] if ids is not None and ids.ndim == 2 else ids)
+            finite = logits.isfinite().flatten(1).all(-1)
             if not finite.all():
                 raise _NotFiniteError(start + int((~finite).nonzero()[0]))
-            if clean_logits is None:
+            if keeps_clean:
                 kept.append(logits)
-            reference = logits if clean_logits is None else clean_logits[which]
-            names = torch.tensor([[0, 1]], device=ids.device).expand(len(ids), 2) if narrow else ids
-            batch: Any = SimpleNamespace(answer_ids=names, input_ids=tokens[which])
-            found.append(measure(self.metric, logits, batch, reference))
+            if answers is not None:
+                found.append(as_array(answers.take(which).log_probabilities(logits)))
+                continue
+            reference = clean_logits[which] if compares and clean_logits is not None else logits
+            if not metric.of_tokens:
+                logits, reference = logits[:, -1], reference[:, -1]
+            batch = metric.with_clean(prompts.take(rows[some].tolist()), reference)
+            found.append(as_array(metric.of_columns(logits, batch)))
         return np.concatenate(found), torch.cat(kept) if kept else None
+
+    def _not_finite_error(self, sequence: int, spec: Spec | None) -> ValueError:
+        under = "" if spec is None else f" under {spec_name(spec)}"
+        return ValueError(
+            f"the logits of prompt {self.resolved.sequences.prompt_of[sequence]}{under} are not finite; use dtype float32 or "
+            "bfloat16, or a weaker intervention."
+        )
+
+    def unembed(
+        self, final: Float[Tensor, "row pos d_model"], ids: Int[Tensor, "*row k"] | None
+    ) -> Float[Tensor, "row pos k"]:
+        """Compute the logits at some columns of rows.
+
+        Args:
+            final: what leaves the last block there.
+            ids: the tokens wanted, of each row or of all alike; None: the whole vocabulary.
+
+        Returns:
+            The logits.
+        """
+        columns = final.shape[1]
+        if ids is not None and ids.ndim == 2:
+            ids = ids.repeat_interleave(columns, 0)
+        return self.replay.logits(final.flatten(0, 1), ids).unflatten(0, (-1, columns)).to(final.device)
 
     def values(self, batch: EditBatch) -> Tensor | None:
         """Compute the replacements of a batch of edits.
@@ -365,12 +409,17 @@ class GroupState:
         self.executor, self.wave, self.group, self.length, self.prefix = executor, wave, group, length, prefix
         self.is_prefix = group.stop < length
         self.width = group.stop - group.start
+        self.first_read = executor.resolved.sequences.first_read[wave.prompts[0]]
         shape = len(group.specs) * len(group.prompts), self.width, executor.model.config.hidden_size
         self.hidden = torch.empty(shape, dtype=executor.replay.dtype, device=executor.replay.device)
-        self.final = self.hidden[:, -1]
         self.prompts = torch.from_numpy(group.prompts).to(executor.replay.device)
         self.prompt = self.prompts.repeat(len(group.specs))
         self.keys_values: list[tuple[Tensor, Tensor]] = []  # of a prefix group in the current layer, one pair per call
+
+    @property
+    def final(self) -> Float[Tensor, "row pos d_model"]:
+        """What leaves the last block at the columns that are read."""
+        return self.hidden[:, max(0, self.first_read - self.group.start) :]
 
     def run_layer(self, layer: int, clean: CleanLayer, advance: Callable[[float], object]) -> None:
         """Run a layer on all rows that have entered so far, including those that enter it now.
@@ -394,40 +443,66 @@ class GroupState:
         for batch_edits in edits.pop("resid_pre", ()):
             batch_edits.apply(self.hidden, 0, group.start, executor.heads)
 
-        last = layer == executor.replay.n_layers - 1
-        if last:
-            self.final = self.hidden.new_empty(len(self.hidden), self.hidden.shape[-1])
         first = 0
         while first < stop:
             until = min(stop, first + self._call_rows())
             try:
-                out = self._call(layer, clean, first, until, edits, last)
+                out = self._call(layer, clean, first, until, edits)
             except Exception as error:
                 if not should_reduce_batch_size(error) or until - first == 1:
                     raise
                 executor.call_divisor *= 2
             else:
-                if not last:
-                    self.hidden[first:until] = out
-                elif not self.is_prefix:
-                    self.final[first:until] = out[:, -1]
+                self.hidden[first:until, self.width - out.shape[1] :] = out
                 advance((until - first) * out.shape[1])
                 first = until
                 continue
             empty_cache()  # here, because the traceback, which is gone now, kept the failed call's tensors alive
 
-    def finish(self, final: Float[Tensor, "prompt d_model"]) -> None:
+    def finish(self, clean: Float[Tensor, "prompt pos d_model"]) -> None:
         """Edit rows after the last block, where the metric is read.
 
         Args:
-            final: what leaves the last block in the clean run, at the last token.
+            clean: what leaves the last block in the clean run, at the columns that are read.
         """
+        if self.group.stop <= self.first_read:
+            return
         entered, *_, stop = self.group.bounds[-1]
-        self.final, self.prompt = self.final.to(final.device), self.prompt.to(final.device)
-        self.final[entered:stop] = final[self.prompt[entered:stop]]
+        column = max(self.group.start, self.first_read)
+        self.hidden, self.prompt = self.hidden.to(clean.device), self.prompt.to(clean.device)
+        of_group = clean[:, column - self.first_read : self.group.stop - self.first_read]
+        self.final[entered:stop] = of_group[self.prompt[entered:stop]]
         for batch in self.group.edits.get((len(self.group.bounds) - 1, "resid_pre"), ()):
-            edits = DeviceEdits(batch, self.executor.values(batch), self.final.device)
-            edits.apply(self.final[:, None], 0, self.length - 1, self.executor.heads)
+            edits = DeviceEdits(batch, self.executor.values(batch), clean.device)
+            edits.apply(self.final, 0, column, self.executor.heads)
+
+    def logits(
+        self, some: slice, ids: Int[Tensor, "*row k"] | None, clean_logits: Float[Tensor, "prompt pos k"] | None
+    ) -> Float[Tensor, "row pos k"]:
+        """The logits of rows at all columns that are read; before the first edited one they are the clean run's.
+
+        Args:
+            some: the rows.
+            ids: as for `Executor.unembed`.
+            clean_logits: of the clean run; None if all columns that are read come after an edited one.
+
+        Returns:
+            The logits.
+        """
+        parts = [self.executor.unembed(self.final[some], ids)]
+        if self.prefix is not None and self.prefix.final.shape[1]:
+            assert self.group.prefix_rows is not None
+            rows = torch.from_numpy(self.group.prefix_rows.repeat(len(self.group.prompts))[some]).to(self.hidden.device)
+            if ids is not None and ids.ndim == 2:
+                parts.insert(0, self.executor.unembed(self.prefix.final[rows], ids))
+            else:  # once for all prompts
+                own, of_row = rows.unique(return_inverse=True)
+                parts.insert(0, self.executor.unembed(self.prefix.final[own], ids)[of_row])
+        missing = self.length - self.first_read - sum(part.shape[1] for part in parts)
+        if missing:
+            assert clean_logits is not None
+            parts.insert(0, clean_logits[self.prompt[some], :missing])
+        return torch.cat(parts, 1)
 
     def _call_rows(self) -> int:
         executor, prompts = self.executor, len(self.group.prompts)
@@ -437,7 +512,7 @@ class GroupState:
         return max(rows - rows % prompts, min(rows, prompts))
 
     def _call(
-        self, layer: int, clean: CleanLayer, first: int, until: int, edits: dict[Stage, list[DeviceEdits]], last: bool
+        self, layer: int, clean: CleanLayer, first: int, until: int, edits: dict[Stage, list[DeviceEdits]]
     ) -> Float[Tensor, "row pos d_model"]:
         """Call a block on rows `[first, until)`; rows that enter it after attention or after the MLP come last."""
         replay, start, stop = self.executor.replay, self.group.start, self.group.stop
@@ -445,19 +520,18 @@ class GroupState:
         attending = 0 if "attention" in self.executor.freeze else min(max(through_attention - first, 0), until - first)
         in_mlp = 0 if "mlp" in self.executor.freeze else min(max(through_mlp - first, 0), until - first)
         x, prompt = self.hidden[first:until], self.prompt[first:until]
-        past, column = Past(), start
-        if last:
-            if attending and (self.is_prefix or self.width > 1):
-                hooks = self._hooks(
-                    {at: edits[at] for at in ("k", "v") if at in edits}, first, attending, attending, start
-                )
-                keys, values = replay.keys_values(layer, x[:attending], (start, stop), hooks)
-                past.before = keys[:, :, :-1], values[:, :, :-1]
-                if self.is_prefix:
-                    self.keys_values.append((keys, values))
-            if self.is_prefix:
-                return x[:, :0]  # in the last layer only its keys and values are needed
-            column, x = self.length - 1, x[:, -1:]
+        # Of the columns before this one, which are in the last layer, only the keys and values are needed.
+        column = min(max(start, clean.first), stop)
+        past, keys_values = Past(), None
+        if attending and column > start:
+            hooks = self._hooks({at: edits[at] for at in ("k", "v") if at in edits}, first, attending, attending, start)
+            keys_values = replay.keys_values(layer, x[:attending], (start, stop), hooks)
+            before = column - start
+            past.before = keys_values[0][:, :, :before], keys_values[1][:, :, :before]
+        if column == stop:
+            self.keys_values += [keys_values] if keys_values else []
+            return x[:, :0]
+        x = x[:, column - start :]
         if attending and start:
             self._set_past(past, clean, first, attending)
 
@@ -476,7 +550,7 @@ class GroupState:
             return out
         out = replay.block(layer, x, (column, stop), past, attention=attention, mlp=mlp, edits=hooks)
         if self.is_prefix and attending:
-            self.keys_values.append(past.keys_values)
+            self.keys_values.append(keys_values or past.keys_values)
         return out
 
     def _rows(self, first: int, until: int) -> list[tuple[int, int]]:
@@ -579,13 +653,6 @@ def empty_cache() -> None:
     """Release what a failed call has left in a GPU's cache."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _not_finite_error(prompt: int, spec: Spec | None) -> ValueError:
-    under = "" if spec is None else f" under {spec_name(spec)}"
-    return ValueError(
-        f"the logits of prompt {prompt}{under} are not finite; use dtype float32 or bfloat16, or a weaker intervention."
-    )
 
 
 class _NotFiniteError(Exception):

@@ -81,7 +81,7 @@ class EditBatch:
         intervention: the class of the pyvene intervention.
         order: how many earlier edits at this stage the same specs have.
         sources: where replacements come from, in the order of the entries: a spec, its prompts, and which of their positions are
-            kept (None: all).
+            kept, [prompt pos] (None: all).
     """
 
     intervention: type
@@ -97,7 +97,7 @@ class EditBatch:
         columns: np.ndarray,
         specs: list[OneSpec],
         prompts: list[int],
-        kept: np.ndarray | None,
+        kept: np.ndarray,
     ) -> None:
         """Add specs that have equally many heads and edit the same columns.
 
@@ -106,14 +106,15 @@ class EditBatch:
             columns: [prompt pos].
             specs: the edits.
             prompts: the prompts, as indices into the sweep's.
-            kept: which of the specs' positions the columns are, [prompt pos]; None: all.
+            kept: at which of these columns, [prompt pos].
         """
         heads = np.array([spec.heads or (-1,) for spec in specs])
-        shape = *rows.shape, columns.shape[1], heads.shape[1]
-        self._rows.append(np.broadcast_to(rows[:, :, None, None], shape).ravel())
-        self._columns.append(np.broadcast_to(columns[:, :, None], shape).ravel())
-        self._heads.append(np.broadcast_to(heads[:, None, None], shape).ravel())
-        self.sources += [(spec, prompts, kept) for spec in specs]
+        prompt, pos = np.nonzero(kept)
+        shape = len(specs), len(prompt), heads.shape[1]
+        self._rows.append(np.broadcast_to(rows[:, prompt, None], shape).ravel())
+        self._columns.append(np.broadcast_to(columns[prompt, pos, None], shape).ravel())
+        self._heads.append(np.broadcast_to(heads[:, None], shape).ravel())
+        self.sources += [(spec, prompts, None if kept.all() else kept) for spec in specs]
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -156,22 +157,22 @@ class Group:
     prefix: Group | None = None
     prefix_rows: np.ndarray | None = None
 
-    def token_layers(self, length: int) -> int:
-        """Count how many times a token goes through a block; the last block runs only the last token of a prompt.
+    def token_layers(self, first_read: int) -> int:
+        """Count how many times a token goes through a block; the last block runs only the columns that are read.
 
         Args:
-            length: tokens of a prompt.
+            first_read: the first of these columns.
 
         Returns:
             The number of tokens, summed over layers.
         """
-        last_block = self.bounds[-2][-1] if self.stop == length else 0
+        last_block = self.bounds[-2][-1] * max(0, self.stop - max(self.start, first_read))
         return sum(counts[-1] for counts in self.bounds[:-2]) * (self.stop - self.start) + last_block
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Some specs on some prompts of one length: the unit that is computed, saved and resumed.
+    """Some specs on some prompts of one length and read from one column on: the unit that is computed, saved and resumed.
 
     Attributes:
         prompts: indices into the sweep's prompts.
@@ -213,7 +214,7 @@ def wave_groups(wave: Wave, edits: Sequence[list[Edit]], resolved: Resolved, lay
         The groups; prefix groups come before those that continue them.
     """
     locator = EditLocator(wave.prompts, resolved, layers)
-    shared, length = shared_columns(wave.prompts, resolved.prompts), locator.length
+    shared, length = shared_columns(wave.prompts, resolved.sequences.prompts), locator.length
     # By first column, end, prompts and the prefix group's first column (-1: none).
     members_of: dict[tuple[int, int, tuple[int, ...], int], list[_GroupMember]] = defaultdict(list)
     for number, spec in enumerate(wave.specs):
@@ -247,21 +248,17 @@ def wave_groups(wave: Wave, edits: Sequence[list[Edit]], resolved: Resolved, lay
 def _edited_alike(located: list[LocatedEdit], prompts: np.ndarray, shared: int) -> bool:
     """Whether these prompts are all edited in the same way before column `shared`."""
     for edit, places in located:
-        before = np.minimum(places.columns[prompts], shared)
-        if (before < shared).any() and (not edit.spec.same_for_all or (before != before[0]).any()):
+        inside = places.within(0, shared)[prompts]
+        before = np.where(inside, places.columns[prompts], shared)
+        if inside.any() and (not edit.spec.same_for_all or (before != before[0]).any()):
             return False
     return True
 
 
 def _within_columns(located: list[LocatedEdit], prompts: np.ndarray, start: int, stop: int) -> list[LocatedEdit]:
-    """Restrict edits to the columns `[start, stop)`; all prompts have the same number of edited columns there."""
-    found = []
-    for edit, (columns, kept, effective) in located:
-        inside = np.flatnonzero((start <= columns[prompts[0]]) & (columns[prompts[0]] < stop))
-        if inside.size:
-            kept = np.broadcast_to(inside, (len(columns), inside.size)) if kept is None else kept[:, inside]
-            found.append((edit, EditColumns(columns[:, inside], kept, effective)))
-    return found
+    """Restrict edits to the columns `[start, stop)`."""
+    inside = [(edit, EditColumns(places.columns, places.within(start, stop))) for edit, places in located]
+    return [(edit, places) for edit, places in inside if places.kept[prompts].any()]
 
 
 def _build_group(
@@ -287,13 +284,13 @@ def _build_group(
     edits: dict[tuple[int, Stage], list[EditBatch]] = defaultdict(list)
     for (layer, stage, order, name), here in sorted(runs.items(), key=lambda item: item[0]):
         batch = EditBatch(interventions[name], order)
-        for (columns, kept, effective), _, run in here:
-            affected = effective[prompts]
+        for places, _, run in here:
+            affected = places.effective[prompts]
             if affected.any():
                 which, numbers = prompts[affected], np.array([number for number, _ in run])
                 rows = numbers[:, None] * len(prompts) + np.flatnonzero(affected)
                 ids = [wave.prompts[i] for i in which]
-                batch.add(rows, columns[which], [spec for _, spec in run], ids, None if kept is None else kept[which])
+                batch.add(rows, places.columns[which], [spec for _, spec in run], ids, places.kept[which])
         if batch.sources:
             edits[layer, stage].append(batch)
     ends = counts.ravel().cumsum().reshape(counts.shape)
@@ -311,18 +308,26 @@ class _GroupMember(NamedTuple):
     located: list[LocatedEdit]
 
 
-class EditColumns(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class EditColumns:
     """Where an edit is made on the prompts of a wave; one object is shared by all edits of the same columns.
 
     Attributes:
-        columns: [prompt pos].
-        kept: which of the spec's positions these are, [prompt pos]; None: all.
-        effective: on which prompts the edit can change the metric, [prompt].
+        columns: of the spec's positions, [prompt pos].
+        kept: at which of them the edit can change what is read; it is made there alone, [prompt pos].
     """
 
     columns: np.ndarray
-    kept: np.ndarray | None
-    effective: np.ndarray
+    kept: np.ndarray
+
+    @cached_property
+    def effective(self) -> np.ndarray:
+        """On which prompts the edit is made, [prompt]."""
+        return self.kept.any(1)
+
+    def within(self, start: int, stop: int) -> np.ndarray:
+        """At which of the spec's positions the edit is made in the columns `[start, stop)`, [prompt pos]."""
+        return self.kept & (start <= self.columns) & (self.columns < stop)
 
 
 LocatedEdit = tuple[Edit, EditColumns]
@@ -333,13 +338,14 @@ class EditLocator:
 
     def __init__(self, which: Sequence[int], resolved: Resolved, layers: int) -> None:
         self.which, self.resolved, self.layers = which, resolved, layers
-        self.length = len(resolved.prompts.input_ids[which[0]])
+        sequences = resolved.sequences
+        self.length, self.first_read = len(sequences.prompts.input_ids[which[0]]), sequences.first_read[which[0]]
         self._cache: dict[tuple[Positions, bool], tuple[EditColumns, list[tuple[int, np.ndarray]]]] = {}
 
     def locate(self, edits: list[Edit]) -> list[LocatedEdit]:
         """Find the columns of a spec's edits.
 
-        After the keys and values of the last block only the last token counts, because the metric is read there.
+        After the keys and values of the last block only the columns that are read count.
 
         Args:
             edits: of one spec.
@@ -365,23 +371,19 @@ class EditLocator:
         for prompt in range(len(self.which)):
             effective = [(edit, places) for edit, places in located if places.effective[prompt]]
             if effective:
-                start = min(int(places.columns[prompt].min()) for _, places in effective)
+                start = min(int(places.columns[prompt, places.kept[prompt]].min()) for _, places in effective)
                 found[start, *min(edit.entry for edit, _ in effective)].append(prompt)
         return {key: np.array(prompts) for key, prompts in found.items()}
 
     def _columns(self, edit: Edit) -> tuple[EditColumns, list[tuple[int, np.ndarray]]]:
         """An edit's columns, and the prompts by the first of them; cached by positions."""
         reaches_others = edit.stage in ("resid_pre", "k", "v")  # through keys and values
-        only_last = edit.layer == self.layers or (edit.layer == self.layers - 1 and not reaches_others)
-        key = edit.spec.positions, only_last
+        only_read = edit.layer == self.layers or (edit.layer == self.layers - 1 and not reaches_others)
+        key = edit.spec.positions, only_read
         if key not in self._cache:
             columns = np.array(self.resolved.tokens_of(edit.spec, self.which))
-            places = EditColumns(columns, None, np.ones(len(columns), bool))
-            if only_last:
-                last = columns == self.length - 1
-                kept = last.argmax(1)[:, None]
-                places = EditColumns(np.full_like(kept, self.length - 1), kept, last.any(1))
-            starts, effective = places.columns.min(1), places.effective
-            by_start = [(int(s), np.flatnonzero(effective & (starts == s))) for s in np.unique(starts[effective])]
-            self._cache[key] = places, by_start
+            kept = columns >= self.first_read if only_read else np.ones(columns.shape, bool)
+            places, starts = EditColumns(columns, kept), np.where(kept, columns, self.length).min(1)
+            found = np.unique(starts[places.effective])
+            self._cache[key] = places, [(int(start), np.flatnonzero(starts == start)) for start in found]
         return self._cache[key]

@@ -30,6 +30,7 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 MIB = 2**20
 # Most tokens of a wave's clean prompts: more save nothing, and lose more work when a process is killed.
 CLEAN_TOKENS = 4096
+METRIC_COPIES = 10  # of the logits that it reads, in float32, at worst: kl in float64
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Budget:
         return self.memory // 4
 
 
-def default_budget(model: PreTrainedModel, memory: int | None) -> Budget:
+def default_budget(model: PreTrainedModel, memory: int | None, columns: int = 1) -> Budget:
     """Choose the budget for a model.
 
     By default a sweep takes no more than about one and a half times the memory of a plain forward pass, the same on every
@@ -59,7 +60,9 @@ def default_budget(model: PreTrainedModel, memory: int | None) -> Budget:
 
     Args:
         model: the model that is swept.
-        memory: working memory in bytes; by default half of what the weights take, at least 256 MiB.
+        memory: working memory in bytes; by default half of what the weights take, at least 256 MiB, and more if a metric reads
+            many tokens of a prompt.
+        columns: most tokens of a prompt that are read.
 
     Returns:
         Memory, and tokens per call for the model's device.
@@ -70,7 +73,8 @@ def default_budget(model: PreTrainedModel, memory: int | None) -> Budget:
     if memory is not None and (type(memory) is not int or memory <= 0):
         raise ValueError(f"memory must be a whole number of bytes above 0, not {memory!r}.")
     if memory is None:
-        memory = max(256 * MIB, weights_on_a_device(model) // 2)
+        reading = 2 * METRIC_COPIES * ActivationSizes(model).logits(columns)
+        memory = max(256 * MIB, weights_on_a_device(model) // 2, reading)
     if input_device(model).type != "cpu":
         return Budget(memory, 65536)
     # In a small model the overhead of calls dominates: more tokens in each, as long as the MLP's activations stay in cache.
@@ -99,25 +103,33 @@ class Plan:
 
     @property
     def prompts(self) -> TokenizedPrompts:
-        """All prompts of the sweep, including those outside of `subset`."""
-        return self.resolved.prompts
+        """All sequences of the sweep, including those of prompts outside of `subset`."""
+        return self.resolved.sequences.prompts
+
+    @cached_property
+    def columns(self) -> list[int]:
+        """The sequences of the prompts of `subset`, in their order."""
+        return [sequence for prompt in self.subset for sequence in self.resolved.sequences.of_prompt[prompt]]
 
     @cached_property
     def token_layers(self) -> int:
-        """How many times one token goes through one block, whole or in part; in the last block only the last token counts."""
+        """How many times one token goes through one block, whole or in part; in the last block only what is read counts."""
         total = 0
         for wave in self.waves:
             shared, length = shared_columns(wave.prompts, self.prompts), len(self.prompts.input_ids[wave.prompts[0]])
-            clean = shared + (length - shared) * len(wave.prompts)
-            total += clean * (self.layers - 1) + len(wave.prompts)
+            first_read = self.resolved.sequences.first_read[wave.prompts[0]]
+            # In all blocks but the last one, and in that.
+            for layers, first in ((self.layers - 1, 0), (1, first_read)):
+                own = (length - max(shared, first)) * len(wave.prompts)
+                total += layers * (max(0, shared - first) + own)
             groups = wave_groups(wave, self.edits, self.resolved, self.layers)
-            total += sum(group.token_layers(length) for group in groups)
+            total += sum(group.token_layers(first_read) for group in groups)
         return total
 
     @cached_property
     def plain_token_layers(self) -> int:
         """The same with one forward pass per intervention and prompt."""
-        return len(self.edits) * self.layers * sum(len(self.prompts.input_ids[prompt]) for prompt in self.subset)
+        return len(self.edits) * self.layers * sum(len(self.prompts.input_ids[prompt]) for prompt in self.columns)
 
     def summary(self) -> str:
         """Describe the plan in a few lines."""
@@ -140,6 +152,7 @@ class ActivationSizes:
         self._d, self._mlp, self._heads = d["d_model"], d["d_mlp"], d["n_head"]
         self.token = d["d_model"] * self._item  # one token of a row between layers
         self.clean_token = (5 * self._d + 4 * self._kv + 3 * self._z + 3 * self._mlp) * self._item
+        self._logits = model.get_output_embeddings().weight.shape[0] * max(4, self._item)
         self._scores = 0 if model.config._attn_implementation == "sdpa" else 3 * d["n_head"] * max(4, self._item)
 
     def call(self, columns: int, length: int) -> int:
@@ -155,6 +168,17 @@ class ActivationSizes:
         tokens = columns * (6 * self._d + 4 * self._z + 4 * self._kv + 3 * self._mlp) * self._item
         keys = 2 * length * (2 * self._kv + (self._z if columns > 1 else 0)) * self._item
         return tokens + keys + columns * length * self._scores
+
+    def logits(self, columns: int) -> int:
+        """Bytes that the logits of one row take, besides those of the last column.
+
+        Args:
+            columns: tokens of the row that are read.
+
+        Returns:
+            The bytes; a metric needs up to `METRIC_COPIES` times as many.
+        """
+        return (columns - 1) * self._logits
 
 
 def make_plan(resolved: Resolved, which: Sequence[int], budget: Budget) -> Plan:
@@ -173,24 +197,29 @@ def make_plan(resolved: Resolved, which: Sequence[int], budget: Budget) -> Plan:
     Raises:
         ValueError: the memory does not suffice for one intervention on the longest prompt.
     """
-    prompts, specs, sizes = resolved.prompts, resolved.specs, ActivationSizes(resolved.model)
-    buckets: dict[int, list[int]] = defaultdict(list)
+    prompts, specs, sizes = resolved.sequences.prompts, resolved.specs, ActivationSizes(resolved.model)
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     # Sorted by their tokens, so that prompts that share a prefix run together.
-    for prompt in sorted(which, key=lambda prompt: prompts.input_ids[prompt]):
-        buckets[len(prompts.input_ids[prompt])].append(prompt)
+    sequences = [sequence for prompt in which for sequence in resolved.sequences.of_prompt[prompt]]
+    for prompt in sorted(sequences, key=lambda prompt: prompts.input_ids[prompt]):
+        buckets[len(prompts.input_ids[prompt]), resolved.sequences.first_read[prompt]].append(prompt)
     edits = [edits_of(spec, sizes.layers) for spec in specs]
     by_entry = sorted(range(len(specs)), key=lambda spec: edits[spec][0].layer)
     waves: list[Wave] = []
-    for length, bucket in sorted(buckets.items()):
+    for (length, first_read), bucket in sorted(buckets.items()):
         locator = EditLocator(bucket, resolved, sizes.layers)
         row_bytes = np.zeros((len(specs), len(bucket)), int)
         for spec in by_entry:
             for (start, *_), columns in locator.entry_points(locator.locate(edits[spec])).items():
                 row_bytes[spec, columns] = (length - start) * sizes.token
-        clean = length * sizes.clean_token
+        logits = sizes.logits(length - first_read)
+        clean = length * sizes.clean_token + logits
+        most_bytes = int(row_bytes.max(initial=0))
+        reading = METRIC_COPIES * logits + most_bytes
         available = budget.memory - budget.call_memory - clean
-        if min(available, 3 * budget.call_memory - 4 * sizes.call(length, length)) < row_bytes.max(initial=0):
-            needed = max(4 * sizes.call(length, length), 4 * (clean + int(row_bytes.max())) // 3) / MIB
+        blocks = min(available, 3 * budget.call_memory - 4 * sizes.call(length, length))
+        if blocks < most_bytes or budget.memory < reading:
+            needed = max(4 * (max(4 * sizes.call(length, length), clean) + most_bytes) // 3, reading) / MIB
             raise ValueError(
                 f"{budget.memory / MIB:.1f} MiB of working memory are too little for prompts of {length} tokens; allow at least "
                 f"{needed + 0.1:.1f} MiB."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import Result, check_metric
+from pyvene_ext.engine.measure import Metric, MetricLike, check_metric
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result
+from pyvene_ext.engine.sequences import answers_measured
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.plan import (
     Budget,
@@ -25,6 +25,7 @@ from pyvene_ext.engine.sweep.plan import (
 )
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import note, progress_bar
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
     all_gather,
@@ -49,7 +50,7 @@ def plan_sweep(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     *,
     memory: int | None = None,
@@ -72,16 +73,19 @@ def plan_sweep(
     Raises:
         ValueError: for whatever `sweep` refuses.
     """
-    check_metric(model, prompts, metric, of_tokens=True)
+    metric = check_metric(model, prompts, metric, per_token=True, of_answers=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
-    return plan_resolved(resolved, memory=memory, subset=subset)
+    return plan_resolved(resolved, metric, memory=memory, subset=subset)
 
 
-def plan_resolved(resolved: Resolved, *, memory: int | None = None, subset: Sequence[int] | None = None) -> Plan:
+def plan_resolved(
+    resolved: Resolved, metric: Metric, *, memory: int | None = None, subset: Sequence[int] | None = None
+) -> Plan:
     """Plan a sweep of specs that are already resolved.
 
     Args:
         resolved: the specs on the prompts.
+        metric: the metric, checked (`check_metric`).
         memory: as for `sweep`.
         subset: as for `sweep`.
 
@@ -92,14 +96,20 @@ def plan_resolved(resolved: Resolved, *, memory: int | None = None, subset: Sequ
         ValueError: the model takes latent steps on these prompts, the subset is not valid, or the memory does not suffice.
     """
     refuse_latent_steps(resolved.model, resolved.prompts.input_ids)
-    return make_plan(resolved, _checked_subset(subset, resolved.prompts), default_budget(resolved.model, memory))
+    resolved = resolved.for_metric(metric)
+    sequences = resolved.sequences
+    columns = max(
+        len(ids) - first for ids, first in zip(sequences.prompts.input_ids, sequences.first_read, strict=True)
+    )
+    budget = default_budget(resolved.model, memory, columns)
+    return make_plan(resolved, _checked_subset(subset, resolved.prompts), budget)
 
 
 def sweep(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     *,
     memory: int | None = None,
@@ -110,6 +120,9 @@ def sweep(
 ) -> Result:
     """Run every spec on every prompt and read one metric at each prompt's last token, with the numbers of `run`.
 
+    A metric that says which token ids it reads (`Metric.ids`, and so logit_diff and logit) costs little: only these rows of the
+    unembedding are used.
+
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         specs: one edit, or a list of edits and of tuples of them (made jointly).
@@ -119,7 +132,8 @@ def sweep(
         memory: working memory in bytes besides the weights; by default half of what the weights take (on one device, if they are
             spread over several), at least 256 MiB. More makes larger batches, which are faster on a GPU.
         store: a folder in which finished batches are saved. The same call resumes where an earlier one stopped; a folder that
-            belongs to other specs, prompts, weights or metric is refused, and so is one that another process is writing to.
+            belongs to other specs, prompts, weights or metric is refused, and so is one that another process is writing to. A
+            metric of your own needs a name: `Metric(function, name="...")`.
             Batches stay those of the first call, so that the result is the same to the last bit.
         subset: indices of the prompts to run, the columns of the result. Reference set and donors remain those of all prompts.
         compile: let torch.compile fuse the MLPs, for a model on one device. It takes a minute, so only long sweeps gain.
@@ -131,15 +145,15 @@ def sweep(
     Raises:
         ValueError: before the model runs, for what `run` refuses, for latent steps, too little memory, or a store of another run.
     """
-    check_metric(model, prompts, metric, of_tokens=True)
+    metric = check_metric(model, prompts, metric, per_token=True, of_answers=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
-    plan = plan_resolved(resolved, memory=memory, subset=subset)
+    plan = plan_resolved(resolved, metric, memory=memory, subset=subset)
     return sweep_resolved(resolved, metric, plan, store=store, compile=compile, progress=progress)
 
 
 def sweep_resolved(
     resolved: Resolved,
-    metric: str,
+    metric: Metric,
     plan: Plan,
     *,
     store: str | Path | None = None,
@@ -150,7 +164,7 @@ def sweep_resolved(
 
     Args:
         resolved: the specs on the prompts.
-        metric: as for `sweep`.
+        metric: the metric, checked (`check_metric`).
         plan: of these specs.
         store: as for `sweep`.
         compile: as for `sweep`.
@@ -176,14 +190,13 @@ def sweep_resolved(
             # Read before any process adds a wave, and by one process, so that all divide the same remaining waves.
             whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(resolved.names, metric, whole["clean"], whole["intervened"])
+                return Result(resolved.names, metric.label, whole["clean"], whole["intervened"], specs=specs)
             if remembered != _plan_record(plan):
-                plan = make_plan(resolved, which, Budget(**remembered["budget"]))
+                plan = make_plan(plan.resolved, which, Budget(**remembered["budget"]))
             if remembered != _plan_record(plan):
                 raise ValueError(f"{store} was begun by a version that cut the work differently; delete the folder.")
-        if progress:
-            tqdm.write(plan.summary(), file=sys.stderr)
-        resolved = resolved.with_statistics(progress=progress)
+        note(plan.summary(), shown=progress, in_notebooks=False)
+        resolved = resolved.for_metric(metric).with_statistics(progress=progress)
         mine = [number for number in range(len(plan.waves)) if number not in finished]
         mine = mine[group.process_index :: group.num_processes]
         engine = Executor(resolved, metric, plan)
@@ -199,14 +212,13 @@ def sweep_resolved(
                 if kept is not None:
                     kept.add(*made[-1])
         everything = dict(wave for of_one in all_gather(made) for wave in of_one)
-        result = _merge(plan, finished | everything, which)
+        result = _merge(plan, metric, finished | everything)
         if kept is not None and group.is_main_process:
             kept.complete(result)
-        if progress:
-            took = time.monotonic() - started
-            where = "" if store is None else f"; kept in {store}"
-            tqdm.write(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", file=sys.stderr)
-    return Result(resolved.names, metric, result["clean"], result["intervened"])
+        took = time.monotonic() - started
+        where = "" if store is None else f"; kept in {store}"
+        note(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", shown=progress)
+    return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs)
 
 
 @contextmanager
@@ -238,23 +250,26 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
 def _checked_subset(subset: Sequence[int] | None, prompts: TokenizedPrompts) -> list[int]:
     if subset is None:
         return list(range(len(prompts)))
-    which = np.asarray(subset).tolist()
-    numbers = isinstance(which, list) and all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
+    which = [int(one) if isinstance(one, np.integer) else one for one in subset] if isinstance(subset, Iterable) else []
+    numbers = all(type(prompt) is int and 0 <= prompt < len(prompts) for prompt in which)
     if not numbers or not which or len(set(which)) < len(which):
         raise ValueError(f"subset must list one or more of the prompts by number, 0 to {len(prompts) - 1}, each once.")
     return which
 
 
-def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[str, Any]:
+def store_facts(resolved: Resolved, metric: Metric, which: Sequence[int]) -> dict[str, Any]:
     """Everything that the numbers of a sweep depend on, as JSON-able data for a `Store`.
 
     Args:
         resolved: the specs on the prompts.
-        metric: its name.
+        metric: the metric.
         which: indices of the prompts that are run.
 
     Returns:
         Hashes and settings by name.
+
+    Raises:
+        ValueError: the metric has no name.
     """
     model, sources = resolved.model, resolved.sources
     parameter = next(model.parameters())
@@ -269,7 +284,7 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
         "subset": data_hash(list(which)),
         "reference set": source.hash if resolved.needs.places else None,
         "specs": data_hash(to_plain(resolved.specs)),
-        "metric": metric,
+        **metric.facts(),
     }
     if sources.recorded is not None:
         facts["reference set"] = sources.recorded.prompts_hash
@@ -278,16 +293,19 @@ def store_facts(resolved: Resolved, metric: str, which: Sequence[int]) -> dict[s
     return facts
 
 
-def _merge(plan: Plan, waves: dict[int, dict[str, np.ndarray]], which: list[int]) -> dict[str, np.ndarray]:
+def _merge(plan: Plan, metric: Metric, waves: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Assemble the arrays of the result from the waves'."""
-    column = {prompt: place for place, prompt in enumerate(which)}
-    of_prompt = waves[0]["clean"].shape[1:]  # (), or one number for each token
-    clean = np.empty((len(which), *of_prompt), np.float32)
-    intervened = np.empty((len(plan.edits), len(which), *of_prompt), np.float32)
+    column = {prompt: place for place, prompt in enumerate(plan.columns)}
+    of_prompt = max(arrays["clean"].shape[1:] for arrays in waves.values())  # (), or one number for each token
+    clean = np.full((len(column), *of_prompt), np.nan, np.float32)
+    intervened = np.full((len(plan.edits), len(column), *of_prompt), np.nan, np.float32)
     for wave, arrays in ((plan.waves[number], arrays) for number, arrays in sorted(waves.items())):
-        columns = [column[prompt] for prompt in wave.prompts]
-        clean[columns] = arrays["clean"]
-        intervened[np.ix_(wave.specs, columns)] = arrays["intervened"]
+        columns, pos = [column[prompt] for prompt in wave.prompts], [slice(n) for n in arrays["clean"].shape[1:]]
+        clean[columns, *pos] = arrays["clean"]
+        intervened[*np.ix_(wave.specs, columns), *pos] = arrays["intervened"]
+    if metric.of_answers:
+        counts = [len(plan.resolved.sequences.of_prompt[prompt]) for prompt in plan.subset]
+        clean, intervened = (answers_measured(metric, values, counts) for values in (clean, intervened))
     return {"clean": clean, "intervened": intervened}
 
 
@@ -298,9 +316,7 @@ class _ProgressBar:
         self._plan, self._done = plan, 0
         self._cells = {number: len(plan.waves[number].specs) * len(plan.waves[number].prompts) for number in waves}
         total = sum(self._cells.values())
-        self._bar = tqdm(
-            total=total, unit="intervention", unit_scale=True, smoothing=0.1, desc="sweep", disable=not shown
-        )
+        self._bar = progress_bar(total, "intervention", "sweep", shown=shown, unit_scale=True, smoothing=0.1)
 
     def advance(self, share: float) -> None:
         """Advance by a number of interventions, estimated from the arithmetic done."""

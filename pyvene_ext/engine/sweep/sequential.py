@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.plain import Result, check_metric
+from pyvene_ext.engine.measure import MetricLike, check_metric
 from pyvene_ext.engine.resolve import resolve
+from pyvene_ext.engine.results import Result, Shown, Summary, count, strongest
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.joint import (
@@ -23,9 +25,12 @@ from pyvene_ext.specs.joint import (
 )
 from pyvene_ext.stats.intervals import frequency_interval
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass(frozen=True)
-class Sequential:
+
+@dataclass(frozen=True, repr=False)
+class Sequential(Shown):
     """Activation frequencies of interventions, each run on some of the prompts.
 
     Attributes:
@@ -51,6 +56,35 @@ class Sequential:
         """Which interventions have an interval of at most `width`; the others ran out of prompts."""
         return self.high - self.low <= self.width
 
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per intervention and prompt.
+
+        Returns:
+            That of `Result.to_frame`, with NaN where an intervention was not run, and of each intervention frequency, low, high
+            and n_prompts.
+        """
+        columns = {name: getattr(self, name) for name in ("frequency", "low", "high", "n_prompts")}
+        each = self.result.intervened.shape[1]
+        return self.result.to_frame().assign(**{name: values.repeat(each) for name, values in columns.items()})
+
+    def summarise(self) -> Summary:
+        """The interventions that are active most often."""
+        n = len(self.frequency)
+        title = (
+            f"Sequential: frequencies of {count(n, 'intervention')}, |{self.result.metric}| changed, on up to "
+            f"{count(len(self.order), 'prompt')}; {int(self.reached.sum())} of {n} intervals are at most {self.width:g} wide"
+        )
+        rows = [
+            (
+                self.result.names[i],
+                f"{self.frequency[i]:.2f}",
+                f"[{self.low[i]:.2f}, {self.high[i]:.2f}]",
+                str(self.n_prompts[i]),
+            )
+            for i in strongest(self.frequency)
+        ]
+        return Summary(title, ("most frequent", "frequency", "95% interval", "prompts"), rows)
+
 
 def frequencies(
     model: PreTrainedModel,
@@ -61,7 +95,7 @@ def frequencies(
     width: float,
     block: int = 16,
     absolute: bool = True,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     seed: int = 0,
     confidence: float = 0.95,
@@ -115,7 +149,7 @@ def frequencies(
     ):
         if not fits:
             raise ValueError(f"{name} must be {wanted}, not {value}.")
-    check_metric(model, prompts, metric)
+    metric = check_metric(model, prompts, metric, of_answers=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
     reference = resolved.with_statistics(progress=progress).sources.reference
 
@@ -127,7 +161,7 @@ def frequencies(
     n_prompts = np.zeros(len(specs), int)
     going = np.arange(len(specs))
     left = intervened.size
-    with tqdm(total=left, desc="frequencies", unit="prompt", disable=not progress) as bar:
+    with progress_bar(left, "prompt", "frequencies", shown=progress) as bar:
         for start in range(0, n, block):
             taken, new = order[: start + block], order[start : start + block]
             part = sweep(
@@ -147,5 +181,5 @@ def frequencies(
             if not going.size:
                 break
         bar.refresh()
-    result = Result(resolved.names, metric, clean, intervened)
+    result = Result(resolved.names, metric.label, clean, intervened, specs=resolved.specs)
     return Sequential(result, frequency, low, high, n_prompts, order, width)

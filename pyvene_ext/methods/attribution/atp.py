@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_layers
-from pyvene_ext.engine.plain import METRICS, check_metric
+from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.statistics import Place
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.attribution.gradients import (
     ADDS,
-    answer_logits,
     check_differentiable,
     check_places,
+    metric_total,
 )
-from pyvene_ext.methods.attribution.screen import DIFFERENTIABLE, estimate_resolved
+from pyvene_ext.methods.attribution.screen import estimate_resolved
 from pyvene_ext.models.hooks import (
     SIDE_BY_SIDE,
     Where,
@@ -63,7 +63,7 @@ def atp(
     patches: Patches,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     batch_size: int = 8,
     progress: bool = True,
@@ -78,7 +78,7 @@ def atp(
         patches: one `ActivationPatch`, or a list of them and of tuples of them (made jointly).
         base: the prompts that are patched.
         source: the prompts that activations are taken from, paired with `base` by order.
-        metric: logit_diff, probability or logit.
+        metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function.
         batch_size: prompts per forward and backward pass.
         progress: show a bar.
 
@@ -89,6 +89,7 @@ def atp(
         ValueError: before the model runs, for a metric without a gradient (rank, accuracy, kl), anything but an
             `ActivationPatch`, and what `patch` refuses, such as pairs of unequal lengths at positions "all".
     """
+    metric = as_metric(metric)
     resolved = resolve_patches(model, patches, base, source, metric)
     base.batches(batch_size)
     return estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
@@ -99,7 +100,7 @@ def atp_star(
     patches: Patches,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     qk_fix: bool = True,
     grad_drop: bool = True,
@@ -126,7 +127,7 @@ def atp_star(
         patches: one `ActivationPatch`, or a list of them and of tuples of them (made jointly).
         base: the prompts that are patched.
         source: the prompts that activations are taken from, paired with `base` by order.
-        metric: logit_diff, probability or logit.
+        metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function.
         qk_fix: recompute the pattern for patches of q and k.
         grad_drop: drop one layer's gradient at a time.
         batch_size: prompts per forward and backward pass.
@@ -139,6 +140,7 @@ def atp_star(
         ValueError: before the model runs, for what `atp` refuses; for QK-fix in a model whose attention pattern cannot be read
             (not eager or sdpa), and for GradDrop in a model of one layer.
     """
+    metric = as_metric(metric)
     resolved = resolve_patches(model, patches, base, source, metric, qk_fix=qk_fix)
     specs = resolved.specs
     base.batches(batch_size)
@@ -154,7 +156,7 @@ def atp_star(
         pass
     resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     estimates = np.empty((len(specs), len(base)), np.float32)
-    bar = tqdm(total=len(base), desc="estimates", unit="prompt", disable=not progress)
+    bar = progress_bar(len(base), "prompt", "estimates", shown=progress)
     with bar, evaluating(model), torch.inference_mode(False), taps:
         # No gradients of parameters: the graph starts at the first place that is read.
         model.requires_grad_(False)
@@ -198,7 +200,7 @@ def _effects(
     resolved: Resolved,
     groups: list[_PatchGroup],
     batch: Batch,
-    metric: str,
+    metric: Metric,
     grad_drop: bool,
 ) -> dict[_PatchGroup, Float[Tensor, "dropped batch head"]]:
     """The first-order effect of every group on one batch, for each layer dropped in turn (or none), on the CPU.
@@ -217,7 +219,7 @@ def _effects(
         for layer in range(n_layers(model.config)) if grad_drop else ():
             for component in ADDS:  # hooked after the tensors that are kept, so that their own gradient is 0
                 hook_component(model, (component, layer), _gate(dropped, layer), hooks)
-        total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
+        total = metric_total(metric, model, batch)
     changes = {}
     with torch.no_grad():
         for group in groups:
@@ -294,7 +296,7 @@ def resolve_patches(
     patches: Patches,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     qk_fix: bool = False,
 ) -> Resolved:
@@ -326,8 +328,7 @@ def resolve_patches(
             raise ValueError(f"{patch.name}: attribution patching takes whole activations; leave subspace out.")
     check_tokenized(model, base, source)
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
-    check_differentiable(metric, DIFFERENTIABLE, model.dtype)
-    check_metric(model, base, metric)
+    check_differentiable(check_metric(model, base, metric), model.dtype)
     resolved = resolve(specs, model, base, source)
     check_places(model, specs)
     return resolved

@@ -26,7 +26,7 @@ in the run on the source prompts, with the full circuit what it reads in the run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,18 +37,19 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Taps, head_shares, n_heads
-from pyvene_ext.engine.plain import METRICS
+from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.attribution.edges import check_edges
+from pyvene_ext.methods.attribution.edges import check_pairs
+from pyvene_ext.methods.attribution.faithfulness import CircuitRuns, Curve
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.hooks import hook_component
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.replay import Past, Replay
-from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.graph import (
     SENDERS,
     Node,
@@ -57,10 +58,8 @@ from pyvene_ext.specs.graph import (
     receivers,
     senders,
 )
-from pyvene_ext.stats.intervals import Interval, ratio_of_means
 
 Edges = Bool[np.ndarray, "sender receiver"]
-Scale = Literal["log", "linear"]
 Within = Literal["layers", "anywhere"]
 
 
@@ -188,7 +187,7 @@ def top_edges(scores: Float[np.ndarray, "sender receiver"], n: int, config: Any)
 
 
 def random_circuits(
-    scores: Float[np.ndarray, "sender receiver"],
+    scores: Float[np.ndarray, "sender receiver"] | Circuit,
     n: int,
     config: Any,
     count: int,
@@ -201,8 +200,8 @@ def random_circuits(
     They are pruned too, and usually lose more edges than the chosen circuit does: compare `len`.
 
     Args:
-        scores: as for `top_edges`.
-        n: as for `top_edges`.
+        scores: as for `top_edges`; or the chosen circuit itself, however it was found.
+        n: as for `top_edges`; of a circuit, its number of edges.
         config: the model's config.
         count: how many circuits.
         within: layers: keep the number of chosen edges from each kind of sender in each layer (all heads of layer 3, say) to each
@@ -220,6 +219,10 @@ def random_circuits(
         raise ValueError(f"within must be 'layers' or 'anywhere', not {within!r}.")
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
         raise ValueError(f"count must be a whole number of 1 or more, not {count!r}.")
+    if isinstance(scores, Circuit):
+        if n != len(scores):
+            raise ValueError(f"the circuit has {len(scores)} edges, so that random ones have as many, not {n!r}.")
+        scores = scores.matrix(config)
     chosen, there = _top(_checked_scores(scores, config), n, config), exists(config)
     group = np.zeros(there.shape, int)
     if within == "layers":
@@ -328,102 +331,12 @@ def _entry_receivers(config: Any) -> dict[Node, Int[np.ndarray, " receiver"]]:
 # -- measures ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CircuitRuns:
-    """The metric of every base prompt under circuits.
-
-    Attributes:
-        metric: its name.
-        clean: on the base prompts, which is the full circuit.
-        source: on the source prompts, which is the empty circuit; read with the base prompts' answers.
-        circuits: under each circuit.
-    """
-
-    metric: str
-    clean: Float32[np.ndarray, " prompt"]
-    source: Float32[np.ndarray, " prompt"]
-    circuits: Float32[np.ndarray, "circuit prompt"]
-
-    @property
-    def faithfulness(self) -> Float[np.ndarray, " circuit"]:
-        """(mean of circuit - mean of source) / (mean of clean - mean of source): 0 is the empty circuit, 1 the full one.
-
-        Values below 0 and above 1 are possible. NaN if clean and source have the same mean. Marks et al. 2024.
-        """
-        clean, source, circuits = (x.mean(-1, dtype=np.float64) for x in (self.clean, self.source, self.circuits))
-        if clean == source:
-            return np.full_like(circuits, np.nan)
-        return (circuits - source) / (clean - source)
-
-    def interval(self, seed: int = 0, n_resamples: int = 2000) -> Interval:
-        """Compute faithfulness with percentile bootstrap 95% intervals over prompts.
-
-        A resample takes the same prompts of all runs. The circuit stays fixed: if it was chosen on these prompts, the intervals
-        do not hold for new ones.
-
-        Args:
-            seed: of the resampling.
-            n_resamples: number of resamples.
-
-        Returns:
-            Arrays " circuit".
-        """
-        if self.clean.mean(dtype=np.float64) == self.source.mean(dtype=np.float64):
-            return Interval(*np.full((3, len(self.circuits)), np.nan))
-        clean, source, circuits = (x.astype(np.float64) for x in (self.clean, self.source, self.circuits))
-        return ratio_of_means(circuits - source, clean - source, rng(seed, "faithfulness"), n_resamples)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Faithfulness by size of the circuit.
-
-    Attributes:
-        sizes: numbers of edges before pruning, ascending.
-        n_edges: numbers of edges after pruning, which were run.
-        runs: the metric of every prompt under the circuit of each size.
-    """
-
-    sizes: Int[np.ndarray, " size"]
-    n_edges: Int[np.ndarray, " size"]
-    runs: CircuitRuns
-
-    @property
-    def values(self) -> Float[np.ndarray, " size"]:
-        """Faithfulness of each size."""
-        return self.runs.faithfulness
-
-    def area(self, scale: Scale = "log") -> float:
-        """Area under the curve by the trapezoidal rule, divided by the width of its range.
-
-        It is the mean faithfulness along the axis: 1 for circuits as faithful as the model at every size. On the linear axis
-        large circuits dominate (Mueller et al. 2025, CPR); on the logarithmic one each doubling counts the same.
-
-        Args:
-            scale: integrate over log(size) or over size.
-
-        Returns:
-            The normalised area.
-
-        Raises:
-            ValueError: there are fewer than two sizes, or size 0 on the logarithmic scale.
-        """
-        if scale not in ("log", "linear"):
-            raise ValueError(f"scale must be 'log' or 'linear', not {scale!r}.")
-        if len(self.sizes) < 2:
-            raise ValueError("an area needs two sizes or more.")
-        if scale == "log" and self.sizes[0] == 0:
-            raise ValueError("size 0 has no place on a logarithmic scale; leave it out, or use scale='linear'.")
-        x = np.log(self.sizes) if scale == "log" else self.sizes.astype(float)
-        return float(np.trapezoid(self.values, x) / (x[-1] - x[0]))
-
-
 def run_circuit(
     model: PreTrainedModel,
     circuit: Circuit | Edges,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     batch_size: int = 8,
     progress: bool = True,
@@ -450,7 +363,7 @@ def run_circuits(
     circuits: Iterable[Circuit | Edges],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     batch_size: int = 8,
     progress: bool = True,
@@ -466,7 +379,7 @@ def run_circuits(
         circuits: each a `Circuit` or a boolean matrix by `graph.senders` and `graph.receivers`; they are not pruned.
         base: the prompts that are run; the metric is read with their answers.
         source: the prompts that ablated edges are set to, paired with `base` by order and of equal length.
-        metric: logit_diff, probability, rank, accuracy, kl (to the clean run) or logit.
+        metric: as for `run`, one number per prompt; kl is to the clean run.
         batch_size: prompts per forward pass, all of one length.
         progress: show a bar.
 
@@ -483,25 +396,27 @@ def run_circuits(
         circuit.matrix(config) if isinstance(circuit, Circuit) else _checked_matrix(circuit, config)
         for circuit in circuits
     ]
-    _check(model, base, source, metric, batch_size)
+    check_pairs(model, base, source)
+    metric = check_metric(model, base, metric)
+    base.batches(batch_size)  # refuses a wrong size
     if not matrices:
         raise ValueError("nothing to run: give at least one circuit.")
     clean, of_source = (np.empty(len(base), np.float32) for _ in range(2))
     found = np.empty((len(matrices), len(base)), np.float32)
     edgewise = _EdgewiseModel(model)
-    bar = tqdm(total=found.size, desc="circuits", unit="prompt", disable=not progress)
+    bar = progress_bar(found.size, "prompt", "circuits", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         for index in _of_one_length(base, batch_size):
-            batch, ids = _rows(base, index), _rows(source, index).input_ids
+            batch, ids = base.batch(index), source.batch(index).input_ids
             clean_logits = edgewise(batch.input_ids)[0]
-            measured = partial(_measured, metric, batch, clean_logits)
+            batch = metric.with_clean(batch, clean_logits)
             source_logits, outputs = edgewise(ids)
-            clean[index], of_source[index] = measured(clean_logits), measured(source_logits)
+            clean[index], of_source[index] = (as_array(metric(x, batch)) for x in (clean_logits, source_logits))
             for number, matrix in enumerate(matrices):
                 logits, _ = edgewise(batch.input_ids, edgewise.exists & ~matrix, outputs)
-                found[number, index] = measured(logits)
+                found[number, index] = as_array(metric(logits, batch))
                 bar.update(len(index))
-    return CircuitRuns(metric, clean, of_source, found)
+    return CircuitRuns(metric.label, clean, of_source, found)
 
 
 def faithfulness(
@@ -509,7 +424,7 @@ def faithfulness(
     circuit: Circuit | Edges,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     **options: Any,
 ) -> float:
     """Faithfulness of a circuit: the share of the difference between base and source that it recovers (Marks et al. 2024).
@@ -533,7 +448,7 @@ def completeness(
     circuit: Circuit | Edges,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     **options: Any,
 ) -> float:
     """Completeness of a circuit: the faithfulness of its complement, near 0 if the circuit misses nothing (Marks et al. 2024).
@@ -560,9 +475,11 @@ def faithfulness_curve(
     base: TokenizedPrompts,
     source: TokenizedPrompts,
     sizes: Collection[int] | None = None,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     complement: bool = False,
+    random: int = 0,
+    seed: int = 0,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Curve:
@@ -576,6 +493,8 @@ def faithfulness_curve(
         sizes: numbers of edges before pruning; by default 1, 2, 4, ... and all.
         metric: as for `run_circuits`.
         complement: run each circuit's complement instead, so that the values are completeness.
+        random: how many `random_circuits` of each size are run too, as controls.
+        seed: of their draws.
         batch_size: as for `run_circuits`.
         progress: as for `run_circuits`.
 
@@ -594,9 +513,13 @@ def faithfulness_curve(
         raise ValueError(f"give one or more sizes, each once, not {list(sizes)}.")
     magnitudes = _checked_scores(scores, config)
     kept = [_on_paths(_top(magnitudes, n, config), config) for n in ascending]
+    sizes = np.array(ascending), np.array([int(matrix.sum()) for matrix in kept])
+    for n in ascending if random else ():
+        kept += [one.matrix(config) for one in random_circuits(scores, n, config, random, seed=seed)]
     run = [there & ~matrix for matrix in kept] if complement else kept
     runs = run_circuits(model, run, base, source, metric, batch_size=batch_size, progress=progress)
-    return Curve(np.array(ascending), np.array([int(matrix.sum()) for matrix in kept]), runs)
+    own, others = np.split(runs.circuits, [len(ascending)])
+    return Curve(*sizes, replace(runs, circuits=own), others.reshape(len(ascending), random, len(base)))
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -748,38 +671,3 @@ def _of_one_length(prompts: TokenizedPrompts, batch_size: int) -> Iterator[list[
     for length in sorted(set(lengths)):
         those = [prompt for prompt, own in enumerate(lengths) if own == length]
         yield from (those[start : start + batch_size] for start in range(0, len(those), batch_size))
-
-
-def _rows(prompts: TokenizedPrompts, index: Sequence[int]) -> Batch:
-    """Some prompts of one length as a batch, in this order."""
-    some = replace(
-        prompts,
-        input_ids=tuple(prompts.input_ids[i] for i in index),
-        answer_ids=tuple(prompts.answer_ids[i] for i in index),
-        positions=tuple(prompts.positions[i] for i in index),
-    )
-    return next(some.batches(len(index)))
-
-
-def _measured(
-    metric: str, batch: Batch, clean: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch vocab"]
-) -> Float32[np.ndarray, " batch"]:
-    return METRICS[metric](logits, batch, clean).float().cpu().numpy()
-
-
-def _check(
-    model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts, metric: str, batch_size: int
-) -> None:
-    """Raise ValueError for anything wrong with a run apart from its circuits."""
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS)}.")
-    # No gradient is needed here, so any differentiable metric will do for the other checks.
-    check_edges(model, base, source, "logit_diff", "eap", 1)
-    base.batches(batch_size)
-    n_vocab = model.get_output_embeddings().weight.shape[0]
-    for pair, ids in enumerate(base.answer_ids):
-        if not 0 <= min(ids) <= max(ids) < n_vocab:
-            raise ValueError(
-                f"the answers of pair {pair} have the ids {ids[0]} and {ids[1]} but the vocabulary has {n_vocab} tokens; use "
-                "the model's own tokenizer."
-            )

@@ -15,21 +15,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layers
-from pyvene_ext.engine.plain import METRICS
-from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_differentiable
-from pyvene_ext.methods.attribution.screen import DIFFERENTIABLE, SIDE_BY_SIDE
+from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
+from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table
+from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_differentiable, metric_total
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
+    SIDE_BY_SIDE,
     Where,
     check_projections,
     head_entries,
@@ -46,6 +47,10 @@ from pyvene_ext.specs.graph import (
     receivers,
     senders,
 )
+from pyvene_ext.stats.intervals import student_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EdgeMethod = Literal["eap", "eap_ig_inputs", "eap_ig_activations"]
 
@@ -54,8 +59,8 @@ _READS = {"q": "query_output", "k": "key_output", "v": "value_output", "mlp_in":
 _STREAM = {"q": "block_input", "k": "block_input", "v": "block_input", "mlp_in": "resid_mid", "logits": "block_output"}
 
 
-@dataclass(frozen=True)
-class EdgeScores:
+@dataclass(frozen=True, repr=False)
+class EdgeScores(Shown):
     """Estimates for every edge of a model.
 
     Attributes:
@@ -82,6 +87,33 @@ class EdgeScores:
     def exists(self) -> Bool[np.ndarray, "sender receiver"]:
         """Where there is an edge."""
         return _edge_exists(self.senders, self.receivers)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per edge and prompt.
+
+        Returns:
+            A table with the columns edge ("z.0.1->k.2.0"), sender, receiver, prompt and score (the estimate of delta).
+        """
+        rows, columns = np.nonzero(self.exists)
+        sending, receiving = np.array([*map(str, self.senders)])[rows], np.array([*map(str, self.receivers)])[columns]
+        n = self.per_prompt.shape[-1]
+        edges = [f"{sender}->{receiver}" for sender, receiver in zip(sending, receiving, strict=True)]
+        found = table({"edge": edges, "prompt": range(n)}, {"score": self.per_prompt[self.exists]})
+        found.insert(1, "sender", sending.repeat(n))
+        found.insert(2, "receiver", receiving.repeat(n))
+        return found
+
+    def summarise(self) -> Summary:
+        """The edges with the largest mean estimates, with 95% intervals (Student's t over prompts)."""
+        rows, columns = np.nonzero(self.exists)
+        shown = strongest_rows(
+            self.matrix[rows, columns],
+            lambda i: f"{self.senders[rows[i]]}->{self.receivers[columns[i]]}",
+            lambda some: student_interval(self.per_prompt[rows[some], columns[some]]),
+        )
+        size = f"{count(len(rows), 'edge')} x {count(self.per_prompt.shape[-1], 'prompt')}"
+        title = f"EdgeScores ({self.method}) of {self.metric}: {size}"
+        return Summary(title, ("strongest", "mean score", "95% interval"), shown)
 
     def edge(self, name: str) -> Float32[np.ndarray, " prompt"]:
         """Look up the estimates of one edge.
@@ -115,7 +147,7 @@ def edge_attribution(
     model: PreTrainedModel,
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     method: EdgeMethod = "eap",
     *,
     steps: int = 5,
@@ -136,7 +168,8 @@ def edge_attribution(
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         base: the prompts that are patched.
         source: the prompts that contributions are taken from, paired with `base` by order and of equal length.
-        metric: logit_diff, probability or logit; for EAP-IG also kl, to the base run (with eap its gradient is 0).
+        metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function; for EAP-IG also
+            kl, to the base run (with eap its gradient is 0).
         method: where gradients are taken.
 
             * eap (Syed et al. 2023): in the base run.
@@ -157,12 +190,13 @@ def edge_attribution(
         ValueError: before the model runs, for a metric without a gradient, an unknown method, fewer than one step, prompts that
             are not pairs or of unequal lengths, and output projections that cannot be split by heads.
     """
+    metric = as_metric(metric)
     check_edges(model, base, source, metric, method, steps)
     nodes = tuple(senders(model.config)), tuple(receivers(model.config))
     exists = torch.from_numpy(_edge_exists(*nodes))
     scores = np.empty((*exists.shape, len(base)), np.float32)
     pairs = zip(base.batches(batch_size, "right"), source.batches(batch_size, "right"), strict=True)
-    bar = tqdm(total=len(base), desc=method, unit="prompt", disable=not progress)
+    bar = progress_bar(len(base), "prompt", method, shown=progress)
     with bar, evaluating(model), torch.inference_mode(False):
         model.requires_grad_(False)
         for batch, of_source in pairs:
@@ -177,7 +211,7 @@ def edge_attribution(
             found.masked_fill_(~exists.to(found.device), torch.nan)
             scores[:, :, batch.index] = found.permute(1, 2, 0).cpu().numpy()
             bar.update(len(batch.index))
-    return EdgeScores(*nodes, scores, metric, method)
+    return EdgeScores(*nodes, scores, metric.label, method)
 
 
 class _Stage(NamedTuple):
@@ -229,7 +263,7 @@ class _GradientRun:
         self,
         model: PreTrainedModel,
         batch: Batch,
-        metric: str,
+        metric: Metric,
         clean: Float[Tensor, "batch vocab"],
         stage: _Stage | None,
         changes: Float[Tensor, "batch sender pos d_model"],
@@ -243,7 +277,7 @@ class _GradientRun:
                 shift = share * changes[:, stage.senders].sum(1)
                 hook_component(model, stage.where, lambda x: (x.float() + shift.to(x.device)).to(x.dtype), hooks)
             self.seen = record_activations(model, places, hooks, graph=True)
-            self.total = METRICS[metric](answer_logits(model, batch), batch, clean).sum()
+            self.total = metric_total(metric, model, batch, clean)
 
     def products(
         self,
@@ -340,7 +374,12 @@ def _edge_exists(writing: Iterable[Node], reading: Iterable[Node]) -> Bool[np.nd
 
 
 def check_edges(
-    model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts, metric: str, method: str, steps: int
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts,
+    metric: MetricLike,
+    method: str,
+    steps: int,
 ) -> None:
     """Check the arguments of `edge_attribution`; nothing is run.
 
@@ -355,22 +394,30 @@ def check_edges(
     Raises:
         ValueError: for whatever `edge_attribution` refuses.
     """
-    card = card_of(model)
-    for name in (*_STREAM.values(), *_READS.values()):
-        card.component(model, name)
     if method not in get_args(EdgeMethod):
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of 1 or more, not {steps!r}.")
+    check_pairs(model, base, source)
+    check_differentiable(check_metric(model, base, metric), model.dtype, first_order=method == "eap" or steps == 1)
+
+
+def check_pairs(model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts) -> None:
+    """Check that edges can be read in a model and on pairs of prompts.
+
+    Args:
+        model: as for `edge_attribution`.
+        base: as for `edge_attribution`.
+        source: as for `edge_attribution`.
+
+    Raises:
+        ValueError: for whatever `edge_attribution` refuses, except of metric and method.
+    """
+    card = card_of(model)
+    for name in (*_STREAM.values(), *_READS.values()):
+        card.component(model, name)
     check_tokenized(model, base, source)
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
-    check_differentiable(
-        metric, DIFFERENTIABLE if method == "eap" or steps == 1 else (*DIFFERENTIABLE, "kl"), model.dtype
-    )
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
-        )
     if not len(base) or len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base prompts and {len(source)} source prompts; give each base prompt its source."

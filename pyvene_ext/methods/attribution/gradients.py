@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import card_of
-from pyvene_ext.engine.plain import ANSWERS_ONLY, METRICS
+from pyvene_ext.engine.measure import METRICS, Metric
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.joint import Spec, members
@@ -18,39 +18,43 @@ from pyvene_ext.specs.joint import Spec, members
 ADDS = ("attention_contribution", "mlp_contribution")  # what a block adds to the residual stream
 
 
-def check_differentiable(metric: str, allowed: tuple[str, ...], dtype: torch.dtype) -> None:
+def check_differentiable(metric: Metric, dtype: torch.dtype, *, first_order: bool = True) -> None:
     """Check that a metric has a usable gradient.
 
     Args:
-        metric: its name.
-        allowed: the metrics that have one here.
+        metric: the metric.
         dtype: the model's.
+        first_order: the gradient is taken in the untouched run only.
 
     Raises:
-        ValueError: the metric is unknown, has no useful gradient, or one that float16 rounds to 0.
+        ValueError: the metric has no useful gradient, or one that float16 rounds to 0.
     """
-    if metric in METRICS and metric not in allowed:
-        why = f"the gradient of {metric!r} is 0 or undefined everywhere"
-        if metric == "kl":
-            why = "kl to the base run has no first-order term there; only integrated gradients of several steps measure it"
-        raise ValueError(f"{why}: choose among {', '.join(allowed)}.")
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(allowed)}.")
-    check_gradient(metric, dtype)
+    why = None if metric.differentiable else f"the gradient of {metric.label!r} is 0 or undefined everywhere"
+    if metric.function is METRICS["kl"].function and first_order:
+        why = "kl to the base run has no first-order term there; only integrated gradients of several steps measure it"
+    if why is not None:
+        others = [
+            name
+            for name, it in METRICS.items()
+            if it.differentiable and not (it.per_token or it.of_answers) and name != "kl"
+        ]
+        raise ValueError(f"{why}: choose among {', '.join(others)}, or another differentiable function.")
+    if metric.ids != "answers":
+        check_gradient(metric.label, dtype)
 
 
-def check_gradient(metric: str, dtype: torch.dtype) -> None:
-    """Check that gradients of a metric do not vanish in the model's dtype.
+def check_gradient(what: str, dtype: torch.dtype) -> None:
+    """Check that gradients do not vanish in the model's dtype.
 
     Args:
-        metric: its name, or a description for the message.
+        what: what they are of, for the message.
         dtype: the model's.
 
     Raises:
         ValueError: float16 rounds them to 0.
     """
-    if dtype == torch.float16 and metric not in ANSWERS_ONLY:
-        raise ValueError(f"gradients of {metric} are too small for float16; load the model in bfloat16 or float32.")
+    if dtype == torch.float16:
+        raise ValueError(f"gradients of {what} are too small for float16; load the model in bfloat16 or float32.")
 
 
 def check_places(model: PreTrainedModel, specs: Iterable[Spec]) -> None:
@@ -87,3 +91,30 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch 
     keep = batch.input_ids.shape[1] - int(last.min())
     logits = model(**batch.inputs(input_device(model)), use_cache=False, logits_to_keep=keep).logits
     return logits[torch.arange(len(last)), last - last.min()]
+
+
+def metric_total(
+    metric: Metric, model: PreTrainedModel, batch: Batch, clean: Float[Tensor, "batch vocab"] | None = None
+) -> Float[Tensor, ""]:
+    """Run the model on a batch and sum the metric over its prompts, to take gradients of.
+
+    Args:
+        metric: the metric.
+        model: a causal language model.
+        batch: the prompts.
+        clean: logits of the untouched run; by default this run is that.
+
+    Returns:
+        The sum.
+
+    Raises:
+        ValueError: the metric has no gradient.
+    """
+    logits = answer_logits(model, batch)
+    total = metric(logits, metric.with_clean(batch, logits.detach() if clean is None else clean)).sum()
+    if not total.requires_grad:
+        raise ValueError(
+            f"metric {metric.label!r} has no gradient, because it returns numbers that no longer depend on the logits for torch "
+            "(such as an argmax, a comparison, or after detach); use sweep, or a differentiable function."
+        )
+    return total

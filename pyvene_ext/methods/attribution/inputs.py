@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Taps, card_of, n_heads, n_layers
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.packages import need
 from pyvene_ext.methods.attribution.gradients import check_gradient
 from pyvene_ext.methods.heads.patterns import check_prompts
@@ -152,7 +152,7 @@ def integrated_gradients(
     batches = prompts.batches(batch_size, "right")  # so that every query sees a key
     tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)
     value, at_baseline = np.empty(len(prompts)), np.empty(len(prompts))
-    bar = tqdm(total=len(prompts), desc=f"{target.layer}.{target.head}", unit="prompt", disable=not progress)
+    bar = progress_bar(len(prompts), "prompt", f"{target.layer}.{target.head}", shown=progress)
     with bar, evaluating(model), torch.inference_mode(False), _TargetOutput(model, target) as head:
         model.requires_grad_(False)  # no gradients of parameters
         start_point = baseline_embedding(model, baseline, prompts.pad_id)

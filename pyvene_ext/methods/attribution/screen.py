@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,20 +21,17 @@ from jaxtyping import Bool, Float, Float32, Int
 from scipy.stats import hypergeom
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, dimensions
-from pyvene_ext.engine.plain import (
-    METRICS,
-    Result,
-    check_metric,
-)
+from pyvene_ext.engine.measure import Metric, MetricLike, check_metric
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result, Shown, Summary
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
 from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.attribution.gradients import answer_logits, check_gradient, check_places
+from pyvene_ext.methods.attribution.gradients import check_differentiable, check_places, metric_total
 from pyvene_ext.models.devices import broadcast_from_main
 from pyvene_ext.models.hooks import SIDE_BY_SIDE, record_activations, split_heads
 from pyvene_ext.models.modes import evaluating
@@ -46,8 +44,10 @@ from pyvene_ext.specs.joint import (
 )
 from pyvene_ext.stats.intervals import Interval
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 UNIFORM_Z_INPUTS = ("attention_scores", "head_value_output")  # what the z of uniform attention is computed from
-DIFFERENTIABLE = ("logit_diff", "probability", "logit")
 MIN_CHECKED = 20  # rejected interventions run exactly; fewer say next to nothing about the recall
 
 
@@ -55,7 +55,7 @@ def estimate(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     *,
     batch_size: int = 8,
@@ -71,7 +71,7 @@ def estimate(
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         specs: one edit, or a list of edits and of tuples of them (made jointly).
         prompts: the prompts that are intervened on.
-        metric: logit_diff, probability or logit.
+        metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function.
         reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         batch_size: prompts per forward and backward pass.
         progress: show a bar.
@@ -83,18 +83,18 @@ def estimate(
         ValueError: before the model runs, for a metric without a useful gradient, and for a spec that does not fit the model, the
             prompts or the reference set.
     """
-    resolved = _resolve(model, specs, prompts, metric, reference)
+    metric, resolved = _resolve(model, specs, prompts, metric, reference)
     return estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
 
 
 def estimate_resolved(
-    resolved: Resolved, metric: str, *, batch_size: int = 8, progress: bool = True
+    resolved: Resolved, metric: Metric, *, batch_size: int = 8, progress: bool = True
 ) -> Float32[np.ndarray, "n_interventions n_prompts"]:
     """Estimate specs that are already resolved and checked, as `estimate` does.
 
     Args:
         resolved: the specs on the prompts.
-        metric: as for `estimate`.
+        metric: the metric, checked.
         batch_size: prompts per forward and backward pass.
         progress: show a bar.
 
@@ -105,7 +105,7 @@ def estimate_resolved(
     resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     joint = [members(spec) for spec in resolved.specs]
     estimates = np.empty((len(joint), len(prompts)), np.float32)
-    bar = tqdm(total=len(prompts), desc="estimates", unit="prompt", disable=not progress)
+    bar = progress_bar(len(prompts), "prompt", "estimates", shown=progress)
     with bar, evaluating(model), torch.inference_mode(False):
         # No gradients of parameters: the graph starts at the first place that is edited.
         model.requires_grad_(False)
@@ -124,22 +124,18 @@ def _resolve(
     model: PreTrainedModel,
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
-    metric: str,
+    metric: MetricLike,
     reference: Reference | None,
-) -> Resolved:
+) -> tuple[Metric, Resolved]:
     """Resolve specs after checking that they and the metric have a first-order estimate."""
-    specs = as_specs(specs)
-    if metric in METRICS and metric not in DIFFERENTIABLE:
-        why = "kl to the clean run is of second order" if metric == "kl" else f"{metric!r} has no gradient"
-        raise ValueError(f"{why}, so it has no first-order estimate; screen by {' or '.join(DIFFERENTIABLE)}.")
+    specs, metric = as_specs(specs), check_metric(model, prompts, metric)
+    check_differentiable(metric, model.dtype)
     for edit in (edit for spec in specs for edit in members(spec)):
         if not edit.has_first_order:
             raise ValueError(f"{edit.name}: {edit.what} has no first-order estimate; run it with sweep.")
-    check_metric(model, prompts, metric)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
-    check_gradient(metric, model.dtype)
     check_places(model, specs)
-    return resolved
+    return metric, resolved
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ class _Linearisation:
     uniform: dict[int, Float[Tensor, "batch pos head d_head"]]
 
 
-def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metric: str) -> _Linearisation:
+def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metric: Metric) -> _Linearisation:
     """One forward and one backward pass."""
     card, sizes = card_of(model), dimensions(model.config)
     places = dict.fromkeys(edit.first_order_place for edit in edits)
@@ -165,7 +161,7 @@ def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metri
         hooks.enter_context(Taps(model, card, [*kept, *inputs]))
         seen_inputs = record_activations(model, inputs, hooks)
         seen = record_activations(model, kept, hooks, graph=True)
-        total = METRICS[metric](answer_logits(model, batch), batch, None).sum()
+        total = metric_total(metric, model, batch)
     old = [seen[named[place], place[1] or 0] for place in named]
     gradient = torch.autograd.grad(total, old)
 
@@ -209,8 +205,8 @@ def _first_order(
     return (by_token.cpu() * real).sum(-1)
 
 
-@dataclass(frozen=True)
-class Screen:
+@dataclass(frozen=True, repr=False)
+class Screen(Shown):
     """The result of a screen; an intervention is active if |delta| > tau on at least one prompt.
 
     Attributes:
@@ -278,6 +274,20 @@ class Screen:
         """The share of active ones among the interventions that could matter; None if none could matter."""
         return float(self.active[self.could_matter].mean()) if self.could_matter.any() else None
 
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per intervention and prompt.
+
+        Returns:
+            That of `Result.to_frame`, with NaN where an intervention was not run, the estimate of delta, and could_matter.
+        """
+        flagged = self.could_matter.repeat(self.estimates.shape[1])
+        return self.result.to_frame().assign(estimate=self.estimates.ravel(), could_matter=flagged)
+
+    def summarise(self) -> Summary:
+        """What the screen caught and missed, and the strongest interventions of those that were run."""
+        of_result = self.result.summarise()
+        return of_result._replace(title=f"{self.summary()}\n{of_result.title}")
+
     def summary(self) -> str:
         """Summarise the screen in three lines."""
         n, flagged, checked = len(self.could_matter), int(self.could_matter.sum()), len(self.checked)
@@ -301,7 +311,7 @@ def screened(
     specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
     tau: float,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     reference: Reference | None = None,
     *,
     margin: float = 0.5,
@@ -318,7 +328,7 @@ def screened(
         specs: one edit, or a list of edits and of tuples of them (made jointly).
         prompts: the prompts that are intervened on.
         tau: a spec is active if |delta| > tau on at least one prompt.
-        metric: logit_diff, probability or logit.
+        metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function.
         reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         margin: a spec could matter if |estimate| > margin * tau on at least one prompt. Smaller catches more and costs more.
         check: share of the others that is run too, but at least 20 of them (or all, if there are fewer).
@@ -338,9 +348,8 @@ def screened(
             raise ValueError(
                 f"{name} must be {'from 0 to 1' if highest == 1 else 'a finite number of 0 or more'}, not {value}."
             )
-    resolved = _resolve(model, specs, prompts, metric, reference).with_statistics(
-        batch_size=batch_size, progress=progress
-    )
+    metric, resolved = _resolve(model, specs, prompts, metric, reference)
+    resolved = resolved.with_statistics(batch_size=batch_size, progress=progress)
     specs, reference = resolved.specs, resolved.sources.reference
     # Computed by one process for all: which specs run exactly must not depend on a last bit that differs between two GPUs.
     estimates = broadcast_from_main(
@@ -354,7 +363,7 @@ def screened(
     exact = sweep(model, [specs[i] for i in chosen], prompts, metric, reference, progress=progress)
     intervened = np.full_like(estimates, np.nan)
     intervened[chosen] = exact.intervened
-    result = Result(resolved.names, metric, exact.baseline, intervened)
+    result = Result(resolved.names, metric.label, exact.baseline, intervened, specs=resolved.specs)
     return Screen(result, estimates, could_matter, checked, tau, margin)
 
 

@@ -19,17 +19,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Card, Taps, card_of, n_heads, n_layers
 from modelcards.attention_taps import output_weight
+from pyvene_ext.engine.results import Shown, Summary, count, strongest, table, three_digits
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import (
     check_projections,
@@ -46,6 +47,9 @@ from pyvene_ext.prompts.tokenized import (
     TokenizedPrompts,
     check_tokenized,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TAU = 0.04  # the published tool's default
 # Entries of f^h_ij held at once: on a CPU what stays in its cache (four times as fast as eight million), else 64 MiB.
@@ -153,8 +157,8 @@ class _Importances(NamedTuple):
     mlp_residual: Float32[np.ndarray, "layer target"]
 
 
-@dataclass(frozen=True)
-class Flow:
+@dataclass(frozen=True, repr=False)
+class Flow(Shown):
     """Importances of every part of every node, one array per prompt, because prompts differ in length.
 
     Attributes:
@@ -245,6 +249,39 @@ class Flow:
         first = -1 if targets == "last" else 0
         return np.stack([attention[:, :, first:].sum(-1).mean(-1) for attention in self.attention])
 
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per head, or MLP, and prompt.
+
+        Returns:
+            A table with the columns prompt, site (z or mlp_out), layer, head, importance (its share of the stream that it adds
+            to, summed over sources: the mean over the prompt's tokens) and importance_last (at its last token). `graph` gives
+            the single edges.
+        """
+        import pandas as pd
+
+        of_heads = {"importance": self.head_importance(), "importance_last": self.head_importance("last")}
+        of_mlps = {
+            "importance": np.stack([mlp.mean(-1) for mlp in self.mlp]),
+            "importance_last": np.stack([mlp[:, -1] for mlp in self.mlp]),
+        }
+        found = []
+        for site, names, values in (
+            ("z", ("prompt", "layer", "head"), of_heads),
+            ("mlp_out", ("prompt", "layer"), of_mlps),
+        ):
+            axes = dict(zip(names, map(range, values["importance"].shape), strict=True))
+            found.append(table(axes, values).assign(site=site))
+        columns = ["prompt", "site", "layer", "head", "importance", "importance_last"]
+        return pd.concat(found, ignore_index=True)[columns].astype({"head": "Int64"})
+
+    def summarise(self) -> Summary:
+        """The heads with the largest mean importance."""
+        mean = self.head_importance().mean(0)
+        layers, heads = mean.shape
+        rows = [(f"{i // heads}.{i % heads}", three_digits(mean.flat[i])) for i in strongest(mean.ravel()).tolist()]
+        title = f"Flow: {count(len(self), 'prompt')}, {layers} layers x {heads} heads"
+        return Summary(title, ("head", "mean importance"), rows)
+
     def _kept(self, prompt: int, tau: float) -> _Importances:
         check_tau(tau)
         arrays = (self.attention, self.attn_residual, self.mlp, self.mlp_residual)
@@ -286,7 +323,7 @@ def flow_routes(
     arrays = [_Importances(*_empty(model, len(ids))) for ids in prompts.input_ids]
     batches = prompts.batches(batch_size, padding_side)
     places = [(name, layer) for name in READ for layer in range(n_layers(model.config))]
-    bar = tqdm(total=len(prompts), desc="routes", unit="prompt", disable=not progress)
+    bar = progress_bar(len(prompts), "prompt", "routes", shown=progress)
     with bar, evaluating(model), Taps(model, card, places), no_gradients(model):
         for batch in batches:
             with ExitStack() as hooks:

@@ -9,8 +9,7 @@ Learning: The Role of Induction Heads", arXiv 2604.01094). This module has the p
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,13 +18,13 @@ from jaxtyping import Float, Float64, Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
-from pyvene_ext.engine.plain import Result
+from pyvene_ext.engine.results import Result
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.scores import attention_scores, leading_bos, random_tokens, usable_tokens
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
-from pyvene_ext.stats.controls import Head, layer_matched_random_heads
+from pyvene_ext.stats.controls import Head, RandomHeads, first_of
 from pyvene_ext.stats.intervals import paired_bootstrap, ratio_of_means, standard_error
 
 Layers = Literal["full", "top", "bottom"]
@@ -66,9 +65,7 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
     lists = [draws.permutation(chosen).tolist() for _ in range(permutations)]
     return TokenizedPrompts(
         input_ids=tuple((*ids, ids[middle]) for ids in lists),
-        answer_ids=tuple((ids[middle + 1], ids[middle]) for ids in lists),
-        positions=tuple({"end": -1, "last": -1} for _ in lists),
-        pad_id=0,  # not used, because they have equal lengths
+        answers=answer_pairs((ids[middle + 1], ids[middle]) for ids in lists),
     )
 
 
@@ -192,43 +189,6 @@ def rank_heads(scores: Iterable[tuple[float, int, int]], which: Layers, n_layers
     return tuple(found[:wanted])
 
 
-def random_rankings(
-    ranked: Sequence[Head],
-    most: int,
-    n_layers: int,
-    n_heads: int,
-    draws: int,
-    generator: np.random.Generator,
-) -> list[tuple[Head, ...]]:
-    """Draw random control rankings: the i-th head of a control is in the layer of the i-th ranked head, but is not ranked.
-
-    So every prefix of a control has as many heads of each layer as the same prefix of `ranked`.
-
-    Args:
-        ranked: heads, highest first.
-        most: length of the controls.
-        n_layers: of the model.
-        n_heads: of each layer.
-        draws: how many controls.
-        generator: source of randomness.
-
-    Returns:
-        The control rankings.
-
-    Raises:
-        ValueError: a layer has too few heads left.
-    """
-    matched = ranked[:most]
-    sets = layer_matched_random_heads(matched, n_layers, n_heads, draws, generator, exclude=ranked)
-    rankings = []
-    for heads in sets:
-        left: dict[int, list[Head]] = defaultdict(list)
-        for i in generator.permutation(len(heads)):
-            left[heads[i][0]].append(heads[i])
-        rankings.append(tuple(left[layer].pop() for layer, _ in matched))
-    return rankings
-
-
 def ablate_attention(heads: Iterable[Head], mode: Mode) -> Spec:
     """Ablate the attention scores of several heads jointly.
 
@@ -285,9 +245,9 @@ class RankedHeads:
     random: list[tuple[Head, ...]]
     scores: dict[Head, float]
 
-    def random_sets(self, n: int) -> list[tuple[Head, ...]]:
-        """The distinct random sets of `n` heads; small layers have few."""
-        return list({frozenset(ranking[:n]): ranking[:n] for ranking in self.random}.values())
+    def random_sets(self, n: int) -> RandomHeads:
+        """The different random sets of `n` heads, and how well they match."""
+        return first_of(self.random, self.ranked, n)
 
     def sets(self, n: int, head_type: str) -> list[tuple[Head, ...]]:
         """List all sets of `n` heads that are ablated.
@@ -299,7 +259,7 @@ class RankedHeads:
         Returns:
             The sets.
         """
-        return [*([self.ranked[:n]] if head_type == "induction" else []), *self.random_sets(n)]
+        return [*([self.ranked[:n]] if head_type == "induction" else []), *self.random_sets(n).sets]
 
     def mean_score(self, name: str, chosen: Iterable[Head]) -> dict[str, float]:
         """Average the scores of some heads for a table.
@@ -359,7 +319,7 @@ def lag_curves(
     def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
         return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.baseline)
 
-    random = [of_set(chosen) for chosen in heads.random_sets(n)]
+    random = [of_set(chosen) for chosen in heads.random_sets(n).sets]
     own = of_set(heads.ranked[:n]) if head_type == "induction" else np.mean(random, 0)
     return LagCurves(n, own, np.reshape(random, (-1, *own.shape)))
 
@@ -410,13 +370,15 @@ def lag_summary(
     }
     if at.n and len(at.random):
         changes = plus_one_bias(at.random).mean(1) - before.mean()
+        control = heads.random_sets(at.n)
         row |= {"random sets": len(changes), "random change": changes.mean()}
         row |= {"random lowest": changes.min(), "random highest": changes.max()}
-        row |= heads.mean_score("random score", itertools.chain(*heads.random_sets(at.n)))
+        row |= heads.mean_score("random score", itertools.chain(*control.sets))
         if head_type == "induction":
             row |= heads.mean_score("score", heads.ranked[: at.n])
             row["share as low"] = (1 + int((changes <= change.mean).sum())) / (1 + len(changes))
-    return {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
+        row["control"] = control.strength
+    return {name: value if isinstance(value, int | str) else float(value) for name, value in row.items()}
 
 
 def lag_text(rows: Iterable[dict[str, Any]]) -> str:

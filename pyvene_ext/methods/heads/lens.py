@@ -13,23 +13,25 @@ Neither is causal: a component that later ones would compensate for, or that act
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, dimensions, n_heads, n_layers
 from modelcards.attention_taps import output_weight
 from pyvene_ext.engine import metrics
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table, three_digits
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import SIDE_BY_SIDE, Where, hook_component
 from pyvene_ext.models.latent_steps import refuse_latent_steps
@@ -39,13 +41,18 @@ from pyvene_ext.models.replay import Replay
 from pyvene_ext.prompts.positions import token_indices
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.addition import Addition
+from pyvene_ext.specs.graph import Node
 from pyvene_ext.specs.joint import OneSpec, Spec, members
+from pyvene_ext.stats.intervals import student_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # -- the logit lens ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Lens:
+@dataclass(frozen=True, repr=False)
+class Lens(Shown):
     """The logit lens at one position of every prompt.
 
     A depth is the number of blocks that the residual stream has passed: 0 is what enters the first block (resid_pre of layer 0),
@@ -55,16 +62,48 @@ class Lens:
         logits: of the two answers, IO and S, after the model's own soft-cap and scale where it has them.
         probability: of IO, over the whole vocabulary.
         rank: of IO in the whole vocabulary, 1 being the top; ties share the better rank.
+        position: where the stream was read.
     """
 
     logits: Float32[np.ndarray, "depth answer prompt"]
     probability: Float32[np.ndarray, "depth prompt"]
     rank: Int[np.ndarray, "depth prompt"]
+    position: str | int = "last"
 
     @property
     def logit_diff(self) -> Float32[np.ndarray, "depth prompt"]:
         """logit(IO) - logit(S)."""
         return self.logits[:, 0] - self.logits[:, 1]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per depth and prompt.
+
+        Returns:
+            A table with the columns depth, site and layer (of the stream that was read), position, prompt, logit and logit_wrong
+            (of the two answers), logit_diff, probability and rank.
+        """
+        values = {"logit": self.logits[:, 0], "logit_wrong": self.logits[:, 1], "logit_diff": self.logit_diff}
+        values |= {"probability": self.probability, "rank": self.rank}
+        found = table({"depth": range(len(self.rank)), "prompt": range(self.rank.shape[1])}, values)
+        found.insert(1, "site", np.where(found["depth"] == 0, "resid_pre", "resid_post"))
+        found.insert(2, "layer", (found["depth"] - 1).clip(lower=0))
+        found.insert(3, "position", str(self.position))
+        return found
+
+    def summarise(self) -> Summary:
+        """The means over prompts at some depths."""
+        depths = np.unique(np.linspace(0, len(self.rank) - 1, 8).round().astype(int)).tolist()
+        rows = [
+            (
+                str(k),
+                three_digits(self.logit_diff[k].mean()),
+                three_digits(self.probability[k].mean()),
+                three_digits(float(np.median(self.rank[k]))),
+            )
+            for k in depths
+        ]
+        title = f"Lens at {self.position}: depths 0 to {len(self.rank) - 1}, {count(self.rank.shape[1], 'prompt')}"
+        return Summary(title, ("depth", "logit_diff", "probability", "median rank"), rows)
 
 
 def logit_lens(
@@ -101,25 +140,25 @@ def logit_lens(
     places = [("block_input", 0), *(("block_output", layer) for layer in range(depth))]
     logits = np.empty((depth + 1, 2, len(prompts)), np.float32)
     probability, rank = np.empty((depth + 1, len(prompts)), np.float32), np.empty((depth + 1, len(prompts)), np.int64)
-    bar = tqdm(total=len(prompts), desc="logit lens", unit="prompt", disable=not progress)
+    bar = progress_bar(len(prompts), "prompt", "logit lens", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size):
             seen = _run(replay, batch, places, [at[prompt] for prompt in batch.index])
             for k, place in enumerate(places):
                 all_logits = replay.logits(seen[place])
                 ids = batch.answer_ids.to(all_logits.device)
-                probability[k, batch.index] = metrics.probability(all_logits, ids).cpu().numpy()
-                rank[k, batch.index] = metrics.rank(all_logits, ids).cpu().numpy()
+                probability[k, batch.index] = metrics.probability(all_logits, batch).cpu().numpy()
+                rank[k, batch.index] = metrics.rank(all_logits, batch).cpu().numpy()
                 logits[k][:, batch.index] = all_logits.gather(1, ids).T.float().cpu().numpy()
             bar.update(len(batch.index))
-    return Lens(logits, probability, rank)
+    return Lens(logits, probability, rank, positions)
 
 
 # -- direct logit attribution ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Parts:
+@dataclass(frozen=True, repr=False)
+class Parts(Shown):
     """A logit, or a difference of two, at every prompt's last token, split into what the model's components add.
 
     Attributes:
@@ -138,9 +177,42 @@ class Parts:
     total: Float32[np.ndarray, " prompt"]
     capped: Float32[np.ndarray, " prompt"]
 
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The components: the senders of `pyvene_ext.specs.graph`, and "bias"."""
+        layers, heads, _ = self.heads.shape
+        of_layers = [[*(Node("z", i, head) for head in range(heads)), Node("mlp_out", i)] for i in range(layers)]
+        return (Node("embed"), *itertools.chain(*of_layers), Node("bias"))
 
-@dataclass(frozen=True)
-class Attribution:
+    @property
+    def by_node(self) -> Float32[np.ndarray, "node prompt"]:
+        """What each component adds, in the order of `nodes`."""
+        of_layers = np.concatenate([self.heads, self.mlps[:, None]], 1).reshape(-1, len(self.embed))
+        return np.concatenate([self.embed[None], of_layers, self.bias[None]])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per component and prompt.
+
+        Returns:
+            A table with the columns component (its name), site, layer, head, prompt and contribution.
+        """
+        nodes, n = self.nodes, len(self.embed)
+        found = table({"component": list(map(str, nodes)), "prompt": range(n)}, {"contribution": self.by_node})
+        for at, (name, of_nodes) in enumerate(zip(Node._fields, zip(*nodes, strict=True), strict=True), 1):
+            found.insert(at, name, np.array(of_nodes, object).repeat(n))
+        return found.astype({"layer": "Int64", "head": "Int64"})
+
+    def summarise(self) -> Summary:
+        """The components that add most, with 95% intervals (Student's t over prompts)."""
+        nodes, parts = self.nodes, self.by_node
+        rows = strongest_rows(parts.mean(1), lambda i: str(nodes[i]), lambda some: student_interval(parts[some]))
+        size = f"{count(len(parts), 'component')} x {count(len(self.embed), 'prompt')}"
+        title = f"Parts of a mean of {three_digits(self.total.mean())}: {size}"
+        return Summary(title, ("strongest", "mean", "95% interval"), rows)
+
+
+@dataclass(frozen=True, repr=False)
+class Attribution(Shown):
     """Direct logit attribution.
 
     Attributes:
@@ -152,6 +224,20 @@ class Attribution:
     logit_diff: Parts
     logit: Parts
     added: Float32[np.ndarray, "2 prompt"]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per component and prompt.
+
+        Returns:
+            A table as of `Parts.to_frame`, with the columns logit_diff and logit: what the component adds to each.
+        """
+        found = self.logit_diff.to_frame().rename(columns={"contribution": "logit_diff"})
+        return found.assign(logit=self.logit.by_node.ravel())
+
+    def summarise(self) -> Summary:
+        """The components that add most to the logit difference."""
+        of_parts = self.logit_diff.summarise()
+        return of_parts._replace(title=f"Attribution of the logit difference\n{of_parts.title}")
 
 
 def direct_logit_attribution(
@@ -196,7 +282,7 @@ def direct_logit_attribution(
     heads = np.empty((2, depth, n_heads(model.config), n), np.float32)
     mlps = np.empty((2, depth, n), np.float32)
     embed, bias, total, capped, added = (np.empty((2, n), np.float32) for _ in range(5))
-    bar = tqdm(total=n, desc="attribution", unit="prompt", disable=not progress)
+    bar = progress_bar(n, "prompt", "attribution", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size):
             found = split(batch)

@@ -29,13 +29,9 @@ from pyvene_ext.models.hooks import check_projections
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.norms import FrozenNorm
 from pyvene_ext.models.replay import Replay
+from pyvene_ext.prompts.encoding import encode, tokens_in_span
 from pyvene_ext.prompts.sets import Prompt, PromptSet
-from pyvene_ext.prompts.tokenized import (
-    Batch,
-    TokenizedPrompts,
-    encode,
-    tokens_in_span,
-)
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 
 KINDS = ("io", "s", "s1", "s2")
 QUERIES = (-1, -2)  # END and END-1
@@ -135,7 +131,19 @@ def _names(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, others: Sequence[str], where: str
 ) -> dict[str, tuple[int, tuple[int, ...]]] | str:
     """For every kind its token as an answer and its positions; or a message about a name that is not one token."""
-    text, spans = prompt.clean, prompt.spans("clean")
+    text = prompt.text
+    if not isinstance(text, str) or prompt.io_token is None or prompt.io_name is None or prompt.s_name is None:
+        raise ValueError(f"{where} is not a text with two names; give it io_name and s_name.")
+    spans = {name: at for name, at in prompt.spans("clean").items() if isinstance(at, tuple)}
+    for place, name in {
+        "io": prompt.io_name,
+        "s1": prompt.s_name,
+        **{other: prompt.positions[other] for other in others},
+    }.items():
+        if place not in spans:
+            raise ValueError(
+                f"{where}: {name!r}, the place {place!r}, does not occur as a word of its own in the text."
+            )
     ids, offsets = encode(tokenizer, text, where)
     before_answer = prompt.io_token.removesuffix(prompt.io_name)
     found = {}

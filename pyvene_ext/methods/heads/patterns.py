@@ -15,11 +15,11 @@ from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Taps, card_of, n_layers
 from modelcards.attention_taps import MASKS_UNDERSTOOD
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import hook_component, split_heads
 from pyvene_ext.models.latent_steps import is_unrolling
@@ -69,7 +69,7 @@ def read_patterns(
     check_prompts(model, prompts)
     batches = prompts.batches(batch_size)
     layers = range(n_layers(model.config))
-    bar = tqdm(total=len(prompts), desc="patterns", unit="prompt", disable=not progress)
+    bar = progress_bar(len(prompts), "prompt", "patterns", shown=progress)
     with bar, evaluating(model), no_gradients(model), ExitStack() as hooks:
         running: list[Batch] = []
 

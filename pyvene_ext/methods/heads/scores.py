@@ -33,21 +33,25 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import Card, Taps, card_of, n_heads, n_layers, n_positions
 from modelcards.attention_taps import output_weight
+from pyvene_ext.engine.results import Shown, Summary, count, table
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import read_csv, write_csv
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import hook_component, split_heads
 from pyvene_ext.models.modes import evaluating
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Occurrences = Literal["last", "all"]
 COLUMNS = ("scores", "layer", "head")
@@ -231,8 +235,8 @@ def random_tokens(
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HeadScores:
+@dataclass(frozen=True, repr=False)
+class HeadScores(Shown):
     """The scores of every head on every sequence.
 
     Attributes:
@@ -246,6 +250,31 @@ class HeadScores:
     duplicate: Float64[np.ndarray, "sequence layer head"]
     induction: Float64[np.ndarray, "sequence layer head"]
     copying: Float64[np.ndarray, "sequence layer head"] | None = None
+
+    @property
+    def by_name(self) -> dict[str, Float64[np.ndarray, "sequence layer head"]]:
+        """The scores that were measured, by name."""
+        return {name: values for name, values in vars(self).items() if values is not None}
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per sequence and head.
+
+        Returns:
+            A table with the columns sequence, layer, head, previous, duplicate, induction, and copying if it was scored.
+        """
+        axes = dict(zip(("sequence", "layer", "head"), map(range, self.induction.shape), strict=True))
+        return table(axes, self.by_name)
+
+    def summarise(self) -> Summary:
+        """The heads with the highest scores, means over sequences."""
+        sequences, layers, heads = self.induction.shape
+        rows = []
+        for name, values in self.by_name.items():
+            mean = values.mean(0)
+            best = np.argsort(-mean, axis=None, kind="stable")[:3].tolist()
+            rows.append((name, ", ".join(f"{i // heads}.{i % heads} {mean.flat[i]:.2f}" for i in best)))
+        title = f"HeadScores: {layers} layers x {heads} heads, {count(sequences, 'sequence')}"
+        return Summary(title, ("score", "highest heads"), rows)
 
 
 def attention_scores(
@@ -287,7 +316,7 @@ def attention_scores(
     writes = _DirectLogits(model, card, ids, period, first) if copying else None
     layers = range(n_layers(model.config))
     found = np.zeros((4 if copying else 3, len(ids), len(layers), n_heads(model.config)))
-    bar = tqdm(total=len(ids), desc="head scores", unit="sequence", disable=not progress)
+    bar = progress_bar(len(ids), "sequence", "head scores", shown=progress)
     with bar, evaluating(model), no_gradients(model), ExitStack() as hooks:
         rows = slice(0)  # of the batch that is running
 

@@ -12,11 +12,9 @@ each the mean of its entries: the main diagonal, the one above it and the one be
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_layers
+from pyvene_ext.engine.measure import as_metric
 from pyvene_ext.engine.metrics import paired_logit_diff
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep.run import open_shared_store, store_facts
@@ -39,7 +38,7 @@ from pyvene_ext.models.devices import is_main_process, on_all_ranks
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.specs.ablation import all_heads
 from pyvene_ext.specs.joint import Spec
-from pyvene_ext.stats.controls import Head, layer_matched_random_heads
+from pyvene_ext.stats.controls import Head, RandomHeads, random_heads
 
 OFFSETS = (0, 1, -1)
 AT_ONCE = 64  # prompts whose paths are run and saved together
@@ -155,27 +154,10 @@ def found_heads(scores: Float[np.ndarray, "layer head"], threshold: float) -> li
 # -- causes ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Control:
-    """Random sets of heads, all different.
-
-    Attributes:
-        name: how they are drawn: from the "same layers", with as many heads in each, or from "any layer".
-        sets: (layer, head) pairs, sorted.
-        apart: whether they are disjoint from the heads that they are controls for.
-    """
-
-    name: str
-    sets: list[tuple[Head, ...]]
-    apart: bool
-
-
-def control_sets(heads: Sequence[Head], n_layers: int, n_heads: int, n_sets: int, seed: int) -> list[Control]:
+def control_sets(heads: Sequence[Head], n_layers: int, n_heads: int, n_sets: int, seed: int) -> dict[str, RandomHeads]:
     """Draw random sets of as many heads, from the same layers and from any layer, because either control alone misleads.
 
-    Heads of any layer differ in depth too, and heads of the same layers may have the same function. The sets are disjoint from
-    `heads`; but if the layers have too few other heads for `n_sets` such sets, those of the same layers are drawn from all their
-    heads, without the set `heads` itself, as in a permutation test. There may still be fewer than `n_sets`.
+    Heads of any layer differ in depth too, and heads of the same layers may have the same function.
 
     Args:
         heads: (layer, head) pairs that need controls.
@@ -185,30 +167,16 @@ def control_sets(heads: Sequence[Head], n_layers: int, n_heads: int, n_sets: int
         seed: of the draws.
 
     Returns:
-        Both controls.
+        The controls "same layers", which `stats.random_heads` weakens where these have too few other heads, and "any layer".
 
     Raises:
-        ValueError: `heads` is empty, outside the model, or more than half of it.
+        ValueError: `heads` is empty or outside the model.
     """
-    if 2 * len(heads) > (size := n_layers * n_heads):
-        raise ValueError(
-            f"{len(heads)} of the {size} heads of the model are to be ablated, so that no random set of as many others is left; "
-            "name fewer, or raise the threshold."
-        )
+    same = random_heads(heads, n_layers, n_heads, n_sets, rng(seed, "random sets"))
     in_one_row = [(0, layer * n_heads + head) for layer, head in heads]
-    drawn = layer_matched_random_heads(in_one_row, 1, size, n_sets, rng(seed, "any layer"))
+    drawn = random_heads(in_one_row, 1, n_layers * n_heads, n_sets, rng(seed, "any layer")).sets
     anywhere = [tuple(divmod(head, n_heads) for _, head in one) for one in drawn]
-    wanted = Counter(layer for layer, _ in heads)
-    if math.prod(math.comb(n_heads - k, k) for k in wanted.values()) >= n_sets:
-        same = layer_matched_random_heads(heads, n_layers, n_heads, n_sets, rng(seed, "random sets"))
-        return [Control("same layers", same, True), Control("any layer", anywhere, True)]
-    own, shuffled, draw = tuple(sorted(heads)), dict[tuple[Head, ...], None](), rng(seed, "shuffled sets")
-    possible = math.prod(math.comb(n_heads, k) for k in wanted.values()) - 1
-    while len(shuffled) < min(n_sets, possible):
-        one = [(layer, int(h)) for layer, k in wanted.items() for h in draw.choice(n_heads, k, replace=False)]
-        if (found := tuple(sorted(one))) != own:
-            shuffled[found] = None
-    return [Control("same layers", list(shuffled), False), Control("any layer", anywhere, True)]
+    return {"same layers": same, "any layer": RandomHeads(same.heads, anywhere)}
 
 
 def of_swaps(values: Float[np.ndarray, "*set prompt"]) -> Float[np.ndarray, "*set swap"]:
@@ -258,7 +226,7 @@ def path_changes(
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     directions = concept_directions(model, sending, plus, minus, missing="zeros", **options)
     clean, change = np.empty(len(plus), np.float32), np.empty((len(paths), len(plus)), np.float32)
-    facts = store_facts(resolve(sending, model, plus, minus), "logit", range(len(plus)))
+    facts = store_facts(resolve(sending, model, plus, minus), as_metric("logit"), range(len(plus)))
     with ExitStack() as stack:
         kept = None if store is None else stack.enter_context(open_shared_store(store, facts, {"prompts": AT_ONCE}))
         done = on_all_ranks(lambda: {} if kept is None else kept.finished)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from modelcards import card_of, dimensions, n_heads, n_layers
-from pyvene_ext.engine.plain import METRICS, run_resolved
+from pyvene_ext.engine.measure import Metric, as_array
+from pyvene_ext.engine.plain import run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.intervenable.statistics import Place, Reference
@@ -43,7 +43,7 @@ ROWS = 64  # paths whose logits over the whole vocabulary are computed at once
 def run_direct_paths(
     resolved: Resolved,
     paths: Sequence[PathPatch],
-    metric: str,
+    metric: Metric,
     *,
     engine: Literal["sweep", "plain"],
     memory: int | None,
@@ -56,7 +56,7 @@ def run_direct_paths(
     Args:
         resolved: the senders' patches on the pairs, with statistics.
         paths: the paths, all `direct`.
-        metric: its name.
+        metric: the metric.
         engine: runs the receivers' patches.
         memory: as for `sweep`.
         store: as for `sweep`.
@@ -87,7 +87,7 @@ def run_direct_paths(
         if engine == "plain":
             result = run_resolved(received, metric, batch_size=batch_size, progress=progress)
         else:
-            plan = plan_resolved(received, memory=memory)
+            plan = plan_resolved(received, metric, memory=memory)
             result = sweep_resolved(received, metric, plan, store=store, progress=progress)
         found[others] = result.intervened
         found[to_logits] += result.baseline - clean  # the rounding difference between the two ways
@@ -169,14 +169,14 @@ class DirectTerms:
         return own
 
     def metric(
-        self, paths: Sequence[PathPatch], prompt: int, metric: str
+        self, paths: Sequence[PathPatch], prompt: int, metric: Metric
     ) -> tuple[np.float32, Float32[np.ndarray, " path"]]:
         """Compute the metric of paths to the logits, with each direct term added to the final norm's output at the last token.
 
         Args:
             paths: paths to the logits.
             prompt: index of the pair.
-            metric: its name.
+            metric: the metric.
 
         Returns:
             The metric of the untouched base prompt, and with each path patched.
@@ -184,8 +184,8 @@ class DirectTerms:
         place, last = ("resid_post", self.depth - 1), len(self.base.input_ids[prompt]) - 1
         x = self.base_values.rows(place, prompt, "last").to(self.replay.device)
         normed = self.replay.module("final_norm")(x[None])[0]
-        ids = torch.tensor([self.base.answer_ids[prompt]], device=self.replay.device)
         clean = self.replay.unembed(normed)
+        batch = metric.with_clean(self.base.batch([prompt]), clean)
         found = []
         of_rows = [None, *paths]  # the first is the untouched base
         for start in range(0, len(of_rows), ROWS):
@@ -199,9 +199,8 @@ class DirectTerms:
                     added = self.direct_term(path.name, ("logits", None), prompt)[tokens.index(last)]
                     rows[row] = (normed[0].float() + added.to(normed.device)).to(normed.dtype)
             logits = self.replay.unembed(torch.stack(rows))
-            batch: Any = SimpleNamespace(answer_ids=ids.expand(len(rows), 2))
-            found.append(METRICS[metric](logits, batch, clean.expand_as(logits)).float().cpu())
-        values = torch.cat(found).numpy()
+            found.append(as_array(metric(logits, batch.take([0] * len(rows)))))
+        values = np.concatenate(found)
         return values[0], values[1:]
 
     def _direct_term(self, name: str, place: Place, prompt: int) -> Float[Tensor, "pos d"]:

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
 from pyvene_ext.methods.patching.patch import corresponding
+from pyvene_ext.prompts.encoding import Answers
 from pyvene_ext.prompts.sets import PromptSet
-from pyvene_ext.prompts.tokenized import Answers, TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 
 def both_texts(

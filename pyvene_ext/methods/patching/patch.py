@@ -12,20 +12,23 @@ breaks the behaviour (noising); with the corrupt text as base, what restores it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
-from tqdm import tqdm
+from jaxtyping import Float, Float32, Int
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, n_heads, n_kv_heads, n_layers
+from modelcards import component_named, config_of, n_heads, n_kv_heads, n_layers
+from pyvene_ext.engine.measure import Metric, MetricLike, as_array, as_metric, check_metric
 from pyvene_ext.engine.metrics import last_logits
-from pyvene_ext.engine.plain import METRICS, Result, check_metric, run_resolved
+from pyvene_ext.engine.plain import measured, run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.results import Result, count, finite_mean, three_digits
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
+from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.patching.direct import run_direct_paths
 from pyvene_ext.methods.patching.plain_paths import PlainPaths
 from pyvene_ext.methods.patching.subspace import concept_directions
@@ -35,12 +38,12 @@ from pyvene_ext.models.hooks import check_projections
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
-from pyvene_ext.specs.base import SiteEdit
 from pyvene_ext.specs.graph import Node, reaches, senders
-from pyvene_ext.specs.joint import Spec, as_specs, members, spec_name
+from pyvene_ext.specs.joint import Spec, as_specs, listed, members, spec_name
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.specs.sources import Directions
+from pyvene_ext.stats.intervals import Interval, ratio_of_means
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 Patch = Spec | PathPatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Patched(Result):
     """The effect of patches on every base prompt.
 
@@ -57,10 +60,13 @@ class Patched(Result):
         metric: name of the metric.
         baseline: the metric of the untouched base prompts, be they clean or corrupt.
         intervened: the metric of the patched base prompts.
-        source: the metric of the untouched source prompts; NaN for kl, which compares with the base.
+        source: the metric of the untouched source prompts, with the base's answers; NaN for kl, which compares with the base.
+        specs: the patches themselves; empty if unknown.
+        identical: pairs whose two texts are the same tokens: no patch has an effect on them, and their score is NaN.
     """
 
     source: Float32[np.ndarray, " n_prompts"]
+    identical: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def score(self) -> Float[np.ndarray, "n_interventions n_prompts"]:
@@ -76,6 +82,27 @@ class Patched(Result):
         """The mean over prompts of (patched - base), divided by the mean of (source - base)."""
         return _ratio((self.intervened - self.baseline).mean(1), (self.source - self.baseline).mean())
 
+    @property
+    def effect(self) -> tuple[str, Float[np.ndarray, " n_interventions"]]:
+        """What `repr` and `plot` show: `mean_score`, or the mean of `delta` where there is no score."""
+        if np.isfinite(score := self.mean_score).any():
+            return "mean score", score
+        return super().effect
+
+    def effect_interval(self, some: Sequence[int] | Int[np.ndarray, " some"]) -> Interval:
+        """Compute 95% intervals of what `repr` and `plot` show: of scores by a bootstrap over pairs.
+
+        Args:
+            some: indices of patches.
+
+        Returns:
+            The means and their intervals.
+        """
+        if self.effect[0] != "mean score" or len(self.baseline) < 2:
+            return super().effect_interval(some)
+        change = self.intervened[list(some)] - self.baseline
+        return ratio_of_means(change, self.source - self.baseline, rng(0, "mean score"))
+
     def to_frame(self) -> pd.DataFrame:
         """One row a patch and prompt.
 
@@ -83,6 +110,14 @@ class Patched(Result):
             A table as of `Result.to_frame`, with the columns source and score besides.
         """
         return super().to_frame().assign(source=np.tile(self.source, len(self.names)), score=self.score.ravel())
+
+    @property
+    def _title(self) -> str:
+        title = f"{super()._title}, source {three_digits(finite_mean(self.source))}"
+        if not self.identical:
+            return title
+        some = ", ".join(map(str, self.identical[:10])) + (" ..." if len(self.identical) > 10 else "")
+        return f"{title}\n{count(len(self.identical), 'pair')} of two equal texts, without effect and score: {some}"
 
 
 def _ratio(change: Float[np.ndarray, "*item"], gap: Any) -> Float[np.ndarray, "*item"]:
@@ -95,7 +130,7 @@ def patch(
     specs: Patch | Iterable[Patch],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str = "logit_diff",
+    metric: MetricLike = "logit_diff",
     *,
     engine: Literal["sweep", "plain"] = "sweep",
     directions: Directions | None = None,
@@ -114,7 +149,7 @@ def patch(
         base: the prompts that are patched.
         source: the prompts that activations are taken from, paired with `base` by order; with the same answers, and of equal
             length where every position is patched.
-        metric: logit_diff, probability, rank, accuracy, kl (to the untouched base) or logit.
+        metric: as for `run`, one number per prompt; kl is to the untouched base.
         engine: plain is the definition, one intervention at a time through `IntervenableModel`; sweep gives the same, faster. A
             path with several receivers in different places and a sender patched at some positions runs plainly on both.
         directions: concept directions of patches with `subspace`; by default `concept_directions` of these pairs.
@@ -131,14 +166,17 @@ def patch(
         ValueError: before anything runs, for specs that do not fit the model, pairs that do not correspond (naming the pair), and
             what `run` refuses.
     """
-    wanted: list[Patch] = [specs] if isinstance(specs, SiteEdit | PathPatch) else list(specs)
+    wanted: list[Patch] = listed(specs)
     at_path = [number for number, spec in enumerate(wanted) if isinstance(spec, PathPatch)]
     at_place = [number for number in range(len(wanted)) if number not in set(at_path)]
     if engine == "plain" and store is not None:
         raise ValueError("the plain engine saves nothing: leave store out, or use engine='sweep'.")
+    metric = as_metric(metric)
     resolved = resolve_patches(model, wanted, base, source, metric, engine, directions)
+    if store is not None:
+        metric.facts()  # refuses a metric without a name before anything runs
     places = resolved.select(at_place)
-    plan = plan_resolved(places, memory=memory) if engine == "sweep" and at_place else None
+    plan = plan_resolved(places, metric, memory=memory) if engine == "sweep" and at_place else None
     groups: dict[_PathKind, list[int]] = {}
     for number in at_path:
         groups.setdefault(_PathKind.of(wanted[number], engine), []).append(number)  # type: ignore[arg-type]
@@ -181,12 +219,20 @@ def patch(
         else:
             put(numbers, *_plain_paths(resolved, some, metric, batch_size, progress))
     assert clean is not None  # there is a patch
-    of_source = np.full_like(clean, np.nan) if metric == "kl" else _metric_of(model, source, metric, batch_size)
-    same = [ids == of_pair for ids, of_pair in zip(base.input_ids, source.input_ids, strict=True)]
-    if metric != "kl":
+    same = _identical(base, source)
+    if "clean" in metric.needs:
+        of_source = np.full_like(clean, np.nan)
+    else:
+        of_source = measured(model, replace(source, answers=base.answers), metric, batch_size=batch_size)
         of_source[same] = clean[same]  # a rounding difference would give scores where there are none
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
-    return Patched(names, metric, clean, found, of_source)
+    return Patched(names, metric.label, clean, found, of_source, specs=tuple(wanted), identical=tuple(same))
+
+
+def _identical(base: TokenizedPrompts, source: TokenizedPrompts) -> list[int]:
+    """The pairs whose two texts are the same tokens."""
+    pairs = zip(base.input_ids, source.input_ids, strict=True)
+    return [pair for pair, (ids, of_source) in enumerate(pairs) if ids == of_source]
 
 
 class _PathKind(NamedTuple):
@@ -206,7 +252,7 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     """Make one patch per layer, and per head where the site has heads (K/V heads for k and v).
 
     Args:
-        config: the model's config.
+        config: the model's config, or the model.
         site: the site that is patched.
         **fields: further fields of `ActivationPatch`.
 
@@ -216,11 +262,10 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     Raises:
         ValueError: the site cannot be patched.
     """
-    if site not in ActivationPatch.sites:
-        raise ValueError(f"no patch of {site!r}; choose among {', '.join(ActivationPatch.sites)}.")
-    component = COMPONENTS[FIELD_NAMES[site]]
+    component = component_named(site, ActivationPatch.sites, ActivationPatch.what)
     if not component.per_layer:
         return [ActivationPatch(site=site, **fields)]
+    config = config_of(config)
     count = {"n_head": n_heads(config), "n_kv_head": n_kv_heads(config), None: 1}[component.heads]
     heads = [None if component.heads is None else (head,) for head in range(count)]
     return [
@@ -230,25 +275,24 @@ def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:
     ]
 
 
-def all_paths(config: Any, receivers: Sequence[str], **fields: Any) -> list[PathPatch]:
+def all_paths(config: Any, receivers: str | Sequence[str], **fields: Any) -> list[PathPatch]:
     """Make one path to these receivers from every sender that reaches all of them.
 
     Args:
-        config: the model's config.
-        receivers: names of the receivers, as in `PathPatch`; patched jointly.
+        config: the model's config, or the model.
+        receivers: name of the receiver, as in `PathPatch`, or of several, which are patched jointly.
         **fields: further fields of `PathPatch`.
 
     Returns:
         The paths, in the order of `graph.senders`: the embedding, then heads and MLP of each layer.
 
     Raises:
-        ValueError: `receivers` is a string, or names a node that does not exist.
+        ValueError: a receiver that does not exist.
     """
-    if isinstance(receivers, str):
-        raise ValueError(f"receivers are a tuple: write ({receivers!r},).")
+    config, receivers = config_of(config), (receivers,) if isinstance(receivers, str) else tuple(receivers)
     nodes = [Node.parse(receiver) for receiver in receivers]
     return [
-        PathPatch(sender=str(sender), receivers=tuple(receivers), **fields)
+        PathPatch(sender=str(sender), receivers=receivers, **fields)
         for sender in senders(config)
         if all(reaches(sender, node) for node in nodes)
     ]
@@ -292,7 +336,7 @@ def resolve_patches(
     specs: list[Patch],
     base: TokenizedPrompts,
     source: TokenizedPrompts,
-    metric: str,
+    metric: MetricLike,
     engine: str,
     directions: Directions | None,
 ) -> Resolved:
@@ -319,19 +363,18 @@ def resolve_patches(
         )
     if engine not in ("sweep", "plain"):
         raise ValueError(f"unknown engine {engine!r}; choose sweep or plain.")
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; choose among {', '.join(METRICS)}.")
+    metric = as_metric(metric)
     if not specs or not len(base):
         raise ValueError("nothing to run: give at least one patch and one pair of prompts.")
     if len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base and {len(source)} source prompts; give each base prompt its source."
         )
-    for pair, answers in enumerate(zip(base.answer_ids, source.answer_ids, strict=True)):
-        if answers[0] != answers[1]:
+    for pair, (own, other) in enumerate(zip(base.answers, source.answers, strict=True)):
+        if own != other and {"right", "wrong"} & set(metric.needs):
             raise ValueError(
-                f"the answers of pair {pair} are the tokens {answers[0]} of the base and {answers[1]} of the source prompt; "
-                "compare the same two answers in both."
+                f"base and source of pair {pair} have other answers, right {own.right} and {other.right}, wrong {own.wrong} and "
+                f"{other.wrong}; compare the same in both, such as with dataclasses.replace(source, answers=base.answers)."
             )
     for spec in specs:
         if isinstance(spec, PathPatch):
@@ -345,7 +388,13 @@ def resolve_patches(
                 raise ValueError(f"{edit.name}: path is set by path patching only; give a PathPatch.")
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
-    check_metric(model, base, metric)
+    for prompts in (base, replace(source, answers=base.answers)):
+        check_metric(model, prompts, metric, of_answers=not any(isinstance(spec, PathPatch) for spec in specs))
+    if len(_identical(base, source)) == len(base):
+        raise ValueError(
+            "base and source are the same texts, so that no patch changes anything; give the other text of each pair, as with "
+            'tokenize(tokenizer, text="corrupt").'
+        )
     activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
 
@@ -353,7 +402,7 @@ def resolve_patches(
 def _plain_paths(
     resolved: Resolved,
     paths: list[PathPatch],
-    metric: str,
+    metric: Metric,
     batch_size: int,
     progress: bool,
 ) -> tuple[Float32[np.ndarray, " prompt"], Float32[np.ndarray, "path prompt"]]:
@@ -361,28 +410,14 @@ def _plain_paths(
     model, base = resolved.model, resolved.prompts
     baseline, found = np.empty(len(base), np.float32), np.empty((len(paths), len(base)), np.float32)
     plain = PlainPaths(resolved)
-    bar = tqdm(total=found.size, desc="paths", unit="prompt", disable=not progress)
+    bar = progress_bar(found.size, "prompt", "paths", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
             clean = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
-            baseline[batch.index] = METRICS[metric](clean, batch, clean).float().cpu().numpy()
+            batch = metric.with_clean(batch, clean)
+            baseline[batch.index] = as_array(metric(clean, batch))
             for number, path in enumerate(paths):
-                found[number, batch.index] = (
-                    METRICS[metric](plain.logits(path, batch), batch, clean).float().cpu().numpy()
-                )
+                found[number, batch.index] = as_array(metric(plain.logits(path, batch), batch))
                 bar.update(len(batch.index))
     return baseline, found
-
-
-def _metric_of(
-    model: PreTrainedModel, prompts: TokenizedPrompts, metric: str, batch_size: int
-) -> Float32[np.ndarray, " prompt"]:
-    """The metric of untouched prompts."""
-    found = np.empty(len(prompts), np.float32)
-    with evaluating(model), no_gradients(model):
-        for batch in prompts.batches(batch_size):
-            batch = batch.to(input_device(model))
-            logits = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
-            found[batch.index] = METRICS[metric](logits, batch, logits).float().cpu().numpy()
-    return found

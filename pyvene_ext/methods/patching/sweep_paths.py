@@ -18,6 +18,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from modelcards import FIELD_NAMES, Taps, dimensions
+from pyvene_ext.engine.measure import Metric
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.execute import Executor, Frozen
 from pyvene_ext.engine.sweep.plan import Plan, default_budget, make_plan
@@ -37,7 +38,7 @@ from pyvene_ext.specs.sources import Recorded
 def sweep_paths(
     resolved: Resolved,
     paths: Sequence[PathPatch],
-    metric: str,
+    metric: Metric,
     plans: Sequence[Plan],
     *,
     memory: int | None,
@@ -51,7 +52,7 @@ def sweep_paths(
     Args:
         resolved: the senders' patches on the pairs, with statistics.
         paths: the paths.
-        metric: its name.
+        metric: the metric.
         plans: of the senders' runs (`plan_paths`).
         memory: as for `sweep`.
         store: a folder for the stores of the receivers' sweeps.
@@ -87,7 +88,7 @@ def sweep_paths(
             through = sweep_resolved(
                 received,
                 metric,
-                plan_resolved(received, memory=memory, subset=subset),
+                plan_resolved(received, metric, memory=memory, subset=subset),
                 store=None if store is None else store / str(number),
                 progress=progress,
             )

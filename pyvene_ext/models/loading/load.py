@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
+from pyvene_ext.io.bars import is_shown
 from pyvene_ext.models.latent_steps import restore
 from pyvene_ext.models.loading.checks import check_config, check_files, check_layers, check_runs, check_type, vocabulary
 from pyvene_ext.models.loading.errors import explained
@@ -26,6 +30,20 @@ NO_TOKENIZER = "has no tokenizer that can be read; its tokenizer.json belongs be
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
+@contextmanager
+def _bars() -> Iterator[None]:
+    """Silence the bars of transformers and the hub inside, if ours are silenced."""
+    hidden = not is_shown() and logging.is_progress_bar_enabled()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
+
+
+@_bars()
 def load_model(
     name_or_path: str | Path,
     dtype: str = "auto",

@@ -323,7 +323,7 @@ def layer_lines(
 @styled
 def faithfulness_curves(
     curves: Mapping[str, tuple[Int[np.ndarray, " size"], Interval]],
-    random: Mapping[str, tuple[int, Float[np.ndarray, " circuit"]]] | None = None,
+    random: Mapping[str, tuple[int | Int[np.ndarray, " size"], Float[np.ndarray, "*size circuit"]]] | None = None,
     *,
     title: str = "Faithfulness by size",
 ) -> Figure:
@@ -332,7 +332,7 @@ def faithfulness_curves(
     Args:
         curves: by name, up to four: sizes in ascending order and the faithfulness of each (`Curve.sizes` and
             `Curve.runs.interval()` of `pyvene_ext.methods.attribution.circuits`).
-        random: by name, up to two: a size and the faithfulness of random circuits of that size, drawn as dashes.
+        random: by name, up to two: a size, or several, and the faithfulness of random circuits of each, drawn as dashes.
         title: above the figure.
 
     Returns:
@@ -360,8 +360,10 @@ def faithfulness_curves(
         axes.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(sizes, mean, "o-", color=colour, markersize=4, label=name)
     for (name, (size, values)), colour in zip(random.items(), of_random, strict=False):
-        label = f"{len(values)} random circuits: {name}"
-        axes.plot([size] * len(values), values, "_", color=colour, markersize=12, label=label)
+        values = np.atleast_2d(values)
+        at = np.broadcast_to(np.reshape(size, (-1, 1)), values.shape)
+        label = f"{values.shape[1]} random circuits: {name}"
+        axes.plot(at.ravel(), values.ravel(), "_", color=colour, markersize=12, label=label)
     if all(sizes[0] > 0 for sizes, _ in curves.values()):
         log_axis(axes)
     caption(figure, axes, title, "edges allowed", "faithfulness (1: the whole model)")

@@ -1,4 +1,4 @@
-"""Figures of patching: the mean score of every patch, a figure a site; and of every edge, senders against receivers."""
+"""Figures of patching: the mean score of every patch, a figure a site or a bar each; of every edge, senders against receivers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from pyvene_ext.models.sizes import has_heads
 from pyvene_ext.runs.figures.heads import head_heatmap
 from pyvene_ext.runs.figures.layers import layer_map
-from pyvene_ext.runs.figures.style import DIVERGING, styled
+from pyvene_ext.runs.figures.style import BLUE, DIVERGING, GREY, caption, styled
 from pyvene_ext.specs.graph import Node
+from pyvene_ext.stats.intervals import Interval
 
 
 def site_maps(
@@ -54,6 +55,32 @@ def site_maps(
         for site, matrix in others.items():
             found[site] = layer_map(matrix.T, positions, f"{title}, {site}: {of}", label, "position")
     return found
+
+
+@styled
+def effect_bars(names: Sequence[str], interval: Interval, title: str, label: str, of: str = "intervention") -> Figure:
+    """One horizontal bar an intervention, the first on top, with its 95% interval if it has one.
+
+    Args:
+        names: of the interventions.
+        interval: three arrays " intervention".
+        title: above the figure.
+        label: what the bars measure, with its unit.
+        of: what has a bar.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(5.6, 1.2 + 0.22 * len(names)))
+    axes = figure.add_subplot()
+    axes.barh(range(len(names)), interval.mean, color=BLUE, height=0.7)
+    axes.hlines(range(len(names)), interval.low, interval.high, color="black", linewidth=1.2)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.set_yticks(range(len(names)), labels=list(names))
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    caption(figure, axes, title, label, of)
+    return figure
 
 
 CLIPPED = 0.995  # of the edges' sizes lie within the colour scale

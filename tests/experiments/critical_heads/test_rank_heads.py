@@ -37,9 +37,7 @@ def test_scores_are_those_of_the_reasoning_that_the_model_writes(
 ) -> None:
     assert command("--models", MODEL, "tiny-llama3.1", "--out", "out", "--top", 3) == 0
     model, _, problems = by_hand.blocks(MODEL, N)
-    prompts = TokenizedPrompts(
-        tuple(tuple(ids) for ids, _, _ in problems), ((0, 0),) * N, ({"end": -1, "last": -1},) * N, 0
-    )
+    prompts = TokenizedPrompts(tuple(tuple(ids) for ids, _, _ in problems))
     given = Questions(
         (Problem(question="?", solution="", answer=0, steps=1),) * N,
         prompts,

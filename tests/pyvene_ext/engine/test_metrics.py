@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyvene_ext.engine import metrics
-from pyvene_ext.prompts.sets import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, answer_pairs
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INDEX = [7, 3, 9, 1, 4]
 
 
 def random_logits(seed: int = 0, batch: int = 5, vocab: int = 101, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -20,8 +22,29 @@ def random_logits(seed: int = 0, batch: int = 5, vocab: int = 101, dtype: torch.
     return (6 * torch.randn(batch, vocab, generator=generator)).to(dtype)
 
 
-def random_answers(seed: int = 0, batch: int = 5, vocab: int = 101) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, vocab, (batch, 2)))
+def batch_of(right: list[list[int]], wrong: list[list[int]], clean: Tensor | None = None) -> Batch:
+    """Prompts of one token with these answers."""
+    ids = torch.ones(len(right), 1, dtype=torch.long)
+    return Batch(
+        input_ids=ids,
+        attention_mask=ids,
+        position_ids=ids - 1,
+        right_ids=torch.tensor(right),
+        wrong_ids=torch.tensor(wrong),
+        positions={},
+        index=INDEX[: len(right)],
+        lengths=[1] * len(right),
+        padding_side="left",
+        clean_logits=clean,
+    )
+
+
+# One answer each, and up to three.
+PAIRS = batch_of([[5], [0], [17], [100], [64]], [[3], [1], [18], [0], [65]])
+SEVERAL = batch_of(
+    [[5, 7, -1], [0, -1, -1], [17, 18, 19], [100, 2, -1], [-1, 64, -1]],
+    [[3, -1], [1, 2], [20, 21], [0, 1], [65, -1]],
+)
 
 
 def softmax(row: Tensor) -> np.ndarray:
@@ -30,39 +53,57 @@ def softmax(row: Tensor) -> np.ndarray:
     return exponentials / exponentials.sum()
 
 
-def slow_rank(row: Tensor, io: int) -> float:
-    return 1 + sum(1 for value in row.tolist() if value > row[io].item())
-
-
-SLOW: dict[str, Callable[[Tensor, int, int], float]] = {
-    "logit": lambda row, io, s: row[io].item(),
-    "logit_diff": lambda row, io, s: row[io].item() - row[s].item(),
-    "probability": lambda row, io, s: float(softmax(row)[io]),
-    "rank": lambda row, io, s: slow_rank(row, io),
-    "accuracy": lambda row, io, s: float(row.argmax() == io and row.tolist().count(row[io].item()) == 1),
+SLOW: dict[str, Callable[[Tensor, list[int], list[int]], float]] = {
+    "logit": lambda row, right, wrong: log_sum(row, right),
+    "logit_diff": lambda row, right, wrong: log_sum(row, right) - log_sum(row, wrong),
+    "probability": lambda row, right, wrong: sum(float(softmax(row)[token]) for token in right),
+    "rank": lambda row, right, wrong: min(1 + sum(value > row[token] for value in row).item() for token in right),
+    "accuracy": lambda row, right, wrong: float(all(i in right for i, x in enumerate(row.tolist()) if x == row.max())),
 }
 
 
+def log_sum(row: Tensor, tokens: list[int]) -> float:
+    values = np.array([row[token].item() for token in tokens])
+    return float(values[0]) if len(tokens) == 1 else float(np.log(np.exp(values).sum()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prompts", [PAIRS, SEVERAL], ids=["one answer each", "several"])
 @pytest.mark.parametrize("name", SLOW)
-def test_a_metric_equals_its_slow_version_in_float32_whatever_the_dtype(name: str, dtype: torch.dtype) -> None:
-    logits, answers = random_logits(dtype=dtype), random_answers()
-    answers[0, 0] = logits[0].argmax()
-    value = getattr(metrics, name)(logits, answers)
+def test_a_metric_equals_its_slow_version_in_float32_whatever_the_dtype(
+    name: str, prompts: Batch, dtype: torch.dtype
+) -> None:
+    logits = random_logits(dtype=dtype)
+    logits[0, 5] = logits[0].max() + 1  # one right answer is the top
+    value = getattr(metrics, name)(logits, prompts)
     assert value.dtype == torch.float32 and value.shape == (5,)
-    slow = [SLOW[name](row, io, s) for row, (io, s) in zip(logits, answers.tolist(), strict=True)]
-    np.testing.assert_allclose(value.numpy(), slow, rtol=1e-5, atol=1e-7)
+    slow = [
+        SLOW[name](row, *([token for token in ids if token >= 0] for ids in answers))
+        for row, *answers in zip(logits, prompts.right_ids.tolist(), prompts.wrong_ids.tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(value.numpy(), slow, rtol=1e-5, atol=1e-6)
+
+
+def test_the_logit_difference_of_two_answers_is_exactly_that() -> None:
+    logits = random_logits()
+    right, wrong = PAIRS.right_ids[:, 0], PAIRS.wrong_ids[:, 0]
+    rows = torch.arange(5)
+    assert torch.equal(metrics.logit_diff(logits, PAIRS), logits[rows, right] - logits[rows, wrong])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kl_equals_its_slow_version_and_has_a_direction(dtype: torch.dtype) -> None:
     clean, other = random_logits(0, dtype=dtype), random_logits(1, dtype=dtype)
-    value = metrics.kl(clean, other)
+    value = kl(clean, other)
     p, q = np.array([softmax(row) for row in clean]), np.array([softmax(row) for row in other])
     np.testing.assert_allclose(value.numpy(), (p * np.log(p / q)).sum(1), rtol=1e-5)
     assert value.dtype == torch.float32 and value.shape == (5,)
-    assert not torch.allclose(value, metrics.kl(other, clean))
-    assert metrics.kl(clean, clean).tolist() == [0.0] * 5
+    assert not torch.allclose(value, kl(other, clean))
+    assert kl(clean, clean).tolist() == [0.0] * 5
+
+
+def kl(clean: Tensor, logits: Tensor) -> Tensor:
+    return metrics.kl(logits, replace(PAIRS, clean_logits=clean))
 
 
 def test_kl_resolves_the_effect_of_a_weak_head() -> None:
@@ -71,36 +112,37 @@ def test_kl_resolves_the_effect_of_a_weak_head() -> None:
     p = softmax(clean[0])
     # To second order, KL is half the variance of the change under p.
     expected = 0.5 * (p * (nudge[0].numpy() - (p * nudge[0].numpy()).sum()) ** 2).sum()
-    value = metrics.kl(clean, clean + nudge)
+    value = kl(clean, clean + nudge)
     assert expected < 1e-8
     assert value[0].item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_tied_logits_share_the_better_rank_and_are_no_success() -> None:
-    logits = torch.tensor([[3.0, 3.0, 1.0, 1.0, 0.0]] * 3)
-    answers = torch.tensor([[0, 1], [2, 3], [4, 0]])
-    assert metrics.rank(logits, answers).tolist() == [1, 3, 5]
-    assert metrics.accuracy(logits, answers).tolist() == [0, 0, 0]
-    assert metrics.accuracy(logits, answers, among="pair").tolist() == [0, 0, 0]
+    logits = torch.tensor([[3.0, 3.0, 1.0, 1.0, 0.0]] * 4)
+    prompts = batch_of([[0, -1], [2, -1], [4, -1], [1, 0]], [[1], [3], [0], [2]])
+    assert metrics.rank(logits, prompts).tolist() == [1, 3, 5, 1]
+    assert metrics.accuracy(logits, prompts).tolist() == [0, 0, 0, 1]  # in the last both of the tied tokens are right
+    assert metrics.accuracy(logits, prompts, among="pair").tolist() == [0, 0, 0, 1]
 
 
 def test_accuracy_asks_the_vocabulary_or_the_pair() -> None:
     logits = torch.tensor([[1.0, 0.0, 5.0], [9.0, 0.0, 5.0], [0.0, 1.0, 5.0]])
-    answers = torch.tensor([[0, 1]] * 3)
-    assert metrics.accuracy(logits, answers).tolist() == [0, 1, 0]
-    assert metrics.accuracy(logits, answers, among="pair").tolist() == [1, 1, 0]
+    prompts = batch_of([[0]] * 3, [[1]] * 3)
+    assert metrics.accuracy(logits, prompts).tolist() == [0, 1, 0]
+    assert metrics.accuracy(logits, prompts, among="pair").tolist() == [1, 1, 0]
     with pytest.raises(ValueError, match="among must be 'vocab' or 'pair', not 'all'"):
-        metrics.accuracy(logits, answers, among="all")
+        metrics.accuracy(logits, prompts, among="all")
 
 
 def test_a_prior_for_one_name_leaves_the_paired_logit_difference_alone() -> None:
     x_a, x_b = random_logits(0), random_logits(1)
-    a_b = random_answers()
-    prior = torch.zeros(5, 101).scatter_(1, a_b[:, :1], 7.0)
-    by_hand = [((x_a[i, a] - x_a[i, b]) + (x_b[i, b] - x_b[i, a])).item() / 2 for i, (a, b) in enumerate(a_b.tolist())]
+    swapped = replace(PAIRS, right_ids=PAIRS.wrong_ids, wrong_ids=PAIRS.right_ids)
+    prior = torch.zeros(5, 101).scatter_(1, PAIRS.right_ids, 7.0)
+    pairs = torch.cat([PAIRS.right_ids, PAIRS.wrong_ids], 1).tolist()
+    by_hand = [((x_a[i, a] - x_a[i, b]) + (x_b[i, b] - x_b[i, a])).item() / 2 for i, (a, b) in enumerate(pairs)]
     for shift in (0, prior):
-        ld_a = metrics.logit_diff(x_a + shift, a_b)
-        ld_b = metrics.logit_diff(x_b + shift, a_b.flip(1))
+        ld_a = metrics.logit_diff(x_a + shift, PAIRS)
+        ld_b = metrics.logit_diff(x_b + shift, swapped)
         np.testing.assert_allclose(metrics.paired_logit_diff(ld_a, ld_b), by_hand, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"equal shapes, not \(5,\) and \(4,\)"):
         metrics.paired_logit_diff(ld_a, ld_b[:4])
@@ -108,7 +150,7 @@ def test_a_prior_for_one_name_leaves_the_paired_logit_difference_alone() -> None
 
 TOKENIZED = TokenizedPrompts(
     input_ids=((5, 6, 7, 8), (5,), (5, 6)),
-    answer_ids=((1, 2), (3, 4), (5, 6)),
+    answers=answer_pairs(((1, 2), (3, 4), (5, 6))),
     positions=({"end": -1}, {"end": -1}, {"end": -1}),
     pad_id=0,
 )
@@ -138,31 +180,36 @@ def test_logits_that_are_not_finite_are_refused_by_prompt(bad: float) -> None:
 
 @pytest.mark.parametrize("name", SLOW)
 def test_metrics_refuse_what_they_cannot_measure(name: str) -> None:
-    metric, logits, answers = getattr(metrics, name), random_logits(), random_answers()
-    for wrong in (answers[:4], answers[:, :1], answers[0]):
-        with pytest.raises(ValueError, match=r"expected logits \[batch vocab\] and answer_ids \[batch 2\], not"):
-            metric(logits, wrong)
-    with pytest.raises(ValueError, match=r"not \(1, 5, 101\)"):
-        metric(logits[None], answers)
-    for outside in (101, -1):
-        answers[2, 1] = outside
+    metric, logits = getattr(metrics, name), random_logits()
+    for wrong in (logits[:4], logits[None], logits[0]):
+        with pytest.raises(
+            ValueError, match=r"do not belong to a batch of shape \(5, 1\); give those of the last token"
+        ):
+            metric(wrong, PAIRS)
+    for outside in (101, -2):
         with pytest.raises(ValueError, match=rf"{outside}.* but the vocabulary has 101 tokens"):
-            metric(logits, answers)
+            metric(logits, replace(PAIRS, right_ids=torch.tensor([[5], [0], [outside], [1], [1]])))
+    for absent in (torch.tensor([[5], [0], [-1], [1], [1]]), torch.empty(5, 0, dtype=torch.long)):
+        with pytest.raises(ValueError, match=f"prompt {INDEX[2] if absent.numel() else INDEX[0]} has no right answer"):
+            metric(logits, replace(PAIRS, right_ids=absent))
     logits[3, 0] = torch.nan
-    with pytest.raises(ValueError, match="the logits of rows 3 are not finite; use dtype float32 or bfloat16"):
-        metric(logits, random_answers())
+    with pytest.raises(ValueError, match=f"the logits of prompts {INDEX[3]} are not finite; use dtype float32 or bfl"):
+        metric(logits, PAIRS)
 
 
 def test_kl_and_last_logits_refuse_what_does_not_fit() -> None:
     clean, other = random_logits(0), random_logits(1)
     with pytest.raises(ValueError, match=r"one shape, not \(5, 101\) and \(4, 101\)"):
-        metrics.kl(clean, other[:4])
-    with pytest.raises(ValueError, match=r"one shape, not \(101,\) and \(101,\)"):
-        metrics.kl(clean[0], other[0])
+        kl(clean, other[:4])
+    with pytest.raises(ValueError, match=r"\(101,\) do not belong to a batch of shape \(5, 1\)"):
+        kl(clean[0], other[0])
+    with pytest.raises(ValueError, match=r'kl needs the logits of the untouched run.*needs=\("clean",\)'):
+        metrics.kl(other, PAIRS)
     other[1, 4] = torch.inf
-    with pytest.raises(ValueError, match="the logits of rows 1 are not finite"):
-        metrics.kl(clean, other)
-    with pytest.raises(ValueError, match="the logits of clean rows 1 are not finite"):
-        metrics.kl(other, clean)
-    with pytest.raises(ValueError, match=r"\(3, 1, 9\) do not belong to a batch of shape \(3, 4\)"):
+    for pair in ((clean, other), (other, clean)):
+        with pytest.raises(ValueError, match=f"the logits of prompts {INDEX[1]} are not finite"):
+            kl(*pair)
+    with pytest.raises(
+        ValueError, match=r"\(3, 1, 9\) do not belong to a batch of shape \(3, 4\); give those of every"
+    ):
         metrics.last_logits(torch.zeros(3, 1, 9), next(TOKENIZED.batches(3)))

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
 
-from pyvene_ext.engine import metrics
-from pyvene_ext.engine.plain import METRICS, reference_for, run
+from pyvene_ext.engine.measure import METRICS
+from pyvene_ext.engine.plain import reference_for, run
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
@@ -18,6 +19,7 @@ from tests.tiny_random import FAMILIES, random_model
 
 torch.set_num_threads(1)
 
+PLACE = ["intervention", "site", "layer", "head", "position"]
 PROMPTS = random_prompts((9, 6, 7, 9, 6, 7))
 HEAD = Ablation(kind="zero", site="z", layer=1, heads=(2,))
 SPECS: list[Spec] = [
@@ -44,7 +46,9 @@ def test_batches_of_unequal_lengths_equal_one_prompt_at_a_time(family: str) -> N
         np.testing.assert_allclose(batched.intervened, single.intervened, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "metric", [name for name, metric in METRICS.items() if not (metric.per_token or metric.of_answers)]
+)
 def test_metrics_are_those_of_hand_ablated_logits(metric: str) -> None:
     model = random_model("qwen2_5")
     result = _quiet_run(model, [HEAD], PROMPTS, metric, batch_size=4)
@@ -53,10 +57,9 @@ def test_metrics_are_those_of_hand_ablated_logits(metric: str) -> None:
         ids = PROMPTS.input_ids[prompt]
         clean = slow.logits(model, ids)[-1:]
         ablated = slow.logits(model, ids, [change])[-1:]
-        answers = torch.tensor([PROMPTS.answer_ids[prompt]])
+        batch = replace(PROMPTS.batch([prompt]), clean_logits=clean)
         for logits, got in ((clean, result.baseline), (ablated, result.intervened[0])):
-            expected = metrics.kl(clean, logits) if metric == "kl" else getattr(metrics, metric)(logits, answers)
-            assert got[prompt] == pytest.approx(expected.item(), abs=1e-5)
+            assert got[prompt] == pytest.approx(METRICS[metric].function(logits, batch).item(), abs=1e-5)
 
 
 def test_delta_is_clean_minus_intervened_and_names_are_in_order() -> None:
@@ -70,13 +73,14 @@ def test_a_frame_has_a_row_for_every_intervention_and_prompt() -> None:
         random_model("gpt2"), [Ablation(kind="zero", site="mlp_out", layer=layer) for layer in (1, 0, 1)], PROMPTS
     )
     frame = result.to_frame()
-    assert list(frame) == ["intervention", "prompt", "baseline", "intervened", "delta"]
+    assert list(frame) == [*PLACE, "prompt", "baseline", "intervened", "delta"]
     assert frame["baseline"].dtype == np.float32
     rows = iter(frame.itertuples(index=False))
     for number, name in enumerate(result.names):
         for prompt in range(len(PROMPTS)):
             before, after = result.baseline[prompt], result.intervened[number, prompt]
-            assert next(rows) == (name, prompt, before, after, before - after)
+            row = next(rows)
+            assert (row[0], *row[len(PLACE) :]) == (name, prompt, before, after, before - after)
     assert next(rows, None) is None
 
 

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from pyvene_ext.engine import metrics
-from pyvene_ext.engine.plain import TOKEN_METRICS, run
+from pyvene_ext.engine.measure import Metric
+from pyvene_ext.engine.plain import run
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.sequential import frequencies
 from pyvene_ext.methods.attribution.screen import estimate
 from pyvene_ext.methods.patching.patch import all_patches, patch
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
 from tests.ground_truth import ablations as slow
@@ -25,6 +28,7 @@ from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, VOCAB, random_model
 
 METRIC = "token_probabilities"
+PLACE = ["intervention", "site", "layer", "head", "position"]
 PROMPTS = random_prompts((9,) * 8)
 UNEQUAL = random_prompts((9, 7, 9))
 MEMORY = 300_000  # makes several waves
@@ -72,7 +76,7 @@ def test_it_is_the_softmax_at_the_last_token_read_at_the_prompts_own_tokens(fami
 
 def test_half_precision_is_summed_in_float32() -> None:
     logits = torch.zeros(1, 40_000, dtype=torch.bfloat16)
-    found = metrics.token_probabilities(logits, torch.tensor([[0, 5, 0]]))
+    found = metrics.token_probabilities(logits, batch_of(((0, 5, 0),)))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.full((1, 3), 1 / 40_000))
 
@@ -81,11 +85,11 @@ def test_a_frame_has_a_row_for_every_token() -> None:
     model, specs = model_and_specs("llama3_1")
     result = run(model, specs[:2], PROMPTS, METRIC, progress=False)
     frame = result.to_frame()
-    assert list(frame) == ["intervention", "prompt", "pos", "baseline", "intervened", "delta"]
+    assert list(frame) == [*PLACE, "prompt", "token", "baseline", "intervened", "delta"]
     assert len(frame) == result.intervened.size
     for row, at in zip(frame.itertuples(index=False), np.ndindex(result.intervened.shape), strict=True):
         before, after = result.baseline[at[1:]], result.intervened[at]
-        assert tuple(row) == (result.names[at[0]], *at[1:], before, after, before - after)
+        assert (row[0], *row[len(PLACE) :]) == (result.names[at[0]], *at[1:], before, after, before - after)
 
 
 def test_some_of_the_prompts_and_a_given_clean_run() -> None:
@@ -159,25 +163,123 @@ def test_whoever_needs_one_number_a_prompt_refuses_it() -> None:
     with pytest.raises(ValueError, match=told):
         frequencies(model, specs, PROMPTS, 0.1, width=0.2, metric=METRIC, progress=False)
     for engine in ("sweep", "plain"):
-        with pytest.raises(ValueError, match="'token_probabilities'; choose among logit_diff"):
+        with pytest.raises(ValueError, match=told):
             patch(model, all_patches(model.config, "z"), PROMPTS, PROMPTS, METRIC, engine=engine, progress=False)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=f"choose among logit_diff.*{METRIC}"):
+    with pytest.raises(ValueError, match=r"did you mean 'token_probabilities'\?"):
         run(model, specs, PROMPTS, "token_probs", progress=False)
 
 
 def test_wrong_shapes_and_ids_are_refused() -> None:
     logits = torch.zeros(2, VOCAB)
     for ids, told in (
-        (torch.tensor([[1, 2]]), r"input_ids \[batch pos\]"),
-        (torch.tensor([1, 2]), r"input_ids \[batch pos\]"),
-        (torch.tensor([[1], [VOCAB]]), f"token ids range from 1 to {VOCAB}"),
-        (torch.tensor([[-1], [2]]), "token ids range from -1"),
+        (((1, 2),), r"do not belong to a batch of shape \(1, 2\)"),
+        (((1,), (VOCAB,)), f"token ids range from 1 to {VOCAB}"),
+        (((-1,), (2,)), "token ids range from -1"),
     ):
         with pytest.raises(ValueError, match=told):
-            metrics.token_probabilities(logits, ids)
-    with pytest.raises(ValueError, match="rows 1 are not finite"):
-        metrics.token_probabilities(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]), torch.tensor([[0], [1]]))
+            metrics.token_probabilities(logits, batch_of(ids))
+    with pytest.raises(ValueError, match="prompts 1 are not finite"):
+        metrics.token_probabilities(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]), batch_of(((0,), (1,))))
 
 
-def test_every_token_metric_is_listed() -> None:
-    assert list(TOKEN_METRICS) == [METRIC]
+def batch_of(ids: tuple[tuple[int, ...], ...]) -> Batch:
+    return TokenizedPrompts(ids).batch(range(len(ids)))
+
+
+# -- metrics read at every token ---------------------------------------------------------------------------------------
+
+
+def loss_of_7(logits: Tensor, prompts: Batch) -> Tensor:
+    """The loss of token 7 and of the prompt's own token at every position."""
+    return logits.log_softmax(-1)[..., 7] - logits.gather(2, prompts.input_ids[..., None])[..., 0]
+
+
+READ: dict[str, Any] = {
+    "next_token_loss": "next_token_loss",
+    "entropy": metrics.entropy,
+    "token_kl": "token_kl",
+    "loss_of_7": Metric(loss_of_7, of_tokens=True),
+    "ids": Metric(lambda logits, prompts: logits[..., 1] - logits[..., 0], of_tokens=True, ids=(7, 9), name="ids"),
+}
+
+
+def by_hand(name: str, logits: Tensor, clean: Tensor, ids: tuple[int, ...]) -> list[float]:
+    """What these metrics are at every token of one prompt."""
+    found = []
+    for at, (row, of_clean) in enumerate(zip(logits.double(), clean.double(), strict=True)):
+        shares, before = row.softmax(-1), of_clean.softmax(-1)
+        follows = shares[ids[at + 1]] if at + 1 < len(ids) else torch.tensor(torch.nan)
+        values = {
+            "next_token_loss": -follows.log(),
+            "entropy": -sum(share * share.log() for share in shares),
+            "token_kl": sum(p * (p / q).log() for p, q in zip(before, shares, strict=True)),
+            "loss_of_7": shares[7].log() - row[ids[at]],
+            "ids": row[9] - row[7],
+        }
+        found.append(float(values[name]))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", READ)
+def test_metrics_at_every_token_are_those_of_each_prompt_alone(family: str, name: str) -> None:
+    model, specs = model_and_specs(family)
+    for batch_size, padding_side in ((3, "left"), (3, "right"), (1, "left")):
+        found = run(
+            model, specs[:1], UNEQUAL, READ[name], batch_size=batch_size, padding_side=padding_side, progress=False
+        )
+        assert found.metric == name and found.intervened.shape == (1, 3, 9)
+        for prompt, ids in enumerate(UNEQUAL.input_ids):
+            change = ("z", 0, slow.replaced(range(len(ids)), [0], torch.zeros_like))
+            clean, ablated = slow.logits(model, ids), slow.logits(model, ids, [change])
+            for logits, got in ((clean, found.baseline), (ablated, found.intervened[0])):
+                np.testing.assert_allclose(got[prompt, : len(ids)], by_hand(name, logits, clean, ids), **CLOSE)
+                assert np.isnan(got[prompt, len(ids) :]).all()
+    assert np.nanmax(np.abs(found.delta)) > 1e-4
+
+
+def test_a_frame_has_no_rows_after_a_prompts_end() -> None:
+    model, specs = model_and_specs("llama3_1")
+    for metric, missing in (("entropy", 0), ("next_token_loss", 1)):  # nothing follows the last token
+        frame = run(model, specs[:2], UNEQUAL, metric, progress=False).to_frame()
+        expected = [
+            (number, prompt, pos)
+            for number in specs[:2]
+            for prompt, ids in enumerate(UNEQUAL.input_ids)
+            for pos in range(len(ids) - missing)
+        ]
+        assert [tuple(row) for row in frame[["prompt", "token"]].to_numpy()] == [tuple(row[1:]) for row in expected]
+        assert frame.notna().all(axis=None)
+
+
+def test_a_metric_at_every_token_may_lack_the_last_token_and_no_other() -> None:
+    model, specs = model_and_specs("llama3_1")
+
+    def without(column: int, padding_side: str) -> Any:
+        def function(logits: Tensor, prompts: Batch) -> Tensor:
+            values = logits[..., 0].clone()
+            values[prompts.attention_mask == 0] = torch.nan
+            values[torch.arange(len(values)), prompts.columns(column)] = torch.nan
+            return values
+
+        return run(
+            model, specs[:1], UNEQUAL, Metric(function, of_tokens=True), padding_side=padding_side, progress=False
+        )
+
+    for side in ("left", "right"):
+        assert np.isnan(without(-1, side).baseline).sum() == 3 + 2
+        with pytest.raises(ValueError, match="metric 'function' is nan for prompt 1; it must return finite numbers"):
+            without(-2, side)
+    with pytest.raises(
+        ValueError, match=r"returned shape \(3,\) for 3 prompts; return one number per token, \[batch pos\]"
+    ):
+        run(model, specs[:1], UNEQUAL, Metric(lambda x, _: x[:, 0, 0], of_tokens=True), progress=False)
+
+
+def test_only_run_reads_every_token() -> None:
+    model, specs = model_and_specs("llama3_1")
+    for engine in (sweep, plan_sweep):
+        with pytest.raises(ValueError, match="entropy is read at every token, which run does, but not yet sweep"):
+            engine(model, specs, UNEQUAL, "entropy")
+    with pytest.raises(ValueError, match="entropy is one number per token; here choose among logit_diff"):
+        estimate(model, specs, PROMPTS, "entropy", progress=False)

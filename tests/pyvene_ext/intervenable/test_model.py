@@ -413,7 +413,7 @@ def test_an_intervention_that_never_fires_is_an_error(model: Any, base: Any) -> 
 def test_refused_sources(model: Any, base: Any) -> None:
     source = random_inputs(seed=1)
     intervenable = IntervenableModel(config(swap()), model)
-    with pytest.raises(ValueError, match="2 sources were given for 1 groups"):
+    with pytest.raises(ValueError, match="2 sources were given for 1 group of"):
         intervenable(base, [source, source], {"sources->base": 8})
     with pytest.raises(ValueError, match="source 0 has 2 examples and base 3"):
         intervenable(base, [random_inputs((9, 9))], {"sources->base": 8})

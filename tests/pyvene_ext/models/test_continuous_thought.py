@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pyvene_ext import ActivationPatch, PathPatch, patch
 from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.plain import reference_for, run
+from pyvene_ext.engine.reading import read
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.intervenable.model import IntervenableModel
@@ -86,7 +87,7 @@ def asked(model: Any, lengths: tuple[int, ...] = LENGTHS) -> Questions:
     # No token of a question is one of the format.
     ids = tuple(tuple(3 + token % 40 for token in row) for row in prompts.input_ids)
     problems = tuple(Problem(question="?", solution="", answer=0, steps=1) for _ in lengths)
-    prompts = type(prompts)(ids, prompts.answer_ids, ({"end": -1, "last": -1},) * len(ids), prompts.pad_id)
+    prompts = type(prompts)(ids, prompts.answers, ({"end": -1, "last": -1},) * len(ids), prompts.pad_id)
     return with_latents(
         Questions(problems, prompts, lengths, (range(0),) * len(lengths), tuple(range(len(lengths)))), model
     )
@@ -343,13 +344,19 @@ def test_flow_and_patterns_are_those_of_the_last_run() -> None:
             seen[layer, which] = pattern[row, :, -length:, -length:]
 
     read_patterns(model, questions.prompts, see, batch_size=3, progress=False)
+    acts = read(model, questions.prompts, ("pattern", "resid_pre"), layers=(0, 1), batch_size=3, progress=False)
     routes = flow_routes(model, questions.prompts, batch_size=3, progress=False)
     for which, ids in enumerate(questions.prompts.input_ids):
         _, _, entered = thought(plain, question(questions, which), FORM.opening, FORM.closing, weights)
         embeds = plain.get_input_embeddings()(torch.tensor(ids)).detach().clone()
         embeds[list(questions.blocks[which])] = torch.cat(entered)
         with torch.no_grad():
-            out = plain(inputs_embeds=embeds[None], output_attentions=True)
+            out = plain(inputs_embeds=embeds[None], output_attentions=True, output_hidden_states=True)
+        for layer in acts.layers("pattern"):
+            torch.testing.assert_close(acts["pattern", layer][which], out.attentions[layer][0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                acts["resid_pre", layer][which], out.hidden_states[layer][0], atol=1e-5, rtol=1e-5
+            )
         for layer, pattern in enumerate(out.attentions):
             torch.testing.assert_close(seen[layer, which], pattern[0], atol=1e-5, rtol=1e-5)
         # Importances of one question alone, its thoughts known beforehand.

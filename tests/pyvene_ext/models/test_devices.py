@@ -15,8 +15,9 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.engine.plain import reference_for, run
 from pyvene_ext.engine.resolve import resolve
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.engine.sweep.plan import (
     MIB,

@@ -24,6 +24,7 @@ from pyvene_ext.prompts.parallel import (
     word_prompts,
     word_spans,
 )
+from pyvene_ext.prompts.tokenized import AnswerTokens
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
 
 EN_FR = ("en", "fr")
@@ -231,7 +232,7 @@ def test_a_label_that_no_token_holds_is_one_sentence() -> None:
 def test_texts_by_themselves() -> None:
     prompts = tokenize_texts(WORDS, ["the cat", "a dog sees"])
     assert [WORDS.decode(list(ids)) for ids in prompts.input_ids] == ["<bos> the cat", "<bos> a dog sees"]
-    assert prompts.answer_ids == ((0, 0), (0, 0)) and prompts.pad_id == WORDS.pad_token_id
+    assert prompts.answers == (AnswerTokens(), AnswerTokens()) and prompts.pad_id == WORDS.pad_token_id
 
 
 # -- one word ----------------------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def test_prompts_of_several_words_are_put_together_in_whole_swaps() -> None:
         (both.plus, one.plus, two.plus),
         *((both.minus[of], one.minus[of], two.minus[of]) for of in both.minus),
     ):
-        for name in ("input_ids", "answer_ids", "positions"):
+        for name in ("input_ids", "answers", "positions"):
             assert getattr(mine, name) == getattr(first, name)[:2] + getattr(second, name)
     assert len(one.first(1).words) == 0 and one.first(100) == one
 

@@ -98,14 +98,14 @@ GOOD: dict[str, Any] = {"name": "p", "tokens": ["a", "b"], "heads": {"0.0": [[1]
     ("prompt", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "should be a valid dict"),
+        ("[]", "must be a dict of fields"),
         (GOOD | {"tokens": ["a"]}, "head 0.0 on p must have rows of 1, 2 and so on up to 1 "),
         (GOOD | {"heads": {"0.0": [[1], [0.5, 0.5, 0]]}}, "must have rows of 1, 2 and so on"),
-        (GOOD | {"heads": {"0.0": [[1], [1.5, 0.5]]}}, r"heads.0.0.1.0: .*less than or equal to"),
+        (GOOD | {"heads": {"0.0": [[1], [1.5, 0.5]]}}, r"heads.0.0.1.0 must be less than or equal to"),
         (GOOD | {"heads": {"0.0": [[1], [-0.5, 0.5]]}}, "greater than or equal to 0"),
         (GOOD | {"heads": {"<b>": [[1], [0.5, 0.5]]}}, "should match pattern"),
         (GOOD | {"heads": {}}, "at least 1 item"),
-        ({"name": "p", "tokens": []}, "heads: Field required"),
+        ({"name": "p", "tokens": []}, "heads is missing"),
     ],
 )
 def test_a_file_of_anything_else_is_named_in_one_sentence(tmp_path: Path, prompt: Any, message: str) -> None:

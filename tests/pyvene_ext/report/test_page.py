@@ -352,10 +352,10 @@ def test_routes_are_as_wide_as_they_are_important_and_lie_side_by_side() -> None
     [
         ("{", "is not JSON"),
         ({"tokens": ["a"]}, r"an edge from resid_mid.1@2 to resid_post.1@2 but only 1 tokens"),
-        ({"edges": [ROUTES["edges"][0] | {"importance": 2}]}, "edges.0.importance: "),
+        ({"edges": [ROUTES["edges"][0] | {"importance": 2}]}, "edges.0.importance must be"),
         ({"edges": [ROUTES["edges"][0] | {"source": "resid_mid.x@2"}]}, "edges.0.source: "),
         ({"edges": [ROUTES["edges"][0] | {"via": "<b>"}]}, "edges.0.via: "),
-        ({"tau": None}, "tau: "),
+        ({"tau": None}, "tau must be"),
     ],
 )
 def test_malformed_routes_are_one_sentence(tmp_path: Path, change: Any, message: str) -> None:
@@ -373,7 +373,7 @@ def test_malformed_routes_are_one_sentence(tmp_path: Path, change: Any, message:
     ("file", "text", "message"),
     [
         ("summary.json", "{", "is not JSON"),
-        ("attention.json", "{}", "prompts: Field required"),
+        ("attention.json", "{}", "prompts is missing"),
         ("heads.csv", "layer,head\n1\n", "unequal length"),
         ("heads.csv", "layer,head\n1,2,3\n", "unequal length"),
     ],

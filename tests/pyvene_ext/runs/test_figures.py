@@ -44,6 +44,7 @@ def every_figure(draw=RNG):
     yield figures.scatter_heads(A, B, name_a="en", name_b="zh", quantity="q", correlation=correlated(A, B), title="t")
     yield figures.layer_lines(range(5), stats.correlate_layers(A, B, n_resamples=50), title="t")
     yield figures.faithfulness_curves({"found": ([1, 9], CURVE)}, {"same layers": (9, [0.2, 0.4])}, title="t")
+    yield figures.effect_bars(["z.0.1", "mlp_out.3@last:mean"], CURVE, "title", "mean delta (logits)")
 
 
 def sticks_out(figure):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyvene_ext.engine.plain import Result, run
+from pyvene_ext.engine.plain import run
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.runs.sweeps import discard, unfinished_in
 from pyvene_ext.specs.ablation import all_heads

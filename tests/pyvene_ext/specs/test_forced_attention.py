@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 from pyvene_ext.engine.compile import compile_spec
 from pyvene_ext.engine.plain import run
@@ -18,7 +17,6 @@ from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.intervenable.interventions import ForcedRowsIntervention
 from pyvene_ext.intervenable.model import IntervenableModel
-from pyvene_ext.io.errors import one_sentence
 from pyvene_ext.methods.attribution.screen import estimate
 from pyvene_ext.methods.heads.patterns import read_patterns
 from pyvene_ext.prompts.positions import token_indices
@@ -265,7 +263,7 @@ def test_specs_survive_a_file_and_have_names_of_their_own(tmp_path: Path, suffix
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shape": "ring"}, "shape: Input should be 'hub', 'uniform' or 'sequential'"),
+        ({"shape": "ring"}, "shape must be 'hub', 'uniform' or 'sequential', not 'ring'"),
         ({"hub": None}, "hub attention needs a hub"),
         ({"shape": "uniform"}, "uniform attention has no hub: leave hub out"),
         (
@@ -275,7 +273,7 @@ def test_specs_survive_a_file_and_have_names_of_their_own(tmp_path: Path, suffix
         ({"block": (3, 2), "shape": "uniform", "hub": None}, "unlike 3 to 2."),
         ({"block": (3, 6), "hub": 7}, "with the hub at 7"),
         ({"block": (-6, -3), "hub": -7}, "with the hub at -7"),
-        ({"block": (3,)}, "block.1: Field required"),
+        ({"block": (3,)}, "block.1 is missing"),
         ({"block": ("open", "mid", "close")}, "at most 2 items"),
         ({"block": ("all", "close")}, "given by single tokens, not by 'all'"),
         ({"hub": "all"}, "given by single tokens, not by 'all'"),
@@ -286,9 +284,9 @@ def test_specs_survive_a_file_and_have_names_of_their_own(tmp_path: Path, suffix
     ],
 )
 def test_what_no_model_could_run_is_refused_in_one_sentence(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ValueError) as caught:
         ForcedAttention(**FIELDS | fields)
-    assert message in one_sentence(caught.value) and "\n" not in one_sentence(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_mixed_integers_wait_for_the_prompts() -> None:

@@ -366,46 +366,78 @@ GIVEN = [(2, 1), (0, 3), (2, 0)]
 
 def test_random_heads_match_the_layers_and_avoid_the_given_and_excluded():
     exclude = [(2, 5), (0, 0), (1, 1)]
-    sets = stats.layer_matched_random_heads(GIVEN, 4, 8, 30, np.random.default_rng(0), exclude)
-    assert len(sets) == len(set(sets)) == 30
-    for heads in sets:
+    control = stats.random_heads(GIVEN, 4, 8, 30, np.random.default_rng(0), exclude)
+    assert len(control.sets) == len(set(control.sets)) == 30
+    assert (control.distance, control.shared) == (0, 0)
+    assert control.strength == "30 random sets of the same layers; least p 0.032"
+    for heads in control.sets:
         assert Counter(layer for layer, _ in heads) == {0: 1, 2: 2}
         assert not {*heads} & {*GIVEN, *exclude}
         assert list(heads) == sorted(set(heads))
         assert all(0 <= h < 8 and type(h) is int for _, h in heads)
 
 
-@pytest.mark.parametrize("n_sets", [5, 40])
+@pytest.mark.parametrize("n_sets", [5, 12])
 def test_every_allowed_set_is_equally_likely(n_sets):
-    """5 of the 12 possible sets are drawn at random, 40 go through the listing: each set must be as frequent as any other."""
+    """5 of the 12 possible sets are drawn at random, 12 go through the listing: each set must be as frequent as any other."""
     generator = np.random.default_rng(0)
     count = Counter()
     for _ in range(600):
-        count.update(stats.layer_matched_random_heads([(0, 0), (1, 0), (1, 1)], 2, 5, n_sets, generator))
+        count.update(stats.random_heads([(0, 0), (1, 0), (1, 1)], 2, 5, n_sets, generator).sets)
     # Layer 0: 4 others; layer 1: 3 pairs of 3 others.
     assert len(count) == 12
     assert scipy_stats.chisquare(list(count.values())).pvalue > 0.001
 
 
-def test_sets_repeat_only_when_there_are_no_more_and_then_evenly():
-    for n_sets in (1, 6, 11, 12):
-        sets = stats.layer_matched_random_heads([(0, 0), (1, 0), (1, 1)], 2, 5, n_sets, np.random.default_rng(n_sets))
-        assert len(sets) == len(set(sets)) == n_sets
-    sets = stats.layer_matched_random_heads([(0, 0), (1, 0), (1, 1)], 2, 5, 30, np.random.default_rng(0))
-    assert sorted(Counter(sets).values()) == [2] * 6 + [3] * 6
-    assert stats.layer_matched_random_heads([(0, 0)], 1, 2, 3, np.random.default_rng(0)) == [((0, 1),)] * 3
+def test_what_a_layer_lacks_comes_from_the_nearest_layers():
+    """Layer 3 of 18 has one head left for three: each set holds it, and two heads of layers 2 and 4."""
+    control = stats.random_heads([(3, 0), (3, 1), (3, 2)], 18, 4, 20, np.random.default_rng(0))
+    assert len(set(control.sets)) == 20 and control.shared == 0
+    for heads in control.sets:
+        assert (3, 3) in heads and all(abs(layer - 3) <= 1 for layer, _ in heads)
+    assert control.distance == pytest.approx(2 / 3) and "0.7 layers away on average" in control.strength
+
+
+def test_a_model_without_other_heads_lends_the_given_ones_but_never_the_same_set():
+    given = [(layer, head) for layer in range(3) for head in range(3)]
+    control = stats.random_heads(given, 3, 4, 10, np.random.default_rng(0))
+    assert len(control.sets) == 10 and tuple(given) not in control.sets
+    assert control.shared == pytest.approx(np.mean([head in given for heads in control.sets for head in heads]))
+    assert "of whose heads are among those tested" in control.strength
+    everything = [(layer, head) for layer in range(2) for head in range(2)]
+    control = stats.random_heads(everything, 2, 2, 5, np.random.default_rng(0))
+    assert not control.sets and control.strength == "no control: the model has no other heads"
+
+
+def test_there_are_fewer_sets_only_where_the_model_has_no_more():
+    assert stats.random_heads([(0, 0)], 1, 2, 3, np.random.default_rng(0)).sets == [((0, 1),)]
 
 
 def test_random_heads_repeat_with_the_seed():
-    draws = [stats.layer_matched_random_heads(GIVEN, 4, 8, 9, np.random.default_rng(s)) for s in (1, 1, 2)]
+    draws = [stats.random_heads(GIVEN, 4, 8, 9, np.random.default_rng(s)).sets for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_every_prefix_of_a_random_ranking_matches_that_of_the_ranked_heads():
+    ranked = ((3, 0), (1, 2), (3, 5), (0, 1), (2, 2))
+    rankings = stats.random_rankings(ranked, 4, 4, 8, 20, np.random.default_rng(0))
+    assert len(rankings) == 20
+    for ranking in rankings:
+        assert [layer for layer, _ in ranking] == [3, 1, 3, 0] and not {*ranking} & {*ranked}
+    control = stats.first_of(rankings, ranked, 1)
+    assert control.heads == ((3, 0),) and len(set(control.sets)) == len(control.sets) <= 6
+
+
+def test_a_random_ranking_takes_the_nearest_layer_where_one_has_too_few_heads():
+    ranked = ((2, 0), (2, 1), (1, 0))
+    rankings = stats.random_rankings(ranked, 3, 4, 3, 5, np.random.default_rng(0))
+    for ranking in rankings:
+        assert sorted(abs(a - b) for (a, _), (b, _) in zip(ranked, ranking, strict=True)) == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("heads", "exclude", "message"),
     [
-        ([(0, 0), (0, 1), (0, 2)], [], "layer 0 has 1 heads left for a control of 3"),
-        ([(1, 0)], [(1, 1), (1, 2), (1, 3)], "layer 1 has 0 heads left for a control of 1: 4 of its 4"),
         ([(2, 0)], [], r"head 2\.0 is outside a model of 2 layers with 4 heads"),
         ([(0, 4)], [], r"head 0\.4 is outside"),
         ([(0, -1)], [], r"head 0\.-1 is outside"),
@@ -416,7 +448,7 @@ def test_random_heads_repeat_with_the_seed():
 )
 def test_random_heads_that_cannot_be_drawn_are_refused(heads, exclude, message):
     with pytest.raises(ValueError, match=message):
-        stats.layer_matched_random_heads(heads, 2, 4, 3, np.random.default_rng(0), exclude)
+        stats.random_heads(heads, 2, 4, 3, np.random.default_rng(0), exclude)
 
 
 def test_head_overlap_is_that_of_all_random_sets_counted_one_by_one() -> None:

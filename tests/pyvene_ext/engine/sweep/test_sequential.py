@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.engine.plain import reference_for, run
+from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep.sequential import Sequential, frequencies
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec, spec_name

@@ -514,7 +514,7 @@ def test_with_many_steps_the_edges_of_a_stage_add_up_to_its_exact_effect(family:
 
 
 def _first_two(prompts: TokenizedPrompts) -> TokenizedPrompts:
-    return TokenizedPrompts(prompts.input_ids[:2], prompts.answer_ids[:2], prompts.positions[:2], prompts.pad_id)
+    return prompts.take((0, 1))
 
 
 def test_edges_are_found_by_name_and_ranked_by_size() -> None:

@@ -17,7 +17,8 @@ from tiny.planted_circuits import ARCHITECTURES, Architecture, Planted, planted
 from torch import Tensor, nn
 from transformers import Gemma2ForCausalLM
 
-from pyvene_ext.engine.plain import METRICS, run
+from pyvene_ext.engine.measure import METRICS
+from pyvene_ext.engine.plain import run
 from pyvene_ext.methods.attribution.circuits import (
     Circuit,
     CircuitRuns,
@@ -150,13 +151,7 @@ def logit_diff(logits: Tensor, answers: Iterable[tuple[int, int]]) -> np.ndarray
 
 
 def chosen(prompts: TokenizedPrompts, index: Iterable[int]) -> TokenizedPrompts:
-    index = list(index)
-    return replace(
-        prompts,
-        input_ids=tuple(prompts.input_ids[i] for i in index),
-        answer_ids=tuple(prompts.answer_ids[i] for i in index),
-        positions=tuple(prompts.positions[i] for i in index),
-    )
+    return prompts.take(index)
 
 
 def of_length(length: int) -> tuple[list[int], Tensor, Tensor]:
@@ -242,7 +237,7 @@ def test_the_full_graph_is_the_model_on_base_and_the_empty_one_the_model_on_sour
     runs = runs_of(model, [full, Circuit(frozenset())], BASE, SOURCE)
     nothing = Ablation(kind="zero", site="z", layer=0, heads=(0,))
     of_base = run(model, nothing, BASE, progress=False).baseline
-    of_source = run(model, nothing, replace(SOURCE, answer_ids=BASE.answer_ids), progress=False).baseline
+    of_source = run(model, nothing, replace(SOURCE, answers=BASE.answers), progress=False).baseline
     assert np.array_equal(runs.circuits[0], runs.clean)
     close(runs.clean, of_base)
     close(runs.circuits[1], runs.source)
@@ -255,13 +250,13 @@ def test_every_metric_is_read_from_the_circuits_logits_with_the_answers_of_base(
     edges = some_edges(model, 0.7)
     three, base, source = of_length(6)
     pairs = chosen(BASE, three), chosen(SOURCE, three)
-    batch = next(pairs[0].batches(3))
     clean, of_source = run_by_hooks(model, base)[0], run_by_hooks(model, source)[0]
     by_circuit = circuit_by_hooks(model, edges, base, source)
-    for metric, measure in METRICS.items():
+    batch = replace(next(pairs[0].batches(3)), clean_logits=clean)
+    for metric in (name for name, it in METRICS.items() if not (it.per_token or it.of_answers)):
         runs = runs_of(model, [Circuit(edges)], *pairs, metric)
         for logits, found in ((clean, runs.clean), (of_source, runs.source), (by_circuit, runs.circuits[0])):
-            close(found, measure(logits, batch, clean).numpy())
+            close(found, METRICS[metric].function(logits, batch).numpy())
 
 
 def test_batches_of_any_size_and_prompts_in_any_order_give_the_same() -> None:
@@ -565,7 +560,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_before_the_model_runs() -> 
     circuit, scores = Circuit(frozenset({"embed->logits"})), np.where(there, 1.0, np.nan)
     model.forward = None  # type: ignore[assignment]
     shorter = replace(SOURCE, input_ids=(*SOURCE.input_ids[:2], SOURCE.input_ids[2][1:], *SOURCE.input_ids[3:]))
-    outside = replace(BASE, answer_ids=(*BASE.answer_ids[:1], (3, VOCAB), *BASE.answer_ids[2:]))
+    outside = BASE.with_answer_ids((*BASE.answer_ids[:1], (3, VOCAB), *BASE.answer_ids[2:]))
     fewer = random_prompts(LENGTHS[:-1])
     with_nan = scores.copy()
     with_nan[0, 0] = np.nan
@@ -579,7 +574,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_before_the_model_runs() -> 
         ("pair 2 has 7 tokens and its source 6", circuit, BASE, shorter, {}),
         ("6 base prompts and 5 source prompts", circuit, BASE, fewer, {}),
         ("must be tokenised", circuit, BASE, ["a text"], {}),
-        ("answers of pair 1 have the ids 3 and 61", circuit, outside, SOURCE, {}),
+        ("answers of prompt 1 have ids from 3 to 61", circuit, outside, SOURCE, {}),
         ("batch_size must be at least 1", circuit, BASE, SOURCE, {"batch_size": 0}),
     ):
         with pytest.raises(ValueError, match=told) as caught:

@@ -12,7 +12,8 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor
 
-from pyvene_ext.engine.plain import Result, reference_for, run
+from pyvene_ext.engine.plain import reference_for, run
+from pyvene_ext.engine.results import Result
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.attribution.screen import (
     Screen,
@@ -226,16 +227,16 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
     assert state() == before and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="61 tokens; use the model's own tokenizer"):
-        estimate(model, specs, replace(PROMPTS, answer_ids=((3, 99),) * 6), progress=False)
+        estimate(model, specs, PROMPTS.with_answer_ids(((3, 99),) * 6), progress=False)
     assert state() == before
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "kl"}, "second order.*screen by logit_diff or probability"),
-        ({"metric": "rank"}, "'rank' has no gradient.*screen by logit_diff or probability"),
-        ({"metric": "accuracy"}, "'accuracy' has no gradient"),
+        ({"metric": "kl"}, "no first-order term there.*choose among logit_diff, probability, logit"),
+        ({"metric": "rank"}, "the gradient of 'rank' is 0 or undefined.*choose among logit_diff, probability, logit"),
+        ({"metric": "accuracy"}, "the gradient of 'accuracy' is 0 or undefined"),
         ({"metric": "loss"}, "unknown metric 'loss'"),
         ({"specs": []}, "at least one spec"),
         ({"prompts": ["a prompt"]}, r"call .tokenize\(tokenizer\)"),

@@ -409,8 +409,8 @@ def test_other_targets_are_refused() -> None:
 def test_bad_arguments_are_refused_before_the_model_runs() -> None:
     model, calls = random_model("mistral"), []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    empty = TokenizedPrompts((), (), (), 0)
-    no_tokens = TokenizedPrompts(((3,), ()), ((1, 2), (1, 2)), ({"last": -1}, {"last": -1}), 0)
+    empty = TokenizedPrompts(())
+    no_tokens = TokenizedPrompts(((3,), ()))
     for prompts, options, message in (
         (empty, {}, "there are no prompts"),
         (no_tokens, {}, "prompt 1 has no tokens"),

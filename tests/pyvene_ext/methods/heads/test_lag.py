@@ -16,7 +16,6 @@ from pyvene_ext.methods.heads.lag import (
     layers_of,
     plus_one,
     plus_one_bias,
-    random_rankings,
     rank_heads,
     recalled,
 )
@@ -111,21 +110,6 @@ def test_heads_are_ranked_within_their_layers() -> None:
     assert rank_heads(SCORES, "bottom", 4, 2) == ((3, 1), (3, 0))
     with pytest.raises(ValueError, match=r"4 heads are asked for but there are scores for 3 in layers 0 to 1 \(top\)"):
         rank_heads(SCORES, "top", 4, 4)
-
-
-def test_random_heads_match_layer_by_layer_and_leave_the_ranked_ones_alone() -> None:
-    ranked = rank_heads(SCORES, "full", 4, 6)
-    found = random_rankings(ranked, 4, 4, 8, 20, np.random.default_rng(0))
-    assert len(found) == 20 and len({frozenset(heads) for heads in found}) == 20
-    for heads in found:
-        assert len(set(heads)) == 4 and not set(heads) & set(ranked)
-        for n in range(1, 5):
-            assert [layer for layer, _ in heads[:n]] == [layer for layer, _ in ranked[:n]]
-    assert {heads[0] for heads in found} == {(3, h) for h in (2, 3, 4, 6, 7)}, "every head may come first"
-    assert found == random_rankings(ranked, 4, 4, 8, 20, np.random.default_rng(0))
-    assert found != random_rankings(ranked, 4, 4, 8, 20, np.random.default_rng(1))
-    with pytest.raises(ValueError, match="layer 3 has 0 heads left for a control of 2"):
-        random_rankings(((3, 0), (3, 1)), 2, 4, 2, 20, np.random.default_rng(0))
 
 
 def test_heads_are_ablated_together_by_their_scores() -> None:

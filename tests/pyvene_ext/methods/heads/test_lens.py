@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,8 +328,8 @@ BOTH = pytest.mark.parametrize("measure", [logit_lens, direct_logit_attribution]
 
 @BOTH
 def test_bad_input_is_one_sentence_before_anything_runs(measure: Callable[..., Any]) -> None:
-    outside = replace(PROMPTS, answer_ids=((3, VOCAB), *PROMPTS.answer_ids[1:]))
-    nothing = replace(PROMPTS, input_ids=(), answer_ids=(), positions=())
+    outside = PROMPTS.with_answer_ids(((3, VOCAB), *PROMPTS.answer_ids[1:]))
+    nothing = PROMPTS.take(())
     for prompts, options, told in (
         (["a text"], {}, "prompts must be tokenised, not a list"),
         (nothing, {}, "at least one prompt"),

@@ -133,32 +133,17 @@ def test_source_tokens_are_what_heads_look_at_most(batch_size: int) -> None:
 # -- causes ------------------------------------------------------------------------------------------------------------
 
 
-def test_random_sets_are_different_and_apart_where_layers_have_enough_others() -> None:
-    same, anywhere = control_sets([(1, 0), (1, 1), (4, 3)], 6, 8, 20, seed=0)
-    assert (same.name, same.apart, anywhere.name, anywhere.apart) == ("same layers", True, "any layer", True)
+def test_random_sets_are_of_the_same_layers_and_of_any() -> None:
+    found = control_sets([(1, 0), (1, 1), (4, 3)], 6, 8, 20, seed=0)
+    same, anywhere = found["same layers"], found["any layer"]
     for control in (same, anywhere):
         assert len(set(control.sets)) == 20
         assert all(len(set(one)) == 3 and not {(1, 0), (1, 1), (4, 3)} & set(one) for one in control.sets)
         assert all(0 <= layer < 6 and 0 <= head < 8 for one in control.sets for layer, head in one)
-    assert all(sorted(layer for layer, _ in one) == [1, 1, 4] for one in same.sets)
+    assert same.distance == 0 and anywhere.distance > 0
     assert {layer for one in anywhere.sets for layer, _ in one} == set(range(6))
-    assert control_sets([(1, 0), (1, 1), (4, 3)], 6, 8, 20, seed=0)[0] == same
-    assert control_sets([(1, 0), (1, 1), (4, 3)], 6, 8, 20, seed=1)[0] != same
-
-
-@pytest.mark.parametrize(("found", "n"), [(4, 20), (5, 20), (7, 7)])
-def test_sets_of_a_layer_that_is_half_found_are_any_others_but_the_found_one(found: int, n: int) -> None:
-    """Of 4 of 8 heads there is one set of others only: its p could never be below 1/2."""
-    heads = [(1, head) for head in range(found)]
-    same, anywhere = control_sets(heads, 6, 8, 20, seed=0)
-    assert not same.apart and len(set(same.sets)) == n and tuple(heads) not in same.sets
-    assert all({layer for layer, _ in one} == {1} and len(set(one)) == found for one in same.sets)
-    assert anywhere.apart and not any(set(heads) & set(one) for one in anywhere.sets)
-
-
-def test_more_than_half_of_a_model_has_no_random_sets() -> None:
-    with pytest.raises(ValueError, match="13 of the 24 heads of the model are to be ablated"):
-        control_sets([(layer, head) for layer in range(3) for head in range(8)][:13], 3, 8, 20, seed=0)
+    assert control_sets([(1, 0), (1, 1), (4, 3)], 6, 8, 20, seed=0) == found
+    assert control_sets([(1, 0), (1, 1), (4, 3)], 6, 8, 20, seed=1)["same layers"] != same
     with pytest.raises(ValueError, match="at least one"):
         control_sets([], 3, 8, 20, seed=0)
 
@@ -172,7 +157,7 @@ def test_a_head_without_a_direction_has_no_change_along_it_and_others_have() -> 
     )  # each other's swap: no mean difference
     change, clean = path_changes(model, plus, minus, subspace=True, progress=False)
     assert np.isnan(change).all() and np.isfinite(clean).all()
-    other = replace(random_prompts((7, 7, 9, 9), seed=5), answer_ids=plus.answer_ids)
+    other = replace(random_prompts((7, 7, 9, 9), seed=5), answers=plus.answers)
     along, _ = path_changes(model, plus, other, subspace=True, progress=False)
     whole, clean = path_changes(model, plus, other, progress=False)
     assert np.isfinite(along).all() and whole.shape == along.shape == (3, n_heads(model.config), 4)
@@ -183,7 +168,7 @@ def test_a_head_without_a_direction_has_no_change_along_it_and_others_have() -> 
 def test_path_changes_equal_plain_hooks_that_freeze_every_other_head(family: str) -> None:
     model = random_model(family)
     plus = random_prompts((7, 9, 6))
-    minus = replace(random_prompts((8, 9, 5), seed=3), answer_ids=plus.answer_ids)
+    minus = replace(random_prompts((8, 9, 5), seed=3), answers=plus.answers)
     found, clean = path_changes(model, plus, minus, batch_size=2, progress=False)
     blocks = model.transformer.h if family == "gpt2" else model.model.layers
     projections = [block.attn.c_proj if family == "gpt2" else block.self_attn.o_proj for block in blocks]

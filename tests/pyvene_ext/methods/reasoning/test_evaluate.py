@@ -333,7 +333,7 @@ def solved(*texts: Sequence[int], gold: float = 12, given: tuple[int, ...] = (),
         rows = tuple((*ids, *given) for ids in prompts.input_ids)
         questions = Questions(
             questions.problems,
-            type(prompts)(rows, prompts.answer_ids, prompts.positions, 0),
+            type(prompts)(rows, prompts.answers, prompts.positions, 0),
             questions.lengths,
             questions.blocks,
             questions.index,

@@ -1,0 +1,183 @@
+"""What runs of circuits say: faithfulness of each circuit, and by size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from pyvene_ext.engine.results import Shown, Summary, count, ends_text, finite_mean, table, three_digits
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.stats.intervals import Interval, ratio_of_means
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Scale = Literal["log", "linear"]
+SHOWN = 8  # circuits in a repr
+COLUMNS = ("faithfulness", "95% interval")
+
+
+@dataclass(frozen=True, repr=False)
+class CircuitRuns(Shown):
+    """The metric of every base prompt under circuits.
+
+    Attributes:
+        metric: its name.
+        clean: on the base prompts, which is the full circuit.
+        source: on the source prompts, which is the empty circuit; read with the base prompts' answers.
+        circuits: under each circuit.
+    """
+
+    metric: str
+    clean: Float32[np.ndarray, " prompt"]
+    source: Float32[np.ndarray, " prompt"]
+    circuits: Float32[np.ndarray, "circuit prompt"]
+
+    @property
+    def faithfulness(self) -> Float[np.ndarray, " circuit"]:
+        """(mean of circuit - mean of source) / (mean of clean - mean of source): 0 is the empty circuit, 1 the full one.
+
+        Values below 0 and above 1 are possible. NaN if clean and source have the same mean. Marks et al. 2024.
+        """
+        clean, source, circuits = (x.mean(-1, dtype=np.float64) for x in (self.clean, self.source, self.circuits))
+        if clean == source:
+            return np.full_like(circuits, np.nan)
+        return (circuits - source) / (clean - source)
+
+    def interval(self, seed: int = 0, n_resamples: int = 2000) -> Interval:
+        """Compute faithfulness with percentile bootstrap 95% intervals over prompts.
+
+        A resample takes the same prompts of all runs. The circuit stays fixed: if it was chosen on these prompts, the intervals
+        do not hold for new ones.
+
+        Args:
+            seed: of the resampling.
+            n_resamples: number of resamples.
+
+        Returns:
+            Arrays " circuit".
+        """
+        if self.clean.mean(dtype=np.float64) == self.source.mean(dtype=np.float64):
+            return Interval(*np.full((3, len(self.circuits)), np.nan))
+        clean, source, circuits = (x.astype(np.float64) for x in (self.clean, self.source, self.circuits))
+        return ratio_of_means(circuits - source, clean - source, rng(seed, "faithfulness"), n_resamples)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per circuit and prompt.
+
+        Returns:
+            A table with the columns circuit (its number, from 0), prompt, clean, source, and value: the metric under the circuit.
+        """
+        clean, source = (np.broadcast_to(values, self.circuits.shape) for values in (self.clean, self.source))
+        axes = dict(zip(("circuit", "prompt"), map(range, self.circuits.shape), strict=True))
+        return table(axes, {"clean": clean, "source": source, "value": self.circuits})
+
+    def summarise(self) -> Summary:
+        """Faithfulness of the first circuits, with bootstrap 95% intervals over prompts."""
+        rows = [(str(number), *cells) for number, cells in enumerate(self.rows(range(len(self.circuits))[:SHOWN]))]
+        title = f"CircuitRuns: {count(len(self.circuits), 'circuit')}, {self.size}"
+        return Summary(title, ("circuit", *COLUMNS), rows)
+
+    def rows(self, some: Sequence[int]) -> list[tuple[str, str]]:
+        """Write faithfulness and interval of some circuits.
+
+        Args:
+            some: their numbers.
+
+        Returns:
+            The cells of each row.
+        """
+        values = replace(self, circuits=self.circuits[list(some)]).interval()
+        return [(three_digits(mean), ends_text(low, high)) for mean, low, high in zip(*values, strict=True)]
+
+    @property
+    def size(self) -> str:
+        """How many prompts, and the means between which faithfulness runs from 0 to 1."""
+        means = f"clean {three_digits(finite_mean(self.clean))}, source {three_digits(finite_mean(self.source))}"
+        return f"{count(len(self.clean), 'prompt')}; mean {self.metric}: {means}"
+
+
+@dataclass(frozen=True, repr=False)
+class Curve(Shown):
+    """Faithfulness by size of the circuit.
+
+    Attributes:
+        sizes: numbers of edges before pruning, ascending.
+        n_edges: numbers of edges after pruning, which were run.
+        runs: the metric of every prompt under the circuit of each size.
+        random: the metric under random circuits of each size; none by default.
+    """
+
+    sizes: Int[np.ndarray, " size"]
+    n_edges: Int[np.ndarray, " size"]
+    runs: CircuitRuns
+    random: Float32[np.ndarray, "size circuit prompt"] | None = None
+
+    @property
+    def values(self) -> Float[np.ndarray, " size"]:
+        """Faithfulness of each size."""
+        return self.runs.faithfulness
+
+    @property
+    def random_values(self) -> Float[np.ndarray, "size circuit"]:
+        """Faithfulness of the random circuits of each size."""
+        if self.random is None:
+            return np.empty((len(self.sizes), 0))
+        together = replace(self.runs, circuits=self.random.reshape(-1, self.random.shape[-1]))
+        return together.faithfulness.reshape(self.random.shape[:2])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Convert to a table with one row per size, circuit and prompt.
+
+        Returns:
+            A table with the columns size, n_edges (of the chosen circuit), circuit ("chosen", or "random 0" and so on), prompt,
+            clean, source, and value: the metric under the circuit.
+        """
+        values = self.runs.circuits[:, None]
+        if self.random is not None:
+            values = np.concatenate([values, self.random], 1)
+        names = ["chosen", *(f"random {number}" for number in range(values.shape[1] - 1))]
+        clean, source = (np.broadcast_to(those, values.shape) for those in (self.runs.clean, self.runs.source))
+        axes = {"size": self.sizes, "circuit": names, "prompt": range(values.shape[2])}
+        found = table(axes, {"clean": clean, "source": source, "value": values})
+        found.insert(1, "n_edges", self.n_edges.repeat(values[0].size))
+        return found
+
+    def summarise(self) -> Summary:
+        """Faithfulness at some sizes, with bootstrap 95% intervals over prompts, and the mean of random circuits."""
+        some = np.unique(np.linspace(0, len(self.sizes) - 1, SHOWN).round().astype(int)).tolist()
+        chance = [(three_digits(mean),) for mean in self.random_values.mean(1)] if self.random_values.size else None
+        rows = [
+            (str(self.sizes[at]), str(self.n_edges[at]), *cells, *(chance[at] if chance else ()))
+            for at, cells in zip(some, self.runs.rows(some), strict=True)
+        ]
+        columns = ("edges", "pruned to", *COLUMNS, *(["random circuits"] if chance else []))
+        return Summary(f"Curve: {self.runs.size}", columns, rows)
+
+    def area(self, scale: Scale = "log") -> float:
+        """Area under the curve by the trapezoidal rule, divided by the width of its range.
+
+        It is the mean faithfulness along the axis: 1 for circuits as faithful as the model at every size. On the linear axis
+        large circuits dominate (Mueller et al. 2025, CPR); on the logarithmic one each doubling counts the same.
+
+        Args:
+            scale: integrate over log(size) or over size.
+
+        Returns:
+            The normalised area.
+
+        Raises:
+            ValueError: there are fewer than two sizes, or size 0 on the logarithmic scale.
+        """
+        if scale not in ("log", "linear"):
+            raise ValueError(f"scale must be 'log' or 'linear', not {scale!r}.")
+        if len(self.sizes) < 2:
+            raise ValueError("an area needs two sizes or more.")
+        if scale == "log" and self.sizes[0] == 0:
+            raise ValueError("size 0 has no place on a logarithmic scale; leave it out, or use scale='linear'.")
+        x = np.log(self.sizes) if scale == "log" else self.sizes.astype(float)
+        return float(np.trapezoid(self.values, x) / (x[-1] - x[0]))
