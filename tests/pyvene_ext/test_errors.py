@@ -271,7 +271,7 @@ SWAPPED: list[tuple[Callable[[], Any], str]] = [
     (lambda: made(at(CollectIntervention)).generate("a text"), "base must be a tokenised batch"),
     (lambda: made(at(ZeroIntervention)).generate(random_inputs((6, 8), "right")), "base is padded on the right"),
     (lambda: IntervenableModel(at(ZeroIntervention), model().model).generate(BASE), "LlamaModel cannot generate"),
-    (lambda: IntervenableModel(at(ZeroIntervention), model("gpt2"))({"input_ids": torch.ones(1, 65).long()}), "65 tokens but the"),
+    (lambda: IntervenableModel(at(ZeroIntervention), model("gpt2"))({"input_ids": torch.ones(1, 65).long()}), "65 tokens but"),
     (lambda: IntervenableModel.load(str(Path(__file__).parent), model()), "holds no intervenable model"),
 ]  # fmt: skip
 
