@@ -151,13 +151,16 @@ class Prompt(Record):
             if name in RESERVED_POSITIONS or (name in NAME_POSITIONS and (self.io_name or self.s_name)):
                 raise ValueError(f"position {name!r} has a built-in meaning; choose another name.")
         # Messages are checked once they are rendered.
-        for text in ("clean",) * isinstance(self.text, str) + ("corrupt",) * isinstance(self.corrupt, str):
+        given: dict[Text, Any] = {"clean": self.text, "corrupt": self.corrupt}
+        for text in (text for text, string in given.items() if isinstance(string, str)):
             right, wrong = self.answers(text)
             if same := set(right) & set(wrong):
                 raise ValueError(
                     f"{same.pop().strip()!r} is both a right and a wrong answer of the {text} text; use different answers."
                 )
-        for name, at in self.positions.items() if isinstance(self.text, str) else ():
+        for name, at in self.positions.items():
+            if not isinstance(self.text, str):
+                break
             if name not in self.spans("clean"):
                 raise ValueError(f"position {name!r}: {at!r} must occur exactly once in the text {short(self.text)}.")
             if isinstance(at, tuple) and not 0 <= at[0] < at[1] <= len(self.text):

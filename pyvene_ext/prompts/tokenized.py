@@ -321,6 +321,11 @@ class Batch:
         width = self.input_ids.shape[1]
         return [width - length if self.padding_side == "left" else 0 for length in self.lengths]
 
+    @property
+    def logits_to_keep(self) -> int:
+        """The number of columns that hold the last token of every row: a model's argument of this name."""
+        return self.input_ids.shape[1] - min(self.last_columns)
+
     def columns(self, position: str | int) -> list[int]:
         """Find the column of a position in each row.
 

@@ -134,7 +134,7 @@ def test_errors_suggest_the_site() -> None:
     with pytest.raises(ValueError, match=r"must end in \.input or \.output; or did you mean the component 'z'\?"):
         represent("blocks.3.attn.hook_z")
     with pytest.raises(
-        ValueError, match=r"unknown component 'hook_pattern' \(no card has it; did you mean 'pattern'\?\)"
+        ValueError, match=r"unknown component 'hook_pattern' \(no card has it\); did you mean 'pattern'\?"
     ):
         represent("hook_pattern")
     # Of this very model, whose attention is followed by a norm.

@@ -118,7 +118,7 @@ def sweep(
     compile: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Run every spec on every prompt and read one metric at each prompt's last token, with the numbers of `run`.
+    """Run every spec on every prompt and read one metric, with the numbers of `run`.
 
     A metric that says which token ids it reads (`Metric.ids`, and so logit_diff and logit) costs little: only these rows of the
     unembedding are used.
