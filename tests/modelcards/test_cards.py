@@ -337,7 +337,7 @@ def test_verify_checks_every_component_before_any_again_and_says_how_far_it_came
 
     clock = itertools.count()
     monkeypatch.setattr(verification, "_check_component", checked)
-    monkeypatch.setattr(verify.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(verification.time, "monotonic", lambda: next(clock))
     components = len(card_of(model).mapping(type(model)))
     report = verify_card(model, seconds=10)
     assert len({component for component, _ in visited}) == len(visited) == 10 - 1
