@@ -4,7 +4,7 @@
     python -m pyvene_ext.verify --model path/to/folder --thorough --layers all
     python -m pyvene_ext.verify --model path/to/folder --sites z resid_post attention_pattern
 
-`pyvene_ext.verify_card` does it (`pyvene_ext.intervenable.verification` says how), for the model with and without its head.
+`pyvene_ext.verify_card` does it (`intervenable.verification` says how), for the model with and without its head.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def generate(
         for batch in prompts.batches(batch_size):
             base = batch.inputs(input_device(model))
             if resolved is None:
-                tokens = model.generate(**base, **options)  # type: ignore[operator]
+                tokens = model.generate(**base, **options)
             else:
                 compiled = for_generation(compile_spec(resolved.specs[0], batch, resolved), scope, max_new_tokens)
                 tokens = _intervened(model, base, compiled, scope, options)

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from modelcards import COMPONENTS, Component, card_of, component_named, dimensions, meant
 from modelcards.names import NNTERP, TRANSFORMER_LENS
 from modelcards.template import PREFIX
+from pyvene_ext import verify_card
 from pyvene_ext.engine.plain import run
 from pyvene_ext.engine.reading import read
 from pyvene_ext.intervenable.model import IntervenableModel

@@ -170,7 +170,7 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: generate(model(), ADDED, PROMPTS, num_return_sequences=2), "returns the tokens of one text per prompt"),
     (lambda: generate(model().model, ADDED, PROMPTS), "LlamaModel cannot generate; load the model as a causal"),
     (lambda: steering_vector(PROMPTS, SOURCE, model(), "z", 0), "expected a model, not TokenizedPrompts"),
-    (lambda: steering_vector(model(), PROMPTS, SOURCE, 0, "z"), "no addition of 0; choose among z"),
+    (lambda: steering_vector(model(), PROMPTS, SOURCE, 0, "z"), "nothing can be added to 0; choose among z"),
 ]  # fmt: skip
 
 
@@ -207,7 +207,6 @@ def rotated(subspaces: Any, **more: Any) -> Any:
     return made(at(RotatedSpaceIntervention, **more))(BASE, [OTHER], {"sources->base": 3}, subspaces=subspaces)
 
 
-LONG = {"input_ids": torch.ones(1, 65, dtype=torch.long)}
 MODULE = RepresentationConfig(1, "model.layers[0].mlpp.output", "pos", intervention_type=ZeroIntervention)
 LOW_RANK = "LowRankRotatedSpaceIntervention on block_output needs low_rank_dimension, a whole number of 1 to 42, not "
 BUILT: list[tuple[Callable[[], Any], str]] = [
@@ -272,7 +271,7 @@ SWAPPED: list[tuple[Callable[[], Any], str]] = [
     (lambda: made(at(CollectIntervention)).generate("a text"), "base must be a tokenised batch"),
     (lambda: made(at(ZeroIntervention)).generate(random_inputs((6, 8), "right")), "base is padded on the right"),
     (lambda: IntervenableModel(at(ZeroIntervention), model().model).generate(BASE), "LlamaModel cannot generate"),
-    (lambda: IntervenableModel(at(ZeroIntervention), model("gpt2"))(LONG), "base has 65 tokens but the model takes 64; sho"),
+    (lambda: IntervenableModel(at(ZeroIntervention), model("gpt2"))({"input_ids": torch.ones(1, 65).long()}), "65 tokens but"),
     (lambda: IntervenableModel.load(str(Path(__file__).parent), model()), "holds no intervenable model"),
 ]  # fmt: skip
 

@@ -216,8 +216,9 @@ def sweep_resolved(
         result = _merge(plan, metric, finished | everything)
         if kept is not None and group.is_main_process:
             kept.complete(result)
+        took = time.monotonic() - started
         size = f"{counted(len(specs), 'intervention')} x {counted(len(which), 'prompt')}"
-        note(f"{size} in {time.monotonic() - started:.1f} s", shown=progress)
+        note(f"{size} in {took:.1f} s", shown=progress)
     return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs)
 
 
