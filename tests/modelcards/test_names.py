@@ -21,7 +21,6 @@ from pyvene_ext.engine.plain import run
 from pyvene_ext.engine.reading import read
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
-from pyvene_ext.intervenable.verification import verify_card
 from pyvene_ext.methods.patching.patch import all_patches
 from pyvene_ext.models.sizes import has_heads
 from pyvene_ext.specs.ablation import Ablation
