@@ -241,6 +241,12 @@ class IntervenableModel(pyvene.IntervenableModel):
                 self._check_new_token_sources(locations["sources->base"][1])
                 self._handles.append(self.model.register_forward_pre_hook(self._generation.count, with_kwargs=True))
                 intervened = (decode or self.model.generate)(**base, **kwargs)
+                if (
+                    kwargs.get("max_new_tokens") != 1
+                    and self._generation.total == inputs.length
+                    and not intervene_on_prompt
+                ):
+                    self._attached.clear()  # every text has ended with its first token, and no new token was run
             collected = [
                 activation
                 for key in self.sorted_keys
