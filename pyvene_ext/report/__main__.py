@@ -20,8 +20,8 @@ from typing import Annotated
 
 import tyro
 
+import pyvene_ext as px
 from pyvene_ext.io.cli import run
-from pyvene_ext.report import write_report
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Config:
 def main(config: Config) -> None:
     """Write the page."""
     out = config.out or (config.folders[0] if config.folders else Path()) / "report.html"
-    write_report(config.folders, out)
+    px.report.write_report(config.folders, out)
     print(f"written: {out}")
 
 

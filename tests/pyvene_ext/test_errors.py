@@ -171,7 +171,7 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: generate(model(), ADDED, PROMPTS, num_return_sequences=2), "returns the tokens of one text per prompt"),
     (lambda: generate(model().model, ADDED, PROMPTS), "LlamaModel cannot generate; load the model as a causal"),
     (lambda: steering_vector(PROMPTS, SOURCE, model(), "z", 0), "expected a model, not TokenizedPrompts"),
-    (lambda: steering_vector(model(), PROMPTS, SOURCE, 0, "z"), "nothing can be added to 0; choose among z"),
+    (lambda: steering_vector(model(), PROMPTS, SOURCE, 0, "z"), "no addition of 0; choose among z"),
 ]  # fmt: skip
 
 
