@@ -20,7 +20,6 @@ from typing import Annotated
 
 import tyro
 
-import pyvene_ext as px
 from pyvene_ext.io.cli import run
 
 
@@ -36,8 +35,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Write the page."""
+    from pyvene_ext.report import write_report  # heavy, and help does without
+
     out = config.out or (config.folders[0] if config.folders else Path()) / "report.html"
-    px.report.write_report(config.folders, out)
+    write_report(config.folders, out)
     print(f"written: {out}")
 
 
