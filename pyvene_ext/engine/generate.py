@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from modelcards import n_positions
 from pyvene_ext.engine.compile import Compiled, compile_spec, for_generation
@@ -79,7 +79,7 @@ def generate(
     check_tokenized(model, prompts)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} cannot generate; load the model as a causal language model.")
-    _check_options(model, options)
+    _check_options(options)
     longest, context = max(map(len, prompts.input_ids), default=0), n_positions(model.config)
     if longest + max_new_tokens - 1 > context:
         raise ValueError(
@@ -109,8 +109,8 @@ def generate(
     return [found[prompt] for prompt in range(len(prompts))]
 
 
-def _check_options(model: PreTrainedModel, options: Iterable[str]) -> None:
-    known = {**vars(GenerationConfig()), **inspect.signature(model.generate).parameters}
+def _check_options(options: Iterable[str]) -> None:
+    known = {**vars(GenerationConfig()), **inspect.signature(GenerationMixin.generate).parameters}
     for option in options:
         if option in OWN:
             raise ValueError(f"{option} cannot be an option of generate, {OWN[option]}.")
