@@ -245,6 +245,26 @@ class Inputs:
         return cls(name, batch, length, past, rows)
 
 
+def with_position_ids(inputs: Any, card: Card) -> Any:
+    """Add position ids to a batch whose padding the model would count, as transformers' `generate` does.
+
+    Args:
+        inputs: keyword arguments of the model's forward.
+        card: the card of its family.
+
+    Returns:
+        The inputs, with positions counted from each example's first real token if the family needs them and they are not given.
+    """
+    if not card.counts_padding or not isinstance(inputs, Mapping) or inputs.get("position_ids") is not None:
+        return inputs
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask[:, 0].all():
+        return inputs
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # of cached tokens too
+    return {**inputs, "position_ids": positions[:, -tokens.shape[1] :]}
+
+
 def check_tokens(inputs: Mapping[str, Any], name: str, model: Any) -> None:
     """Check that a model can embed the tokens of a batch.
 

@@ -7,7 +7,8 @@ Differences from `pyvene.IntervenableModel`:
 * Edits are made on a copy and returned, so that they never reach the caller's tensors, other outputs or autograd's saved values.
 * Only its own hooks are removed. Construction and every call, even one that raises, leave the model as it was: hooks, train mode,
   grad flags, config, attention implementation.
-* Negative positions count back from each example's last real token (attention mask), under either padding side.
+* Negative positions count back from each example's last real token (attention mask), under either padding side. Where a model
+  would count padding (GPT-2's learned positions), position ids that are not given follow from the mask, as in `generate`.
 * `generate` intervenes on the prompt, on new tokens or on both, by position, the same with and without a cache.
 * Trainable interventions get the component's exact width, whatever the head size.
 """
@@ -45,6 +46,7 @@ from pyvene_ext.intervenable.checks import (
     everywhere,
     is_collect,
     resolve_locations,
+    with_position_ids,
 )
 from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
 from pyvene_ext.io.errors import counted
@@ -83,7 +85,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))
-        self._taps = taps
+        self._card, self._taps = card, taps
         self._handles: list[Any] = []
         self._attached: set[tuple[str, str]] = set()
         self._fired: set[tuple[str, str]] = set()
@@ -136,6 +138,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         self._check_inputs(base, sources, output_original_output, labels)
         check_subspaces(subspaces, self.interventions, self.representations, inputs.batch)
         self._check_source_representations(source_representations, locations, inputs)
+        base = with_position_ids(base, self._card)
         # Run here and not by pyvene, so that the original is the user's own model, without taps.
         original = self.model(**base) if output_original_output else None
         with self._running():
@@ -333,7 +336,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                     )
         if given and any(source is not None for source in sources):
             raise ValueError("give sources or source_representations, not both: pyvene would ignore the sources.")
-        return sources
+        return [with_position_ids(source, self._card) for source in sources]
 
     def _check_source_representations(
         self, representations: Any, locations: Mapping[str, Any] | None = None, inputs: Inputs | None = None
