@@ -41,7 +41,7 @@ def last_logits(logits: TokenLogits, batch: Batch) -> Logits:
         ValueError: the shapes do not match, or logits are not finite; the message names the prompts.
     """
     rows, columns = batch.input_ids.shape
-    if logits.ndim != 3 or logits.shape[1] != batch.logits_to_keep:
+    if logits.ndim != 3 or len(logits) != rows or logits.shape[1] != batch.logits_to_keep:
         _check_shape(logits, batch, of_tokens=True)
     last = torch.tensor(batch.last_columns, device=logits.device) - (columns - logits.shape[1])
     chosen = logits[torch.arange(rows, device=logits.device), last]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -163,7 +164,7 @@ def run_resolved(
     with own_bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size, padding_side):
             batch = batch.to(device)
-            base = {**batch.inputs(), "use_cache": False}
+            base: dict[str, Any] = {**batch.inputs(), "use_cache": False}
             if not (metric.of_tokens or metric.of_answers):
                 base["logits_to_keep"] = batch.logits_to_keep
             if runs_clean:

@@ -297,8 +297,7 @@ class Replay:
 
         Args:
             hidden: the last block's output at one position of each row.
-            ids: the tokens wanted of all rows, or of each: only their rows of the unembedding are used, in float32. None: all
-                tokens.
+            ids: the tokens wanted of all rows, or of each: only their rows of the unembedding are used, in float32. None: all.
 
         Returns:
             Logits, `row k` or `row vocab`.

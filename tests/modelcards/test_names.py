@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from modelcards import COMPONENTS, Component, card_of, component_named, dimensions, meant
 from modelcards.names import NNTERP, TRANSFORMER_LENS
 from modelcards.template import PREFIX
+from pyvene_ext import verify_card
 from pyvene_ext.engine.plain import run
 from pyvene_ext.engine.reading import read
 from pyvene_ext.intervenable.model import IntervenableModel
@@ -24,7 +25,6 @@ from pyvene_ext.methods.patching.patch import all_patches
 from pyvene_ext.models.sizes import has_heads
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.graph import Node
-from pyvene_ext.verify import verify_card
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_inputs, random_model
 

@@ -25,6 +25,7 @@ from pyvene_ext.engine.sweep.layout import (
     shared_columns,
     wave_groups,
 )
+from pyvene_ext.io.errors import counted
 from pyvene_ext.models.devices import input_device, weights_on_a_device
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
@@ -136,7 +137,8 @@ class Plan:
         """Describe the plan in a few lines."""
         share = self.token_layers / self.plain_token_layers
         return (
-            f"{len(self.edits)} interventions x {len(self.subset)} prompts in {len(self.waves)} batches\n"
+            f"{counted(len(self.edits), 'intervention')} x {counted(len(self.subset), 'prompt')} in "
+            f"{counted(len(self.waves), 'batch')}\n"
             f"arithmetic: {self.token_layers:.3g} token-layers, {share:.1%} of one forward pass an intervention and prompt\n"
             f"memory: up to {self.budget.memory / MIB:.0f} MiB besides the weights"
         )

@@ -212,6 +212,6 @@ def test_kl_and_last_logits_refuse_what_does_not_fit() -> None:
             kl(*pair)
     for padding_side, kept in (("left", 2), ("right", 1)):
         with pytest.raises(
-            ValueError, match=rf"\(3, {kept}, 9\) do not belong to a batch of shape \(3, 4\); give those of every"
+            ValueError, match=rf"\(3, {kept}, 9\) do not belong to a batch of shape \(3, 4\); give those of"
         ):
             metrics.last_logits(torch.zeros(3, kept, 9), next(TOKENIZED.batches(3, padding_side)))

@@ -33,7 +33,7 @@ from tests.traces import traces
 
 PROMPTS = random_prompts((9, 6, 7, 9))
 BASE = random_prompts((6, 8), seed=1)
-SOURCE = replace(random_prompts((6, 8), seed=2), answer_ids=BASE.answer_ids)
+SOURCE = replace(random_prompts((6, 8), seed=2), answers=BASE.answers)
 PATCHES = [ActivationPatch(site="z", layer=0, heads=(1,), positions="last")]
 
 
