@@ -394,6 +394,7 @@ def arrays(found: Lens | Attribution) -> list[np.ndarray]:
         array
         for value in vars(found).values()
         for array in (vars(value).values() if isinstance(value, Parts) else [value])
+        if isinstance(array, np.ndarray)
     ]
 
 
