@@ -51,8 +51,8 @@ class Metric:
         needs: what the function reads besides the prompts' tokens: "right" and "wrong", an answer of each prompt; "clean", the
             logits of the untouched run, as `prompts.clean_logits`.
         per_token: the function takes the logits at the last token and returns one number for each token of the prompt.
-        of_answers: the function takes the log-probability of each prompt's right answers and that of its wrong ones instead, whole
-            and teacher-forced, as `pyvene_ext.metrics.answer_logprob` does.
+        of_answers: the function takes the log-probability of each prompt's right answers and that of its wrong ones instead,
+            whole and teacher-forced, as `pyvene_ext.metrics.answer_logprob` does.
         differentiable: it has a gradient, and so can serve attribution.
     """
 
@@ -242,7 +242,7 @@ def as_metric(metric: MetricLike) -> Metric:
     if not isinstance(metric, Metric):
         own = [known for known in METRICS.values() if known.function is metric]
         return own[0] if own else Metric(metric)
-    if METRICS.get(metric.label if metric.name else "", metric).function is not metric.function:
+    if METRICS.get(metric.name or "", metric).function is not metric.function:
         raise ValueError(f"{metric.name} is the name of a metric of this package; give yours another one.")
     return metric
 
@@ -297,7 +297,8 @@ def check_metric(
             f"metric {metric.label!r} reads the id {max(metric.ids)} but the vocabulary has {n_vocab} tokens; use the model's "
             "own tokenizer."
         )
-    if wanted := [which for which in ("right", "wrong") if which in metric.needs]:
+    wanted: list[str] = [which for which in ("right", "wrong") if which in metric.needs]
+    if wanted:
         _check_answers(model, prompts, metric, wanted, n_vocab)
     return metric
 

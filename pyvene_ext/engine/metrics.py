@@ -31,7 +31,7 @@ def last_logits(logits: TokenLogits, batch: Batch) -> Logits:
     """Select the logits at each row's last real token.
 
     Args:
-        logits: of every token of the batch.
+        logits: of every token of the batch, or of the last `Batch.logits_to_keep` columns.
         batch: the prompts, padded on either side.
 
     Returns:
@@ -40,9 +40,11 @@ def last_logits(logits: TokenLogits, batch: Batch) -> Logits:
     Raises:
         ValueError: the shapes do not match, or logits are not finite; the message names the prompts.
     """
-    _check_shape(logits, batch, of_tokens=True)
-    rows = torch.arange(len(batch.index), device=logits.device)
-    chosen = logits[rows, torch.tensor(batch.last_columns, device=logits.device)]
+    rows, columns = batch.input_ids.shape
+    if logits.ndim != 3 or len(logits) != rows or logits.shape[1] != batch.logits_to_keep:
+        _check_shape(logits, batch, of_tokens=True)
+    last = torch.tensor(batch.last_columns, device=logits.device) - (columns - logits.shape[1])
+    chosen = logits[torch.arange(rows, device=logits.device), last]
     check_finite(chosen, batch)
     return chosen
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -81,16 +82,22 @@ def run(
     progress: bool | tqdm = True,
     baseline: Float32[np.ndarray, " n_prompts *pos"] | None = None,
 ) -> Result:
-    """Run every spec on every prompt and read one metric, at each prompt's last token or at every token.
+    """Run every spec on every prompt and read one metric: at each prompt's last token, at every token, or of whole answers.
+
+    An answer of several tokens is read teacher-forced: the prompt runs followed by the answer, and the log-probabilities of the
+    answer's tokens are summed. Edits are made in the prompt only ("all" is every token of the prompt); the answer's tokens run
+    untouched and read the edited prompt through attention, so that the sum is the log-probability with which
+    `generate(scope="prompt")` would write the answer.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         specs: one edit, or a list of edits and of tuples of them (made jointly).
         prompts: the prompts that are intervened on.
         metric: a name; a function (logits `[batch vocab]` at the last tokens, prompts) that returns one number per prompt,
-            `[batch]`; or a `Metric`, to say more about it. Names: logit_diff, logit, probability, rank and accuracy, of the
-            prompts' answers; kl (to the untouched run); at every token next_token_loss, entropy and token_kl; and
-            token_probabilities, the probability that each of the prompt's own tokens comes next, for prompts of equal length.
+            `[batch]`; or a `Metric`, to say more about it. Names: logit_diff, logit, probability, rank and accuracy, of the first
+            tokens of the prompts' answers; answer_logprob and answer_logprob_diff, of whole answers; kl (to the untouched run);
+            at every token next_token_loss, entropy and token_kl; and token_probabilities, the probability that each of the
+            prompt's own tokens comes next, for prompts of equal length.
         reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         batch_size: prompts per forward pass.
         padding_side: left or right; numbers do not depend on it.
@@ -157,7 +164,9 @@ def run_resolved(
     with own_bar, evaluating(model), no_gradients(model):
         for batch in prompts.batches(batch_size, padding_side):
             batch = batch.to(device)
-            base = {**batch.inputs(), "use_cache": False}
+            base: dict[str, Any] = {**batch.inputs(), "use_cache": False}
+            if not (metric.of_tokens or metric.of_answers):
+                base["logits_to_keep"] = batch.logits_to_keep
             if runs_clean:
                 logits = _read_logits(metric, model(**base).logits, batch, sequences)
                 batch = metric.with_clean(batch, logits)

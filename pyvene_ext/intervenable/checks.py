@@ -205,8 +205,10 @@ class Inputs:
         Raises:
             ValueError: not a tokenised batch, a mask of another shape, or a cache that is not a transformers Cache.
         """
-        tensors = [inputs.get(field) for field in ("input_ids", "inputs_embeds")] if isinstance(inputs, Mapping) else []
-        tensor = next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim >= 2), None)
+        tensors: list[Any] = (
+            [inputs.get(field) for field in ("input_ids", "inputs_embeds")] if isinstance(inputs, Mapping) else []
+        )
+        tensor: Any = next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim >= 2), None)
         if tensor is None:
             raise ValueError(
                 f"{name} must be a tokenised batch with input_ids [batch pos] or inputs_embeds [batch pos d], such as "
@@ -254,7 +256,8 @@ def check_tokens(inputs: Mapping[str, Any], name: str, model: Any) -> None:
     Raises:
         ValueError: ids that the model does not embed, embeddings of another width, or more tokens than it has positions for.
     """
-    ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    ids: Any = inputs.get("input_ids")
+    embedded: Any = inputs.get("inputs_embeds")
     n_vocab, width = model.get_input_embeddings().weight.shape
     if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
         raise ValueError(

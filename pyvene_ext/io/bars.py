@@ -47,7 +47,7 @@ def is_shown() -> bool:
     return _shown
 
 
-def progress_bar(total: int, unit: str, desc: str | None = None, *, shown: bool = True, **options: Any) -> tqdm:
+def progress_bar(total: float, unit: str, desc: str | None = None, *, shown: bool = True, **options: Any) -> tqdm:
     """Make a progress bar.
 
     Args:

@@ -71,22 +71,25 @@ def on_output(module: nn.Module, fn: HookFn) -> Iterator[None]:
 
 
 @contextmanager
-def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+def replace_forward(module: nn.Module, function: Callable[..., Any], *, loaded: bool = False) -> Iterator[None]:
     """Call `function` instead of a module's forward inside the block; the module's hooks still run.
 
     Args:
         module: the module.
         function: takes the arguments of the module's forward and returns its output.
+        loaded: let accelerate load the module's weights before, if it has offloaded them.
     """
-    own = module.__dict__.get("forward")  # accelerate puts one there
-    module.forward = function
+    # accelerate puts its own forward there, which loads the weights and calls the module's.
+    name = "_old_forward" if loaded and "_old_forward" in vars(module) else "forward"
+    own = vars(module).get(name)
+    setattr(module, name, function)
     try:
         yield
     finally:
         if own is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = own
+            setattr(module, name, own)
 
 
 def hook_component(model: PreTrainedModel, where: Where, fn: HookFn, hooks: ExitStack) -> None:

@@ -33,6 +33,7 @@ from pyvene_ext.models.hooks import (
     on_output,
     replace_forward,
 )
+from pyvene_ext.models.modes import logits_in_float32, unembeds_in_half
 from pyvene_ext.models.shared_past import shared_past
 
 Hidden = Float[Tensor, "row pos d_model"]
@@ -296,8 +297,7 @@ class Replay:
 
         Args:
             hidden: the last block's output at one position of each row.
-            ids: the tokens wanted of all rows, or of each: only their rows of the unembedding are used, in float32 whatever the
-                model's dtype. None: all tokens.
+            ids: the tokens wanted of all rows, or of each: only their rows of the unembedding are used, in float32. None: all.
 
         Returns:
             Logits, `row k` or `row vocab`.
@@ -308,7 +308,7 @@ class Replay:
         """Compute logits from the output of the final norm.
 
         Args:
-            normed: the final norm's output at one position of each row.
+            normed: the final norm's output at one position of each row, in the model's dtype or in float32.
             ids: as for `logits`.
 
         Returns:
@@ -316,7 +316,10 @@ class Replay:
         """
         head = self.model.get_output_embeddings()
         weight = output_weight(head)
+        if not unembeds_in_half(head):
+            normed = normed.to(self.dtype)
         with ExitStack() as stack:
+            stack.enter_context(logits_in_float32(self.model))
             done: Any = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normed[:, None])
             done.router_logits = None  # models with experts read it
             stack.enter_context(replace_forward(self.bare, lambda *_, **__: done))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Answers = Literal["first_token", "first_difference"]
+RESERVED_POSITIONS = ("all", "end", "last")
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

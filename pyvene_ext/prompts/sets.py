@@ -185,6 +185,11 @@ class PromptSet:
             raise ValueError(f"text must be 'clean' or 'corrupt', not {text!r}.")
         if answers not in ("first_token", "first_difference"):
             raise ValueError(f"answers must be 'first_token' or 'first_difference', not {answers!r}.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"expected a tokenizer, not {type(tokenizer).__name__}; load one with model, tokenizer = "
+                "pyvene_ext.load_model(NAME)."
+            )
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} is a slow tokenizer, which cannot locate names; load the fast one."
@@ -234,21 +239,7 @@ class _Source(NamedTuple):
 
 
 def _read_source(source: Any, split: str | None = None) -> _Source:
-    """Read the prompts of a source, without checking each of them.
-
-    Args:
-        source: as for `PromptSet.load`.
-        split: the split, if a `datasets` source has several.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the content is not a list of prompts, or there is no shipped set of this name.
-        TypeError: `source` is nothing that holds prompts.
-        OSError: the hub id cannot be loaded.
-    """
+    """Read what `PromptSet.load` takes, without checking each prompt."""
     if not isinstance(source, str | Path):
         return _from_object(source, split)
     path = Path(find_prompts(source) if isinstance(source, str) else source)

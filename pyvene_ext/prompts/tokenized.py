@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, n_positions
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.encoding import (
+    RESERVED_POSITIONS,
     AnswerTokens,
     TokenizedPrompt,
     answer_pairs,
@@ -114,16 +117,21 @@ class TokenizedPrompts:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def take(self, which: Iterable[int]) -> TokenizedPrompts:
+    def take(self, which: Iterable[int] | int) -> TokenizedPrompts:
         """Select some of the prompts.
 
         Args:
-            which: their indices, in the order wanted.
+            which: their indices, in the order wanted; or one index.
 
         Returns:
             The prompts selected.
+
+        Raises:
+            ValueError: there is no such prompt.
         """
-        which = list(which)
+        which = [index(one) for one in (which if isinstance(which, Iterable) else [which])]
+        if missing := [one for one in which if not -len(self) <= one < len(self)]:
+            raise ValueError(f"there is no prompt {missing[0]} among {counted(len(self), 'prompt')}, numbered from 0.")
         return replace(
             self,
             input_ids=tuple(self.input_ids[i] for i in which),
@@ -320,6 +328,11 @@ class Batch:
         width = self.input_ids.shape[1]
         return [width - length if self.padding_side == "left" else 0 for length in self.lengths]
 
+    @property
+    def logits_to_keep(self) -> int:
+        """The number of columns that hold the last token of every row: a model's argument of this name."""
+        return self.input_ids.shape[1] - min(self.last_columns)
+
     def columns(self, position: str | int) -> list[int]:
         """Find the column of a position in each row.
 
@@ -440,6 +453,8 @@ def _as_positions(
     found = []
     for prompt, (named, row) in enumerate(zip(own, rows, strict=True)):
         for name, at in named.items():
+            if name in RESERVED_POSITIONS:
+                raise ValueError(f"position {name!r} has a built-in meaning; choose another name.")
             if not -len(row) <= at < len(row):
                 raise ValueError(f"position {name!r} is token {at} of prompt {prompt}, which has {len(row)} tokens.")
         found.append({"end": -1, "last": -1, **{name: int(at) % len(row) - len(row) for name, at in named.items()}})

@@ -15,7 +15,7 @@ Heavy imports wait until a method of a group is called.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -112,7 +112,7 @@ class Dataset:
     """Prompts."""
 
     dataset: str = "ioi_en"
-    """ioi_en, ioi_zh, a .json or .jsonl file, a saved `datasets` folder, or a name on the hub"""
+    """ioi_en, ioi_zh, a .json or .jsonl file, a saved `datasets` folder, or a data set of the hub (owner/name)"""
     limit: Limit = None
     batch_size: BatchSize = 16
 
@@ -120,8 +120,7 @@ class Dataset:
         """Load the prompt set, or its first --limit prompts."""
         from pyvene_ext.prompts.sets import PromptSet
 
-        found = PromptSet.load(self.dataset)
-        return replace(found, prompts=found.prompts[: self.limit])
+        return PromptSet.load(self.dataset)[: self.limit]
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Prompts(Dataset):
     """Prompts with two answers each."""
 
     answers: Literal["first_token", "first_difference"] = "first_token"
-    """first_difference: for names whose first tokens are the same, append the shared tokens to the prompt"""
+    """first_difference: for answers whose first tokens are the same, append the shared tokens to the prompt"""
 
     def tokenize(
         self, prompts: PromptSet, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase

@@ -176,8 +176,8 @@ def _effects(
         return head_heatmap(matrix, title, label, first_layer=grid.first_layer, **look)
     for fixed, column in (("site", "position"), ("position", "site")):
         if agree("head", "receivers", fixed) and (grid := _Grid.of(places, values, column)) and len(grid.columns) > 1:
-            title = places[0].site if fixed == "site" else f"at {_positions(places[0].position)}"
-            return layer_map(grid.matrix, grid.columns, f"{title}, {n}", label, column)
+            where = places[0].site if fixed == "site" else f"at {_positions(places[0].position)}"
+            return layer_map(grid.matrix, grid.columns, f"{where}, {n}", label, column)
     chosen, title = list(range(len(values))), f"{result.metric}, {n}"
     if len(values) > BARS:
         chosen, title = strongest(values, BARS).tolist(), f"{title}: the {BARS} largest of {len(values)}"

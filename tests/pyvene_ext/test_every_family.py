@@ -25,6 +25,8 @@ from pyvene_ext.methods.attribution.circuits import Circuit, exists, run_circuit
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.heads.flow import flow_routes
 from pyvene_ext.methods.heads.lens import direct_logit_attribution, logit_lens
+from pyvene_ext.prompts.tokenized import AnswerTokens
+from pyvene_ext.specs.joint import members
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, MORE_FAMILIES, random_model
 
@@ -138,6 +140,38 @@ def test_ablations_by_both_engines_are_those_of_plain_hooks(family: str) -> None
     for number, spec in enumerate(specs):
         assert near(plain.intervened[number], expected[number]), f"{spec.name}, plain"
         assert near(swept.intervened[number], expected[number]), f"{spec.name}, swept"
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_whole_answers_and_the_loss_at_every_token_by_both_engines_are_those_of_plain_hooks(family: str) -> None:
+    model = model_of(family)
+    answers = (AnswerTokens(((5, 6, 7),), ((8,),)), AnswerTokens(((9,),), ((5, 4), (5, 3))))
+    prompts = replace(BASE, answers=answers)
+    specs = [
+        Ablation(kind="zero", site="z", layer=0, heads=(1,)),
+        Ablation(kind="zero", site="mlp_out", layer=1),
+        (Ablation(kind="zero", site="v", layer=0, heads=(0,)), Ablation(kind="zero", site="z", layer=1, heads=(0,))),
+    ]
+    whole, losses = np.zeros((len(specs), 2)), np.full((len(specs), 2, 8), np.nan)
+    for number, spec in enumerate(specs):
+        for prompt, ids in enumerate(prompts.input_ids):
+
+            def log_shares(sequence: tuple[int, ...], spec: Any = spec, length: int = len(ids)) -> Tensor:
+                edits: list[tuple] = [
+                    (FIELD_NAMES[a.site], a.layer, partial(put, 0.0, heads=a.heads and list(a.heads), at=slice(length)))
+                    for a in members(spec)
+                ]
+                return Truth(model).run_with(inputs(sequence), edits)[0].log_softmax(-1)
+
+            for sign, some in zip((1, -1), answers[prompt], strict=True):
+                each = [sum(log_shares(ids + a[:-1])[len(ids) - 1 + at, t] for at, t in enumerate(a)) for a in some]
+                whole[number, prompt] += sign * float(torch.tensor(each).logsumexp(0))
+            losses[number, prompt, : len(ids) - 1] = -log_shares(ids)[range(len(ids) - 1), list(ids[1:])]
+    for engine in (run, sweep):
+        found = engine(model, specs, prompts, "answer_logprob_diff", progress=False)
+        assert near(found.intervened, whole), engine.__name__
+        at_tokens = engine(model, specs, prompts, "next_token_loss", progress=False).intervened
+        np.testing.assert_allclose(at_tokens, losses, rtol=1e-5, atol=1e-5)
 
 
 def zero_all(x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@
 What is saved, and why the numbers stay the same: everything before an edit, in layers and in tokens, equals the clean run and is
 computed once for all interventions; so are queries, keys, values and attention of the layer whose z is edited, where the edit
 only adds a difference to the output projection. Only the tokens from the edit on are run, through the model's own blocks, many
-interventions at once. The last block runs the last token alone, once all its keys and values are there, and only the logits that
-the metric reads are computed. Prompts of equal length run together, so that there is no padding.
+interventions at once. The last block runs the tokens at which the metric is read, mostly the last one, once all keys and values
+are there, and only the logits that the metric reads are computed. Prompts of equal length run together, so that there is no
+padding.
 
 Under `accelerate launch` the processes share the work and all of them return the whole result, bit for bit that of one process.
 """

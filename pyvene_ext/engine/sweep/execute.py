@@ -502,7 +502,7 @@ class GroupState:
         if missing:
             assert clean_logits is not None
             parts.insert(0, clean_logits[self.prompt[some], :missing])
-        return torch.cat(parts, 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _call_rows(self) -> int:
         executor, prompts = self.executor, len(self.group.prompts)
@@ -617,9 +617,10 @@ class GroupState:
         parts = [(edit, edit.entries(first, until)) for edit in edits]
         parts = [(edit, entries) for edit, entries in parts if entries.start < entries.stop]
         weight = executor.replay.projection(layer)
-        # If most heads change, the sum is close to 0 and mostly rounding error, which a later norm may amplify: then the output
-        # is recomputed rather than updated.
-        recompute = weight is None or any(edit.order or 2 * edit.max_heads > executor.heads for edit, _ in parts)
+        # The output is recomputed rather than updated if most heads change (the sum is close to 0 and mostly rounding error,
+        # which a later norm may amplify), and in half precision, where the sum would be rounded twice.
+        recompute = weight is None or weight.dtype.itemsize < 4
+        recompute |= any(edit.order or 2 * edit.max_heads > executor.heads for edit, _ in parts)
         if parts and recompute:
             z = clean.z[prompt, column - clean.first : self.group.stop - clean.first]
             for edit, _ in parts:

@@ -4,6 +4,8 @@ A row is one spec on one prompt. It enters at the first block that it changes, a
 and carries the columns from the first edited one on; everything else is taken from the clean run. Rows of the same prompts and
 the same first column form a `Group`, which runs through every layer once and grows by the rows that enter there.
 
+In the sweep engine "prompt" means a sequence that is run (`engine.sequences`): a prompt, or a prompt followed by an answer.
+
 Where all prompts of a group share a prefix and are edited there in the same way, the prefix runs once for all of them, in a group
 of its own that provides the keys and values of their earlier columns.
 """
@@ -214,6 +216,7 @@ def wave_groups(wave: Wave, edits: Sequence[list[Edit]], resolved: Resolved, lay
         The groups; prefix groups come before those that continue them.
     """
     locator = EditLocator(wave.prompts, resolved, layers)
+    begins_with = np.array([resolved.sequences.prompt_of[prompt] for prompt in wave.prompts])
     shared, length = shared_columns(wave.prompts, resolved.sequences.prompts), locator.length
     # By first column, end, prompts and the prefix group's first column (-1: none).
     members_of: dict[tuple[int, int, tuple[int, ...], int], list[_GroupMember]] = defaultdict(list)
@@ -221,7 +224,8 @@ def wave_groups(wave: Wave, edits: Sequence[list[Edit]], resolved: Resolved, lay
         located = locator.locate(edits[spec])
         for (start, layer, entry), prompts in locator.entry_points(located).items():
             everyone = tuple(prompts.tolist())
-            if len(prompts) > 1 and shared - start >= MIN_SHARED and _edited_alike(located, prompts, shared):
+            worthwhile = len(prompts) > 1 and shared - start >= MIN_SHARED
+            if worthwhile and _edited_alike(located, prompts, begins_with[prompts], shared):
                 in_prefix = _within_columns(located, prompts, 0, shared)
                 in_suffix = _within_columns(located, prompts, shared, length)
                 entries = [edit.entry for edit, _ in in_prefix]
@@ -245,12 +249,13 @@ def wave_groups(wave: Wave, edits: Sequence[list[Edit]], resolved: Resolved, lay
     return list(groups.values())
 
 
-def _edited_alike(located: list[LocatedEdit], prompts: np.ndarray, shared: int) -> bool:
+def _edited_alike(located: list[LocatedEdit], prompts: np.ndarray, begins_with: np.ndarray, shared: int) -> bool:
     """Whether these prompts are all edited in the same way before column `shared`."""
+    same = (begins_with == begins_with[0]).all()  # one prompt with several answers, which gets the same replacements
     for edit, places in located:
         inside = places.within(0, shared)[prompts]
         before = np.where(inside, places.columns[prompts], shared)
-        if inside.any() and (not edit.spec.same_for_all or (before != before[0]).any()):
+        if inside.any() and (not (same or edit.spec.same_for_all) or (before != before[0]).any()):
             return False
     return True
 
@@ -323,7 +328,7 @@ class EditColumns:
     @cached_property
     def effective(self) -> np.ndarray:
         """On which prompts the edit is made, [prompt]."""
-        return self.kept.any(1)
+        return np.asarray(self.kept.any(1))
 
     def within(self, start: int, stop: int) -> np.ndarray:
         """At which of the spec's positions the edit is made in the columns `[start, stop)`, [prompt pos]."""

@@ -26,6 +26,7 @@ from pyvene_ext.engine.sweep.plan import (
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import note, progress_bar
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
     all_gather,
@@ -118,7 +119,7 @@ def sweep(
     compile: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Run every spec on every prompt and read one metric at each prompt's last token, with the numbers of `run`.
+    """Run every spec on every prompt and read one metric, with the numbers of `run`.
 
     A metric that says which token ids it reads (`Metric.ids`, and so logit_diff and logit) costs little: only these rows of the
     unembedding are used.
@@ -137,7 +138,7 @@ def sweep(
             Batches stay those of the first call, so that the result is the same to the last bit.
         subset: indices of the prompts to run, the columns of the result. Reference set and donors remain those of all prompts.
         compile: let torch.compile fuse the MLPs, for a model on one device. It takes a minute, so only long sweeps gain.
-        progress: show the plan, a bar, and where the results are.
+        progress: show the plan and a bar.
 
     Returns:
         The metric by intervention and prompt, with and without the intervention.
@@ -216,8 +217,8 @@ def sweep_resolved(
         if kept is not None and group.is_main_process:
             kept.complete(result)
         took = time.monotonic() - started
-        where = "" if store is None else f"; kept in {store}"
-        note(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", shown=progress)
+        size = f"{counted(len(specs), 'intervention')} x {counted(len(which), 'prompt')}"
+        note(f"{size} in {took:.1f} s", shown=progress)
     return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs)
 
 
@@ -300,9 +301,10 @@ def _merge(plan: Plan, metric: Metric, waves: dict[int, dict[str, np.ndarray]]) 
     clean = np.full((len(column), *of_prompt), np.nan, np.float32)
     intervened = np.full((len(plan.edits), len(column), *of_prompt), np.nan, np.float32)
     for wave, arrays in ((plan.waves[number], arrays) for number, arrays in sorted(waves.items())):
-        columns, pos = [column[prompt] for prompt in wave.prompts], [slice(n) for n in arrays["clean"].shape[1:]]
-        clean[columns, *pos] = arrays["clean"]
-        intervened[*np.ix_(wave.specs, columns), *pos] = arrays["intervened"]
+        columns = [column[prompt] for prompt in wave.prompts]
+        pos: tuple[Any, ...] = tuple(slice(n) for n in arrays["clean"].shape[1:])
+        clean[(columns, *pos)] = arrays["clean"]
+        intervened[(*np.ix_(wave.specs, columns), *pos)] = arrays["intervened"]
     if metric.of_answers:
         counts = [len(plan.resolved.sequences.of_prompt[prompt]) for prompt in plan.subset]
         clean, intervened = (answers_measured(metric, values, counts) for values in (clean, intervened))

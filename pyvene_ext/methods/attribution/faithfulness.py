@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
@@ -142,7 +142,7 @@ class Curve(Shown):
             values = np.concatenate([values, self.random], 1)
         names = ["chosen", *(f"random {number}" for number in range(values.shape[1] - 1))]
         clean, source = (np.broadcast_to(those, values.shape) for those in (self.runs.clean, self.runs.source))
-        axes = {"size": self.sizes, "circuit": names, "prompt": range(values.shape[2])}
+        axes: dict[str, Any] = {"size": self.sizes, "circuit": names, "prompt": range(values.shape[2])}
         found = table(axes, {"clean": clean, "source": source, "value": values})
         found.insert(1, "n_edges", self.n_edges.repeat(values[0].size))
         return found

@@ -88,8 +88,7 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch 
     """
     last = torch.tensor(batch.last_columns)
     # A number rather than the columns themselves, which accelerate would move to another device than the tensor they index.
-    keep = batch.input_ids.shape[1] - int(last.min())
-    logits = model(**batch.inputs(input_device(model)), use_cache=False, logits_to_keep=keep).logits
+    logits = model(**batch.inputs(input_device(model)), use_cache=False, logits_to_keep=batch.logits_to_keep).logits
     return logits[torch.arange(len(last)), last - last.min()]
 
 

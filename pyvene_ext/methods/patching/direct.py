@@ -90,7 +90,8 @@ def run_direct_paths(
             plan = plan_resolved(received, metric, memory=memory)
             result = sweep_resolved(received, metric, plan, store=store, progress=progress)
         found[others] = result.intervened
-        found[to_logits] += result.baseline - clean  # the rounding difference between the two ways
+        # Without the rounding difference between the two ways; a path that does nothing keeps a delta of exactly 0.
+        found[to_logits] = result.baseline - (clean - found[to_logits])
         clean = result.baseline
     return clean, found
 
@@ -187,21 +188,22 @@ class DirectTerms:
         clean = self.replay.unembed(normed)
         batch = metric.with_clean(self.base.batch([prompt]), clean)
         found = []
-        of_rows = [None, *paths]  # the first is the untouched base
+        tokens_of = [self._sender_tokens(path, prompt) for path in paths]
+        changing = [number for number, tokens in enumerate(tokens_of) if last in tokens]
+        of_rows = [None, *changing]  # the first is the untouched base
         for start in range(0, len(of_rows), ROWS):
             here = of_rows[start : start + ROWS]
-            rows = [normed[0]] * len(here)
-            for row, path in enumerate(here):
-                if path is None:
-                    continue
-                tokens = self._sender_tokens(path, prompt)
-                if last in tokens:
-                    added = self.direct_term(path.name, ("logits", None), prompt)[tokens.index(last)]
-                    rows[row] = (normed[0].float() + added.to(normed.device)).to(normed.dtype)
+            rows = [normed[0].float()] * len(here)
+            for row, number in enumerate(here):
+                if number is not None:
+                    terms = self.direct_term(paths[number].name, ("logits", None), prompt)
+                    rows[row] = rows[row] + terms[tokens_of[number].index(last)].to(normed.device)
             logits = self.replay.unembed(torch.stack(rows))
             found.append(as_array(metric(logits, batch.take([0] * len(rows)))))
         values = np.concatenate(found)
-        return values[0], values[1:]
+        of_paths = np.full(len(paths), values[0])
+        of_paths[changing] = values[1:]
+        return values[0], of_paths
 
     def _direct_term(self, name: str, place: Place, prompt: int) -> Float[Tensor, "pos d"]:
         """The direct term at a receiver's place, heads concatenated, at the positions where the sender is patched."""

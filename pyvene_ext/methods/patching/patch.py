@@ -414,7 +414,8 @@ def _plain_paths(
     with bar, evaluating(model), no_gradients(model):
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
-            clean = last_logits(model(**batch.inputs(), use_cache=False).logits, batch)
+            logits = model(**batch.inputs(), use_cache=False, logits_to_keep=batch.logits_to_keep).logits
+            clean = last_logits(logits, batch)
             batch = metric.with_clean(batch, clean)
             baseline[batch.index] = as_array(metric(clean, batch))
             for number, path in enumerate(paths):

@@ -123,7 +123,7 @@ class PlainPaths:
         return ([x.clone() for x in found[1]] if read else []), output
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return {**batch.inputs(), "use_cache": False}
+        return {**batch.inputs(), "use_cache": False, "logits_to_keep": batch.logits_to_keep}
 
     def _model(self, set_at: list[tuple], read: list[tuple]) -> IntervenableModel:
         key = tuple((component, layer) for component, layer, _ in (*set_at, *read)), len(set_at)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from modelcards import CARDS, n_positions
 from pyvene_ext.models.devices import input_device
+from pyvene_ext.models.identity import named_weights
 from pyvene_ext.models.loading.errors import first_line
 from pyvene_ext.models.loading.names import listed
 
@@ -133,7 +134,7 @@ def check_layers(model: PreTrainedModel, unexpected: Iterable[str], name: str) -
     Raises:
         ValueError: there are.
     """
-    own = {*model.state_dict(), *model.base_model.state_dict()}
+    own = {key for part in (model, model.base_model) for key, _ in named_weights(part)}
     if surplus := [key for key in sorted(unexpected) if re.sub(r"\.\d+\.", ".0.", f".{key}", count=1)[1:] in own]:
         raise ValueError(
             f"{name} has weights of more layers ({surplus[0]} ...) than its config.json counts; get files that belong together."

@@ -22,9 +22,10 @@ from pyvene_ext.methods.attribution.circuits import Circuit, run_circuits
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.attribution.screen import estimate, screened
 from pyvene_ext.methods.patching.patch import all_patches, all_paths, patch
-from pyvene_ext.prompts.tokenized import Batch
+from pyvene_ext.prompts.tokenized import AnswerTokens, Batch, answer_pairs
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from tests.ground_truth import ablations as slow
+from tests.pretended_devices import PretendedDevices, spread
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, VOCAB, random_model
 
@@ -113,7 +114,9 @@ def test_by_name_and_by_function_it_is_the_same_metric(family: str, name: str) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_function_of_some_ids_gives_what_it_gives_with_the_whole_vocabulary(family: str) -> None:
+def test_a_function_of_some_ids_gives_what_it_gives_with_the_whole_vocabulary(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def first_over_others(logits: Tensor, prompts: Batch) -> Tensor:
@@ -122,8 +125,10 @@ def test_a_function_of_some_ids_gives_what_it_gives_with_the_whole_vocabulary(fa
 
     whole = Metric(lambda logits, prompts: first_over_others(logits[:, MONTHS], prompts))
     narrow = Metric(first_over_others, ids=torch.tensor(MONTHS))
-    for engine in (run, sweep):
+    for engine in (run, sweep, sweep):
         expected, found = (engine(model_of(family), SPECS, PROMPTS, metric, **QUIET) for metric in (whole, narrow))
+        # The second sweep is with an unembedding that cannot be taken apart.
+        monkeypatch.setattr("pyvene_ext.models.replay.output_weight", lambda projection: None)
         np.testing.assert_allclose(found.intervened, expected.intervened, **CLOSE)
         np.testing.assert_allclose(found.baseline, expected.baseline, **CLOSE)
     assert set(seen) == {len(MONTHS)}
@@ -132,7 +137,7 @@ def test_a_function_of_some_ids_gives_what_it_gives_with_the_whole_vocabulary(fa
 def test_answers_are_columns_for_a_function_that_reads_these_alone() -> None:
     several = replace(
         PROMPTS,
-        answers=tuple(type(own)(own.right + ((2,),) * (i % 2), own.wrong) for i, own in enumerate(PROMPTS.answers)),
+        answers=tuple(AnswerTokens(own.right + ((2,),) * (i % 2), own.wrong) for i, own in enumerate(PROMPTS.answers)),
     )
     whole = Metric(METRICS["logit_diff"].function, needs=("right", "wrong"))
     model = model_of("gemma2")
@@ -140,6 +145,9 @@ def test_answers_are_columns_for_a_function_that_reads_these_alone() -> None:
     assert np.abs(expected.baseline - run(model, HEAD, PROMPTS, **QUIET).baseline)[[1, 3]].min() > 1e-3
     for engine in (run, sweep):
         np.testing.assert_allclose(engine(model, SPECS, several, **QUIET).intervened, expected.intervened, **CLOSE)
+    right_only = replace(PROMPTS, answers=tuple(AnswerTokens(own.right) for own in PROMPTS.answers))
+    expected = run(model, SPECS, PROMPTS, "logit", **QUIET)
+    np.testing.assert_allclose(sweep(model, SPECS, right_only, "logit", **QUIET).delta, expected.delta, **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,6 +217,41 @@ def test_circuits_screens_and_frequencies_take_functions() -> None:
     found = frequencies(model, SPECS, PROMPTS, 0.1, width=1.0, block=5, metric=own_target, **QUIET)
     assert (found.frequency == (np.abs(exact.delta) > 0.1).mean(1)).all()
     assert runs.metric == screen.result.metric == found.result.metric == "own_target"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_functions_get_logits_and_prompts_on_one_device(family: str) -> None:
+    def own(logits: Tensor, prompts: Batch) -> Tensor:
+        assert prompts.clean_logits is not None
+        first = prompts.input_ids.gather(1, prompts.position_ids[:, -1:])
+        return logits.gather(1, first + prompts.right_ids)[:, 0] - prompts.clean_logits.square().sum(1)
+
+    pairs = [replace(prompts, answers=answer_pairs([(0, 1)] * len(prompts))) for prompts in (BASE, SOURCE)]
+    metrics: list[Any] = [
+        Metric(own, needs=("clean",)),
+        "logit_diff",
+        Metric(lambda logits, prompts: logits.logsumexp(-1), ids=MONTHS, needs=("clean",)),
+        "token_kl",
+        "next_token_loss",
+    ]
+
+    def numbers(model: Any) -> list[np.ndarray]:
+        heads = all_patches(model.config, "z")[::7]
+        found = [run(model, SPECS, pairs[0], metric, **QUIET).intervened for metric in metrics]
+        for metric in metrics[:3]:
+            found.append(sweep(model, SPECS, pairs[0], metric, **QUIET).intervened)
+            paths = all_paths(model.config, ("logits",), direct=True)[::5]
+            found.append(patch(model, [*heads, *paths], *pairs, metric, **QUIET).intervened)
+            found.append(atp(model, heads, *pairs, metric, **QUIET))
+            found.append(edge_attribution(model, *pairs, metric, **QUIET).matrix)
+            found.append(run_circuits(model, [Circuit(frozenset())], *pairs, metric, **QUIET).circuits)
+        return found
+
+    expected = numbers(random_model(family))
+    with PretendedDevices():
+        found = numbers(spread(random_model(family)))
+    for ours, known in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, known, **CLOSE)
 
 
 def test_a_store_knows_a_metric_by_the_name_that_it_is_given(tmp_path: Path) -> None:
@@ -323,13 +366,32 @@ def test_the_names_of_built_in_metrics_are_taken() -> None:
 def test_answers_and_ids_that_a_metric_cannot_read_are_named_before_the_model_runs(engine: Any) -> None:
     model = random_model("llama3_1")
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    kind = type(PROMPTS.answers[0])
     for prompt, answers, metric, message in (
-        (3, kind(((5,),), ()), "logit_diff", "prompt 3 has no wrong answer, which logit_diff needs; give it one"),
-        (1, kind((), ((5,),)), "probability", "prompt 1 has no right answer, which probability needs"),
-        (0, kind(((VOCAB,),), ((5,),)), "logit", f"answers of prompt 0 have ids from 5 to {VOCAB} but the vocabulary"),
-        (2, kind(((5, 6),), ((4,), (5, 7))), "logit_diff", r"answers of prompt 2 begin with the same token \(id 5\)"),
-        (2, kind(((5, 6),), ((5, 7),)), "probability", r"answers of prompt 2 begin with the same token \(id 5\)"),
+        (
+            3,
+            AnswerTokens(((5,),), ()),
+            "logit_diff",
+            "prompt 3 has no wrong answer, which logit_diff needs; give it one",
+        ),
+        (1, AnswerTokens((), ((5,),)), "probability", "prompt 1 has no right answer, which probability needs"),
+        (
+            0,
+            AnswerTokens(((VOCAB,),), ((5,),)),
+            "logit",
+            f"answers of prompt 0 have ids from 5 to {VOCAB} but the vocabulary",
+        ),
+        (
+            2,
+            AnswerTokens(((5, 6),), ((4,), (5, 7))),
+            "logit_diff",
+            r"answers of prompt 2 begin with the same token \(id 5\)",
+        ),
+        (
+            2,
+            AnswerTokens(((5, 6),), ((5, 7),)),
+            "probability",
+            r"answers of prompt 2 begin with the same token \(id 5\)",
+        ),
     ):
         changed = list(PROMPTS.answers)
         changed[prompt] = answers

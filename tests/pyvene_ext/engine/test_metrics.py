@@ -161,6 +161,7 @@ def test_last_logits_are_read_at_each_last_real_token(padding_side: str) -> None
     batch = next(TOKENIZED.batches(3, padding_side))
     logits = random_logits(batch=12, vocab=9).reshape(3, 4, 9)
     chosen = metrics.last_logits(logits, batch)
+    assert torch.equal(chosen, metrics.last_logits(logits[:, -batch.logits_to_keep :], batch))
     for row, mask in enumerate(batch.attention_mask.tolist()):
         column = max(column for column, real in enumerate(mask) if real)
         assert torch.equal(chosen[row], logits[row, column])
@@ -209,7 +210,8 @@ def test_kl_and_last_logits_refuse_what_does_not_fit() -> None:
     for pair in ((clean, other), (other, clean)):
         with pytest.raises(ValueError, match=f"the logits of prompts {INDEX[1]} are not finite"):
             kl(*pair)
-    with pytest.raises(
-        ValueError, match=r"\(3, 1, 9\) do not belong to a batch of shape \(3, 4\); give those of every"
-    ):
-        metrics.last_logits(torch.zeros(3, 1, 9), next(TOKENIZED.batches(3)))
+    for padding_side, kept in (("left", 2), ("right", 1)):
+        with pytest.raises(
+            ValueError, match=rf"\(3, {kept}, 9\) do not belong to a batch of shape \(3, 4\); give those of"
+        ):
+            metrics.last_logits(torch.zeros(3, kept, 9), next(TOKENIZED.batches(3, padding_side)))

@@ -224,10 +224,9 @@ def by_hand(name: str, logits: Tensor, clean: Tensor, ids: tuple[int, ...]) -> l
 @pytest.mark.parametrize("name", READ)
 def test_metrics_at_every_token_are_those_of_each_prompt_alone(family: str, name: str) -> None:
     model, specs = model_and_specs(family)
-    for batch_size, padding_side in ((3, "left"), (3, "right"), (1, "left")):
-        found = run(
-            model, specs[:1], UNEQUAL, READ[name], batch_size=batch_size, padding_side=padding_side, progress=False
-        )
+    options: list[dict[str, Any]] = [{"batch_size": 3}, {"batch_size": 3, "padding_side": "right"}, {"batch_size": 1}]
+    for engine, given in (*((run, given) for given in options), (sweep, {})):
+        found = engine(model, specs[:1], UNEQUAL, READ[name], **given, progress=False)
         assert found.metric == name and found.intervened.shape == (1, 3, 9)
         for prompt, ids in enumerate(UNEQUAL.input_ids):
             change = ("z", 0, slow.replaced(range(len(ids)), [0], torch.zeros_like))
@@ -276,10 +275,7 @@ def test_a_metric_at_every_token_may_lack_the_last_token_and_no_other() -> None:
         run(model, specs[:1], UNEQUAL, Metric(lambda x, _: x[:, 0, 0], of_tokens=True), progress=False)
 
 
-def test_only_run_reads_every_token() -> None:
+def test_what_reads_the_last_token_only_refuses_metrics_at_every_token() -> None:
     model, specs = model_and_specs("llama3_1")
-    for engine in (sweep, plan_sweep):
-        with pytest.raises(ValueError, match="entropy is read at every token, which run does, but not yet sweep"):
-            engine(model, specs, UNEQUAL, "entropy")
     with pytest.raises(ValueError, match="entropy is one number per token; here choose among logit_diff"):
         estimate(model, specs, PROMPTS, "entropy", progress=False)

@@ -293,6 +293,7 @@ def test_answers_and_positions_of_given_ids() -> None:
         ({"ids": ROWS, "answers": [(3, [[]])] * 3}, "an answer of prompt 0 should be token ids"),
         ({"ids": ROWS, "answers": [(3, [4, 3]), (3, 3), (3, 4)]}, "an answer of prompt 1 is both right and wrong"),
         ({"ids": ROWS, "positions": {"x": 2}}, "position 'x' is token 2 of prompt 1, which has 2 tokens"),
+        ({"ids": ROWS, "positions": {"last": 0}}, "position 'last' has a built-in meaning"),
         ({"ids": ROWS, "positions": [{}]}, "there are positions of 1 prompts but 3 prompts"),
     ],
 )

@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from pyvene_ext.prompts.sets import Prompt, PromptSet
@@ -121,7 +120,7 @@ def broken(**changes: object) -> str:
         ),
         ("a.json", broken(corrupt_answer="Mark"), "'Mark' is both a right and a wrong answer of the corrupt text"),
         ("a.json", broken(io_name="Mark"), "pair 1: io_name and s_name are both 'Mark'"),
-        ("a.json", broken(io_name=""), "pair 1: io_name: string should have at least 1 character"),
+        ("a.json", broken(io_name=""), "pair 1: io_name: String should have at least 1 character"),
         ("a.json", broken(io_name="Ann"), "pair 1: io_token ' Lisa' must end with io_name 'Ann'"),
         ("a.json", broken(positions={"end": "gave"}), "position 'end' has a built-in meaning"),
         ("a.json", broken(positions={"x": "the"}), "position 'x': 'the' must occur exactly once"),
@@ -172,8 +171,9 @@ def test_other_bad_sources_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_prompts_are_immutable() -> None:
-    with pytest.raises(ValidationError):
-        Prompt(**PAIR).clean = "x"
+    with pytest.raises(ValueError, match="text cannot be changed") as error:
+        Prompt(**PAIR).text = "x"
+    one_line(error)
 
 
 # --- names and places -----------------------------------------------------------------------------------------------------

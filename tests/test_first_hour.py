@@ -1,0 +1,277 @@
+"""The tasks of docs/first_hour.md, run as they stand there, against plain hooks: on a shipped model, and on real ones."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyvene_ext as px
+from tests.ground_truth.paths import path_patch_by_hooks
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/first_hour.md").read_text(encoding="utf-8")
+TASKS = re.split(r"^## \d\. ", PAGE, flags=re.M)[1:]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All names that the page defines, after its cells have run in order."""
+    return run_page(PAGE, tmp_path_factory.mktemp("first_hour"))
+
+
+def run_page(page: str, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"__name__": "page"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MPLBACKEND", "agg")
+        for cell in re.findall(r"```\{code-cell\}\n(.*?)```", page, re.S):
+            if ":tags:" not in cell:
+                exec(compile(cell, "docs/first_hour.md", "exec"), found)
+    return found | {"folder": folder}
+
+
+@contextmanager
+def hooked(module: nn.Module, edit: Callable[[Tensor], None], before: bool = False) -> Iterator[None]:
+    """Edit what enters or leaves a module, in place."""
+
+    def first(value: Any) -> Tensor:
+        return value[0] if isinstance(value, tuple) else value
+
+    if before:
+        handle = module.register_forward_pre_hook(lambda _, args: edit(first(args)))
+    else:
+        handle = module.register_forward_hook(lambda _, args, out: edit(first(out)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def last_logits(model: Any, ids: Any) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+def answer_logprob(model: Any, ids: tuple[int, ...], answer: tuple[int, ...], edit: Any = None) -> float:
+    """Log-probability of the answer, token by token on the whole sequence; `edit` is made in the prompt only."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ids, *answer[:-1]]])).logits[0]
+    steps = logits.log_softmax(-1)[len(ids) - 1 :]
+    return sum(float(step[token]) for step, token in zip(steps, answer, strict=True))
+
+
+def head_width(model: Any) -> int:
+    return getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+
+
+def test_no_task_takes_more_than_ten_statements_of_its_own() -> None:
+    for task in TASKS:
+        lines = [
+            line
+            for cell in re.findall(r"```\{code-cell\}\n(.*?)```", task, re.S)
+            for line in cell.splitlines()
+            if line.strip() and not line.startswith(("from ", "import ", " ", "]", ")"))
+        ]
+        assert len(lines) <= 10, task.splitlines()[0]
+
+
+def check_head_switched_off(names: dict[str, Any]) -> None:
+    model, width = names["model"], head_width(names["model"])
+    for prompt, ids in enumerate(names["mine"].input_ids):
+        ((right,),), ((wrong,),) = names["mine"].answers[prompt]
+
+        def zero(x: Tensor) -> None:
+            x[:, -1, 3 * width : 4 * width] = 0
+
+        clean = last_logits(model, ids)
+        with hooked(model.model.layers[2].self_attn.o_proj, zero, before=True):
+            edited = last_logits(model, ids)
+        found = names["switched_off"]
+        assert found.baseline[prompt] == pytest.approx(float(clean[right] - clean[wrong]), abs=1e-4)
+        assert found.intervened[0, prompt] == pytest.approx(float(edited[right] - edited[wrong]), abs=1e-4)
+    assert len(names["switched_off"].to_frame()) == 2
+
+
+def contribution(model: Any, layer: int) -> nn.Module:
+    """The module whose output the MLP adds to the stream."""
+    block = model.model.layers[layer]
+    return getattr(block, "post_feedforward_layernorm", block.mlp)
+
+
+def check_mlps(names: dict[str, Any]) -> None:
+    model, prompts = names["model"], names["twenty"]
+    for layer in (0, names["layers"] - 1):
+        outputs: list[Tensor] = []
+        with hooked(contribution(model, layer), lambda x, outputs=outputs: outputs.append(x[0].clone())):
+            for ids in prompts.input_ids:
+                last_logits(model, ids)
+        mean = torch.cat(outputs).double().mean(0).float()
+        for prompt in (0, 7, 19):
+            ids, (right,) = prompts.input_ids[prompt], prompts.answers[prompt].right
+
+            def replace(x: Tensor, n: int = len(ids), mean: Tensor = mean) -> None:
+                x[:, :n] = mean
+
+            clean = answer_logprob(model, ids, right)
+            with hooked(contribution(model, layer), replace):
+                edited = answer_logprob(model, ids, right)
+            found = names["without_mlp"]
+            assert found.baseline[prompt] == pytest.approx(clean, abs=1e-4)
+            assert found.intervened[layer, prompt] == pytest.approx(edited, abs=1e-4)
+
+
+def check_das_elsewhere(names: dict[str, Any], model_name: str) -> None:
+    """The saved intervention gives the same logits in another process."""
+    base, source, last = names["base"], names["source"], names["last"]
+    with torch.no_grad():
+        here = names["das"](base.inputs(), [source.inputs()], last)[1].logits[:, -1]
+    torch.save((base.inputs(), source.inputs(), last), names["folder"] / "inputs.pt")
+    code = (
+        "import sys, torch, pyvene_ext as px\n"
+        "base, source, last = torch.load('inputs.pt')\n"
+        f"das = px.IntervenableModel.load('das', px.load_model({model_name!r})[0])\n"
+        "with torch.no_grad():\n"
+        "    torch.save(das(base, [source], last)[1].logits[:, -1].clone(), 'logits.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=names["folder"], check=True, capture_output=True)
+    there = torch.load(names["folder"] / "logits.pt")
+    assert torch.allclose(here, there, atol=1e-5)
+
+
+def check_reading(names: dict[str, Any]) -> None:
+    model, width, (ids,) = names["model"], head_width(names["model"]), names["mine"].take([1]).input_ids
+    acts = names["acts"]
+    for layer in range(names["layers"]):
+        z: list[Tensor] = []
+        with hooked(model.model.layers[layer].self_attn.o_proj, lambda x, z=z: z.append(x[0].clone()), before=True):
+            last_logits(model, ids)
+        assert torch.allclose(acts["z", layer][0].flatten(1), z[0], atol=1e-5)
+        weight = model.model.layers[layer].self_attn.o_proj.weight
+        added = torch.stack(
+            [
+                weight[:, h * width : (h + 1) * width] @ z[0][-1, h * width : (h + 1) * width]
+                for h in range(names["heads"])
+            ]
+        )
+        if hasattr(model.model.layers[layer], "pre_feedforward_layernorm"):  # Gemma: a norm follows attention's output
+            norm = model.model.layers[layer].post_attention_layernorm
+            whole = (weight @ z[0][-1]).detach()
+            scale = torch.rsqrt(whole.pow(2).mean() + norm.eps) * (1 + norm.weight)
+            added = added * scale
+        assert torch.allclose(names["norms"][layer], added.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    eager = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            patterns = model(torch.tensor([ids]), output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(eager)
+    at_3 = torch.stack([pattern[0, :, -1, 3] for pattern in patterns])
+    assert torch.allclose(names["at_token_3"], at_3, atol=1e-5)
+    assert names["most"] == [divmod(i, names["heads"]) for i in at_3.flatten().topk(3).indices.tolist()]
+
+
+def check_own_metric(names: dict[str, Any]) -> None:
+    model, width, prompts = names["model"], head_width(names["model"]), names["twenty"]
+    for layer, head in ((0, 3), (names["layers"] - 1, 1)):
+        for prompt in (0, 11):
+
+            def zero(x: Tensor, head: int = head) -> None:
+                x[..., head * width : (head + 1) * width] = 0
+
+            with hooked(model.model.layers[layer].self_attn.o_proj, zero, before=True):
+                edited = last_logits(model, prompts.input_ids[prompt]).softmax(-1)[names["ids"]].sum()
+            row = layer * names["heads"] + head
+            assert names["by_head"].intervened[row, prompt] == pytest.approx(float(edited), abs=1e-5)
+
+
+def check_steering(names: dict[str, Any]) -> None:
+    """Each new token by hand, without a cache, with the vector added at every token from the prompt on."""
+    model, (ids,) = names["model"], names["mine"].take([1]).input_ids
+    vector = torch.tensor(names["steer"].vector) * names["steer"].scale
+    means = []
+    for prompts in (names["chinese"], names["english"]):
+        last: list[Tensor] = []
+        with hooked(model.model.layers[2], lambda x, last=last: last.append(x[0, -1].clone())):
+            for some in prompts.input_ids:
+                last_logits(model, some)
+        means.append(torch.stack(last).mean(0))
+    assert torch.allclose(vector, 2 * (means[0] - means[1]), atol=1e-4)
+
+    def add(x: Tensor) -> None:
+        x += vector
+
+    text, ends = list(ids), model.generation_config.eos_token_id
+    with hooked(model.model.layers[2], add):
+        while len(text) < len(ids) + 20:
+            text.append(int(last_logits(model, text).argmax()))
+            if text[-1] in (ends if isinstance(ends, list) else [ends]):
+                text.pop()
+                break
+    assert names["tokens"] == text[len(ids) :]
+    for options in ({}, {"use_cache": False}):
+        (tokens,) = px.generate(model, names["steer"], names["mine"].take([1]), max_new_tokens=20, **options)
+        assert tokens == names["tokens"]
+    (untouched,) = px.generate(model, None, names["mine"].take([1]), max_new_tokens=20)
+    assert untouched[0] != names["tokens"][0], "the text changes from the first new token on"
+
+
+def check_path(names: dict[str, Any]) -> None:
+    model = names["model"]
+    for prompt in (0, 5):
+        ids, other = (torch.tensor([names[text].input_ids[prompt]]) for text in ("clean", "corrupt"))
+        (right,), (wrong,) = (answer[0] for answer in names["clean"].answers[prompt])
+        for head in (1, 3):
+            with torch.no_grad():
+                (logits,) = path_patch_by_hooks(model, f"z.2.{head}", ("q.4.2",), ids, other, freeze_mlps=False)
+            found = names["patched"].intervened[head, prompt]
+            assert found == pytest.approx(float(logits[right] - logits[wrong]), abs=1e-4)
+
+
+def check_study(names: dict[str, Any], model_name: str) -> None:
+    """The file that the page writes is read by the study; its numbers are those of hooks."""
+    command = [sys.executable, ROOT / "experiments/activation_frequencies_ifr.py", "--dataset", "french.json"]
+    command += ["--model", model_name, "--out", "ifr.npy"]
+    subprocess.run(command, cwd=names["folder"], check=True, capture_output=True)
+    frequencies = np.load(names["folder"] / "ifr.npy")
+    prompts = px.PromptSet.load(names["folder"] / "french.json").tokenize(names["tokenizer"])
+    model, width = names["model"], head_width(names["model"])
+    assert frequencies.shape == (names["layers"], names["heads"])
+    for layer, head in ((0, 2), (names["layers"] - 1, 3)):
+        active = []
+        for ids, (right, wrong) in zip(prompts.input_ids, prompts.answer_ids, strict=True):
+
+            def zero(x: Tensor, head: int = head) -> None:
+                x[..., head * width : (head + 1) * width] = 0
+
+            clean = last_logits(model, ids)
+            with hooked(model.model.layers[layer].self_attn.o_proj, zero, before=True):
+                edited = last_logits(model, ids)
+            active.append(abs(float((clean - edited)[right] - (clean - edited)[wrong])) > 0.1)
+        assert frequencies[layer, head] == pytest.approx(np.mean(active))
+
+
+CHECKS = (check_head_switched_off, check_mlps, check_reading, check_path, check_steering, check_own_metric)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_each_task_gives_what_plain_hooks_give(names: dict[str, Any], check: Callable[[dict[str, Any]], None]) -> None:
+    check(names)
+
+
+def test_a_trained_intervention_gives_the_same_logits_in_another_process(names: dict[str, Any]) -> None:
+    check_das_elsewhere(names, "tiny-gemma2")
+
+
+def test_a_study_takes_prompts_of_ones_own(names: dict[str, Any]) -> None:
+    check_study(names, "tiny-gemma2")
