@@ -110,7 +110,7 @@ def generate(
 
 
 def _check_options(model: PreTrainedModel, options: Iterable[str]) -> None:
-    known = {**vars(GenerationConfig()), **inspect.signature(model.generate).parameters}
+    known = {**vars(GenerationConfig()), **inspect.signature(type(model).generate).parameters}
     for option in options:
         if option in OWN:
             raise ValueError(f"{option} cannot be an option of generate, {OWN[option]}.")
