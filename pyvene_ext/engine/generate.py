@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from modelcards import n_positions
 from pyvene_ext.engine.compile import Compiled, compile_spec, for_generation
@@ -110,7 +110,7 @@ def generate(
 
 
 def _check_options(model: PreTrainedModel, options: Iterable[str]) -> None:
-    known = {**vars(GenerationConfig()), **inspect.signature(type(model).generate).parameters}
+    known = {**vars(GenerationConfig()), **inspect.signature(GenerationMixin.generate).parameters}
     for option in options:
         if option in OWN:
             raise ValueError(f"{option} cannot be an option of generate, {OWN[option]}.")
