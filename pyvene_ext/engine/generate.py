@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from modelcards import n_positions
 from pyvene_ext.engine.compile import Compiled, compile_spec, for_generation
@@ -69,11 +72,14 @@ def generate(
         raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(GenerationScope))}.")
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens!r}.")
-    for option in OWN.keys() & options.keys():
-        raise ValueError(f"{option} cannot be an option of generate, {OWN[option]}.")
+    if max_new_tokens == 1 and spec is not None and scope == "new":
+        raise ValueError(
+            "the only new token depends on edits of the prompt alone; generate more tokens, or choose another scope."
+        )
     check_tokenized(model, prompts)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} cannot generate; load the model as a causal language model.")
+    _check_options(model, options)
     longest, context = max(map(len, prompts.input_ids), default=0), n_positions(model.config)
     if longest + max_new_tokens - 1 > context:
         raise ValueError(
@@ -101,6 +107,15 @@ def generate(
             for prompt, row in zip(batch.index, tokens[:, batch.input_ids.shape[1] :].tolist(), strict=True):
                 found[prompt] = _until_end(row, model)
     return [found[prompt] for prompt in range(len(prompts))]
+
+
+def _check_options(model: PreTrainedModel, options: Iterable[str]) -> None:
+    known = {**vars(GenerationConfig()), **inspect.signature(GenerationMixin.generate).parameters}
+    for option in options:
+        if option in OWN:
+            raise ValueError(f"{option} cannot be an option of generate, {OWN[option]}.")
+        if option not in known and (close := difflib.get_close_matches(option, known, n=1)):
+            raise ValueError(f"generate has no option {option!r}; did you mean {close[0]!r}?")
 
 
 def _intervened(

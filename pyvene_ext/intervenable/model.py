@@ -2,12 +2,13 @@
 
 Differences from `pyvene.IntervenableModel`:
 
-* Locations, units, heads, layers, groups and sources are checked before anything runs (`checks`); after a run, every intervention
-  must have fired.
+* Locations, units, heads, layers, groups and sources are checked before anything runs (`locations`, `checks`); after a run, every
+  intervention must have fired.
 * Edits are made on a copy and returned, so that they never reach the caller's tensors, other outputs or autograd's saved values.
 * Only its own hooks are removed. Construction and every call, even one that raises, leave the model as it was: hooks, train mode,
   grad flags, config, attention implementation.
-* Negative positions count back from each example's last real token (attention mask), under either padding side.
+* Negative positions count back from each example's last real token (attention mask), under either padding side. Where a model
+  would count padding (GPT-2's learned positions), position ids that are not given follow from the mask, as in `generate`.
 * `generate` intervenes on the prompt, on new tokens or on both, by position, the same with and without a cache.
 * Trainable interventions get the component's exact width, whatever the head size.
 """
@@ -32,21 +33,24 @@ from torch import Tensor, nn
 
 from modelcards import COMPONENTS, FIELD_NAMES, Card, Taps, card_of, register
 from pyvene_ext.intervenable.checks import (
-    Inputs,
-    Representation,
     as_config,
     check_config,
     check_source_counts,
     check_source_shapes,
     check_subspaces,
-    check_tokens,
     check_unit_counts,
-    edited_shape,
-    everywhere,
     is_collect,
-    resolve_locations,
 )
 from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
+from pyvene_ext.intervenable.locations import (
+    Inputs,
+    Representation,
+    check_tokens,
+    edited_shape,
+    everywhere,
+    resolve_locations,
+    with_position_ids,
+)
 from pyvene_ext.io.errors import counted
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
@@ -83,7 +87,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))
-        self._taps = taps
+        self._card, self._taps = card, taps
         self._handles: list[Any] = []
         self._attached: set[tuple[str, str]] = set()
         self._fired: set[tuple[str, str]] = set()
@@ -115,7 +119,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         Args:
             base: a tokenised batch, the keyword arguments of the model's forward.
             sources: a source batch, or a list with one per group of interventions (None for a group without).
-            unit_locations: where to intervene, as pyvene takes it (`checks.resolve_locations`); None: every position and head.
+            unit_locations: where to intervene, as pyvene takes it (`locations.resolve_locations`); None: every position and head.
             source_representations: source activations instead of source batches, by key or in the order of the keys.
             subspaces: the subspaces of each intervention, as pyvene takes them.
             labels: for the model's loss.
@@ -136,6 +140,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         self._check_inputs(base, sources, output_original_output, labels)
         check_subspaces(subspaces, self.interventions, self.representations, inputs.batch)
         self._check_source_representations(source_representations, locations, inputs)
+        base = with_position_ids(base, self._card)
         # Run here and not by pyvene, so that the original is the user's own model, without taps.
         original = self.model(**base) if output_original_output else None
         with self._running():
@@ -241,6 +246,12 @@ class IntervenableModel(pyvene.IntervenableModel):
                 self._check_new_token_sources(locations["sources->base"][1])
                 self._handles.append(self.model.register_forward_pre_hook(self._generation.count, with_kwargs=True))
                 intervened = (decode or self.model.generate)(**base, **kwargs)
+                if (
+                    kwargs.get("max_new_tokens") != 1
+                    and self._generation.total == inputs.length
+                    and not intervene_on_prompt
+                ):
+                    self._attached.clear()  # every text has ended with its first token, and no new token was run
             collected = [
                 activation
                 for key in self.sorted_keys
@@ -333,7 +344,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                     )
         if given and any(source is not None for source in sources):
             raise ValueError("give sources or source_representations, not both: pyvene would ignore the sources.")
-        return sources
+        return [with_position_ids(source, self._card) for source in sources]
 
     def _check_source_representations(
         self, representations: Any, locations: Mapping[str, Any] | None = None, inputs: Inputs | None = None

@@ -167,10 +167,11 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: generate(model(), ADDED, PROMPTS, max_new_tokens="3"), "max_new_tokens must be 1 or more, not '3'."),
     (lambda: generate(model(), ADDED, PROMPTS, max_new_tokens=58), "8 tokens, which with 58 new ones are more than the 64"),
     (lambda: generate(model(), ADDED, PROMPTS, max_length=9), "max_length cannot be an option of generate"),
+    (lambda: generate(model(), ADDED, PROMPTS, max_tokens=9), "generate has no option 'max_tokens'; did you mean 'max_new_"),
     (lambda: generate(model(), ADDED, PROMPTS, num_return_sequences=2), "returns the tokens of one text per prompt"),
     (lambda: generate(model().model, ADDED, PROMPTS), "LlamaModel cannot generate; load the model as a causal"),
     (lambda: steering_vector(PROMPTS, SOURCE, model(), "z", 0), "expected a model, not TokenizedPrompts"),
-    (lambda: steering_vector(model(), PROMPTS, SOURCE, 0, "z"), "nothing can be added to 0; choose among z"),
+    (lambda: steering_vector(model(), PROMPTS, SOURCE, 0, "z"), "no addition of 0; choose among z"),
 ]  # fmt: skip
 
 
