@@ -109,11 +109,7 @@ def generate(
     return [found[prompt] for prompt in range(len(prompts))]
 
 
-<<<<<<< HEAD
-def _check_options(model: PreTrainedModel, options: Iterable[str]) -> None:
-=======
 def _check_options(options: Iterable[str]) -> None:
->>>>>>> steering
     known = {**vars(GenerationConfig()), **inspect.signature(GenerationMixin.generate).parameters}
     for option in options:
         if option in OWN:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests import test_first_hour as page
 from tests.real.conftest import Real
 
