@@ -79,7 +79,7 @@ def generate(
     check_tokenized(model, prompts)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} cannot generate; load the model as a causal language model.")
-    _check_options(model, options)
+    _check_options(options)
     longest, context = max(map(len, prompts.input_ids), default=0), n_positions(model.config)
     if longest + max_new_tokens - 1 > context:
         raise ValueError(
@@ -109,7 +109,7 @@ def generate(
     return [found[prompt] for prompt in range(len(prompts))]
 
 
-def _check_options(model: PreTrainedModel, options: Iterable[str]) -> None:
+def _check_options(options: Iterable[str]) -> None:
     known = {**vars(GenerationConfig()), **inspect.signature(GenerationMixin.generate).parameters}
     for option in options:
         if option in OWN:
