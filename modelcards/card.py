@@ -177,7 +177,7 @@ class Card:
             Its entry in the vocabulary.
 
         Raises:
-            ValueError: if this model has none of that name; the error lists those it has.
+            ValueError: if this model has none of that name; the error suggests one, or lists those it has.
         """
         mapping, known = self.mapping(type(model)), NAMES.get(name)
         if known is not None and known.name in mapping:
@@ -194,7 +194,7 @@ class Card:
             there = f"only {', '.join(elsewhere)} and not {self.family} has it" if elsewhere else "no card has it"
         close = meant(name, [COMPONENTS[component].site for component in mapping], mapping)
         if known is None and close:
-            there += f"; did you mean {close!r}?"
+            raise ValueError(f"unknown component {name!r} ({there}); did you mean {close!r}?")
         raise ValueError(
             f"unknown component {name!r} ({there}); {type(model).__name__} has: {', '.join(sorted(mapping))}."
         )

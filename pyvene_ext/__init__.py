@@ -25,7 +25,7 @@ from types import ModuleType
 import lazy_loader
 import wrapt
 
-from pyvene_ext.io.packages import version_of
+from pyvene_ext.io.packages import ImportQuietly, version_of
 
 __version__ = version_of("pyvene-ext") or "unknown"  # of a source tree that is not installed
 
@@ -35,6 +35,7 @@ def _import_cards(_: ModuleType) -> None:
         importlib.import_module("modelcards")
 
 
+sys.meta_path.insert(0, ImportQuietly("pyvene"))  # it announces on standard output which of its backends are missing
 # Importing pyvene takes five seconds; `--help` does without it.
 wrapt.register_post_import_hook(lambda modelcards: modelcards.register(), "modelcards")
 wrapt.register_post_import_hook(_import_cards, "pyvene")

@@ -28,6 +28,7 @@ from .engine.sweep import plan_sweep as plan_sweep
 from .engine.sweep import sweep as sweep
 from .intervenable.model import IntervenableModel as IntervenableModel
 from .intervenable.statistics import Reference as Reference
+from .intervenable.verification import verify_card as verify_card
 from .io.bars import progress as progress
 from .io.seeds import rng as rng
 from .methods.patching.patch import Patched as Patched
@@ -58,4 +59,3 @@ from .specs.forced_attention import force as force
 from .specs.patch import ActivationPatch as ActivationPatch
 from .specs.path import PathPatch as PathPatch
 from .stats.intervals import Interval as Interval
-from .verify import verify_card as verify_card

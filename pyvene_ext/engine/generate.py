@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from modelcards import n_positions
 from pyvene_ext.engine.compile import Compiled, compile_spec, for_generation
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.errors import counted
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.joint import Spec, members
 
 GenerationScope = Literal["prompt", "new", "both"]
+# Options of transformers' generate that would not do what they say, and why.
+OWN = {
+    **dict.fromkeys(("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids"), "which takes prompts"),
+    **dict.fromkeys(
+        ("num_return_sequences", "return_dict_in_generate"), "which returns the tokens of one text per prompt"
+    ),
+    "max_length": "which takes max_new_tokens",
+}
 
 
 def generate(
@@ -45,20 +59,33 @@ def generate(
             tokens, by default, or the prompt, never both: with its defaults the first new token is that of the untouched model.)
         reference: statistics that replacements are computed from; by default those of `prompts`, where they are needed.
         batch_size: prompts per forward pass.
-        **options: passed to transformers' `generate`.
+        **options: passed to transformers' `generate` (`do_sample`, `temperature`, `num_beams` ...).
 
     Returns:
         The new tokens of each prompt, without padding after the end of a text.
 
     Raises:
-        ValueError: before the model runs: an unknown scope, no new tokens, or a spec that does not fit the model, the prompts
-            or new tokens.
+        ValueError: before the model runs: an unknown scope, no new tokens or more than the model takes, an option that has no
+            meaning here, or a spec that does not fit the model, the prompts or new tokens.
     """
     if scope not in get_args(GenerationScope):
         raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(GenerationScope))}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens!r}.")
+    if max_new_tokens == 1 and spec is not None and scope == "new":
+        raise ValueError(
+            "the only new token depends on edits of the prompt alone; generate more tokens, or choose another scope."
+        )
     check_tokenized(model, prompts)
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} cannot generate; load the model as a causal language model.")
+    _check_options(options)
+    longest, context = max(map(len, prompts.input_ids), default=0), n_positions(model.config)
+    if longest + max_new_tokens - 1 > context:
+        raise ValueError(
+            f"the longest prompt has {counted(longest, 'token')}, which with {max_new_tokens} new ones are more than the "
+            f"{context} that the model takes; give shorter prompts, or generate fewer."
+        )
     resolved = None if spec is None else resolve([spec], model, prompts, reference=reference, directions={})
     for edit in () if spec is None or scope == "prompt" else members(spec):
         if not edit.on_new_tokens or edit.kind == "resample":
@@ -73,13 +100,22 @@ def generate(
         for batch in prompts.batches(batch_size):
             base = batch.inputs(input_device(model))
             if resolved is None:
-                tokens = model.generate(**base, **options)  # type: ignore[operator]
+                tokens = model.generate(**base, **options)
             else:
                 compiled = for_generation(compile_spec(resolved.specs[0], batch, resolved), scope, max_new_tokens)
                 tokens = _intervened(model, base, compiled, scope, options)
             for prompt, row in zip(batch.index, tokens[:, batch.input_ids.shape[1] :].tolist(), strict=True):
                 found[prompt] = _until_end(row, model)
     return [found[prompt] for prompt in range(len(prompts))]
+
+
+def _check_options(options: Iterable[str]) -> None:
+    known = {**vars(GenerationConfig()), **inspect.signature(GenerationMixin.generate).parameters}
+    for option in options:
+        if option in OWN:
+            raise ValueError(f"{option} cannot be an option of generate, {OWN[option]}.")
+        if option not in known and (close := difflib.get_close_matches(option, known, n=1)):
+            raise ValueError(f"generate has no option {option!r}; did you mean {close[0]!r}?")
 
 
 def _intervened(

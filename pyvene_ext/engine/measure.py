@@ -242,7 +242,7 @@ def as_metric(metric: MetricLike) -> Metric:
     if not isinstance(metric, Metric):
         own = [known for known in METRICS.values() if known.function is metric]
         return own[0] if own else Metric(metric)
-    if METRICS.get(metric.label if metric.name else "", metric).function is not metric.function:
+    if METRICS.get(metric.name or "", metric).function is not metric.function:
         raise ValueError(f"{metric.name} is the name of a metric of this package; give yours another one.")
     return metric
 

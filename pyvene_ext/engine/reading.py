@@ -79,7 +79,8 @@ class Activations(Mapping[Place, Values]):
         return len(self.values_at)
 
     def __repr__(self) -> str:
-        return f"Activations of {len(self.prompts)} prompts: {self._places()}"
+        prompts = "1 prompt" if len(self.prompts) == 1 else f"{len(self.prompts)} prompts"
+        return f"Activations of {prompts}: {self._places()}"
 
     def _places(self) -> str:
         by_site: dict[str, list[str]] = {}

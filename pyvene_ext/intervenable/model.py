@@ -2,8 +2,8 @@
 
 Differences from `pyvene.IntervenableModel`:
 
-* Locations, units, heads, layers, groups and sources are checked before anything runs (`checks`); after a run, every intervention
-  must have fired.
+* Locations, units, heads, layers, groups and sources are checked before anything runs (`locations`, `checks`); after a run, every
+  intervention must have fired.
 * Edits are made on a copy and returned, so that they never reach the caller's tensors, other outputs or autograd's saved values.
 * Only its own hooks are removed. Construction and every call, even one that raises, leave the model as it was: hooks, train mode,
   grad flags, config, attention implementation.
@@ -32,22 +32,24 @@ from torch import Tensor, nn
 
 from modelcards import COMPONENTS, FIELD_NAMES, Card, Taps, card_of, register
 from pyvene_ext.intervenable.checks import (
-    Inputs,
-    Representation,
     as_config,
     check_config,
     check_source_counts,
     check_source_shapes,
     check_subspaces,
-    check_tokens,
     check_unit_counts,
+    is_collect,
+)
+from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
+from pyvene_ext.intervenable.locations import (
+    Inputs,
+    Representation,
+    check_tokens,
     edited_shape,
     everywhere,
-    is_collect,
     resolve_locations,
     with_position_ids,
 )
-from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
 from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
 from pyvene_ext.io.errors import counted
 from pyvene_ext.models.latent_steps import is_unrolling
@@ -117,7 +119,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         Args:
             base: a tokenised batch, the keyword arguments of the model's forward.
             sources: a source batch, or a list with one per group of interventions (None for a group without).
-            unit_locations: where to intervene, as pyvene takes it (`checks.resolve_locations`); None: every position and head.
+            unit_locations: where to intervene, as pyvene takes it (`locations.resolve_locations`); None: every position and head.
             source_representations: source activations instead of source batches, by key or in the order of the keys.
             subspaces: the subspaces of each intervention, as pyvene takes them.
             labels: for the model's loss.
@@ -244,6 +246,12 @@ class IntervenableModel(pyvene.IntervenableModel):
                 self._check_new_token_sources(locations["sources->base"][1])
                 self._handles.append(self.model.register_forward_pre_hook(self._generation.count, with_kwargs=True))
                 intervened = (decode or self.model.generate)(**base, **kwargs)
+                if (
+                    kwargs.get("max_new_tokens") != 1
+                    and self._generation.total == inputs.length
+                    and not intervene_on_prompt
+                ):
+                    self._attached.clear()  # every text has ended with its first token, and no new token was run
             collected = [
                 activation
                 for key in self.sorted_keys

@@ -7,6 +7,7 @@ from .bounds import EachOnce as EachOnce
 from .bounds import Matches as Matches
 from .bounds import OneOrMore as OneOrMore
 from .bounds import check as check
+from .bounds import whole_number as whole_number
 from .cli import config_from as config_from
 from .cli import run as run
 from .cli import write_config as write_config

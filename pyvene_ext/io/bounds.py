@@ -13,6 +13,7 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from operator import ge, gt, le, lt
 from typing import Annotated, Any, TypeVar
 
@@ -46,6 +47,25 @@ class Matches:
 
 EachOnce = Annotated[tuple[T, ...], Distinct()]
 OneOrMore = Annotated[tuple[T, ...], MinLen(1), Distinct()]
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Check an argument that counts something.
+
+    Args:
+        name: the argument's.
+        value: what was given; NumPy's integers count.
+        least: the smallest that is allowed.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: it is not a whole number, or is smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    return int(value)
 
 
 def check(config: Any) -> None:

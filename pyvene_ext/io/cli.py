@@ -33,6 +33,8 @@ from pyvene_ext.io.files import (
 from pyvene_ext.io.packages import MissingExtra
 
 Config = TypeVar("Config")
+UNFINISHED: list[Path] = []
+"""Folders from which the study that is running would resume, if they exist."""
 
 CONFIG_HELP = (
     "--config FILE takes flags from a YAML file, such as the config.yaml of an earlier run; flags given beside it win."
@@ -55,6 +57,7 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
     Returns:
         The exit code: what `study` returns if that is a number, else 0; 2 for an error; 130 for Ctrl-C, as in a shell.
     """
+    UNFINISHED.clear()
     title, _, manual = (inspect.getdoc(inspect.getmodule(study)) or "").partition("\n")
     try:
         flags, default = _from_file(config, list(sys.argv[1:] if args is None else args))
@@ -70,7 +73,9 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        kept = next((folder for folder in UNFINISHED if folder.exists()), None)
+        resumes = "" if kept is None else f"; what is finished is in {kept}, and the same command goes on from there"
+        print(f"interrupted{resumes}", file=sys.stderr)
         return 130
     return outcome if isinstance(outcome, int) else 0
 
@@ -169,9 +174,31 @@ def _parsed(config: type[Config], default: Config | None, args: list[str], descr
         whole = dataclasses.MISSING if required else part()
         parts.append((group, Annotated[part, tyro.conf.OmitArgPrefixes], dataclasses.field(default=whole)))
     parts.sort(key=lambda part: part[2].default is not dataclasses.MISSING)  # as dataclasses want it
+    _suggest_choices(hints, args)
     flags: Any = dataclasses.make_dataclass("flags", parts, frozen=True)
     given = tyro.cli(flags, args=args, description=description, use_underscores=True)
     return config(**{name: value for part, *_ in parts for name, value in vars(getattr(given, part)).items()})
+
+
+def _suggest_choices(hints: Mapping[str, Any], args: Sequence[str]) -> None:
+    """Raise ValueError for a value that is close to one of its flag's choices; tyro lists the choices for the others."""
+    flag = ""
+    for arg in args:
+        name, equals, value = arg.partition("=") if arg.startswith("--") else ("", "=", arg)
+        flag = name.removeprefix("--").replace("-", "_") or flag
+        choices = _choices(hints.get(flag)) if equals else []
+        if choices and value not in choices and (close := difflib.get_close_matches(value, choices, n=1)):
+            raise ValueError(f"--{flag} cannot be {value!r}; did you mean {close[0]!r}?")
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values that a type allows; none if it is not made of `Literal` alone."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return [str(value) for value in args]
+    inner = [arg for arg in (args[:1] if origin is Annotated else args) if arg not in (Ellipsis, types.NoneType)]
+    found = [_choices(arg) for arg in inner]
+    return [value for values in found for value in values] if all(found) else []
 
 
 def _without_none(hint: Any, value: Any) -> dict[str, Any]:

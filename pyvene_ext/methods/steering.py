@@ -73,6 +73,7 @@ def steering_vector(
         ValueError: before the model runs: an unknown method, pairs that are none, a place or prompts that do not fit the model;
             afterwards: activations that do not differ, or whose component does not tell the sets apart.
     """
+    check_tokenized(model, positive, negative)
     if method not in get_args(SteeringMethod):
         raise ValueError(f"unknown method {method!r}; choose {' or '.join(get_args(SteeringMethod))}.")
     if paired is not None and method != "pca":
@@ -81,7 +82,6 @@ def steering_vector(
     where = ActivationPatch(site=site, layer=layer, heads=heads, positions=positions)  # type: ignore[arg-type]
     if where.heads and len(where.heads) > 1:
         raise ValueError(f"{where.where}: every head has a vector of its own; give one head, and add a vector to each.")
-    check_tokenized(model, positive, negative)
     where.check(model)
     for which, prompts in (("positive", positive), ("negative", negative)):
         if not len(prompts):

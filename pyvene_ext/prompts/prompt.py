@@ -7,18 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, StrictStr, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.encoding import RESERVED_POSITIONS, AnswerTexts, render_chat
 
 Text = Literal["clean", "corrupt"]
@@ -44,11 +36,19 @@ def _messages(value: Any) -> Any:
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 
+def _place(value: Any) -> Any:
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    if isinstance(value, str) or (len(numbers) <= 2 and all(type(number) is int for number in numbers)):
+        return value
+    raise ValueError(f"{value!r} should be a substring, [start, end) in characters, or the index of a token.")
+
+
 Answer = Annotated[str | tuple[str, ...], BeforeValidator(_texts)]
+Place = Annotated[str | int | tuple[int, int], BeforeValidator(_place)]
 TextOrMessages = Annotated[str | tuple[dict[str, str], ...], BeforeValidator(_messages)]
 
 
-class Prompt(BaseModel):
+class Prompt(Record):
     """A text, the answers that are compared after it, and its named positions.
 
         Prompt("The capital of France is", "Paris", "Rome")
@@ -83,7 +83,7 @@ class Prompt(BaseModel):
         ValueError: no text, a field of another type, an answer that is both right and wrong, or a position that cannot be found.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
 
     text: TextOrMessages
     answer: Answer | None = None
@@ -91,7 +91,7 @@ class Prompt(BaseModel):
     corrupt: TextOrMessages | None = None
     corrupt_answer: Answer | None = None
     corrupt_wrong: Answer | None = None
-    positions: dict[str, StrictStr | StrictInt | tuple[int, int]] = Field(default_factory=dict)
+    positions: dict[str, Place] = Field(default_factory=dict)
     io_name: StrictStr | None = Field(default=None, min_length=1)
     s_name: StrictStr | None = Field(default=None, min_length=1)
     io_token: StrictStr | None = Field(
@@ -111,12 +111,9 @@ class Prompt(BaseModel):
         **fields: Any,
     ) -> None:
         by_place = (text, answer, wrong, corrupt, corrupt_answer, corrupt_wrong, positions)
-        try:
-            # The first fields of the class are the arguments, in this order.
-            given = zip(type(self).model_fields, by_place, strict=False)
-            super().__init__(**{name: value for name, value in given if value is not None}, **fields)
-        except ValidationError as error:
-            raise ValueError(_first_error(error)) from None
+        # The first fields of the class are the arguments, in this order.
+        given = zip(type(self).model_fields, by_place, strict=False)
+        super().__init__(**{name: value for name, value in given if value is not None}, **fields)
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         """Show what was given."""
@@ -154,13 +151,16 @@ class Prompt(BaseModel):
             if name in RESERVED_POSITIONS or (name in NAME_POSITIONS and (self.io_name or self.s_name)):
                 raise ValueError(f"position {name!r} has a built-in meaning; choose another name.")
         # Messages are checked once they are rendered.
-        for text in ("clean",) * isinstance(self.text, str) + ("corrupt",) * isinstance(self.corrupt, str):
+        given: dict[Text, Any] = {"clean": self.text, "corrupt": self.corrupt}
+        for text in (text for text, string in given.items() if isinstance(string, str)):
             right, wrong = self.answers(text)
             if same := set(right) & set(wrong):
                 raise ValueError(
                     f"{same.pop().strip()!r} is both a right and a wrong answer of the {text} text; use different answers."
                 )
-        for name, at in self.positions.items() if isinstance(self.text, str) else ():
+        for name, at in self.positions.items():
+            if not isinstance(self.text, str):
+                break
             if name not in self.spans("clean"):
                 raise ValueError(f"position {name!r}: {at!r} must occur exactly once in the text {short(self.text)}.")
             if isinstance(at, tuple) and not 0 <= at[0] < at[1] <= len(self.text):
@@ -308,11 +308,3 @@ def as_prompt(item: Any, where: str) -> Prompt:
         return Prompt(item) if isinstance(item, str) else Prompt(**{str(name): value for name, value in item.items()})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"][:2]))
-    if first["type"] == "value_error":
-        return f"{field}: {first['ctx']['error']}" if field else str(first["ctx"]["error"])
-    return f"{field}: {first['msg'][0].lower()}{first['msg'][1:]}."

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, n_positions
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.encoding import (
     RESERVED_POSITIONS,
@@ -115,16 +117,21 @@ class TokenizedPrompts:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def take(self, which: Iterable[int]) -> TokenizedPrompts:
+    def take(self, which: Iterable[int] | int) -> TokenizedPrompts:
         """Select some of the prompts.
 
         Args:
-            which: their indices, in the order wanted.
+            which: their indices, in the order wanted; or one index.
 
         Returns:
             The prompts selected.
+
+        Raises:
+            ValueError: there is no such prompt.
         """
-        which = list(which)
+        which = [index(one) for one in (which if isinstance(which, Iterable) else [which])]
+        if missing := [one for one in which if not -len(self) <= one < len(self)]:
+            raise ValueError(f"there is no prompt {missing[0]} among {counted(len(self), 'prompt')}, numbered from 0.")
         return replace(
             self,
             input_ids=tuple(self.input_ids[i] for i in which),

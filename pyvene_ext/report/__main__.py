@@ -21,7 +21,6 @@ from typing import Annotated
 import tyro
 
 from pyvene_ext.io.cli import run
-from pyvene_ext.report import write_report
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Write the page."""
+    from pyvene_ext.report import write_report  # heavy, and help does without
+
     out = config.out or (config.folders[0] if config.folders else Path()) / "report.html"
     write_report(config.folders, out)
     print(f"written: {out}")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyvene_ext.io.cli import write_config
+from pyvene_ext.io.cli import UNFINISHED, write_config
 from pyvene_ext.io.files import output_path, remove_leftovers, write_csv, write_json, write_npy
 from pyvene_ext.runs.attention import View, write_views
 from pyvene_ext.runs.sweeps import discard
@@ -71,6 +71,7 @@ class RunFolder:
         self.path = output_path(path or getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
         self.of = ", ".join(names)
         self.unfinished = self.path / "unfinished"
+        UNFINISHED.append(self.unfinished)
         self._config, self._config_file, self._summary = config, self.path / config_file, self.path / summary
         self._beside = tuple(beside)
         self._kinds: set[str] = set()

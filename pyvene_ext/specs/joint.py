@@ -65,9 +65,9 @@ def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
             if isinstance(edit, PathPatch):
                 raise ValueError(f"{edit.name} is a path, which is run alone and with pyvene_ext.patch.")
             if not isinstance(edit, SiteEdit):
+                given = " ".join(reprlib.repr(edit).split())
                 raise ValueError(
-                    f"{reprlib.repr(edit)} is not an ablation, activation patch, addition or forced attention, nor a tuple of "
-                    "them."
+                    f"{given} is not an ablation, activation patch, addition or forced attention, nor a tuple of them."
                 )
     return found
 

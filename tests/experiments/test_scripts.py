@@ -67,6 +67,7 @@ print(json.dumps(answers))
 
 def test_help_and_typing_errors_load_nothing_heavy() -> None:
     scripts = [str(path) for path in SCRIPTS if path.stem not in SLOW]
+    scripts += [str(ROOT / "pyvene_ext" / command) for command in ("verify.py", "report/__main__.py")]
     command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(sorted(HEAVY)), json.dumps(scripts)]
     answers = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert answers == [[script, flag, True, []] for script in scripts for flag in ("--help", "--mistyped")]

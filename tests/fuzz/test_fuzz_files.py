@@ -40,7 +40,13 @@ PAIR = {
     "io_token": " Anna",
     "positions": {"verb": "gave", "start": [0, 4]},
 }
-PROMPTS = {"n_examples": 2, "description": "two", "pairs": [PAIR, PAIR | {"clean": "Mark met Anna. Mark gave"}]}
+OWN = {"text": "The capital of France is", "answer": ["Paris", "Lyon"], "wrong": "Rome", "positions": {"x": 1}}
+CHAT = {"text": [{"role": "user", "content": "France?"}], "answer": "Paris", "corrupt_answer": "Rome"}
+PROMPTS = {
+    "n_examples": 4,
+    "description": "two",
+    "pairs": [PAIR, PAIR | {"clean": "Mark met Anna. Mark gave"}, OWN, CHAT],
+}
 PROBLEMS = [
     {"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
     {"question": "1,000 less 1.5?", "answer": "#### 998.5"},

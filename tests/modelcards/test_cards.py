@@ -30,6 +30,7 @@ from transformers import (
 import modelcards
 from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of, n_layers, n_positions
 from pyvene_ext import IntervenableModel, load_model, verify, verify_card
+from pyvene_ext.intervenable import verification
 from pyvene_ext.intervenable.truth import Truth
 from tests.conftest import PLAIN_MODULES
 from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
@@ -315,7 +316,7 @@ def test_verify_forgives_what_rounding_explains_and_nothing_else(monkeypatch: py
     report = verify_card(model, layers=[1], implementations=["sdpa"], padding_sides=["left"], tolerance=1e-9)
     assert not report.failures and sum(row.by_rounding for row in report.rows) > report.checks / 4
     assert "due to rounding" in report.table()
-    monkeypatch.setattr(verify, "SAFETY", 0.0)
+    monkeypatch.setattr(verification, "SAFETY", 0.0)
     assert verify_card(model, layers=[1], implementations=["sdpa"], padding_sides=["left"], tolerance=1e-9).failures
     monkeypatch.undo()
     monkeypatch.setattr(ZeroIntervention, "forward", lambda _, base, *__, **___: 1e-3 * base)
@@ -332,11 +333,11 @@ def test_verify_checks_every_component_before_any_again_and_says_how_far_it_came
     def checked(model: Any, truth: Any, component: str, *others: Any) -> None:
         visited.append((component, others[-1]))
         rows = others[-2]
-        rows[component, "pos"] = verify.Row(component, "pos", checks=1, effect=1.0)
+        rows[component, "pos"] = verification.Row(component, "pos", checks=1, effect=1.0)
 
     clock = itertools.count()
-    monkeypatch.setattr(verify, "_check_component", checked)
-    monkeypatch.setattr(verify.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(verification, "_check_component", checked)
+    monkeypatch.setattr(verification.time, "monotonic", lambda: next(clock))
     components = len(card_of(model).mapping(type(model)))
     report = verify_card(model, seconds=10)
     assert len({component for component, _ in visited}) == len(visited) == 10 - 1

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from modelcards import COMPONENTS, Component, card_of, component_named, dimensions, meant
 from modelcards.names import NNTERP, TRANSFORMER_LENS
 from modelcards.template import PREFIX
+from pyvene_ext import verify_card
 from pyvene_ext.engine.plain import run
 from pyvene_ext.engine.reading import read
 from pyvene_ext.intervenable.model import IntervenableModel
@@ -24,7 +25,6 @@ from pyvene_ext.methods.patching.patch import all_patches
 from pyvene_ext.models.sizes import has_heads
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.graph import Node
-from pyvene_ext.verify import verify_card
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_inputs, random_model
 
@@ -134,7 +134,7 @@ def test_errors_suggest_the_site() -> None:
     with pytest.raises(ValueError, match=r"must end in \.input or \.output; or did you mean the component 'z'\?"):
         represent("blocks.3.attn.hook_z")
     with pytest.raises(
-        ValueError, match=r"unknown component 'hook_pattern' \(no card has it; did you mean 'pattern'\?\)"
+        ValueError, match=r"unknown component 'hook_pattern' \(no card has it\); did you mean 'pattern'\?"
     ):
         represent("hook_pattern")
     # Of this very model, whose attention is followed by a norm.

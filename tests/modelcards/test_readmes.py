@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyvene_ext
 from modelcards import CARDS, COMPONENTS, Card, n_layers
-from pyvene_ext.verify import OPERATIONS, Report, verify_card
+from pyvene_ext.intervenable.verification import OPERATIONS, Report, verify_card
 from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from pyvene_ext.engine.sweep.layout import (
     shared_columns,
     wave_groups,
 )
+from pyvene_ext.io.errors import counted
 from pyvene_ext.models.devices import input_device, weights_on_a_device
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
@@ -70,15 +72,15 @@ def default_budget(model: PreTrainedModel, memory: int | None, columns: int = 1)
     Raises:
         ValueError: `memory` is not a positive whole number.
     """
-    if memory is not None and (type(memory) is not int or memory <= 0):
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Integral) or memory <= 0):
         raise ValueError(f"memory must be a whole number of bytes above 0, not {memory!r}.")
     if memory is None:
         reading = 2 * METRIC_COPIES * ActivationSizes(model).logits(columns)
         memory = max(256 * MIB, weights_on_a_device(model) // 2, reading)
     if input_device(model).type != "cpu":
-        return Budget(memory, 65536)
+        return Budget(int(memory), 65536)
     # In a small model the overhead of calls dominates: more tokens in each, as long as the MLP's activations stay in cache.
-    return Budget(memory, max(2048, 2 * MIB // (dimensions(model.config)["d_mlp"] * model.dtype.itemsize)))
+    return Budget(int(memory), max(2048, 2 * MIB // (dimensions(model.config)["d_mlp"] * model.dtype.itemsize)))
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Plan:
         """Describe the plan in a few lines."""
         share = self.token_layers / self.plain_token_layers
         return (
-            f"{len(self.edits)} interventions x {len(self.subset)} prompts in {len(self.waves)} batches\n"
+            f"{counted(len(self.edits), 'intervention')} x {counted(len(self.subset), 'prompt')} in "
+            f"{counted(len(self.waves), 'batch')}\n"
             f"arithmetic: {self.token_layers:.3g} token-layers, {share:.1%} of one forward pass an intervention and prompt\n"
             f"memory: up to {self.budget.memory / MIB:.0f} MiB besides the weights"
         )

@@ -26,6 +26,7 @@ from pyvene_ext.engine.sweep.plan import (
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import note, progress_bar
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
     all_gather,
@@ -136,7 +137,7 @@ def sweep(
             Batches stay those of the first call, so that the result is the same to the last bit.
         subset: indices of the prompts to run, the columns of the result. Reference set and donors remain those of all prompts.
         compile: let torch.compile fuse the MLPs, for a model on one device. It takes a minute, so only long sweeps gain.
-        progress: show the plan, a bar, and where the results are.
+        progress: show the plan and a bar.
 
     Returns:
         The metric by intervention and prompt, with and without the intervention.
@@ -215,8 +216,8 @@ def sweep_resolved(
         if kept is not None and group.is_main_process:
             kept.complete(result)
         took = time.monotonic() - started
-        where = "" if store is None else f"; kept in {store}"
-        note(f"{len(specs)} interventions x {len(which)} prompts in {took:.1f} s{where}", shown=progress)
+        size = f"{counted(len(specs), 'intervention')} x {counted(len(which), 'prompt')}"
+        note(f"{size} in {took:.1f} s", shown=progress)
     return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs)
 
 

@@ -42,6 +42,7 @@ from transformers import PreTrainedModel
 from modelcards import Taps, head_shares, n_heads
 from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
 from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.edges import check_pairs
 from pyvene_ext.methods.attribution.faithfulness import CircuitRuns, Curve
@@ -217,8 +218,7 @@ def random_circuits(
     """
     if within not in ("layers", "anywhere"):
         raise ValueError(f"within must be 'layers' or 'anywhere', not {within!r}.")
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-        raise ValueError(f"count must be a whole number of 1 or more, not {count!r}.")
+    count = whole_number("count", count, 1)
     if isinstance(scores, Circuit):
         if n != len(scores):
             raise ValueError(f"the circuit has {len(scores)} edges, so that random ones have as many, not {n!r}.")
@@ -504,7 +504,7 @@ def faithfulness_curve(
     Raises:
         ValueError: for what `top_edges` and `run_circuits` refuse, for no size, and for a size given twice.
     """
-    config = model.config
+    config, random = model.config, whole_number("random", random, 0)
     there = exists(config)
     if sizes is None:
         sizes = [*(2**power for power in range(int(there.sum() - 1).bit_length())), int(there.sum())]

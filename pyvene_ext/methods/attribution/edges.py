@@ -27,6 +27,7 @@ from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layer
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table
 from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_differentiable, metric_total
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
@@ -396,8 +397,7 @@ def check_edges(
     """
     if method not in get_args(EdgeMethod):
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of 1 or more, not {steps!r}.")
+    whole_number("steps", steps, 1)
     check_pairs(model, base, source)
     check_differentiable(check_metric(model, base, metric), model.dtype, first_order=method == "eap" or steps == 1)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,12 +131,13 @@ def logit_lens(
         ValueError: before the model runs, for prompts, answers or a position that do not fit; and for logits that are not finite.
     """
     _check(model, prompts, batch_size)
-    if positions == "all" or not isinstance(positions, str | int):
+    if positions == "all" or not isinstance(positions, str | Integral):
         raise ValueError(
             f"the lens reads one position of every prompt, not {positions!r}; give a name or an integer, and call it again for "
             "another."
         )
-    at = [token_indices(prompts, prompt, positions)[0] for prompt in range(len(prompts))]
+    where = positions if isinstance(positions, str) else int(positions)
+    at = [token_indices(prompts, prompt, where)[0] for prompt in range(len(prompts))]
     replay, depth = Replay(model), n_layers(model.config)
     places = [("block_input", 0), *(("block_output", layer) for layer in range(depth))]
     logits = np.empty((depth + 1, 2, len(prompts)), np.float32)
@@ -151,7 +153,7 @@ def logit_lens(
                 rank[k, batch.index] = metrics.rank(all_logits, batch).cpu().numpy()
                 logits[k][:, batch.index] = all_logits.gather(1, ids).T.float().cpu().numpy()
             bar.update(len(batch.index))
-    return Lens(logits, probability, rank, positions)
+    return Lens(logits, probability, rank, where)
 
 
 # -- direct logit attribution ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.joint import Spec, members, needs
@@ -58,8 +59,7 @@ def concept_directions(
     Raises:
         ValueError: the rank is negative, the pairs do not correspond, or (by default) a place has no direction.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-        raise ValueError(f"rank must be a whole number of 0 or more, not {rank!r}.")
+    rank = whole_number("rank", rank, 0)
     if len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base and {len(source)} source prompts; give each base prompt its source."

@@ -320,7 +320,7 @@ def test_patterns_z_head_norms_and_who_looks_at_a_token_take_ten_lines() -> None
     # -- the ten lines
     model, tokenizer = px.load_model("tiny-gemma2")
     text = "When Lisa and David went to the store, David gave the book to"
-    prompt = px.PromptSet((px.Prompt(text=text),)).tokenize(tokenizer)
+    prompt = px.PromptSet([text]).tokenize(tokenizer)
     acts = px.read(model, prompt, ["pattern", "z", "result"], progress=False)
     patterns, z = acts.stack("pattern")[:, 0], acts.stack("z")[:, 0]  # layer head query key, layer pos head d_head
     norms = acts.stack("result")[:, 0, -1].norm(dim=-1)  # layer head

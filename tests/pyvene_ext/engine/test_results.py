@@ -11,7 +11,6 @@ import pytest
 import pyvene_ext as px
 from pyvene_ext import Ablation, ActivationPatch, Addition, ForcedAttention, PathPatch, Result
 from pyvene_ext.engine.results import Place, finite_mean
-from pyvene_ext.specs.joint import spec_name
 from pyvene_ext.stats.intervals import student_interval
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
@@ -62,13 +61,6 @@ def test_a_result_from_a_store_knows_its_places(tmp_path: object) -> None:
     for _ in range(2):  # the second time from the store
         result = px.sweep(model, [ZERO], prompts, store=f"{tmp_path}/store", progress=False)
         assert list(result.to_frame()["head"]) == [3, 3]
-
-
-def test_groups_of_a_table_keep_the_order_of_the_interventions() -> None:
-    specs = [Ablation(kind="zero", site="z", layer=layer, heads=(0,)) for layer in (2, 10, 1)]
-    values = np.arange(6, dtype=np.float32).reshape(3, 2)
-    result = Result(tuple(map(spec_name, specs)), "logit", values[0], values, specs=tuple(specs))
-    assert list(result.to_frame().groupby("intervention")["delta"].mean().index) == ["z.2.0", "z.10.0", "z.1.0"]
 
 
 def test_a_repr_has_the_strongest_interventions_with_student_intervals() -> None:

@@ -176,7 +176,10 @@ def test_an_answer_that_no_token_can_be_is_refused_by_name(prompt: Prompt, optio
         ({"clen": FRANCE}, "unknown field 'clen'; did you mean 'clean'"),
         ({"text": FRANCE, "positions": {"all": 3}}, "position 'all' has a built-in meaning"),
         ({"text": FRANCE, "positions": {"x": "Spain"}}, "position 'x': 'Spain' must occur exactly once in the text"),
-        ({"text": FRANCE, "positions": {"x": True}}, r"positions\.x: "),
+        (
+            {"text": FRANCE, "positions": {"x": True}},
+            r"positions\.x: True should be a substring, \[start, end\) in characters, or the index of a token",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_prompt_is_said_in_one_sentence(fields: dict, message: str) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from pydantic import ValidationError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pyvene_ext.prompts.sets import Prompt, PromptSet
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
@@ -121,7 +120,7 @@ def broken(**changes: object) -> str:
         ),
         ("a.json", broken(corrupt_answer="Mark"), "'Mark' is both a right and a wrong answer of the corrupt text"),
         ("a.json", broken(io_name="Mark"), "pair 1: io_name and s_name are both 'Mark'"),
-        ("a.json", broken(io_name=""), "pair 1: io_name: string should have at least 1 character"),
+        ("a.json", broken(io_name=""), "pair 1: io_name: String should have at least 1 character"),
         ("a.json", broken(io_name="Ann"), "pair 1: io_token ' Lisa' must end with io_name 'Ann'"),
         ("a.json", broken(positions={"end": "gave"}), "position 'end' has a built-in meaning"),
         ("a.json", broken(positions={"x": "the"}), "position 'x': 'the' must occur exactly once"),
@@ -172,8 +171,9 @@ def test_other_bad_sources_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_prompts_are_immutable() -> None:
-    with pytest.raises(ValidationError):
-        Prompt(**PAIR).clean = "x"
+    with pytest.raises(ValueError, match="text cannot be changed") as error:
+        Prompt(**PAIR).text = "x"
+    one_line(error)
 
 
 # --- names and places -----------------------------------------------------------------------------------------------------
@@ -331,8 +331,11 @@ def test_the_pad_id_is_the_end_token_where_there_is_no_padding_token() -> None:
     assert prompt_set(PAIR).tokenize(without).pad_id == without.eos_token_id
 
 
-class Slow:
+class Slow(PreTrainedTokenizerBase):
     is_fast = False
+
+    def __init__(self) -> None:
+        pass
 
 
 TOKENIZERS = {
@@ -342,6 +345,7 @@ TOKENIZERS = {
     "bytes": lambda: bpe_tokenizer(CHINESE_TEXTS, 260),
     "pairs": lambda: bpe_tokenizer(["ab", "ac"] * 5, 262),
     "slow": Slow,
+    "none": lambda: None,
 }
 
 
@@ -367,6 +371,7 @@ TOKENIZERS = {
         ({}, "words", {"answers": "last_token"}, "answers must be 'first_token' or 'first_difference'"),
         ({}, "words", {"text": "both"}, "text must be 'clean' or 'corrupt'"),
         ({}, "slow", {}, "Slow is a slow tokenizer"),
+        ({}, "none", {}, "expected a tokenizer, not NoneType"),
     ],
 )
 def test_a_prompt_that_cannot_be_tokenised_is_refused_in_one_sentence(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from pyvene_ext.io import cli
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import FILE, View
 from pyvene_ext.runs.folder import RunFolder
@@ -41,6 +42,21 @@ def test_a_folder_is_named_by_what_is_run_unless_a_flag_names_it(here: Path) -> 
         ValueError, match=r"^--out taken/x cannot be written: .*taken is not a folder one may write in.$"
     ):
         RunFolder(Config(out=Path("taken/x")), "lens", "a")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_ctrl_c_says_where_what_is_finished_lies(begun: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def study(config: Config) -> None:
+        folder = RunFolder(config, "lens", "a")
+        if begun:
+            folder.unfinished.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    assert cli.run(study, Config, []) == 130
+    where = (
+        "; what is finished is in outputs/lens/a/unfinished, and the same command goes on from there" if begun else ""
+    )
+    assert capsys.readouterr().err == f"interrupted{where}\n"
 
 
 def test_everything_is_written_and_the_summary_comes_last(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

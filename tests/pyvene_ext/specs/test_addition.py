@@ -214,12 +214,22 @@ def test_an_addition_that_does_not_fit_is_refused_in_a_sentence(fields: dict[str
         run(model_of("llama3_1"), Addition(**wanted), PROMPTS, progress=False)
 
 
+@pytest.mark.parametrize("scope", ["prompt", "new", "both"])
+def test_texts_that_end_with_their_first_token_are_empty(scope: str) -> None:
+    model = random_model("llama3_1")
+    spec = Addition(site="mlp_out", layer=1, vector=vector(42, 0), scale=1e-3)
+    model.generation_config.eos_token_id = [tokens[0] for tokens in generate(model, None, PROMPTS, max_new_tokens=2)]
+    assert generate(model, spec, PROMPTS, scope=scope, batch_size=1) == [[], []]  # type: ignore[arg-type]
+
+
 def test_generation_refuses_what_has_no_meaning_at_new_tokens() -> None:
     model = model_of("llama3_1")
     with pytest.raises(ValueError, match="this intervention is not defined at generated tokens"):
         generate(model, Ablation(kind="noise", site="mlp_out", layer=0), PROMPTS)
     with pytest.raises(ValueError, match="unknown scope 'all'"):
         generate(model, None, PROMPTS, scope="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the only new token depends on edits of the prompt alone"):
+        generate(model, Ablation(kind="zero", site="mlp_out", layer=0), PROMPTS, scope="new", max_new_tokens=1)
     with pytest.raises(ValueError, match="max_new_tokens must be 1 or more, not 0"):
         generate(model, Ablation(kind="zero", site="mlp_out", layer=0), PROMPTS, max_new_tokens=0)
     with pytest.raises(ValueError, match="prompts must be tokenised, not a NoneType"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -450,10 +451,16 @@ def test_no_logits_but_those_of_the_answers_are_made():
     assert made and all(shape[1:] == (1, 2) for shape in made)
 
 
-def test_the_plan_says_how_much_there_is_to_do():
+def test_the_plan_says_how_much_there_is_to_do(tmp_path, capsys):
     model = _model("qwen2_5")
     text = plan_sweep(model, all_heads(model.config), PROMPTS).summary()
     assert "18 interventions x 6 prompts" in text and "token-layers" in text and "memory: up to 256 MiB" in text
+    sweep(model, all_heads(model.config)[0], PROMPTS.take([0]), store=tmp_path / "unfinished")
+    said = capsys.readouterr().err
+    assert "1 intervention x 1 prompt in 1 batch\n" in said and re.search(
+        r"^1 intervention x 1 prompt in \d+\.\d s$", said, re.M
+    )
+    assert "unfinished" not in said  # a study removes the folder afterwards
 
 
 def test_a_trained_model_gives_the_same_too():

@@ -504,6 +504,31 @@ def test_a_curve_has_the_faithfulness_of_each_top_circuit_and_of_what_it_leaves_
     assert curve.values[0] == pytest.approx(0, abs=1e-5) and rest.values[0] == pytest.approx(1)
 
 
+def test_a_curve_with_random_circuits_has_those_of_each_size() -> None:
+    model = random_model("llama3_1")
+    config, scores = model.config, np.random.default_rng(3).normal(size=exists(model.config).shape)
+    found = curve_of(model, scores, BASE, SOURCE, [60, 90], random=2, seed=5)
+    alone = curve_of(model, scores, BASE, SOURCE, [60, 90])
+    np.testing.assert_allclose(found.values, alone.values, rtol=1e-6)
+    for at, n in enumerate((60, 90)):
+        drawn = random_circuits(scores, n, config, 2, seed=5)
+        one_by_one = [faithfulness(model, circuit, BASE, SOURCE, progress=False) for circuit in drawn]
+        np.testing.assert_allclose(found.random_values[at], one_by_one, rtol=1e-5)
+    assert alone.random_values.shape == (2, 0) and "random" not in repr(alone)
+
+
+def test_random_circuits_of_a_circuit_are_those_of_scores_that_choose_it() -> None:
+    config = random_model("llama3_1").config
+    scores = np.random.default_rng(3).normal(size=exists(config).shape)
+    chosen = top_edges(scores, 60, config)
+    found = random_circuits(chosen, len(chosen), config, 3)
+    assert found == random_circuits(chosen.matrix(config).astype(float), len(chosen), config, 3)
+    with pytest.raises(
+        ValueError, match=f"the circuit has {len(chosen)} edges, so that random ones have as many, not 7"
+    ):
+        random_circuits(chosen, 7, config, 3)
+
+
 def test_the_interval_of_faithfulness_is_that_of_prompts_drawn_again() -> None:
     draw = np.random.default_rng(0)
     clean, source = draw.normal(5, 1, 40).astype(np.float32), draw.normal(0, 1, 40).astype(np.float32)

@@ -635,6 +635,33 @@ def test_a_frame_of_patches_has_source_and_score() -> None:
         np.testing.assert_array_equal(found[1:].astype(float), row[1:])
 
 
+@pytest.mark.parametrize("engine", ["plain", "sweep"])
+def test_a_pair_of_equal_texts_has_no_effect_and_is_reported(engine: str) -> None:
+    source = replace(SOURCE, input_ids=(*SOURCE.input_ids[:2], BASE.input_ids[2], *SOURCE.input_ids[3:]))
+    specs = [ActivationPatch(site="resid_pre", layer=1), PathPatch(sender="z.0.1", receivers=("logits",))]
+    result = _patch("llama3_1", specs, source=source, engine=engine)
+    assert result.identical == (2,) and "1 pair of two equal texts, without effect and score: 2" in repr(result)
+    np.testing.assert_allclose(result.delta[:, 2], 0, atol=1e-5)
+    assert np.isnan(result.score[:, 2]).all() and np.isfinite(np.delete(result.score, 2, 1)).all()
+    assert np.isfinite(result.mean_score).all()
+    whole = _patch("llama3_1", specs)
+    assert not whole.identical and "equal texts" not in repr(whole)
+
+
+def test_a_repr_of_patches_has_scores_with_the_interval_of_a_ratio_and_of_kl_the_effect() -> None:
+    draw = np.random.default_rng(0)
+    clean, source = draw.normal(0, 0.5, 40).astype(np.float32), draw.normal(5, 0.5, 40).astype(np.float32)
+    after = (clean + np.array([[0.2], [0.7]]) * (source - clean) + draw.normal(0, 1, (2, 40))).astype(np.float32)
+    result = Patched(("weak", "strong"), "logit_diff", clean, after, source)
+    mean, low, high = result.effect_interval([1])
+    again = draw.integers(40, size=(4000, 40))
+    ratios = [(after[1, i] - clean[i]).mean() / (source[i] - clean[i]).mean() for i in again]
+    np.testing.assert_allclose([low[0], high[0]], np.quantile(ratios, (0.025, 0.975)), atol=0.02)
+    assert repr(result).splitlines()[2].split() == ["strong", f"{mean[0]:.3g}", f"[{low[0]:.3g},", f"{high[0]:.3g}]"]
+    without = replace(result, source=np.full_like(source, np.nan))
+    assert "mean delta" in repr(without) and "source -" in repr(without)
+
+
 def test_a_mean_score_is_a_ratio_of_means_and_no_mean_of_ratios() -> None:
     clean, source, after = (np.array(x, np.float32) for x in ([1, 2], [3, 2.5], [[2, 2.5], [1, 2]]))
     result = Patched(("a", "b"), "logit_diff", clean, after, source)
@@ -1102,6 +1129,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         lambda: A(**HEAD),
         {"source": random_prompts(LENGTHS, seed=5)},
         r"base and source of pair 0 have other answers, right \(\(\d+,\),\) and \(\(\d+,\),\), wrong .*; compare the same",
+    ),
+    "the same texts": (
+        lambda: A(**HEAD),
+        {"source": BASE},
+        "base and source are the same texts, so that no patch changes",
     ),
     "position": (lambda: A(**HEAD, positions="s3"), {}, "no position 's3'; choose among end, last, s1, s2"),
     "position of the base": (lambda: A(**HEAD, positions="s1"), {"base": _without_names(BASE)}, "no position 's1'"),

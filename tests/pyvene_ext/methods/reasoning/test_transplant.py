@@ -24,6 +24,7 @@ from pyvene_ext.methods.reasoning.transplant import (
     transplanted,
 )
 from pyvene_ext.models.latent_steps import Format, attach, projection
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from tests.ground_truth import transplant as slow
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
 from tests.random_prompts import random_prompts
@@ -323,7 +324,7 @@ def test_maps_are_the_textbooks_and_tested_on_texts_they_have_not_seen(
 ) -> None:
     host, donor = random_model(family), random_model(donor_family, seed=1)
     rows = shared_beginnings()
-    prompts = module._as_prompts(rows)
+    prompts = TokenizedPrompts(tuple(rows))
     kwargs: dict[str, Any] = {"alpha": 0.03} if method == "ridge" else {}
     found = fit_maps(host, donor, Paired(prompts, prompts), [(1, 2), (0, 0)], method=method, batch_size=7, **kwargs)
     assert list(found) == [(1, 2), (0, 0)]
@@ -392,8 +393,8 @@ def test_a_token_that_only_one_tokenizer_puts_in_front_has_no_partner() -> None:
     rows = random_prompts((11,) * 12).input_ids
     longer = tuple((1, *row) for row in rows)
     for paired in (
-        Paired(module._as_prompts(rows), module._as_prompts(longer)),
-        Paired(module._as_prompts(longer), module._as_prompts(rows)),
+        Paired(TokenizedPrompts(rows), TokenizedPrompts(longer)),
+        Paired(TokenizedPrompts(longer), TokenizedPrompts(rows)),
     ):
         maps = fit_maps(host, donor, paired, [(0, 0)], alpha=1.0)[0, 0]
         train, test = slow.split(rows, 3)
