@@ -18,7 +18,7 @@ DEMO := outputs/demo
 ABLATION := --kind mean --mean per_position --positions last --tau 1
 
 # The markers of pyproject.toml that `make test` leaves out.
-REST := families or matrix or fuzz or kills or processes or packaging or docs or slow
+REST := families or matrix or fuzz or kills or processes or packaging or real or docs or slow
 # Tests that stand together share models, so that a worker takes neighbours.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 

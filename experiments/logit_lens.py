@@ -96,8 +96,8 @@ def main(config: Config) -> None:
         run.table("depths", depths)
         run.table("heads", heads)
         run.table("parts", part_table(found.logit_diff, config.seed))
-        for measure, array in vars(lens).items():
-            run.array(f"lens_{measure}", array)
+        for measure in ("logits", "probability", "rank"):
+            run.array(f"lens_{measure}", getattr(lens, measure))
         for name, parts in (("logit_diff", found.logit_diff), ("logit", found.logit), ("control", control.logit_diff)):
             for part, array in vars(parts).items():
                 run.array(f"{name}_{part}", array)

@@ -38,6 +38,7 @@ class Card:
         fused: where one projection makes queries, keys and values, takes its output apart: given that and the model's dimensions,
             returns the three as views `batch pos head d_head`.
         sums_inside: whether the attention module returns the residual stream with what it adds, not that alone.
+        counts_padding: whether positions are learned and count the padding on the left unless position ids are given.
         absent: why the family lacks components that others have, by name; ends a sentence that begins with the family.
         covers: whether the card holds for a model with this config; None if it holds for all.
         covered: the same in words, for the error.
@@ -54,6 +55,7 @@ class Card:
     residual_multiplier: Callable[[Any], float] | None = None
     fused: Callable[[Tensor, dict[str, int]], tuple[Tensor, ...]] | None = None
     sums_inside: bool = False
+    counts_padding: bool = False
     absent: AnyMapping[str, str] = field(default_factory=dict)
     covers: Callable[[Any], bool] | None = None
     covered: str = ""

@@ -17,6 +17,7 @@ BEYOND = set(MORE_FAMILIES) - set(CORE_FAMILIES)
 # Tests that are known by their place.
 PLACES = {
     "fuzz": "fuzz",
+    "real": "real",
     "experiments/test_every_family.py": "matrix",
     "pyvene_ext/engine/sweep/test_processes.py": "processes",
     "modelcards/test_export.py": "packaging",

@@ -116,7 +116,7 @@ def check_mlps(names: dict[str, Any]) -> None:
             for ids in prompts.input_ids:
                 last_logits(model, ids)
         mean = torch.cat(outputs).double().mean(0).float()
-        for prompt in (0, 7, 19):
+        for prompt in (0, len(prompts) - 1):
             ids, (right,) = prompts.input_ids[prompt], prompts.answers[prompt].right
 
             def replace(x: Tensor, n: int = len(ids), mean: Tensor = mean) -> None:
@@ -184,7 +184,7 @@ def check_reading(names: dict[str, Any]) -> None:
 def check_own_metric(names: dict[str, Any]) -> None:
     model, width, prompts = names["model"], head_width(names["model"]), names["twenty"]
     for layer, head in ((0, 3), (names["layers"] - 1, 1)):
-        for prompt in (0, 11):
+        for prompt in (0, len(prompts) - 1):
 
             def zero(x: Tensor, head: int = head) -> None:
                 x[..., head * width : (head + 1) * width] = 0

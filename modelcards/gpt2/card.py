@@ -16,4 +16,5 @@ card = Card.of(
     overlay(
         *ROTATED, blocks="h", attention="attn", attention_weight=("h[%s].attn.tap_pattern", CONST_OUTPUT_HOOK, BY_HEAD)
     ),
+    counts_padding=True,
 )

@@ -145,7 +145,7 @@ def resolve(
 
     Raises:
         ValueError: for anything that would go wrong in a run: a spec that does not fit the model, the prompts or the reference
-            set, pairs that do not correspond, statistics of other weights, or statistics that lack something.
+            set, pairs that do not correspond, statistics of another model, or statistics that lack something.
     """
     if not isinstance(reference, Reference | None):
         raise ValueError(

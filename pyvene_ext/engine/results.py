@@ -262,10 +262,10 @@ class Result(Shown):
 
         Returns:
             A table with the columns intervention (its name), site, layer, head, position (the positions that are edited), prompt
-            (its number, from 0), token (its number, for a token metric), baseline, intervened and delta. Where an intervention
-            has several sites, layers, heads or choices of positions, that column has a missing value; so have layer and head
-            where a site has none. A path has its sender's place, and its receivers in one more column. Tokens without a value,
-            such as those after a prompt's end, have no row.
+            (its number in the result, from 0), token (its number, for a token metric), baseline, intervened and delta. Where an
+            intervention has several sites, layers, heads or choices of positions, that column has a missing value; so have layer
+            and head where a site has none. A path has its sender's place, and its receivers in one more column. Tokens without a
+            value, such as those after a prompt's end, have no row.
         """
         import pandas as pd  # takes a second to import, and most runs need no table
 
@@ -301,11 +301,11 @@ class Result(Shown):
 
 def finite_mean(values: Float[np.ndarray, "*any"], axis: int | None = None) -> Any:
     """The mean of the values that are finite, along an axis or of all; NaN where none is."""
-    mean = values.mean(axis, dtype=np.float64)
-    if np.isfinite(mean).all():  # the usual case, ten times as fast
-        return mean
-    finite = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):
+        mean = values.mean(axis, dtype=np.float64)
+        if np.isfinite(mean).all():  # the usual case, ten times as fast
+            return mean
+        finite = np.isfinite(values)
         return np.where(finite, values, 0).sum(axis, dtype=np.float64) / finite.sum(axis)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modelcards import COMPONENTS, dimensions, n_positions
+from modelcards import COMPONENTS, Card, dimensions, n_positions
 from pyvene_ext.io.errors import counted
 
 Locations = list[Any]  # per key: [batch n] for one-level units, [[batch n_head], [batch n_pos]] for h.pos
@@ -88,6 +88,26 @@ class Inputs:
                 )
             rows = mask[:, mask.shape[1] - length :].bool().int().tolist()
         return cls(name, batch, length, past, rows)
+
+
+def with_position_ids(inputs: Any, card: Card) -> Any:
+    """Add position ids to a batch whose padding the model would count, as transformers' `generate` does.
+
+    Args:
+        inputs: keyword arguments of the model's forward.
+        card: the card of its family.
+
+    Returns:
+        The inputs, with positions counted from each example's first real token if the family needs them and they are not given.
+    """
+    if not card.counts_padding or not isinstance(inputs, Mapping) or inputs.get("position_ids") is not None:
+        return inputs
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask[:, 0].all():
+        return inputs
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # of cached tokens too
+    return {**inputs, "position_ids": positions[:, -tokens.shape[1] :]}
 
 
 def check_tokens(inputs: Mapping[str, Any], name: str, model: Any) -> None:

@@ -7,14 +7,14 @@ Differences from `pyvene.IntervenableModel`:
 * Edits are made on a copy and returned, so that they never reach the caller's tensors, other outputs or autograd's saved values.
 * Only its own hooks are removed. Construction and every call, even one that raises, leave the model as it was: hooks, train mode,
   grad flags, config, attention implementation.
-* Negative positions count back from each example's last real token (attention mask), under either padding side.
+* Negative positions count back from each example's last real token (attention mask), under either padding side. Where a model
+  would count padding (GPT-2's learned positions), position ids that are not given follow from the mask, as in `generate`.
 * `generate` intervenes on the prompt, on new tokens or on both, by position, the same with and without a cache.
 * Trainable interventions get the component's exact width, whatever the head size.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from typing import Any
 
 import pyvene
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
@@ -48,7 +48,9 @@ from pyvene_ext.intervenable.locations import (
     edited_shape,
     everywhere,
     resolve_locations,
+    with_position_ids,
 )
+from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
 from pyvene_ext.io.errors import counted
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
@@ -85,7 +87,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))
-        self._taps = taps
+        self._card, self._taps = card, taps
         self._handles: list[Any] = []
         self._attached: set[tuple[str, str]] = set()
         self._fired: set[tuple[str, str]] = set()
@@ -138,6 +140,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         self._check_inputs(base, sources, output_original_output, labels)
         check_subspaces(subspaces, self.interventions, self.representations, inputs.batch)
         self._check_source_representations(source_representations, locations, inputs)
+        base = with_position_ids(base, self._card)
         # Run here and not by pyvene, so that the original is the user's own model, without taps.
         original = self.model(**base) if output_original_output else None
         with self._running():
@@ -341,7 +344,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                     )
         if given and any(source is not None for source in sources):
             raise ValueError("give sources or source_representations, not both: pyvene would ignore the sources.")
-        return sources
+        return [with_position_ids(source, self._card) for source in sources]
 
     def _check_source_representations(
         self, representations: Any, locations: Mapping[str, Any] | None = None, inputs: Inputs | None = None
@@ -589,6 +592,33 @@ class IntervenableModel(pyvene.IntervenableModel):
             named += [(f"model.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
         return named
 
+    def save(
+        self,
+        save_directory: str,
+        save_to_hf_hub: bool = False,
+        hf_repo_name: str = "my-awesome-model",
+        include_model: bool = False,
+    ) -> None:
+        """Save the interventions, so that `load` gives the same ones; arguments are pyvene's.
+
+        Args:
+            save_directory: the folder.
+            save_to_hf_hub: also upload the folder.
+            hf_repo_name: the repository on the hub, created if it does not exist.
+            include_model: also save the model's own parameters that require a gradient.
+
+        Raises:
+            ValueError: before anything is written: an intervention is a function, of a class from elsewhere, or one that could
+                not be built again.
+        """
+        save_interventions(save_directory, self.interventions, self.representations, self.mode)
+        if include_model:
+            trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            torch.save(trained, Path(save_directory) / "pytorch_model.bin")
+        if save_to_hf_hub:
+            create_repo(hf_repo_name, exist_ok=True)
+            upload_folder(repo_id=hf_repo_name, folder_path=save_directory)
+
     @staticmethod
     def load(
         load_directory: str,
@@ -612,27 +642,14 @@ class IntervenableModel(pyvene.IntervenableModel):
             The intervenable model.
 
         Raises:
-            ValueError: an intervention class from elsewhere.
+            ValueError: an intervention class from elsewhere, or a folder that holds no interventions.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
             load_directory = snapshot_download(load_directory, local_dir=local_directory)
         if not (Path(load_directory) / "config.json").is_file():
             raise ValueError(f"{load_directory} holds no intervenable model; give the folder that save has written.")
-        saved = IntervenableConfig.from_pretrained(load_directory)
-        kinds = [_intervention_class(name) for name in saved.intervention_types]
-        representations = [RepresentationConfig(*item) for item in saved.representations]
-        config = IntervenableConfig(representations=representations, intervention_types=kinds, mode=saved.mode)
-        loaded = IntervenableModel(config, model)
-        constant = saved.intervention_constant_sources
-        for (key, intervention), is_constant in zip(loaded.interventions.items(), constant, strict=True):
-            intervention.is_source_constant = is_constant
-            weights = Path(load_directory) / f"intkey_{key}.bin"
-            if not weights.exists():
-                continue
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            if "source_representation" in state:
-                intervention.set_source_representation(state.pop("source_representation"))
-            intervention.load_state_dict(state, strict=False)
+        config = load_interventions(load_directory)
+        loaded = _load_pyvenes(load_directory, model) if config is None else IntervenableModel(config, model)
         if include_model:
             weights = Path(load_directory) / "pytorch_model.bin"
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
@@ -653,20 +670,27 @@ class IntervenableModel(pyvene.IntervenableModel):
         )
 
 
-def _intervention_class(name: str) -> type:
-    """Import the class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
-    module, _, cls = name.removeprefix("<class '").removesuffix("'>").rpartition(".")
-    try:
-        found = (
-            getattr(importlib.import_module(module), cls) if module.split(".")[0] in ("pyvene", "pyvene_ext") else None
-        )
-    except (ImportError, AttributeError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, pyvene.Intervention)):
-        raise ValueError(
-            f"{name} is not an intervention of pyvene or pyvene_ext: rebuild this model from its config in code."
-        )
-    return found
+def _load_pyvenes(folder: str | Path, model: nn.Module) -> IntervenableModel:
+    """Load what pyvene's own `save` has written."""
+    saved = IntervenableConfig.from_pretrained(folder)
+    kinds = [intervention_class(name) for name in saved.intervention_types]
+    representations = [RepresentationConfig(*item) for item in saved.representations]
+    config = IntervenableConfig(representations=representations, intervention_types=kinds, mode=saved.mode)
+    loaded = IntervenableModel(config, model)
+    facts = zip(saved.intervention_constant_sources, saved.intervention_dimensions, strict=True)
+    for (key, intervention), (is_constant, dimension) in zip(loaded.interventions.items(), facts, strict=True):
+        intervention.is_source_constant = is_constant
+        if dimension is not None:
+            intervention.set_interchange_dim(dimension)
+        weights = Path(folder) / f"intkey_{key}.bin"
+        if not weights.exists():
+            continue
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if "source_representation" in state:
+            vars(intervention).pop("source_representation", None)  # None, in whose place pyvene registers no buffer
+            intervention.set_source_representation(state.pop("source_representation"))
+        intervention.load_state_dict(state, strict=False)
+    return loaded
 
 
 def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -28,7 +28,7 @@ from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import atomic_path
 from pyvene_ext.io.hashes import data_hash, tensors_hash
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.identity import config_hash, weight_hash
+from pyvene_ext.models.identity import fingerprint, identity_of
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.positions import Positions, token_indices
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, check_tokenized
@@ -74,7 +74,7 @@ class Reference:
         places: the (site, layer) pairs covered, sites named as in `pyvene_ext.specs`.
         position_means: the positions with a mean over prompts; "all" for every token of prompts of equal length.
         bank: the positions whose activations are kept prompt by prompt, in the model's dtype, to resample from.
-        weights: hash of the model's weights.
+        model: the model's `identity_of`.
         tensors: the statistics, by "mean/z.3", "std/z.3", "at/z.3/2" (the mean at `position_means[2]`) and "bank/z.3".
     """
 
@@ -82,9 +82,11 @@ class Reference:
     places: tuple[Place, ...]
     position_means: tuple[str | int, ...] = ()
     bank: tuple[str | int, ...] = ()
-    weights: str = ""
+    model: dict[str, Any] = field(default_factory=dict, repr=False)
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _model: Callable[[], PreTrainedModel | None] = field(default=lambda: None, repr=False, compare=False)
+    _seen: tuple[Callable[[], PreTrainedModel | None], Any] = field(
+        default=(lambda: None, None), repr=False, compare=False
+    )
 
     @classmethod
     def compute(
@@ -108,7 +110,7 @@ class Reference:
             position_means: positions to average over prompts at; "all" for every token.
             bank: positions to keep activations of.
             batch_size: prompts per forward pass.
-            cache_dir: folder of the cache, keyed by weights, config, prompts and what is asked for; None for no cache. A damaged
+            cache_dir: folder of the cache, keyed by the model, prompts and what is asked for; None for no cache. A damaged
                 file is recomputed.
             progress: show a progress bar.
 
@@ -122,10 +124,10 @@ class Reference:
         check_tokenized(model, prompts)
         wanted = cls(prompts, tuple(map(named, places)), tuple(position_means), tuple(bank))
         check_reference_prompts(prompts, wanted.position_means, wanted.bank)
-        wanted = replace(wanted, weights=weight_hash(model), _model=weakref.ref(model))
+        wanted = replace(wanted, model=identity_of(model), _seen=(weakref.ref(model), fingerprint(model)))
         if cache_dir is None:
             return replace(wanted, tensors=wanted._collect(model, batch_size, progress))
-        key = wanted._key(model)
+        key = wanted._key()
         path = Path(cache_dir) / f"reference-{data_hash(key)}.safetensors"
         tensors = _read(path, key)
         if tensors is None:
@@ -214,11 +216,16 @@ class Reference:
             model: the model.
 
         Raises:
-            ValueError: its weights differ from those that the statistics were computed on.
+            ValueError: it is not the one that they were computed on, or has changed since.
         """
-        if self._model() is not model and self.weights != weight_hash(model):
+        seen, as_seen = self._seen
+        if seen() is model and as_seen == fingerprint(model):
+            return
+        now = identity_of(model)
+        if different := [name for name in now if now[name] != self.model.get(name)]:
             raise ValueError(
-                "the reference statistics belong to a model with other weights; compute them on this one with reference_for."
+                f"the reference statistics belong to a model that differs in {' and '.join(different)}; compute them on this "
+                "one, as it is now, with reference_for."
             )
 
     @cached_property
@@ -231,12 +238,11 @@ class Reference:
             count += len(tokens)
         return rows
 
-    def _key(self, model: PreTrainedModel) -> dict[str, Any]:
+    def _key(self) -> dict[str, Any]:
         """Everything that the statistics depend on."""
         return {
             "format": FORMAT,
-            "weights": self.weights,
-            "config": config_hash(model),
+            **self.model,
             "prompts": self.prompts.hash,
             "places": self.places,
             "position_means": self.position_means,

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyvene_ext.io.packages import version_of
 from pyvene_ext.models.devices import input_device
-from pyvene_ext.models.identity import weight_hash
+from pyvene_ext.models.identity import active_adapters, weight_hash
 
 REPORTED_PACKAGES = ("pyvene-ext", "pyvene", "torch", "transformers", "numpy", "scipy", "datasets")
 
@@ -35,6 +35,7 @@ def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:
         "revision": getattr(config, "_commit_hash", None),
         "model_type": getattr(config, "model_type", None),
         "weight_hash": weight_hash(model),
+        "active_adapters": active_adapters(model),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(input_device(model)),
         "versions": {name: version_of(name) for name in REPORTED_PACKAGES},

@@ -177,7 +177,8 @@ def _effects(
     for fixed, column in (("site", "position"), ("position", "site")):
         if agree("head", "receivers", fixed) and (grid := _Grid.of(places, values, column)) and len(grid.columns) > 1:
             where = places[0].site if fixed == "site" else f"at {_positions(places[0].position)}"
-            return layer_map(grid.matrix, grid.columns, f"{where}, {n}", label, column)
+            head = "" if places[0].head is None else f", head {places[0].head}"
+            return layer_map(grid.matrix, grid.columns, f"{where}{head}, {n}", label, column)
     chosen, title = list(range(len(values))), f"{result.metric}, {n}"
     if len(values) > BARS:
         chosen, title = strongest(values, BARS).tolist(), f"{title}: the {BARS} largest of {len(values)}"

@@ -22,7 +22,7 @@ from pyvene_ext.methods.reasoning.transplant import (
     pair_texts,
     transplanted,
 )
-from pyvene_ext.models.identity import config_hash, weight_hash
+from pyvene_ext.models.identity import identity_of
 from pyvene_ext.models.sizes import n_heads, n_positions
 from pyvene_ext.prompts.problems import Questions, as_text
 from pyvene_ext.runs.reasoning import Setting, top_heads
@@ -202,8 +202,7 @@ def prepare(
     maps = fit_maps(setting.model, donor, paired, layers, batch_size=batch_size, **how)
     depends_on = {
         "donor": donor_name,
-        "donor weights": weight_hash(donor),
-        "donor config": config_hash(donor),
+        **{f"donor {name}": value for name, value in identity_of(donor).items()},
         "maps": {"fitted on": paired.host.hash, **how},
     }
     solved = range(fit_problems, len(everything))

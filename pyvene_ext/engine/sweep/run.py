@@ -31,12 +31,11 @@ from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import (
     all_gather,
     broadcast_from_main,
-    input_device,
     no_gradients,
     on_all_ranks,
     processes,
 )
-from pyvene_ext.models.identity import config_hash, weight_hash
+from pyvene_ext.models.identity import model_facts
 from pyvene_ext.models.latent_steps import refuse_latent_steps
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -273,14 +272,9 @@ def store_facts(resolved: Resolved, metric: Metric, which: Sequence[int]) -> dic
         ValueError: the metric has no name.
     """
     model, sources = resolved.model, resolved.sources
-    parameter = next(model.parameters())
     source = resolved.prompts if sources.source_prompts is None else sources.source_prompts
     facts = {
-        "model weights": weight_hash(model),
-        "model config": config_hash(model),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": input_device(model).type,
-        "attention implementation": model.config._attn_implementation,
+        **model_facts(model),
         "prompts": resolved.prompts.hash,
         "subset": data_hash(list(which)),
         "reference set": source.hash if resolved.needs.places else None,

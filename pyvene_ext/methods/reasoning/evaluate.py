@@ -44,7 +44,7 @@ from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import parse_json, write_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import input_device, no_gradients
-from pyvene_ext.models.identity import config_hash, weight_hash
+from pyvene_ext.models.identity import model_facts
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.problems import (
     MARK,
@@ -598,11 +598,7 @@ def facts_of(model: PreTrainedModel, questions: Questions, max_new_tokens: int) 
         Hashes and settings by name.
     """
     return {
-        "model weights": weight_hash(model),
-        "model config": config_hash(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": input_device(model).type,
-        "attention implementation": model.config._attn_implementation,
+        **model_facts(model),
         "questions": questions.hash,
         "max_new_tokens": max_new_tokens,
     }

@@ -85,7 +85,8 @@ def test_a_frame_has_a_row_for_every_intervention_and_prompt() -> None:
 
 
 def test_a_given_reference_and_a_given_clean_run_are_used() -> None:
-    model = random_model("llama3_1")
+    model, forwards = random_model("llama3_1"), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
     other = random_prompts((5, 8), seed=9)
     spec = Ablation(kind="mean", site="mlp_out", layer=1)
     own = _quiet_run(model, [spec])
@@ -93,8 +94,7 @@ def test_a_given_reference_and_a_given_clean_run_are_used() -> None:
     borrowed = _quiet_run(model, [spec], reference=reference)
     assert np.abs(own.intervened - borrowed.intervened).max() > 1e-3
 
-    forwards = []
-    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    forwards.clear()
     again = _quiet_run(model, [spec], reference=reference, baseline=own.baseline, batch_size=6)
     assert len(forwards) == 1
     np.testing.assert_allclose(again.delta, borrowed.delta, atol=1e-5)
@@ -207,7 +207,7 @@ def test_statistics_of_another_model_are_refused() -> None:
     specs = [Ablation(kind="mean", site="z", layer=1, heads=(0,))]
     model, other = random_model("llama3_1"), random_model("llama3_1", seed=1)
     reference = reference_for(specs, model, PROMPTS, progress=False)
-    with pytest.raises(ValueError, match="a model with other weights"):
+    with pytest.raises(ValueError, match="a model that differs in model weights"):
         run(other, specs, PROMPTS, reference=reference, progress=False)
     run(copy.deepcopy(model), specs, PROMPTS, reference=reference, progress=False)  # the same weights will do
 

@@ -24,7 +24,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from modelcards import card_of, dimensions
 from pyvene_ext import IntervenableModel
-from tests.tiny_random import FAMILIES, random_inputs, random_model
+from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES, random_inputs, random_model
 
 BOTH = pytest.mark.parametrize(
     "engine",
@@ -720,6 +720,39 @@ def test_generating_one_token_with_nothing_to_intervene_on_is_an_error(model: An
         intervenable.generate(base, unit_locations={"base": 8}, max_new_tokens=1)
     with pytest.raises(ValueError, match="nothing to intervene on"):
         intervenable.generate(base, intervene_on_prompt=False, intervene_on_new_tokens=False)
+
+
+def swapped_by_position(model: Any, base: dict, source: dict, **options: Any) -> Any:
+    """Put the second to last state of the source there in the base, which may be padded."""
+    places = [[[-2]] * len(base["input_ids"])]
+    return IntervenableModel(config(swap()), model)(base, source, {"sources->base": (places, places)}, **options)
+
+
+def without_position_ids(seed: int = 0) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in random_inputs(seed=seed).items() if name != "position_ids"}
+
+
+@pytest.mark.parametrize("family", [*CORE_FAMILIES, *sorted({*MORE_FAMILIES} - {*CORE_FAMILIES})])
+def test_padding_on_the_left_changes_nothing_without_position_ids(family: str) -> None:
+    model, base, source = random_model(family), without_position_ids(), without_position_ids(seed=1)
+    original, changed = swapped_by_position(model, base, source, output_original_output=True)
+    for row, mask in enumerate(base["attention_mask"].bool()):
+        one, other = ({"input_ids": x["input_ids"][row, mask][None]} for x in (base, source))
+        own, expected = swapped_by_position(model, one, other, output_original_output=True)
+        torch.testing.assert_close(original.logits[row, -1], own.logits[0, -1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(changed.logits[row, -1], expected.logits[0, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_padding_in_the_cache_is_not_counted_either(family: str) -> None:
+    model, base, source = random_model(family), without_position_ids(), without_position_ids(seed=1)
+    _, expected = swapped_by_position(model, base, source)
+    cache = DynamicCache(config=model.config)
+    model(**{name: tensor[:, :5] for name, tensor in random_inputs().items()}, past_key_values=cache)
+    _, changed = swapped_by_position(
+        model, {**base, "input_ids": base["input_ids"][:, 5:], "past_key_values": cache}, source
+    )
+    torch.testing.assert_close(changed.logits[:, -1], expected.logits[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_users_config_object_is_left_alone(model: Any) -> None:

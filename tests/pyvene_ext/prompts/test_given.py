@@ -95,10 +95,10 @@ def test_what_is_no_list_of_prompts_is_refused(given: Any, kind: type[Exception]
         (
             "ioi",
             ValueError,
-            "there is no prompt set 'ioi'; .*hipped are ioi_en, ioi_zh, recent_en, recent_tiny; a file needs",
+            "there is no prompt set 'ioi'; .*hipped are agreement_en, .*, ioi_zh, .*; a file needs",
         ),
         ("ioi-en", ValueError, "no prompt set 'ioi-en'; did you mean 'ioi_en'"),
-        ("imdb", ValueError, "no prompt set 'imdb'; shipped are ioi_en, "),
+        ("imdb", ValueError, "no prompt set 'imdb'; shipped are agreement_en, "),
         ("en_fr", ValueError, "no prompt set 'en_fr'"),
         ("mine.txt", FileNotFoundError, "there is no prompt file mine.txt"),
         (PROMPTS[0], TypeError, "cannot read prompts from a Prompt; give a list"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pyvene_ext.prompts.sets import Prompt, PromptSet
 from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer, word_tokenizer
@@ -331,8 +331,11 @@ def test_the_pad_id_is_the_end_token_where_there_is_no_padding_token() -> None:
     assert prompt_set(PAIR).tokenize(without).pad_id == without.eos_token_id
 
 
-class Slow:
+class Slow(PreTrainedTokenizerBase):
     is_fast = False
+
+    def __init__(self) -> None:
+        pass
 
 
 TOKENIZERS = {
@@ -342,6 +345,7 @@ TOKENIZERS = {
     "bytes": lambda: bpe_tokenizer(CHINESE_TEXTS, 260),
     "pairs": lambda: bpe_tokenizer(["ab", "ac"] * 5, 262),
     "slow": Slow,
+    "none": lambda: None,
 }
 
 
@@ -367,6 +371,7 @@ TOKENIZERS = {
         ({}, "words", {"answers": "last_token"}, "answers must be 'first_token' or 'first_difference'"),
         ({}, "words", {"text": "both"}, "text must be 'clean' or 'corrupt'"),
         ({}, "slow", {}, "Slow is a slow tokenizer"),
+        ({}, "none", {}, "expected a tokenizer, not NoneType"),
     ],
 )
 def test_a_prompt_that_cannot_be_tokenised_is_refused_in_one_sentence(

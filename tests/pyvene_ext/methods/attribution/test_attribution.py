@@ -203,7 +203,7 @@ def test_atp_is_the_limit_of_finite_differences(family: str) -> None:
             name: bank + share * (of_source.tensors[name] - bank) if name.startswith("bank") else bank
             for name, bank in of_base.tensors.items()
         }
-        near = Reference(SOURCE, of_source.places, (), of_source.bank, of_source.weights, moved)
+        near = Reference(SOURCE, of_source.places, (), of_source.bank, of_source.model, moved)
         differences.append(run(model, patches, BASE, reference=near, progress=False).delta)
     slopes = (differences[0] - differences[1]) / (2 * step)
     got = atp(model, patches, BASE, SOURCE, progress=False)

@@ -274,7 +274,7 @@ def test_a_model_without_a_vocabulary_and_statistics_of_another_are_refused() ->
         estimate(random_model("llama3_1", "classifier"), HEADS, PROMPTS, progress=False)
     specs = [Ablation(kind="mean", site="z", layer=1, heads=(0,))]
     reference = reference_for(specs, random_model("llama3_1", seed=1), PROMPTS, progress=False)
-    with pytest.raises(ValueError, match="a model with other weights"):
+    with pytest.raises(ValueError, match="a model that differs in model weights"):
         estimate(random_model("llama3_1"), specs, PROMPTS, reference=reference, progress=False)
     with pytest.raises(ValueError, match="without all in bank"):
         estimate(

@@ -395,6 +395,7 @@ def arrays(found: Lens | Attribution) -> list[np.ndarray]:
         for value in vars(found).values()
         if not isinstance(value, str | int)  # where the lens was read
         for array in (vars(value).values() if isinstance(value, Parts) else [value])
+        if isinstance(array, np.ndarray)
     ]
 
 

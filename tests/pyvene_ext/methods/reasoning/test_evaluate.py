@@ -503,7 +503,7 @@ def test_references_that_do_not_fit() -> None:
             evaluate(model, tokenizer(), questions, spec, "new", max_new_tokens=4, reference=given)
     with pytest.raises(ValueError, match="give Transcripts"):
         evaluate(model, tokenizer(), questions, mean, "new", max_new_tokens=4, reference=given.reference)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="differs in model weights"):
         evaluate(random_model("llama3_1", seed=1), tokenizer(), questions, mean, max_new_tokens=4, reference=given)
     assert Transcripts.compute(model, questions, None, [SPECS["joint"]]) is None  # type: ignore[arg-type]
 
