@@ -134,6 +134,7 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: sweep(model(), ZERO, PROMPTS, memory="2G"), "memory must be a whole number of bytes above 0, not '2G'."),
     (lambda: PROMPTS.take(7), "there is no prompt 7 among 2 prompts, numbered from 0."),
     (lambda: px.PromptSet.load("ioi_en").tokenize(model()), "expected a tokenizer, not LlamaForCausalLM; load one with"),
+    (lambda: px.PromptSet([px.Prompt("half \ud800")]).tokenize(tokenizer()), "holds half a character at 5, which no tokenizer"),
     (lambda: px.reference_for(model(), [MEAN], PROMPTS), "is not an ablation"),
     (lambda: px.reference_for([MEAN], model(), "text"), "prompts must be tokenised, not a str"),
     (lambda: px.resolve(model(), [MEAN], PROMPTS), "expected a model, not list"),
