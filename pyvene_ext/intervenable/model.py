@@ -52,6 +52,7 @@ from pyvene_ext.intervenable.locations import (
 )
 from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
 from pyvene_ext.io.errors import counted
+from pyvene_ext.models.hooks import refuse_compiled
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
 
@@ -270,6 +271,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise RuntimeError(
                 "this intervenable model is running already: finish that call first, or build a second one."
             )
+        refuse_compiled(self.model)
         self._active = True
         self._attached.clear()
         self._fired.clear()
