@@ -46,7 +46,8 @@ class Metric:
         of_tokens: the function takes the logits at every token, `[batch pos vocab]`, and returns one number for each,
             `[batch pos]`; values at padding are ignored, and NaN is allowed at a prompt's last token only.
         ids: token ids whose logits alone are read, so that long sweeps need not unembed the whole vocabulary: the function gets
-            `[batch len(ids)]` in this order. "answers": those of each prompt's answers; `right_ids` and `wrong_ids` are then
+            `[batch len(ids)]` in this order. The function sees these logits only: a softmax over them is not a probability over
+            the vocabulary. "answers": those of each prompt's answers; `right_ids` and `wrong_ids` are then
             columns of the logits.
         needs: what the function reads besides the prompts' tokens: "right" and "wrong", an answer of each prompt; "clean", the
             logits of the untouched run, as `prompts.clean_logits`.
@@ -175,6 +176,8 @@ class Metric:
             raise ValueError(
                 f"metric {self.label!r} returned {returned} for {len(batch.index)} prompts; return one number per {wanted}."
             )
+        if values.is_complex():
+            raise ValueError(f"metric {self.label!r} returned complex numbers; return real ones, such as their abs().")
         values = values.float()
         bad = ~values.detach().isfinite()
         if self.per_token:

@@ -141,10 +141,12 @@ def run_resolved(
         The metric by intervention and prompt, with and without the intervention.
 
     Raises:
-        ValueError: `baseline` has another shape.
+        ValueError: `baseline` is not an array of floats, or has another shape.
     """
     model, prompts, specs = resolved.model, resolved.prompts, resolved.specs
     shape = (len(prompts), max(map(len, prompts.input_ids))) if metric.per_token else (len(prompts),)
+    if baseline is not None and (not isinstance(baseline, np.ndarray) or baseline.dtype.kind != "f"):
+        raise ValueError("baseline takes Result.baseline of an earlier run, an array of floats, and no other numbers.")
     if baseline is not None and np.shape(baseline) != shape:
         each = "one per token" if metric.per_token else "one each"
         raise ValueError(f"baseline holds {np.shape(baseline)} values for {len(prompts)} prompts; give {each}.")

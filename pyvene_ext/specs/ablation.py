@@ -125,7 +125,7 @@ class Ablation(SiteEdit):
     @property
     def prompt_key(self) -> Hashable:
         """Positions, and everything that the choice of donors depends on."""
-        return self.positions, self.kind, self.seed, self._aligned
+        return self.positions, self.kind, self.seed, self.mean
 
     @property
     def _aligned(self) -> bool:
@@ -151,10 +151,15 @@ class Ablation(SiteEdit):
 
         Raises:
             ValueError: positions coincide, or a prompt has no mean for each of its positions, or no donor; the message names the
-                prompt.
+                prompt. Or the mean is that of one prompt, which is replaced by itself.
         """
         super().check_prompts(prompts, tokens, sources)
         reference_set = prompts if sources.source_prompts is None else sources.source_prompts
+        if self.mean == "per_position" and len(prompts) == 1 and reference_set.input_ids == prompts.input_ids:
+            raise ValueError(
+                f"{self.name}: the mean over one prompt at each position is the prompt's own activation, so that nothing changes; "
+                'add prompts, give another reference set, or use mean="over_tokens".'
+            )
         if self._aligned:
             length = len(reference_set.input_ids[0])
             for prompt, ids in enumerate(prompts.input_ids):

@@ -172,6 +172,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
         ({"specs": [HEAD, Ablation(kind="zero", site="z", layer=1, heads=(7,))]}, "head 7 is out of range"),
         ({"specs": [HEAD, Ablation(kind="zero", site="mlp_out", layer=1, positions="verb")]}, "no position 'verb'"),
         ({"baseline": np.zeros(3, np.float32)}, "values for 6 prompts"),
+        ({"baseline": [0.0] * 6}, "baseline takes Result.baseline of an earlier run, an array of floats"),
         ({"prompts": random_prompts((6, 6, 7)), "specs": SPECS[2:3]}, "prompt 2 cannot be resampled"),
     ],
 )
