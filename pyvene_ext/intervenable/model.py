@@ -27,6 +27,7 @@ from typing import Any
 import pyvene
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
@@ -615,10 +616,14 @@ class IntervenableModel(pyvene.IntervenableModel):
             The intervenable model.
 
         Raises:
-            ValueError: an intervention class from elsewhere.
+            FileNotFoundError: there is no such folder.
+            ValueError: an intervention class from elsewhere, or interventions of another width than the model's.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
-            load_directory = snapshot_download(load_directory, local_dir=local_directory)
+            try:
+                load_directory = snapshot_download(load_directory, local_dir=local_directory)
+            except HFValidationError:
+                raise FileNotFoundError(f"there is no folder {load_directory}; check the path.") from None
         if not (Path(load_directory) / "config.json").is_file():
             raise ValueError(f"{load_directory} holds no intervenable model; give the folder that save has written.")
         saved = IntervenableConfig.from_pretrained(load_directory)
@@ -635,6 +640,14 @@ class IntervenableModel(pyvene.IntervenableModel):
             state = torch.load(weights, map_location="cpu", weights_only=True)
             if "source_representation" in state:
                 intervention.set_source_representation(state.pop("source_representation"))
+            own = intervention.state_dict()
+            for name, saved_tensor in state.items():
+                for before, now in zip(saved_tensor.shape, own[name].shape if name in own else (), strict=False):
+                    if before != now:
+                        raise ValueError(
+                            f"the {type(intervention).__name__} in {load_directory} has width {before}, and that of this model "
+                            f"{now}; load it with the model that it was made for."
+                        )
             intervention.load_state_dict(state, strict=False)
         if include_model:
             weights = Path(load_directory) / "pytorch_model.bin"
