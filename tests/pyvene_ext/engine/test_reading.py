@@ -203,7 +203,7 @@ def test_reduce_sees_each_prompt_without_padding_and_decides_what_is_kept() -> N
     model = random_model("llama3_1").bfloat16()
     whole = read(model, PROMPTS, ("z", "pattern"), dtype=torch.float32, progress=False)
     means = read(
-        model, PROMPTS, ("z", "pattern"), reduce=lambda x: x.mean(-1), dtype=torch.float32, batch_size=2, progress=False
+        model, PROMPTS, ("z", "pattern"), reduce=lambda x: x.mean(-1), dtype="float32", batch_size=2, progress=False
     )
     last = read(model, PROMPTS, ("z", "pattern"), reduce={"attention_pattern": first_key}, progress=False)
     for prompt in range(len(PROMPTS)):
