@@ -15,7 +15,6 @@ Differences from `pyvene.IntervenableModel`:
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from typing import Any
 
 import pyvene
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HFValidationError
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
@@ -52,6 +51,7 @@ from pyvene_ext.intervenable.locations import (
     resolve_locations,
     with_position_ids,
 )
+from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
 from pyvene_ext.io.errors import counted
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
@@ -593,6 +593,33 @@ class IntervenableModel(pyvene.IntervenableModel):
             named += [(f"model.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
         return named
 
+    def save(
+        self,
+        save_directory: str,
+        save_to_hf_hub: bool = False,
+        hf_repo_name: str = "my-awesome-model",
+        include_model: bool = False,
+    ) -> None:
+        """Save the interventions, so that `load` gives the same ones; arguments are pyvene's.
+
+        Args:
+            save_directory: the folder.
+            save_to_hf_hub: also upload the folder.
+            hf_repo_name: the repository on the hub, created if it does not exist.
+            include_model: also save the model's own parameters that require a gradient.
+
+        Raises:
+            ValueError: before anything is written: an intervention is a function, of a class from elsewhere, or one that could
+                not be built again.
+        """
+        save_interventions(save_directory, self.interventions, self.representations, self.mode)
+        if include_model:
+            trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            torch.save(trained, Path(save_directory) / "pytorch_model.bin")
+        if save_to_hf_hub:
+            create_repo(hf_repo_name, exist_ok=True)
+            upload_folder(repo_id=hf_repo_name, folder_path=save_directory)
+
     @staticmethod
     def load(
         load_directory: str,
@@ -617,7 +644,8 @@ class IntervenableModel(pyvene.IntervenableModel):
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: an intervention class from elsewhere, or interventions of another width than the model's.
+            ValueError: an intervention class from elsewhere, a folder that holds no interventions, or interventions of another width
+                than the model's.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
             try:
@@ -626,29 +654,8 @@ class IntervenableModel(pyvene.IntervenableModel):
                 raise FileNotFoundError(f"there is no folder {load_directory}; check the path.") from None
         if not (Path(load_directory) / "config.json").is_file():
             raise ValueError(f"{load_directory} holds no intervenable model; give the folder that save has written.")
-        saved = IntervenableConfig.from_pretrained(load_directory)
-        kinds = [_intervention_class(name) for name in saved.intervention_types]
-        representations = [RepresentationConfig(*item) for item in saved.representations]
-        config = IntervenableConfig(representations=representations, intervention_types=kinds, mode=saved.mode)
-        loaded = IntervenableModel(config, model)
-        constant = saved.intervention_constant_sources
-        for (key, intervention), is_constant in zip(loaded.interventions.items(), constant, strict=True):
-            intervention.is_source_constant = is_constant
-            weights = Path(load_directory) / f"intkey_{key}.bin"
-            if not weights.exists():
-                continue
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            if "source_representation" in state:
-                intervention.set_source_representation(state.pop("source_representation"))
-            own = intervention.state_dict()
-            for name, saved_tensor in state.items():
-                for before, now in zip(saved_tensor.shape, own[name].shape if name in own else (), strict=False):
-                    if before != now:
-                        raise ValueError(
-                            f"the {type(intervention).__name__} in {load_directory} has width {before}, and that of this model "
-                            f"{now}; load it with the model that it was made for."
-                        )
-            intervention.load_state_dict(state, strict=False)
+        config = load_interventions(load_directory)
+        loaded = _load_pyvenes(load_directory, model) if config is None else IntervenableModel(config, model)
         if include_model:
             weights = Path(load_directory) / "pytorch_model.bin"
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
@@ -669,20 +676,27 @@ class IntervenableModel(pyvene.IntervenableModel):
         )
 
 
-def _intervention_class(name: str) -> type:
-    """Import the class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
-    module, _, cls = name.removeprefix("<class '").removesuffix("'>").rpartition(".")
-    try:
-        found = (
-            getattr(importlib.import_module(module), cls) if module.split(".")[0] in ("pyvene", "pyvene_ext") else None
-        )
-    except (ImportError, AttributeError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, pyvene.Intervention)):
-        raise ValueError(
-            f"{name} is not an intervention of pyvene or pyvene_ext: rebuild this model from its config in code."
-        )
-    return found
+def _load_pyvenes(folder: str | Path, model: nn.Module) -> IntervenableModel:
+    """Load what pyvene's own `save` has written."""
+    saved = IntervenableConfig.from_pretrained(folder)
+    kinds = [intervention_class(name) for name in saved.intervention_types]
+    representations = [RepresentationConfig(*item) for item in saved.representations]
+    config = IntervenableConfig(representations=representations, intervention_types=kinds, mode=saved.mode)
+    loaded = IntervenableModel(config, model)
+    facts = zip(saved.intervention_constant_sources, saved.intervention_dimensions, strict=True)
+    for (key, intervention), (is_constant, dimension) in zip(loaded.interventions.items(), facts, strict=True):
+        intervention.is_source_constant = is_constant
+        if dimension is not None:
+            intervention.set_interchange_dim(dimension)
+        weights = Path(folder) / f"intkey_{key}.bin"
+        if not weights.exists():
+            continue
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if "source_representation" in state:
+            vars(intervention).pop("source_representation", None)  # None, in whose place pyvene registers no buffer
+            intervention.set_source_representation(state.pop("source_representation"))
+        intervention.load_state_dict(state, strict=False)
+    return loaded
 
 
 def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -315,7 +315,7 @@ def test_an_intervenable_model_refuses_a_wrong_call_in_one_sentence(wrong: Any, 
 
 def test_a_subspace_of_another_width_is_refused_in_one_sentence(tmp_path: Path) -> None:
     made(at(LowRankRotatedSpaceIntervention, low_rank_dimension=2)).save(str(tmp_path))
-    said = "has width 42, and that of this model 35; load it with the model that it was made for."
+    said = "has width 42, and block_output of this model 35; use the model that it was made for."
     refused(lambda: IntervenableModel.load(str(tmp_path), model("gpt2")), said)
 
 
