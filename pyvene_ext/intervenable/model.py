@@ -26,6 +26,7 @@ from typing import Any
 import pyvene
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import HFValidationError
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
@@ -653,10 +654,15 @@ class IntervenableModel(pyvene.IntervenableModel):
             The intervenable model.
 
         Raises:
-            ValueError: an intervention class from elsewhere, or a folder that holds no interventions.
+            FileNotFoundError: there is no such folder.
+            ValueError: an intervention class from elsewhere, a folder that holds no interventions, or interventions of another width
+                than the model's.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
-            load_directory = snapshot_download(load_directory, local_dir=local_directory)
+            try:
+                load_directory = snapshot_download(load_directory, local_dir=local_directory)
+            except HFValidationError:
+                raise FileNotFoundError(f"there is no folder {load_directory}; check the path.") from None
         if not (Path(load_directory) / "config.json").is_file():
             raise ValueError(f"{load_directory} holds no intervenable model; give the folder that save has written.")
         config = load_interventions(load_directory)
