@@ -655,7 +655,7 @@ class IntervenableModel(pyvene.IntervenableModel):
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: an intervention class from elsewhere, a folder that holds no interventions, or interventions of another width
+            ValueError: an intervention class from elsewhere, a folder without interventions, or interventions of another width
                 than the model's.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
