@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from modelcards import n_positions
 from pyvene_ext.engine import metrics
+from pyvene_ext.io.errors import did_you_mean
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 
@@ -46,7 +46,8 @@ class Metric:
         of_tokens: the function takes the logits at every token, `[batch pos vocab]`, and returns one number for each,
             `[batch pos]`; values at padding are ignored, and NaN is allowed at a prompt's last token only.
         ids: token ids whose logits alone are read, so that long sweeps need not unembed the whole vocabulary: the function gets
-            `[batch len(ids)]` in this order. "answers": those of each prompt's answers; `right_ids` and `wrong_ids` are then
+            `[batch len(ids)]` in this order. The function sees these logits only: a softmax over them is not a probability over
+            the vocabulary. "answers": those of each prompt's answers; `right_ids` and `wrong_ids` are then
             columns of the logits.
         needs: what the function reads besides the prompts' tokens: "right" and "wrong", an answer of each prompt; "clean", the
             logits of the untouched run, as `prompts.clean_logits`.
@@ -71,6 +72,8 @@ class Metric:
                 f"a metric is a function (logits, prompts), one of the names {', '.join(METRICS)}, or a Metric, not "
                 f"{self.function!r}."
             )
+        if not isinstance(self.name, str | None):
+            raise ValueError(f"the name of a metric is a string, not {self.name!r}.")
         try:
             inspect.signature(self.function).bind(None, None)
         except TypeError:
@@ -175,6 +178,8 @@ class Metric:
             raise ValueError(
                 f"metric {self.label!r} returned {returned} for {len(batch.index)} prompts; return one number per {wanted}."
             )
+        if values.is_complex():
+            raise ValueError(f"metric {self.label!r} returned complex numbers; return real ones, such as their abs().")
         values = values.float()
         bad = ~values.detach().isfinite()
         if self.per_token:
@@ -236,9 +241,7 @@ def as_metric(metric: MetricLike) -> Metric:
     if isinstance(metric, str):
         if metric in METRICS:
             return METRICS[metric]
-        close = difflib.get_close_matches(metric, METRICS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(METRICS)}."
-        raise ValueError(f"unknown metric {metric!r}; {hint}")
+        raise ValueError(f"unknown metric {metric!r}; {did_you_mean(metric, METRICS)}")
     if not isinstance(metric, Metric):
         own = [known for known in METRICS.values() if known.function is metric]
         return own[0] if own else Metric(metric)

@@ -19,13 +19,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import pyvene
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import HFValidationError
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ from pyvene_ext.intervenable.locations import (
 )
 from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
 from pyvene_ext.io.errors import counted
+from pyvene_ext.models.hooks import refuse_compiled
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
 
@@ -270,6 +272,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise RuntimeError(
                 "this intervenable model is running already: finish that call first, or build a second one."
             )
+        refuse_compiled(self.model)
         self._active = True
         self._attached.clear()
         self._fired.clear()
@@ -484,6 +487,11 @@ class IntervenableModel(pyvene.IntervenableModel):
         given = super()._broadcast_source_representations(source_representations)
         return {key: value for key, value in given.items() if value is not None} if given is not None else None
 
+    def _reconcile_stateful_cached_activations(self, key: str, base: Tensor, locations: Any) -> Any:
+        """Return the source in the precision in which the base is edited, if that is wider."""
+        source = super()._reconcile_stateful_cached_activations(key, base, locations)
+        return source.to(_widest(source, base)) if isinstance(source, Tensor) else source
+
     def _remove_forward_hooks(self) -> None:
         """Remove our own hooks only; pyvene's version removes all hooks of the model."""
         for handle in self._handles:
@@ -527,6 +535,10 @@ class IntervenableModel(pyvene.IntervenableModel):
                     edited = tensor.contiguous()
                 else:
                     edited = tensor.clone(memory_format=torch.contiguous_format)
+                if (
+                    not reads
+                ):  # in the precision of the intervention's own weights, which not all of pyvene's classes convert to
+                    edited = edited.to(_widest(tensor, *intervention.parameters()))
                 # pyvene's SkipIntervention looks for the module's input among the positional arguments.
                 inputs = args or tuple(kwargs.values())[:1]
 
@@ -552,7 +564,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                 if in_place:
                     tensor.copy_(edited)
                     return None
-                return put_back(edited)
+                return put_back(edited.to(tensor.dtype))
 
             handle = register_hook(hook, with_kwargs=True)
             self._handles.append(handle)
@@ -642,10 +654,15 @@ class IntervenableModel(pyvene.IntervenableModel):
             The intervenable model.
 
         Raises:
-            ValueError: an intervention class from elsewhere, or a folder that holds no interventions.
+            FileNotFoundError: there is no such folder.
+            ValueError: an intervention class from elsewhere, a folder without interventions, or interventions of another width
+                than the model's.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
-            load_directory = snapshot_download(load_directory, local_dir=local_directory)
+            try:
+                load_directory = snapshot_download(load_directory, local_dir=local_directory)
+            except HFValidationError:
+                raise FileNotFoundError(f"there is no folder {load_directory}; check the path.") from None
         if not (Path(load_directory) / "config.json").is_file():
             raise ValueError(f"{load_directory} holds no intervenable model; give the folder that save has written.")
         config = load_interventions(load_directory)
@@ -691,6 +708,11 @@ def _load_pyvenes(folder: str | Path, model: nn.Module) -> IntervenableModel:
             intervention.set_source_representation(state.pop("source_representation"))
         intervention.load_state_dict(state, strict=False)
     return loaded
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    """The narrowest floating-point type that holds all of these."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor.is_floating_point()))
 
 
 def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
