@@ -157,8 +157,8 @@ class Ablation(SiteEdit):
         reference_set = prompts if sources.source_prompts is None else sources.source_prompts
         if self.mean == "per_position" and len(prompts) == 1 and reference_set.input_ids == prompts.input_ids:
             raise ValueError(
-                f"{self.name}: the mean over one prompt at each position is the prompt's own activation, so that nothing changes; "
-                'add prompts, give another reference set, or use mean="over_tokens".'
+                f"{self.name}: the mean over one prompt at each position is the prompt's own activation, so that nothing "
+                'changes; add prompts, give another reference set, or use mean="over_tokens".'
             )
         if self._aligned:
             length = len(reference_set.input_ids[0])
