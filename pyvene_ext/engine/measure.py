@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from modelcards import n_positions
 from pyvene_ext.engine import metrics
-from pyvene_ext.io.errors import counted
+from pyvene_ext.io.errors import counted, did_you_mean
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.prompts.encoding import AnswerTokens
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
@@ -77,6 +76,8 @@ class Metric:
                 f"a metric is a function (logits, prompts), one of the names {', '.join(METRICS)}, or a Metric, not "
                 f"{self.function!r}."
             )
+        if not isinstance(self.name, str | None):
+            raise ValueError(f"the name of a metric is a string, not {self.name!r}.")
         try:
             inspect.signature(self.function).bind(None, None)
         except TypeError:
@@ -249,9 +250,7 @@ def as_metric(metric: MetricLike) -> Metric:
     if isinstance(metric, str):
         if metric in METRICS:
             return METRICS[metric]
-        close = difflib.get_close_matches(metric, METRICS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(METRICS)}."
-        raise ValueError(f"unknown metric {metric!r}; {hint}")
+        raise ValueError(f"unknown metric {metric!r}; {did_you_mean(metric, METRICS)}")
     if not isinstance(metric, Metric):
         own = [known for known in METRICS.values() if known.function is metric]
         return own[0] if own else Metric(metric)

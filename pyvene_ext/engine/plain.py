@@ -27,7 +27,7 @@ from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import Batch, PaddingSide, TokenizedPrompts
+from pyvene_ext.prompts.tokenized import Batch, PaddingSide, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
@@ -38,8 +38,8 @@ from pyvene_ext.specs.sources import Sources
 
 
 def reference_for(
-    specs: Iterable[Spec],
     model: PreTrainedModel,
+    specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
     *,
     batch_size: int = 8,
@@ -49,8 +49,8 @@ def reference_for(
     """Compute the reference statistics that specs need, once for several runs.
 
     Args:
-        specs: single and joint specs.
         model: a causal language model with a card.
+        specs: single and joint specs.
         prompts: the reference set.
         batch_size: prompts per forward pass.
         cache_dir: a folder to read them from, or to save them to.
@@ -62,6 +62,7 @@ def reference_for(
     Raises:
         ValueError: the reference set lacks a position, or activations are not finite.
     """
+    check_tokenized(model, prompts)
     wanted = needs(as_specs(specs))
     if not wanted.places:
         return None

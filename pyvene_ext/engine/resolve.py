@@ -165,7 +165,7 @@ def resolve(
     if not isinstance(reference, Reference | None):
         raise ValueError(
             f"reference takes statistics and not {type(reference).__name__}; compute them with "
-            "reference_for(specs, model, prompts)."
+            "reference_for(model, specs, prompts)."
         )
     if not isinstance(directions, Mapping | None):
         raise ValueError(f"directions are a dict by place and positions, not {type(directions).__name__}.")

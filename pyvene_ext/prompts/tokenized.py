@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, n_positions
-from pyvene_ext.io.errors import counted
+from pyvene_ext.io.errors import counted, with_article
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.encoding import (
     RESERVED_POSITIONS,
     AnswerTokens,
@@ -28,6 +29,7 @@ from pyvene_ext.prompts.encoding import (
     first_tokens,
     pad_id,
 )
+from pyvene_ext.prompts.prompt import Prompt
 
 PaddingSide = Literal["left", "right"]
 
@@ -243,9 +245,13 @@ def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
     context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     for some in prompts:
         if not isinstance(some, TokenizedPrompts):
-            raise ValueError(
-                f"prompts must be tokenised, not a {type(some).__name__}: call .tokenize(tokenizer) on the set."
-            )
+            how = "call .tokenize(tokenizer) on the set"
+            if isinstance(some, str | list | tuple | Prompt):
+                how = "PromptSet([...]).tokenize(tokenizer) makes them"
+            first = some[0] if isinstance(some, list | tuple) and some else some
+            if isinstance(first, Record) and not isinstance(first, Prompt):  # a spec
+                how = "the arguments are swapped, which are (model, specs, prompts)"
+            raise ValueError(f"prompts must be tokenised, not {with_article(type(some).__name__)}: {how}.")
         for prompt, ids in enumerate(some.input_ids):
             if not ids:
                 raise ValueError(f"prompt {prompt} has no tokens; give it some text.")

@@ -31,6 +31,7 @@ from modelcards import (
     n_kv_heads,
     n_layers,
 )
+from modelcards.names import NAMES
 from pyvene_ext.intervenable.statistics import Place, label
 from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -136,6 +137,13 @@ class SiteEdit(Record):
     @field_validator("site")
     @classmethod
     def _known_site(cls, site: str) -> str:
+        if (known := NAMES.get(site)) is not None and known.site not in cls.sites:
+            from pyvene_ext.specs.joint import KINDS  # which imports this module
+
+            kinds = [f"{kind.__name__} edits it and " for kind in KINDS if known.site in kind.sites]
+            raise ValueError(
+                f"no {cls.what} of {site!r}; choose among {', '.join(cls.sites)} ({''.join(kinds)}read reads it)."
+            )
         return component_named(site, cls.sites, cls.what).site  # pyvene's name of a site is the same site
 
     @field_validator("layer")
@@ -173,10 +181,15 @@ class SiteEdit(Record):
         component = self.component
         if component.per_layer != (self.layer is not None):
             raise ValueError(
-                f"{self.site} {'needs a layer' if component.per_layer else 'exists once: leave layer out'}."
+                f"{self.site} {'needs a layer: layer=2' if component.per_layer else 'exists once: leave layer out'}."
             )
         if (component.heads is not None) != (self.heads is not None):
-            raise ValueError(f"{self.site} {'needs heads' if component.heads else 'has no heads: leave heads out'}.")
+            if component.heads is None:
+                raise ValueError(f"{self.site} has no heads: leave heads out.")
+            raise ValueError(
+                f"{self.site} needs heads: heads=3, or heads=range(8) for several; all_heads(model.config) makes an ablation of "
+                "each."
+            )
         return self
 
     @property

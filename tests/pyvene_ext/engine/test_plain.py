@@ -90,7 +90,7 @@ def test_a_given_reference_and_a_given_clean_run_are_used() -> None:
     other = random_prompts((5, 8), seed=9)
     spec = Ablation(kind="mean", site="mlp_out", layer=1)
     own = _quiet_run(model, [spec])
-    reference = reference_for([spec], model, other, progress=False)
+    reference = reference_for(model, [spec], other, progress=False)
     borrowed = _quiet_run(model, [spec], reference=reference)
     assert np.abs(own.intervened - borrowed.intervened).max() > 1e-3
 
@@ -207,7 +207,7 @@ def test_progress_counts_every_prompt_of_every_run(capsys: pytest.CaptureFixture
 def test_statistics_of_another_model_are_refused() -> None:
     specs = [Ablation(kind="mean", site="z", layer=1, heads=(0,))]
     model, other = random_model("llama3_1"), random_model("llama3_1", seed=1)
-    reference = reference_for(specs, model, PROMPTS, progress=False)
+    reference = reference_for(model, specs, PROMPTS, progress=False)
     with pytest.raises(ValueError, match="a model that differs in model weights"):
         run(other, specs, PROMPTS, reference=reference, progress=False)
     run(copy.deepcopy(model), specs, PROMPTS, reference=reference, progress=False)  # the same weights will do
