@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -15,11 +17,13 @@ from transformers import PreTrainedModel
 
 from modelcards import n_positions
 from pyvene_ext.engine import metrics
-from pyvene_ext.io.errors import did_you_mean
+from pyvene_ext.io.errors import counted, did_you_mean
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.prompts.encoding import AnswerTokens
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 
 Need = Literal["right", "wrong", "clean"]
+_FIRST_ONLY = "reads first tokens only"
 
 
 def _checked_ids(ids: Any, label: str) -> tuple[int, ...] | Literal["answers"]:
@@ -95,6 +99,11 @@ class Metric:
     def label(self) -> str:
         """Its name in results and messages: the one given, else the function's."""
         return self.name or str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    @property
+    def answers_needed(self) -> list[str]:
+        """The sides, right and wrong, of which it needs an answer."""
+        return [side for side in AnswerTokens._fields if side in self.needs]
 
     def facts(self) -> dict[str, Any]:
         """What a store remembers of the metric.
@@ -300,10 +309,40 @@ def check_metric(
             f"metric {metric.label!r} reads the id {max(metric.ids)} but the vocabulary has {n_vocab} tokens; use the model's "
             "own tokenizer."
         )
-    wanted: list[str] = [which for which in ("right", "wrong") if which in metric.needs]
+    wanted = metric.answers_needed
     if wanted:
         _check_answers(model, prompts, metric, wanted, n_vocab)
+    if said := first_tokens_note(metric, prompts, of_answers=of_answers):
+        warnings.warn(f"{said}.", stacklevel=3)
     return metric
+
+
+def first_tokens_note(metric: Metric, prompts: TokenizedPrompts, *, of_answers: bool = True) -> str:
+    """Say of how many prompts a metric reads only the first tokens of longer answers.
+
+    Args:
+        metric: the metric.
+        prompts: the prompts that it is read on.
+        of_answers: name the metric that reads whole answers.
+
+    Returns:
+        A clause without a full stop; empty if the metric reads no answers, or reads them whole.
+    """
+    sides = [] if metric.of_answers else metric.answers_needed
+    several = sum(any(len(one) > 1 for side in sides for one in getattr(own, side)) for own in prompts.answers)
+    if not several:
+        return ""
+    whole = "answer_logprob_diff" if "wrong" in sides else "answer_logprob"
+    hint = f"; metric={whole!r} reads them whole" if of_answers else ""
+    return f"{metric.label} {_FIRST_ONLY}: the answers of {several} of {counted(len(prompts), 'prompt')} have several{hint}"
+
+
+@contextmanager
+def first_tokens_said() -> Iterator[None]:
+    """Do not warn again of first tokens, in a call that has done so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".* {_FIRST_ONLY}")
+        yield
 
 
 def _check_answers(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine.compile import compile_spec
-from pyvene_ext.engine.measure import Metric, MetricLike, as_array, check_metric
+from pyvene_ext.engine.measure import Metric, MetricLike, as_array, check_metric, first_tokens_note
 from pyvene_ext.engine.metrics import check_finite, last_logits
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.results import Result
@@ -192,7 +192,8 @@ def run_resolved(
         counts = list(map(len, sequences.of_prompt))
         values = answers_measured(metric, values, counts) if runs_clean else values
         intervened = answers_measured(metric, intervened, counts)
-    return Result(resolved.names, metric.label, values, intervened, specs=resolved.specs)
+    note = first_tokens_note(metric, resolved.prompts)
+    return Result(resolved.names, metric.label, values, intervened, specs=resolved.specs, note=note)
 
 
 def measured(

@@ -21,7 +21,15 @@ from jaxtyping import Float, Float32, Int
 from transformers import PreTrainedModel
 
 from modelcards import component_named, config_of, n_heads, n_kv_heads, n_layers
-from pyvene_ext.engine.measure import Metric, MetricLike, as_array, as_metric, check_metric
+from pyvene_ext.engine.measure import (
+    Metric,
+    MetricLike,
+    as_array,
+    as_metric,
+    check_metric,
+    first_tokens_note,
+    first_tokens_said,
+)
 from pyvene_ext.engine.metrics import last_logits
 from pyvene_ext.engine.plain import measured, run_resolved
 from pyvene_ext.engine.resolve import Resolved, check_pairs_differ, identical_pairs, resolve
@@ -226,7 +234,8 @@ def patch(
         of_source = measured(model, replace(source, answers=base.answers), metric, batch_size=batch_size)
         of_source[same] = clean[same]  # a rounding difference would give scores where there are none
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
-    return Patched(names, metric.label, clean, found, of_source, specs=tuple(wanted), identical=tuple(same))
+    note = first_tokens_note(metric, base, of_answers=not at_path)
+    return Patched(names, metric.label, clean, found, of_source, specs=tuple(wanted), identical=tuple(same), note=note)
 
 
 class _PathKind(NamedTuple):
@@ -382,8 +391,10 @@ def resolve_patches(
                 raise ValueError(f"{edit.name}: path is set by path patching only; give a PathPatch.")
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
-    for prompts in (base, replace(source, answers=base.answers)):
-        check_metric(model, prompts, metric, of_answers=not any(isinstance(spec, PathPatch) for spec in specs))
+    of_answers = not any(isinstance(spec, PathPatch) for spec in specs)
+    check_metric(model, base, metric, of_answers=of_answers)
+    with first_tokens_said():
+        check_metric(model, replace(source, answers=base.answers), metric, of_answers=of_answers)
     check_pairs_differ(base, source)
     activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
