@@ -644,8 +644,8 @@ class IntervenableModel(pyvene.IntervenableModel):
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: an intervention class from elsewhere, a folder that holds no interventions, or interventions of another width
-                than the model's.
+            ValueError: an intervention class from elsewhere, a folder that holds no interventions, or another width than the
+                model's.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
             try:
