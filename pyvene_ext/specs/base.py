@@ -66,6 +66,9 @@ Tokens = Annotated[StrictStr | tuple[StrictStr | StrictInt, ...], BeforeValidato
 """Tokens of a prompt, as the field `positions` names them: one or several."""
 VECTORS = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
 
+OTHER_KINDS = {"q": "ActivationPatch", "mlp_in": "ActivationPatch", "pattern": "ForcedAttention", "scores": "Ablation"}
+"""What edits the sites that most kinds do not, for messages."""
+
 
 class ModelShape(NamedTuple):
     """What specs are checked against, read from a model once for many specs.
@@ -138,12 +141,8 @@ class SiteEdit(Record):
     @classmethod
     def _known_site(cls, site: str) -> str:
         if (known := NAMES.get(site)) is not None and known.site not in cls.sites:
-            from pyvene_ext.specs.joint import KINDS  # which imports this module
-
-            kinds = [f"{kind.__name__} edits it and " for kind in KINDS if known.site in kind.sites]
-            raise ValueError(
-                f"no {cls.what} of {site!r}; choose among {', '.join(cls.sites)} ({''.join(kinds)}read reads it)."
-            )
+            kind = f"{OTHER_KINDS[known.site]} edits it and " if known.site in OTHER_KINDS else ""
+            raise ValueError(f"no {cls.what} of {site!r}; choose among {', '.join(cls.sites)} ({kind}read reads it).")
         return component_named(site, cls.sites, cls.what).site  # pyvene's name of a site is the same site
 
     @field_validator("layer")

@@ -217,5 +217,5 @@ def test_one_ablation_needs_no_list_and_prompts_must_be_tokenised() -> None:
     model = random_model("llama3_1")
     one, listed = (run(model, specs, PROMPTS, progress=False) for specs in (HEAD, [HEAD]))
     assert np.array_equal(one.intervened, listed.intervened)
-    with pytest.raises(ValueError, match=r"call .tokenize\(tokenizer\) on the set"):
+    with pytest.raises(ValueError, match=r"PromptSet\(\[...\]\).tokenize\(tokenizer\) makes them"):
         run(model, HEAD, ["a prompt"], progress=False)
