@@ -239,7 +239,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
         ({"metric": "accuracy"}, "the gradient of 'accuracy' is 0 or undefined"),
         ({"metric": "loss"}, "unknown metric 'loss'"),
         ({"specs": []}, "at least one spec"),
-        ({"prompts": ["a prompt"]}, r"call .tokenize\(tokenizer\)"),
+        ({"prompts": ["a prompt"]}, r"\.tokenize\(tokenizer\)"),
         ({"specs": [Ablation(kind="zero", site="z", layer=1, heads=(7,))]}, "head 7 is out of range"),
     ],
 )
