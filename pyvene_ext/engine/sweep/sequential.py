@@ -71,8 +71,8 @@ class Sequential(Shown):
         """The interventions that are active most often."""
         n = len(self.frequency)
         title = (
-            f"Sequential: frequencies of {count(n, 'intervention')}, |{self.result.metric}| changed, on up to "
-            f"{count(len(self.order), 'prompt')}; {int(self.reached.sum())} of {n} intervals are at most {self.width:g} wide"
+            f"Sequential of {self.result.metric}: {count(n, 'intervention')} on up to {count(len(self.order), 'prompt')}; "
+            f"{int(self.reached.sum())} intervals are at most {self.width:g} wide"
         )
         rows = [
             (
