@@ -20,6 +20,7 @@ from pyvene_ext import ActivationPatch, Addition, ForcedAttention, Metric, PathP
 from pyvene_ext.engine.generate import generate
 from pyvene_ext.engine.sequences import Sequences
 from pyvene_ext.engine.sweep import frequencies, plan_sweep, sweep
+from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.methods.attribution.screen import estimate
 from pyvene_ext.prompts.tokenized import AnswerTokens, TokenizedPrompts
 from pyvene_ext.specs.ablation import Ablation, all_heads
@@ -268,8 +269,10 @@ def test_an_answer_is_read_in_the_longest_sequence_that_begins_with_it() -> None
     assert right.prompts.input_ids == ((1, 2, 3, 7, 8), (4, 5)) and right.prompts.answers[1] == AnswerTokens(((3,),))
 
 
-def test_some_prompts_a_given_clean_run_stores_and_early_stopping(tmp_path: Path) -> None:
-    model, specs = random_model("llama3_1"), all_heads(model_of("llama3_1").config)[::3]
+def test_some_prompts_a_given_clean_run_stores_and_early_stopping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, specs = model_of("llama3_1"), all_heads(model_of("llama3_1").config)[::3]
     whole = sweep(model, specs, PROMPTS, BOTH[1], store=tmp_path / "s", **QUIET)
     some = sweep(model, specs, PROMPTS, BOTH[1], subset=[4, 1], **QUIET)
     np.testing.assert_allclose(some.intervened, whole.intervened[:, [4, 1]], **CLOSE)
@@ -279,7 +282,7 @@ def test_some_prompts_a_given_clean_run_stores_and_early_stopping(tmp_path: Path
     np.testing.assert_allclose(again.intervened, whole.intervened, **CLOSE)
     active = frequencies(model, specs, PROMPTS, 0.1, width=0.01, block=2, metric=BOTH[1], **QUIET)
     np.testing.assert_array_equal(active.frequency, (np.abs(whole.delta) > 0.1).mean(1))
-    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(Executor, "run", lambda *_: pytest.fail("run again"))
     kept = sweep(model, specs, PROMPTS, BOTH[1], store=tmp_path / "s", **QUIET)
     np.testing.assert_array_equal(kept.intervened, whole.intervened)
     other = replace(PROMPTS, answers=(*ANSWERS[:5], ANSWERS[4]))
