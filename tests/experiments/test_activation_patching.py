@@ -295,14 +295,12 @@ def test_a_run_that_stops_while_it_writes_leaves_no_summary(folder: Path, monkey
     assert not [path for path in (folder / "x").rglob(".*")]
 
 
-def test_two_runs_that_do_not_differ_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_that_do_not_differ_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = json.loads(Path("equal.json").read_text(encoding="utf-8"))
     same = [{**pair, "corrupt": pair["clean"]} for pair in pairs]
     (folder / "same.json").write_text(json.dumps(same), encoding="utf-8")
-    assert command("--dataset", "same.json", "--site", "z", "--positions", "s2", "--out", "x") == 0
-    assert "the two runs do not differ beyond chance" in capsys.readouterr().out
-    assert set(facts_in(folder / "x")["mean_scores"]) == {None}
-    assert np.isnan(np.load("x/z.npy")).all()
+    assert command("--dataset", "same.json", "--site", "z", "--positions", "s2", "--out", "x") == 2
+    assert "base and source are the same texts" in capsys.readouterr().err and not (folder / "x").exists()
 
 
 def test_only_the_main_process_prints_and_writes(
@@ -332,7 +330,7 @@ def test_a_map_shows_every_layer_and_column() -> None:
         (["--limit", 0], "--limit must be 1 or more, not 0."),
         (["--memory", 0], "--memory must be above 0, in GiB, not 0.0."),
         (["--site", "z", "z"], "--site names one or more, each once, not z z."),
-        (["--dataset", "ioi_em"], "there is no prompt set 'ioi_em'; did you mean 'ioi_en'?"),
+        (["--dataset", "ioi_enn"], "there is no prompt set 'ioi_enn'; did you mean 'ioi_en'?"),
         (["--positions", "verb"], "--positions verb: pair 0 has no such position; choose among all, each, "),
         (["--dataset", "lone.json"], "prompt 0 of lone has no corrupt text"),
         (["--limit", 1], "few.json gives 1 pair; an interval over pairs needs two or more."),

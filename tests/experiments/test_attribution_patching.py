@@ -212,7 +212,7 @@ def test_a_run_cut_short_has_no_summary_and_goes_on(
         (("--edges", "eap", "eap"), "--edges names one or more, each once, not eap eap."),
         (("--memory", 0), "--memory must be above 0, in GiB"),
         (("--model", "tiny-qwen"), "tiny-qwen2.5"),
-        (("--dataset", "ioi_em"), "did you mean 'ioi_en'?"),
+        (("--dataset", "ioi_enn"), "did you mean 'ioi_en'?"),
         (("--out", f"{__file__}/out"), "cannot be written"),
     ],
 )

@@ -68,7 +68,7 @@ def test_linear_methods_fail_where_they_must_and_the_exact_one_does_not(
     [
         (["--limit", 0], "--limit must be 1 or more"),
         (["--steps", 0], "--steps must be 1 or more"),
-        (["--dataset", "ioi_em"], "did you mean 'ioi_en'?"),
+        (["--dataset", "ioi_enn"], "did you mean 'ioi_en'?"),
         (["--models", "tiny-gpt5"], "tiny-gpt5"),
     ],
 )

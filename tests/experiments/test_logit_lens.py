@@ -212,7 +212,7 @@ def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPat
     ("flags", "told"),
     [
         (["--batch_size", 0], "--batch_size must be 1 or more, not 0."),
-        (["--dataset", "ioi_em"], "there is no prompt set 'ioi_em'; did you mean 'ioi_en'?"),
+        (["--dataset", "ioi_enn"], "there is no prompt set 'ioi_enn'; did you mean 'ioi_en'?"),
         (["--position", "verb"], "prompt 0 has no position 'verb'; choose among"),
         (["--position", "all"], "--position all: the lens reads one position"),
         (

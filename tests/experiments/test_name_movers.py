@@ -445,7 +445,7 @@ def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPat
         (["--heads", "6.0"], "--heads 6.0: tiny-qwen2.5 has layers 0 to 5, each with heads 0 to 7."),
         (["--heads", "0.8"], "--heads 0.8: tiny-qwen2.5 has layers 0 to 5, each with heads 0 to 7."),
         (["--names", "friend"], "prompt 0 of few has no position 'friend' for a name; it has none of its own."),
-        (["--dataset", "ioi_em"], "there is no prompt set 'ioi_em'; did you mean 'ioi_en'?"),
+        (["--dataset", "ioi_enn"], "there is no prompt set 'ioi_enn'; did you mean 'ioi_en'?"),
         (
             ["--dataset", "recent_en"],
             "the tokenizer does not know 'is', 'teacher', 'is', 'student', 'The', 'child', 'is',",

@@ -334,7 +334,7 @@ def test_the_figure_of_pairs_names_receivers_and_marks_what_is_no_path() -> None
         (["--receivers", "logits", "q.4.0"], "logits cannot be patched jointly with other receivers"),
         (["--receivers", "q.6.0"], "q.6.0: layer 6 is out of range, the model has layers 0 to 5."),
         (["--receivers", "k.4.7"], "k.4.7: head 7 is out of range; k counts K/V heads"),
-        (["--dataset", "ioi_em"], "there is no prompt set 'ioi_em'; did you mean 'ioi_en'?"),
+        (["--dataset", "ioi_enn"], "there is no prompt set 'ioi_enn'; did you mean 'ioi_en'?"),
         (["--positions", "verb"], "--positions verb: pair 0 has no such position; choose among all, "),
         (["--dataset", "lone.json"], "prompt 0 of lone has no corrupt text"),
         (["--limit", 1], "few.json gives 1 pair; an interval over pairs needs two or more."),

@@ -45,7 +45,7 @@ def zero_a_block(model: Any) -> None:
 
 USED: dict[str, Callable[[Any], Any]] = {
     "run": lambda m: run(m, all_heads(random_model("llama3_1").config)[:1], BASE, progress=False),
-    "a mean": lambda m: reference_for(MEAN, m, BASE, progress=False),
+    "a mean": lambda m: reference_for(m, MEAN, BASE, progress=False),
     "sweep": lambda m: sweep(m, MEAN, BASE, progress=False),
     "patch": lambda m: patch(m, PATCHES, BASE, SOURCE, progress=False),
     "atp": lambda m: atp(m, PATCHES, BASE, SOURCE, progress=False),
