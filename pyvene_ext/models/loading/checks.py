@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from modelcards import CARDS, n_positions
 from pyvene_ext.models.devices import input_device
@@ -21,7 +23,32 @@ from pyvene_ext.models.loading.names import listed
 # Transformers creates an object for each of these, and would run out of memory before it finds that the weights are of fewer.
 COUNTS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), range(1, 1001)) | {"num_labels": range(10**6)}
 SMALL = 2**22  # parameters and buffers that a config may ask for whatever the size of the weights' files
+ADAPTER = "adapter_config.json"
 TEXT = "Lisa gave the book to"  # to try a model on
+
+
+def check_no_adapter(source: str, name: str, revision: str | None = None) -> None:
+    """Check that no adapter lies in the folder or repository: transformers applies it only where peft is installed.
+
+    Args:
+        source: a folder, or the id of a repository.
+        name: what messages call it.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: one does.
+    """
+    try:
+        found = cached_file(source, ADAPTER, revision=revision)
+        base = json.loads(Path(str(found)).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):  # there is none, or the hub says why when the config is read
+        if not (Path(source) / ADAPTER).is_file():
+            return
+        base = None
+    raise ValueError(
+        f"{name} holds an adapter ({ADAPTER}); load its base model{f' ({base})' if base else ''}, give it to "
+        f"peft.PeftModel.from_pretrained(model, {name!r}).merge_and_unload(), and save the result with save_pretrained."
+    )
 
 
 def check_type(config: dict[str, Any], name: str) -> None:
@@ -162,6 +189,7 @@ def check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
     for key, parameter in parameters.items():
         if (
             id(parameter) not in exempt
+            and type(parameter) is nn.Parameter  # torchao's quantised weights are of another type
             and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             and not parameter.isfinite().all()
         ):

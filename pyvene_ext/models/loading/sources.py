@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from pyvene_ext.models.loading import names
+from pyvene_ext.models.loading.checks import ADAPTER
 from pyvene_ext.models.loading.errors import explained
 from pyvene_ext.models.loading.fetch import PUBLISHED, fetched
 from pyvene_ext.models.loading.gguf import dequantised
@@ -65,6 +66,8 @@ def source_of(name_or_path: str | Path, dtype: str = "auto", revision: str | Non
 
 def _gguf_in(folder: Path, name: str) -> Path | None:
     """The only GGUF file of a folder that has no other weights; None if the folder is a saved transformers model."""
+    if (folder / ADAPTER).is_file():
+        return None
     has_config = (folder / "config.json").is_file()
     if has_config and any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         return None
