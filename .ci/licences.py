@@ -37,7 +37,7 @@ All of it is MIT, like the code:
 
 * `pyvene_ext/tiny/` (weights, tokenizers, losses) was trained here by `experiments/tiny/train_tiny_models.py`, on text that
   `pyvene_ext/prompts/tiny_tasks.py` makes; no weight, tokenizer or text of others went into it;
-* `pyvene_ext/prompts/data/` was made by `experiments/tiny/make_prompts.py` from its own templates and word lists;
+* `pyvene_ext/prompts/data/` was made by `experiments/make_prompts.py` from its own templates and word lists;
 * `pyvene_ext/methods/heads/known_heads.json` lists numbers of heads as published, which are facts.
 
 Models, tokenizers and data sets that you name on a hub are fetched when a study runs, and come under their own licences.

@@ -496,7 +496,7 @@ def bare_hooks(case: Case, specs: Sequence[Ablation]) -> Callable[[Ablation], La
 
 def stock_pyvene(case: Case, specs: Sequence[Ablation]) -> Callable[[Ablation], LastLogits]:
     """One call of pyvene's own IntervenableModel; configs, replacements and wrappers are made beforehand."""
-    reference = reference_for(specs, case.model, case.prompts, batch_size=len(case.prompts), progress=False)
+    reference = reference_for(case.model, specs, case.prompts, batch_size=len(case.prompts), progress=False)
     resolved = resolve(specs, case.model, case.prompts, reference=reference)
     compiled = {spec: compile_spec(spec, case.batch, resolved) for spec in specs}
     wrapped = {spec: pyvene.IntervenableModel(made.config, case.model) for spec, made in compiled.items()}

@@ -174,7 +174,7 @@ def ablated(
     shown = px.is_main_process()
     with px.runs.unfinished_in(run.unfinished, model, specs, prompts, **options) as sweep:
         size, cache = config.batch_size, px.io.cache_folder()
-        reference = px.reference_for(specs, model, prompts, batch_size=size, cache_dir=cache, progress=shown)
+        reference = px.reference_for(model, specs, prompts, batch_size=size, cache_dir=cache, progress=shown)
         common: dict[str, Any] = {"reference": reference, "seed": config.seed, "progress": shown, "sweep": sweep}
         if config.screen == "atp":
             common |= {"margin": config.margin, "check": config.check, "batch_size": config.batch_size}

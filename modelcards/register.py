@@ -100,6 +100,11 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
             f"expected a model, not {type(model).__name__}; load one with model, tokenizer = pyvene_ext.load_model(NAME)."
         )
     model_class = model if isinstance(model, type) else type(model)
+    if model_class.__name__ == "OptimizedModule":
+        raise ValueError(
+            "this model is compiled by torch.compile, and hooks do not reach into compiled code; give the model itself, which is "
+            "the compiled one's _orig_mod."
+        )
     for base in model_class.__mro__:
         for card in CARDS:
             if base in card.mappings:

@@ -21,6 +21,7 @@ mappings contain this project's cards.
 import importlib
 import sys
 from types import ModuleType
+from typing import Any
 
 import lazy_loader
 import wrapt
@@ -41,4 +42,19 @@ wrapt.register_post_import_hook(lambda modelcards: modelcards.register(), "model
 wrapt.register_post_import_hook(_import_cards, "pyvene")
 
 # The public names are those of __init__.pyi, which type checkers read as well.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_of_stub, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+ROOMS = ("io", "models", "prompts", "stats", "specs", "engine", "methods", "runs", "report")
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return _of_stub(name)
+    except AttributeError:
+        if name in __all__ or name.startswith("_"):
+            raise
+        for room in ROOMS:  # their stubs, which import nothing
+            if name in importlib.import_module(f"{__name__}.{room}").__all__:
+                raise AttributeError(
+                    f"pyvene_ext has no {name!r} of its own: it is pyvene_ext.{room}.{name}."
+                ) from None
+        raise

@@ -57,6 +57,15 @@ def between_rooms() -> dict[str, Counter[str]]:
 
 
 @pytest.mark.parametrize("package", ["modelcards", "pyvene_ext", "experiments"])
+def test_no_module_imports_what_only_unix_has(package: str) -> None:
+    unix = {"fcntl", "grp", "pwd", "pty", "resource", "syslog", "termios", "tty"}
+    for path in modules(package).values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not unix & {*names, getattr(node, "module", None)}, path
+
+
+@pytest.mark.parametrize("package", ["modelcards", "pyvene_ext", "experiments"])
 def test_no_modules_import_one_another_in_a_circle(package: str) -> None:
     try:
         TopologicalSorter(imports(package)).prepare()

@@ -120,8 +120,8 @@ def measure(setting: Setting, config: Config) -> list[Row]:
     specs = {site: [of_seed[site] for of_seed in by_seed] for site in by_seed[0]}
     # Over all tokens of all problems, whichever token is replaced.
     reference = px.reference_for(
-        [spec for of_site in specs.values() for spec in of_site],
         setting.model,
+        [spec for of_site in specs.values() for spec in of_site],
         setting.questions.prompts,
         batch_size=config.batch_size,
         progress=False,

@@ -181,7 +181,7 @@ def with_noise_at(hub: int, config: Config, name: str, problems: Sequence[Proble
     (where,) = by_seed[0]
     specs = [of_seed[where] for of_seed in by_seed]
     prompts = setting.questions.prompts
-    reference = px.reference_for(specs, setting.model, prompts, batch_size=config.batch_size, progress=False)
+    reference = px.reference_for(setting.model, specs, prompts, batch_size=config.batch_size, progress=False)
     runs = [setting.run(questions, spec, reference) for spec in tqdm(specs, desc=setting.name, unit="seed")]
     return px.methods.ProblemEffects(
         name=setting.name,

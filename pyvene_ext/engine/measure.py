@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -16,10 +17,13 @@ from transformers import PreTrainedModel
 
 from modelcards import n_positions
 from pyvene_ext.engine import metrics
+from pyvene_ext.io.errors import counted, did_you_mean
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.prompts.encoding import AnswerTokens
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 
 Need = Literal["right", "wrong", "clean"]
+_FIRST_ONLY = "reads first tokens only"
 
 
 def _checked_ids(ids: Any, label: str) -> tuple[int, ...] | Literal["answers"]:
@@ -46,7 +50,8 @@ class Metric:
         of_tokens: the function takes the logits at every token, `[batch pos vocab]`, and returns one number for each,
             `[batch pos]`; values at padding are ignored, and NaN is allowed at a prompt's last token only.
         ids: token ids whose logits alone are read, so that long sweeps need not unembed the whole vocabulary: the function gets
-            `[batch len(ids)]` in this order. "answers": those of each prompt's answers; `right_ids` and `wrong_ids` are then
+            `[batch len(ids)]` in this order. The function sees these logits only: a softmax over them is not a probability over
+            the vocabulary. "answers": those of each prompt's answers; `right_ids` and `wrong_ids` are then
             columns of the logits.
         needs: what the function reads besides the prompts' tokens: "right" and "wrong", an answer of each prompt; "clean", the
             logits of the untouched run, as `prompts.clean_logits`.
@@ -71,6 +76,8 @@ class Metric:
                 f"a metric is a function (logits, prompts), one of the names {', '.join(METRICS)}, or a Metric, not "
                 f"{self.function!r}."
             )
+        if not isinstance(self.name, str | None):
+            raise ValueError(f"the name of a metric is a string, not {self.name!r}.")
         try:
             inspect.signature(self.function).bind(None, None)
         except TypeError:
@@ -92,6 +99,11 @@ class Metric:
     def label(self) -> str:
         """Its name in results and messages: the one given, else the function's."""
         return self.name or str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    @property
+    def answers_needed(self) -> list[str]:
+        """The sides, right and wrong, of which it needs an answer."""
+        return [side for side in AnswerTokens._fields if side in self.needs]
 
     def facts(self) -> dict[str, Any]:
         """What a store remembers of the metric.
@@ -175,6 +187,8 @@ class Metric:
             raise ValueError(
                 f"metric {self.label!r} returned {returned} for {len(batch.index)} prompts; return one number per {wanted}."
             )
+        if values.is_complex():
+            raise ValueError(f"metric {self.label!r} returned complex numbers; return real ones, such as their abs().")
         values = values.float()
         bad = ~values.detach().isfinite()
         if self.per_token:
@@ -236,9 +250,7 @@ def as_metric(metric: MetricLike) -> Metric:
     if isinstance(metric, str):
         if metric in METRICS:
             return METRICS[metric]
-        close = difflib.get_close_matches(metric, METRICS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(METRICS)}."
-        raise ValueError(f"unknown metric {metric!r}; {hint}")
+        raise ValueError(f"unknown metric {metric!r}; {did_you_mean(metric, METRICS)}")
     if not isinstance(metric, Metric):
         own = [known for known in METRICS.values() if known.function is metric]
         return own[0] if own else Metric(metric)
@@ -297,10 +309,40 @@ def check_metric(
             f"metric {metric.label!r} reads the id {max(metric.ids)} but the vocabulary has {n_vocab} tokens; use the model's "
             "own tokenizer."
         )
-    wanted: list[str] = [which for which in ("right", "wrong") if which in metric.needs]
+    wanted = metric.answers_needed
     if wanted:
         _check_answers(model, prompts, metric, wanted, n_vocab)
+    if said := first_tokens_note(metric, prompts, of_answers=of_answers):
+        warnings.warn(f"{said}.", stacklevel=3)
     return metric
+
+
+def first_tokens_note(metric: Metric, prompts: TokenizedPrompts, *, of_answers: bool = True) -> str:
+    """Say of how many prompts a metric reads only the first tokens of longer answers.
+
+    Args:
+        metric: the metric.
+        prompts: the prompts that it is read on.
+        of_answers: name the metric that reads whole answers.
+
+    Returns:
+        A clause without a full stop; empty if the metric reads no answers, or reads them whole.
+    """
+    sides = [] if metric.of_answers else metric.answers_needed
+    several = sum(any(len(one) > 1 for side in sides for one in getattr(own, side)) for own in prompts.answers)
+    if not several:
+        return ""
+    whole = "answer_logprob_diff" if "wrong" in sides else "answer_logprob"
+    hint = f"; metric={whole!r} reads them whole" if of_answers else ""
+    return f"{metric.label} {_FIRST_ONLY}: the answers of {several} of {counted(len(prompts), 'prompt')} have several{hint}"
+
+
+@contextmanager
+def first_tokens_said() -> Iterator[None]:
+    """Do not warn again of first tokens, in a call that has done so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".* {_FIRST_ONLY}")
+        yield
 
 
 def _check_answers(

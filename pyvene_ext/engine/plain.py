@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine.compile import compile_spec
-from pyvene_ext.engine.measure import Metric, MetricLike, as_array, check_metric
+from pyvene_ext.engine.measure import Metric, MetricLike, as_array, check_metric, first_tokens_note
 from pyvene_ext.engine.metrics import check_finite, last_logits
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.results import Result
@@ -27,7 +27,7 @@ from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import Batch, PaddingSide, TokenizedPrompts
+from pyvene_ext.prompts.tokenized import Batch, PaddingSide, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.joint import (
     OneSpec,
     Spec,
@@ -38,8 +38,8 @@ from pyvene_ext.specs.sources import Sources
 
 
 def reference_for(
-    specs: Iterable[Spec],
     model: PreTrainedModel,
+    specs: OneSpec | Iterable[Spec],
     prompts: TokenizedPrompts,
     *,
     batch_size: int = 8,
@@ -49,8 +49,8 @@ def reference_for(
     """Compute the reference statistics that specs need, once for several runs.
 
     Args:
-        specs: single and joint specs.
         model: a causal language model with a card.
+        specs: single and joint specs.
         prompts: the reference set.
         batch_size: prompts per forward pass.
         cache_dir: a folder to read them from, or to save them to.
@@ -62,6 +62,7 @@ def reference_for(
     Raises:
         ValueError: the reference set lacks a position, or activations are not finite.
     """
+    check_tokenized(model, prompts)
     wanted = needs(as_specs(specs))
     if not wanted.places:
         return None
@@ -141,10 +142,12 @@ def run_resolved(
         The metric by intervention and prompt, with and without the intervention.
 
     Raises:
-        ValueError: `baseline` has another shape.
+        ValueError: `baseline` is not an array of floats, or has another shape.
     """
     model, prompts, specs = resolved.model, resolved.prompts, resolved.specs
     shape = (len(prompts), max(map(len, prompts.input_ids))) if metric.per_token else (len(prompts),)
+    if baseline is not None and (not isinstance(baseline, np.ndarray) or baseline.dtype.kind != "f"):
+        raise ValueError("baseline takes Result.baseline of an earlier run, an array of floats, and no other numbers.")
     if baseline is not None and np.shape(baseline) != shape:
         each = "one per token" if metric.per_token else "one each"
         raise ValueError(f"baseline holds {np.shape(baseline)} values for {len(prompts)} prompts; give {each}.")
@@ -189,7 +192,8 @@ def run_resolved(
         counts = list(map(len, sequences.of_prompt))
         values = answers_measured(metric, values, counts) if runs_clean else values
         intervened = answers_measured(metric, intervened, counts)
-    return Result(resolved.names, metric.label, values, intervened, specs=resolved.specs)
+    note = first_tokens_note(metric, resolved.prompts)
+    return Result(resolved.names, metric.label, values, intervened, specs=resolved.specs, note=note)
 
 
 def measured(

@@ -12,6 +12,7 @@ too. `read_batches` gives one batch after the other, for sets whose activations 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import Component, Taps, card_of, component_named, dimensions, n_layers
+from modelcards import Component, Taps, card_of, component_named, dimensions, meant, n_layers
 from pyvene_ext.intervenable.statistics import Place, label, named
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import atomic_path, parse_json
@@ -66,10 +67,14 @@ class Activations(Mapping[Place, Values]):
     __eq__, __hash__ = object.__eq__, object.__hash__  # a mapping's would compare tensors
 
     def __getitem__(self, key: Place | str) -> Values:
-        site, layer = (key, None) if isinstance(key, str) else key
-        with suppress(ValueError):  # a site that there is not was not read either
-            if (place := named((site, layer))) in self.values_at:
+        with suppress(ValueError, TypeError):  # a site that there is not was not read either
+            if (place := named((key, None) if isinstance(key, str) else key)) in self.values_at:
                 return self.values_at[place]
+        site = meant(key[0] if isinstance(key, tuple) and key else key)
+        if isinstance(key, str) and site and (layers := self.layers(site)):
+            number = re.search(r"[.\[](\d+)", key)
+            layer = int(number[1]) if number and int(number[1]) in layers else layers[0]
+            raise KeyError(f"{key!r} has layers: acts[{site!r}, {layer}] is layer {layer}, acts.stack({site!r}) all")
         raise KeyError(f"{key!r} was not read; there are {self._places()}")
 
     def __iter__(self) -> Iterator[Place]:
@@ -83,10 +88,19 @@ class Activations(Mapping[Place, Values]):
         return f"Activations of {prompts}: {self._places()}"
 
     def _places(self) -> str:
-        by_site: dict[str, list[str]] = {}
-        for site, layer in self.values_at:
-            by_site.setdefault(site, []).append("" if layer is None else str(layer))
-        return "; ".join(f"{site} {', '.join(layers)}".strip() for site, layers in by_site.items())
+        return "; ".join(self._site(site) for site in dict.fromkeys(site for site, _ in self.values_at))
+
+    def _site(self, site: str) -> str:
+        """A site, its layers and the axes of a prompt's tensor: "z 0-29 [pos head d]"."""
+        layers, component = self.layers(site), component_named(site)
+        several = ", ".join(map(str, layers))
+        if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+            several = f"{layers[0]}-{layers[-1]}"
+        axes = "pos head d" if component.heads else "pos d"
+        axes = "head query key" if component.width is None else axes
+        values = self[site, layers[0] if layers else None]
+        unreduced = len(values) and values[0].ndim == len(axes.split())
+        return " ".join([site, *([several] if several else []), *([f"[{axes}]"] if unreduced else [])])
 
     def layers(self, site: str) -> tuple[int, ...]:
         """The layers at which a site was read, in order.
@@ -218,7 +232,7 @@ def read(
     batch_size: int = 8,
     padding_side: PaddingSide = "left",
     device: str | torch.device | None = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     progress: bool = True,
 ) -> Activations:
     """Read the activations of prompts at some sites.
@@ -244,7 +258,7 @@ def read(
         batch_size: prompts per forward pass.
         padding_side: left or right; numbers do not depend on it.
         device: where activations are kept; None leaves them on the model's.
-        dtype: to cast activations to; None for the model's.
+        dtype: to cast activations to, such as "bfloat16" or torch.bfloat16; None for the model's.
         progress: show a bar.
 
     Returns:
@@ -279,7 +293,7 @@ def read_batches(
     batch_size: int = 8,
     padding_side: PaddingSide = "left",
     device: str | torch.device | None = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     progress: bool = True,
 ) -> Iterator[Activations]:
     """Read activations one batch after the other, so that only one batch is in memory.
@@ -357,12 +371,14 @@ class _Reading:
         positions: Any,
         reduce: Reduce | Mapping[str, Reduce] | None,
         device: str | torch.device | None,
-        dtype: torch.dtype | None,
+        dtype: str | torch.dtype | None,
     ) -> _Reading:
         """Check what is asked for; the model is not run."""
         check_tokenized(model, prompts)
         if not prompts.input_ids:
             raise ValueError("nothing to read: give at least one prompt.")
+        if not isinstance(sites, str | Iterable):
+            raise ValueError(f"sites are one or more names, such as 'z' or ['z', 'resid_post'], not {sites!r}.")
         card = card_of(model)
         components = [card.component(model, site) for site in ([sites] if isinstance(sites, str) else list(sites))]
         if not components:
@@ -380,6 +396,9 @@ class _Reading:
         positions = plain(positions)
         if positions in ((), ""):
             raise ValueError("name one or more positions.")
+        for position in positions if isinstance(positions, tuple) else (positions,):
+            if not isinstance(position, str | int):
+                raise ValueError(f"positions are names and whole numbers, such as range(3), not {position!r}.")
         tokens = tuple(tuple(token_indices(prompts, prompt, positions)) for prompt in range(len(prompts)))
         everywhere = range(n_layers(model.config)) if at is None else at
         places: dict[Place, Component] = {
@@ -393,7 +412,7 @@ class _Reading:
             raise ValueError(f"reduce has a function for {unread[0]}, which is not read; name it in sites.")
         with Taps(model, card, [(one.name, layer or 0) for (_, layer), one in places.items()]):
             pass  # raises for an attention implementation or a projection that cannot be tapped
-        return cls(model, prompts, places, chosen, tokens, positions == "all", by_site, _device(device), dtype)
+        return cls(model, prompts, places, chosen, tokens, positions == "all", by_site, _device(device), _dtype(dtype))
 
     def run(self, batch: Batch) -> dict[Place, list[Tensor]]:
         """Run the model once; gives what is kept of each row's prompt."""
@@ -497,6 +516,14 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without it
         reason = str(error).splitlines()[0]
         raise ValueError(f"activations cannot be kept on {device!r} ({reason}); give another device.") from None
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name; ValueError for something else."""
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype | None):
+        raise ValueError(f"unknown dtype {dtype!r}; give one such as 'float32' or torch.bfloat16.")
+    return found
 
 
 def _stacked(tensors: list[Tensor]) -> Values:

@@ -22,6 +22,21 @@ from pyvene_ext.specs.joint import OneSpec, Spec, as_specs, members, needs, spec
 from pyvene_ext.specs.sources import Directions, Needs, Recorded, Sources
 
 
+def identical_pairs(base: TokenizedPrompts, source: TokenizedPrompts) -> list[int]:
+    """The pairs whose two texts are the same tokens."""
+    pairs = zip(base.input_ids, source.input_ids, strict=True)
+    return [pair for pair, (ids, of_source) in enumerate(pairs) if ids == of_source]
+
+
+def check_pairs_differ(base: TokenizedPrompts, source: TokenizedPrompts) -> None:
+    """Refuse pairs of prompts all of which are the same text twice, where every effect is 0."""
+    if len(identical_pairs(base, source)) == len(base):
+        raise ValueError(
+            "base and source are the same texts, so that no patch changes anything; give the other text of each pair, as with "
+            'tokenize(tokenizer, text="corrupt").'
+        )
+
+
 @dataclass(frozen=True)
 class Resolved:
     """Specs on prompts, in order.
@@ -150,7 +165,7 @@ def resolve(
     if not isinstance(reference, Reference | None):
         raise ValueError(
             f"reference takes statistics and not {type(reference).__name__}; compute them with "
-            "reference_for(specs, model, prompts)."
+            "reference_for(model, specs, prompts)."
         )
     if not isinstance(directions, Mapping | None):
         raise ValueError(f"directions are a dict by place and positions, not {type(directions).__name__}.")

@@ -218,6 +218,7 @@ class Result(Shown):
         baseline: the metric of the untouched run of these prompts, whatever they are.
         intervened: the metric under each intervention.
         specs: the interventions themselves; empty if unknown.
+        note: what `repr` says besides, such as that the metric reads only the first tokens of longer answers.
     """
 
     names: tuple[str, ...]
@@ -225,6 +226,7 @@ class Result(Shown):
     baseline: Float32[np.ndarray, " n_prompts *pos"]
     intervened: Float32[np.ndarray, "n_interventions n_prompts *pos"]
     specs: tuple[Any, ...] = field(default=(), kw_only=True)
+    note: str = field(default="", kw_only=True)
 
     @property
     def delta(self) -> Float32[np.ndarray, "n_interventions n_prompts *pos"]:
@@ -291,7 +293,8 @@ class Result(Shown):
         """The interventions with the largest effects, and their 95% intervals."""
         what, values = self.effect
         rows = strongest_rows(values, self.names.__getitem__, self.effect_interval)
-        return Summary(self._title, ("strongest", what, "95% interval"), rows)
+        title = f"{self._title}\n{self.note}" if self.note else self._title
+        return Summary(title, ("strongest", what, "95% interval"), rows)
 
     @property
     def _title(self) -> str:

@@ -130,6 +130,12 @@ def _check_intervention(item: RepresentationConfig, kind: Any, width: int | None
                 f"the intervention on {item.component} is an instance of an intervention class or a function, not "
                 f"{item.intervention!r}; a class is given as intervention_type."
             )
+        rotation = getattr(getattr(item.intervention, "rotate_layer", None), "weight", None)
+        if width is not None and rotation is not None and len(rotation) not in (width, width * int(units or 1)):
+            raise ValueError(
+                f"the {type(item.intervention).__name__} has width {len(rotation)}, and {item.component} of this model {width}; "
+                "use the model that it was made for."
+            )
         return
     if not isinstance(kind, type) or not issubclass(kind, Intervention):
         raise ValueError(

@@ -15,18 +15,18 @@ Differences from `pyvene.IntervenableModel`:
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import pyvene
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub.errors import HFValidationError
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
@@ -51,7 +51,9 @@ from pyvene_ext.intervenable.locations import (
     resolve_locations,
     with_position_ids,
 )
+from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
 from pyvene_ext.io.errors import counted
+from pyvene_ext.models.hooks import refuse_compiled
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
 
@@ -270,6 +272,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise RuntimeError(
                 "this intervenable model is running already: finish that call first, or build a second one."
             )
+        refuse_compiled(self.model)
         self._active = True
         self._attached.clear()
         self._fired.clear()
@@ -484,6 +487,11 @@ class IntervenableModel(pyvene.IntervenableModel):
         given = super()._broadcast_source_representations(source_representations)
         return {key: value for key, value in given.items() if value is not None} if given is not None else None
 
+    def _reconcile_stateful_cached_activations(self, key: str, base: Tensor, locations: Any) -> Any:
+        """Return the source in the precision in which the base is edited, if that is wider."""
+        source = super()._reconcile_stateful_cached_activations(key, base, locations)
+        return source.to(_widest(source, base)) if isinstance(source, Tensor) else source
+
     def _remove_forward_hooks(self) -> None:
         """Remove our own hooks only; pyvene's version removes all hooks of the model."""
         for handle in self._handles:
@@ -527,6 +535,10 @@ class IntervenableModel(pyvene.IntervenableModel):
                     edited = tensor.contiguous()
                 else:
                     edited = tensor.clone(memory_format=torch.contiguous_format)
+                if (
+                    not reads
+                ):  # in the precision of the intervention's own weights, which not all of pyvene's classes convert to
+                    edited = edited.to(_widest(tensor, *intervention.parameters()))
                 # pyvene's SkipIntervention looks for the module's input among the positional arguments.
                 inputs = args or tuple(kwargs.values())[:1]
 
@@ -552,7 +564,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                 if in_place:
                     tensor.copy_(edited)
                     return None
-                return put_back(edited)
+                return put_back(edited.to(tensor.dtype))
 
             handle = register_hook(hook, with_kwargs=True)
             self._handles.append(handle)
@@ -592,6 +604,33 @@ class IntervenableModel(pyvene.IntervenableModel):
             named += [(f"model.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
         return named
 
+    def save(
+        self,
+        save_directory: str,
+        save_to_hf_hub: bool = False,
+        hf_repo_name: str = "my-awesome-model",
+        include_model: bool = False,
+    ) -> None:
+        """Save the interventions, so that `load` gives the same ones; arguments are pyvene's.
+
+        Args:
+            save_directory: the folder.
+            save_to_hf_hub: also upload the folder.
+            hf_repo_name: the repository on the hub, created if it does not exist.
+            include_model: also save the model's own parameters that require a gradient.
+
+        Raises:
+            ValueError: before anything is written: an intervention is a function, of a class from elsewhere, or one that could
+                not be built again.
+        """
+        save_interventions(save_directory, self.interventions, self.representations, self.mode)
+        if include_model:
+            trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            torch.save(trained, Path(save_directory) / "pytorch_model.bin")
+        if save_to_hf_hub:
+            create_repo(hf_repo_name, exist_ok=True)
+            upload_folder(repo_id=hf_repo_name, folder_path=save_directory)
+
     @staticmethod
     def load(
         load_directory: str,
@@ -615,27 +654,19 @@ class IntervenableModel(pyvene.IntervenableModel):
             The intervenable model.
 
         Raises:
-            ValueError: an intervention class from elsewhere.
+            FileNotFoundError: there is no such folder.
+            ValueError: an intervention class from elsewhere, a folder without interventions, or interventions of another width
+                than the model's.
         """
         if from_huggingface_hub or not Path(load_directory).exists():
-            load_directory = snapshot_download(load_directory, local_dir=local_directory)
+            try:
+                load_directory = snapshot_download(load_directory, local_dir=local_directory)
+            except HFValidationError:
+                raise FileNotFoundError(f"there is no folder {load_directory}; check the path.") from None
         if not (Path(load_directory) / "config.json").is_file():
             raise ValueError(f"{load_directory} holds no intervenable model; give the folder that save has written.")
-        saved = IntervenableConfig.from_pretrained(load_directory)
-        kinds = [_intervention_class(name) for name in saved.intervention_types]
-        representations = [RepresentationConfig(*item) for item in saved.representations]
-        config = IntervenableConfig(representations=representations, intervention_types=kinds, mode=saved.mode)
-        loaded = IntervenableModel(config, model)
-        constant = saved.intervention_constant_sources
-        for (key, intervention), is_constant in zip(loaded.interventions.items(), constant, strict=True):
-            intervention.is_source_constant = is_constant
-            weights = Path(load_directory) / f"intkey_{key}.bin"
-            if not weights.exists():
-                continue
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            if "source_representation" in state:
-                intervention.set_source_representation(state.pop("source_representation"))
-            intervention.load_state_dict(state, strict=False)
+        config = load_interventions(load_directory)
+        loaded = _load_pyvenes(load_directory, model) if config is None else IntervenableModel(config, model)
         if include_model:
             weights = Path(load_directory) / "pytorch_model.bin"
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
@@ -656,20 +687,32 @@ class IntervenableModel(pyvene.IntervenableModel):
         )
 
 
-def _intervention_class(name: str) -> type:
-    """Import the class that pyvene writes as "<class 'pyvene.models.interventions.ZeroIntervention'>"."""
-    module, _, cls = name.removeprefix("<class '").removesuffix("'>").rpartition(".")
-    try:
-        found = (
-            getattr(importlib.import_module(module), cls) if module.split(".")[0] in ("pyvene", "pyvene_ext") else None
-        )
-    except (ImportError, AttributeError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, pyvene.Intervention)):
-        raise ValueError(
-            f"{name} is not an intervention of pyvene or pyvene_ext: rebuild this model from its config in code."
-        )
-    return found
+def _load_pyvenes(folder: str | Path, model: nn.Module) -> IntervenableModel:
+    """Load what pyvene's own `save` has written."""
+    saved = IntervenableConfig.from_pretrained(folder)
+    kinds = [intervention_class(name) for name in saved.intervention_types]
+    representations = [RepresentationConfig(*item) for item in saved.representations]
+    config = IntervenableConfig(representations=representations, intervention_types=kinds, mode=saved.mode)
+    loaded = IntervenableModel(config, model)
+    facts = zip(saved.intervention_constant_sources, saved.intervention_dimensions, strict=True)
+    for (key, intervention), (is_constant, dimension) in zip(loaded.interventions.items(), facts, strict=True):
+        intervention.is_source_constant = is_constant
+        if dimension is not None:
+            intervention.set_interchange_dim(dimension)
+        weights = Path(folder) / f"intkey_{key}.bin"
+        if not weights.exists():
+            continue
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if "source_representation" in state:
+            vars(intervention).pop("source_representation", None)  # None, in whose place pyvene registers no buffer
+            intervention.set_source_representation(state.pop("source_representation"))
+        intervention.load_state_dict(state, strict=False)
+    return loaded
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    """The narrowest floating-point type that holds all of these."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor.is_floating_point()))
 
 
 def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:

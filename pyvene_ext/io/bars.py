@@ -25,11 +25,16 @@ class progress:
 
     Args:
         shown: False silences, True shows them again.
+
+    Raises:
+        ValueError: `shown` is neither.
     """
 
     def __init__(self, shown: bool) -> None:
+        if not isinstance(shown, bool):
+            raise ValueError(f"progress takes True, which shows bars, or False, which silences them, not {shown!r}.")
         global _shown
-        self._before, _shown = _shown, bool(shown)
+        self._before, _shown = _shown, shown
 
     def __enter__(self) -> progress:
         return self

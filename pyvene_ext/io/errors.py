@@ -32,6 +32,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else plural}"
 
 
+def with_article(noun: str) -> str:
+    """A noun and its article: "a list", "an Ablation"."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name.
 
@@ -40,10 +45,12 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
         known: the names that there are.
 
     Returns:
-        "did you mean 'heads'?" if one of them is close, else "choose among ..." with all of them.
+        "did you mean 'heads'?" if one of them is close, or alone begins so, else "choose among ..." with all of them.
     """
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
+    begun = [one for one in known if name and one.startswith(str(name))]
+    close = close or (begun if len(begun) == 1 else [])
     return f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(known)}."
 
 
@@ -57,7 +64,9 @@ def one_sentence(error: ValidationError, fields: Iterable[str] = ()) -> str:
     Returns:
         Such as "heads.0 must be a whole number, not 'a'."
     """
-    found = [_in_words(e, list(fields)) for e in error.errors()]
+    # A default that is computed from other fields is not computed if one of these is wrong, which is said already.
+    errors = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
+    found = [_in_words(e, list(fields)) for e in errors]
     found[SHOWN:] = [f"and {len(found) - SHOWN} more."] if len(found) > SHOWN else []
     return "; ".join([*(part.rstrip(".") for part in found[:-1]), found[-1]])
 

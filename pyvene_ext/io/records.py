@@ -19,8 +19,11 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __init__(self, /, **fields: Any) -> None:
+    def __init__(self, /, *unnamed: Any, **fields: Any) -> None:
         """Build a record from its fields, given by name."""
+        if unnamed:
+            names = ", ".join(f"{name}=..." for name in type(self).model_fields)
+            raise ValueError(f"the fields of {type(self).__name__} are given by name: {type(self).__name__}({names}).")
         with _in_one_sentence(type(self)):
             super().__init__(**fields)
 

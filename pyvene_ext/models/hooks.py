@@ -26,6 +26,28 @@ class StopForward(Exception):
     """Raised inside a forward pass to end it early, once everything needed has been recorded."""
 
 
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse a model that is compiled, in whole or in part: hooks may be left out of compiled code without a sign.
+
+    Args:
+        model: the model.
+
+    Raises:
+        ValueError: names a module that torch.compile has compiled.
+    """
+    compiled = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+    ]
+    if compiled or hasattr(vars(model).get("forward"), "_torchdynamo_orig_callable"):
+        which = compiled[0] if compiled else "the forward of the model"
+        raise ValueError(
+            f"{which} is compiled by torch.compile, and hooks do not reach into compiled code; load the model again and leave it "
+            "uncompiled (sweep(..., compile=True) compiles what it can)."
+        )
+
+
 @contextmanager
 def on_input(module: nn.Module, fn: HookFn) -> Iterator[None]:
     """Call `fn` on a module's input inside the block.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from pyvene_ext.models.hooks import replace_forward
+from pyvene_ext.models.hooks import refuse_compiled, replace_forward
 
 CHUNK = 2**24  # weights that are float32 at once: 64 MiB
 
@@ -36,7 +36,11 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
     Args:
         model: the model.
+
+    Raises:
+        ValueError: it is compiled.
     """
+    refuse_compiled(model)
     with restoring_flags(model), logits_in_float32(model):
         if any(module.training for module in model.modules()):
             model.eval()

@@ -227,6 +227,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, string: str, where: str, *, chat:
     Raises:
         ValueError: no tokens, a start token written out in the text, or a word that the tokenizer does not know.
     """
+    try:
+        string.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half a character at {error.start}, which no tokenizer reads; write it whole."
+        ) from None
     encoding = tokenizer(
         string, add_special_tokens=not chat, return_offsets_mapping=True, return_special_tokens_mask=True
     )
@@ -296,7 +302,7 @@ def render_chat(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedToke
         raise ValueError("the tokenizer has no chat template; give plain text, or use an instruct model.")
     goes_on = messages[-1]["role"] == "assistant"
     try:
-        return str(
+        text = str(
             tokenizer.apply_chat_template(
                 list(map(dict, messages)),
                 tokenize=False,
@@ -304,6 +310,8 @@ def render_chat(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedToke
                 continue_final_message=goes_on,
             )
         )
+        text.encode()  # a template may write half a character
+        return text
     except Exception as error:  # a template is a sandboxed program, which may fail in any way
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(

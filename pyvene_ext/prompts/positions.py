@@ -24,6 +24,8 @@ def token_indices(prompts: TokenizedPrompts, prompt: int, positions: Positions |
     length = len(prompts.input_ids[prompt])
     if positions == "all":
         return list(range(length))
+    if isinstance(positions, bool):
+        raise ValueError(f"positions are names and token indices, not {positions}; for every token give 'all'.")
     if isinstance(positions, tuple):
         return [token for position in positions for token in token_indices(prompts, prompt, position)]
     named = prompts.positions[prompt]

@@ -185,7 +185,7 @@ class PromptSet:
             raise ValueError(f"text must be 'clean' or 'corrupt', not {text!r}.")
         if answers not in ("first_token", "first_difference"):
             raise ValueError(f"answers must be 'first_token' or 'first_difference', not {answers!r}.")
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        if not hasattr(tokenizer, "is_fast"):
             raise ValueError(
                 f"expected a tokenizer, not {type(tokenizer).__name__}; load one with model, tokenizer = "
                 "pyvene_ext.load_model(NAME)."

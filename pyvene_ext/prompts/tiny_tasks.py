@@ -51,6 +51,26 @@ class IOIPair:
     order: str
 
 
+@dataclass(frozen=True)
+class IOIWords:
+    """What indirect-object sentences of one language are made of.
+
+    Attributes:
+        names: names of people.
+        places: what fills `{place}` in a template, with article and preposition where the template has none.
+        objects: what fills `{object}`.
+        templates: sentences that end before the name of the indirect object, with `{first}`, `{second}`, `{subject}`, `{place}`
+            and `{object}`.
+        space: whether a space comes before that name.
+    """
+
+    names: Sequence[str]
+    places: Sequence[str]
+    objects: Sequence[str]
+    templates: Sequence[str]
+    space: bool = True
+
+
 # --- vocabulary -------------------------------------------------------------------------------------------------------
 
 NAMES_EN = (
@@ -85,6 +105,11 @@ TEMPLATES_ZH = (
     "昨天{first}和{second}来到{place}，{subject}把{object}送给了",
     "{first}和{second}一起去{place}，后来{subject}把{object}交给了",
 )
+
+IOI = {
+    "en": IOIWords(NAMES_EN, PLACES_EN, OBJECTS_EN, TEMPLATES_EN),
+    "zh": IOIWords(NAMES_ZH, PLACES_ZH, OBJECTS_ZH, TEMPLATES_ZH, space=False),
+}
 
 # English:French. No noun begins with a vowel, which would need elision ("l'"), and no word is spelt the same in both.
 NOUNS_MASCULINE = (
@@ -139,44 +164,41 @@ def vocabulary() -> list[str]:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def ioi_pair(rng: np.random.Generator, language: str, order: str | None = None) -> IOIPair:
+def ioi_pair(rng: np.random.Generator, words: IOIWords, order: str | None = None) -> IOIPair:
     """Draw one indirect-object pair.
 
     Args:
         rng: the random generator.
-        language: "en" or "zh".
+        words: those of one language.
         order: "ABBA" or "BABA"; None draws one.
 
     Returns:
         The pair.
     """
-    names, places, objects, templates = {
-        "en": (NAMES_EN, PLACES_EN, OBJECTS_EN, TEMPLATES_EN),
-        "zh": (NAMES_ZH, PLACES_ZH, OBJECTS_ZH, TEMPLATES_ZH),
-    }[language]
     order = order or _pick(rng, ("ABBA", "BABA"))
-    template = _pick(rng, templates).replace("{place}", _pick(rng, places)).replace("{object}", _pick(rng, objects))
-    io, subject, *others = (names[i] for i in rng.choice(len(names), size=5, replace=False))
+    template = _pick(rng, words.templates)
+    template = template.replace("{place}", _pick(rng, words.places)).replace("{object}", _pick(rng, words.objects))
+    io, subject, *others = (words.names[i] for i in rng.choice(len(words.names), size=5, replace=False))
     first, second = (io, subject) if order == "ABBA" else (subject, io)
     return IOIPair(
         clean=template.format(first=first, second=second, subject=subject),
         corrupt=template.format(first=others[0], second=others[1], subject=others[2]),
         io_name=io,
         s_name=subject,
-        io_token=f" {io}" if language == "en" else io,  # Chinese has no space before the answer
+        io_token=f" {io}" if words.space else io,
         order=order,
     )
 
 
 def ioi_en(rng: np.random.Generator) -> Example:
     """Indirect object in English: "When Lisa and David went to the store, David gave the book to" -> " Lisa."."""
-    pair = ioi_pair(rng, "en")
+    pair = ioi_pair(rng, IOI["en"])
     return Example(pair.clean, f"{pair.io_token}.")
 
 
 def ioi_zh(rng: np.random.Generator) -> Example:
     """Indirect object in Chinese: "当小娟和小龙去商店时，小龙把书给了" -> "小娟。"."""
-    pair = ioi_pair(rng, "zh")
+    pair = ioi_pair(rng, IOI["zh"])
     return Example(pair.clean, f"{pair.io_token}。")
 
 

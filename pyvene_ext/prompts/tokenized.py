@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
-from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, n_positions
-from pyvene_ext.io.errors import counted
+from pyvene_ext.io.errors import counted, with_article
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.encoding import (
     RESERVED_POSITIONS,
     AnswerTokens,
@@ -29,6 +29,7 @@ from pyvene_ext.prompts.encoding import (
     first_tokens,
     pad_id,
 )
+from pyvene_ext.prompts.prompt import Prompt
 
 PaddingSide = Literal["left", "right"]
 
@@ -117,26 +118,50 @@ class TokenizedPrompts:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def take(self, which: Iterable[int] | int) -> TokenizedPrompts:
-        """Select some of the prompts.
+    def __repr__(self) -> str:
+        least, most = min(map(len, self.input_ids), default=0), max(map(len, self.input_ids), default=0)
+        tokens = f"{least} to {most} tokens" if least < most else counted(most, "token")
+        sides = [side for side in AnswerTokens._fields if any(getattr(own, side) for own in self.answers)]
+        answers = f"{' and '.join(sides)} answers" if sides else "no answers"
+        return f"<TokenizedPrompts: {counted(len(self), 'prompt')} of {tokens}, {answers}>"
+
+    def __getitem__(self, which: slice | Iterable[int] | int) -> TokenizedPrompts:
+        return self.take(which)
+
+    __iter__ = None  # a subscript is a set too, so that a loop over them is more likely a mistake
+
+    def take(self, which: slice | Iterable[int] | int) -> TokenizedPrompts:
+        """Select some of the prompts; so does a subscript, `prompts[:2]`.
 
         Args:
-            which: their indices, in the order wanted; or one index.
+            which: their indices, in the order wanted; one index; a slice; or a boolean for every prompt.
 
         Returns:
             The prompts selected.
 
         Raises:
-            ValueError: there is no such prompt.
+            ValueError: there is no such prompt, something else is given, or a mask of another length.
         """
-        which = [index(one) for one in (which if isinstance(which, Iterable) else [which])]
-        if missing := [one for one in which if not -len(self) <= one < len(self)]:
+        which = range(len(self))[which] if isinstance(which, slice) else which
+        listed = _plain(which)
+        given = list(map(_plain, listed)) if isinstance(listed, Iterable) else [listed]
+        if given and all(isinstance(one, bool) for one in given):
+            if len(given) != len(self):
+                raise ValueError(
+                    f"a mask of {counted(len(given), 'boolean')} cannot select among {counted(len(self), 'prompt')}; give one "
+                    "for every prompt."
+                )
+            given = [prompt for prompt, taken in enumerate(given) if taken]
+        for one in given:
+            if isinstance(one, bool) or not isinstance(one, Integral):
+                raise ValueError(f"prompts are selected by whole numbers, a slice, or one boolean each, not {one!r}.")
+        if missing := [one for one in given if not -len(self) <= one < len(self)]:
             raise ValueError(f"there is no prompt {missing[0]} among {counted(len(self), 'prompt')}, numbered from 0.")
         return replace(
             self,
-            input_ids=tuple(self.input_ids[i] for i in which),
-            answers=tuple(self.answers[i] for i in which),
-            positions=tuple(self.positions[i] for i in which),
+            input_ids=tuple(self.input_ids[i] for i in given),
+            answers=tuple(self.answers[i] for i in given),
+            positions=tuple(self.positions[i] for i in given),
         )
 
     def batches(self, batch_size: int, padding_side: PaddingSide = "left") -> Iterator[Batch]:
@@ -193,6 +218,10 @@ class TokenizedPrompts:
         return [name for name in self.positions[0] if all(name in places for places in self.positions)]
 
 
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
 def collect(rows: Iterable[TokenizedPrompt], tokenizer: PreTrainedTokenizerBase) -> TokenizedPrompts:
     """Make a tokenised set of one or more rows."""
     ids, answers, positions = zip(*rows, strict=True)
@@ -216,9 +245,13 @@ def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
     context, n_vocab = n_positions(model.config), embeddings.weight.shape[0]
     for some in prompts:
         if not isinstance(some, TokenizedPrompts):
-            raise ValueError(
-                f"prompts must be tokenised, not a {type(some).__name__}: call .tokenize(tokenizer) on the set."
-            )
+            how = "call .tokenize(tokenizer) on the set"
+            if isinstance(some, str | list | tuple | Prompt):
+                how = "PromptSet([...]).tokenize(tokenizer) makes them"
+            first = some[0] if isinstance(some, list | tuple) and some else some
+            if isinstance(first, Record) and not isinstance(first, Prompt):  # a spec
+                how = "the arguments are swapped, which are (model, specs, prompts)"
+            raise ValueError(f"prompts must be tokenised, not {with_article(type(some).__name__)}: {how}.")
         for prompt, ids in enumerate(some.input_ids):
             if not ids:
                 raise ValueError(f"prompt {prompt} has no tokens; give it some text.")

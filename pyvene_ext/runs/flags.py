@@ -112,7 +112,7 @@ class Dataset:
     """Prompts."""
 
     dataset: str = "ioi_en"
-    """ioi_en, ioi_zh, a .json or .jsonl file, a saved `datasets` folder, or a data set of the hub (owner/name)"""
+    """a shipped set (ioi_en, capitals_en, ...), a .json or .jsonl file, a saved `datasets` folder, or a hub id (owner/name)"""
     limit: Limit = None
     batch_size: BatchSize = 16
 

@@ -17,7 +17,7 @@ from pydantic import (
 from pyvene import VanillaIntervention, ZeroIntervention
 from torch import Tensor
 
-from modelcards import config_of, dimensions, n_heads, n_layers
+from modelcards import component_named, config_of, dimensions, n_heads, n_layers
 from pyvene_ext.intervenable.interventions import (
     MaskScoresIntervention,
     NormMatchedIntervention,
@@ -125,7 +125,7 @@ class Ablation(SiteEdit):
     @property
     def prompt_key(self) -> Hashable:
         """Positions, and everything that the choice of donors depends on."""
-        return self.positions, self.kind, self.seed, self._aligned
+        return self.positions, self.kind, self.seed, self.mean
 
     @property
     def _aligned(self) -> bool:
@@ -151,10 +151,15 @@ class Ablation(SiteEdit):
 
         Raises:
             ValueError: positions coincide, or a prompt has no mean for each of its positions, or no donor; the message names the
-                prompt.
+                prompt. Or the mean is that of one prompt, which is replaced by itself.
         """
         super().check_prompts(prompts, tokens, sources)
         reference_set = prompts if sources.source_prompts is None else sources.source_prompts
+        if self.mean == "per_position" and len(prompts) == 1 and reference_set.input_ids == prompts.input_ids:
+            raise ValueError(
+                f"{self.name}: the mean over one prompt at each position is the prompt's own activation, so nothing changes; "
+                'add prompts, give another reference set, or use mean="over_tokens".'
+            )
         if self._aligned:
             length = len(reference_set.input_ids[0])
             for prompt, ids in enumerate(prompts.input_ids):
@@ -217,22 +222,36 @@ class Ablation(SiteEdit):
 
 
 def all_heads(config: Any, kind: Kind = "zero", site: str = "z", **fields: Any) -> list[Ablation]:
-    """Make one ablation per query head of a model.
+    """Make one ablation per head of a model.
 
     Args:
         config: the model's config, or the model.
         kind: as in `Ablation`.
-        site: a site with query heads.
+        site: a site with heads; k and v have K/V heads.
         **fields: further fields of `Ablation`.
 
     Returns:
         The ablations, ordered by layer and head.
+
+    Raises:
+        ValueError: the site has no heads, or the fields are wrong.
     """
     config = config_of(config)
+    if given := fields.keys() & {"layer", "heads"}:
+        raise ValueError(
+            f"all_heads makes the heads of all layers and takes no {min(given)}; for some write "
+            f'[Ablation(kind="{kind}", site="{site}", layer=2, heads=head) for head in range({n_heads(config)})].'
+        )
+    heads = component_named(site, Ablation.sites, Ablation.what).heads
+    if heads is None:
+        raise ValueError(
+            f"{site} has no heads; for an ablation of each layer write "
+            f'[Ablation(kind="{kind}", site="{site}", layer=layer) for layer in range({n_layers(config)})].'
+        )
     return [
         Ablation(kind=kind, site=site, layer=layer, heads=(head,), **fields)
         for layer in range(n_layers(config))
-        for head in range(n_heads(config))
+        for head in range(dimensions(config)[heads])
     ]
 
 

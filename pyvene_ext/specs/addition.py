@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.specs.base import VECTORS, ModelShape, SiteEdit, plain
 from pyvene_ext.specs.sources import Sources
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class Addition(SiteEdit):
@@ -49,6 +50,11 @@ class Addition(SiteEdit):
             shape = getattr(vector, "shape", None)
             given = reprlib.repr(vector) if shape is None else f"an array of shape {tuple(shape)}"
             raise ValueError(f"a vector has one axis and one number or more, unlike {given}.")
+        wrong = [
+            at for at, number in enumerate(numbers) if type(number) not in (int, float) or not abs(number) < math.inf
+        ]
+        if wrong:
+            raise ValueError(f"number {wrong[0]} of {len(numbers)} must be a finite number, not {numbers[wrong[0]]!r}.")
         return numbers
 
     @property

@@ -31,6 +31,7 @@ from modelcards import (
     n_kv_heads,
     n_layers,
 )
+from modelcards.names import NAMES
 from pyvene_ext.intervenable.statistics import Place, label
 from pyvene_ext.io.records import Record
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -64,6 +65,9 @@ Token = Annotated[StrictStr | StrictInt, BeforeValidator(_token)]
 Tokens = Annotated[StrictStr | tuple[StrictStr | StrictInt, ...], BeforeValidator(_tokens)]
 """Tokens of a prompt, as the field `positions` names them: one or several."""
 VECTORS = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "embed")
+
+OTHER_KINDS = {"q": "ActivationPatch", "mlp_in": "ActivationPatch", "pattern": "ForcedAttention", "scores": "Ablation"}
+"""What edits the sites that most kinds do not, for messages."""
 
 
 class ModelShape(NamedTuple):
@@ -136,6 +140,9 @@ class SiteEdit(Record):
     @field_validator("site")
     @classmethod
     def _known_site(cls, site: str) -> str:
+        if (known := NAMES.get(site)) is not None and known.site not in cls.sites:
+            kind = f"{OTHER_KINDS[known.site]} edits it and " if known.site in OTHER_KINDS else ""
+            raise ValueError(f"no {cls.what} of {site!r}; choose among {', '.join(cls.sites)} ({kind}read reads it).")
         return component_named(site, cls.sites, cls.what).site  # pyvene's name of a site is the same site
 
     @field_validator("layer")
@@ -173,10 +180,15 @@ class SiteEdit(Record):
         component = self.component
         if component.per_layer != (self.layer is not None):
             raise ValueError(
-                f"{self.site} {'needs a layer' if component.per_layer else 'exists once: leave layer out'}."
+                f"{self.site} {'needs a layer: layer=2' if component.per_layer else 'exists once: leave layer out'}."
             )
         if (component.heads is not None) != (self.heads is not None):
-            raise ValueError(f"{self.site} {'needs heads' if component.heads else 'has no heads: leave heads out'}.")
+            if component.heads is None:
+                raise ValueError(f"{self.site} has no heads: leave heads out.")
+            raise ValueError(
+                f"{self.site} needs heads: heads=3, or heads=range(8) for several; all_heads(model.config) makes an ablation of "
+                "each."
+            )
         return self
 
     @property

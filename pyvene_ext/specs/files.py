@@ -102,8 +102,10 @@ def save_specs(path: str | Path, specs: Iterable[Spec | PathPatch]) -> None:
         specs: single specs, joint specs and paths; or one of them.
 
     Raises:
-        ValueError: something else among them.
+        ValueError: something else among them, or no path.
     """
+    if not isinstance(path, str | Path):
+        raise ValueError("the arguments are swapped: save_specs(path, specs).")
     as_specs(spec for spec in listed(specs) if not isinstance(spec, PathPatch))
     text = json.dumps(to_plain(specs), indent=2) if Path(path).suffix == ".json" else to_yaml(specs)
     with atomic_path(path) as temporary:
@@ -120,8 +122,11 @@ def load_specs(path: str | Path) -> list[Any]:
         The specs, in their order.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is not valid; the message names it and the entry that is wrong.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file of specs {path}; check the path.")
     try:
         text = Path(path).read_text(encoding="utf-8")
         # YAML contains all of JSON except surrogate pairs: two escapes for one character beyond U+FFFF.

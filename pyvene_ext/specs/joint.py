@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 from pyvene_ext.io.records import Record
 from pyvene_ext.specs.ablation import Ablation
@@ -16,6 +17,7 @@ from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.specs.sources import Needs
 
 OneSpec = Ablation | ActivationPatch | Addition | ForcedAttention
+KINDS: tuple[type[OneSpec], ...] = get_args(OneSpec)
 Spec = OneSpec | tuple[OneSpec, ...]
 
 
@@ -42,7 +44,7 @@ def members(spec: Spec) -> tuple[OneSpec, ...]:
 
 def listed(specs: Any) -> list[Any]:
     """One spec, or several, as a list."""
-    return [specs] if not isinstance(specs, Iterable) or isinstance(specs, Record | str) else list(specs)
+    return [specs] if not isinstance(specs, Iterable) or isinstance(specs, Record | str | Mapping) else list(specs)
 
 
 def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
@@ -67,9 +69,21 @@ def as_specs(specs: OneSpec | Iterable[Spec]) -> list[Spec]:
             if not isinstance(edit, SiteEdit):
                 given = " ".join(reprlib.repr(edit).split())
                 raise ValueError(
-                    f"{given} is not an ablation, activation patch, addition or forced attention, nor a tuple of them."
+                    f"{given} is not an ablation, activation patch, addition or forced attention, nor a tuple of "
+                    f"them{_hint(edit)}."
                 )
     return found
+
+
+def _hint(given: Any) -> str:
+    """How what is not a spec becomes one, for messages."""
+    if isinstance(given, Mapping):
+        kind = next((one for one in KINDS[1:] if one.model_fields["kind"].default == given.get("kind")), Ablation)
+        return f": write {kind.__name__}(**fields)"
+    if isinstance(given, str) and (place := re.fullmatch(r"(\w+)\.(\d+)(?:\.(\d+))?", given)):
+        site, layer, head = place.groups()
+        return f': write Ablation(kind=..., site="{site}", layer={layer}{f", heads={head}" if head else ""})'
+    return ""
 
 
 def spec_name(spec: Spec) -> str:

@@ -1,19 +1,22 @@
 """The shipped prompt sets are what the script makes, balanced, held out, and known to the tiny models' tokenizer."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
-from tiny.make_prompts import LANGUAGES, PROMPTS, RECENT, Settings, main, prompt_set, recent_set, sentence_pairs
+from make_prompts import PROMPTS, RECENT, RECIPES, SETS, Settings, main, prompt_set, sentence_pairs
+from prompt_words import CAPITAL_TEMPLATES, COUNTRIES, LANGUAGES, PHRASES
 from tiny.train_tiny_models import build_tokenizer
 
 from pyvene_ext.prompts.sets import PromptSet
-from pyvene_ext.prompts.tiny_tasks import NAMES_EN, NAMES_ZH, is_held_out
+from pyvene_ext.prompts.tiny_tasks import IOI, NAMES_EN, is_held_out
+from tests.pyvene_ext.tokenizers_for_tests import bpe_tokenizer
 
 TOKENIZER = build_tokenizer()
-NAMES = {"en": NAMES_EN, "zh": NAMES_ZH}
 
 
-@pytest.fixture(params=LANGUAGES)
+@pytest.fixture(params=IOI)
 def language(request):
     return request.param
 
@@ -23,17 +26,34 @@ def shipped(language):
     return json.loads((PROMPTS / f"ioi_{language}.json").read_text(encoding="utf-8"))
 
 
-def test_shipped_files_are_what_the_script_writes(tmp_path):
-    main(Settings(out=tmp_path))
-    for language in LANGUAGES:
-        name = f"ioi_{language}.json"
-        assert (tmp_path / name).read_bytes() == (PROMPTS / name).read_bytes()
-    assert (tmp_path / "en_fr.tsv").read_bytes() == (PROMPTS / "en_fr.tsv").read_bytes()
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    main(Settings(out=folder))
+    return folder
 
 
-def test_another_seed_gives_other_prompts(language, shipped):
-    assert prompt_set(language, 5, seed=0)["pairs"] == shipped["pairs"][:5]
-    assert prompt_set(language, 5, seed=1)["pairs"] != shipped["pairs"][:5]
+def test_shipped_files_are_what_the_script_writes(written):
+    assert {path.name for path in written.iterdir()} == {path.name for path in PROMPTS.iterdir()}
+    for path in written.iterdir():
+        assert path.read_bytes() == (PROMPTS / path.name).read_bytes()
+
+
+def test_only_the_named_sets_are_written_in_the_number_asked_for(tmp_path):
+    main(Settings(("ioi_fr", "en_fr"), tmp_path, n=7))
+    assert {path.name for path in tmp_path.iterdir()} == {"ioi_fr.json", "en_fr.tsv"}
+    assert len(PromptSet.load(tmp_path / "ioi_fr.json")) == 7
+    with pytest.raises(ValueError, match=f"no prompt set 'ioi_xx'; choose among {', '.join(SETS)}"):
+        main(Settings(("ioi_xx",), tmp_path))
+    with pytest.raises(ValueError, match=r"there are only about [0-9]+ different prompts of agreement_en; ask"):
+        prompt_set("agreement_en", 1000, seed=0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_another_seed_gives_other_prompts(name):
+    pairs = json.loads((PROMPTS / f"{name}.json").read_text(encoding="utf-8"))["pairs"]
+    assert prompt_set(name, 5, seed=0)["pairs"] == pairs[:5]
+    assert prompt_set(name, 5, seed=1)["pairs"] != pairs[:5]
 
 
 def test_format_and_number(shipped):
@@ -46,15 +66,10 @@ def test_pairs_are_distinct_and_held_out_from_training(shipped):
     assert all(is_held_out(pair["clean"]) for pair in shipped["pairs"])
 
 
-def test_half_the_prompts_begin_with_the_indirect_object(shipped):
-    first = [pair["clean"].index(pair["io_name"]) < pair["clean"].index(pair["s_name"]) for pair in shipped["pairs"]]
-    assert sum(first) == 50
-
-
 def test_clean_has_two_names_and_corrupt_three_others(language, shipped):
     for pair in shipped["pairs"]:
-        clean = [token for token in TOKENIZER.tokenize(pair["clean"]) if token in NAMES[language]]
-        corrupt = [token for token in TOKENIZER.tokenize(pair["corrupt"]) if token in NAMES[language]]
+        clean = [token for token in TOKENIZER.tokenize(pair["clean"]) if token in IOI[language].names]
+        corrupt = [token for token in TOKENIZER.tokenize(pair["corrupt"]) if token in IOI[language].names]
         assert sorted(clean) == sorted([pair["io_name"], pair["s_name"], pair["s_name"]])
         assert clean[2] == pair["s_name"]
         assert len(corrupt) == len(set(corrupt)) == 3
@@ -80,10 +95,8 @@ def test_answer_token_continues_the_prompt_as_one_token(language, shipped):
 
 
 @pytest.mark.parametrize("form", RECENT)
-def test_prompts_of_the_most_recent_subject_are_as_shipped_and_say_who_is_who(form, tmp_path):
+def test_prompts_of_the_most_recent_subject_say_who_is_who(form):
     path = PROMPTS / f"recent_{form}.json"
-    main(Settings(out=tmp_path))
-    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     prompts = PromptSet.load(path)
     assert len({prompt.clean for prompt in prompts}) == len(prompts) == 100
     for prompt in prompts:
@@ -105,7 +118,6 @@ def test_the_tiny_form_has_no_word_that_the_tiny_models_lack():
     prompts = PromptSet.load(PROMPTS / "recent_tiny.json")
     for text in ("clean", "corrupt"):
         assert len(set(map(len, prompts.tokenize(TOKENIZER, text).input_ids))) == 1
-    assert recent_set("en", 3, seed=1)["pairs"] != recent_set("en", 3, seed=0)["pairs"]
 
 
 def test_parallel_text_is_held_out_in_both_directions_without_unknown_words():
@@ -115,3 +127,84 @@ def test_parallel_text_is_held_out_in_both_directions_without_unknown_words():
         assert is_held_out(f"EN: {english} FR:") and is_held_out(f"FR: {french} EN:")
         assert TOKENIZER.unk_token_id not in TOKENIZER(f"EN: {english} FR: {french}")["input_ids"]
     assert sentence_pairs(5, seed=0) == [tuple(pair) for pair in pairs[:5]] != sentence_pairs(5, seed=1)
+
+
+# -- every set ---------------------------------------------------------------------------------------------------------
+
+
+def mentions(words, text):
+    """Where names are mentioned, by a search of its own."""
+    either = "|".join(map(re.escape, sorted(words.names, key=len, reverse=True)))
+    return list(re.finditer(rf"(?<!\w)({either})(?!\w)" if words.space else either, text))
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_prompts_of_every_language_name_two_people_and_corrupt_ones_three_others(code):
+    prompts, words = PromptSet.load(f"ioi_{code}"), LANGUAGES[code][1]
+    orders = Counter()
+    for prompt in prompts:
+        clean, corrupt = mentions(words, prompt.clean), mentions(words, prompt.corrupt)
+        io, s = prompt.io_name, prompt.s_name
+        names, others = [found[0] for found in clean], [found[0] for found in corrupt]
+        assert names in ([io, s, s], [s, io, s])
+        assert len(set(others)) == len(others) == 3 and not set(names) & set(others)
+        assert re.sub("|".join(names), "_", prompt.clean) == re.sub("|".join(others), "_", prompt.corrupt)
+        spans = prompt.spans("clean")
+        assert sorted(spans[name] for name in ("io", "s1", "s2")) == [found.span() for found in clean]
+        assert prompt.io_token == " " * words.space + io
+        # Without a space before it a Latin name might be other tokens.
+        assert not words.space or clean[0].start() > 0
+        orders[names[0] == io] += 1
+    assert orders == {True: 50, False: 50}
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_every_template_of_a_language_is_used(code):
+    words, prompts = LANGUAGES[code][1], PromptSet.load(f"ioi_{code}")
+    for template in words.templates:
+        parts = [part for part in re.split(r"\{\w+\}", template) if part.strip()]
+        assert any(all(part in prompt.clean for part in parts) for prompt in prompts)
+
+
+def test_agreement_crosses_the_numbers_of_noun_and_distractor_and_answers_follow_the_noun():
+    numbers = Counter()
+    for prompt in PromptSet.load("agreement_en"):
+        for text, right, wrong in (
+            (prompt.clean, prompt.answer, prompt.wrong),
+            (prompt.corrupt, prompt.corrupt_answer, prompt.corrupt_wrong),
+        ):
+            noun, distractor = text.split()[1], text.split()[-1]
+            assert (right, wrong) == (("are", "is") if noun.endswith("s") else ("is", "are"))
+            assert any(
+                noun.removesuffix("s") in nouns.split() and distractor.removesuffix("s") in distractors.split()
+                for nouns, _, distractors in PHRASES
+            )
+            spans = prompt.spans("clean" if text == prompt.clean else "corrupt")
+            assert spans["noun"] == (4, 4 + len(noun.removesuffix("s")))
+            assert spans["distractor"] == (len(text) - len(distractor), len(text))
+            numbers[text == prompt.clean, noun.endswith("s"), distractor.endswith("s")] += 1
+        assert prompt.clean.replace("s ", " ") == prompt.corrupt.replace("s ", " ")
+    assert set(numbers.values()) == {25} and len(numbers) == 8
+
+
+def test_capitals_are_asked_for_in_the_clean_text_and_their_rivals_in_the_corrupt_one():
+    texts = {
+        template.format(country=country): capital
+        for country, capital in COUNTRIES.items()
+        for template in CAPITAL_TEMPLATES
+    }
+    for prompt in PromptSet.load("capitals_en"):
+        assert texts[prompt.clean] == prompt.answer == prompt.corrupt_wrong
+        assert texts[prompt.corrupt] == prompt.corrupt_answer == prompt.wrong != prompt.answer
+        assert prompt.clean.split()[:-2] == prompt.corrupt.split()[:-2]
+        assert prompt.positions == {"country": -2} and prompt.clean.endswith(" is")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_set_has_a_hundred_prompts_whose_answers_a_byte_level_tokenizer_tells_apart(name):
+    prompts = PromptSet.load(name)
+    assert len({prompt.clean for prompt in prompts}) == len(prompts) == 100
+    tokenizer = bpe_tokenizer([prompt.clean for prompt in prompts])
+    for text in ("clean", "corrupt"):
+        tokens = prompts.tokenize(tokenizer, text, answers="first_difference")
+        assert len(tokens.answer_ids) == 100

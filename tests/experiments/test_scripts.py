@@ -56,6 +56,7 @@ ALL_OF_THEM = """
 import contextlib, io, json, runpy, sys
 heavy, scripts, answers = *map(json.loads, sys.argv[1:]), []
 for script in scripts:
+    sys.path.insert(0, script.rpartition("/")[0])  # as `python SCRIPT` has it
     for flag in ("--help", "--mistyped"):
         before, said, sys.argv = set(sys.modules), io.StringIO(), [script, flag]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):

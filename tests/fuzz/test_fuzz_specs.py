@@ -285,6 +285,7 @@ def test_prompts_are_run_alike_or_refused(data: Any, ids: list[int], length: int
     model = _model("gpt2")
     row = (*ids, *(5,) * (length - len(ids)))
     prompts = TokenizedPrompts((row, (3, 4)), answer_pairs(((0, 1),) * 2), ({"end": -1, "last": -1},) * 2, pad_id=0)
+    source = replace(prompts, input_ids=(row, (4, 3)))
     fits = len(row) <= 64 and 0 <= min(row) <= max(row) < VOCAB
     spec, moved = Ablation(kind="zero", site="mlp_out", layer=1), ActivationPatch(site="mlp_out", layer=1)
     given = [
@@ -292,9 +293,9 @@ def test_prompts_are_run_alike_or_refused(data: Any, ids: list[int], length: int
         for study in (
             lambda: run(model, spec, prompts, progress=False).intervened,
             lambda: sweep(model, spec, prompts, progress=False).intervened,
-            lambda: patch(model, moved, prompts, prompts, progress=False).intervened,
-            lambda: atp(model, moved, prompts, prompts, progress=False),
-            lambda: edge_attribution(model, prompts, prompts, progress=False),
+            lambda: patch(model, moved, prompts, source, progress=False).intervened,
+            lambda: atp(model, moved, prompts, source, progress=False),
+            lambda: edge_attribution(model, prompts, source, progress=False),
             lambda: logit_lens(model, prompts, progress=False),
             lambda: flow_routes(model, prompts, progress=False),
         )

@@ -69,8 +69,12 @@ def head(layer: int = 0, head: int = 0, site: str = "z", **fields: Any) -> Ablat
     return Ablation(kind="zero", site=site, layer=layer, heads=(head,), **fields)
 
 
+def activations() -> px.Activations:
+    return px.read(model(), PROMPTS, "z", progress=False)
+
+
 def refused(call: Callable[[], Any], said: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, KeyError, FileNotFoundError, AttributeError)) as caught:
         call()
     sentence = str(caught.value)
     assert said in sentence, sentence
@@ -97,10 +101,13 @@ RUNS: list[tuple[Callable[..., Any], str]] = [
     (lambda go: go(model(), [(ZERO, ZERO)], PROMPTS), "names one or more places, each once, not [z.0.0+z.0.0]"),
     (lambda go: go(model(), PATH, PROMPTS), "z.0.0->logits is a path, which is run alone and with pyvene_ext.patch."),
     (lambda go: go(model(), PATCH, PROMPTS), "z.0.0:patch takes its activations from source prompts; call pyvene_ext.pat"),
-    (lambda go: go(model(), ZERO, "a text"), "prompts must be tokenised, not a str: call .tokenize(tokenizer)"),
+    (lambda go: go(model(), ZERO, "a text"), "not a str: PromptSet([...]).tokenize(tokenizer) makes them."),
     (lambda go: go(model(), ZERO, ["a text"]), "prompts must be tokenised, not a list"),
     (lambda go: go(model(), ZERO, torch.ones(2, 3).long()), "prompts must be tokenised, not a Tensor"),
-    (lambda go: go(model(), PROMPTS, ZERO), "prompts must be tokenised, not a Ablation"),
+    (lambda go: go(model(), PROMPTS, ZERO), "tokenised, not an Ablation: the arguments are swapped, which are (model, specs"),
+    (lambda go: go(model(), PROMPTS, [ZERO]), "not a list: the arguments are swapped, which are (model, specs, prompts)."),
+    (lambda go: go(model(), {"kind": "patch"}, PROMPTS), "nor a tuple of them: write ActivationPatch(**fields)."),
+    (lambda go: go(model(), "z.2.3", PROMPTS), 'write Ablation(kind=..., site="z", layer=2, heads=3).'),
     (lambda go: go(ZERO, model(), PROMPTS), "expected a model, not Ablation; load one with model, tokenizer = pyvene_ext"),
     (lambda go: go(tokenizer(), ZERO, PROMPTS), "expected a model, not "),
     (lambda go: go("tiny-qwen2.5", ZERO, PROMPTS), "expected a model, not str; load one with"),
@@ -134,13 +141,37 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: sweep(model(), ZERO, PROMPTS, memory="2G"), "memory must be a whole number of bytes above 0, not '2G'."),
     (lambda: PROMPTS.take(7), "there is no prompt 7 among 2 prompts, numbered from 0."),
     (lambda: px.PromptSet.load("ioi_en").tokenize(model()), "expected a tokenizer, not LlamaForCausalLM; load one with"),
-    (lambda: px.reference_for(model(), [MEAN], PROMPTS), "is not an ablation"),
-    (lambda: px.reference_for([MEAN], model(), "text"), "prompts must be tokenised, not a str"),
+    (lambda: px.PromptSet([px.Prompt("half \ud800")]).tokenize(tokenizer()), "holds half a character at 5, which no tokenizer"),
+    (lambda: px.reference_for([MEAN], model(), PROMPTS), "expected a model, not list"),
+    (lambda: px.reference_for(model(), [MEAN], "text"), "prompts must be tokenised, not a str"),
     (lambda: px.resolve(model(), [MEAN], PROMPTS), "expected a model, not list"),
     (lambda: px.save_specs("x.yaml", "z.0.0"), "'z.0.0' is not an ablation"),
     (lambda: px.all_heads(tokenizer()), "expected a model or its config, not "),
     (lambda: px.all_heads(model(), "zer"), "kind must be 'zero', 'mean', 'resample' or 'noise', not 'zer'; did you mean 'zero'?"),
     (lambda: px.all_heads(model(), position="last"), "there is no field 'position'; did you mean 'positions'?"),
+    (lambda: px.all_heads(model(), site="mlp_out"), "mlp_out has no heads; for an ablation of each layer write [Ablation("),
+    (lambda: px.all_heads(model(), layer=2), "makes the heads of all layers and takes no layer; for some write [Ablation("),
+    (lambda: px.save_specs([ZERO], "x.yaml"), "the arguments are swapped: save_specs(path, specs)."),
+    (lambda: px.load_specs("nope.yaml"), "there is no file of specs nope.yaml; check the path."),
+    (lambda: Ablation("zero", "z", 2), "given by name: Ablation(site=..., layer=..., heads=..., positions=..., kind=..."),
+    (lambda: Ablation(kind="zero", site="z", layer=2), "z needs heads: heads=3, or heads=range(8) for several; all_heads("),
+    (lambda: Ablation(kind="zero", site="resid_post"), "resid_post needs a layer: layer=2."),
+    (lambda: head(site="q"), "scores (ActivationPatch edits it and read reads it)."),
+    (lambda: head(site="pattern"), "scores (ForcedAttention edits it and read reads it)."),
+    (lambda: head(site="mlp_neurons"), "scores (read reads it)."),
+    (lambda: Addition(site="embed", vector=[1, np.nan]), "vector: number 1 of 2 must be a finite number, not nan."),
+    (lambda: Addition(site="embed", vector=["1"] * 9), "vector: number 0 of 9 must be a finite number, not '1'."),
+    (lambda: Addition(site="embed", vector=[1], scale="2"), "scale must be a number, not '2'."),
+    (lambda: px.Prompt("x", ""), "answer: '' should be a text or several, none of them empty."),
+    (lambda: px.Metric(lambda logits, prompts: logits, [1, 2]), "the name of a metric is a string, not [1, 2]."),
+    (lambda: run(model(), ZERO, PROMPTS, "acc"), "unknown metric 'acc'; did you mean 'accuracy'?"),
+    (lambda: px.read(model(), PROMPTS, None), "sites are one or more names, such as 'z' or ['z', 'resid_post'], not None."),
+    (lambda: px.read(model(), PROMPTS, "z", positions=slice(3)), "positions are names and whole numbers, such as range(3)"),
+    (lambda: px.read(model(), PROMPTS, "z", dtype="half precision"), "unknown dtype 'half precision'; give one such as"),
+    (lambda: px.logit_lens, "it is pyvene_ext.methods.logit_lens."),
+    (lambda: activations()["z"], "'z' has layers: acts['z', 0] is layer 0, acts.stack('z') all"),
+    (lambda: activations()["blocks.1.attn.hook_z"], "acts['z', 1] is layer 1, acts.stack('z') all"),
+    (lambda: activations()["z", 1, 2], "('z', 1, 2) was not read; there are z 0-2 [pos head d]"),
     (lambda: px.all_patches(model(), "zz"), "no patch of 'zz'; choose among q, k, v"),
     (lambda: px.force(model(), [-1], shape="uniform", block=(0, 1)), "layers count from 0, unlike -1"),
     # patch
@@ -160,7 +191,7 @@ CALLS: list[tuple[Callable[[], Any], str]] = [
     (lambda: patch(model(), SUBSPACE, PROMPTS, SOURCE, directions={}), "directions has no tensor under (('z', 0), 'all')"),
     # generate and steering
     (lambda: generate(model(), ADDED, "a text"), "prompts must be tokenised, not a str"),
-    (lambda: generate(model(), PROMPTS, ADDED), "prompts must be tokenised, not a Addition"),
+    (lambda: generate(model(), PROMPTS, ADDED), "prompts must be tokenised, not an Addition"),
     (lambda: generate(model(), [ADDED], PROMPTS), "edits that are made jointly are a tuple, not a list"),
     (lambda: generate(model(), PATH, PROMPTS), "z.0.0->logits is a path"),
     (lambda: generate(model(), ADDED.model_copy(update={"vector": (1, 2)}), PROMPTS), "has 2 numbers, and resid_post has 42."),
@@ -274,12 +305,19 @@ SWAPPED: list[tuple[Callable[[], Any], str]] = [
     (lambda: IntervenableModel(at(ZeroIntervention), model().model).generate(BASE), "LlamaModel cannot generate"),
     (lambda: IntervenableModel(at(ZeroIntervention), model("gpt2"))({"input_ids": torch.ones(1, 65).long()}), "65 tokens but"),
     (lambda: IntervenableModel.load(str(Path(__file__).parent), model()), "holds no intervenable model"),
+    (lambda: IntervenableModel.load("/no/folder", model()), "there is no folder /no/folder; check the path."),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("wrong", "said"), [*BUILT, *SWAPPED], ids=[said for _, said in (*BUILT, *SWAPPED)])
 def test_an_intervenable_model_refuses_a_wrong_call_in_one_sentence(wrong: Any, said: str) -> None:
     refused(wrong, said)
+
+
+def test_a_subspace_of_another_width_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    made(at(LowRankRotatedSpaceIntervention, low_rank_dimension=2)).save(str(tmp_path))
+    said = "has width 42, and block_output of this model 35; use the model that it was made for."
+    refused(lambda: IntervenableModel.load(str(tmp_path), model("gpt2")), said)
 
 
 @pytest.mark.parametrize(("call", "said"), ZEROED, ids=[said for _, said in ZEROED])

@@ -133,7 +133,7 @@ def test_ablations_by_both_engines_are_those_of_plain_hooks(family: str) -> None
         else:
             right.append((spec, by_hooks(model, lambda _, s=spec, e=edit, n=layer: [(FIELD_NAMES[s.site], n, e)])))
     specs, expected = [spec for spec, _ in right], np.stack([values for _, values in right])
-    reference = reference_for(specs, model, BASE, progress=False)
+    reference = reference_for(model, specs, BASE, progress=False)
     plain = run(model, specs, BASE, reference=reference, progress=False)
     swept = sweep(model, specs, BASE, reference=reference, progress=False)
     assert near(plain.baseline, by_hooks(model, lambda _: []))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.measure import Metric, MetricLike, check_metric
+from pyvene_ext.engine.measure import Metric, MetricLike, check_metric, first_tokens_note
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sequences import answers_measured
@@ -180,6 +180,7 @@ def sweep_resolved(
     if compile and getattr(model, "hf_device_map", None):
         raise ValueError("compile is for a model on one device; this one is spread over several (hf_device_map).")
     group = processes()
+    said = first_tokens_note(metric, resolved.prompts.take(which))
     progress = progress and group.is_main_process
     with ExitStack() as stack:
         kept: Store | None = None
@@ -190,7 +191,7 @@ def sweep_resolved(
             # Read before any process adds a wave, and by one process, so that all divide the same remaining waves.
             whole, remembered, finished = broadcast_from_main(lambda: (held.result, held.plan, held.finished))
             if whole is not None:
-                return Result(resolved.names, metric.label, whole["clean"], whole["intervened"], specs=specs)
+                return Result(resolved.names, metric.label, whole["clean"], whole["intervened"], specs=specs, note=said)
             if remembered != _plan_record(plan):
                 plan = make_plan(plan.resolved, which, Budget(**remembered["budget"]))
             if remembered != _plan_record(plan):
@@ -218,7 +219,7 @@ def sweep_resolved(
         took = time.monotonic() - started
         size = f"{counted(len(specs), 'intervention')} x {counted(len(which), 'prompt')}"
         note(f"{size} in {took:.1f} s", shown=progress)
-    return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs)
+    return Result(resolved.names, metric.label, result["clean"], result["intervened"], specs=specs, note=said)
 
 
 @contextmanager

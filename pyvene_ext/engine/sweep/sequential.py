@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedModel
 
-from pyvene_ext.engine.measure import MetricLike, check_metric
+from pyvene_ext.engine.measure import MetricLike, check_metric, first_tokens_note, first_tokens_said
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.results import Result, Shown, Summary, count, strongest
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
@@ -161,7 +161,7 @@ def frequencies(
     n_prompts = np.zeros(len(specs), int)
     going = np.arange(len(specs))
     left = intervened.size
-    with progress_bar(left, "prompt", "frequencies", shown=progress) as bar:
+    with progress_bar(left, "prompt", "frequencies", shown=progress) as bar, first_tokens_said():
         for start in range(0, n, block):
             taken, new = order[: start + block], order[start : start + block]
             part = sweep(
@@ -181,5 +181,7 @@ def frequencies(
             if not going.size:
                 break
         bar.refresh()
-    result = Result(resolved.names, metric.label, clean, intervened, specs=resolved.specs)
+    result = Result(
+        resolved.names, metric.label, clean, intervened, specs=resolved.specs, note=first_tokens_note(metric, prompts)
+    )
     return Sequential(result, frequency, low, high, n_prompts, order, width)

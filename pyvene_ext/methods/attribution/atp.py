@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
-from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.resolve import Resolved, check_pairs_differ, resolve
 from pyvene_ext.intervenable.statistics import Place
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.attribution.gradients import (
@@ -331,5 +331,6 @@ def resolve_patches(
     refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
     check_differentiable(check_metric(model, base, metric), model.dtype)
     resolved = resolve(specs, model, base, source)
+    check_pairs_differ(base, source)
     check_places(model, specs)
     return resolved

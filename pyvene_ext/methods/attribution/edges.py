@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
+from pyvene_ext.engine.resolve import check_pairs_differ
 from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
@@ -428,4 +429,5 @@ def check_pairs(model: PreTrainedModel, base: TokenizedPrompts, source: Tokenize
                 f"the base prompt of pair {pair} has {len(ids)} tokens and its source {len(of_source)}, so that their tokens do "
                 "not correspond; leave the pair out."
             )
+    check_pairs_differ(base, source)
     check_projections(model)

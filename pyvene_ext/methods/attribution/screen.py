@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, dimensions
-from pyvene_ext.engine.measure import Metric, MetricLike, check_metric
+from pyvene_ext.engine.measure import Metric, MetricLike, check_metric, first_tokens_said
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.results import Result, Shown, Summary
 from pyvene_ext.engine.sweep.run import sweep as fast_sweep
@@ -360,10 +360,11 @@ def screened(
     n_checked = min(len(rejected), max(MIN_CHECKED, int(np.ceil(check * len(rejected)))))
     checked = np.sort(rng(seed, "screen").permutation(rejected)[:n_checked])
     chosen = np.sort(np.concatenate([np.flatnonzero(could_matter), checked]))
-    exact = sweep(model, [specs[i] for i in chosen], prompts, metric, reference, progress=progress)
+    with first_tokens_said():
+        exact = sweep(model, [specs[i] for i in chosen], prompts, metric, reference, progress=progress)
     intervened = np.full_like(estimates, np.nan)
     intervened[chosen] = exact.intervened
-    result = Result(resolved.names, metric.label, exact.baseline, intervened, specs=resolved.specs)
+    result = Result(resolved.names, metric.label, exact.baseline, intervened, specs=resolved.specs, note=exact.note)
     return Screen(result, estimates, could_matter, checked, tau, margin)
 
 

@@ -21,10 +21,18 @@ from jaxtyping import Float, Float32, Int
 from transformers import PreTrainedModel
 
 from modelcards import component_named, config_of, n_heads, n_kv_heads, n_layers
-from pyvene_ext.engine.measure import Metric, MetricLike, as_array, as_metric, check_metric
+from pyvene_ext.engine.measure import (
+    Metric,
+    MetricLike,
+    as_array,
+    as_metric,
+    check_metric,
+    first_tokens_note,
+    first_tokens_said,
+)
 from pyvene_ext.engine.metrics import last_logits
 from pyvene_ext.engine.plain import measured, run_resolved
-from pyvene_ext.engine.resolve import Resolved, resolve
+from pyvene_ext.engine.resolve import Resolved, check_pairs_differ, identical_pairs, resolve
 from pyvene_ext.engine.results import Result, count, finite_mean, three_digits
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.io.bars import progress_bar
@@ -219,20 +227,15 @@ def patch(
         else:
             put(numbers, *_plain_paths(resolved, some, metric, batch_size, progress))
     assert clean is not None  # there is a patch
-    same = _identical(base, source)
+    same = identical_pairs(base, source)
     if "clean" in metric.needs:
         of_source = np.full_like(clean, np.nan)
     else:
         of_source = measured(model, replace(source, answers=base.answers), metric, batch_size=batch_size)
         of_source[same] = clean[same]  # a rounding difference would give scores where there are none
     names = tuple(spec.name if isinstance(spec, PathPatch) else spec_name(spec) for spec in wanted)
-    return Patched(names, metric.label, clean, found, of_source, specs=tuple(wanted), identical=tuple(same))
-
-
-def _identical(base: TokenizedPrompts, source: TokenizedPrompts) -> list[int]:
-    """The pairs whose two texts are the same tokens."""
-    pairs = zip(base.input_ids, source.input_ids, strict=True)
-    return [pair for pair, (ids, of_source) in enumerate(pairs) if ids == of_source]
+    note = first_tokens_note(metric, base, of_answers=not at_path)
+    return Patched(names, metric.label, clean, found, of_source, specs=tuple(wanted), identical=tuple(same), note=note)
 
 
 class _PathKind(NamedTuple):
@@ -388,13 +391,11 @@ def resolve_patches(
                 raise ValueError(f"{edit.name}: path is set by path patching only; give a PathPatch.")
     if any(isinstance(spec, PathPatch) and spec.direct for spec in specs):
         check_projections(model)
-    for prompts in (base, replace(source, answers=base.answers)):
-        check_metric(model, prompts, metric, of_answers=not any(isinstance(spec, PathPatch) for spec in specs))
-    if len(_identical(base, source)) == len(base):
-        raise ValueError(
-            "base and source are the same texts, so that no patch changes anything; give the other text of each pair, as with "
-            'tokenize(tokenizer, text="corrupt").'
-        )
+    of_answers = not any(isinstance(spec, PathPatch) for spec in specs)
+    check_metric(model, base, metric, of_answers=of_answers)
+    with first_tokens_said():
+        check_metric(model, replace(source, answers=base.answers), metric, of_answers=of_answers)
+    check_pairs_differ(base, source)
     activations: list[Spec] = [spec.sender_patch if isinstance(spec, PathPatch) else spec for spec in specs]
     return resolve(activations, model, base, source, directions=directions)
 

@@ -55,7 +55,7 @@ def _bars() -> Iterator[None]:
 @_bars()
 def load_model(
     name_or_path: str | Path,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     attn_implementation: str | None = None,
     device_map: str | dict[str, Any] | None = None,
@@ -69,7 +69,7 @@ def load_model(
 
     Args:
         name_or_path: one of `TINY_MODELS`, else a local folder, else a repository on the hub.
-        dtype: one of `DTYPES`; "auto" keeps the checkpoint's.
+        dtype: one of `DTYPES`, or torch's; "auto" keeps the checkpoint's.
         device: where the model goes, such as "cuda"; default the CPU. "auto" spreads a model that is larger than one GPU over all
             of them, then over the CPU's memory, and leaves the rest on disk.
         attn_implementation: "eager", "sdpa" ...; default transformers' choice.
@@ -87,6 +87,7 @@ def load_model(
         ConnectionError: the hub cannot be reached.
         OSError: another error that the hub reports.
     """
+    dtype = str(dtype).removeprefix("torch.")
     _check_arguments(dtype, device, attn_implementation, device_map)
     name, source = str(name_or_path), source_of(name_or_path, dtype, revision)
     # By default transformers lets a bot of the hub convert pickled weights, and loads the bot's revision instead of this one.

@@ -54,7 +54,9 @@ def test_chats_use_the_tokenizers_template() -> None:
 
     def noting(messages: Any, **options: Any) -> Any:
         seen.append(messages[-1]["content"])
-        return own(messages, **options)
+        return own(
+            [{"role": "user", "content": "the red cat"}], **options
+        )  # the template's own words are unknown to it
 
     tokenizer.apply_chat_template = noting
     asked(model, tokenizer, limit=2, chat=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -335,3 +336,33 @@ def test_what_reads_the_last_token_only_refuses_whole_answers() -> None:
         estimate(model, Ablation(kind="zero", site="mlp_out", layer=1), PROMPTS, "answer_logprob")
     with pytest.raises(ValueError, match="answer_logprob reads whole answers; here choose among"):
         patch(model, PathPatch(sender="z.0.0", receivers=("logits",)), PROMPTS, source, "answer_logprob")
+
+
+def test_a_metric_of_first_tokens_says_once_of_how_many_prompts_answers_are_longer() -> None:
+    model, spec = model_of("gpt2"), Ablation(kind="zero", site="mlp_out", layer=1)
+    prompts = replace(PROMPTS, answers=(ANSWERS[0], ANSWERS[2], ANSWERS[4], *(ANSWERS[0],) * 3))
+    source = replace(random_prompts(list(map(len, prompts.input_ids)), seed=3), answers=prompts.answers)
+    said = "logit_diff reads first tokens only: the answers of 2 of 6 prompts have several"
+    hint = "; metric='answer_logprob_diff' reads them whole"
+    moved = ActivationPatch(site="mlp_out", layer=1, positions="last")
+    path = PathPatch(sender="mlp_out.0", receivers=("mlp_in.2",), positions="last")
+    for call, more in (
+        (lambda: run(model, spec, prompts, **QUIET), hint),
+        (lambda: sweep(model, spec, prompts, **QUIET), hint),
+        (lambda: frequencies(model, spec, prompts, tau=0.1, width=0.2, block=2, **QUIET).result, hint),
+        (lambda: patch(model, moved, prompts, source, **QUIET), hint),
+        (lambda: patch(model, path, prompts, source, **QUIET), ""),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = call()
+        assert [str(one.message) for one in caught] == [f"{said}{more}."]
+        assert f"{said}{more}\n" in repr(result)
+    with pytest.warns(
+        UserWarning, match="probability reads first tokens only: the answers of 1 of 6 prompts .*'answer_logprob'"
+    ):
+        run(model, spec, prompts, "probability", **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for metric, some in (("answer_logprob", prompts), ("kl", prompts), ("logit_diff", ablations.PROMPTS)):
+            assert "first tokens" not in repr(run(model, spec, some, metric, **QUIET))

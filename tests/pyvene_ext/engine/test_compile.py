@@ -272,6 +272,19 @@ def test_a_reference_set_of_another_length_is_refused_where_positions_are_aligne
     resolve([spec], _model("llama3_1"), random_prompts((8, 8), seed=7), EQUAL)
 
 
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_a_mean_by_position_over_the_prompt_itself_alone_is_refused(positions: str) -> None:
+    fields = {"kind": "mean", "site": "mlp_out", "layer": 0, "positions": positions}
+    other = Ablation(**fields)  # its check must not stand for the next one's
+    spec, model, alone = Ablation(**fields, mean="per_position"), _model("llama3_1"), random_prompts((8,))
+    for source in (None, alone):
+        with pytest.raises(
+            ValueError, match="the mean over one prompt at each position is the prompt's own activation"
+        ):
+            resolve([other, spec], model, alone, source)
+    resolve([spec], model, alone, random_prompts((8,), seed=7))
+
+
 def test_replacements_come_from_the_given_reference_set() -> None:
     model = _model("llama3_1")
     spec = Ablation(kind="mean", site="mlp_out", layer=1, positions="last")

@@ -304,6 +304,7 @@ def _nan_for_prompt_4(logits: Tensor, prompts: Batch) -> Tensor:
         (Metric(lambda x, _: x[:, 0], per_token=True), r"one number per token, \[batch pos\] = "),
         (_nan_for_prompt_4, "metric '_nan_for_prompt_4' is nan for prompt 4; it must return finite numbers"),
         (lambda x, _: x[:, 0] / 0, "is -?inf for prompt"),
+        (lambda x, _: x[:, 0] * 1j, "metric '<lambda>' returned complex numbers; return real ones"),
         (lambda *of: px.metrics.kl(*of), r'ask for them by Metric\(..., needs=\("clean",\)\)'),
     ],
 )

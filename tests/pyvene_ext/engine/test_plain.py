@@ -90,7 +90,7 @@ def test_a_given_reference_and_a_given_clean_run_are_used() -> None:
     other = random_prompts((5, 8), seed=9)
     spec = Ablation(kind="mean", site="mlp_out", layer=1)
     own = _quiet_run(model, [spec])
-    reference = reference_for([spec], model, other, progress=False)
+    reference = reference_for(model, [spec], other, progress=False)
     borrowed = _quiet_run(model, [spec], reference=reference)
     assert np.abs(own.intervened - borrowed.intervened).max() > 1e-3
 
@@ -172,6 +172,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
         ({"specs": [HEAD, Ablation(kind="zero", site="z", layer=1, heads=(7,))]}, "head 7 is out of range"),
         ({"specs": [HEAD, Ablation(kind="zero", site="mlp_out", layer=1, positions="verb")]}, "no position 'verb'"),
         ({"baseline": np.zeros(3, np.float32)}, "values for 6 prompts"),
+        ({"baseline": [0.0] * 6}, "baseline takes Result.baseline of an earlier run, an array of floats"),
         ({"prompts": random_prompts((6, 6, 7)), "specs": SPECS[2:3]}, "prompt 2 cannot be resampled"),
     ],
 )
@@ -206,7 +207,7 @@ def test_progress_counts_every_prompt_of_every_run(capsys: pytest.CaptureFixture
 def test_statistics_of_another_model_are_refused() -> None:
     specs = [Ablation(kind="mean", site="z", layer=1, heads=(0,))]
     model, other = random_model("llama3_1"), random_model("llama3_1", seed=1)
-    reference = reference_for(specs, model, PROMPTS, progress=False)
+    reference = reference_for(model, specs, PROMPTS, progress=False)
     with pytest.raises(ValueError, match="a model that differs in model weights"):
         run(other, specs, PROMPTS, reference=reference, progress=False)
     run(copy.deepcopy(model), specs, PROMPTS, reference=reference, progress=False)  # the same weights will do
@@ -216,5 +217,5 @@ def test_one_ablation_needs_no_list_and_prompts_must_be_tokenised() -> None:
     model = random_model("llama3_1")
     one, listed = (run(model, specs, PROMPTS, progress=False) for specs in (HEAD, [HEAD]))
     assert np.array_equal(one.intervened, listed.intervened)
-    with pytest.raises(ValueError, match=r"call .tokenize\(tokenizer\) on the set"):
+    with pytest.raises(ValueError, match=r"PromptSet\(\[...\]\).tokenize\(tokenizer\) makes them"):
         run(model, HEAD, ["a prompt"], progress=False)

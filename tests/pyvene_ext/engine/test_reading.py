@@ -141,9 +141,9 @@ def test_both_vocabularies_name_a_place(name: str) -> None:
 
 def test_a_place_that_was_not_read_is_named() -> None:
     acts = read(random_model("gpt2"), EQUAL, ("z", "embed"), layers=(0, 2), progress=False)
-    assert repr(acts) == "Activations of 3 prompts: z 0, 2; embed"
+    assert repr(acts) == "Activations of 3 prompts: z 0, 2 [pos head d]; embed [pos d]"
     assert ("z", 1) not in acts and ("nonsense", 1) not in acts and "embed" in acts
-    with pytest.raises(KeyError, match=r"\('z', 1\) was not read; there are z 0, 2; embed"):
+    with pytest.raises(KeyError, match=r"\('z', 1\) was not read; there are z 0, 2 \[pos head d\]; embed"):
         acts["z", 1]
     with pytest.raises(ValueError, match="pattern was read at no layer"):
         acts.stack("pattern")
@@ -203,7 +203,7 @@ def test_reduce_sees_each_prompt_without_padding_and_decides_what_is_kept() -> N
     model = random_model("llama3_1").bfloat16()
     whole = read(model, PROMPTS, ("z", "pattern"), dtype=torch.float32, progress=False)
     means = read(
-        model, PROMPTS, ("z", "pattern"), reduce=lambda x: x.mean(-1), dtype=torch.float32, batch_size=2, progress=False
+        model, PROMPTS, ("z", "pattern"), reduce=lambda x: x.mean(-1), dtype="float32", batch_size=2, progress=False
     )
     last = read(model, PROMPTS, ("z", "pattern"), reduce={"attention_pattern": first_key}, progress=False)
     for prompt in range(len(PROMPTS)):

@@ -19,6 +19,7 @@ from pyvene import (
     VanillaIntervention,
     ZeroIntervention,
 )
+from pyvene.models import interventions
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -235,6 +236,34 @@ def test_only_known_intervention_classes_are_loaded(model: Any, tmp_path: Any) -
     path.write_text(path.read_text().replace("pyvene.models.interventions.ZeroIntervention", "os.system"))
     with pytest.raises(ValueError, match=r"os.system.* is not an intervention of pyvene"):
         IntervenableModel.load(str(tmp_path), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "cls", ["SigmoidMask", "JumpReLUAutoencoder", "RotatedSpace", "LowRankRotatedSpace", "Vanilla"]
+)
+def test_an_intervention_in_float32_edits_a_model_in_half_precision(model: Any, cls: str, dtype: torch.dtype) -> None:
+    intervention = getattr(interventions, f"{cls}Intervention")(embed_dim=42, low_rank_dimension=7)
+    for parameter in intervention.parameters():
+        if parameter.ndim:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model = model.to(dtype)
+    item = RepresentationConfig(1, "block_output", "pos", 1, intervention=intervention)
+    inputs, seen = (random_inputs(), random_inputs(seed=1)), []
+    handle = model.model.layers[1].register_forward_hook(lambda _m, _a, output: seen.append(output))
+    for batch in inputs:
+        model(**batch)
+    handle.remove()
+    base, source = (output[:, 5:6].float() for output in seen)
+    expected = seen[0].clone()
+    flat = base if cls in ("SigmoidMask", "JumpReLUAutoencoder", "Vanilla") else base.flatten(1)
+    expected[:, 5:6] = intervention(flat.clone(), source.view_as(flat)).view_as(base).to(dtype)
+    places = {"sources->base": ([[[5]] * 3], [[[5]] * 3])}
+    handle = model.model.layers[2].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    IntervenableModel(config(item), model)(*inputs, places)
+    handle.remove()
+    assert seen[-1].dtype == dtype and torch.equal(seen[-1], expected)
+    assert not torch.equal(expected, seen[0])
 
 
 # -- bit for bit the user's own ----------------------------------------------------------------------------------------

@@ -112,3 +112,9 @@ def test_a_notebook_is_known_by_its_kernel(app: dict, found: bool, monkeypatch: 
     kernel = SimpleNamespace(get_ipython=lambda: SimpleNamespace(config=app))
     monkeypatch.setitem(bars.sys.modules, "IPython", kernel)
     assert bars.in_notebook() is found
+
+
+def test_only_true_and_false_silence_or_show() -> None:
+    with pytest.raises(ValueError, match="takes True, which shows bars, or False, which silences them, not 'no'"):
+        px.progress("no")  # type: ignore[arg-type]
+    assert bars.is_shown()

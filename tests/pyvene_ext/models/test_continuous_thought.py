@@ -161,7 +161,7 @@ def check_spec(family: str, spec: Any, edits: Any, forced: Any = lambda question
     """What a spec does in padded batches is what plain hooks do while stepping; and it does something."""
     model, plain, weights = thinking(family)
     questions = asked(model)
-    reference = reference_for([spec], model, questions.prompts, progress=False)
+    reference = reference_for(model, [spec], questions.prompts, progress=False)
     made = edits(model, plain, weights, questions, reference)
     clean = [by_hand(plain, weights, questions, which)[0] for which in range(len(questions))]
     expected = [

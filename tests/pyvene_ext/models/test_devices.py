@@ -83,7 +83,7 @@ def offloaded(model: PreTrainedModel, how: str, folder: Path) -> PreTrainedModel
 def in_memory(family: str) -> tuple[PreTrainedModel, list[Spec], Any, Result]:
     model = random_model(family)
     specs = specs_for(model)
-    reference = reference_for(specs, model, PROMPTS, progress=False)
+    reference = reference_for(model, specs, PROMPTS, progress=False)
     return model, specs, reference, run(model, specs, PROMPTS, reference=reference, progress=False)
 
 

@@ -156,14 +156,14 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_what_was_kept_is_refused_or_made_again_once_the_forward_pass_changes(change: str, tmp_path: Path) -> None:
     model, (apply, differs) = adapted_model(), CHANGES[change]
     specs = all_heads(model.config, "mean")[:3]
-    reference = reference_for(specs, model, PROMPTS, cache_dir=tmp_path / "cache", progress=False)
+    reference = reference_for(model, specs, PROMPTS, cache_dir=tmp_path / "cache", progress=False)
     sweep(model, specs, PROMPTS, reference=reference, store=tmp_path / "store", progress=False)
     with torch.no_grad():
         apply(model)
     with pytest.raises(ValueError, match=rf"belong to a model that differs in .*{differs}.*; compute them on this one"):
         run(model, specs, PROMPTS, reference=reference, progress=False)
-    again = reference_for(specs, model, PROMPTS, cache_dir=tmp_path / "cache", progress=False)
-    fresh = reference_for(specs, model, PROMPTS, progress=False)
+    again = reference_for(model, specs, PROMPTS, cache_dir=tmp_path / "cache", progress=False)
+    fresh = reference_for(model, specs, PROMPTS, progress=False)
     assert again is not None and fresh is not None
     assert all(torch.equal(again.tensors[name], fresh.tensors[name]) for name in fresh.tensors)
     with pytest.raises(ValueError, match=rf"holds a finished run that differs in .*{differs}"):

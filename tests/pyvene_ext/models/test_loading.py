@@ -95,7 +95,7 @@ def test_a_local_folder_gives_the_saved_model_and_its_tokenizer(saved: dict[str,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_the_dtype_is_the_one_asked_for_and_auto_keeps_the_checkpoints(folder: Path, dtype: str) -> None:
     model, _ = load_model(folder, dtype=dtype)
-    assert model.dtype == getattr(torch, dtype)
+    assert model.dtype == getattr(torch, dtype) == load_model(folder, dtype=getattr(torch, dtype))[0].dtype
     again = folder.with_name("again")
     model.save_pretrained(again)
     shutil.copy(folder / "tokenizer.json", again)

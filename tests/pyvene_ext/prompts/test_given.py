@@ -95,10 +95,10 @@ def test_what_is_no_list_of_prompts_is_refused(given: Any, kind: type[Exception]
         (
             "ioi",
             ValueError,
-            "there is no prompt set 'ioi'; .*hipped are ioi_en, ioi_zh, recent_en, recent_tiny; a file needs",
+            "there is no prompt set 'ioi'; .*hipped are agreement_en, .*, ioi_zh, .*; a file needs",
         ),
         ("ioi-en", ValueError, "no prompt set 'ioi-en'; did you mean 'ioi_en'"),
-        ("imdb", ValueError, "no prompt set 'imdb'; shipped are ioi_en, "),
+        ("imdb", ValueError, "no prompt set 'imdb'; shipped are agreement_en, "),
         ("en_fr", ValueError, "no prompt set 'en_fr'"),
         ("mine.txt", FileNotFoundError, "there is no prompt file mine.txt"),
         (PROMPTS[0], TypeError, "cannot read prompts from a Prompt; give a list"),
@@ -301,3 +301,50 @@ def test_ids_that_are_no_prompts_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         TokenizedPrompts.of(**given)
     assert "\n" not in str(error.value)
+
+
+# --- parts of a set -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("which", "taken"),
+    [
+        ([True, False, True], [0, 2]),
+        (np.array([False, True, True]), [1, 2]),
+        (torch.tensor([True, False, False]), [0]),
+        ([np.True_, np.False_, np.False_], [0]),
+        ([2, 0], [2, 0]),
+        (torch.tensor([1, -1]), [1, 2]),
+        (np.int64(1), [1]),
+        (slice(0, 2), [0, 1]),
+        (iter([2]), [2]),
+        ([], []),
+    ],
+)
+def test_prompts_are_taken_by_numbers_slices_and_masks_and_a_subscript_takes_too(which: Any, taken: list[int]) -> None:
+    prompts = TokenizedPrompts.of([[7], [8, 8], [9, 9, 9]])
+    expected = tuple(prompts.input_ids[i] for i in taken)
+    which = list(which) if hasattr(which, "__next__") else which
+    assert prompts.take(which).input_ids == prompts[which].input_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ([True, False], "a mask of 2 booleans cannot select among 3 prompts"),
+        ([True, 0, 1], "not True"),
+        (np.array([0.0, 1.0]), "not 0.0"),
+        (1.5, "not 1.5"),
+        ("ab", "not 'a'"),
+        (3, "there is no prompt 3 among 3 prompts"),
+    ],
+)
+def test_anything_else_takes_no_prompts(which: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenizedPrompts.of([[7], [8, 8], [9, 9, 9]]).take(which)
+
+
+def test_a_tokenised_set_shows_its_size_and_no_ids() -> None:
+    prompts = TokenizedPrompts.of([[7] * 1000, [8] * 3], answers=[(1, 2), (3, None)])
+    assert repr(prompts) == "<TokenizedPrompts: 2 prompts of 3 to 1000 tokens, right and wrong answers>"
+    assert repr(TokenizedPrompts.of([[7]])) == "<TokenizedPrompts: 1 prompt of 1 token, no answers>"

@@ -17,3 +17,5 @@ def test_positions_count_from_the_first_real_token_or_back_from_the_last() -> No
         token_indices(PROMPTS, 1, "verb")
     with pytest.raises(ValueError, match="position -7 lies outside prompt 1, which has 6 tokens"):
         token_indices(PROMPTS, 1, (-7,))
+    with pytest.raises(ValueError, match="not True; for every token give 'all'"):
+        token_indices(PROMPTS, 1, True)

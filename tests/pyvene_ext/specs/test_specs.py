@@ -188,6 +188,12 @@ def test_all_heads_names_every_query_head() -> None:
     specs = all_heads(tiny_config("llama3_1"), kind="mean", positions="last")
     assert len(specs) == 3 * 6
     assert [spec.name for spec in specs[:7]] == [f"z.{i // 6}.{i % 6}@last:mean" for i in range(7)]
+    assert [spec.name for spec in all_heads(tiny_config("llama3_1"), site="k")[:4]] == [
+        "k.0.0",
+        "k.0.1",
+        "k.0.2",
+        "k.1.0",
+    ]
 
 
 def test_check_names_what_the_model_has() -> None:

@@ -129,7 +129,7 @@ def _compare(
     family: str, specs: list[Spec], metric: MetricLike = "logit_diff", prompts: TokenizedPrompts = PROMPTS, **options
 ) -> Result:
     model = _model(family)
-    reference = reference_for(specs, model, prompts, progress=False)
+    reference = reference_for(model, specs, prompts, progress=False)
     slow = run(model, specs, prompts, metric, reference, progress=False)
     fast = sweep(model, specs, prompts, metric, reference, progress=False, **options)
     assert fast.names == slow.names and fast.metric == slow.metric
@@ -411,7 +411,7 @@ def _fail(*_):
 def test_logits_that_are_not_finite_name_the_prompt_and_the_intervention():
     model = random_model("gpt2")
     specs = [Ablation(kind="mean", site="mlp_out", layer=1, positions="last")]
-    reference = reference_for(specs, model, PROMPTS, progress=False)
+    reference = reference_for(model, specs, PROMPTS, progress=False)
     assert reference is not None
     reference.tensors["mean/mlp_out.1"][0] = torch.inf
     with pytest.raises(ValueError, match=r"the logits of prompt 1 under mlp_out\.1@last:mean are not finite"):
@@ -467,7 +467,7 @@ def test_a_trained_model_gives_the_same_too():
     model, tokenizer = loading.load_model("tiny-gemma2")
     prompts = PromptSet.load("pyvene_ext/prompts/data/ioi_en.json").tokenize(tokenizer)
     specs = all_heads(model.config, "mean", positions="last", mean="per_position")[::5]
-    reference = reference_for(specs, model, prompts, progress=False)
+    reference = reference_for(model, specs, prompts, progress=False)
     slow = run(model, specs, prompts, reference=reference, progress=False)
     fast = sweep(model, specs, prompts, reference=reference, progress=False)
     np.testing.assert_allclose(fast.intervened, slow.intervened, rtol=1e-4, atol=1e-4)

@@ -85,7 +85,7 @@ def test_statistics_and_donors_are_those_of_all_prompts_whatever_the_blocks() ->
         frequencies(model, specs, PROMPTS, 0.1, width=0.01, block=block, progress=False).result for block in (40, 7)
     )
     np.testing.assert_allclose(one.intervened, several.intervened, atol=1e-4)
-    reference = reference_for(specs, model, random_prompts((6, 7) * 3, seed=5), progress=False)
+    reference = reference_for(model, specs, random_prompts((6, 7) * 3, seed=5), progress=False)
     other = frequencies(model, specs, PROMPTS, 0.1, width=0.01, reference=reference, progress=False).result
     np.testing.assert_allclose(
         other.delta, run(model, specs, PROMPTS, reference=reference, progress=False).delta, atol=1e-4

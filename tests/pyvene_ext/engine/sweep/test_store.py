@@ -257,6 +257,20 @@ def test_a_file_system_without_locks_is_one_sentence(
         Store(tmp_path, FACTS, PLAN)
 
 
+def test_a_system_that_opens_no_folder_keeps_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def no_folder(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))  # as on Windows
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", no_folder)
+    sweep_into(tmp_path / "store", 2)
+    with Store(tmp_path / "store", FACTS, PLAN) as store:
+        assert store.result is not None
+
+
 def test_facts_that_json_cannot_say_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         Store(tmp_path / "store", FACTS | {"tau": float("nan")}, PLAN)

@@ -624,6 +624,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence_before_the_model_runs() ->
             ("must be tokenised", z, "prompts", {}),
             ("batch_size must be at least 1", z, SOURCE, {"batch_size": 0}),
             ("3 base prompts and 2 source prompts", z, _first_two(SOURCE), {}),
+            ("base and source are the same texts", z, BASE, {}),
         ):
             with pytest.raises(ValueError, match=match):
                 measure(model, patches, BASE, source, progress=False, **more)  # type: ignore[operator]
@@ -637,6 +638,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence_before_the_model_runs() ->
         ("steps must be a whole number", SOURCE, {"method": "eap_ig_inputs", "steps": 0}),
         ("pair 0 has 8 tokens and its source 7", OTHER, {}),
         ("3 base prompts and 2 source prompts", _first_two(SOURCE), {}),
+        ("base and source are the same texts", BASE, {}),
         ("must be tokenised", None, {}),
         ("batch_size must be at least 1", SOURCE, {"batch_size": 0}),
     ):

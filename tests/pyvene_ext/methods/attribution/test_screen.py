@@ -125,7 +125,7 @@ def test_estimates_under_eager_attention_equal_autograd(family: str) -> None:
 def test_an_estimate_depends_neither_on_the_other_specs_nor_on_the_batch(family: str) -> None:
     model = _model(family)
     specs = [spec for spec in [*_specs(), *_every_layer()] if not isinstance(spec, tuple)][::5]
-    reference = reference_for(specs, model, PROMPTS, progress=False)
+    reference = reference_for(model, specs, PROMPTS, progress=False)
     together = estimate(model, specs, PROMPTS, reference=reference, batch_size=6, progress=False)
     alone = [estimate(model, spec, PROMPTS, reference=reference, batch_size=1, progress=False)[0] for spec in specs]
     np.testing.assert_allclose(together, alone, atol=1e-5, rtol=1e-5)
@@ -140,7 +140,7 @@ def test_the_smaller_the_edit_the_nearer_the_estimate_to_the_exact_delta(family:
         Ablation(kind="resample", site=s, layer=x, heads=(0, 2) if s == "z" else None, positions="last")
         for s, x in where
     ]
-    reference = reference_for(specs, model, PROMPTS, progress=False)
+    reference = reference_for(model, specs, PROMPTS, progress=False)
     assert reference is not None
     givers = donors(PROMPTS, PROMPTS, "last", 0)
 
@@ -239,7 +239,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
         ({"metric": "accuracy"}, "the gradient of 'accuracy' is 0 or undefined"),
         ({"metric": "loss"}, "unknown metric 'loss'"),
         ({"specs": []}, "at least one spec"),
-        ({"prompts": ["a prompt"]}, r"call .tokenize\(tokenizer\)"),
+        ({"prompts": ["a prompt"]}, r"\.tokenize\(tokenizer\)"),
         ({"specs": [Ablation(kind="zero", site="z", layer=1, heads=(7,))]}, "head 7 is out of range"),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_model_without_a_vocabulary_and_statistics_of_another_are_refused() ->
     with pytest.raises(ValueError, match="has no logits over a vocabulary"):
         estimate(random_model("llama3_1", "classifier"), HEADS, PROMPTS, progress=False)
     specs = [Ablation(kind="mean", site="z", layer=1, heads=(0,))]
-    reference = reference_for(specs, random_model("llama3_1", seed=1), PROMPTS, progress=False)
+    reference = reference_for(random_model("llama3_1", seed=1), specs, PROMPTS, progress=False)
     with pytest.raises(ValueError, match="a model that differs in model weights"):
         estimate(random_model("llama3_1"), specs, PROMPTS, reference=reference, progress=False)
     with pytest.raises(ValueError, match="without all in bank"):
@@ -292,7 +292,7 @@ def test_a_model_without_a_vocabulary_and_statistics_of_another_are_refused() ->
 def test_a_screen_runs_what_could_matter_and_a_random_part_of_the_rest() -> None:
     model = random_model("qwen2_5")
     specs = [*all_heads(model.config), *all_heads(model.config, "mean"), *all_heads(model.config, "resample")]
-    reference = reference_for(specs, model, PROMPTS, progress=False)
+    reference = reference_for(model, specs, PROMPTS, progress=False)
     estimates = estimate(model, specs, PROMPTS, reference=reference, progress=False)
     exact = run(model, specs, PROMPTS, reference=reference, progress=False)
     size = np.abs(estimates).max(1)

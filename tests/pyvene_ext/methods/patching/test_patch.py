@@ -437,14 +437,13 @@ def test_a_kv_head_of_the_source_changes_exactly_the_query_heads_of_its_group(fa
     model, size = _model(family), _head_size(_model(family))
     pair = BASE.take((0,))
     of = replace(SOURCE.take((0,)), answers=pair.answers)
-    specs = all_patches(model.config, site)
-    reference = Reference.compute(model, of, **needs(specs)._asdict())
-    for spec in specs:
+    for spec in all_patches(model.config, site):
         seen: list[Tensor] = []
         handle = _hook(*_place(model, "z", spec.layer or 0), lambda x, seen=seen: seen.append(x[0].clone()) or x)
+        reference = Reference.compute(model, of, **needs([spec])._asdict())  # a hook belongs to the model
         run(model, spec, pair, reference=reference, progress=False)
         handle.remove()
-        before, after = (x.unflatten(-1, (-1, size)) for x in (seen[0], seen[-1]))
+        before, after = (x.unflatten(-1, (-1, size)) for x in seen[-2:])
         changed = [head for head in range(n_heads(model.config)) if not torch.equal(before[:, head], after[:, head])]
         assert changed == query_heads(Node(site, spec.layer, (spec.heads or (0,))[0]), model.config)
 
