@@ -30,7 +30,7 @@ from modelcards.qwen3_moe.card import card as qwen3_moe
 from modelcards.smollm3.card import card as smollm3
 from modelcards.stablelm.card import card as stablelm
 from modelcards.starcoder2.card import card as starcoder2
-from modelcards.wrapped import check_parts, what_is_wrapped
+from modelcards.wrapped import refuse_mixed_batches, what_is_wrapped
 
 CARDS: tuple[Card, ...] = (
     qwen2_5,
@@ -93,7 +93,7 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
 
     Raises:
         ValueError: if it is no model, if no card covers the class, if the model's config has an option that its card does not
-            cover, or if a part of it is compiled or depends on what else is in a batch.
+            cover, if it is compiled, or if its numbers depend on what else is in a batch.
     """
     if not isinstance(model, nn.Module | type):
         raise ValueError(
@@ -114,7 +114,7 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
                         f"{model_class.__name__} says otherwise."
                     )
                 if isinstance(model, nn.Module):
-                    check_parts(model)
+                    refuse_mixed_batches(model)
                 return card
     if isinstance(model, nn.Module) and (advice := what_is_wrapped(model)):
         raise ValueError(f"this {model_class.__name__} {advice}.")

@@ -1,4 +1,4 @@
-"""Models that torch, peft and others have wrapped, so that hooks would miss part of what they compute: what to give instead."""
+"""Models that peft, torch and bitsandbytes have changed so that a study of them would mislead: what to give instead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def what_is_wrapped(model: Any) -> str | None:
-    """Say what to give instead of a wrapper, known by the attributes that torch and peft give it.
+    """Say what to give instead of a wrapper, known by the attributes that peft and torch give it.
 
     Args:
         model: a module without a card.
@@ -16,8 +16,6 @@ def what_is_wrapped(model: Any) -> str | None:
     Returns:
         The end of a sentence about the model; None if it is no wrapper.
     """
-    if hasattr(model, "_orig_mod"):
-        return "is compiled, and compiled code calls no hooks; give the model that went into torch.compile"
     if hasattr(model, "peft_config"):
         configs = model.peft_config.values() if isinstance(model.peft_config, dict) else ()
         if any(getattr(config, "is_prompt_learning", False) for config in configs):
@@ -31,28 +29,17 @@ def what_is_wrapped(model: Any) -> str | None:
     return None
 
 
-def check_parts(model: nn.Module) -> None:
-    """Check that every part of a model calls hooks, and computes a prompt's numbers whatever else is in its batch.
+def refuse_mixed_batches(model: nn.Module) -> None:
+    """Refuse LLM.int8 (bitsandbytes): a column with an outlier in any row of a batch stays in half precision for all.
 
     Args:
         model: the model.
 
     Raises:
-        ValueError: a part is compiled, whether replaced or in place, or quantised by what the batch holds; names it.
+        ValueError: names a layer that is so quantised.
     """
     for name, module in model.named_modules():
-        own = vars(module)
-        if (
-            own.get("_compiled_call_impl") is not None
-            or "_orig_mod" in own["_modules"]
-            or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
-        ):
-            raise ValueError(
-                f"{name or 'the model'} is compiled, and compiled code calls no hooks; load the model anew and compile nothing "
-                "(sweep has compile=True)."
-            )
-        # LLM.int8 (bitsandbytes) keeps the columns of a batch that hold an outlier in half precision.
-        if getattr(own.get("state"), "threshold", 0.0) and type(module).__name__ == "Linear8bitLt":
+        if type(module).__name__ == "Linear8bitLt" and getattr(module.state, "threshold", 0.0):
             raise ValueError(
                 f"{name} is quantised so that a prompt's numbers depend on the others in its batch; load the model with "
                 "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in 4 bits."

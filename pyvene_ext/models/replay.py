@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -364,8 +363,7 @@ class Replay:
         with ExitStack() as stack:
             for layer in range(self.n_layers):
                 mlp = self.module("mlp_output", layer)
-                # `partial` hides it from the check that refuses models which a user has compiled.
-                stack.enter_context(replace_forward(mlp, partial(torch.compile(mlp.forward, dynamic=True))))
+                stack.enter_context(replace_forward(mlp, torch.compile(mlp.forward, dynamic=True)))
             yield
 
     def _on_projection(self, site: str, layer: int, edit: InPlace) -> AbstractContextManager[None]:

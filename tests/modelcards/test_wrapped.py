@@ -1,4 +1,4 @@
-"""Wrapped and compiled models are refused in one sentence that says what to give instead."""
+"""Wrapped models, and those whose batches mix prompts, are refused in one sentence that says what to give instead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import pyvene_ext as px
@@ -30,10 +29,6 @@ class Peft(nn.Module):
         (lambda: Peft(False), "this Peft wraps a model with adapters; give its get_base_model()"),
         (lambda: Peft(True), "this Peft learns a prompt"),
         (lambda: nn.DataParallel(random_model("llama3_1")), "this DataParallel wraps a model .*; give its .module"),
-        (
-            lambda: torch.compile(random_model("llama3_1"), backend="eager"),
-            "is compiled, .*; give the model that went into",
-        ),
         (lambda: nn.Linear(2, 2), "no model card covers Linear"),
     ],
 )
@@ -45,44 +40,6 @@ def test_of_a_wrapper_it_is_said_what_to_give(wrapper: Any, advice: str) -> None
     ):
         with pytest.raises(ValueError, match=advice):
             use(wrapper())
-
-
-def replace_block(model: Any) -> None:
-    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
-
-
-def compile_forward(model: Any) -> None:
-    model.forward = torch.compile(model.forward, backend="eager")
-
-
-@pytest.mark.parametrize(
-    ("compiled", "place"),
-    [
-        (lambda model: model.compile(backend="eager"), "the model"),
-        (lambda model: model.model.layers[0].compile(backend="eager"), r"model\.layers\.0"),
-        (replace_block, r"model\.layers\.1"),
-        (compile_forward, "the model"),
-    ],
-)
-def test_a_compiled_part_is_named_before_anything_runs(
-    compiled: Any, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model: Any = random_model("llama3_1")
-    compiled(model)
-    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("the model ran"))
-    prompts = random_prompts((5, 4))
-    others = random_prompts((5, 4), seed=1).with_answer_ids(prompts.answer_ids)
-    specs = [px.Ablation(kind="mean", site="z", layer=0, heads=(0,))]
-    for use in (
-        lambda: px.run(model, specs, prompts),
-        lambda: px.sweep(model, specs, prompts),
-        lambda: px.patch(model, px.all_patches(model.config, "z")[:1], base=prompts, source=others),
-        lambda: px.verify_card(model),
-    ):
-        with pytest.raises(
-            ValueError, match=rf"^{place} is compiled, and compiled code calls no hooks; load the model anew"
-        ):
-            use()
 
 
 def test_eight_bits_that_depend_on_the_batch_are_refused() -> None:

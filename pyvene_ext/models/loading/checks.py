@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from modelcards import CARDS, n_positions
 from pyvene_ext.models.devices import input_device
@@ -27,23 +26,21 @@ ADAPTER = "adapter_config.json"
 TEXT = "Lisa gave the book to"  # to try a model on
 
 
-def check_no_adapter(source: str, name: str, revision: str | None = None) -> None:
-    """Check that no adapter lies in the folder or repository: transformers applies it only where peft is installed.
+def check_no_adapter(folder: Path, name: str) -> None:
+    """Check that no adapter lies in a folder: transformers applies it where peft is installed, and elsewhere passes over it.
 
     Args:
-        source: a folder, or the id of a repository.
+        folder: the folder.
         name: what messages call it.
-        revision: branch, tag or commit on the hub.
 
     Raises:
         ValueError: one does.
     """
+    if not (folder / ADAPTER).is_file():
+        return
     try:
-        found = cached_file(source, ADAPTER, revision=revision)
-        base = json.loads(Path(str(found)).read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):  # there is none, or the hub says why when the config is read
-        if not (Path(source) / ADAPTER).is_file():
-            return
+        base = json.loads((folder / ADAPTER).read_bytes())["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError):
         base = None
     raise ValueError(
         f"{name} holds an adapter ({ADAPTER}); load its base model{f' ({base})' if base else ''}, give it to "

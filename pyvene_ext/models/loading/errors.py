@@ -61,9 +61,9 @@ def explained(error: Exception, name: str, revision: str | None, otherwise: str)
         return ConnectionError(
             f"{name} is not in the local cache and the hub cannot be reached; go online (and unset HF_HUB_OFFLINE), or {instead}."
         )
-    if reason := caused_by(ImportError):
+    if isinstance(error, ImportError):
         return ValueError(
-            f"{name} needs a package that is not installed ({reason}); install it, or get the plain weights."
+            f"{name} needs a package that is not installed ({first_line(error)}); install it, or get the plain weights."
         )
     if "ignore_mismatched_sizes" in str(error):
         return ValueError(

@@ -20,14 +20,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from modelcards.wrapped import check_parts
+from modelcards.wrapped import refuse_mixed_batches
 from pyvene_ext.io.bars import is_shown
 from pyvene_ext.models.latent_steps import restore
 from pyvene_ext.models.loading.checks import (
     check_config,
     check_files,
     check_layers,
-    check_no_adapter,
     check_runs,
     check_type,
     vocabulary,
@@ -92,7 +91,6 @@ def load_model(
     name, source = str(name_or_path), source_of(name_or_path, dtype, revision)
     # By default transformers lets a bot of the hub convert pickled weights, and loads the bot's revision instead of this one.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    check_no_adapter(source, name, revision)
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         if not isinstance(config, dict):
@@ -123,7 +121,12 @@ def load_model(
             "get the complete checkpoint of a causal language model."
         )
     check_layers(model, report["unexpected_keys"], name)
-    check_parts(model)
+    refuse_mixed_batches(model)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a repository; folders are looked at before
+        raise ValueError(
+            f"{name} holds an adapter; load its base model, give it to peft.PeftModel.from_pretrained(model, "
+            f"{name!r}).merge_and_unload(), and save the result with save_pretrained."
+        )
     restore(model, name, source, revision)
     if device not in (None, "auto"):
         model.to(device)
