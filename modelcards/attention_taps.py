@@ -365,7 +365,9 @@ def redirect(attention: Any, implementation: str) -> Any:
 def output_weight(projection: Any) -> Tensor | None:
     """Return a plain projection's weight as `d_in d_out`; None if it is quantised, adapted or offloaded and cannot be sliced."""
     weight = projection.weight
-    if type(projection) not in (nn.Linear, Conv1D, FalconLinear) or not weight.is_floating_point() or weight.is_meta:
+    if type(projection) not in (nn.Linear, Conv1D, FalconLinear) or type(weight) not in (nn.Parameter, Tensor):
+        return None  # torchao's weights are a Linear's, of another type
+    if not weight.is_floating_point() or weight.is_meta:
         return None
     return weight if isinstance(projection, Conv1D) else weight.T
 

@@ -30,6 +30,7 @@ from modelcards.qwen3_moe.card import card as qwen3_moe
 from modelcards.smollm3.card import card as smollm3
 from modelcards.stablelm.card import card as stablelm
 from modelcards.starcoder2.card import card as starcoder2
+from modelcards.wrapped import refuse_mixed_batches, what_is_wrapped
 
 CARDS: tuple[Card, ...] = (
     qwen2_5,
@@ -91,8 +92,8 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
         The card.
 
     Raises:
-        ValueError: if it is no model, if no card covers the class, or if the model's config has an option that its card does not
-            cover.
+        ValueError: if it is no model, if no card covers the class, if the model's config has an option that its card does not
+            cover, if it is compiled, or if its numbers depend on what else is in a batch.
     """
     if not isinstance(model, nn.Module | type):
         raise ValueError(
@@ -112,7 +113,11 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
                         f"the card of {card.family} covers models with {card.covered}; the config of this "
                         f"{model_class.__name__} says otherwise."
                     )
+                if isinstance(model, nn.Module):
+                    refuse_mixed_batches(model)
                 return card
+    if isinstance(model, nn.Module) and (advice := what_is_wrapped(model)):
+        raise ValueError(f"this {model_class.__name__} {advice}.")
     raise ValueError(
         f"no model card covers {model_class.__name__}; there are cards for "
         f"{', '.join(card.family for card in CARDS)} (bare, CausalLM and SequenceClassification classes)."

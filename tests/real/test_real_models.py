@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import pyvene_ext as px
-from pyvene_ext import Ablation, PromptSet, verify
+from pyvene_ext import Ablation, PromptSet
+from pyvene_ext.intervenable import verification
 from tests.real.conftest import Real
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,8 +57,8 @@ def test_logits_are_those_of_transformers_reader_to_the_bit(real: Real) -> None:
 
 def test_the_card_is_exact(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one layer; of Gemma without the unembedding, which has most of its weights."""
-    monkeypatch.setattr(verify, "LENGTHS", (6, 5))
-    monkeypatch.setattr(verify, "OPERATIONS", {name: verify.OPERATIONS[name] for name in ("read", "swap")})
+    monkeypatch.setattr(verification, "LENGTHS", (6, 5))
+    monkeypatch.setattr(verification, "OPERATIONS", {name: verification.OPERATIONS[name] for name in ("read", "swap")})
     smol = real.model.config.model_type == "llama"
     part, layer, attention, side = (
         (real.model, 17, "sdpa", "left") if smol else (real.model.base_model, 11, "eager", "right")

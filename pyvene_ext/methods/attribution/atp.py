@@ -32,6 +32,7 @@ from pyvene_ext.methods.attribution.gradients import (
     ADDS,
     check_differentiable,
     check_places,
+    gradients_at,
     metric_total,
 )
 from pyvene_ext.methods.attribution.screen import estimate_resolved
@@ -233,7 +234,7 @@ def _effects(
     for layer in range(n_layers(model.config)) if grad_drop else (-1,):
         dropped.clear()
         dropped.add(layer)
-        found = torch.autograd.grad(total, [seen[where] for where in places], retain_graph=True)
+        found = gradients_at(total, [seen[where] for where in places], retain_graph=True)
         gradients = dict(zip(places, found, strict=True))
         for group in groups:
             effects[group].append(_by_head(changes[group] * gradients[group.reads].float(), group, model).cpu())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from pyvene_ext.models.devices import input_device
 from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.joint import Spec, members
 
+NO_GRADIENT = "no gradient passes through the model, as through some quantised weights; load it without quantisation."
 ADDS = ("attention_contribution", "mlp_contribution")  # what a block adds to the residual stream
 
 
@@ -55,6 +56,28 @@ def check_gradient(what: str, dtype: torch.dtype) -> None:
     """
     if dtype == torch.float16:
         raise ValueError(f"gradients of {what} are too small for float16; load the model in bfloat16 or float32.")
+
+
+def gradients_at(
+    total: Float[Tensor, ""], activations: Sequence[Tensor], *, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Take gradients of a number at activations.
+
+    Args:
+        total: the number.
+        activations: tensors of its graph.
+        retain_graph: keep the graph for a further call.
+
+    Returns:
+        The gradients, in order.
+
+    Raises:
+        ValueError: no gradient reaches one of them.
+    """
+    found = torch.autograd.grad(total, activations, retain_graph=retain_graph, allow_unused=True)
+    if any(gradient is None for gradient in found):
+        raise ValueError(NO_GRADIENT)
+    return found
 
 
 def check_places(model: PreTrainedModel, specs: Iterable[Spec]) -> None:
@@ -110,6 +133,8 @@ def metric_total(
         ValueError: the metric has no gradient.
     """
     logits = answer_logits(model, batch)
+    if not logits.requires_grad:
+        raise ValueError(NO_GRADIENT)
     total = metric(logits, metric.with_clean(batch, logits.detach() if clean is None else clean)).sum()
     if not total.requires_grad:
         raise ValueError(

@@ -31,7 +31,7 @@ from pyvene_ext.engine.sweep.run import sweep as fast_sweep
 from pyvene_ext.intervenable.statistics import Place, Reference
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.attribution.gradients import check_differentiable, check_places, metric_total
+from pyvene_ext.methods.attribution.gradients import check_differentiable, check_places, gradients_at, metric_total
 from pyvene_ext.models.devices import broadcast_from_main
 from pyvene_ext.models.hooks import SIDE_BY_SIDE, record_activations, split_heads
 from pyvene_ext.models.modes import evaluating
@@ -163,7 +163,7 @@ def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metri
         seen = record_activations(model, kept, hooks, graph=True)
         total = metric_total(metric, model, batch)
     old = [seen[named[place], place[1] or 0] for place in named]
-    gradient = torch.autograd.grad(total, old)
+    gradient = gradients_at(total, old)
 
     def by_head(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, sizes["d_head"]))

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import card_of, dimensions, n_heads, n_layers
+from modelcards.attention_taps import output_weight
 from pyvene_ext.intervenable.statistics import Place, Reference
 from pyvene_ext.methods.heads.patterns import read_patterns
 from pyvene_ext.models.devices import no_gradients
@@ -268,6 +269,11 @@ def head_projections(
     if head is None:
         raise ValueError(
             f"{type(model).__name__} has no logits over a vocabulary; load the model as a causal language model."
+        )
+    if output_weight(head) is None:
+        raise ValueError(
+            f"the unembedding of {type(model).__name__} has no accessible weights; load the model without quantisation and "
+            "offloading, and merge adapters."
         )
     check_projections(model)
     if ids.ndim != 2 or ids.shape[1] != len(prompts) or not 0 <= ids.min() <= ids.max() < len(head.weight):

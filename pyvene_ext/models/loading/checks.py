@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import CARDS, n_positions
@@ -21,7 +22,30 @@ from pyvene_ext.models.loading.names import listed
 # Transformers creates an object for each of these, and would run out of memory before it finds that the weights are of fewer.
 COUNTS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), range(1, 1001)) | {"num_labels": range(10**6)}
 SMALL = 2**22  # parameters and buffers that a config may ask for whatever the size of the weights' files
+ADAPTER = "adapter_config.json"
 TEXT = "Lisa gave the book to"  # to try a model on
+
+
+def check_no_adapter(folder: Path, name: str) -> None:
+    """Check that no adapter lies in a folder: transformers applies it where peft is installed, and elsewhere passes over it.
+
+    Args:
+        folder: the folder.
+        name: what messages call it.
+
+    Raises:
+        ValueError: one does.
+    """
+    if not (folder / ADAPTER).is_file():
+        return
+    try:
+        base = json.loads((folder / ADAPTER).read_bytes())["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError):
+        base = None
+    raise ValueError(
+        f"{name} holds an adapter ({ADAPTER}); load its base model{f' ({base})' if base else ''}, give it to "
+        f"peft.PeftModel.from_pretrained(model, {name!r}).merge_and_unload(), and save the result with save_pretrained."
+    )
 
 
 def check_type(config: dict[str, Any], name: str) -> None:
@@ -162,6 +186,7 @@ def check_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
     for key, parameter in parameters.items():
         if (
             id(parameter) not in exempt
+            and type(parameter) is nn.Parameter  # torchao's quantised weights are of another type
             and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             and not parameter.isfinite().all()
         ):

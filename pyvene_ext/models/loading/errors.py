@@ -61,6 +61,10 @@ def explained(error: Exception, name: str, revision: str | None, otherwise: str)
         return ConnectionError(
             f"{name} is not in the local cache and the hub cannot be reached; go online (and unset HF_HUB_OFFLINE), or {instead}."
         )
+    if isinstance(error, ImportError):
+        return ValueError(
+            f"{name} needs a package that is not installed ({first_line(error)}); install it, or get the plain weights."
+        )
     if "ignore_mismatched_sizes" in str(error):
         return ValueError(
             f"{name} has weights whose shapes differ from its config.json; get files that belong together."

@@ -20,9 +20,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from modelcards.wrapped import refuse_mixed_batches
 from pyvene_ext.io.bars import is_shown
 from pyvene_ext.models.latent_steps import restore
-from pyvene_ext.models.loading.checks import check_config, check_files, check_layers, check_runs, check_type, vocabulary
+from pyvene_ext.models.loading.checks import (
+    check_config,
+    check_files,
+    check_layers,
+    check_runs,
+    check_type,
+    vocabulary,
+)
 from pyvene_ext.models.loading.errors import explained
 from pyvene_ext.models.loading.sources import source_of
 
@@ -113,6 +121,12 @@ def load_model(
             "get the complete checkpoint of a causal language model."
         )
     check_layers(model, report["unexpected_keys"], name)
+    refuse_mixed_batches(model)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a repository; folders are looked at before
+        raise ValueError(
+            f"{name} holds an adapter; load its base model, give it to peft.PeftModel.from_pretrained(model, "
+            f"{name!r}).merge_and_unload(), and save the result with save_pretrained."
+        )
     restore(model, name, source, revision)
     if device not in (None, "auto"):
         model.to(device)

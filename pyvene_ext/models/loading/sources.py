@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from pyvene_ext.models.loading import names
+from pyvene_ext.models.loading.checks import check_no_adapter
 from pyvene_ext.models.loading.errors import explained
 from pyvene_ext.models.loading.fetch import PUBLISHED, fetched
 from pyvene_ext.models.loading.gguf import dequantised
@@ -41,6 +42,7 @@ def source_of(name_or_path: str | Path, dtype: str = "auto", revision: str | Non
     if name in PUBLISHED:
         return str(dequantised(fetched(name), name, dtype, PUBLISHED[name].sha256))
     if path.is_dir():
+        check_no_adapter(path, name)
         file = _gguf_in(path, name)
         return str(path if file is None else dequantised(file, name, dtype))
     if path.suffix == ".gguf":
