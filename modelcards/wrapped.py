@@ -39,7 +39,8 @@ def refuse_mixed_batches(model: nn.Module) -> None:
         ValueError: names a layer that is so quantised.
     """
     for name, module in model.named_modules():
-        if type(module).__name__ == "Linear8bitLt" and getattr(module.state, "threshold", 0.0):
+        state: Any = getattr(module, "state", None)
+        if type(module).__name__ == "Linear8bitLt" and getattr(state, "threshold", False):
             raise ValueError(
                 f"{name} is quantised so that a prompt's numbers depend on the others in its batch; load the model with "
                 "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in 4 bits."
