@@ -126,8 +126,9 @@ STUDIES: dict[str, Study] = {
         f"{WORDS} --heads 0.1 --other none --kinds mean --model",
         {},
         {
-            "sets.csv": (lambda of: of.heads + 20, "drop low high logit_diff accuracy")
-        },  # all others of its layer; 20 of any
+            # All others of its layer; of any layer 20, or all.
+            "sets.csv": (lambda of: of.heads + min(20, of.layers * of.heads - 1), "drop low high logit_diff accuracy")
+        },
     ),
     "translation_paths": Study(f"{WORDS} --heads 0.1 --model", {"source_standard.npy": by_head}),
     "translation_lens": Study(
