@@ -38,20 +38,20 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.sources import Directions, Needs, Sources
 
 
-def plain(value: Any, *, depth: int = 3) -> Any:
+def plain(value: Any, *, depth: int = 2) -> Any:
     """Convert numbers of NumPy and torch, their arrays, ranges and other iterables to Python's own numbers and to tuples."""
     if isinstance(value, np.generic | np.ndarray | Tensor):
         return plain(value.tolist()) if value.ndim else value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-        return (
-            tuple(plain(item, depth=depth - 1) for item in value) if depth else value
-        )  # YAML can make a list that holds itself
+        # No field is nested deeper, and YAML can make lists that hold themselves, or billions of lists.
+        return tuple(plain(item, depth=depth - 1) for item in value) if depth else value
     return value
 
 
 def _token(position: Any) -> str | int:
     if type(position) is not int and not isinstance(position, str):
-        raise ValueError(f"a position is a name or a whole number, not {position!r}.")
+        shown = f"a {type(position).__name__}" if isinstance(position, list | tuple | dict) else repr(position)
+        raise ValueError(f"a position is a name or a whole number, not {shown}.")
     return position
 
 
