@@ -18,7 +18,9 @@ DEMO := outputs/demo
 ABLATION := --kind mean --mean per_position --positions last --tau 1
 
 # The markers of pyproject.toml that `make test` leaves out.
-REST := families or matrix or fuzz or kills or processes or packaging or real or docs or slow
+REST := families or matrix or fuzz or kills or processes or packaging or docs or slow
+# Tests on two pretrained models, which are fetched once (330 MB): REAL="and not real" leaves them out.
+REAL := or real
 # Tests that stand together share models, so that a worker takes neighbours.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
@@ -49,12 +51,12 @@ figures: $(VENV)/installed
 	cp outputs/figures/lag/figures/tiny-gemma2_perm300_abl3_zero_induction_full.png docs/figures/lag.png
 
 test: lint
-	$(PYTEST) -m "not ($(REST))"
+	$(PYTEST) -m "not ($(REST) or real)"
 
 test-all: test rest
 
 rest: docs
-	$(PYTEST) -m "$(REST)"
+	$(PYTEST) -m "($(REST)) $(REAL)"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
