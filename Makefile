@@ -33,8 +33,9 @@ demo: $(VENV)/installed
 		--name_a English --name_b Chinese --out_json $(DEMO)/correlation.json \
 		--scatter_png $(DEMO)/scatter.png --layer_png $(DEMO)/layers.png
 
+# One thread a notebook: two of them run at once, and threads that share a core take turns a hundred times slower.
 docs: $(VENV)/installed
-	$(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
 
 results: $(VENV)/installed
 	$(BIN)/python docs/results.py
