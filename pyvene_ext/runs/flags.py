@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 Count = Annotated[int, Ge(1)]
-ModelName = Annotated[str, Doc("a shipped or fetched model, a folder, a GGUF file, or a name on the hub")]
+ModelName = Annotated[str, Doc("a shipped or fetched model, folder, GGUF file, or hub name")]
 BatchSize = Annotated[int, Ge(1), Doc("prompts a forward pass")]
 Limit = Annotated[Annotated[int, Ge(1)] | None, Doc("use only the first N; by default all")]
 Out = Annotated[Path | None, Doc("folder to write; by default outputs/STUDY/MODEL_DATASET")]
