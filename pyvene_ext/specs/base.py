@@ -38,12 +38,14 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.sources import Directions, Needs, Sources
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, *, depth: int = 3) -> Any:
     """Convert numbers of NumPy and torch, their arrays, ranges and other iterables to Python's own numbers and to tuples."""
     if isinstance(value, np.generic | np.ndarray | Tensor):
         return plain(value.tolist()) if value.ndim else value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-        return tuple(map(plain, value))
+        return (
+            tuple(plain(item, depth=depth - 1) for item in value) if depth else value
+        )  # YAML can make a list that holds itself
     return value
 
 
