@@ -85,7 +85,7 @@ def _listed(value: Any) -> Any:
 @dataclass(frozen=True)
 class Config(px.flags.Loading, px.flags.Sweep):
     model_name: str = "tiny-gemma2"
-    """a shipped tiny model, a folder, a name on the hub, or the end of a known one such as Llama-3.1-8B-Instruct"""
+    """a shipped or fetched model, folder, GGUF file, hub name, or the end of a known one such as Llama-3.1-8B-Instruct"""
     permutations: Annotated[int, Ge(2)] = 300
     """prompts: random orders of the same tokens"""
     max_heads_abl: int | None = None

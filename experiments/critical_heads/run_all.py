@@ -52,7 +52,7 @@ RANKS_NOTHING = {"rank_heads", "patch_hub", "force_attention", "probe_layers"}
 @dataclass(frozen=True)
 class Config(px.flags.Problems):
     models: px.flags.OneOrMore[str] = ("tiny-qwen2.5", "tiny-llama3.1")
-    """two of: a shipped tiny model, a folder, a name on the hub"""
+    """two of: a shipped or fetched model, a folder, a GGUF file, a name on the hub"""
     only: px.flags.OneOrMore[Study] = STUDIES
     """which studies; rank_heads runs whenever one needs its rankings"""
     by: px.flags.Score = "flow"

@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 Count = Annotated[int, Ge(1)]
-ModelName = Annotated[str, Doc("a shipped tiny model, a folder, or a name on the hub")]
+ModelName = Annotated[str, Doc("a shipped or fetched model, folder, GGUF file, or hub name")]
 BatchSize = Annotated[int, Ge(1), Doc("prompts a forward pass")]
 Limit = Annotated[Annotated[int, Ge(1)] | None, Doc("use only the first N; by default all")]
 Out = Annotated[Path | None, Doc("folder to write; by default outputs/STUDY/MODEL_DATASET")]
@@ -81,7 +81,7 @@ class Loading:
         """Load a model and its tokenizer with these flags.
 
         Args:
-            name: a shipped tiny model, a folder, or a name on the hub.
+            name: a shipped or fetched model, a folder, a GGUF file, or a name on the hub.
 
         Returns:
             Model, in evaluation mode, and tokenizer.
@@ -199,7 +199,7 @@ class Problems(Loading):
     """Word problems that one or more models reason about (`runs.reasoning`)."""
 
     models: OneOrMore[str] = ("tiny-qwen2.5",)
-    """one or more of: a shipped tiny model, a folder, a name on the hub"""
+    """one or more of: a shipped or fetched model, a folder, a GGUF file, a name on the hub"""
     problems: str = "tiny"
     """tiny (held-out word problems of the tiny models), gsm8k, or a .jsonl or .json file in GSM8K's form"""
     out: Annotated[Path | None, Doc("folder to write; by default outputs/critical_heads/STUDY/PROBLEMS_MODELS")] = None

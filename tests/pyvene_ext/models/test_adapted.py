@@ -188,17 +188,20 @@ def test_weights_without_a_gradient_are_named_by_attribution() -> None:
 
 def test_a_folder_with_an_adapter_says_how_to_merge_it(tmp_path: Path) -> None:
     """Where peft is installed transformers would apply it, elsewhere not."""
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
+    adapter = tmp_path / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
     sentence = r"holds an adapter .*load its base model \(someone/base\).*merge_and_unload\(\)"
     with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path)
+    kept = adapter.rename(tmp_path / "kept")
     save_random_model("llama3_1", tmp_path)
+    kept.rename(adapter)
     with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("broken")
+    adapter.write_text("broken")
     with pytest.raises(ValueError, match=r"load its base model, give it"):
         load_model(tmp_path)
-    (tmp_path / "adapter_config.json").unlink()
+    adapter.unlink()
     load_model(tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_help_is_one_line_the_flags_by_group_and_then_the_manual(capsys: pytest.
     shown = capsys.readouterr().out
     order = [shown.index(f"{group} options") for group in ("model", "prompts", "sweep", "study")]
     assert shown.index("bounds in types") < order[0] and order == sorted(order)
-    assert "a shipped tiny model, a folder, or a name on the hub" in shown and "tiny-gemma2" in shown
+    assert "a shipped or fetched model, folder, GGUF file, or hub name" in shown and "tiny-gemma2" in shown
     assert "how many heads are shown" in shown and "default: None" not in shown and "{None}" not in shown
 
 
