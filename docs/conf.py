@@ -51,6 +51,7 @@ napoleon_use_param = False  # otherwise "base, source" would be read as a name a
 napoleon_custom_sections = [("Attributes", "params_style")]  # their types stand in the signature
 maximum_signature_line_length = 88
 nitpicky = True
+suppress_warnings = ["ref.python"]  # attributes of one name in several classes
 # What other projects define (no inventory is fetched).
 nitpick_ignore_regex = [("py:.*", r"(?!pyvene_ext\.|modelcards\.).*")]
 nitpick_ignore = [
@@ -61,6 +62,8 @@ nitpick_ignore = [
         "pyvene_ext.methods.reasoning.evaluate.K",
         "pyvene_ext.methods.reasoning.evaluate.S",
         "pyvene_ext.io.files.Model",
+        "pyvene_ext.specs.base._token",
+        "pyvene_ext.specs.base._tokens",
     )
 ]
 
