@@ -1,7 +1,7 @@
 """Write THIRD_PARTY_LICENSES.md from the metadata of what is installed: `make licences`.
 
-Every package that `pip install 'pyvene-ext[report,input-attribution]'` brings, with the licence that its metadata name. A licence
-that asks more than to keep a notice stops it until `EXPLAINED` has a word on it.
+Every package that `pip install 'pyvene-ext[report,input-attribution,gguf]'` brings, with the licence that its metadata name. A
+licence that asks more than to keep a notice stops it until `EXPLAINED` has a word on it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from packaging.utils import canonicalize_name
 
 FILE = Path(__file__).resolve().parents[1] / "THIRD_PARTY_LICENSES.md"
 US = "pyvene-ext"
-EXTRAS = ("report", "input-attribution")
+EXTRAS = ("report", "input-attribution", "gguf")
 PERMISSIVE = re.compile(r"\b(Apache|MIT|0?BSD|BSL-1\.0|ISC|PSF|Python Software Foundation|CNRI-Python|Zlib|CC0)\b")
-EXPLAINED = {"tqdm": "MPL-2.0 binds changes to tqdm's own files, and these are not changed or distributed here."}
+EXPLAINED = {
+    "tqdm": "MPL-2.0 binds changes to tqdm's own files, and these are not changed or distributed here.",
+    "certifi": "MPL-2.0 binds changes to certifi's own files, and these are not changed or distributed here.",
+}
 
 # The text is wrapped where it is read, in Markdown.
 HEAD = """# Licences
@@ -44,8 +47,8 @@ Models, tokenizers and data sets that you name on a hub are fetched when a study
 
 ## Packages
 
-What `pip install 'pyvene-ext[report,input-attribution]'` brings with the versions of `constraints.txt` (Linux, Python 3.11, torch
-for CPUs), and the licence that the metadata of each name. `make licences` writes this file again.
+What `pip install 'pyvene-ext[report,input-attribution,gguf]'` brings with the versions of `constraints.txt` (Linux, Python 3.11,
+torch for CPUs), and the licence that the metadata of each name. `make licences` writes this file again.
 """
 FOOT = """
 ## What asks for more than a notice

@@ -8,6 +8,8 @@ One kind of result is one function here, which chooses among the functions of `r
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from typing import Any, Literal, NamedTuple
@@ -63,10 +65,10 @@ def plot(result: Shown, **options: Any) -> Figure:
 
 def _let_it_draw_figures() -> None:
     """Let the notebook show figures made without pyplot, unless it does already, as after %matplotlib inline."""
-    from IPython.core.getipython import get_ipython
-    from IPython.core.pylabtools import select_figure_formats
-
-    shell: Any = get_ipython()
+    # In a notebook IPython is loaded; elsewhere nothing needs it.
+    core: Any = sys.modules["IPython.core"]
+    shell: Any = core.getipython.get_ipython()
+    select_figure_formats = importlib.import_module("IPython.core.pylabtools").select_figure_formats
     if not any(Figure in kind.type_printers for kind in shell.display_formatter.formatters.values()):
         select_figure_formats(shell, {"png"})
 
