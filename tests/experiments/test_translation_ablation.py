@@ -58,7 +58,9 @@ def test_heads_found_by_attention_are_crucial_for_translation_and_not_for_ioi(
         assert difference["same layers"]["p"] == 1 / 21
         assert of_kind["other_accuracy"]["found"] == 1
     rows = table(folder / "run/sets.csv")
-    assert len(rows) == 41 and [row["set"] for row in rows] == ["found"] + 20 * ["same layers"] + 20 * ["any layer"]
+    n_same = int(facts["random_sets"]["same layers"].split()[0])  # of a layer that is half found there is one other set
+    assert 1 <= n_same <= 20
+    assert [row["set"] for row in rows] == ["found"] + n_same * ["same layers"] + 20 * ["any layer"]
     found = set(rows[0]["heads"].split())
     same_layers = "of the same layers" in facts["random_sets"]["same layers"]
     for row in rows[1:]:
@@ -68,7 +70,7 @@ def test_heads_found_by_attention_are_crucial_for_translation_and_not_for_ioi(
         if row["set"] == "same layers" and same_layers:
             layers, wanted = (sorted(head.split(".")[0] for head in of) for of in (heads, found))
             assert layers == wanted
-    assert len({row["heads"] for row in rows}) == 41
+    assert len({row["heads"] for row in rows}) == len(rows)
 
 
 def test_sets_equal_plain_hooks(folder: Path) -> None:
