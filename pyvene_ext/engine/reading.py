@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from modelcards import Component, Taps, card_of, component_named, dimensions, meant, n_layers
 from pyvene_ext.intervenable.statistics import Place, label, named
 from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.files import atomic_path, parse_json
 from pyvene_ext.models.devices import free_memory, input_device, no_gradients
 from pyvene_ext.models.hooks import StopForward, hook_component, split_heads
@@ -84,8 +85,7 @@ class Activations(Mapping[Place, Values]):
         return len(self.values_at)
 
     def __repr__(self) -> str:
-        prompts = "1 prompt" if len(self.prompts) == 1 else f"{len(self.prompts)} prompts"
-        return f"Activations of {prompts}: {self._places()}"
+        return f"Activations of {counted(len(self.prompts), 'prompt')}: {self._places()}"
 
     def _places(self) -> str:
         return "; ".join(self._site(site) for site in dict.fromkeys(site for site, _ in self.values_at))
@@ -271,11 +271,9 @@ def read(
     reading = _Reading.of(model, prompts, sites, layers, heads, positions, reduce, device, dtype)
     reading.check_memory()
     found: dict[Place, dict[int, Tensor]] = {place: {} for place in reading.places}
-    with progress_bar(len(prompts), "prompt", "reading", shown=progress) as bar:
-        for batch in prompts.batches(batch_size, padding_side):
-            for place, tensors in reading.run(batch).items():
-                found[place] |= zip(batch.index, tensors, strict=True)
-            bar.update(len(batch.index))
+    for batch, kept in reading.run_all(prompts.batches(batch_size, padding_side), progress):
+        for place, tensors in kept.items():
+            found[place] |= zip(batch.index, tensors, strict=True)
     everyone = range(len(prompts))
     values_at = {place: _stacked([by_prompt.pop(i) for i in everyone]) for place, by_prompt in found.items()}
     return Activations(values_at, tuple(everyone), reading.tokens, reading.heads)
@@ -324,12 +322,10 @@ def read_batches(
     batches = prompts.batches(batch_size, padding_side)
 
     def each() -> Iterator[Activations]:
-        with progress_bar(len(prompts), "prompt", "reading", shown=progress) as bar:
-            for batch in batches:
-                values_at = {place: _stacked(tensors) for place, tensors in reading.run(batch).items()}
-                bar.update(len(batch.index))
-                tokens = tuple(reading.tokens[prompt] for prompt in batch.index)
-                yield Activations(values_at, tuple(batch.index), tokens, reading.heads)
+        for batch, kept in reading.run_all(batches, progress):
+            values_at = {place: _stacked(tensors) for place, tensors in kept.items()}
+            tokens = tuple(reading.tokens[prompt] for prompt in batch.index)
+            yield Activations(values_at, tuple(batch.index), tokens, reading.heads)
 
     return each()
 
@@ -413,6 +409,14 @@ class _Reading:
         with Taps(model, card, [(one.name, layer or 0) for (_, layer), one in places.items()]):
             pass  # raises for an attention implementation or a projection that cannot be tapped
         return cls(model, prompts, places, chosen, tokens, positions == "all", by_site, _device(device), _dtype(dtype))
+
+    def run_all(self, batches: Iterable[Batch], progress: bool) -> Iterator[tuple[Batch, dict[Place, list[Tensor]]]]:
+        """Run the model on each batch, with a bar; gives the batch and what is kept of it."""
+        with progress_bar(len(self.prompts), "prompt", "reading", shown=progress) as bar:
+            for batch in batches:
+                kept = self.run(batch)
+                bar.update(len(batch.index))
+                yield batch, kept
 
     def run(self, batch: Batch) -> dict[Place, list[Tensor]]:
         """Run the model once; gives what is kept of each row's prompt."""

@@ -15,12 +15,13 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Num
 
+from pyvene_ext.io.errors import counted
 from pyvene_ext.specs.base import SiteEdit
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.specs.path import PathPatch
@@ -164,9 +165,7 @@ def strongest_rows(
     return [(name(i), three_digits(values[i]), end) for i, end in zip(top.tolist(), ends, strict=True)]
 
 
-def count(n: int, singular: str) -> str:
-    """Write a number of things: "1 prompt", "12 prompts"."""
-    return f"{n} {singular}" if n == 1 else f"{n:,} {singular}s"
+count = partial(counted, grouped=True)  # in titles
 
 
 class Place(NamedTuple):

@@ -26,10 +26,10 @@ EXPECTED = {
 }
 
 
-def counted(number: int, noun: str) -> str:
-    """A number and its noun: "1 batch", "2 batches"."""
+def counted(number: int, noun: str, *, grouped: bool = False) -> str:
+    """A number and its noun: "1 batch", "2 batches"; `grouped`: "1,200 batches"."""
     plural = noun + ("es" if noun.endswith(("ch", "s", "x")) else "s")
-    return f"{number} {noun if number == 1 else plural}"
+    return f"{number:{',' if grouped else 'd'}} {noun if number == 1 else plural}"
 
 
 def with_article(noun: str) -> str:

@@ -372,9 +372,6 @@ def random_heads_in_place(
     Returns:
         `n_sets` tuples with the (layer, head) for each place.
 
-    Returns:
-        The sets, each with as many heads of every layer.
-
     Raises:
         ValueError: a layer has too few heads for such a set.
     """

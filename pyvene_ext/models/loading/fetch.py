@@ -20,8 +20,6 @@ from filelock import FileLock
 from pyvene_ext.io.bars import is_shown
 from pyvene_ext.io.files import atomic_path, cache_folder, remove_leftovers
 
-CHUNK = 2**20
-
 
 @dataclass(frozen=True)
 class Published:
@@ -159,11 +157,8 @@ def sha256(path: Path) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _place(name: str) -> Path:
