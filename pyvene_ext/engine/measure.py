@@ -19,7 +19,7 @@ from modelcards import n_positions
 from pyvene_ext.engine import metrics
 from pyvene_ext.io.errors import counted, did_you_mean
 from pyvene_ext.io.hashes import data_hash
-from pyvene_ext.prompts.encoding import AnswerTokens
+from pyvene_ext.prompts.encoding import AnswerTokens, same_first_token
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 
 Need = Literal["right", "wrong", "clean"]
@@ -363,13 +363,9 @@ def _check_answers(
                 "use the model's own tokenizer."
             )
         if same := right & wrong:
-            how = f"begin with the same token (id {min(same)[0]}), which cannot tell them apart; use tokenize(answers="
-            how = (
-                "are right and wrong at once; use other answers."
-                if metric.of_answers
-                else (f"{how}'first_difference'), the metric 'answer_logprob_diff', or other answers.")
-            )
-            raise ValueError(f"the answers of prompt {prompt} {how}")
+            if not metric.of_answers:
+                raise same_first_token(prompt, min(same)[0])
+            raise ValueError(f"the answers of prompt {prompt} are right and wrong at once; use other answers.")
         length = len(prompts.input_ids[prompt]) + max(map(len, right | wrong)) - 1
         if length > context:
             raise ValueError(

@@ -214,6 +214,23 @@ def measured(
     return run_resolved(nothing, metric, batch_size=batch_size, progress=False).baseline
 
 
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
+    """Run the untouched model on a batch.
+
+    Args:
+        model: a causal language model.
+        batch: the prompts.
+
+    Returns:
+        The logits at each prompt's last token.
+
+    Raises:
+        ValueError: logits are not finite; the message names the prompts.
+    """
+    inputs = batch.inputs(input_device(model))
+    return last_logits(model(**inputs, use_cache=False, logits_to_keep=batch.logits_to_keep).logits, batch)
+
+
 def _read_logits(
     metric: Metric, logits: Float[Tensor, "batch pos vocab"], batch: Batch, sequences: Sequences
 ) -> Float[Tensor, "batch *pos vocab"]:

@@ -72,6 +72,14 @@ def answer_pairs(pairs: Iterable[tuple[int, int]]) -> tuple[AnswerTokens, ...]:
     return tuple(AnswerTokens(((right,),), ((wrong,),)) for right, wrong in pairs)
 
 
+def same_first_token(prompt: int, token: int) -> ValueError:
+    """The error for a right and a wrong answer of a prompt that begin with the same token."""
+    return ValueError(
+        f"the answers of prompt {prompt} begin with the same token (id {token}), which cannot tell them apart; use "
+        "tokenize(answers='first_difference'), the metric 'answer_logprob_diff', or other answers."
+    )
+
+
 def check_first_ids(right: int, wrong: int, prompt: int) -> tuple[int, int]:
     """Check that one token tells two answers apart.
 
@@ -87,10 +95,7 @@ def check_first_ids(right: int, wrong: int, prompt: int) -> tuple[int, int]:
         ValueError: they are the same.
     """
     if right == wrong:
-        raise ValueError(
-            f"the answers of prompt {prompt} begin with the same token (id {right}), which cannot tell them apart; use "
-            "tokenize(answers='first_difference'), the metric 'answer_logprob_diff', or other answers."
-        )
+        raise same_first_token(prompt, right)
     return right, wrong
 
 

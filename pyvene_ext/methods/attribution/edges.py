@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 
 from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
+from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.engine.resolve import check_pairs_differ
 from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
-from pyvene_ext.methods.attribution.gradients import ADDS, answer_logits, check_differentiable, metric_total
+from pyvene_ext.methods.attribution.gradients import ADDS, check_differentiable, metric_total
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
     SIDE_BY_SIDE,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from modelcards import card_of
 from pyvene_ext.engine.measure import METRICS, Metric
-from pyvene_ext.models.devices import input_device
+from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.joint import Spec, members
 
@@ -97,22 +97,6 @@ def check_places(model: PreTrainedModel, specs: Iterable[Spec]) -> None:
                 f"{edit.name}: in {card.family} the MLP and the residual stream beside it receive separate tensors, so that no "
                 "gradient can be taken there; choose another site."
             )
-
-
-def answer_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "batch vocab"]:
-    """Run the model on a batch.
-
-    Args:
-        model: a causal language model.
-        batch: the prompts.
-
-    Returns:
-        The logits at each prompt's last token.
-    """
-    last = torch.tensor(batch.last_columns)
-    # A number rather than the columns themselves, which accelerate would move to another device than the tensor they index.
-    logits = model(**batch.inputs(input_device(model)), use_cache=False, logits_to_keep=batch.logits_to_keep).logits
-    return logits[torch.arange(len(last)), last - last.min()]
 
 
 def metric_total(

@@ -30,8 +30,7 @@ from pyvene_ext.engine.measure import (
     first_tokens_note,
     first_tokens_said,
 )
-from pyvene_ext.engine.metrics import last_logits
-from pyvene_ext.engine.plain import measured, run_resolved
+from pyvene_ext.engine.plain import answer_logits, measured, run_resolved
 from pyvene_ext.engine.resolve import Resolved, check_pairs_differ, identical_pairs, resolve
 from pyvene_ext.engine.results import Result, count, finite_mean, three_digits
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
@@ -415,8 +414,7 @@ def _plain_paths(
     with bar, evaluating(model), no_gradients(model):
         for batch in base.batches(batch_size):
             batch = batch.to(input_device(model))
-            logits = model(**batch.inputs(), use_cache=False, logits_to_keep=batch.logits_to_keep).logits
-            clean = last_logits(logits, batch)
+            clean = answer_logits(model, batch)
             batch = metric.with_clean(batch, clean)
             baseline[batch.index] = as_array(metric(clean, batch))
             for number, path in enumerate(paths):
