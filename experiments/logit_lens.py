@@ -67,6 +67,11 @@ def main(config: Config) -> None:
     if len(prompts) < 2:
         raise ValueError(f"{config.dataset} has one prompt; a mean with an interval over prompts needs at least two.")
     others = with_answers_of_others(prompts, config.seed)
+    for prompt in range(len(prompts)):
+        px.prompts.token_indices(prompts, prompt, config.position)
+    seconds = 3 * px.runs.seconds_a_pass(model, prompts)
+    if not run.announce(f"logit lens and attribution on {len(prompts)} prompts", seconds, n=len(prompts)):
+        return
 
     # At every depth, what the model would say; at the end, what each part adds to it, and to another prompt's answers.
     lens = px.methods.logit_lens(model, prompts, config.position, batch_size=config.batch_size, progress=True)
@@ -92,7 +97,7 @@ def main(config: Config) -> None:
     )
 
     print(summary(config, facts, depths, heads))
-    with run.writing(facts):
+    with run.writing(facts, [evidence(len(prompts), heads[0])]):
         run.table("depths", depths)
         run.table("heads", heads)
         run.table("parts", part_table(found.logit_diff, config.seed))
@@ -233,6 +238,16 @@ def summary(config: Config, facts: dict[str, Any], depths: list[dict[str, Any]],
             f"{row['control']:8.3f} {of_others:>13}"
         )
     return "\n".join(lines)
+
+
+def evidence(n: int, head: dict[str, Any]) -> px.runs.Evidence:
+    """The largest contribution of a head, beside what the same head adds to other prompts' answers."""
+    values, control = (
+        px.Interval(*(head[f"{name}{end}"] for end in ("", "_low", "_high"))) for name in ("logit_diff", "control")
+    )
+    other = f"{control.mean:.2f} [{control.low:.2f}, {control.high:.2f}] for another prompt's answers"
+    effect = f"{px.stats.head_label((head['layer'], head['head']))} adds to the logit difference"
+    return px.runs.Evidence(f"{n} prompts", effect, values, other, "a larger --limit or --dataset")
 
 
 if __name__ == "__main__":

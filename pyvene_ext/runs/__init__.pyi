@@ -7,8 +7,10 @@ from . import transplants as transplants
 from .attention import HEADS as HEADS
 from .attention import View as View
 from .attention import look as look
+from .facts import Evidence as Evidence
 from .facts import metadata as metadata
 from .folder import RunFolder as RunFolder
+from .plans import seconds_a_pass as seconds_a_pass
 from .plotting import plot as plot
 from .sweeps import discard as discard
 from .sweeps import unfinished_in as unfinished_in

@@ -1,10 +1,11 @@
-"""The metadata of a run: what a reader needs to repeat it."""
+"""What a run says of itself: what a reader needs to repeat it, and how strong its evidence is."""
 
 from __future__ import annotations
 
 import platform
 import shlex
 import sys
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from pyvene_ext.io.packages import version_of
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.identity import active_adapters, weight_hash
+from pyvene_ext.stats.intervals import Interval
 
 REPORTED_PACKAGES = ("pyvene-ext", "pyvene", "torch", "transformers", "numpy", "scipy", "datasets")
 
@@ -42,3 +44,42 @@ def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The main effect of a study, and what stands behind it: the line that every study ends with.
+
+    Attributes:
+        sample: what was measured, with its number: "100 prompts".
+        effect: what the interval is of: "23.3 zeroed changes logit_diff by".
+        interval: the effect with its 95% interval; None where a study has none.
+        control: what it was compared with, and the outcome: "20 random sets of the same layers, p = 0.048"; "none".
+        sharpen: the one flag that would sharpen it: "a larger --limit".
+        null: the value of no effect; None if there is no such value.
+    """
+
+    sample: str
+    effect: str
+    interval: Interval | None
+    control: str
+    sharpen: str
+    null: float | None = 0.0
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        effect = self.effect
+        if self.interval is not None:
+            mean, low, high = map(float, self.interval)
+            effect += f" {mean:.3g} [{low:.3g}, {high:.3g}]"
+            if self.null is not None and not (low > self.null or high < self.null):  # NaN shows nothing either
+                effect += f", not told apart from {self.null:g}"
+        return f"evidence: {self.sample}; {effect}; control: {self.control}; to sharpen it: {self.sharpen}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The same for a summary file."""
+        facts = asdict(self) | {"interval": None}
+        if self.interval is not None:
+            facts["interval"] = [float(value) if value == value else None for value in self.interval]
+        return facts

@@ -47,6 +47,7 @@ __all__ = [
     "Problems",
     "Prompts",
     "Ranking",
+    "Run",
     "Score",
     "Seed",
     "Sweep",
@@ -67,7 +68,15 @@ Score = Literal["flow", "hub", "skip", "composite"]  # of `methods.reasoning.blo
 
 
 @dataclass(frozen=True)
-class Loading:
+class Run:
+    """Whether the study runs at all."""
+
+    dry_run: bool = False
+    """say what would be done and how long it takes, without running the study or writing anything"""
+
+
+@dataclass(frozen=True)
+class Loading(Run):
     """How models are loaded."""
 
     device: str | None = None
@@ -190,8 +199,6 @@ class Sweep(Memory):
 
     compile: bool = False
     """let torch.compile fuse the MLPs: takes a minute at the start and pays in long runs on a GPU"""
-    dry_run: bool = False
-    """show what would be done, without running or writing anything"""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
     run = RunFolder(config, "logit_lens", config.model, config.dataset)   # first, since it checks that the folder can be written
     ...
-    with run.writing(facts, replacing=("*.npy", "figures/*")):
+    if not run.announce("96 interventions x 100 prompts", seconds, n=100):  # False with --dry_run
+        return
+    ...
+    with run.writing(facts, [evidence], replacing=("*.npy", "figures/*")):
         run.array("lens_rank", ranks)
         run.table("heads", rows)
         run.figure("lens_rank", figure)
@@ -23,7 +26,10 @@ import numpy as np
 
 from pyvene_ext.io.cli import UNFINISHED, write_config
 from pyvene_ext.io.files import output_path, remove_leftovers, write_csv, write_json, write_npy
+from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.runs.attention import View, write_views
+from pyvene_ext.runs.facts import Evidence
+from pyvene_ext.runs.plans import LONGEST, duration
 from pyvene_ext.runs.sweeps import discard
 
 if TYPE_CHECKING:
@@ -72,18 +78,50 @@ class RunFolder:
         self.of = ", ".join(names)
         self.unfinished = self.path / "unfinished"
         UNFINISHED.append(self.unfinished)
-        self._config, self._config_file, self._summary = config, self.path / config_file, self.path / summary
+        self.config = config
+        self._config_file, self._summary = self.path / config_file, self.path / summary
         self._beside = tuple(beside)
         self._kinds: set[str] = set()
 
+    def announce(self, work: str, seconds: float | None = None, *, n: int = 0, limit: str = "limit") -> bool:
+        """Say what the study will do and how long it takes, before it starts.
+
+        Args:
+            work: what will be done: "96 interventions x 100 prompts".
+            seconds: how long it takes without what an interrupted run has finished, mostly a number of passes times
+                `plans.seconds_a_pass`.
+            n: the prompts, or whatever `limit` counts.
+            limit: the flag that sets how much is done.
+
+        Returns:
+            Whether the study goes on: False with --dry_run.
+
+        Raises:
+            ValueError: it would take longer than ten minutes, and nobody has asked for that by giving the flag.
+        """
+        if is_main_process():
+            print(work if seconds is None else f"{work}: {duration(seconds)}", flush=True)
+        if self.config.dry_run:
+            return False
+        if seconds is not None and seconds > LONGEST and getattr(self.config, limit) is None:
+            fits = int(n * LONGEST / seconds)
+            shorter = f"--{limit} {fits} takes {duration(LONGEST)}, and " if fits > 1 else ""
+            raise ValueError(
+                f"all {n} take {duration(seconds)} here and nothing has been run: {shorter}--{limit} {n} runs them all."
+            )
+        return True
+
     @contextmanager
-    def writing(self, facts: Mapping[str, Any], *, replacing: Sequence[str] = ()) -> Iterator[None]:
+    def writing(
+        self, facts: Mapping[str, Any], evidence: Sequence[Evidence] = (), *, replacing: Sequence[str] = ()
+    ) -> Iterator[None]:
         """Write a study's files inside this context; on leaving, it adds config and summary and discards unfinished work.
 
         An exception inside leaves the folder without a summary, and keeps the unfinished work.
 
         Args:
             facts: contents of the summary, mostly from `metadata`.
+            evidence: how strong the evidence is, a line each on the terminal, and in the summary.
             replacing: glob patterns of files of an earlier run to delete first, as this run might not overwrite them.
 
         Yields:
@@ -95,11 +133,13 @@ class RunFolder:
             for earlier in self.path.glob(pattern):
                 earlier.unlink()
         yield
-        write_config(self._config_file, self._config)
-        write_json(self._summary, facts)
+        write_config(self._config_file, self.config)
+        write_json(self._summary, {**facts, "evidence": [one.facts for one in evidence]})
         remove_leftovers(self._summary, *self._beside, *self.path.rglob("*"))
         discard(self.unfinished)
         kinds = [kind for kind in ("arrays", "tables", "figures") if kind in self._kinds]
+        if evidence:
+            print("", *evidence, sep="\n")
         print("\nwritten:", *self._beside, f"{self.path}/ ({', '.join(['summary', 'config', *kinds])})", sep="\n  ")
 
     def array(self, name: str, values: np.ndarray) -> None:

@@ -133,6 +133,11 @@ class Plan:
         """The same with one forward pass per intervention and prompt."""
         return len(self.edits) * self.layers * sum(len(self.prompts.input_ids[prompt]) for prompt in self.columns)
 
+    @property
+    def passes(self) -> float:
+        """The cost in forward passes over all prompts of `subset`."""
+        return len(self.edits) * self.token_layers / self.plain_token_layers
+
     def summary(self) -> str:
         """Describe the plan in a few lines."""
         share = self.token_layers / self.plain_token_layers

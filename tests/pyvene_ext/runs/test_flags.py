@@ -101,7 +101,7 @@ def test_a_config_is_written_group_by_group_and_read_again(tmp_path: Path) -> No
     config = Config(limit=3, memory=0.5, sites=("q", "z"), out=tmp_path)
     write_config(tmp_path / "config.yaml", config)
     values = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert list(values)[:5] == ["model", "seed", "device", "dtype", "revision"] and list(values)[-1] == "out"
+    assert list(values)[:6] == ["model", "seed", "device", "dtype", "revision", "dry_run"] and list(values)[-1] == "out"
     assert config_from(Config, values, "config.yaml") == config
     with pytest.raises(ValueError, match=r"config.yaml has an unknown flag 'limt'; did you mean 'limit'\?"):
         config_from(Config, {"limt": 3}, "config.yaml")
@@ -125,9 +125,9 @@ def the_study(config: Config) -> None:
 def test_a_flag_belongs_to_the_first_base_that_has_it() -> None:
     found = {group: [field.name for field in fields] for group, fields in groups(Config).items()}
     assert list(found) == ["model", "prompts", "sweep", "study"]
-    assert found["model"] == ["model", "seed", "device", "dtype", "revision"]
+    assert found["model"] == ["model", "seed", "device", "dtype", "revision", "dry_run"]
     assert found["prompts"] == ["answers", "dataset", "limit", "batch_size"]
-    assert found["sweep"] == ["compile", "dry_run", "memory"] and found["study"][0] == "top"
+    assert found["sweep"] == ["compile", "memory"] and found["study"][0] == "top"
 
 
 def test_groups_load_what_they_name() -> None:

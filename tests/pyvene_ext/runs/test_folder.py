@@ -11,15 +11,21 @@ import pytest
 import yaml
 
 from pyvene_ext.io import cli
+from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import FILE, View
+from pyvene_ext.runs.facts import Evidence
 from pyvene_ext.runs.folder import RunFolder
+from pyvene_ext.runs.plans import seconds_a_pass
+from pyvene_ext.stats.intervals import Interval
 
 
 @dataclass(frozen=True)
 class Config:
     out: Path | None = None
-    limit: int = 3
+    limit: int | None = 3
+    dry_run: bool = False
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +81,8 @@ def test_everything_is_written_and_the_summary_comes_last(here: Path, capsys: py
     }  # fmt: skip
     assert np.array_equal(np.load(run.path / "ranks.npy"), np.arange(3))
     assert (run.path / "tables/heads.csv").read_text() == "layer,score\n0,\n"
-    assert json.loads((run.path / "summary.json").read_text()) == {"n": 1}
-    assert yaml.safe_load((run.path / "config.yaml").read_text()) == {"limit": 3, "out": None}
+    assert json.loads((run.path / "summary.json").read_text()) == {"n": 1, "evidence": []}
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == {"limit": 3, "out": None, "dry_run": False}
     assert capsys.readouterr().out == f"\nwritten:\n  {run.path}/ (summary, config, arrays, tables, figures)\n"
 
 
@@ -125,3 +131,41 @@ def test_files_beside_the_folder_go_first_and_are_named(here: Path, capsys: pyte
             Path(".f-abcdefgh.npy").touch()  # of a process that was killed
     assert files(here) == {"f.npy", "f.json", "f/config.yaml"}
     assert capsys.readouterr().out.endswith("\nwritten:\n  f.npy\n  f/ (summary, config)\n")
+
+
+def test_the_plan_is_said_and_a_dry_run_ends_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert RunFolder(Config(limit=None), "lens", "a").announce("3 patches x 4 prompts", 30.0, n=4)
+    assert not RunFolder(Config(dry_run=True), "lens", "a").announce("9 patches", 430.0, n=4)
+    assert capsys.readouterr().out == "3 patches x 4 prompts: under a minute\n9 patches: about 7 minutes\n"
+
+
+def test_a_run_of_more_than_ten_minutes_starts_only_if_its_size_was_given() -> None:
+    message = "^all 100 take about 2 hours here and nothing has been run: --limit 8 takes about 10 minutes, and --limit 100 runs"
+    with pytest.raises(ValueError, match=message):
+        RunFolder(Config(limit=None), "lens", "a").announce("much", 7000.0, n=100)
+    with pytest.raises(ValueError, match=r"nothing has been run: --limit 2 runs them all\.$"):
+        RunFolder(Config(limit=None), "lens", "a").announce("much", 7000.0, n=2)
+    assert RunFolder(Config(limit=100), "lens", "a").announce("much", 7000.0, n=100)
+
+
+def test_the_evidence_ends_a_study_and_is_in_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(Config(), "lens", "a")
+    shown = Evidence("9 prompts", "2.1 adds", Interval(1.23456, 0.5, 2.0), "none", "a larger --limit")
+    unsure = Evidence("9 prompts", "2.2 adds", Interval(0.1, -0.5, np.nan), "none", "a larger --limit")
+    with run.writing({"n": 9}, [shown, unsure, Evidence("9 prompts", "no head", None, "none", "--tau")]):
+        pass
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "",
+        "evidence: 9 prompts; 2.1 adds 1.23 [0.5, 2]; control: none; to sharpen it: a larger --limit",
+        "evidence: 9 prompts; 2.2 adds 0.1 [-0.5, nan], not told apart from 0; control: none; to sharpen it: a larger --limit",
+        "evidence: 9 prompts; no head; control: none; to sharpen it: --tau",
+    ]
+    first, second, third = json.loads((run.path / "summary.json").read_text())["evidence"]
+    assert first["interval"] == [1.23456, 0.5, 2.0] and second["interval"][2] is None and third["interval"] is None
+
+
+def test_a_timed_pass_leaves_the_model_as_it_was() -> None:
+    model, tokenizer = load_model("tiny-qwen2.5")
+    prompts = PromptSet.load("ioi_en")[:20].tokenize(tokenizer)
+    model.train()
+    assert seconds_a_pass(model, prompts) > 0 and model.training

@@ -1,0 +1,50 @@
+"""How long a study will take on this machine, measured before it starts."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from pyvene_ext.engine.plain import answer_logits
+from pyvene_ext.models.devices import broadcast_from_main
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+
+LONGEST = 600.0  # seconds: a run that takes longer starts only if its size was given
+MEASURED = 8  # prompts of one timed pass
+
+
+def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
+    """Time one untouched forward pass over all prompts.
+
+    Args:
+        model: the model of the study.
+        prompts: its prompts.
+
+    Returns:
+        Seconds, measured on the first few prompts and scaled by the number of tokens.
+    """
+    few = prompts.take(range(min(MEASURED, len(prompts))))
+    (batch,) = few.batches(len(few))
+
+    def measured() -> float:
+        with evaluating(model), torch.no_grad():
+            for _ in range(2):  # the first pass is slow, whatever the model
+                start = time.perf_counter()
+                answer_logits(model, batch).sum().item()  # waits for a GPU
+                seconds = time.perf_counter() - start
+        return seconds
+
+    return broadcast_from_main(measured) * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: "under a minute", "about 7 minutes", "about 3 hours"."""
+    if seconds < 60:
+        return "under a minute"
+    if seconds < 5400:
+        minutes = round(seconds / 60)
+        return "about a minute" if minutes == 1 else f"about {minutes} minutes"
+    return f"about {round(seconds / 3600)} hours"
