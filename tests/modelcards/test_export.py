@@ -22,7 +22,7 @@ from pyvene.models.modeling_utils import get_dimension_by_component
 
 from modelcards import CARDS, COMPONENTS, Card, dimensions
 from modelcards.export.__main__ import main
-from modelcards.export.cards import export
+from modelcards.export.cards import NEWER, export
 from modelcards.export.checkout import PACKAGE, REGISTRY, Checkout
 from modelcards.export.fixes import FIXES, chosen, fixed
 
@@ -516,3 +516,45 @@ def test_cards_that_are_not_exact_there_are_refused(make: Callable) -> None:
         folder, "pyvene/models/constants.py", "torch.chunk(x, 2, dim=-1)[selct_index]", "torch.chunk(x, 2, dim=-1)[0]"
     )
     refused(folder, "--family", "phi3", saying=r"Phi3ModelCardTestCase.* fails with the pyvene of .*mlp_up")
+
+
+# -- the oldest transformers -------------------------------------------------------------------------------------------
+
+OLDEST = ("transformers==4.55.0", "tokenizers==0.21.4", "huggingface_hub==0.34.6")  # as main's requirements have it
+
+
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("oldest")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    done = subprocess.run([*pip, *OLDEST], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{OLDEST[0]} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+IMPORTED = """
+import json, transformers, pyvene
+print("\\n" + json.dumps([transformers.__version__, sorted(cls.__name__ for cls in pyvene.type_to_module_mapping)]))
+"""
+
+
+def test_all_cards_import_with_the_oldest_transformers(make: Callable[[], Path], oldest: Path) -> None:
+    folder = make()
+    checkout = Checkout(folder)
+    checkout.write(export(checkout, list(CARDS))[1])
+    found = []
+    for path in (str(oldest), ""):
+        environment = {**checkout.environment, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", IMPORTED],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    (version, old), (_, new) = found
+    assert version == "4.55.0" and set(new) - set(old) == NEWER
+    assert {cls.__name__ for card in CARDS for cls in card.plain} <= set(new)
