@@ -326,7 +326,8 @@ def test_negative_positions_count_from_the_last_real_token(side: str, model: Any
 
 def test_all_the_forms_of_a_location_mean_the_same(model: Any, base: Any) -> None:
     intervenable = IntervenableModel(config(zero()), model)
-    forms = [8, [8], torch.tensor([8]), [[[8], [8], [8]]], [torch.tensor([[8], [8], [8]])]]
+    rows = [[8], [8], [8]]
+    forms = [8, [8], torch.tensor([8]), [rows], [torch.tensor(rows)], [[[8]]]]  # the last as with use_fast
     outputs = [intervenable(base, unit_locations={"base": form})[1].logits for form in forms]
     outputs.append(intervenable(base, unit_locations={"sources->base": (None, [[[8]] * 3])})[1].logits)
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
