@@ -9,12 +9,13 @@ Learning: The Role of Induction Heads", arXiv 2604.01094). This module has the p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
+from scipy.stats import binomtest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
@@ -24,8 +25,14 @@ from pyvene_ext.methods.heads.scores import attention_scores, leading_bos, rando
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
-from pyvene_ext.stats.controls import Head, RandomHeads, first_of
-from pyvene_ext.stats.intervals import paired_bootstrap, ratio_of_means, standard_error
+from pyvene_ext.stats.controls import Head, RandomHeads, against_random, first_of
+from pyvene_ext.stats.intervals import (
+    bootstrap_mean,
+    change_of_ratio,
+    paired_bootstrap,
+    ratio_of_means,
+    standard_error,
+)
 
 Layers = Literal["full", "top", "bottom"]
 Mode = Literal["zero", "mean"]
@@ -37,14 +44,17 @@ FEWEST = 2 * (FAR + 1)  # tokens of the shortest list that has such lags on both
 # -- prompts and curves ------------------------------------------------------------------------------------------------
 
 
-def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: int, seed: int) -> TokenizedPrompts:
-    """Make prompts without BOS: the same distinct tokens in random order, followed by the middle one again.
+def lag_prompts(
+    pool: Int[np.ndarray, " token"], n_tokens: int, permutations: int, seed: int, bos: Sequence[int] = ()
+) -> TokenizedPrompts:
+    """Make prompts: the same distinct tokens in random order, followed by the middle one again.
 
     Args:
         pool: token ids to draw from.
-        n_tokens: tokens of the list; prompts have one more.
+        n_tokens: tokens of the list; prompts have one more, and `bos`.
         permutations: how many prompts; the first ones of a larger number are those of a smaller one.
-        seed: of the draws.
+        seed: of the draws, which do not depend on `bos`.
+        bos: tokens before the list (`leading_bos`); the published prompts have none.
 
     Returns:
         The prompts; their answers are the token after the cue in the list, and the cue.
@@ -64,7 +74,7 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
     middle = n_tokens // 2
     lists = [draws.permutation(chosen).tolist() for _ in range(permutations)]
     return TokenizedPrompts(
-        input_ids=tuple((*ids, ids[middle]) for ids in lists),
+        input_ids=tuple((*bos, *ids, ids[middle]) for ids in lists),
         answers=answer_pairs((ids[middle + 1], ids[middle]) for ids in lists),
     )
 
@@ -81,16 +91,17 @@ def lags_of(n_tokens: int) -> Int[np.ndarray, " lag"]:
     return np.arange(n_tokens) - n_tokens // 2
 
 
-def curves_of(probabilities: Float[np.ndarray, "*some pos"]) -> Float64[np.ndarray, "*some lag"]:
+def curves_of(probabilities: Float[np.ndarray, "*some pos"], first: int = 0) -> Float64[np.ndarray, "*some lag"]:
     """Convert `token_probabilities` to curves by lag.
 
     Args:
         probabilities: of the prompt's own tokens.
+        first: tokens before the list (a start token).
 
     Returns:
-        The same without the last position, the cue, which repeats the token at lag 0.
+        The same without those and without the last position, the cue, which repeats the token at lag 0.
     """
-    return probabilities[..., :-1].astype(np.float64)
+    return probabilities[..., first:-1].astype(np.float64)
 
 
 def plus_one(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
@@ -115,6 +126,19 @@ def plus_one_bias(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "
         One number per curve.
     """
     return plus_one(curves) - curves[..., np.abs(lags_of(curves.shape[-1])) > FAR].mean(-1)
+
+
+def plus_one_first(curves: Float[np.ndarray, "*some lag"]) -> Bool[np.ndarray, "*some"]:
+    """Whether lag +1 is the likeliest of the list's tokens, the cue aside: unlike a mean, no single permutation can make it.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One truth value per curve; one in n - 1 by chance.
+    """
+    others = np.where(lags_of(curves.shape[-1]) == 0, -np.inf, curves)
+    return others.argmax(-1) == curves.shape[-1] // 2 + 1
 
 
 def recalled(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
@@ -203,7 +227,10 @@ def ablate_attention(heads: Iterable[Head], mode: Mode) -> Spec:
 
 
 def cue_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generator: np.random.Generator
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generator: np.random.Generator,
+    bos: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "layer head"]:
     """Compute induction scores for lag prompts, on a block of random tokens that occurs twice.
 
@@ -214,6 +241,7 @@ def cue_scores(
         model: with a card, and attention patterns that can be read (eager or sdpa).
         tokenizer: the model's.
         generator: source of randomness.
+        bos: tokens before the first block, those of the lag prompts; by default what the tokenizer prepends.
 
     Returns:
         The mean induction score of every head.
@@ -221,14 +249,14 @@ def cue_scores(
     Raises:
         ValueError: the model takes fewer tokens.
     """
-    bos, longest = leading_bos(tokenizer), n_positions(model.config)
+    bos, longest = leading_bos(tokenizer) if bos is None else bos, n_positions(model.config)
     if (needed := BLOCK * REPEATS + len(bos)) > longest:
         raise ValueError(
             f"induction scores are computed on {needed} tokens but the model takes {longest}; give scores."
         )
     tokens = usable_tokens(model, tokenizer)
     ids = random_tokens(tokens, BLOCK, REPEATS, examples=EXAMPLES, rng=generator, bos=bos)
-    return attention_scores(model, ids, BLOCK, first=len(bos), progress=False).induction.mean(0)
+    return attention_scores(model, ids, BLOCK, first=len(bos)).induction.mean(0)
 
 
 @dataclass(frozen=True)
@@ -301,6 +329,7 @@ def lag_curves(
     mode: Mode,
     n: int,
     head_type: str,
+    first: int = 0,
 ) -> LagCurves:
     """Collect the curves with `n` heads ablated.
 
@@ -311,13 +340,14 @@ def lag_curves(
         mode: of the ablation.
         n: how many heads.
         head_type: induction for the highest scores, random for random sets only.
+        first: tokens before the list.
 
     Returns:
         The curves.
     """
 
     def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
-        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.baseline)
+        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.baseline, first)
 
     random = [of_set(chosen) for chosen in heads.random_sets(n).sets]
     own = of_set(heads.ranked[:n]) if head_type == "induction" else np.mean(random, 0)
@@ -341,7 +371,10 @@ def lag_table(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, An
 def lag_summary(
     at: LagCurves, clean: Float[np.ndarray, "permutation lag"], heads: RankedHeads, head_type: str, seed: int
 ) -> dict[str, Any]:
-    """Make one row of the summary: lag +1, the change of its bias with intervals, and the random sets for comparison.
+    """Make one row of the summary: p(+1) and lag-CRP(+1), their changes with intervals, and the random sets for comparison.
+
+    The change of p(+1) is that of its bias. A measure carries the effect if the interval of its change lies below 0 and no random
+    set lowers it as much.
 
     Args:
         at: the curves with a number of heads ablated.
@@ -355,53 +388,117 @@ def lag_summary(
     """
     bias, before = plus_one_bias(at.own), plus_one_bias(clean)
     change = paired_bootstrap(bias, before, rng(seed, "bias", at.n))
-    crp = ratio_of_means(plus_one(at.own)[None], recalled(at.own), rng(seed, "crp", at.n))
+    of_next, of_any = plus_one(at.own), recalled(at.own)
+    p = bootstrap_mean(of_next, rng(seed, "p(+1)", at.n))
+    crp = ratio_of_means(of_next[None], of_any, rng(seed, "crp", at.n))
+    untouched = plus_one(clean), recalled(clean)
+    crp_change = change_of_ratio((of_next, of_any), untouched, rng(seed, "crp change", at.n))
     row: dict[str, Any] = {
         "heads": at.n,
-        "p(+1)": plus_one(at.own).mean(),
-        "standard error": standard_error(plus_one(at.own)),
+        "p(+1)": p.mean,
+        "standard error": standard_error(of_next),
+        "p(+1) low": p.low,
+        "p(+1) high": p.high,
+        "first": plus_one_first(at.own).mean(),
+        "recalled": of_any.mean(),
         "bias": bias.mean(),
         "change": change.mean,
         "change low": change.low,
         "change high": change.high,
         "crp(+1)": crp.mean[0],
+        # Of a ratio of means, to first order.
+        "crp standard error": standard_error(of_next - crp.mean[0] * of_any) / of_any.mean(),
         "crp low": crp.low[0],
         "crp high": crp.high[0],
+        "crp change": crp_change.mean,
+        "crp change low": crp_change.low,
+        "crp change high": crp_change.high,
     }
+    falls = {"p(+1)": change.high < 0, "lag-CRP(+1)": crp_change.high < 0}
     if at.n and len(at.random):
         changes = plus_one_bias(at.random).mean(1) - before.mean()
+        crps = plus_one(at.random).mean(1) / recalled(at.random).mean(1) - untouched[0].mean() / untouched[1].mean()
         control = heads.random_sets(at.n)
         row |= {"random sets": len(changes), "random change": changes.mean()}
         row |= {"random lowest": changes.min(), "random highest": changes.max()}
+        row |= {"random crp change": crps.mean(), "random crp lowest": crps.min(), "random crp highest": crps.max()}
         row |= heads.mean_score("random score", itertools.chain(*control.sets))
         if head_type == "induction":
             row |= heads.mean_score("score", heads.ranked[: at.n])
-            row["share as low"] = (1 + int((changes <= change.mean).sum())) / (1 + len(changes))
+            row["share as low"] = against_random(change.mean, changes).p
+            as_low = crp_change.mean + 1e-12  # equal but for rounding, since the sums are in another order
+            row["crp share as low"] = against_random(as_low, crps).p
+            falls["p(+1)"] &= change.mean < changes.min()
+            falls["lag-CRP(+1)"] &= as_low < crps.min()
         row["control"] = control.strength
+    if at.n and head_type == "induction":
+        row["carried by"] = " and ".join(name for name, fell in falls.items() if fell) or "neither"
     return {name: value if isinstance(value, int | str) else float(value) for name, value in row.items()}
 
 
 def lag_text(rows: Iterable[dict[str, Any]]) -> str:
-    """Format a summary as aligned text.
+    """Format a summary as aligned text: a table of p(+1), and one of lag-CRP(+1).
 
     Args:
         rows: those of `lag_summary`.
 
     Returns:
-        One line per row, after a header.
+        One line per row and measure, after a header each.
     """
+    rows = list(rows)
+    return "\n\n".join(
+        [_measure_text(rows, "p(+1)", "bias change", ""), _measure_text(rows, "crp(+1)", "change", "crp ")]
+    )
+
+
+def _measure_text(rows: list[dict[str, Any]], name: str, change: str, prefix: str) -> str:
+    """The table of one measure, whose columns begin with a prefix."""
+    controlled = any("random change" in row for row in rows)
     lines = [
-        "heads    p(+1)     bias   change      95% interval      CRP(+1)   random sets: mean change [range], score"
+        f"heads {name.upper() if prefix else name:>8} {'± se':>9} {'95% interval':>18} {change:>12} {'95% interval':>18}"
+        + ("   random sets: mean change [range], score" if controlled else "")
     ]
+    low, high = ("crp low", "crp high") if prefix else ("p(+1) low", "p(+1) high")
     for row in rows:
-        line = f"{row['heads']:5d} {row['p(+1)']:8.4f} {row['bias']:8.4f} {row['change']:8.4f} "
-        line += f"[{row['change low']:7.4f}, {row['change high']:7.4f}] {row['crp(+1)']:8.4f}"
+        line = f"{row['heads']:5d} {row[name]:8.4f} {row[f'{prefix}standard error']:9.4f} {_ends(row, low, high)} "
+        line += f"{row[f'{prefix}change']:12.4f} {_ends(row, f'{prefix}change low', f'{prefix}change high')}"
         if "random change" in row:
-            line += f"   {row['random sets']:2d}: {row['random change']:7.4f} "
-            line += f"[{row['random lowest']:7.4f}, {row['random highest']:7.4f}]"
+            line += f"   {row['random sets']:2d}: {row[f'random {prefix}change']:7.4f} "
+            line += _ends(row, f"random {prefix}lowest", f"random {prefix}highest")
             line += f", {row['random score']:.2f}" if "random score" in row else ""
         if "share as low" in row:
             line += f" (own {row['score']:.2f})" if "score" in row else ""
-            line += f", share as low {row['share as low']:.3f}"
+            line += f", share as low {row[f'{prefix}share as low']:.3f}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _ends(row: dict[str, Any], low: str, high: str) -> str:
+    return f"[{row[low]:7.4f}, {row[high]:7.4f}]"
+
+
+def lag_task(clean: Float[np.ndarray, "permutation lag"], seed: int) -> list[str]:
+    """Say how well the untouched model does the task, and first of all if it does not.
+
+    Args:
+        clean: the curves of the untouched run.
+        seed: of the bootstrap.
+
+    Returns:
+        One sentence, or two.
+    """
+    n, lags = clean.shape
+    p, first = plus_one(clean), int(plus_one_first(clean).sum())
+    by_chance = float(binomtest(first, n, 1 / (lags - 1), alternative="greater").pvalue)
+    bias = bootstrap_mean(plus_one_bias(clean), rng(seed, "task"))
+    crp = ratio_of_means(p[None], recalled(clean), rng(seed, "crp", 0))
+    said = (
+        f"untouched: p(+1) {p.mean():.4f} ± {standard_error(p):.4f}, beyond lag {FAR} {p.mean() - bias.mean:.4f}, and any token "
+        f"of the list {recalled(clean).mean():.4f}; lag-CRP(+1) {crp.mean[0]:.3f} [{crp.low[0]:.3f}, {crp.high[0]:.3f}]; lag +1 "
+        f"is the list's likeliest token in {first} of {n} permutations ({n / (lags - 1):.1f} by chance)"
+    )
+    if p.max() > p.sum() / 2:
+        said += f"; one permutation of {n} makes {p.max() / p.sum():.0%} of p(+1)"
+    if bias.low > 0 and by_chance < 0.05:
+        return [said]
+    return ["THE MODEL DOES NOT DO THE TASK: p(+1) is not above chance, so that no ablation can lower it.", said]

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Occurrences = Literal["last", "all"]
+Bos = Literal["auto", "yes", "no"]
 COLUMNS = ("scores", "layer", "head")
 TRIM = 0.1  # share of the vocabulary left out at each end
 
@@ -182,15 +183,26 @@ def check_trim(trim: float) -> None:
         raise ValueError(f"trim must be at least 0 and below 0.5, because it is left out at both ends, not {trim}.")
 
 
-def leading_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Find the start token that sequences should begin with.
+def leading_bos(tokenizer: PreTrainedTokenizerBase, choice: Bos = "auto") -> tuple[int, ...]:
+    """Find the start token that sequences of token ids should begin with.
 
     Args:
         tokenizer: the model's.
+        choice: auto: the BOS token if the tokenizer prepends one to a text, which suggests that the model was trained with it;
+            yes: the BOS token; no: nothing.
 
     Returns:
-        The BOS token if the tokenizer prepends one to a text, which suggests that the model was trained with it; else nothing.
+        The BOS token, or nothing.
+
+    Raises:
+        ValueError: `choice` is yes and the tokenizer has no BOS token.
     """
+    if choice == "no":
+        return ()
+    if choice == "yes":
+        if tokenizer.bos_token_id is None:
+            raise ValueError("the tokenizer has no start token; leave out --bos yes.")
+        return (tokenizer.bos_token_id,)
     ids = tokenizer("")["input_ids"]
     return (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
 
