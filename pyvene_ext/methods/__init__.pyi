@@ -69,6 +69,7 @@ from .heads.published import precision_and_recall as precision_and_recall
 from .heads.published import read_known as read_known
 from .heads.scores import HeadScores as HeadScores
 from .heads.scores import attention_scores as attention_scores
+from .heads.scores import check_sequences as check_sequences
 from .heads.scores import check_trim as check_trim
 from .heads.scores import leading_bos as leading_bos
 from .heads.scores import random_tokens as random_tokens
