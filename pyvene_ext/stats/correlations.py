@@ -192,7 +192,8 @@ def spearman(a: Num[np.ndarray, " pair"], b: Num[np.ndarray, " pair"]) -> tuple[
 
 def _exact_p(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
     """The share of all permutations with as large an |r| (Pearson)."""
-    y_unit = _unit(np.asarray(y, np.float64))
+    x, y = (values / np.abs(values).max() for values in (x, y))  # the largest numbers have no square
+    y_unit = _unit(y)
 
     def r(permuted: np.ndarray, axis: int) -> np.ndarray:
         # Rounded, because equal coefficients are sums of the same numbers in another order.
