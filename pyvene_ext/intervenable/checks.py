@@ -224,18 +224,21 @@ def check_unit_counts(
 def check_places_once(
     keys: Sequence[str], places: Sequence[Representation], locations: Locations | None, interventions: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError if a place is listed twice that would be edited once; reading it twice is fine."""
+    """Raise ValueError if places are listed twice that are edited once.
+
+    Reading a place twice is fine, and so is filling up the shorter rows of a batch by listing a place again: at least one row then
+    has none twice.
+    """
     for key, place, rows in zip(keys, places, locations or [], strict=False):
         if rows is None or isinstance(interventions[key], CollectIntervention):
             continue
         for level, of_level in zip(place.unit.split("."), rows if place.unit == "h.pos" else [rows], strict=True):
-            for example, row in enumerate(of_level):
-                if twice := [number for number in row if row.count(number) > 1]:
-                    raise ValueError(
-                        f"{'head' if level == 'h' else 'position'} {twice[0]} of {place} is listed twice in example {example}, "
-                        "and the intervention would be applied there once: list each place once, and run examples with other "
-                        "numbers of places in separate calls."
-                    )
+            twice = [next((number for number in row if row.count(number) > 1), None) for row in of_level]
+            if None not in twice:
+                raise ValueError(
+                    f"{'head' if level == 'h' else 'position'} {twice[0]} of {place} is listed twice in example 0, and some place "
+                    "in every other example, where the intervention would be applied once: list each place once."
+                )
 
 
 def check_subspaces(

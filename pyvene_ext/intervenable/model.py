@@ -123,8 +123,9 @@ class IntervenableModel(pyvene.IntervenableModel):
             base: a tokenised batch, the keyword arguments of the model's forward.
             sources: a source batch, or a list with one per group of interventions (None for a group without).
             unit_locations: where to intervene, as pyvene takes it (`locations.resolve_locations`); None: every position and head.
+                An example with fewer places than another lists one of its places again, which is edited once.
             source_representations: source activations instead of source batches, by key or in the order of the keys.
-            subspaces: the subspaces of each intervention, as pyvene takes them.
+            subspaces: the subspaces of each intervention, as pyvene takes them: as many dimensions for every example.
             labels: for the model's loss.
             output_original_output: also run the model without interventions.
             return_dict: return pyvene's output object instead of a tuple.

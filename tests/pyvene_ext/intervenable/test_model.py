@@ -574,11 +574,16 @@ def test_a_place_that_is_listed_twice_is_refused_where_it_would_be_edited_once(m
     source = random_inputs(seed=1)
     swap = in_subspaces(model, pyvene.AdditionIntervention)
     with pytest.raises(
-        ValueError, match="position 8 of block_output at layer 1 is listed twice in example 0, and the interv"
+        ValueError, match="position 8 of block_output at layer 1 is listed twice in example 0, and some"
     ):
         swap(base, [source], {"sources->base": [[[8, 8]] * 3]})
     with pytest.raises(ValueError, match=r"position 8 .* listed twice"):  # -1 is the same column
         swap(base, [source], {"sources->base": [[[8, -1]] * 3]})
+    # Filling up the rows of examples with fewer places is fine: those are edited once.
+    with torch.no_grad():
+        filled = swap(base, [source], {"sources->base": [[[7, 8], [8, 8], [8, 8]]]})[1].logits
+        alone = swap(base, [source], {"sources->base": 8})[1].logits
+        torch.testing.assert_close(filled[1:], alone[1:])
     # One place of the source may go to two of base, and two readings of a place are two.
     swap(base, [source], {"sources->base": ([[[8, 8]] * 3], [[[7, 8]] * 3])})
     collect = in_subspaces(model, pyvene.CollectIntervention)
