@@ -226,8 +226,8 @@ def check_places_once(
 ) -> None:
     """Raise ValueError if places are listed twice that are edited once.
 
-    Reading a place twice is fine, and so is filling up the shorter rows of a batch by listing a place again: at least one row then
-    has none twice.
+    Reading a place twice is fine, and so is filling up the shorter rows of a batch by listing a place again: then at least one
+    row has none twice.
     """
     for key, place, rows in zip(keys, places, locations or [], strict=False):
         if rows is None or isinstance(interventions[key], CollectIntervention):
@@ -236,8 +236,8 @@ def check_places_once(
             twice = [next((number for number in row if row.count(number) > 1), None) for row in of_level]
             if None not in twice:
                 raise ValueError(
-                    f"{'head' if level == 'h' else 'position'} {twice[0]} of {place} is listed twice in example 0, and some place "
-                    "in every other example, where the intervention would be applied once: list each place once."
+                    f"{'head' if level == 'h' else 'position'} {twice[0]} of {place} is listed twice in example 0, and some "
+                    "place in every other example, where the intervention would be applied once: list each place once."
                 )
 
 
