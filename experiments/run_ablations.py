@@ -398,17 +398,7 @@ def summary(config: Config, untouched: list[str], tables: dict[tuple[Mode, Layer
     size = f"{config.permutations} permutations of {config.n_tokens} tokens, {config.head_type} heads"
     parts = ["\n".join([f"{config.model_name}: {size}", *untouched])]
     for (mode, layers), rows in tables.items():
-        lines = [f"{mode}, {layers} layers", px.methods.lag_text(rows)]
-        if strengths := dict.fromkeys(row["control"] for row in rows if "control" in row):
-            lines.append("control: " + "; ".join(strengths))
-        carried: dict[str, list[str]] = {}
-        for row in rows:
-            if "carried by" in row:
-                carried.setdefault(row["carried by"], []).append(str(row["heads"]))
-        if carried:
-            found = "; ".join(f"{by} (heads: {', '.join(levels)})" for by, levels in carried.items())
-            lines.append(f"falls by its interval, and further than with any random set: {found}")
-        parts.append("\n".join(lines))
+        parts.append(f"{mode}, {layers} layers\n{px.methods.lag_text(rows)}")
     return "\n\n".join(parts)
 
 

@@ -33,10 +33,6 @@ from .heads.lag import curves_of as curves_of
 from .heads.lag import lag_crp as lag_crp
 from .heads.lag import lag_curves as lag_curves
 from .heads.lag import lag_prompts as lag_prompts
-from .heads.lag import lag_summary as lag_summary
-from .heads.lag import lag_table as lag_table
-from .heads.lag import lag_task as lag_task
-from .heads.lag import lag_text as lag_text
 from .heads.lag import lags_of as lags_of
 from .heads.lag import layers_of as layers_of
 from .heads.lag import plus_one as plus_one
@@ -44,6 +40,10 @@ from .heads.lag import plus_one_bias as plus_one_bias
 from .heads.lag import plus_one_first as plus_one_first
 from .heads.lag import rank_heads as rank_heads
 from .heads.lag import recalled as recalled
+from .heads.lag_tables import lag_summary as lag_summary
+from .heads.lag_tables import lag_table as lag_table
+from .heads.lag_tables import lag_task as lag_task
+from .heads.lag_tables import lag_text as lag_text
 from .heads.lens import Attribution as Attribution
 from .heads.lens import Lens as Lens
 from .heads.lens import Parts as Parts

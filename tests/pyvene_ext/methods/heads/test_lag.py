@@ -15,8 +15,6 @@ from pyvene_ext.methods.heads.lag import (
     curves_of,
     lag_crp,
     lag_prompts,
-    lag_summary,
-    lag_task,
     lags_of,
     layers_of,
     plus_one,
@@ -25,6 +23,7 @@ from pyvene_ext.methods.heads.lag import (
     rank_heads,
     recalled,
 )
+from pyvene_ext.methods.heads.lag_tables import lag_summary, lag_task
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.joint import members
 
