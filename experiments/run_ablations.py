@@ -81,6 +81,7 @@ N_TOKENS, PERMUTATIONS = 500, 300
 LARGE, FEW_TOKENS = 1e9, 20  # parameters from which on, on a GPU, these are the defaults; tokens of all other models
 MIDDLING, FEW_PERMUTATIONS = 1e7, 40  # parameters from which on a set of heads takes seconds, and permutations then
 TO_ABL, TINY_TO_ABL = "0-1-5-10-20-50", "0-1-2-3-4"
+SHOWN = 4  # tokens on the terminal
 Type = Literal["induction", "random"]
 Mode = Literal["zero", "mean"]
 Layers = Literal["full", "top", "bottom"]
@@ -207,7 +208,8 @@ def main(config: Config) -> None:
         for setting, found in curves.items()
     }
     untouched = px.methods.lag_task(clean, config.seed)
-    print(summary(config, untouched, tables))
+    some = tokenizer.batch_decode([[token] for token in prompts.input_ids[0][len(bos) :][:SHOWN]])
+    print(summary(config, some, untouched, tables))
     facts = px.metadata(
         model,
         model=source,
@@ -393,9 +395,12 @@ def write_setting(
     run.table(f"tables/{name(config.head_type)}_summary", px.stats.filled(table))  # no heads have no random ones
 
 
-def summary(config: Config, untouched: list[str], tables: dict[tuple[Mode, Layers], list[dict[str, Any]]]) -> str:
-    """What the terminal shows: whether the model does the task, and two tables a setting."""
-    size = f"{config.permutations} permutations of {config.n_tokens} tokens, {config.head_type} heads"
+def summary(
+    config: Config, some: list[str], untouched: list[str], tables: dict[tuple[Mode, Layers], list[dict[str, Any]]]
+) -> str:
+    """What the terminal shows: some of the tokens, whether the model does the task, and two tables a setting."""
+    tokens = f"{config.n_tokens} tokens ({', '.join(map(repr, some))} ...)"
+    size = f"{config.permutations} permutations of {tokens}, {config.head_type} heads"
     parts = ["\n".join([f"{config.model_name}: {size}", *untouched])]
     for (mode, layers), rows in tables.items():
         parts.append(f"{mode}, {layers} layers\n{px.methods.lag_text(rows)}")

@@ -445,6 +445,22 @@ def test_a_model_that_does_not_do_the_task_is_said_so_first(folder: Path, capsys
     assert shown.count("evidence: 4 permutations of 14 tokens; 4 induction heads (zero, full layers) change ") == 2
 
 
+def test_the_evidence_is_that_of_the_fewest_heads_with_enough_random_sets() -> None:
+    config = study.Config(permutations=7, n_tokens=20)
+
+    def row(heads: int, sets: int) -> dict[str, Any]:
+        ends = {f"{name}{end}": -0.1 * heads for name in ("change", "crp change") for end in ("", " low", " high")}
+        control = {"control": f"{sets} sets", "share as low": 1 / (1 + sets), "crp share as low": 0.5}
+        return {"heads": heads, "random sets": sets, "random change": 0.0, "random crp change": 0.25, **ends, **control}
+
+    rows = [{"heads": 0}, row(1, 6), row(5, 19), row(10, 20)]
+    bias, crp = study.evidence(config, {("zero", "full"): rows})
+    assert bias.effect == "5 induction heads (zero, full layers) change the bias of p to lag +1 by"
+    assert bias.interval == (-0.5, -0.5, -0.5) and bias.control == "19 sets; they change it by 0 on average, p = 0.05"
+    assert crp.control == "19 sets; they change it by 0.25 on average, p = 0.5"
+    assert study.evidence(config, {("zero", "full"): rows[:2]})[0].effect.startswith("1 induction heads")
+
+
 # -- files, and runs that stop ----------------------------------------------------------------------------------------
 
 
@@ -462,6 +478,10 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
         expected.add(f"arrays/{stem}_abl{n}_zero_random_full_bias.npy")
     assert set(files(out)) == expected
     shown = capsys.readouterr().out
+    model, tokenizer = load_model("tiny-gemma2")
+    (prompt, *_) = px.methods.lag_prompts(px.methods.usable_tokens(model, tokenizer), N, P, 42).input_ids
+    first = tokenizer.batch_decode([[token] for token in prompt[:4]])
+    assert f"{P} permutations of {N} tokens ({', '.join(map(repr, first))} ...)" in shown
     assert "p(+1)" in shown and "zero, full layers" in shown and str(out.relative_to(folder)) in shown
     facts = json.loads((out / f"{stem}_zero_induction_full.json").read_text())
     assert {"command", "model", "weight_hash", "prompts_hash", "seed", "versions", "n_tokens", "summaries"} <= set(
