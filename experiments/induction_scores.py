@@ -112,6 +112,7 @@ def main(config: Config) -> None:
     # Everything that can be wrong is found before the first forward pass.
     run = px.RunFolder(config, "induction_scores", config.model_name, flag="output_dir")
     model, tokenizer = config.load(config.model_name)
+    px.methods.check_patterns(model)
     bos = px.methods.leading_bos(tokenizer, config.bos)
     tokens = px.methods.usable_tokens(model, tokenizer, config.trim)
     repeated = sequences("repeated", tokens, config.length, config.repeats, bos, config)
