@@ -89,6 +89,7 @@ from .reasoning.block_scores import SCORES as SCORES
 from .reasoning.block_scores import BlockScores as BlockScores
 from .reasoning.block_scores import block_scores as block_scores
 from .reasoning.block_scores import check_scores as check_scores
+from .reasoning.block_scores import needs_flow as needs_flow
 from .reasoning.evaluate import Evaluation as Evaluation
 from .reasoning.evaluate import Results as Results
 from .reasoning.evaluate import Transcripts as Transcripts

@@ -20,7 +20,7 @@ from pyvene_ext.io.bars import note
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
-from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores
+from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores, needs_flow
 from pyvene_ext.methods.reasoning.evaluate import (
     Evaluation,
     Results,
@@ -137,7 +137,14 @@ class Solver:
         """Rank all heads by a score within the clean model's own reasoning: (score, layer, head), highest first."""
         latent = format_of(self.model) is not None
         reasoned = self.questions if latent else with_reasoning(self.questions, self.clean.ids, self.tokenizer)
-        matrix = block_scores(self.model, reasoned, batch_size=self.flags.batch_size).of(by)
+        matrix = block_scores(
+            self.model,
+            reasoned,
+            flow=needs_flow(by),
+            batch_size=self.flags.batch_size,
+            results=self.results,
+            progress=True,
+        ).of(by)
         return sorted(((float(x), *at) for at, x in np.ndenumerate(matrix)), key=lambda row: (-row[0], row[1:]))
 
 
@@ -194,7 +201,7 @@ def prepare(
     if ranking is not None:
         scores = read_head_scores(ranking, model.config)
     if not heads:
-        check_scores(model)
+        check_scores(model, by)
     questions = ask(flags, model, tokenizer, problems, flags.max_new_tokens)
     results = Results(unfinished, facts_of(model, questions, flags.max_new_tokens))
     solver = Solver(Path(name).name, model, tokenizer, questions, results, flags)
