@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -69,6 +69,13 @@ class Target:
     hubs: Sequence[int] | None = None
     directions: Float[Tensor, "prompt d_model"] | None = None
 
+    def take(self, which: Sequence[int]) -> Target:
+        """The same of some of the prompts, in this order."""
+        queries, hubs = ([some[i] for i in which] if some is not None else None for some in (self.queries, self.hubs))
+        directions = None if self.directions is None else self.directions[list(which)]
+        assert queries is not None
+        return replace(self, queries=queries, hubs=hubs, directions=directions)
+
 
 @dataclass(frozen=True)
 class InputAttribution:
@@ -78,11 +85,13 @@ class InputAttribution:
         tokens: for every prompt one number per token; 0 for a token that is fixed.
         value: f of each prompt.
         at_baseline: f of its baseline.
+        steps: points on the line.
     """
 
     tokens: tuple[Float64[np.ndarray, " token"], ...]
     value: Float64[np.ndarray, " prompt"]
     at_baseline: Float64[np.ndarray, " prompt"]
+    steps: Int[np.ndarray, " prompt"]
 
     @property
     def error(self) -> Float64[np.ndarray, " prompt"]:
@@ -102,13 +111,14 @@ class InputAttribution:
             "tokens": [some.tolist() for some in self.tokens],
             "value": self.value.tolist(),
             "at_baseline": self.at_baseline.tolist(),
+            "steps": self.steps.tolist(),
         }
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> InputAttribution:
         """Convert back what `as_dict` returned."""
         tokens = tuple(np.array(some, np.float64) for some in record["tokens"])
-        return cls(tokens, np.array(record["value"]), np.array(record["at_baseline"]))
+        return cls(tokens, np.array(record["value"]), np.array(record["at_baseline"]), np.array(record["steps"]))
 
 
 def integrated_gradients(
@@ -118,11 +128,14 @@ def integrated_gradients(
     *,
     baseline: Baseline = "mean",
     steps: int = 50,
+    most_steps: int | None = None,
     fixed: Collection[int] = (),
     batch_size: int = 8,
     progress: bool = False,
 ) -> InputAttribution:
     """Attribute a target to the tokens of each prompt.
+
+    Prompts that are not complete with `steps` points are attributed again with three times as many, up to `most_steps`.
 
     Args:
         model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards,
@@ -133,6 +146,7 @@ def integrated_gradients(
             `prompts.pad_id` (which can be zero, too). From zero, an RMSNorm concentrates almost all change near the beginning of
             the line, where there are few steps, so the error is large.
         steps: points on the line.
+        most_steps: of prompts that are not complete with fewer; by default `steps`.
         fixed: ids that keep their embeddings at both ends, such as a BOS that serves as attention sink.
         batch_size: points per forward and backward pass.
         progress: show a bar.
@@ -178,7 +192,21 @@ def integrated_gradients(
                 tokens[prompt] = by_token[row, :length]
                 value[prompt], at_baseline[prompt] = ends[0][row], ends[1][row]
             bar.update(len(batch.index))
-    return InputAttribution(tuple(tokens), value, at_baseline)
+    found = InputAttribution(tuple(tokens), value, at_baseline, np.full(len(prompts), steps))
+    short = np.flatnonzero(
+        found.error >= COMPLETE
+    ).tolist()  # none where there is nothing to attribute, and the error NaN
+    more = min(3 * steps, most_steps or steps)
+    if more > steps and short:
+        options: Any = {"baseline": baseline, "fixed": fixed, "batch_size": batch_size, "progress": progress}
+        again = integrated_gradients(
+            model, prompts.take(short), target.take(short), steps=more, most_steps=most_steps, **options
+        )
+        for at, prompt in enumerate(short):
+            tokens[prompt] = again.tokens[at]
+            found.steps[prompt] = again.steps[at]
+        found = replace(found, tokens=tuple(tokens))
+    return found
 
 
 def baseline_embedding(model: PreTrainedModel, baseline: Baseline, pad_id: int) -> Float[Tensor, " d_model"]:

@@ -141,6 +141,22 @@ def test_with_enough_steps_attributions_add_up(family: str) -> None:
     assert many.complete.all() and not few.complete.all()
 
 
+def test_prompts_that_are_not_complete_are_attributed_with_more_steps() -> None:
+    model, prompts = random_model("llama3_1"), random_prompts(LENGTHS)
+    asked = target("attention", model)
+    few = integrated_gradients(model, prompts, asked, steps=2)
+    found = integrated_gradients(model, prompts, asked, steps=2, most_steps=17)
+    assert not few.complete.all() and set(found.steps) <= {2, 6, 17} and found.steps.max() > 2
+    for prompt in range(len(prompts)):
+        tried = [integrated_gradients(model, prompts, asked, steps=steps) for steps in (2, 6, 17)]
+        first = next((some for some in tried if some.complete[prompt]), tried[-1])
+        assert found.steps[prompt] == first.steps[prompt]
+        np.testing.assert_allclose(found.tokens[prompt], first.tokens[prompt], atol=1e-6)
+        assert (found.value[prompt], found.at_baseline[prompt]) == pytest.approx(
+            (first.value[prompt], first.at_baseline[prompt])
+        )
+
+
 def test_half_precision_is_attributed_along_points_that_are_not_rounded_in_between() -> None:
     model, prompts = random_model("llama3_1"), random_prompts(LENGTHS)
     asked = target("attention", model)
@@ -152,13 +168,13 @@ def test_half_precision_is_attributed_along_points_that_are_not_rounded_in_betwe
 
 
 def test_a_target_that_nothing_changes_is_not_complete() -> None:
-    found = InputAttribution((np.zeros(3), np.ones(3)), np.array([0.5, 4.0]), np.array([0.5, 1.0]))
+    found = InputAttribution((np.zeros(3), np.ones(3)), np.array([0.5, 4.0]), np.array([0.5, 1.0]), np.array([2, 3]))
     assert np.isnan(found.error[0]) and found.error[1] == 0
     assert found.complete.tolist() == [False, True]
     again = InputAttribution.from_dict(found.as_dict())
     np.testing.assert_array_equal(again.error, found.error)
     assert [some.tolist() for some in again.tokens] == [[0, 0, 0], [1, 1, 1]]
-    assert InputAttribution((np.array([1.05]),), np.ones(1), np.zeros(1)).complete.tolist() == [False]
+    assert InputAttribution((np.array([1.05]),), np.ones(1), np.zeros(1), np.ones(1)).complete.tolist() == [False]
 
 
 def test_the_model_is_left_as_it_was_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
