@@ -203,6 +203,7 @@ def attribute(
     cut = tuple(ids[: some[-1] + 1] for ids, some in zip(questions.prompts.input_ids, queries, strict=True))
     prompts = replace(questions.prompts, input_ids=cut, positions=({"end": -1, "last": -1},) * len(cut))
     fixed = sorted(setting.tokenizer.all_special_ids)
+    given = [px.reasoning.tokens_before(setting, questions, number) for number in range(len(questions))]
 
     def measured(layer: int, head: int, most_steps: int) -> tuple[px.methods.Target, px.methods.InputAttribution]:
         target = px.methods.Target(layer, head, queries, at, directions)
@@ -212,6 +213,7 @@ def attribute(
                 "steps": [config.steps, most_steps],
                 "prompts": prompts.hash,
                 "hubs": at,
+                "given": given,
                 "head": [layer, head],
             },
             lambda: px.methods.integrated_gradients(
@@ -222,6 +224,7 @@ def attribute(
                 steps=config.steps,
                 most_steps=most_steps,
                 fixed=fixed,
+                given=given,
                 batch_size=config.batch_size,
                 progress=px.is_main_process(),
             ),

@@ -55,7 +55,14 @@ def number(model: Any, family: str, x: torch.Tensor, queries: list[int], hub: in
 
 
 def by_hand(
-    model: Any, family: str, prompts: TokenizedPrompts, baseline: str, kind: str, fixed: tuple[int, ...], steps: int
+    model: Any,
+    family: str,
+    prompts: TokenizedPrompts,
+    baseline: str,
+    kind: str,
+    fixed: tuple[int, ...],
+    steps: int,
+    given: tuple[int, ...] = (0,) * len(LENGTHS),
 ) -> tuple[list[np.ndarray], list[float], list[float]]:
     """Token attributions, f of the prompt and of its baseline."""
     table = model.get_input_embeddings()(torch.arange(model.config.vocab_size)).detach()
@@ -67,7 +74,7 @@ def by_hand(
             len(ids), 1
         )
         for token, of in enumerate(ids):
-            if of in fixed:
+            if of in fixed or token < given[prompt]:
                 start[token] = end[token]
         along: Any = None
         if kind == "own":
@@ -125,6 +132,36 @@ def test_attributions_are_the_gradients_summed_by_hand(
     np.testing.assert_allclose(found.at_baseline, bases, atol=1e-5 * size)
     assert found.tokens[0][0] == found.tokens[2][4] == 0
     assert np.abs(np.concatenate(tokens)).max() > (1e-4 if baseline == "zero" else 0.05)  # else little was compared
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["attention", "own", "direction"])
+@pytest.mark.parametrize("given", [(4, 2, 6, 3), (3, 0, 0, 1)])
+def test_tokens_that_are_given_stay_as_they_are_and_are_read_once(
+    family: str, kind: str, given: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts, widths = random_model(family).double(), random_prompts(LENGTHS), []
+    asked = target(kind, model)
+    own = type(model.base_model).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        widths.append(kwargs["inputs_embeds"].shape[1])
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.base_model), "forward", counted)
+    found = integrated_gradients(model, prompts, asked, steps=STEPS, given=given, batch_size=4)
+    monkeypatch.undo()
+    first = min(given)
+    assert widths == [first] * (first > 0) + [12 - first] * (len(widths) - (first > 0))
+    tokens, values, bases = by_hand(double(family), family, prompts, "mean", kind, (), STEPS, given)
+    size = max(1.0, *(np.abs(some).max() for some in tokens))
+    for prompt, some in enumerate(tokens):
+        np.testing.assert_allclose(found.tokens[prompt], some, atol=1e-5 * size, rtol=0)
+        assert not some[: given[prompt]].any() and some.any()
+    np.testing.assert_allclose(found.value, values, atol=1e-5 * size)
+    np.testing.assert_allclose(found.at_baseline, bases, atol=1e-5 * size)
+    with pytest.raises(ValueError, match="4 tokens of prompt 1 cannot be given: its first query is token 3"):
+        integrated_gradients(model, prompts, asked, given=(1, 4, 1, 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
