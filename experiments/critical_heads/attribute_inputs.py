@@ -17,9 +17,10 @@ rank_heads.py).
 The attributions are integrated gradients (Sundararajan et al. 2017) over the embeddings of the tokens, by Captum
 (`inputs`). The baseline of every token is the mean of all embeddings: from zero an RMSNorm changes all at
 once, and 50 steps miss most of it; a pad token may be zero, too. Special tokens, such as a BOS that heads rest on, stay as they
-are. Attributions add up to what the number has with the tokens beyond what it has with the baselines; positions being the same in
-both, the rest is not the tokens' doing. How much they miss that is the completeness error. Problems with 5% and more are done
-again with more steps, up to --most_steps; those that are still incomplete are in no mean, and are listed.
+are, and so do the solved problems of --shots, which the model reads once and not at every step. Attributions add up to what the
+number has with the tokens beyond what it has with the baselines; positions being the same in both, the rest is not the tokens'
+doing. How much they miss that is the completeness error. Problems with 5% and more are done again with more steps, up to
+--most_steps; those that are still incomplete are in no mean, and are listed.
 
 Tokens are tagged number, operator, entity or other (`token_tags`). A tag's share is that of the sum of |attribution|
 over a problem's tokens up to the last query; beside it stand the share of these tokens that have the tag, and the share with
@@ -53,8 +54,9 @@ if TYPE_CHECKING:
 
     from pyvene_ext.methods.attribution.by_tag import AttributedHead
     from pyvene_ext.prompts.problems import Questions
-    from pyvene_ext.runs.reasoning import Setting
+    from pyvene_ext.runs.reasoning import Asked, Setting
 
+MOST = 64  # problems
 FAINT = 0.02  # attention that is as good as none
 Row = dict[str, Any]
 Head = tuple[int, int]
@@ -81,8 +83,8 @@ class Config(px.flags.Problems, px.flags.Ranking):
     """points between baseline and prompt"""
     most_steps: px.flags.Count = 450
     """of problems whose attributions are incomplete with fewer; three times as many are tried each time"""
-    sample: Annotated[int, Ge(2)] = 64
-    """no more problems than so many, the first ones"""
+    sample: Annotated[int, Ge(2)] | None = None
+    """no more problems than so many, the first ones; by default 64"""
     random_heads: Annotated[int, Ge(0)] = 2
     """random other heads of the same layer for each head; 0 for none"""
     shown: px.flags.Count = 3
@@ -113,14 +115,19 @@ def main(config: Config) -> None:
     found: list[AttributedHead] = []
     facts: Row = {}
     for number, name in enumerate(config.models):
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, partial(check_heads, config, number))
+        asked = px.reasoning.load(config, name, problems, run.unfinished, partial(check_heads, config, number))
+        n_heads, n = len(config.heads) or config.n_heads, min(len(problems), config.sample or MOST)
+        work = f"{asked.name}: {n_heads} heads and {config.random_heads} random ones each on {n} problems, {config.steps} steps"
+        if not run.announce(work, seconds_of(asked, config, n, n_heads), n=n, limit="sample"):
+            continue
+        setting = asked.reason()
         chosen = heads_and_hubs(setting, config, number)
-        mine = [attribute(setting, config, head, hubs, [head for head, _ in chosen]) for head, hubs in chosen]
+        mine = [attribute(setting, config, n, head, hubs, [head for head, _ in chosen]) for head, hubs in chosen]
         incomplete = {px.stats.head_label(one.head): np.array(one.problems)[~one.own.complete].tolist() for one in mine}
         facts[setting.name] = px.metadata(setting.model, **setting.facts, incomplete=incomplete)
         found += mine
-        del setting  # two models need not fit in memory together
-    if not px.is_main_process():
+        del asked, setting  # two models need not fit in memory together
+    if config.dry_run or not px.is_main_process():
         return
 
     # How much of each head's number is the tokens' doing, and the shares of their tags, with intervals.
@@ -129,9 +136,10 @@ def main(config: Config) -> None:
     verdicts = verdicts_of(heads, tags, config)
 
     print(summary(facts, heads, tags, verdicts))
-    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv",)):
+    strong = [evidence_of(one, rows) for one, rows in zip(found, by_head(found, tags), strict=True)]
+    with run.writing({"models": facts, "verdicts": verdicts}, strong, replacing=("*.csv",)):
         for one in found:
-            figure = px.figures.coloured_tokens(token_texts(one, config), title_of(one, config))
+            figure = px.figures.coloured_tokens(px.figures.token_texts(one, config.shown), title_of(one, config))
             run.figure(f"{one.model}_{px.stats.head_label(one.head)}", figure)
         run.figure("by_tag", px.figures.tag_shares(tags))
         run.table("tokens", [row for one in found for row in px.methods.token_rows(one)])
@@ -196,14 +204,14 @@ def heads_and_hubs(setting: Setting, config: Config, number: int) -> list[tuple[
 
 
 def attribute(
-    setting: Setting, config: Config, head: Head, hubs: list[int] | None, chosen: Sequence[Head]
+    setting: Setting, config: Config, sample: int, head: Head, hubs: list[int] | None, chosen: Sequence[Head]
 ) -> AttributedHead:
-    """One head, with its random controls, on the problems that have its hub."""
-    questions, queries, at, directions = asked(setting, config, hubs)
+    """One head, with its random controls, on the first problems that have its hub."""
+    questions, queries, at, directions = read_at(setting, config, sample, hubs)
     cut = tuple(ids[: some[-1] + 1] for ids, some in zip(questions.prompts.input_ids, queries, strict=True))
     prompts = replace(questions.prompts, input_ids=cut, positions=({"end": -1, "last": -1},) * len(cut))
     fixed = sorted(setting.tokenizer.all_special_ids)
-    given = [px.reasoning.tokens_before(setting, questions, number) for number in range(len(questions))]
+    given = px.prompts.solved_before(questions, setting.tokenizer) if config.n_shots else [0] * len(questions)
 
     def measured(layer: int, head: int, most_steps: int) -> tuple[px.methods.Target, px.methods.InputAttribution]:
         target = px.methods.Target(layer, head, queries, at, directions)
@@ -241,8 +249,20 @@ def attribute(
     )
 
 
-def asked(
-    setting: Setting, config: Config, hubs: list[int] | None
+def seconds_of(asked: Asked, config: Config, n: int, n_heads: int) -> float | None:
+    """How long texts and attributions take, if all are complete with --steps; None with tiny models, which are quick."""
+    if config.tiny:
+        return None
+    prompts = asked.questions.prompts
+    given = sum(px.prompts.solved_before(asked.questions, asked.tokenizer)) if config.n_shots else 0
+    own = 1 - given / sum(map(len, prompts.input_ids))  # share of the tokens that is read at every step
+    a_pass = own * px.runs.seconds_a_pass(asked.model, prompts) / len(prompts)
+    # Forward and backward, on average through two thirds of the layers.
+    return asked.seconds() + 2 * config.steps * n * n_heads * (1 + config.random_heads) * a_pass
+
+
+def read_at(
+    setting: Setting, config: Config, sample: int, hubs: list[int] | None
 ) -> tuple[Questions, list[list[int]], list[int] | None, Float[Tensor, "problem d_model"] | None]:
     """The problems; where the head is read in each; the hubs, as tokens of the problems; the directions."""
     questions = setting.questions
@@ -255,7 +275,7 @@ def asked(
         at = -1 if hubs is None else block[hubs[number]]
         places = {"block_mean": list(block), "block_last": [block[-1]], "end": [len(ids) - 1]}[config.query]
         places = [place for place in places if place > at]
-        if places and setting.clean.ids[number] and len(kept) < config.sample:
+        if places and setting.clean.ids[number] and len(kept) < sample:
             kept.append(number)
             queries.append(places)
             tokens.append(at)
@@ -274,6 +294,33 @@ def asked(
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def by_head(found: Sequence[AttributedHead], tags: Sequence[Row]) -> list[list[Row]]:
+    """The rows of tags of each head."""
+    return [
+        [row for row in tags if (row["model"], row["head"]) == (one.model, px.stats.head_label(one.head))]
+        for one in found
+    ]
+
+
+def evidence_of(one: AttributedHead, tags: Sequence[Row]) -> px.runs.Evidence:
+    """The tag with most |attribution| beyond its share of the tokens, beside random heads."""
+    top = max(tags, key=lambda row: -math.inf if math.isnan(row["more_than_tokens"]) else row["more_than_tokens"])
+    complete = int(one.own.complete.sum())
+    sample = f"{complete} of {len(one.problems)} problems complete"
+    head = f"{one.model}, {px.stats.head_label(one.head)}"
+    effect = (
+        f"{head}: share of |attribution| of {top['tag']} tokens beyond their number, the largest of {len(tags)} tags,"
+    )
+    random = px.stats.interval_in(top, "more_than_random")
+    control = "none"
+    if math.isfinite(random.mean):
+        control = f"{len(one.controls)} random heads of the layer, {random.mean:.3g} [{random.low:.3g}, {random.high:.3g}] less"
+    interval = px.stats.interval_in(top, "more_than_tokens") if complete > 1 else None
+    return px.runs.Evidence(
+        sample, effect, interval, control, "a larger --sample" if complete > 1 else "more --most_steps"
+    )
 
 
 def verdicts_of(heads: Sequence[Row], tags: Sequence[Row], config: Config) -> list[str]:
@@ -326,20 +373,6 @@ def remedy(config: Config, value: float) -> str:
     if config.target == "attention" and value < FAINT:
         return f"as the head hardly attends to any token ({value:.3f}); take other --heads"
     return f"take more than --most_steps {config.most_steps}"
-
-
-def token_texts(found: AttributedHead, config: Config) -> list[px.figures.TokenText]:
-    """Some problems' tokens for a figure; the hub in a box, what is read underlined."""
-    every, own = range(len(found.problems)), found.own
-    texts = []
-    for problem in list(np.flatnonzero(own.complete)[: config.shown]) or list(every[: config.shown]):
-        value, base, error = (float(x[problem]) for x in (own.value, own.at_baseline, own.error))
-        heading = f"problem {found.problems[problem]}: {value:.3f}, {base:.3f} with baselines; "
-        heading += f"completeness error {100 * error:.1f}%"
-        hub = None if found.target.hubs is None else found.target.hubs[problem]
-        queries = found.target.queries[problem]
-        texts.append(px.figures.TokenText(heading, found.texts[problem], own.tokens[problem], hub, queries))
-    return texts
 
 
 def title_of(found: AttributedHead, config: Config) -> str:

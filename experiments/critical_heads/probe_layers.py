@@ -55,10 +55,10 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pyvene_ext.runs.reasoning import Setting
+    from pyvene_ext.runs.reasoning import Asked, Setting
 
 FEWEST = 19  # shuffles; with fewer no p is 0.05, and nothing could be found
-N_TINY = 1200  # problems of the tiny models, where no --limit is given
+N_TINY, N_PLAIN = 1200, 100  # problems, where no --limit is given
 RESAMPLES = 2000
 Position = Annotated[
     str,
@@ -80,7 +80,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Config(px.flags.Problems):
     limit: px.flags.Limit = None
-    """only the first so many problems; by default 1200 of the tiny models' and all of others"""
+    """only the first so many problems; by default 1200 of the tiny models', 100 of one and two steps of plain, all of others"""
     positions: px.flags.OneOrMore[Position] = ("question_last", "block_first", "block_last", "mark")
     """where the residual stream is read: those named above, or a token of the block (negative: from its end)"""
     targets: px.flags.OneOrMore[Target] = ("answer", "last_digit", "first_operand", "result_1", "correct")
@@ -101,8 +101,8 @@ class Config(px.flags.Problems):
 
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/probe_layers", config.source, *config.models)
-    tiny = config.source == px.reasoning.TINY and config.limit is None
-    problems = px.reasoning.find_problems(replace(config, limit=N_TINY) if tiny else config)
+    flags = with_more_problems(config)
+    problems = px.reasoning.find_problems(flags)
 
     def check(_: str, model: PreTrainedModel) -> None:
         px.methods.places_of(model, config.mid)
@@ -111,12 +111,17 @@ def main(config: Config) -> None:
     rows: list[Row] = []
     facts: Row = {}
     for name in config.models:
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, check)
+        asked = px.reasoning.load(flags, name, problems, run.unfinished, check)
+        n_probes = len(px.methods.places_of(asked.model, config.mid)) * len(config.positions) * len(config.targets)
+        work = f"{asked.name}: {len(problems)} texts of at most {config.new_tokens} tokens, and {n_probes} probes"
+        if not run.announce(work, seconds_of(asked, config), n=len(problems)):
+            continue
+        setting = asked.reason()
         found, skipped = probe(setting, config)
         rows += found
         facts[setting.name] = px.metadata(setting.model, **setting.facts, left_out=skipped)
-        del setting  # two models need not fit in memory together
-    if not px.is_main_process():
+        del asked, setting  # two models need not fit in memory together
+    if config.dry_run or not px.is_main_process():
         return
 
     # What can be read off at the best place.
@@ -133,7 +138,26 @@ def main(config: Config) -> None:
             run.figure(model, px.figures.probe_curves(model, [row for row in rows if row["model"] == model]))
 
 
+def with_more_problems(config: Config) -> Config:
+    """The flags with more problems than other studies have by default: probes need many."""
+    if config.limit is None and config.source == px.reasoning.TINY:
+        return replace(config, limit=N_TINY)
+    if config.limit is None and config.source == px.reasoning.PLAIN:
+        return replace(config, limit=N_PLAIN, problem_steps=config.problem_steps or (1, 2))
+    return config
+
+
 # -- measurement -------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(asked: Asked, config: Config) -> float | None:
+    """How long the texts, one more forward pass and the probes take at most; None with tiny models, which are quick."""
+    if config.tiny:
+        return None
+    n, d = max(len(asked.questions), 2 * config.folds), asked.model.get_input_embeddings().weight.shape[1]
+    fits = px.methods.seconds_to_fit(n, d, len(config.targets), 1 + config.shuffles, config.folds)
+    n_fits = 2 * len(px.methods.places_of(asked.model, config.mid)) * len(config.positions)  # the question's mean, too
+    return asked.seconds() + px.runs.seconds_a_pass(asked.model, asked.questions.prompts) + n_fits * fits
 
 
 def probe(setting: Setting, config: Config) -> tuple[list[Row], Row]:

@@ -107,6 +107,7 @@ from .reasoning.probes import cross_validated as cross_validated
 from .reasoning.probes import deal_folds as deal_folds
 from .reasoning.probes import places_of as places_of
 from .reasoning.probes import read_residuals as read_residuals
+from .reasoning.probes import seconds_to_fit as seconds_to_fit
 from .reasoning.probes import shuffled as shuffled
 from .reasoning.strata import SPLITS as SPLITS
 from .reasoning.strata import ProblemEffects as ProblemEffects

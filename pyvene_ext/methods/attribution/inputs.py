@@ -71,10 +71,9 @@ class Target:
 
     def take(self, which: Sequence[int]) -> Target:
         """The same of some of the prompts, in this order."""
-        queries, hubs = ([some[i] for i in which] if some is not None else None for some in (self.queries, self.hubs))
+        hubs = None if self.hubs is None else [self.hubs[i] for i in which]
         directions = None if self.directions is None else self.directions[list(which)]
-        assert queries is not None
-        return replace(self, queries=queries, hubs=hubs, directions=directions)
+        return replace(self, queries=[self.queries[i] for i in which], hubs=hubs, directions=directions)
 
 
 @dataclass(frozen=True)
@@ -308,7 +307,7 @@ class _TargetOutput:
         before = self._read_once(end[:, :given], inputs) if given else ()
 
         def read(points: Tensor, rows: Tensor) -> Float[Tensor, "point query *key_or_d"]:
-            cache = DynamicCache() if given else None
+            cache = DynamicCache()
             for layer, (keys, values) in enumerate(before):
                 cache.update(keys[rows], values[rows], layer)
             with suppress(StopForward):
@@ -316,8 +315,8 @@ class _TargetOutput:
                     inputs_embeds=points[:, given:].to(self.model.dtype),
                     attention_mask=mask[rows],
                     position_ids=own_positions[rows],
-                    past_key_values=cache,
-                    use_cache=cache is not None,
+                    past_key_values=cache if given else None,
+                    use_cache=given > 0,
                 )
             return _wide(split_heads(self.seen, self.where[0], self.model)[:, self.target.head])
 
@@ -340,7 +339,7 @@ class _TargetOutput:
 
     def _read_once(
         self, given: Float[Tensor, "batch pos d_model"], inputs: dict[str, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
+    ) -> tuple[tuple[Any, Any], ...]:
         """Keys and values of first tokens, of every layer up to the target's."""
         cache, first = DynamicCache(), given.shape[1]
         with suppress(StopForward), torch.no_grad():
@@ -351,7 +350,8 @@ class _TargetOutput:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return tuple((layer.keys, layer.values) for layer in cache.layers)
+        layers: list[Any] = cache.layers
+        return tuple((layer.keys, layer.values) for layer in layers)
 
 
 def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, baseline: str, steps: int) -> None:

@@ -22,6 +22,7 @@ are (layer, head) throughout.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -191,17 +192,16 @@ def block_scores(
     with progress_bar(len(questions), "prompt", "block scores", shown=progress) as bar:
         for start in range(0, len(questions), size):
             some = questions.take(range(start, min(start + size, len(questions))))
+            measure = partial(_scores_of, model, some, flow)
             if results is None:
-                parts.append(_scores_of(model, some, flow))
+                parts.append(measure())
             else:
                 blocks = [[block.start, block.stop] for block in some.blocks]
                 condition = {"block scores": blocks, "flow": flow, "prompts": some.prompts.hash}
-                parts.append(results.get(condition, lambda some=some: _scores_of(model, some, flow), BlockScores))
+                parts.append(results.get(condition, measure, BlockScores))
             bar.update(len(some))
-    arrays = {name: [getattr(part, name) for part in parts] for name in ("flow", "hub", "skip", "hub_at")}
-    return BlockScores(
-        **{name: np.concatenate(some) if flow or name != "flow" else None for name, some in arrays.items()}
-    )
+    hub, skip, hub_at = (np.concatenate([getattr(part, name) for part in parts]) for name in ("hub", "skip", "hub_at"))
+    return BlockScores(np.concatenate([part.flow for part in parts]) if flow else None, hub, skip, hub_at)
 
 
 def _scores_of(model: PreTrainedModel, questions: Questions, with_flow: bool) -> BlockScores:
