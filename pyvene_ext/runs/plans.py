@@ -8,12 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine.plain import answer_logits
-from pyvene_ext.models.devices import broadcast_from_main
+from pyvene_ext.models.devices import broadcast_from_main, input_device
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 LONGEST = 600.0  # seconds: a run that takes longer starts only if its size was given
 MEASURED = 8  # prompts of one timed pass
+QUICK = 10.0  # seconds to write so few texts, below which a whole batch is timed
 
 
 def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
@@ -38,6 +39,48 @@ def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
         return seconds
 
     return broadcast_from_main(measured) * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
+
+
+def seconds_to_write(
+    model: PreTrainedModel, prompts: TokenizedPrompts, new_tokens: int, batch_size: int = MEASURED
+) -> float:
+    """Time greedy decoding, token by token, of texts that are as long as they may be.
+
+    Args:
+        model: the model of the study.
+        prompts: its prompts.
+        new_tokens: most tokens of each text.
+        batch_size: texts that are written together.
+
+    Returns:
+        Seconds, measured on the first tokens of the first few prompts. Texts that end earlier take less.
+    """
+
+    def measured(n: int) -> float:
+        (batch,) = prompts.take(range(n)).batches(n)
+        batch = batch.to(input_device(model))
+        inputs, mask, cache = batch.inputs(), batch.attention_mask, None
+        seconds = []
+        with evaluating(model), torch.no_grad():
+            for _ in range(4):  # the prompts, then new tokens
+                start = time.perf_counter()
+                out = model(
+                    **inputs | {"attention_mask": mask}, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                ids.sum().item()
+                seconds.append(time.perf_counter() - start)
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                inputs = {"input_ids": ids, "position_ids": inputs["position_ids"][:, -1:] + 1}
+        return (seconds[0] + (new_tokens - 1) * min(seconds[1:])) / n
+
+    def a_text() -> float:
+        few, batch = (min(n, len(prompts)) for n in (MEASURED, batch_size))
+        seconds = measured(few)
+        # Small models write a batch in hardly more time than a text.
+        return min(seconds, measured(batch)) if few < batch and few * seconds < QUICK else seconds
+
+    return broadcast_from_main(a_text) * len(prompts)
 
 
 def duration(seconds: float) -> str:

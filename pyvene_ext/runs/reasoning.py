@@ -23,6 +23,7 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, evaluate, facts_of
+from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import heads_of, n_heads, n_layers
 from pyvene_ext.prompts.problems import (
@@ -40,6 +41,7 @@ from pyvene_ext.prompts.problems import (
 )
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs.flags import Problems
+from pyvene_ext.runs.plans import seconds_to_write
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head
@@ -139,6 +141,90 @@ class Setting:
         )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One model and the problems as it is given them, before anything has been run.
+
+    Attributes:
+        name: in tables.
+        questions: the problems without reasoning, or with latent steps.
+        results: what is kept of an interrupted study.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    questions: Questions
+    results: Results
+    flags: Problems
+
+    @property
+    def latent(self) -> bool:
+        """Whether the model thinks in latent steps."""
+        return format_of(self.model) is not None
+
+    def seconds(self) -> float:
+        """How long `reason` takes at most: the texts, and the answers given again."""
+        flags = self.flags
+        tokens = flags.answer_tokens if self.latent else flags.new_tokens + flags.answer_tokens
+        return seconds_to_write(self.model, self.questions.prompts, tokens, flags.batch_size)
+
+    def reason(self) -> Setting:
+        """Let the model solve the problems, and give its reasoning again.
+
+        Raises ValueError for problems that it does not reason about.
+        """
+        flags, questions = self.flags, self.questions
+        note(f"{self.name}: {len(questions)} problems")
+        first = self._wrote(questions, flags.answer_tokens if self.latent else flags.new_tokens)
+        warn(flags, self.name, first)
+        reasoned = questions if self.latent else with_reasoning(questions, first.ids, self.tokenizer)
+        if len(reasoned) < 2:
+            cut = int((~first.ended).sum())
+            longer = f"{cut} texts were cut at --max_new_tokens {flags.new_tokens}; " if cut else ""
+            raise ValueError(
+                f"{self.name} reasons about {len(reasoned)} of {len(questions)} problems, and an interval needs two: {longer}"
+                "give more problems, or easier ones."
+            )
+        clean = first if self.latent else self._wrote(reasoned, flags.answer_tokens)
+        return Setting(self.name, self.model, self.tokenizer, reasoned, first, clean, self.results, flags)
+
+    def _wrote(self, questions: Questions, new: int) -> Evaluation:
+        batch_size, rule = self.flags.batch_size, self.flags.rule
+
+        def write() -> Evaluation:
+            return evaluate(
+                self.model,
+                self.tokenizer,
+                questions,
+                max_new_tokens=new,
+                batch_size=batch_size,
+                rule=rule,
+                progress=is_main_process(),
+            )
+
+        return self.results.get({"spec": None, "new": new, "prompts": questions.prompts.hash}, write)
+
+
+def load(
+    flags: Problems,
+    name: str,
+    problems: Sequence[Problem],
+    unfinished: Path,
+    check: Callable[[str, PreTrainedModel], object] = lambda name, model: None,
+) -> Asked:
+    """Load one model and tokenise its problems.
+
+    Raises ValueError for problems that it cannot be given; and whatever `check` raises, which is called with the model.
+    """
+    model, tokenizer = flags.load(name)
+    check(Path(name).name, model)
+    tokens = flags.answer_tokens + (0 if format_of(model) is not None else flags.new_tokens)
+    questions = ask(flags, model, tokenizer, problems, tokens)
+    results = Results(unfinished, facts_of(model, questions, tokens, flags.rule))
+    return Asked(Path(name).name, model, tokenizer, questions, results, flags)
+
+
 def prepare(
     flags: Problems,
     name: str,
@@ -146,34 +232,8 @@ def prepare(
     unfinished: Path,
     check: Callable[[str, PreTrainedModel], object] = lambda name, model: None,
 ) -> Setting:
-    """Load one model and let it reason.
-
-    Raises ValueError for problems that it cannot be given or does not reason about; and whatever `check` raises, which is called
-    with the model before that is run.
-    """
-    model, tokenizer = flags.load(name)
-    check(Path(name).name, model)
-    latent = format_of(model) is not None
-    tokens = flags.answer_tokens + (0 if latent else flags.new_tokens)
-    questions = ask(flags, model, tokenizer, problems, tokens)
-    results = Results(unfinished, facts_of(model, questions, tokens, flags.rule))
-
-    def wrote(questions: Questions, new: int) -> Evaluation:
-        return results.get(
-            {"spec": None, "new": new, "prompts": questions.prompts.hash},
-            lambda: evaluate(
-                model, tokenizer, questions, max_new_tokens=new, batch_size=flags.batch_size, rule=flags.rule
-            ),
-        )
-
-    note(f"{Path(name).name}: {len(questions)} problems")
-    first = wrote(questions, flags.answer_tokens if latent else flags.new_tokens)
-    warn(flags, Path(name).name, first)
-    reasoned = questions if latent else with_reasoning(questions, first.ids, tokenizer)
-    if len(reasoned) < 2:
-        raise ValueError(f"{name} reasons about {len(reasoned)} of {len(questions)} problems; an interval needs two.")
-    clean = first if latent else wrote(reasoned, flags.answer_tokens)
-    return Setting(Path(name).name, model, tokenizer, reasoned, first, clean, results, flags)
+    """Load one model and let it reason: `load`, and `Asked.reason`."""
+    return load(flags, name, problems, unfinished, check).reason()
 
 
 def ask(
