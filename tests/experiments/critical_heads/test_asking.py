@@ -75,11 +75,11 @@ REAL = ("smollm2-135m-instruct",)
     [
         ({}, "tiny", 0, (), True, "last-of-line", 32),
         ({"models": ("x/tiny-gemma2", "tiny-qwen2.5"), "problems": "p.jsonl"}, "p.jsonl", 0, (), True, "last-of-line", 32),
-        ({"models": REAL}, "plain", 3, (1,), False, "flexible-extract", 64),
+        ({"models": REAL}, "plain", 3, (1,), False, "flexible-extract", 48),
         ({"models": REAL, "problems": "tiny"}, "tiny", 0, (), True, "last-of-line", 32),
         ({"models": REAL, "chat": True}, "plain", 0, (1,), False, "flexible-extract", 256),
         ({"models": REAL, "problems": "gsm8k"}, "gsm8k", 3, (), True, "flexible-extract", 256),
-        ({"models": (*REAL, "tiny-gemma2"), "problem_steps": (2,), "shots": 1}, "plain", 1, (2,), False, "flexible-extract", 64),
+        ({"models": (*REAL, "tiny-gemma2"), "problem_steps": (2,), "shots": 1}, "plain", 1, (2,), False, "flexible-extract", 48),
         (
             {
                 "models": REAL,
@@ -129,7 +129,7 @@ def solved(right: int, wrong: int, unparsed: int, cut: int) -> Evaluation:
     ("counts", "flags", "message"),
     [
         ((6, 4, 0, 0), {}, ""),
-        ((1, 4, 5, 6), {}, "6 of 10 texts are cut at the limit, .*; give more than --max_new_tokens 64$"),
+        ((1, 4, 5, 6), {}, "6 of 10 texts are cut at the limit, .*; give more than --max_new_tokens 48$"),
         ((1, 4, 5, 6), {"chat": True}, "give more than --max_new_tokens 256, or leave out --chat$"),
         (
             (2, 2, 6, 0),
