@@ -29,6 +29,7 @@ same); and summary.json, what was run, with the verdicts. A run that was interru
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections import defaultdict
@@ -94,8 +95,9 @@ def main(config: Config) -> None:
         setting = px.reasoning.prepare(config, name, problems, run.unfinished, checked)
         heads, controls, strength = forced_heads(config, setting.name, setting.model)
         patterns.append(untouched(setting))
-        for shape in config.shapes:
-            patterns += [one_pattern(setting, config, heads, controls, shape, hard) for hard in (False, True)]
+        every = list(itertools.product(config.shapes, (False, True)))
+        for shape, hard in tqdm(every, desc=setting.name, unit="pattern", disable=not px.is_main_process()):
+            patterns.append(one_pattern(setting, config, heads, controls, shape, hard))
         if config.sweep:
             hubs += sweep(setting, config, heads)
         facts[setting.name] = px.metadata(setting.model, **setting.facts, control=strength)

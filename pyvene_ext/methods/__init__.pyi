@@ -90,6 +90,7 @@ from .reasoning.block_scores import SCORES as SCORES
 from .reasoning.block_scores import BlockScores as BlockScores
 from .reasoning.block_scores import block_scores as block_scores
 from .reasoning.block_scores import check_scores as check_scores
+from .reasoning.block_scores import needs_flow as needs_flow
 from .reasoning.evaluate import Evaluation as Evaluation
 from .reasoning.evaluate import Results as Results
 from .reasoning.evaluate import Transcripts as Transcripts
@@ -106,6 +107,7 @@ from .reasoning.probes import cross_validated as cross_validated
 from .reasoning.probes import deal_folds as deal_folds
 from .reasoning.probes import places_of as places_of
 from .reasoning.probes import read_residuals as read_residuals
+from .reasoning.probes import seconds_to_fit as seconds_to_fit
 from .reasoning.probes import shuffled as shuffled
 from .reasoning.strata import SPLITS as SPLITS
 from .reasoning.strata import ProblemEffects as ProblemEffects

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.models.devices import broadcast_from_main, input_device
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, common_beginning
 
 LONGEST = 600.0  # seconds: a run that takes longer starts only if its size was given
 MEASURED = 8  # prompts of one timed pass
@@ -53,8 +53,10 @@ def seconds_to_write(
         batch_size: prompts a forward pass.
 
     Returns:
-        Seconds, measured on the first few prompts, and on the first tokens of a batch of them. Texts that end earlier take less.
+        Seconds, measured on the first few prompts, and on the first tokens of a batch of them; what all prompts begin with counts
+        once, as `evaluate` reads it. Texts that end earlier take less.
     """
+    beginning = common_beginning(prompts.input_ids)
     few = prompts.take(range(min(MEASURED, len(prompts))))
     (batch,) = few.batches(len(few))
     copies = math.ceil(min(batch_size, len(prompts)) / len(few))
@@ -78,7 +80,8 @@ def seconds_to_write(
                     mask, ids, places = (x.repeat_interleave(copies, 0) for x in (mask, ids, places))
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 inputs = {"input_ids": ids, "position_ids": places + 1}
-        return seconds[0] / len(few) + (new_tokens - 1) * min(seconds[1:]) / (copies * len(few))
+        reading = seconds[0] / len(few) * (1 - beginning / max(map(len, few.input_ids)))
+        return reading + (new_tokens - 1) * min(seconds[1:]) / (copies * len(few))
 
     return broadcast_from_main(measured) * len(prompts)
 

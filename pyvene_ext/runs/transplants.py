@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import dimensions
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.reasoning.block_scores import Score, block_scores
+from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, needs_flow
 from pyvene_ext.methods.reasoning.evaluate import Evaluation, evaluate
 from pyvene_ext.methods.reasoning.transplant import (
     Layers,
@@ -245,4 +245,5 @@ def rank(model: PreTrainedModel, questions: Questions, by: Score, wanted: int, b
     Returns:
         The first `wanted` heads.
     """
-    return top_heads(block_scores(model, questions, batch_size=batch_size).of(by), wanted)
+    scores = block_scores(model, questions, flow=needs_flow(by), batch_size=batch_size, progress=True)
+    return top_heads(scores.of(by), wanted)

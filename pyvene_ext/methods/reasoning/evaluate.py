@@ -52,7 +52,7 @@ from pyvene_ext.models.identity import model_facts
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.problems import MARK, STOPS, Questions, as_text, tokens_until
-from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized, common_beginning
 from pyvene_ext.specs.ablation import donors
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import (
@@ -464,9 +464,7 @@ def _beginning(
     """Let the model read what all rows begin with; None if that is short, or edited, or some window is narrower than a text."""
     width, batch_size = batch.input_ids.shape[1], len(batch.index)
     rows = [ids[-length:] for ids, length in zip(batch.input_ids.tolist(), batch.lengths, strict=True)]
-    same = 0
-    while same < min(batch.lengths) - 1 and len({row[same] for row in rows}) == 1:
-        same += 1
+    same = min(common_beginning(rows), min(batch.lengths) - 1)
     if spec is not None and scope in ("prompt", "both"):
         if resolved is None or scope == "both":
             return None

@@ -476,11 +476,24 @@ def test_r_squared_of_a_case_worked_by_hand() -> None:
     off = y + np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     both = np.stack([off, y])
     np.testing.assert_allclose(stats.r_squared(y, both), [1 - 5 / 32, 1])
-    # The second item twice, the first not: means 11/3 and 2.
+    # The second item twice, the first not; about the same means: 0 and 4 twice, 4 and 16.
     found = stats.r_squared(y, both, np.array([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]]))
-    there = 2 * (3 - 11 / 3) ** 2 + (5 - 11 / 3) ** 2 + 4 + 4 + 16
+    there = 2 * 4 + 4 + 16
     np.testing.assert_allclose(found, np.array([[1 - 8 / there, 1 - 5 / 32], [1.0, 1.0]]))
     assert np.isnan(stats.r_squared(np.full((3, 1), 0.1), y[:, :1]))
+
+
+@pytest.mark.parametrize("n", [6, 12, 40])
+def test_r_squared_lies_in_the_middle_of_its_resamples(n: int) -> None:
+    """Of predictions near the mean, which tell nothing: about half of the resamples score more, whatever the number of items."""
+    for seed in range(20):
+        draw = rng(seed, "values")
+        y = draw.normal(size=(n, 1))
+        predicted = y.mean(0) + 0.3 * draw.normal(size=(n, 1))
+        value = stats.r_squared(y, predicted)
+        resampled = stats.r_squared(y, predicted, stats.cluster_shares(np.arange(n), rng(seed, "shares"), 500))
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        assert low <= value <= high and 0.3 < (resampled > value).mean() < 0.7
 
 
 def test_cluster_shares_take_whole_groups() -> None:
