@@ -108,11 +108,11 @@ def main(config: Config) -> None:
     correct: dict[str, Bool[np.ndarray, "row problem"]] = {}
     for number, name in enumerate(config.models):
         wanted, by = config.levels[-1], config.by
-        ranking = config.ranking_of(number)
-        loaded = px.runs.ablated.load(config, name, problems, run.unfinished, wanted=wanted, by=by, ranking=ranking)
+        file = config.ranking_of(number)
+        loaded = px.runs.ablated.load(config, name, problems, run.unfinished, wanted=wanted, by=by, ranking=file)
         sets = len(config.kind) * len(config.scopes) * len(config.levels) * (1 + config.random_sets)
         # Once more untouched, and where the heads are ranked here about as long again.
-        seconds = None if config.tiny else (sets + (1 if ranking else 2)) * loaded.solver.seconds()
+        seconds = None if config.tiny else (sets + (1 if file else 2)) * loaded.solver.seconds()
         texts = f"{len(problems)} texts of at most {config.new_tokens} tokens"
         work = f"{loaded.solver.name}: {texts}, untouched and with each of {sets} sets of heads ablated"
         if not run.announce(work, seconds, n=len(problems)):

@@ -154,7 +154,8 @@ def seconds_of(asked: Asked, config: Config) -> float | None:
     """How long the texts, one more forward pass and the probes take at most; None with tiny models, which are quick."""
     if config.tiny:
         return None
-    n, d = max(len(asked.questions), 2 * config.folds), asked.model.get_input_embeddings().weight.shape[1]
+    embeddings: Any = asked.model.get_input_embeddings()
+    n, d = max(len(asked.questions), 2 * config.folds), embeddings.weight.shape[1]
     fits = px.methods.seconds_to_fit(n, d, len(config.targets), 1 + config.shuffles, config.folds)
     n_fits = 2 * len(px.methods.places_of(asked.model, config.mid)) * len(config.positions)  # the question's mean, too
     return asked.seconds() + px.runs.seconds_a_pass(asked.model, asked.questions.prompts) + n_fits * fits
