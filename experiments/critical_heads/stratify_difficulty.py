@@ -284,6 +284,7 @@ def summary(rows: Sequence[Row], facts: Row, verdicts: Sequence[str]) -> str:
     lines = []
     for model, found in facts.items():
         edges = " ".join(f"{edge:.4f}" for edge in found["edges"])
+        lines.append(px.reasoning.outcome(model, found.get("first_run", found["clean"])))
         lines += [f"{model}: {found['intervention']}; edges of confidence {edges}", ""]
         lines.append(
             f"{'split':>10} {'stratum':>12} problems  untouched  accuracy   95% interval     drop   95% interval  relative "

@@ -254,7 +254,7 @@ def test_two_models_side_by_side_and_what_the_terminal_shows(folder: Path, capsy
     none, _ = by_hand.table(folder / "out/accuracy_zero_new.csv")
     assert list(none) == ["n_heads", f"{MODEL}_acc", "tiny-llama3.1_acc"] and none["n_heads"] == "0"
     shown = capsys.readouterr().out
-    assert "tiny-llama3.1: 4 problems, 100.0% correct untouched (0 unparsed, 0 cut); heads " in shown
+    assert "(4 correct, 0 wrong, 0 unparsed; 0 cut), answers by last-of-line; heads " in shown
     assert shown.count("the first 1 heads (composite) cost") == 2
     facts = json.loads((folder / "out/summary.json").read_text())["models"]
     assert set(facts) == {MODEL, "tiny-llama3.1"} and facts[MODEL]["clean"]["correct"] == 4
