@@ -116,7 +116,7 @@ class Host:
         }
 
         def measure() -> Evaluation:
-            with transplanted(setting.model, transplants, without=without):
+            with transplanted(setting.model, transplants, without=without, new_tokens=setting.anew):
                 return evaluate(
                     setting.model,
                     setting.tokenizer,
