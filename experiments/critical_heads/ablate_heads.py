@@ -286,12 +286,8 @@ def table(rows: Sequence[Row], facts: Row) -> str:
     """What the terminal shows."""
     lines = []
     for model, found in facts.items():
-        clean = found["clean"]
         heads = " ".join(map(px.stats.head_label, found["heads"]))
-        lines.append(
-            f"{model}: {clean['problems']} problems, {100 * clean['accuracy']:.1f}% correct untouched ({clean['unparsed']} "
-            f"unparsed, {clean['cut']} cut); heads {heads}"
-        )
+        lines.append(f"{px.reasoning.outcome(model, found['clean'])}; heads {heads}")
         lines.append(
             f"{'kind':>9} {'scope':>10} heads accuracy    drop   95% interval  McNemar p unparsed  cut  random sets: drop [range]"
         )

@@ -118,6 +118,7 @@ class Solver:
                 batch_size=self.flags.batch_size,
                 reference=reference,
                 rule=self.flags.rule,
+                read_once=True,
             ),
         )
 

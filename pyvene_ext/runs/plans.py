@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -10,11 +11,10 @@ from transformers import PreTrainedModel
 from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.models.devices import broadcast_from_main, input_device
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, common_beginning
 
 LONGEST = 600.0  # seconds: a run that takes longer starts only if its size was given
 MEASURED = 8  # prompts of one timed pass
-QUICK = 10.0  # seconds to write so few texts, below which a whole batch is timed
 
 
 def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
@@ -50,37 +50,40 @@ def seconds_to_write(
         model: the model of the study.
         prompts: its prompts.
         new_tokens: most tokens of each text.
-        batch_size: texts that are written together.
+        batch_size: prompts a forward pass.
 
     Returns:
-        Seconds, measured on the first tokens of the first few prompts. Texts that end earlier take less.
+        Seconds, measured on the first few prompts, and on the first tokens of a batch of them; what all prompts begin with counts
+        once, as `evaluate` reads it. Texts that end earlier take less.
     """
+    beginning = common_beginning(prompts.input_ids)
+    few = prompts.take(range(min(MEASURED, len(prompts))))
+    (batch,) = few.batches(len(few))
+    copies = math.ceil(min(batch_size, len(prompts)) / len(few))
 
-    def measured(n: int) -> float:
-        (batch,) = prompts.take(range(n)).batches(n)
-        batch = batch.to(input_device(model))
-        inputs, mask, cache = batch.inputs(), batch.attention_mask, None
+    def measured() -> float:
+        here = batch.to(input_device(model))
+        inputs, mask, cache = here.inputs(), here.attention_mask, None
         seconds = []
         with evaluating(model), torch.no_grad():
             for _ in range(4):  # the prompts, then new tokens
                 start = time.perf_counter()
                 out = model(
-                    **inputs | {"attention_mask": mask}, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    **{**inputs, "attention_mask": mask}, past_key_values=cache, use_cache=True, logits_to_keep=1
                 )
                 cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-                ids.sum().item()
+                ids.sum().item()  # waits for a GPU
                 seconds.append(time.perf_counter() - start)
+                places = inputs["position_ids"][:, -1:]
+                if len(seconds) == 1 and copies > 1:
+                    cache.batch_repeat_interleave(copies)
+                    mask, ids, places = (x.repeat_interleave(copies, 0) for x in (mask, ids, places))
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-                inputs = {"input_ids": ids, "position_ids": inputs["position_ids"][:, -1:] + 1}
-        return (seconds[0] + (new_tokens - 1) * min(seconds[1:])) / n
+                inputs = {"input_ids": ids, "position_ids": places + 1}
+        reading = seconds[0] / len(few) * (1 - beginning / max(map(len, few.input_ids)))
+        return reading + (new_tokens - 1) * min(seconds[1:]) / (copies * len(few))
 
-    def a_text() -> float:
-        few, batch = (min(n, len(prompts)) for n in (MEASURED, batch_size))
-        seconds = measured(few)
-        # Small models write a batch in hardly more time than a text.
-        return min(seconds, measured(batch)) if few < batch and few * seconds < QUICK else seconds
-
-    return broadcast_from_main(a_text) * len(prompts)
+    return broadcast_from_main(measured) * len(prompts)
 
 
 def duration(seconds: float) -> str:

@@ -255,7 +255,7 @@ def test_two_models_side_by_side_and_what_the_terminal_shows(folder: Path, capsy
     none, _ = by_hand.table(folder / "out/accuracy_zero_new.csv")
     assert list(none) == ["n_heads", f"{MODEL}_acc", "tiny-llama3.1_acc"] and none["n_heads"] == "0"
     shown = capsys.readouterr().out
-    assert "tiny-llama3.1: 4 problems, 100.0% correct untouched (0 unparsed, 0 cut); heads " in shown
+    assert "(4 correct, 0 wrong, 0 unparsed; 0 cut), answers by last-of-line; heads " in shown
     assert shown.count("the first 1 heads (composite) cost") == 2
     facts = json.loads((folder / "out/summary.json").read_text())["models"]
     assert set(facts) == {MODEL, "tiny-llama3.1"} and facts[MODEL]["clean"]["correct"] == 4
@@ -340,9 +340,9 @@ def test_a_layer_with_too_few_other_heads_has_a_weaker_control_or_none(folder: P
 
 
 def test_texts_that_never_end_are_cut_and_said_to_be(folder: Path) -> None:
-    """Cut before the answer: what can be parsed is no answer behind a mark, and is counted."""
+    """Cut before the answer: no number of the reasoning is an answer."""
     assert command(*FEW[:-1], 4, "--rankings", "scores.csv", "--n_heads", 1, "--random_sets", 0, "--scope", "new") == 0
     facts = json.loads((folder / "out/summary.json").read_text())["models"][MODEL]["clean"]
-    assert facts["cut"] == N and facts["correct"] == 0 and facts["wrong"] + facts["unparsed"] == N
+    assert facts["cut"] == N and facts["unparsed"] == N
     (none, one) = by_hand.table(folder / "out/ablations.csv")
     assert none["relative_drop"] == "" and none["cut"] == one["cut"] == str(N)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,11 @@ REAL = ("smollm2-135m-instruct",)
     [
         ({}, "tiny", 0, (), True, "last-of-line", 32),
         ({"models": ("x/tiny-gemma2", "tiny-qwen2.5"), "problems": "p.jsonl"}, "p.jsonl", 0, (), True, "last-of-line", 32),
-        ({"models": REAL}, "plain", 3, (1,), False, "flexible-extract", 64),
+        ({"models": REAL}, "plain", 3, (1,), False, "flexible-extract", 48),
         ({"models": REAL, "problems": "tiny"}, "tiny", 0, (), True, "last-of-line", 32),
         ({"models": REAL, "chat": True}, "plain", 0, (1,), False, "flexible-extract", 256),
         ({"models": REAL, "problems": "gsm8k"}, "gsm8k", 3, (), True, "flexible-extract", 256),
-        ({"models": (*REAL, "tiny-gemma2"), "problem_steps": (2,), "shots": 1}, "plain", 1, (2,), False, "flexible-extract", 64),
+        ({"models": (*REAL, "tiny-gemma2"), "problem_steps": (2,), "shots": 1}, "plain", 1, (2,), False, "flexible-extract", 48),
         (
             {
                 "models": REAL,
@@ -132,7 +133,7 @@ def solved(right: int, wrong: int, unparsed: int, cut: int) -> Evaluation:
     ("counts", "flags", "message"),
     [
         ((6, 4, 0, 0), {}, ""),
-        ((1, 4, 5, 6), {}, "6 of 10 texts are cut at the limit, .*; give more than --max_new_tokens 64$"),
+        ((1, 4, 5, 6), {}, "6 of 10 texts are cut at the limit, .*; give more than --max_new_tokens 48$"),
         ((1, 4, 5, 6), {"chat": True}, "give more than --max_new_tokens 256, or leave out --chat$"),
         (
             (2, 2, 6, 0),
@@ -206,10 +207,8 @@ def test_the_time_of_writing_is_that_of_the_prompt_and_of_each_new_token(monkeyp
 
     monkeypatch.setattr(type(model), "forward", counted)
     monkeypatch.setattr(plans.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(plans, "QUICK", 0.0)
-    assert plans.seconds_to_write(model, random_prompts((9,) * 20), 5, batch_size=16) == 20 * (9 + 4)
-    assert widths == [(8, 9), (8, 1), (8, 1), (8, 1)]
-    monkeypatch.setattr(plans, "QUICK", 1e9)
-    widths.clear()
-    plans.seconds_to_write(model, random_prompts((9,) * 20), 5, batch_size=16)
-    assert widths[4:] == [(16, 9), (16, 1), (16, 1), (16, 1)]
+    prompts = random_prompts((9,) * 20)
+    assert plans.seconds_to_write(model, prompts, 5, batch_size=16) == 20 * (9 + 4)
+    assert widths == [(8, 9), (16, 1), (16, 1), (16, 1)], "few prompts, and new tokens of a whole batch"
+    same = replace(prompts, input_ids=tuple((1, 2, 3, *ids[3:-1], at) for at, ids in enumerate(prompts.input_ids)))
+    assert plans.seconds_to_write(model, same, 5, batch_size=16) == pytest.approx(20 * (6 + 4))
