@@ -22,6 +22,7 @@ from .heads.copying import copy_ranks as copy_ranks
 from .heads.copying import copy_scores as copy_scores
 from .heads.flow import Flow as Flow
 from .heads.flow import FlowEdge as FlowEdge
+from .heads.flow import Widths as Widths
 from .heads.flow import check_tau as check_tau
 from .heads.flow import flow_routes as flow_routes
 from .heads.lag import LagCurves as LagCurves
