@@ -74,9 +74,10 @@ def main(config: Config) -> None:
     }
     most = max(len(all_edges(model)) for model, _ in trained.values())
     edges, nodes = (sum(len(of_model[over]) for of_model in items.values()) for over in ("edges", "nodes"))
-    seconds = sum(cost(config, model, items[name], *pairs[name]) for name, (model, _) in trained.items())
+    costs = [cost(config, model, items[name], *pairs[name]) for name, (model, _) in trained.items()]
+    each, once = map(sum, zip(*costs, strict=True))
     work = f"planted circuits, then {edges} edges and {nodes} nodes of {', '.join(trained)} patched exactly"
-    if not run.announce(work, seconds, n=most, limit="exact"):
+    if not run.announce(work, each + once, n=most, limit="exact", fixed=once):
         return
 
     # Planted circuits: does the ranking of edges find them?
@@ -113,14 +114,15 @@ def cost(
     items: Mapping[str, list[Any]],
     clean: px.TokenizedPrompts,
     corrupt: px.TokenizedPrompts,
-) -> float:
-    """About how many seconds a trained model takes: some edges tell what all of them cost."""
+) -> tuple[float, float]:
+    """About how many seconds exact patching of a trained model takes, and the rest: some edges tell what all of them cost."""
     some = items["edges"][:: max(1, len(items["edges"]) // SOME)]
     of_some = px.methods.patch_passes(model, paths_of(some), clean, corrupt)
     layers = px.models.n_layers(model.config)
     gradients = 20 + 2 * layers + 3 * config.steps * (2 * layers + 2)  # a backward pass counts as two passes
-    passes = of_some * len(items["edges"]) / len(some) + px.methods.patch_passes(model, items["nodes"], clean, corrupt)
-    return (passes + gradients) * px.runs.seconds_a_pass(model, clean)
+    exact = of_some * len(items["edges"]) / len(some) + px.methods.patch_passes(model, items["nodes"], clean, corrupt)
+    a_pass = px.runs.seconds_a_pass(model, clean)
+    return exact * a_pass, gradients * a_pass
 
 
 def planted_table(methods: Methods, n_prompts: int, seed: int) -> Rows:
