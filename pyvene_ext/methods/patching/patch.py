@@ -293,6 +293,7 @@ def patch_passes(
         if not kind.swept and not kind.direct:
             passes += 3 * len(paths)  # one to freeze what is frozen, one with the sender, one with the receivers
             continue
+        passes += kind.direct  # the base, for what direct terms are added to
         if kind.swept:
             passes += sum(plan.passes * len(plan.subset) for plan in plan_paths(resolved, paths, memory)) / len(base)
         received = [

@@ -28,6 +28,7 @@ from pyvene_ext.methods.patching.patch import (
     all_patches,
     all_paths,
     patch,
+    patch_passes,
 )
 from pyvene_ext.methods.patching.subspace import RANK, concept_direction, concept_directions
 from pyvene_ext.models.replay import Replay
@@ -1339,3 +1340,40 @@ def test_logits_that_are_not_finite_are_said_and_leave_nothing() -> None:
         with pytest.raises(ValueError, match="not finite"):
             patch(model, MIXED, BASE, SOURCE, engine=engine, progress=False)
         assert traces(model) == before
+
+
+# --- What it costs ---
+
+LAYER_2 = ("q.2.0", "k.2.0")
+COSTS: dict[str, Callable[[Any], list[Patch]]] = {
+    "patches": lambda config: [*all_patches(config, "z"), *all_patches(config, "mlp_out", positions="last")],
+    "paths": lambda config: [*all_paths(config, "logits"), *all_paths(config, LAYER_2)],
+    "direct paths": lambda config: all_paths(config, LAYER_2, direct=True),
+    "paths to several layers": lambda config: all_paths(config, ("q.1.0", "q.2.0"), positions="last")[:3],
+}
+
+
+@pytest.mark.parametrize("case", COSTS)
+def test_the_cost_in_passes_is_about_what_is_run(case: str) -> None:
+    model = _model("llama3_1")
+    specs = COSTS[case](model.config)
+    tokens = 0
+
+    def count(_: nn.Module, args: tuple[Tensor]) -> None:
+        nonlocal tokens
+        tokens += args[0].shape[:-1].numel()
+
+    expected = patch_passes(model, specs, BASE, SOURCE)
+    with ExitStack() as stack:
+        for block in model.model.layers:
+            stack.callback(block.mlp.register_forward_pre_hook(count).remove)
+        patch(model, specs, BASE, SOURCE, progress=False)
+    passes = tokens / (sum(LENGTHS) * len(model.model.layers))
+    assert passes / 1.5 <= expected <= 1.5 * passes
+
+
+def test_the_cost_of_what_cannot_be_patched_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to run"):
+        patch_passes(_model("llama3_1"), [], BASE, SOURCE)
+    with pytest.raises(ValueError, match="source prompts"):
+        patch_passes(_model("llama3_1"), all_patches(_model("llama3_1").config, "z"), BASE, SOURCE.take([0]))
