@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Scores = Float[np.ndarray, "item prompt"]
 Methods = Mapping[str, Callable[..., Scores]]
 Rows = list[dict[str, Any]]
-SOME = 200  # edges that tell what all cost
+MANY = 200  # edges from which on a bar is shown
 RESAMPLES = 2000
 
 
@@ -115,12 +115,12 @@ def cost(
     clean: px.TokenizedPrompts,
     corrupt: px.TokenizedPrompts,
 ) -> tuple[float, float]:
-    """About how many seconds exact patching of a trained model takes, and the rest: some edges tell what all of them cost."""
-    some = items["edges"][:: max(1, len(items["edges"]) // SOME)]
-    of_some = px.methods.patch_passes(model, paths_of(some), clean, corrupt)
+    """About how many seconds exact patching of a trained model takes, and the rest."""
     layers = px.models.n_layers(model.config)
     gradients = 20 + 2 * layers + 3 * config.steps * (2 * layers + 2)  # a backward pass counts as two passes
-    exact = of_some * len(items["edges"]) / len(some) + px.methods.patch_passes(model, items["nodes"], clean, corrupt)
+    exact = sum(
+        px.methods.patch_passes(model, specs, clean, corrupt) for specs in (paths_of(items["edges"]), items["nodes"])
+    )
     a_pass = px.runs.seconds_a_pass(model, clean)
     return exact * a_pass, gradients * a_pass
 
@@ -182,7 +182,7 @@ def edge_methods(config: Config) -> Methods:
     def exact(
         model: PreTrainedModel, edges: Sequence[str], clean: px.TokenizedPrompts, corrupt: px.TokenizedPrompts
     ) -> Scores:
-        shown = len(edges) > SOME  # a bar for the longest part
+        shown = len(edges) > MANY  # the longest part
         paths = paths_of(edges)
         return px.patch(model, paths, clean, corrupt, batch_size=config.batch_size, progress=shown).delta
 

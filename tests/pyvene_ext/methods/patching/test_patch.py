@@ -21,6 +21,7 @@ from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.patching import patch as patch_module
 from pyvene_ext.methods.patching import sweep_paths as sweep_paths_module
 from pyvene_ext.methods.patching.patch import (
     Patch,
@@ -1370,6 +1371,21 @@ def test_the_cost_in_passes_is_about_what_is_run(case: str) -> None:
         patch(model, specs, BASE, SOURCE, progress=False)
     passes = tokens / (sum(LENGTHS) * len(model.model.layers))
     assert passes / 1.5 <= expected <= 1.5 * passes
+
+
+def test_some_of_very_many_patches_tell_what_all_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("llama3_1")
+    specs = all_patches(model.config, "z")
+    whole = patch_passes(model, specs, BASE, SOURCE)
+    monkeypatch.setattr(patch_module, "PLANNED", len(specs) // 2)
+    planned: list[int] = []
+    original = patch_module.plan_resolved
+    monkeypatch.setattr(
+        patch_module,
+        "plan_resolved",
+        lambda resolved, *args, **how: planned.append(len(resolved.specs)) or original(resolved, *args, **how),
+    )
+    assert whole / 1.5 < patch_passes(model, specs, BASE, SOURCE) < 1.5 * whole and planned[0] < len(specs)
 
 
 def test_the_cost_of_what_cannot_be_patched_is_refused() -> None:
