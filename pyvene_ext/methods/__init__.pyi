@@ -20,6 +20,7 @@ from .heads.copying import INPUTS as INPUTS
 from .heads.copying import SIGNS as SIGNS
 from .heads.copying import copy_ranks as copy_ranks
 from .heads.copying import copy_scores as copy_scores
+from .heads.copying import copy_seconds as copy_seconds
 from .heads.flow import Flow as Flow
 from .heads.flow import FlowEdge as FlowEdge
 from .heads.flow import check_tau as check_tau
@@ -56,6 +57,7 @@ from .heads.name_roles import NameMeasures as NameMeasures
 from .heads.name_roles import count_roles as count_roles
 from .heads.name_roles import name_correlations as name_correlations
 from .heads.name_roles import name_measures as name_measures
+from .heads.name_roles import name_table as name_table
 from .heads.name_roles import pooled_correlation as pooled_correlation
 from .heads.name_roles import role as role
 from .heads.patterns import check_patterns as check_patterns

@@ -24,6 +24,7 @@ from pyvene_ext.engine.sweep.execute import Executor, Frozen
 from pyvene_ext.engine.sweep.plan import Plan, default_budget, make_plan
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.intervenable.statistics import Place
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.hooks import hook_component
 from pyvene_ext.models.latent_steps import refuse_latent_steps
@@ -77,9 +78,11 @@ def sweep_paths(
         frozen: tuple[Frozen, ...] = ("attention", "mlp") if freeze_mlps else ("attention",)
         executor = Executor(sending, metric, plan, frozen, recorder)
         to_logits = np.empty((len(senders), len(base)), np.float32)
-        with evaluating(model), no_gradients(model):
+        bar = progress_bar(len(senders) * len(subset), "prompt", "paths", shown=progress)
+        with bar, evaluating(model), no_gradients(model):
             for wave in plan.waves:
                 clean[list(wave.prompts)], to_logits[np.ix_(wave.specs, wave.prompts)] = executor.run(wave)
+                bar.update(len(wave.specs) * len(wave.prompts))
         found[np.ix_(at_end, subset)] = to_logits[[row[paths[n].sender_name] for n in at_end]][:, subset]
         if others:
             specs: list[Spec] = [paths[n].receiver_patches(paths[n].positions, paths[n].sender_name) for n in others]
