@@ -178,8 +178,9 @@ def seconds(model: Any, prompts: px.TokenizedPrompts, names: px.methods.Names, c
     """How long the measures take: a few passes, those of the paths, which run from the end alone, and the copy scores."""
     heads = px.models.n_layers(model.config) * px.models.n_heads(model.config)
     passes = 6 + config.path_patching * heads / 20
-    copied = len(prompts) * len(px.methods.copied_names(names)[0])
-    return passes * px.runs.seconds_a_pass(model, prompts) + px.methods.copy_seconds(model, copied)
+    copied = len(px.methods.INPUTS) * heads * len(prompts) * len(px.methods.copied_names(names)[0])
+    near_the_top = copied // 4  # of the others a part of the vocabulary is enough
+    return passes * px.runs.seconds_a_pass(model, prompts) + px.runs.seconds_of_logits(model, near_the_top)
 
 
 def settings(

@@ -20,7 +20,6 @@ from .heads.copying import INPUTS as INPUTS
 from .heads.copying import SIGNS as SIGNS
 from .heads.copying import copy_ranks as copy_ranks
 from .heads.copying import copy_scores as copy_scores
-from .heads.copying import copy_seconds as copy_seconds
 from .heads.flow import Flow as Flow
 from .heads.flow import FlowEdge as FlowEdge
 from .heads.flow import check_tau as check_tau

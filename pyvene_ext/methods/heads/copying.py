@@ -15,7 +15,6 @@ head's own layer ("own", ours).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,27 +119,6 @@ def copy_scores(ranks: Int[np.ndarray, "*kind place prompt"], top: int = TOP) ->
         The share of places and prompts, pooled, whose token is among the first `top`.
     """
     return (ranks <= top).mean((-2, -1))
-
-
-def copy_seconds(model: PreTrainedModel, names: int) -> float:
-    """Estimate how long `copy_ranks` takes: most of it goes into logits of the whole vocabulary.
-
-    Args:
-        model: the model.
-        names: prompts times places.
-
-    Returns:
-        Seconds, from one timed part of the vocabulary, if a quarter of the heads and names come near the top.
-    """
-    head: Any = model.get_output_embeddings()
-    weight = head.weight[:VOCABULARY_AT_ONCE].detach().float()
-    x = weight[:1].expand(max(1, n_heads(model.config) * names // 4), -1).contiguous()
-    for _ in range(2):  # the first time is slow
-        start = time.perf_counter()
-        logits = x @ weight.T
-        (logits >= logits[:, :1]).float().sum().item()  # waits for a GPU
-        seconds = time.perf_counter() - start
-    return seconds * len(head.weight) / len(weight) * len(INPUTS) * n_layers(model.config)
 
 
 class _HeadWrites:
