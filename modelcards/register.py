@@ -63,23 +63,28 @@ for _card in CARDS:
         FAMILIES_WITH.setdefault(_component, []).append(_card.family)
 
 
-def register(*model_classes: type[nn.Module]) -> None:
-    """Put our cards into pyvene's mappings, for every class they cover and for the subclasses given. Idempotent.
+def register(*models: nn.Module | type[nn.Module]) -> None:
+    """Put our cards into pyvene's mappings, for every class they cover and for what is given. Idempotent.
 
     pyvene looks up exactly a model's class, so a user's subclass of a covered class must be named once; our `IntervenableModel`
-    does that by itself.
+    does that by itself. It also takes widths by class, and cannot spell all of them: give it the model, and its class gets the
+    widths of this model's config as numbers, so that pyvene trains interventions on every component of fixed width. Two models
+    of one class with different sizes need a call each, before their interventions are made.
 
     Args:
-        *model_classes: subclasses of classes that a card covers.
+        *models: subclasses of classes that a card covers, or models.
 
     Raises:
         ValueError: for a class that no card covers.
     """
-    for model_class in (*(cls for card in CARDS for cls in card.mappings), *model_classes):
-        card = card_of(model_class)
+    for model in (*(cls for card in CARDS for cls in card.mappings), *models):
+        card, model_class = card_of(model), model if isinstance(model, type) else type(model)
         # New dicts, never an edit of pyvene's own, of which the bare and the language-model class share one.
-        type_to_module_mapping[model_class] = dict(card.mapping(model_class))
-        type_to_dimension_mapping[model_class] = dict(card.dimension_mapping)
+        places, widths = dict(card.mapping(model_class)), dict(card.dimension_mapping)
+        if isinstance(model, nn.Module):
+            exact = {component: card.width(model, component) for component in places}
+            widths |= {component: (str(width),) for component, width in exact.items() if width is not None}
+        type_to_module_mapping[model_class], type_to_dimension_mapping[model_class] = places, widths
 
 
 def card_of(model: nn.Module | type[nn.Module]) -> Card:

@@ -69,7 +69,8 @@ _AS_WIDE_AS_MODEL = (
     "final_norm",
 )
 _AS_WIDE_AS_HEAD = ("head_query_output", "head_key_output", "head_value_output", "head_attention_value_output")
-_AS_WIDE_AS_HEADS = ("query_output", "key_output", "value_output", "attention_value_output")
+_AS_WIDE_AS_HEADS = ("query_output", "attention_value_output")
+_AS_WIDE_AS_KV_HEADS = ("key_output", "value_output")
 
 
 def decoder(*without: str, blocks: str = "layers", attention: str = "self_attn", **differs: tuple) -> Mapping:
@@ -105,21 +106,24 @@ def widths(
     d_heads: tuple[str, ...] = (),
     n_head: str = "num_attention_heads",
     n_kv_head: str = "num_key_value_heads",
+    d_kv_heads: tuple[str, ...] = (),
 ) -> Mapping:
     """Build a family's dimension mapping from the names its config gives to the sizes.
 
     pyvene takes the width of a trainable intervention from here, and cuts what it reads or writes to it. A component without an
     entry is read and written whole. pyvene 0.1.8 cannot spell "heads x head size", so whole queries, keys, values and z have an
-    entry only where that product is always the hidden size.
+    entry only where pyvene's own card has one and the product is the hidden size in the family's default config, or always.
+    `modelcards.register(model)` has exact widths of everything, for the model's own config.
 
     Args:
         places: the family's module mapping; components that it lacks get no entry.
         d_model: width of the residual stream.
         d_mlp: proposals for the number of neurons; the first that the config has counts, here and below.
         d_head: proposals for the size of one head; none where pyvene cannot spell it.
-        d_heads: proposals for the width of all heads side by side.
+        d_heads: proposals for the width of all query heads side by side.
         n_head: number of query heads.
         n_kv_head: number of key/value heads.
+        d_kv_heads: proposals for the width of all key/value heads side by side.
 
     Returns:
         The dimension mapping, the same for every class of the family.
@@ -129,6 +133,7 @@ def widths(
         **dict.fromkeys(MLP_INSIDE, d_mlp),
         **dict.fromkeys(_AS_WIDE_AS_HEAD, d_head),
         **dict.fromkeys(_AS_WIDE_AS_HEADS, d_heads),
+        **dict.fromkeys(_AS_WIDE_AS_KV_HEADS, d_kv_heads),
     }
     known = {component: proposals[component] for component in places if proposals.get(component)}
     return {"n_head": (n_head,), "n_kv_head": (n_kv_head,), **known}

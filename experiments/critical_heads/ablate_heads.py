@@ -62,7 +62,7 @@ Listed = BeforeValidator(_listed)  # a file of flags may hold one value in place
 
 @dataclass(frozen=True)
 class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
-    max_new_tokens: Annotated[int, Ge(2)] = 32  # the first new token follows from the question alone
+    max_new_tokens: Annotated[int, Ge(2)] | None = None  # the first new token follows from the question alone
     n_heads: Annotated[tuple[px.flags.Count, ...], MinLen(1), px.io.Ascending(), Listed] = (1, 2, 3, 4)
     """how many heads of the ranking to ablate, one number after the other"""
     kind: Annotated[px.flags.OneOrMore[Kind], Listed] = ("zero",)
@@ -84,7 +84,7 @@ class Found(NamedTuple):
 
 
 def main(config: Config) -> None:
-    run = px.RunFolder(config, "critical_heads/ablate_heads", config.problems, *config.models)
+    run = px.RunFolder(config, "critical_heads/ablate_heads", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
     if len(problems) < 2:
         raise ValueError("there is one problem, and an interval needs two; give more.")

@@ -102,7 +102,7 @@ class Config(px.flags.Problems, px.flags.Ranking):
 
 
 def main(config: Config) -> None:
-    run = px.RunFolder(config, "critical_heads/attribute_inputs", config.problems, *config.models)
+    run = px.RunFolder(config, "critical_heads/attribute_inputs", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
 
     # Each model reads its own reasoning again; what its heads do there is attributed to the tokens.

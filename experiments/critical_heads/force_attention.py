@@ -71,7 +71,7 @@ class Config(px.flags.Problems):
 
 
 def main(config: Config) -> None:
-    run = px.RunFolder(config, "critical_heads/force_attention", config.problems, *config.models)
+    run = px.RunFolder(config, "critical_heads/force_attention", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
 
     # Each model answers after the reasoning it wrote, with the attention among that forced to every pattern.

@@ -70,7 +70,7 @@ class Config(px.flags.Problems):
 
 
 def main(config: Config) -> None:
-    run = px.RunFolder(config, "critical_heads/patch_hub", config.problems, *config.models)
+    run = px.RunFolder(config, "critical_heads/patch_hub", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
 
     # Each model answers after the reasoning it wrote, with noise at one token of that. (Names of sites depend on its depth.)

@@ -98,8 +98,8 @@ class Config(px.flags.Problems):
 
 
 def main(config: Config) -> None:
-    run = px.RunFolder(config, "critical_heads/probe_layers", config.problems, *config.models)
-    tiny = config.problems == px.reasoning.TINY and config.limit is None
+    run = px.RunFolder(config, "critical_heads/probe_layers", config.source, *config.models)
+    tiny = config.source == px.reasoning.TINY and config.limit is None
     problems = px.reasoning.find_problems(replace(config, limit=N_TINY) if tiny else config)
 
     def check(_: str, model: PreTrainedModel) -> None:

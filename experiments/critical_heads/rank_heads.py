@@ -51,7 +51,7 @@ class Config(px.flags.Problems):
 
 
 def main(config: Config) -> None:
-    run = px.RunFolder(config, "critical_heads/rank_heads", config.problems, *config.models)
+    run = px.RunFolder(config, "critical_heads/rank_heads", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
 
     # Each model solves the problems; one forward pass over its reasoning scores all heads.

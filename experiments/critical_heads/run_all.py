@@ -84,7 +84,7 @@ class Part:
 
 def main(config: Config) -> None:
     # Which studies run, and with which flags; what is wrong with them is said before anything runs.
-    run = px.RunFolder(config, "critical_heads/all", config.problems, *config.models)
+    run = px.RunFolder(config, "critical_heads/all", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
     parts = planned(config, run.path)
     done_file = run.path / "unfinished.json"

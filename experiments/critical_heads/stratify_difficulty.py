@@ -57,7 +57,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
-    max_new_tokens: Annotated[int, Ge(2)] = 32  # the first new token follows from the question alone
+    max_new_tokens: Annotated[int, Ge(2)] | None = None  # the first new token follows from the question alone
     heads: px.flags.EachOnce[px.flags.Head] = ()
     """which heads to ablate, as layer.head; by default the first of a ranking"""
     n_heads: px.flags.Count = 1
@@ -85,7 +85,7 @@ class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
 
 
 def main(config: Config) -> None:
-    run = px.RunFolder(config, "critical_heads/stratify_difficulty", config.problems, *config.models)
+    run = px.RunFolder(config, "critical_heads/stratify_difficulty", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
     if len(problems) < 2:
         raise ValueError("there is one problem, and an interval needs two; give more.")

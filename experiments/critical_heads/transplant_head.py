@@ -114,7 +114,7 @@ class Config(px.flags.Problems, px.flags.Ranking):
 
 def main(config: Config) -> None:
     study = f"critical_heads/transplant_head/{Path(config.donor).name}"
-    run = px.RunFolder(config, study, config.problems, *config.models)
+    run = px.RunFolder(config, study, config.source, *config.models)
     problems = px.reasoning.find_problems(config)
     donor, tokenizer = config.load(config.donor)
     if not config.given_donor_heads(donor):

@@ -36,6 +36,7 @@ bloom_type_to_dimension_mapping = widths(
     bloom_type_to_module_mapping,
     d_mlp=("hidden_size*4",),
     d_head=("hidden_size/n_head",),
+    d_heads=("hidden_size",),
     n_head="n_head",
     n_kv_head="n_head",
 )

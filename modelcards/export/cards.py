@@ -12,12 +12,25 @@ from typing import Any
 from pyvene.models import constants
 from torch import nn
 
-from modelcards import COMPONENTS, Card
-from modelcards.export.checkout import REGISTRY, Checkout, Files
+from modelcards import Card
+from modelcards.export.behaviour import Behaviour, behaviour
+from modelcards.export.checkout import PACKAGE, REGISTRY, Checkout, Files
+from modelcards.export.widths import Widths, chosen_widths, questions
 from modelcards.template import PREFIX, Mapping
 
 MODULES, WIDTHS = "type_to_module_mapping", "type_to_dimension_mapping"
 UTILITIES = "tests/modelcard_utils.py"
+
+# Classes that transformers 4.55, the oldest that pyvene supports, lacks; they are registered where they exist.
+NEWER = frozenset(
+    {
+        "Gemma3TextForSequenceClassification",
+        "MinistralForCausalLM",
+        "MinistralForSequenceClassification",
+        "MinistralModel",
+        "Olmo2ForSequenceClassification",
+    }
+)
 
 _NAMES = {value: name for name, value in vars(constants).items() if name.startswith(("CONST_", "split_"))}
 
@@ -74,18 +87,30 @@ for k, v in {bare_modules}.items():
 
 '''
 
+_OR_SKIP = """
+try:
+    {imports}
+except ImportError:
+    raise unittest.SkipTest("this transformers is older than {name}")
+"""
+
+_IF_THERE = f"""
+try:
+    {MODULES}[{{cls}}] = {{modules}}
+    {WIDTHS}[{{cls}}] = {{widths}}
+except AttributeError:
+    pass  # this transformers is older than the class
+"""
+
 _TEST_CASE = """import unittest
-from transformers import {imports}
+{imports}
 from ..modelcard_utils import *
 
 
 class {case}(ModelCardTests, unittest.TestCase):
-    config = {config_class}(
-{config}
-    )
-    model_classes = [{classes}]
-    unchecked = {unchecked}
-
+    config = {config}
+    model_classes = {classes}
+{more}
 
 def suite():
     return unittest.defaultTestLoader.loadTestsFromTestCase({case})
@@ -95,30 +120,6 @@ if __name__ == "__main__":
     runner = unittest.TextTestRunner()
     runner.run(suite())
 """
-
-# Sizes of the models in the tests, where the family's config has them. No two are alike.
-_SIZES: dict[str, Any] = {
-    "vocab_size": 31,
-    "hidden_size": 24,
-    "word_embed_proj_dim": 24,
-    "intermediate_size": 44,
-    "ffn_dim": 44,
-    "ffn_hidden_size": 44,
-    "moe_intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rotary_dim": 4,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-    "sliding_window": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_HEAD_DIM = {"head_dim": 10}  # heads x head size is not the hidden size
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Exported:
         test: path of the unit test.
         left_out: components that pyvene cannot have, and why.
         kept: components that upstream has and plain pyvene cannot run: left as they were, and not tested.
-        no_width: components without a width, so that trainable interventions cannot be used on them.
+        widths: of the components.
     """
 
     card: Card
@@ -143,7 +144,7 @@ class Exported:
     test: str
     left_out: dict[str, str]
     kept: list[str]
-    no_width: list[str]
+    widths: Widths
 
 
 def export(checkout: Checkout, cards: list[Card]) -> tuple[list[Exported], Files]:
@@ -162,46 +163,71 @@ def export(checkout: Checkout, cards: list[Card]) -> tuple[list[Exported], Files
     registry = Source(REGISTRY, checkout.committed(REGISTRY) or "")
     if not registry.star_imports or not (registry.dictionary(MODULES) and registry.dictionary(WIDTHS)):
         raise registry.unknown(f"it should import mappings and fill {MODULES} and {WIDTHS}")
-    exported = [_export(checkout, card) for card in cards]
+    sources = [_source(checkout, card) for card in cards]
+    asked = zip(cards, sources, strict=True)
+    found = behaviour(
+        checkout, [one for card, source in asked for one in questions(card, _places(card), source.widths)]
+    )
+    exported = [_export(checkout, card, source, found) for card, source in zip(cards, sources, strict=True)]
+    package = Source(PACKAGE, checkout.committed(PACKAGE) or "")
     for one in exported:
         _register(registry, one)
+        _export_create(package, one)
     files = {path: text for one in exported for path, text in one.files.items()}
     utilities = (Path(__file__).parent / "modelcard_utils.py").read_text(encoding="utf-8")
     return exported, {
         **files,
         REGISTRY: registry.edited(),
+        PACKAGE: package.edited(),
         UTILITIES: utilities.removeprefix("# mypy: ignore-errors\n"),
     }
 
 
-def _export(checkout: Checkout, card: Card) -> Exported:
-    bare, *others = card.plain
+def _places(card: Card, *, shared: bool = True) -> Mapping:
+    """The bare class's components that pyvene can have; `shared`: also inputs that another module reads as well."""
+    bare = next(iter(card.plain))
+    entries = {c: entry for c, entry in card.mappings[bare].items() if PREFIX not in entry[0]}
+    return {c: entries[c] for c in (*card.plain[bare], *sorted(set(entries) - set(card.plain[bare])) * shared)}
+
+
+def _taps(card: Card) -> set[str]:
+    return {c for mapping in card.mappings.values() for c, entry in mapping.items() if PREFIX in entry[0]}
+
+
+def _names(card: Card) -> dict[type[nn.Module], tuple[str, str]]:
+    """Of the module and the dimension mapping of each class."""
+    roles = zip(card.plain, ("", "_lm", "_classifier"))  # noqa: B905  (a family need not have a classifier)
+    return {cls: (f"{card.name}{role}_{MODULES}", f"{card.name}{role}_{WIDTHS}") for cls, role in roles}
+
+
+def _source(checkout: Checkout, card: Card) -> Source:
+    """The family's file as it is committed, or as a new one begins."""
     path = f"pyvene/models/{card.name}/modelings_intervenable_{card.name}.py"
     spelled = fnmatch.filter(checkout.paths, path.replace("modelings", "model*ings"))  # Mistral's: modellings
     path = spelled[0] if spelled else path
-    copies = "EDITED_IN_PLACE" in (checkout.committed("pyvene/models/intervenable_base.py") or "")
-    products = "def evaluate_dimension(" in (checkout.committed("pyvene/models/modeling_utils.py") or "")
-    taps = {c for mapping in card.mappings.values() for c, entry in mapping.items() if PREFIX in entry[0]}
-    shared = {c for c in card.mappings[bare] if c not in card.plain[bare]} - taps
-    places = {c: card.mappings[bare][c] for c in (*card.plain[bare], *(sorted(shared) if copies else ()))}
-    widths, no_width = _widths(card, places, products)
-
-    roles = zip(card.plain, ("", "_lm", "_classifier"), strict=False)
-    names = {cls: (f"{card.name}{role}_{MODULES}", f"{card.name}{role}_{WIDTHS}") for cls, role in roles}
-    (modules, dimensions), *_ = names.values()
+    (modules, widths), *_ = _names(card).values()
     new = _NEW_FILE.format(
         covered=f"For models with {card.covered}.\n\n" if card.covered else "",
-        taps=textwrap.fill(", ".join(sorted(taps)), 88),
+        taps=textwrap.fill(", ".join(sorted(_taps(card))), 88),
         modules=modules,
-        widths=dimensions,
+        widths=widths,
         name=card.name,
         checkpoint=card.checkpoint,
-        causal=others[0].__name__,
+        causal=list(card.plain)[1].__name__,
     )
-    source = Source(path, checkout.committed(path) or new)
+    return Source(path, checkout.committed(path) or new)
+
+
+def _export(checkout: Checkout, card: Card, source: Source, found: Behaviour) -> Exported:
+    bare, *others = card.plain
+    places, taps = _places(card, shared=found.edits_a_copy), _taps(card)
+    widths = chosen_widths(card, places, source.widths, found)
+    names = _names(card)
+    (modules, dimensions), *_ = names.values()
     kept = sorted(set(source.entries(modules)) - set(places))
     source.fill(modules, {component: _spelled(entry) for component, entry in places.items()})
-    source.fill(dimensions, {name: _spelled(proposals) for name, proposals in widths.items()}, without=no_width)
+    spelled = {name: _spelled(proposals) for name, proposals in widths.mapping.items()}
+    source.fill(dimensions, spelled, without=widths.missing)
     for model_class in others:
         own, own_widths = names[model_class]
         logits = card.plain[model_class].get("logits")
@@ -221,17 +247,21 @@ def _export(checkout: Checkout, card: Card) -> Exported:
         elif entry and entry not in source.lines:
             source.insert(source.last_line_of(own), entry)
     why = dict.fromkeys(sorted(taps - set(kept)), "no module of transformers outputs them")
-    if not copies:
-        why |= dict.fromkeys(sorted(shared), "another module reads their tensors as well, and pyvene edits in place")
+    if not found.edits_a_copy:
+        why |= dict.fromkeys(
+            sorted(set(_places(card)) - set(places)),
+            "another module reads their tensors as well, and pyvene edits in place",
+        )
 
     case = "".join(word.capitalize() for word in card.name.split("_")) + "ModelCardTestCase"
     test = f"tests/integration_tests/{case}.py"
-    files = {path: source.edited(), test: _test_case(card, case, kept)}
+    path = source.path
+    files = {path: source.edited(), test: _test_case(card, case, kept, widths)}
     initial = f"{path.rpartition('/')[0]}/__init__.py"
     if initial not in checkout.paths:
         files[initial] = ""
     module = path.removeprefix("pyvene/models/").removesuffix(".py").replace("/", ".")
-    return Exported(card, files, names, module, test, why, kept, no_width)
+    return Exported(card, files, names, module, test, why, kept, widths)
 
 
 def _register(registry: Source, one: Exported) -> None:
@@ -240,8 +270,22 @@ def _register(registry: Source, one: Exported) -> None:
         registry.insert(max(registry.star_imports.values()), f"from .{one.module} import *\n")
     for which, mapping in enumerate((MODULES, WIDTHS)):
         there = registry.entries(mapping)
-        lines = {_reference(model_class): names[which] for model_class, names in one.names.items()}
+        lines = {_reference(cls): names[which] for cls, names in one.names.items() if cls.__name__ not in NEWER}
         registry.fill(mapping, {key: name for key, name in lines.items() if key not in there})
+    end = registry.last_line_of(WIDTHS)
+    for cls in (cls for cls in one.names if cls.__name__ in NEWER):
+        if not any(_reference(cls) in line for line in registry.lines):
+            modules, widths = one.names[cls]
+            registry.insert(end, _IF_THERE.format(cls=_reference(cls), modules=modules, widths=widths))
+
+
+def _export_create(package: Source, one: Exported) -> None:
+    """Add the line that lets users import `create_<family>` from pyvene, where there is none."""
+    imports = [node for node in package.tree.body if isinstance(node, ast.ImportFrom)]
+    name = f"create_{one.card.name}"
+    if not any(alias.name == name for node in imports for alias in node.names):
+        last = max((node.end_lineno or 0 for node in imports if (node.module or "").startswith("models.")), default=0)
+        package.insert(last, f"from .models.{one.module} import {name}\n")
 
 
 def _reference(model_class: type[nn.Module]) -> str:
@@ -324,6 +368,12 @@ class Source:
             entries[text] = (key.lineno - 1, end, ast.unparse(value))
         return entries
 
+    @property
+    def widths(self) -> Mapping:
+        """The family's dimension mapping, that of its bare class."""
+        name = next(name for name in self.assigned if name.endswith(WIDTHS))
+        return {key: ast.literal_eval(value) for key, (_, _, value) in self.entries(name).items()}
+
     def fill(self, name: str, entries: dict[str, str], without: list[str] | None = None) -> None:
         """Make a dictionary literal hold entries, beside its others; new ones go after the last of their kind.
 
@@ -350,6 +400,8 @@ class Source:
 
     def insert(self, line: int, text: str) -> None:
         """Insert text after a line."""
+        if line == len(self.lines) and line and not self.lines[-1].endswith("\n"):
+            text = f"\n{text}"
         self._edits.append((line, line, text))
 
     def edited(self) -> str:
@@ -377,64 +429,33 @@ def _spelled(part: Any) -> str:
     return f'"{part}"' if isinstance(part, str) else repr(part)
 
 
-def own_head_size(card: Card) -> bool:
-    """Whether heads may have another size than hidden size / number of heads."""
-    return card.plain_widths.get("head_attention_value_output", ("head_dim",))[0] == "head_dim"
-
-
-def _widths(card: Card, places: Mapping, products: bool) -> tuple[Mapping, list[str]]:
-    """Give the dimension mapping, and the components without a width.
-
-    Args:
-        card: ours.
-        places: the components that pyvene gets.
-        products: whether the checkout can spell "heads x head size" (`--fixes 2`). Without, a component that needs it has no
-            entry: it is read and written whole, but trainable interventions on it fail.
-
-    Returns:
-        Both.
-    """
-    ours, own = card.plain_widths, own_head_size(card)
-    n_head, hidden = ours["n_head"][0], ours["block_input"][0]
-    head = f"{hidden}/{n_head}"
-
-    def proposed(component: str) -> tuple[str, ...]:
-        factor, _, of = (COMPONENTS[component].width or "").partition("*")
-        if factor == "d_head":
-            return ("head_dim", head) if own and products else ours.get(component, ())
-        if of != "d_head":
-            return ours.get(component, ())
-        number = ours[factor][0]
-        whole = hidden if number == n_head else f"{number}*{head}"
-        proposals = (f"{number}*head_dim", whole) if own else (whole,)
-        return proposals if products or "*" not in "".join(proposals) else ()
-
-    counts = sorted({param for _, _, *splits in places.values() for _, param in splits if isinstance(param, str)})
-    widths = {count: ours[count] for count in counts} | {component: proposed(component) for component in places}
-    return {name: some for name, some in widths.items() if some}, [name for name, some in widths.items() if not some]
-
-
 # -- the unit test -------------------------------------------------------------------------------------------------------
 
 
-def _test_case(card: Card, case: str, unchecked: list[str]) -> str:
+def _test_case(card: Card, case: str, unchecked: list[str], widths: Widths) -> str:
     bare: Any = next(iter(card.plain))
-    config_class = bare.config_class
-    default = config_class()
-    sizes = {
-        name: size
-        for name, size in _SIZES.items()
-        if hasattr(default, name) and not isinstance(getattr(config_class, name, None), property)
-    }
-    if getattr(default, "sliding_window", None) is None:
-        sizes.pop("sliding_window", None)
-    sizes |= _HEAD_DIM if own_head_size(card) else {}
+    config_class = bare.config_class.__name__
     classes = [model_class.__name__ for model_class in card.plain]
+    old = [name for name in classes if name not in NEWER]
+    imports = f"from transformers import {', '.join([config_class, *(old or classes)])}"
+    listed = f"[{', '.join(old or classes)}]"
+    if not old:
+        imports = _OR_SKIP.format(imports=imports, name=card.name)
+    elif newer := [name for name in classes if name in NEWER]:
+        imports = f"import transformers\n{imports}"
+        listed += f" + [getattr(transformers, name) for name in {newer!r} if hasattr(transformers, name)]"
+    config = _config(config_class, widths.sizes)
+    more = f"    no_width = {_spelled(tuple(widths.missing))}\n" if widths.missing else ""
+    if widths.published:
+        more += f"    published = {_config(config_class, {**widths.sizes, **widths.published})}\n"
     return _TEST_CASE.format(
-        imports=", ".join([config_class.__name__, *classes]),
+        imports=imports,
         case=case,
-        config_class=config_class.__name__,
-        config="\n".join(f"        {name}={size!r}," for name, size in sizes.items()),
-        classes=", ".join(classes),
-        unchecked=_spelled(tuple(unchecked)),
+        config=config,
+        classes=listed,
+        more=more + (f"    unchecked = {_spelled(tuple(unchecked))}\n" if unchecked else ""),
     )
+
+
+def _config(name: str, sizes: dict[str, Any]) -> str:
+    return f"{name}(\n" + "".join(f"        {size}={value!r},\n" for size, value in sizes.items()) + "    )"

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 REGISTRY = "pyvene/models/intervenable_modelcard.py"
+PACKAGE = "pyvene/__init__.py"
 TESTS = ("tests/unit_tests", "tests/integration_tests")
 
 Files = dict[str, str]  # paths in the checkout and the texts to be written there
@@ -72,6 +73,11 @@ class Checkout:
         return self._git("show", f"HEAD:{path}") if path in self.paths else None
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Of processes in a copy: no hub, and nothing of this project on the path."""
+        return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+
+    @property
     def commit(self) -> str:
         """The commit everything is made from, abbreviated."""
         return self._git("rev-parse", "--short", "HEAD").strip()
@@ -117,35 +123,48 @@ class Checkout:
                 tar.extractall(folder, filter="data")
             yield Path(folder)
 
-    def try_out(self, files: Files, tests: Iterable[str]) -> list[list[Any]]:
-        """Run some test files on a copy of the checkout that has the files to be written.
+    def try_out(self, files: Files, tests: Iterable[str]) -> tuple[list[list[Any]], str]:
+        """Run new test files, and the suite before and after, on a copy of the checkout that has the files to be written.
 
         Args:
             files: these.
-            tests: paths of the test files.
+            tests: paths of the new test files.
 
         Returns:
-            What the tests of cards noted in `CHECKS`.
+            What the tests of cards noted in `CHECKS`, and a paragraph on the suite.
 
         Raises:
-            ValueError: if one of them fails; it says which and why.
+            ValueError: a new test fails, or one of the suite that passed before; it says which and why.
         """
-        names = [path.removesuffix(".py").replace("/", ".") for path in tests]
-        if not names:
-            return []
+        new = sorted(tests)
+        suite = sorted(path for path in self.paths if path.startswith("tests/") and path.endswith("TestCase.py"))
+        suite = [path for path in suite if path not in new]
         with self.copy() as folder:
+            before = self._run(folder, suite)
             for path, text in files.items():
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).write_text(text, encoding="utf-8", newline="")
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-            command = [sys.executable, "-W", "ignore", "-c", _RUNNER, *names]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["?"])[-1]
-            raise ValueError(f"the tests to be written cannot be run with the pyvene of {self.root}: {said}")
-        outcome = json.loads(done.stdout.splitlines()[-1])
-        if outcome["failed"]:
-            (case, why), *others = outcome["failed"]
+            outcome, after = self._run(folder, new), self._run(folder, suite)
+        broken = {case: why for case, why in after["failed"] if case not in dict(before["failed"])}
+        failed = [*outcome["failed"], *broken.items()]
+        if failed:
+            (case, why), *others = failed
             more = f" ({len(others)} more)" if others else ""
             raise ValueError(f"{case} fails with the pyvene of {self.root}{more}: {why}")
-        return outcome["checks"]
+        counts = [f"{run['run']} run, {run['run'] - len(run['failed'])} pass" for run in (before, after)]
+        return outcome["checks"], (
+            f"The suite, `python -m unittest discover -p '*TestCase.py'`, without a hub: before {counts[0]}, after {counts[1]}; "
+            "none that passed before fails."
+        )
+
+    def _run(self, folder: Path, tests: Sequence[str]) -> dict[str, Any]:
+        """Run test files in a process of their own."""
+        names = [path.removesuffix(".py").replace("/", ".") for path in tests]
+        if not names:
+            return {"run": 0, "failed": [], "checks": []}
+        command = [sys.executable, "-W", "ignore", "-c", _RUNNER, *names]
+        done = subprocess.run(command, cwd=folder, env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["?"])[-1]
+            raise ValueError(f"{tests[0]} and others cannot be run with the pyvene of {self.root}: {said}")
+        return json.loads(done.stdout.splitlines()[-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -75,22 +76,25 @@ def chosen(numbers: list[int]) -> list[Fix]:
     return [fix for fix in FIXES if not numbers or set(numbers) & set(fix.numbers)]
 
 
-def fixed(checkout: Checkout, fixes: list[Fix]) -> Files:
-    """Apply fixes to a copy of a checkout; one whose test is committed there already is skipped.
+def fixed(checkout: Checkout, fixes: list[Fix]) -> tuple[list[Fix], Files]:
+    """Apply fixes to a copy of a checkout, each that applies; one whose test is committed there already is skipped.
+
+    Fixes that do not apply are listed on standard error, with git's reason.
 
     Args:
         checkout: left as it is.
         fixes: which.
 
     Returns:
-        The files that change, with all fixes applied.
+        The fixes that are there afterwards, and the files that change with all of them applied.
 
     Raises:
-        ValueError: if one does not apply.
+        ValueError: if none applies.
     """
-    fixes = [fix for fix in fixes if not checkout.paths.issuperset(fix.tests)]
+    there = [fix for fix in fixes if checkout.paths.issuperset(fix.tests)]
+    applied, refused = [], []
     with checkout.copy() as folder:
-        for fix in fixes:
+        for fix in (fix for fix in fixes if fix not in there):
             done = subprocess.run(
                 ["git", "apply", "--whitespace=nowarn", str(fix.path.resolve())],
                 cwd=folder,
@@ -101,5 +105,12 @@ def fixed(checkout: Checkout, fixes: list[Fix]) -> Files:
             if done.returncode:
                 said = done.stderr.strip().splitlines()[0].removeprefix("error: ")
                 name = " and ".join(map(str, fix.numbers))
-                raise ValueError(f"fix {name}, made for pyvene 0.1.8, does not apply to {checkout.root}: {said}.")
-        return {path: (folder / path).read_text(encoding="utf-8") for fix in fixes for path in fix.paths}
+                refused.append(f"fix {name}, made for pyvene 0.1.8, does not apply to {checkout.root}: {said}.")
+            else:
+                applied.append(fix)
+        files = {path: (folder / path).read_text(encoding="utf-8") for fix in applied for path in fix.paths}
+    if refused and not applied and not there:
+        raise ValueError(" ".join(refused))
+    for why in refused:
+        print(why, file=sys.stderr)
+    return there + applied, files

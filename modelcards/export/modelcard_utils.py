@@ -80,24 +80,29 @@ class ModelCardTests:
 
     config: a tiny config of the family.
     model_classes: the classes with a card.
+    published: a config with heads like those of the family's default config, if config has others;
+        the widths of some streams are right only there.
+    no_width: streams whose width pyvene cannot spell, so that they have none.
     unchecked: streams that are not compared.
     """
 
+    published = None
+    no_width = ()
     unchecked = ()
 
     @classmethod
     def setUpClass(self):
         torch.manual_seed(1)
         self.models = {model_class: random_model(model_class, self.config) for model_class in self.model_classes}
-        self.cards = {model_class: self._places(model_class) for model_class in self.model_classes}
+        self.cards = {model_class: self._places(model_class, self.config) for model_class in self.model_classes}
         self.base = {"input_ids": torch.randint(3, self.config.vocab_size, (3, 6))}
         self.source = {"input_ids": torch.randint(3, self.config.vocab_size, (3, 6))}
 
     @classmethod
-    def _places(self, model_class):
+    def _places(self, model_class, config):
         """The places of a class, from its card."""
-        n_head = self.config.num_attention_heads
-        heads = {"n_head": n_head, "n_kv_head": getattr(self.config, "num_key_value_heads", None) or n_head}
+        n_head = config.num_attention_heads
+        heads = {"n_head": n_head, "n_kv_head": getattr(config, "num_key_value_heads", None) or n_head}
         places = []
         for stream, (module, hook, *splits) in pv.type_to_module_mapping[model_class].items():
             part = next(((index, PARTS[split]) for split, index in splits if split in PARTS), None)
@@ -195,7 +200,8 @@ class ModelCardTests:
                 (_, collected), _ = intervenable(
                     self.base, unit_locations={"base": [locations for *_, locations in wanted]}
                 )
-            for ours, (stream, layer, unit, locations) in zip(collected, wanted, strict=True):
+            self.assertEqual(len(collected), len(wanted))
+            for ours, (stream, layer, unit, locations) in zip(collected, wanted):
                 values, _ = self._at(golden[stream, layer], unit, locations)
                 self._check(model_class, stream, unit, "collect", ours, values)
 
@@ -256,10 +262,42 @@ class ModelCardTests:
 
     def test_widths_positive(self):
         """
-        Trainable interventions get the width of the whole vector.
+        The width of the whole vector; none where pyvene cannot spell it.
         """
-        for model_class, places in self.cards.items():
-            seen = self._read(self.models[model_class], places, self.base)
+        config = self.published or self.config
+        for model_class in self.model_classes:
+            model = random_model(model_class, config)
+            seen = self._read(model, self._places(model_class, config), self.base)
             for (stream, _), tensor in seen.items():
-                width = get_dimension_by_component(model_class, self.config, stream)
-                self.assertIn(width, (None, tensor.shape[-1]), f"{stream} of {model_class.__name__}")
+                width = get_dimension_by_component(model_class, config, stream)
+                golden = None if stream in self.no_width or stream == "logits" else tensor.shape[-1]
+                self.assertEqual(width, golden, f"{stream} of {model_class.__name__}")
+
+    def test_trainable_positive(self):
+        """
+        A rotation of any stream that has a width; interchanged with itself, it changes nothing.
+        """
+        config = self.published or self.config
+        for model_class in self.model_classes:
+            model = random_model(model_class, config)
+            with torch.no_grad():
+                golden = first_tensor(model(**self.base))
+            for stream, module, _, _, heads in self._places(model_class, config):
+                if get_dimension_by_component(model_class, config, stream) is None:
+                    continue
+                locations = [[0]] * 3 if heads else [[1], [4], [2]]
+                intervenable = pv.IntervenableModel(
+                    pv.IntervenableConfig(
+                        representations=[
+                            pv.RepresentationConfig(self._layers(module)[-1], stream, "h" if heads else "pos", 1)
+                        ],
+                        intervention_types=pv.RotatedSpaceIntervention,
+                    ),
+                    model,
+                )
+                with torch.no_grad():
+                    _, outputs = intervenable(self.base, [self.base], {"sources->base": ([locations], [locations])})
+                ours = first_tensor(outputs)
+                difference = (ours - golden).abs().max().item()
+                message = f"a rotation of {stream}, {model_class.__name__}: off by {difference:.2g}"
+                self.assertTrue(torch.allclose(ours, golden, atol=1e-4, rtol=1e-4), message)

@@ -32,6 +32,7 @@ falcon_type_to_dimension_mapping = widths(
     falcon_type_to_module_mapping,
     d_mlp=("ffn_hidden_size",),
     d_head=("hidden_size/num_attention_heads",),
+    d_heads=("hidden_size",),
     n_kv_head="1",
 )
 

@@ -35,7 +35,14 @@ gpt2_type_to_module_mapping: Mapping = {
     "final_norm": ("ln_f", CONST_OUTPUT_HOOK),
 }
 gpt2_type_to_dimension_mapping = widths(
-    gpt2_type_to_module_mapping, "n_embd", ("n_inner", "n_embd*4"), ("n_embd/n_head",), ("n_embd",), "n_head", "n_head"
+    gpt2_type_to_module_mapping,
+    d_model="n_embd",
+    d_mlp=("n_inner", "n_embd*4"),
+    d_head=("n_embd/n_head",),
+    d_heads=("n_embd",),
+    n_head="n_head",
+    n_kv_head="n_head",
+    d_kv_heads=("n_embd",),
 )
 
 gpt2_lm_type_to_module_mapping = with_head("transformer", gpt2_type_to_module_mapping, "lm_head")

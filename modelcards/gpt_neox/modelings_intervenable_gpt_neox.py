@@ -25,7 +25,10 @@ gpt_neox_type_to_module_mapping = decoder(
     final_norm=("final_layer_norm", CONST_OUTPUT_HOOK),
 )
 gpt_neox_type_to_dimension_mapping = widths(
-    gpt_neox_type_to_module_mapping, d_head=("hidden_size/num_attention_heads",), n_kv_head="num_attention_heads"
+    gpt_neox_type_to_module_mapping,
+    d_head=("hidden_size/num_attention_heads",),
+    d_heads=("hidden_size",),
+    n_kv_head="num_attention_heads",
 )
 
 gpt_neox_lm_type_to_module_mapping = with_head("gpt_neox", gpt_neox_type_to_module_mapping, "lm_head")

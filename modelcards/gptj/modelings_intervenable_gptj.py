@@ -27,7 +27,14 @@ gptj_type_to_module_mapping = decoder(
     final_norm=("ln_f", CONST_OUTPUT_HOOK),
 )
 gptj_type_to_dimension_mapping = widths(
-    gptj_type_to_module_mapping, "n_embd", ("n_inner", "n_embd*4"), ("n_embd/n_head",), ("n_embd",), "n_head", "n_head"
+    gptj_type_to_module_mapping,
+    d_model="n_embd",
+    d_mlp=("n_inner", "n_embd*4"),
+    d_head=("n_embd/n_head",),
+    d_heads=("n_embd",),
+    n_head="n_head",
+    n_kv_head="n_head",
+    d_kv_heads=("n_embd",),
 )
 
 gptj_lm_type_to_module_mapping = with_head("transformer", gptj_type_to_module_mapping, "lm_head")

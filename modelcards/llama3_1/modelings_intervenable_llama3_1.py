@@ -7,7 +7,9 @@ import torch
 from ..template import decoder, load, widths, with_head
 
 llama_type_to_module_mapping = decoder()
-llama_type_to_dimension_mapping = widths(llama_type_to_module_mapping)
+llama_type_to_dimension_mapping = widths(
+    llama_type_to_module_mapping, d_heads=("hidden_size",), d_kv_heads=("hidden_size",)
+)
 
 llama_lm_type_to_module_mapping = with_head("model", llama_type_to_module_mapping, "lm_head")
 llama_lm_type_to_dimension_mapping = llama_type_to_dimension_mapping

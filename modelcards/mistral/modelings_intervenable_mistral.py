@@ -7,7 +7,7 @@ import torch
 from ..template import decoder, load, widths, with_head
 
 mistral_type_to_module_mapping = decoder()
-mistral_type_to_dimension_mapping = widths(mistral_type_to_module_mapping)
+mistral_type_to_dimension_mapping = widths(mistral_type_to_module_mapping, d_heads=("hidden_size",))
 
 mistral_lm_type_to_module_mapping = with_head("model", mistral_type_to_module_mapping, "lm_head")
 mistral_lm_type_to_dimension_mapping = mistral_type_to_dimension_mapping

@@ -27,7 +27,11 @@ opt_type_to_module_mapping = within(
     ),
 )
 opt_type_to_dimension_mapping = widths(
-    opt_type_to_module_mapping, d_head=("hidden_size/num_attention_heads",), n_kv_head="num_attention_heads"
+    opt_type_to_module_mapping,
+    d_head=("hidden_size/num_attention_heads",),
+    d_heads=("hidden_size",),
+    n_kv_head="num_attention_heads",
+    d_kv_heads=("hidden_size",),
 )
 
 opt_lm_type_to_module_mapping = with_head("model", opt_type_to_module_mapping, "lm_head")

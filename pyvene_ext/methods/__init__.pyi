@@ -86,6 +86,7 @@ from .patching.patch import all_patches as all_patches
 from .patching.patch import all_paths as all_paths
 from .patching.patch import corresponding as corresponding
 from .patching.patch import patch as patch
+from .reasoning.answers import find_answer as find_answer
 from .reasoning.block_scores import SCORES as SCORES
 from .reasoning.block_scores import BlockScores as BlockScores
 from .reasoning.block_scores import block_scores as block_scores

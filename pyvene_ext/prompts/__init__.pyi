@@ -20,6 +20,7 @@ from .problems import Problem as Problem
 from .problems import Questions as Questions
 from .problems import as_text as as_text
 from .problems import load_problems as load_problems
+from .problems import numbers_in as numbers_in
 from .problems import tiny_problems as tiny_problems
 from .problems import tokenize_problems as tokenize_problems
 from .problems import with_latents as with_latents

@@ -1,4 +1,4 @@
-"""Word problems whose answer is a number: loading them, extracting answers from text, and tokenising prompts.
+"""Word problems whose answer is a number: loading them, numbers in text, and tokenising prompts.
 
 Problems have GSM8K's form, `{"question", "answer"}`, where the answer is a worked solution with a calculation in `<<...>>` for
 each step and the number after `####`.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +33,23 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 MARK = "####"
 GSM8K = "openai/gsm8k"
 TEMPLATE = "Question: {question}\nAnswer:"  # white space apart, what the shipped tiny models were trained on
+STOPS = ("\nQuestion:",)  # with these a model goes on to a problem of its own
 CHAT_TEMPLATE = "{question}\nSolve this step by step, and end with #### and the answer as a number."
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 STEP = re.compile(r"<<.*?>>")
+_DIGITS = r"\d+(?:,\d+)*"
+_WRITTEN = re.compile(
+    rf"""
+    (?:(?<![\w)\]}}%.])(?P<sign>[-\u2212\u2010\u2011\u2013\ufe63\uff0d])(?:\\?[$€£¥])?)?  # no sign between two numbers: 3-4
+    (?:
+        \\[dt]?frac\{{(?P<over>{_DIGITS})\}}\{{(?P<under>{_DIGITS})\}}
+        | (?<![\d/.])(?:(?P<whole>{_DIGITS})[ ])?(?P<numerator>{_DIGITS})[ ]?/[ ]?(?P<denominator>{_DIGITS})(?!\.?\d|/)  # no date
+        | (?P<before>\d+)?(?P<vulgar>[\u00bc-\u00be\u2150-\u215e])  # the single characters of 1/2 and its like
+        | (?P<decimal>(?:{_DIGITS}(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+\u2212]?\d+(?!\w))?)
+    )
+    """,
+    re.VERBOSE,
+)
 
 
 class Problem(BaseModel):
@@ -62,31 +78,52 @@ class FoundNumber(NamedTuple):
     end: int
 
 
-def find_answer(text: str) -> FoundNumber | None:
-    r"""Extract the answer from a text.
+def numbers_in(text: str, start: int = 0, end: int | None = None) -> Iterator[FoundNumber]:
+    r"""Read the numbers of a text.
 
-    If the text has a `####` with something after it, the answer is the last number of that line, and there is none if the line
-    has no number; so whatever a model writes after its answer does not count. Otherwise it is the last number of the text. A
-    number is `-?\d+(\.\d+)?` once commas are removed.
+    A number may have a minus sign (a hyphen, or the signs of typesetting), commas between its digits, decimals and an exponent:
+    `1,209`, `.5`, `1e3`; or be a fraction: `1/2`, `3 1/2`, `\frac{1}{2}`. A minus that stands directly behind a number or word is
+    no sign: `3-4` has the numbers 3 and 4.
 
     Args:
-        text: what a model wrote.
+        text: the text.
+        start: the character at which to begin.
+        end: the character before which to stop.
+
+    Yields:
+        FoundNumber: each number, from the left, with its place in the text.
+    """
+    for match in _WRITTEN.finditer(text, start, len(text) if end is None else end):
+        value = _value(match)
+        if math.isfinite(value):
+            yield FoundNumber(value, *match.span())
+
+
+def number_at(text: str, start: int) -> FoundNumber | None:
+    """Read the number that begins at a character of a text.
+
+    Args:
+        text: the text.
+        start: the character.
 
     Returns:
-        The number and its place, or None if the text gives no answer (which is not the same as a wrong answer).
+        The number and its place; None if something else stands there.
     """
-    start, end = 0, len(text)
-    if MARK in text:
-        start = text.index(MARK) + len(MARK)
-        start += len(text[start:]) - len(text[start:].lstrip())
-        line_end = text.find("\n", start)
-        end = line_end if line_end >= 0 else end
-    kept = [at for at in range(start, end) if text[at] != ","]
-    matches = list(NUMBER.finditer("".join(text[at] for at in kept)))
-    if not matches:
-        return None
-    first, last = matches[-1].span()
-    return FoundNumber(float(matches[-1].group()), kept[first], kept[last - 1] + 1)
+    match = _WRITTEN.match(text, start)
+    return FoundNumber(value, *match.span()) if match and math.isfinite(value := _value(match)) else None
+
+
+def _value(match: re.Match[str]) -> float:
+    """The value of what `_WRITTEN` found; infinite or NaN for a division by zero and for what no float can hold."""
+    part = {name: (text or "").replace(",", "").replace("\u2212", "-") for name, text in match.groupdict().items()}
+    if part["decimal"]:
+        value = float(part["decimal"])
+    elif part["vulgar"]:
+        value = float(part["before"] or 0) + unicodedata.numeric(part["vulgar"])
+    else:
+        below = float(part["under"] or part["denominator"])
+        value = float(part["whole"] or 0) + (float(part["over"] or part["numerator"]) / below if below else math.inf)
+    return -value if part["sign"] else value
 
 
 def load_problems(name_or_path: str | Path, limit: int | None = None, split: str = "test") -> tuple[Problem, ...]:
@@ -156,13 +193,13 @@ def _problem(row: Any, where: str) -> Problem:
         raise ValueError(f"{where}: a problem needs the texts 'question' and 'answer'.")
     if MARK not in solution:
         raise ValueError(f"{where}: the answer has no {MARK}; its number must follow one.")
-    matches = list(NUMBER.finditer(solution.rpartition(MARK)[2].replace(",", "")))
-    if not matches:
+    gold = next(numbers_in(solution.rpartition(MARK)[2]), None)
+    if gold is None:
         raise ValueError(f"{where}: there is no number after {MARK}.")
     return Problem(
         question=question,
         solution=solution,
-        answer=float(matches[-1].group()),
+        answer=gold.value,
         steps=len(STEP.findall(solution)),
     )
 

@@ -35,7 +35,7 @@ from pyvene_ext.models.sizes import n_heads, n_layers
 from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.problems import Problem, Questions, with_reasoning
 from pyvene_ext.runs.flags import Problems
-from pyvene_ext.runs.reasoning import ask, given_heads
+from pyvene_ext.runs.reasoning import ask, given_heads, warn
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head, random_rankings
@@ -67,8 +67,10 @@ class Solver:
 
     @cached_property
     def clean(self) -> Evaluation:
-        """The solutions of the clean model."""
-        return self.run(None)
+        """The solutions of the clean model; says on stderr if they are of little use."""
+        clean = self.run(None)
+        warn(self.flags, self.name, clean)
+        return clean
 
     def places(self, scope: Scope) -> tuple[Positions, ScopeOfSpec]:
         """Convert a scope to positions of the prompt and to the scope that `evaluate` takes."""
@@ -111,9 +113,10 @@ class Solver:
                 self.questions,
                 spec,
                 scope,
-                max_new_tokens=self.flags.max_new_tokens,
+                max_new_tokens=self.flags.new_tokens,
                 batch_size=self.flags.batch_size,
                 reference=reference,
+                rule=self.flags.rule,
             ),
         )
 
@@ -195,8 +198,8 @@ def prepare(
         scores = read_head_scores(ranking, model.config)
     if not heads:
         check_scores(model)
-    questions = ask(flags, model, tokenizer, problems, flags.max_new_tokens)
-    results = Results(unfinished, facts_of(model, questions, flags.max_new_tokens))
+    questions = ask(flags, model, tokenizer, problems, flags.new_tokens)
+    results = Results(unfinished, facts_of(model, questions, flags.new_tokens, flags.rule))
     solver = Solver(Path(name).name, model, tokenizer, questions, results, flags)
     note(f"{solver.name}: {len(questions)} problems")
     if not heads:

@@ -47,6 +47,7 @@ __all__ = [
     "Problems",
     "Prompts",
     "Ranking",
+    "Rule",
     "Run",
     "Score",
     "Seed",
@@ -65,6 +66,7 @@ Out = Annotated[Path | None, Doc("folder to write; by default outputs/STUDY/MODE
 Seed = Annotated[int, Ge(0), Doc("seed of every random draw")]
 Head = Annotated[str, Matches(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
 Score = Literal["flow", "hub", "skip", "composite"]  # of `methods.reasoning.block_scores`
+Rule = Literal["flexible-extract", "strict-match", "last-of-line"]  # of `methods.reasoning.answers`
 
 
 @dataclass(frozen=True)
@@ -207,18 +209,27 @@ class Problems(Loading):
 
     models: OneOrMore[str] = ("tiny-qwen2.5",)
     """one or more of: a shipped or fetched model, a folder, a GGUF file, a name on the hub"""
-    problems: str = "tiny"
-    """tiny (held-out word problems of the tiny models), gsm8k, or a .jsonl or .json file in GSM8K's form"""
+    problems: str | None = None
+    """tiny (held-out, of the tiny models), plain (held-out, in plain English), gsm8k, or a .jsonl or .json file like it; by
+    default tiny for shipped tiny models and plain for others"""
+    problem_steps: EachOnce[Count] = ()
+    """only problems whose own solutions have so many steps; by default 1 for plain, which has 1 and 2, and any for others"""
     out: Annotated[Path | None, Doc("folder to write; by default outputs/critical_heads/STUDY/PROBLEMS_MODELS")] = None
-    limit: Limit = None
-    shots: Annotated[int, Ge(0)] = 0
-    """number of solved problems put before each question, for base models"""
+    limit: Annotated[Annotated[int, Ge(1)] | None, Doc("only the first N; by default 400 tiny, 40 plain, or all")] = (
+        None
+    )
+    shots: Annotated[int, Ge(0)] | None = None
+    """number of solved problems put before each question; by default 3, and none for tiny models and with --chat"""
     shots_from: str | None = None
-    """source of the solved problems, as --problems; by default what tiny or gsm8k train on, or the other problems of a file"""
+    """source of the solved problems, as --problems; by default the training problems of the same source, or a file's others"""
+    calculations: Literal["keep", "drop"] | None = None
+    """what becomes of <<...>> in solved problems; by default drop for plain, keep for others"""
     chat: bool = False
     """ask in the chat template of the model's tokenizer, for instruct models"""
-    max_new_tokens: Count = 32
-    """limit of the reasoning, with its answer"""
+    answer_rule: Rule | None = None
+    """how answers are read (`methods.reasoning.answers`); by default last-of-line for tiny models, else flexible-extract"""
+    max_new_tokens: Count | None = None
+    """limit of the reasoning, with its answer; by default 32 for tiny models, 64 for plain problems, 256 otherwise (--chat)"""
     answer_tokens: Count = 8
     """limit of the answer alone, where the reasoning is given"""
     batch_size: Count = 64
@@ -229,6 +240,45 @@ class Problems(Loading):
         """Raise ValueError for two models of the same name; a study's own `check_flags` must call this."""
         if len({Path(name).name for name in self.models}) < len(self.models):
             raise ValueError("--models names one or more models, each once.")
+
+    @property
+    def tiny(self) -> bool:
+        """Whether all models are shipped tiny ones, which other defaults are for."""
+        from pyvene_ext.models.loading.names import TINY_MODELS
+
+        return all(Path(name).name in TINY_MODELS for name in self.models)
+
+    @property
+    def source(self) -> str:
+        """Where the problems are from: --problems or its default."""
+        return self.problems or ("tiny" if self.tiny else "plain")
+
+    @property
+    def n_shots(self) -> int:
+        """--shots or its default."""
+        return self.shots if self.shots is not None else 0 if self.tiny or self.chat or self.source == "tiny" else 3
+
+    @property
+    def n_steps(self) -> tuple[int, ...]:
+        """--problem_steps or its default; () for any number."""
+        return self.problem_steps or ((1,) if self.source == "plain" else ())
+
+    @property
+    def keeps_calculations(self) -> bool:
+        """--calculations or its default."""
+        return (self.calculations or ("drop" if self.source == "plain" else "keep")) == "keep"
+
+    @property
+    def rule(self) -> Rule:
+        """--answer_rule or its default."""
+        return self.answer_rule or ("last-of-line" if self.source == "tiny" or self.tiny else "flexible-extract")
+
+    @property
+    def new_tokens(self) -> int:
+        """--max_new_tokens or its default."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return 32 if self.tiny or self.source == "tiny" else 64 if self.source == "plain" and not self.chat else 256
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ or no `####`, have no block; they are skipped and reported. The block of a model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import heads_of, n_heads, n_layers
 from pyvene_ext.prompts.problems import (
     CHAT_TEMPLATE,
+    STEP,
     TEMPLATE,
     Problem,
     Questions,
@@ -37,13 +38,14 @@ from pyvene_ext.prompts.problems import (
     with_latents,
     with_reasoning,
 )
+from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs.flags import Problems
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head
 
-TINY = "tiny"
-N_TINY = 400  # problems that a study of the tiny models has by default
+TINY, PLAIN = "tiny", "plain"
+N_TINY, N_PLAIN = 400, 40  # problems that a study has by default
 VERDICTS = "verdicts (drop above 10 points: causal, below 2: redundant)"
 
 
@@ -132,6 +134,7 @@ class Setting:
                 max_new_tokens=self.flags.answer_tokens,
                 batch_size=self.flags.batch_size,
                 reference=reference,
+                rule=self.flags.rule,
             ),
         )
 
@@ -151,18 +154,21 @@ def prepare(
     model, tokenizer = flags.load(name)
     check(Path(name).name, model)
     latent = format_of(model) is not None
-    tokens = flags.answer_tokens + (0 if latent else flags.max_new_tokens)
+    tokens = flags.answer_tokens + (0 if latent else flags.new_tokens)
     questions = ask(flags, model, tokenizer, problems, tokens)
-    results = Results(unfinished, facts_of(model, questions, tokens))
+    results = Results(unfinished, facts_of(model, questions, tokens, flags.rule))
 
     def wrote(questions: Questions, new: int) -> Evaluation:
         return results.get(
             {"spec": None, "new": new, "prompts": questions.prompts.hash},
-            lambda: evaluate(model, tokenizer, questions, max_new_tokens=new, batch_size=flags.batch_size),
+            lambda: evaluate(
+                model, tokenizer, questions, max_new_tokens=new, batch_size=flags.batch_size, rule=flags.rule
+            ),
         )
 
     note(f"{Path(name).name}: {len(questions)} problems")
-    first = wrote(questions, flags.answer_tokens if latent else flags.max_new_tokens)
+    first = wrote(questions, flags.answer_tokens if latent else flags.new_tokens)
+    warn(flags, Path(name).name, first)
     reasoned = questions if latent else with_reasoning(questions, first.ids, tokenizer)
     if len(reasoned) < 2:
         raise ValueError(f"{name} reasons about {len(reasoned)} of {len(questions)} problems; an interval needs two.")
@@ -183,7 +189,7 @@ def ask(
         template = CHAT_TEMPLATE if flags.chat else TEMPLATE
         examples = find_examples(flags)
         return tokenize_problems(
-            problems, tokenizer, template, context, examples=examples, shots=flags.shots, chat=flags.chat
+            problems, tokenizer, template, context, examples=examples, shots=flags.n_shots, chat=flags.chat
         )
     if flags.shots or flags.chat:
         raise ValueError(
@@ -193,23 +199,48 @@ def ask(
 
 
 def find_problems(flags: Problems) -> tuple[Problem, ...]:
-    """The problems that --problems names."""
-    if flags.problems != TINY:
-        return load_problems(flags.problems, flags.limit)
-    return tiny_problems(flags.limit or N_TINY, rng(0, "word problems"), held_out=True)
+    """The problems that --problems names, with as many steps as --problem_steps asks for."""
+    limit = flags.limit
+    if flags.source == TINY:
+        problems: Sequence[Problem] = tiny_problems(limit or N_TINY, rng(0, "word problems"), held_out=True)
+        if flags.n_steps:
+            raise ValueError("--problem_steps is for other problems: tiny ones have one or two.")
+        return tuple(problems)
+    if flags.source == PLAIN:
+        limit = limit or N_PLAIN
+    problems = with_steps(flags, load_problems(_file(flags.source, "test")), flags.source)
+    return tuple(problems[:limit])
 
 
 def find_examples(flags: Problems) -> tuple[Problem, ...]:
     """Solved problems for --shots, one more than asked for; the problem that is asked must not be among those shown."""
-    if not flags.shots:
+    if not flags.n_shots:
         return ()
     draw_examples = rng(flags.seed, "solved examples")
-    source = flags.shots_from or flags.problems
+    source = flags.shots_from or flags.source
     if source == TINY:
-        return tiny_problems(flags.shots + 1, draw_examples, held_out=False)
-    every = load_problems(source, split="train")
-    few = draw_examples.permutation(len(every))[: flags.shots + 1]
-    return tuple(every[i] for i in few)
+        few = tiny_problems(flags.n_shots + 1, draw_examples, held_out=False)
+    else:
+        every = with_steps(flags, load_problems(_file(source, "train"), split="train"), source)
+        few = tuple(every[i] for i in draw_examples.permutation(len(every))[: flags.n_shots + 1])
+    if flags.keeps_calculations:
+        return few
+    return tuple(problem.model_copy(update={"solution": STEP.sub("", problem.solution)}) for problem in few)
+
+
+def with_steps(flags: Problems, problems: Sequence[Problem], source: str) -> tuple[Problem, ...]:
+    """Those of the number of steps asked for; ValueError if there is none."""
+    wanted = flags.n_steps
+    some = tuple(problem for problem in problems if not wanted or problem.steps in wanted)
+    if not some:
+        have = ", ".join(map(str, sorted({problem.steps for problem in problems})))
+        raise ValueError(f"--problem_steps: {source} has problems of {have} steps, and none of those asked for.")
+    return some
+
+
+def _file(source: str, split: str) -> str | Path:
+    """The file of a shipped set of problems; what else --problems takes as it is."""
+    return PROMPTS / f"{PLAIN}_{split}.jsonl" if source == PLAIN else source
 
 
 def positions_of(setting: Setting, least: int) -> range:
@@ -224,12 +255,42 @@ def positions_of(setting: Setting, least: int) -> range:
 
 
 def counts(model: str, facts: dict[str, Any]) -> str:
-    """How many problems there are, for the terminal."""
+    """How many problems there are, and what became of them, for the terminal."""
     first, clean = facts["first_run"], facts["clean"]
+    return f"{outcome(model, first)}; {facts['with_reasoning']} have a block, of them {100 * clean['accuracy']:.1f}% correct"
+
+
+def outcome(model: str, counted: Mapping[str, Any]) -> str:
+    """What became of the texts of one run, by `Evaluation.summary`, for the terminal."""
+    classes = ", ".join(f"{counted[kind]} {kind}" for kind in ("correct", "wrong", "unparsed"))
     return (
-        f"{model}: {facts['problems']} problems, {100 * first['accuracy']:.1f}% correct untouched ({first['unparsed']} unparsed, "
-        f"{first['cut']} cut); {facts['with_reasoning']} have a block, of them {100 * clean['accuracy']:.1f}% correct"
+        f"{model}: {counted['problems']} problems, {100 * counted['accuracy']:.1f}% correct untouched ({classes}; "
+        f"{counted['cut']} cut), answers by {counted['rule']}"
     )
+
+
+def warn(flags: Problems, model: str, untouched: Evaluation) -> None:
+    """Say on stderr if most of an untouched model's texts are of no use, and which flag would help."""
+    counted, n = untouched.summary(), len(untouched)
+    if 2 * (~untouched.ended).sum() > n:
+        remedy = f"give more than --max_new_tokens {flags.new_tokens}" + (", or leave out --chat" if flags.chat else "")
+        what = f"{counted['cut']} of {n} texts are cut at the limit"
+    elif 2 * (~untouched.parsed).sum() > n:
+        what = f"{counted['unparsed']} of {n} texts have no answer by {flags.rule}"
+        remedy = (
+            "give --answer_rule flexible-extract"
+            if flags.rule == "strict-match"
+            else "show solved problems with --shots 3"
+        )
+    elif 2 * untouched.correct.sum() < n:
+        what = f"{counted['wrong']} of {n} answers are wrong"
+        easier = [] if flags.n_shots else ["--shots 3"]
+        easier += [] if flags.source in (TINY, PLAIN) else ["--problems plain"]
+        easier += ["--problem_steps 1"] if flags.source == PLAIN and flags.n_steps != (1,) else []
+        remedy = f"give {' or '.join(easier)}" if easier else "take a model that solves such problems"
+    else:
+        return
+    note(f"{model}, untouched: {what}, so that what is found is about few solved problems; {remedy}")
 
 
 def given_heads(

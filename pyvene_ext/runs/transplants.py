@@ -120,6 +120,7 @@ class Host:
                     setting.questions,
                     max_new_tokens=flags.answer_tokens,
                     batch_size=flags.batch_size,
+                    rule=flags.rule,
                 )
 
         return setting.results.get(key, measure)

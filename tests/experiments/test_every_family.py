@@ -44,7 +44,7 @@ WRITTEN_OUT = ("gptj", "falcon", "bloom")
 
 N = 3  # prompts and problems
 SENTENCES = 15
-SETTING = "--limit 3 --answer_tokens 2 --max_new_tokens 3 --out x --models"
+SETTING = "--problems tiny --limit 3 --answer_tokens 2 --max_new_tokens 3 --out x --models"
 
 
 class Sizes(NamedTuple):
@@ -164,7 +164,7 @@ STUDIES: dict[str, Study] = {
     ),
     "critical_heads.transplant_head": Study(
         "--heads 0.1 --donor_heads 1.2 --fit_problems 3 --random_sets 1 --alpha 1 --limit 5 --answer_tokens 2 "
-        "--max_new_tokens 3 --donor tiny-gemma2 --out x --models",
+        "--problems tiny --max_new_tokens 3 --donor tiny-gemma2 --out x --models",
         {},
         {
             "maps.csv": (lambda of: 2, "r2_train r2_test"),
@@ -173,7 +173,7 @@ STUDIES: dict[str, Study] = {
     ),
     "critical_heads.probe_layers": Study(
         "--min_problems 10 --shuffles 19 --folds 3 --targets answer --positions mark --limit 12 --answer_tokens 2 "
-        "--max_new_tokens 3 --out x --models",
+        "--problems tiny --max_new_tokens 3 --out x --models",
         {},
         {"probes.csv": (lambda of: of.layers + 1, "r2 r2_low r2_high question p")},
     ),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import itertools
+import math
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of, n_layers, n_posi
 from pyvene_ext import IntervenableModel, load_model, verify, verify_card
 from pyvene_ext.intervenable import verification
 from pyvene_ext.intervenable.truth import Truth
-from tests.conftest import PLAIN_MODULES
+from tests.conftest import PLAIN_DIMENSIONS, PLAIN_MODULES
 from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
 
 Z = "head_attention_value_output"
@@ -225,23 +227,78 @@ def test_5_two_positions_come_back_as_pieces_of_one_in_plain_pyvene_only() -> No
     assert torch.equal(ours, model(**random_inputs(), output_hidden_states=True).hidden_states[2][:, 7:])
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, *MORE_FAMILIES))
-def test_widths_in_pyvenes_dimension_mapping_are_whole_vectors(family: str) -> None:
+def pyvenes_width(model_class: type, config: Any, component: str) -> int | None:
+    return pyvene.models.modeling_utils.get_dimension_by_component(model_class, config, component)
+
+
+def product(config: Any, width: str) -> int:
+    return math.prod(modelcards.dimensions(config)[factor] for factor in width.split("*"))
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_widths_in_pyvenes_dimension_mapping_are_whole_vectors_of_the_default_config(family: str) -> None:
+    model_class = CLASSES[family]["causal_lm"]
+    config = model_class.config_class()
+    for component in card_of(model_class).mapping(model_class):
+        width = COMPONENTS[component].width
+        if component in type_to_dimension_mapping[model_class] and width != "n_out":
+            assert pyvenes_width(model_class, config, component) == product(config, width), component
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_no_width_that_pyvene_has_right_is_dropped(family: str) -> None:
+    """Right for the family's default config, as most checkpoints are; whatever pyvene cannot name there is no loss."""
+    model_class = CLASSES[family]["causal_lm"]
+    config = model_class.config_class()
+    for component, proposals in PLAIN_DIMENSIONS.get(model_class, {}).items():
+        width = COMPONENTS[component].width if component in COMPONENTS else None
+        with contextlib.suppress(AttributeError), pytest.MonkeyPatch.context() as patch:
+            ours = pyvenes_width(model_class, config, component)
+            patch.setitem(type_to_dimension_mapping, model_class, {component: proposals})
+            theirs = pyvenes_width(model_class, config, component)
+            if width and theirs == product(config, width):
+                assert ours == theirs, component
+
+
+@pytest.fixture
+def named_widths() -> Iterator[None]:
+    """Afterwards the classes have the widths of no model."""
+    yield
+    modelcards.register()
+
+
+def trained_in_plain_pyvene(model: Any, component: str) -> None:
+    """A rotation of the whole vector, interchanged with itself, changes nothing; and it has a gradient."""
+    base, unit = random_inputs(), COMPONENTS[component].units[0]
+    item = RepresentationConfig(1, component, unit, 1, intervention_type=pyvene.RotatedSpaceIntervention)
+    intervenable = pyvene.IntervenableModel(IntervenableConfig([item]), model)
+    at = 8 if unit == "pos" else 0
+    _, found = intervenable(base, [base], {"sources->base": ([[[at]] * 3], [[[at]] * 3])})
+    assert torch.allclose(found.logits, model(**base).logits, atol=1e-5), component
+
+
+PROJECTIONS = ("query_output", "key_output", "value_output", "attention_value_output", "mlp_activation", "mlp_neurons")
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_projection_trains_in_plain_pyvene_once_the_model_is_registered(family: str, named_widths: None) -> None:
     model = random_model(family)
     card = card_of(model)
-    for component in type_to_dimension_mapping[type(model)]:
-        if component in COMPONENTS and component in card.mapping(type(model)):
-            width = pyvene.models.modeling_utils.get_dimension_by_component(type(model), model.config, component)
-            assert width == card.width(model, component), component
+    modelcards.register(model)
+    for component in card.plain[type(model)]:
+        if (width := card.width(model, component)) is not None:
+            assert pyvenes_width(type(model), model.config, component) == width, component
+        if component in PROJECTIONS:
+            trained_in_plain_pyvene(model, component)
 
 
-def test_trainable_interventions_still_work_in_plain_pyvene() -> None:
-    model, base = random_model("llama3_1"), random_inputs()
-    for component, unit in (("block_output", "pos"), ("mlp_activation", "pos")):
-        item = RepresentationConfig(1, component, unit, 1, intervention_type=pyvene.RotatedSpaceIntervention)
-        intervenable = pyvene.IntervenableModel(IntervenableConfig([item]), model)
-        _, found = intervenable(base, [base], {"sources->base": ([[[8]] * 3], [[[8]] * 3])})
-        assert torch.allclose(found.logits, model(**base).logits, atol=1e-5)
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, Qwen2ForCausalLM])
+def test_as_published_they_train_in_plain_pyvene_as_before(model_class: Any) -> None:
+    """Without naming the model: as many key/value heads as heads, whose sizes add up to the hidden size."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 33}
+    model = model_class(model_class.config_class(vocab_size=61, num_hidden_layers=2, **sizes)).eval()
+    for component in ("block_output", *PROJECTIONS):
+        trained_in_plain_pyvene(model, component)
 
 
 @pytest.mark.parametrize("defect", CARD_DEFECTS)

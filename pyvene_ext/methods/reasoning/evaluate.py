@@ -15,6 +15,9 @@ rounding). Its `scope` says at which ones:
     reasoning   the same until `####`: the token that completes it in the text, and later ones, are not edited
     both        prompt and new
 
+A text ends with an end token, with the line of the answer behind `####`, or where the model goes on to another question (`STOPS`,
+which is cut off); otherwise it is cut at the most tokens. Answers are read by a rule of `answers`.
+
 The first new token depends on edits of the prompt alone. At new tokens a spec's heads apply and its positions do not; there,
 ablations by zero (also of attention scores), by the mean over tokens and by resampling are defined.
 """
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar, get_args
@@ -43,16 +46,11 @@ from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.files import parse_json, write_json
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.methods.reasoning.answers import Rule, find_answer
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.identity import model_facts
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.problems import (
-    MARK,
-    Questions,
-    as_text,
-    find_answer,
-    tokens_until,
-)
+from pyvene_ext.prompts.problems import MARK, STOPS, Questions, as_text, tokens_until
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.ablation import donors
 from pyvene_ext.specs.files import to_plain
@@ -65,7 +63,7 @@ from pyvene_ext.specs.joint import (
 )
 
 Scope = Literal["prompt", "new", "reasoning", "both"]
-FORMAT = 1  # of the files of results
+FORMAT = 2  # of the files of results
 NEW_LINES = ("\n", "\u010a", "<0x0A>")  # as tokens spell it: itself, in byte-level vocabularies, as a byte token
 
 
@@ -76,11 +74,12 @@ class Evaluation:
     Attributes:
         ids: the generated tokens, without the end token.
         texts: the solution as text, including the part that the prompt contained.
-        answers: the number found by `problems.find_answer`; None: unparsed.
+        answers: the number found by `answers.find_answer`; None: unparsed.
         gold: the correct answers.
-        ended: whether the text ended, with an end token or with a new line after the answer that follows `####`; the others were
-            cut at `max_new_tokens`.
+        ended: whether the text ended, with an end token, with a new line after the answer that follows `####`, or with another
+            question; the others were cut at `max_new_tokens`.
         confidence: geometric mean probability of the generated tokens that contain the answer's number; NaN if there are none.
+        rule: the rule by which answers were read.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -89,6 +88,7 @@ class Evaluation:
     gold: tuple[float, ...]
     ended: Bool[np.ndarray, " problem"]
     confidence: Float[np.ndarray, " problem"]
+    rule: Rule = "flexible-extract"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -108,8 +108,8 @@ class Evaluation:
         """The share of all problems that were solved correctly."""
         return float(self.correct.mean())
 
-    def summary(self) -> dict[str, float | int]:
-        """Counts for a table: problems, correct, wrong, unparsed (neither of the two), cut."""
+    def summary(self) -> dict[str, float | int | str]:
+        """Counts for a table: problems, correct, wrong, unparsed (neither of the two), and of all of them those cut; the rule."""
         right, parsed = int(self.correct.sum()), int(self.parsed.sum())
         return {
             "problems": len(self),
@@ -118,13 +118,16 @@ class Evaluation:
             "wrong": parsed - right,
             "unparsed": len(self) - parsed,
             "cut": int((~self.ended).sum()),
+            "rule": self.rule,
         }
 
     def take(self, which: Iterable[int]) -> Evaluation:
         """Select some of the problems, in this order."""
         which = list(which)
-        lists = {name: tuple(getattr(self, name)[i] for i in which) for name in ("ids", "texts", "answers", "gold")}
-        return Evaluation(**lists, ended=self.ended[which], confidence=self.confidence[which])
+        lists: dict[str, Any] = {
+            name: tuple(getattr(self, name)[i] for i in which) for name in ("ids", "texts", "answers", "gold")
+        }
+        return replace(self, **lists, ended=self.ended[which], confidence=self.confidence[which])
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain data for a JSON file, with None in place of NaN."""
@@ -135,6 +138,7 @@ class Evaluation:
             "gold": self.gold,
             "ended": self.ended.tolist(),
             "confidence": [None if np.isnan(value) else value for value in self.confidence.tolist()],
+            "rule": self.rule,
         }
 
     @classmethod
@@ -147,6 +151,7 @@ class Evaluation:
             gold=tuple(record["gold"]),
             ended=np.array(record["ended"], bool),
             confidence=np.array([np.nan if value is None else value for value in record["confidence"]]),
+            rule=record["rule"],
         )
 
 
@@ -218,6 +223,7 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int = 32,
     reference: Reference | Transcripts | None = None,
+    rule: Rule = "flexible-extract",
     progress: bool | tqdm = False,
 ) -> Evaluation:
     """Let the model solve problems by greedy decoding, with an intervention in place.
@@ -232,6 +238,7 @@ def evaluate(
         max_new_tokens: most tokens per text.
         batch_size: problems per batch.
         reference: what replacements are computed from: `Transcripts`, or for the scope prompt a `Reference`.
+        rule: the rule of `answers` by which answers are read.
         progress: show a bar; or a bar of a longer run, advanced by one per problem.
 
     Returns:
@@ -270,7 +277,7 @@ def evaluate(
     finally:
         if bar is not progress:
             bar.close()
-    return _collect(questions, tokenizer, [results[i] for i in range(len(questions))])
+    return _collect(questions, tokenizer, [results[i] for i in range(len(questions))], rule)
 
 
 def check(
@@ -416,6 +423,9 @@ class _Decoder:
         vocabulary = tokenizer.get_vocab()
         self.marks = {at for token, at in vocabulary.items() if "#" in token}  # may be part of ####
         self.new_lines = {at for token, at in vocabulary.items() if any(line in token for line in NEW_LINES)}
+        self.stops = {
+            at for token, at in vocabulary.items() if any(stop[-1] in token for stop in STOPS)
+        }  # may complete one
 
     def text(self, *ids: Sequence[int]) -> str:
         """Decode the concatenation of several sequences of tokens."""
@@ -488,11 +498,15 @@ class _BatchDecoding:
             return
         self.ids[row].append(token)
         self.log_probabilities[row].append(log_probability)
-        if self.marked[row] and token in decoder.new_lines:
-            answer = decoder.text(self.given[row], self.ids[row]).partition(MARK)[2].lstrip()
-            self.ended[row] = "\n" in answer and find_answer(answer.partition("\n")[0]) is not None
-        elif not self.marked[row] and token in decoder.marks:
+        if not self.marked[row] and token in decoder.marks:
             self.marked[row] = MARK in decoder.text(self.given[row], self.ids[row])
+        if token in decoder.stops:
+            text = decoder.text(self.given[row], self.ids[row])
+            self.ended[row] = any(stop in text for stop in STOPS)
+        if self.marked[row] and token in decoder.new_lines:
+            text = decoder.text(self.given[row], self.ids[row])
+            answer = find_answer(text, "strict-match")
+            self.ended[row] = answer is not None and "\n" in text[answer.end :]
 
     def is_reasoning(self, new: int) -> Bool[Tensor, " batch"]:
         """The rows whose `new`-th token is part of the reasoning."""
@@ -504,15 +518,20 @@ class _BatchDecoding:
 
 
 def _collect(
-    questions: Questions, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[float], bool]]
+    questions: Questions,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[list[int], list[float], bool]],
+    rule: Rule,
 ) -> Evaluation:
     """Extract the answers from the generated texts."""
     texts, answers, confidence = [], [], []
-    for which, (ids, log_probabilities, _) in enumerate(rows):
+    for which, (ids, log_probabilities, ended) in enumerate(rows):
         given = questions.given(which)
         everything = [*given, *ids]
         text = as_text(everything, tokenizer)
-        found = find_answer(text)
+        for stop in STOPS:
+            text = text.partition(stop)[0]
+        found = find_answer(text, rule, cut=not ended)
         texts.append(text)
         answers.append(None if found is None else found.value)
         held: list[float] = []
@@ -527,6 +546,7 @@ def _collect(
         gold=tuple(problem.answer for problem in questions.problems),
         ended=np.array([ended for _, _, ended in rows]),
         confidence=np.array(confidence),
+        rule=rule,
     )
 
 
@@ -586,13 +606,16 @@ class Results:
         return kind.from_dict(results)
 
 
-def facts_of(model: PreTrainedModel, questions: Questions, max_new_tokens: int) -> dict[str, Any]:
+def facts_of(
+    model: PreTrainedModel, questions: Questions, max_new_tokens: int, rule: Rule = "flexible-extract"
+) -> dict[str, Any]:
     """Everything that evaluations of these questions depend on, as JSON-able data for `Results`.
 
     Args:
         model: the model.
         questions: the questions.
         max_new_tokens: most tokens per text.
+        rule: the rule by which answers are read.
 
     Returns:
         Hashes and settings by name.
@@ -601,6 +624,7 @@ def facts_of(model: PreTrainedModel, questions: Questions, max_new_tokens: int) 
         **model_facts(model),
         "questions": questions.hash,
         "max_new_tokens": max_new_tokens,
+        "rule": rule,
     }
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from critical_heads import rank_heads
 
 from pyvene_ext.io.cli import run as run_study
+from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.models.loading import load_model
-from pyvene_ext.prompts.problems import CHAT_TEMPLATE, load_problems
+from pyvene_ext.prompts.problems import CHAT_TEMPLATE, STEP, load_problems
 from pyvene_ext.prompts.tiny_tasks import is_held_out
 from pyvene_ext.runs import reasoning
 from pyvene_ext.runs.flags import Problems
@@ -64,9 +67,101 @@ def test_chats_use_the_tokenizers_template() -> None:
     assert seen == [CHAT_TEMPLATE.replace("{question}", problem.question) for problem in problems]
 
 
+REAL = ("smollm2-135m-instruct",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "source", "shots", "steps", "keeps", "rule", "tokens"),
+    [
+        ({}, "tiny", 0, (), True, "last-of-line", 32),
+        ({"models": ("x/tiny-gemma2", "tiny-qwen2.5"), "problems": "p.jsonl"}, "p.jsonl", 0, (), True, "last-of-line", 32),
+        ({"models": REAL}, "plain", 3, (1,), False, "flexible-extract", 64),
+        ({"models": REAL, "problems": "tiny"}, "tiny", 0, (), True, "last-of-line", 32),
+        ({"models": REAL, "chat": True}, "plain", 0, (1,), False, "flexible-extract", 256),
+        ({"models": REAL, "problems": "gsm8k"}, "gsm8k", 3, (), True, "flexible-extract", 256),
+        ({"models": (*REAL, "tiny-gemma2"), "problem_steps": (2,), "shots": 1}, "plain", 1, (2,), False, "flexible-extract", 64),
+        (
+            {
+                "models": REAL,
+                "calculations": "keep",
+                "answer_rule": "strict-match",
+                "max_new_tokens": 9,
+                "problem_steps": (1, 2),
+                "shots": 0,
+            },
+            "plain", 0, (1, 2), True, "strict-match", 9,
+        ),
+    ],
+)  # fmt: skip
+def test_defaults_are_what_the_models_can_be_asked(
+    flags: Any, source: str, shots: int, steps: Any, keeps: bool, rule: str, tokens: int
+) -> None:
+    found = Problems(**flags)
+    assert (found.source, found.n_shots, found.n_steps) == (source, shots, steps)
+    assert (found.keeps_calculations, found.rule, found.new_tokens) == (keeps, rule, tokens)
+
+
+def test_plain_problems_are_held_out_and_their_examples_are_from_the_training_file() -> None:
+    problems = reasoning.find_problems(Problems(models=REAL))
+    assert len(problems) == reasoning.N_PLAIN and {problem.steps for problem in problems} == {1}
+    both = reasoning.find_problems(Problems(models=REAL, problem_steps=(1, 2), limit=100))
+    assert [problem.steps for problem in both] == [1, 2] * 50 and problems == both[::2][: len(problems)]
+    two = reasoning.find_problems(Problems(models=REAL, problem_steps=(2,), limit=3))
+    assert two == both[1:6:2] and all("<<" in problem.solution for problem in both)
+
+    train = {p.question: p for p in load_problems(reasoning.PROMPTS / "plain_train.jsonl")}
+    assert not train.keys() & {problem.question for problem in both}
+    shown = reasoning.find_examples(Problems(models=REAL))
+    assert len(shown) == 4 and all(p.steps == 1 and p.question in train for p in shown)
+    for problem in shown:
+        assert problem.solution == STEP.sub("", train[problem.question].solution) and "<<" not in problem.solution
+    kept = reasoning.find_examples(Problems(models=REAL, calculations="keep"))
+    assert [p.solution for p in kept] == [train[p.question].solution for p in shown]
+
+
+def solved(right: int, wrong: int, unparsed: int, cut: int) -> Evaluation:
+    n, answers = right + wrong + unparsed, (*[1.0] * right, *[2.0] * wrong, *[None] * unparsed)
+    ended = np.arange(n) >= cut
+    return Evaluation(((),) * n, ("",) * n, answers, (1.0,) * n, ended, np.full(n, np.nan), "strict-match")
+
+
+@pytest.mark.parametrize(
+    ("counts", "flags", "message"),
+    [
+        ((6, 4, 0, 0), {}, ""),
+        ((1, 4, 5, 6), {}, "6 of 10 texts are cut at the limit, .*; give more than --max_new_tokens 64$"),
+        ((1, 4, 5, 6), {"chat": True}, "give more than --max_new_tokens 256, or leave out --chat$"),
+        (
+            (2, 2, 6, 0),
+            {"answer_rule": "strict-match"},
+            "6 of 10 .* no answer by strict-match, .* --answer_rule flexible",
+        ),
+        ((2, 2, 6, 0), {"shots": 0}, "6 of 10 texts have no answer by flexible-extract, .* with --shots 3$"),
+        ((4, 6, 0, 0), {"shots": 0}, "6 of 10 answers are wrong, .*; give --shots 3$"),
+        ((4, 6, 0, 0), {"problem_steps": (1, 2)}, "; give --problem_steps 1$"),
+        ((4, 6, 0, 0), {"problems": "gsm8k", "shots": 0}, "; give --shots 3 or --problems plain$"),
+        ((4, 6, 0, 0), {}, "; take a model that solves such problems$"),
+    ],
+)
+def test_texts_of_little_use_are_said_with_what_to_change(
+    counts: Any, flags: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reasoning.warn(Problems(models=REAL, **flags), "some", solved(*counts))
+    said = capsys.readouterr().err.strip()
+    assert (re.match("some, untouched: ", said) and re.search(message, said)) if message else not said
+    shown = reasoning.outcome("some", solved(*counts).summary())
+    right, wrong, unparsed, cut = counts
+    assert f"({right} correct, {wrong} wrong, {unparsed} unparsed; {cut} cut), answers by strict-match" in shown
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--problem_steps", "1"), "--problem_steps is for other problems"),
+        (
+            ("--problems", "plain", "--problem_steps", "3"),
+            "plain has problems of 1, 2 steps, and none of those asked for",
+        ),
         (("--shots", "-1"), "--shots must be 0 or more, not -1"),
         (("--shots", "40"), "ask for fewer solved examples"),
         (("--shots", "1", "--shots_from", "no.jsonl"), "there is no file of problems no.jsonl"),

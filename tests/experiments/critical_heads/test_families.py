@@ -50,7 +50,7 @@ def test_what_a_family_cannot_be_asked_is_said_before_problems_are_solved(
     for module in (reasoning, ablated, transplants):
         monkeypatch.setattr(module, "evaluate", None)
     module: Any = import_module(f"critical_heads.{study}")
-    given = ("--models", MODEL, "--limit", "4", "--out", "x", *flags)
+    given = ("--models", MODEL, "--problems", "tiny", "--limit", "4", "--out", "x", *flags)
     assert run_study(module.main, module.Config, list(given)) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and "run attention and MLP side by side" in said
@@ -73,7 +73,12 @@ def test_what_it_can_be_asked_goes_on_to_the_problems(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reasoning, "evaluate", solves)
-    assert run_study(module.main, module.Config, ["--models", MODEL, "--limit", "4", "--out", "x", *flags]) == 130
+    assert (
+        run_study(
+            module.main, module.Config, ["--models", MODEL, "--problems", "tiny", "--limit", "4", "--out", "x", *flags]
+        )
+        == 130
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,5 +107,12 @@ def test_what_latent_steps_cannot_be_asked_is_said_before_problems_are_solved(
     save(model, shipped_tokenizer(), folder / "thinks")
     monkeypatch.setattr(reasoning, "evaluate", None)
     module: Any = import_module(f"critical_heads.{study}")
-    assert run_study(module.main, module.Config, ["--models", "thinks", "--limit", "4", "--out", "x", *flags]) == 2
+    assert (
+        run_study(
+            module.main,
+            module.Config,
+            ["--models", "thinks", "--problems", "tiny", "--limit", "4", "--out", "x", *flags],
+        )
+        == 2
+    )
     assert message in capsys.readouterr().err and not (folder / "x").exists()

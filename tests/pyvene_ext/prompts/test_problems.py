@@ -14,8 +14,9 @@ from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts import problems as module
 from pyvene_ext.prompts.problems import (
     Problem,
-    find_answer,
     load_problems,
+    number_at,
+    numbers_in,
     prompt_budget,
     tokenize_problems,
     tokens_until,
@@ -75,41 +76,45 @@ def test_a_chat_is_in_the_words_of_the_tokenizers_template(tokenizer: Any) -> No
     assert list(questions.prompts.input_ids[0]) == chatting(text, add_special_tokens=False)["input_ids"]
 
 
-# -- answers -----------------------------------------------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "numbers"),
     [
-        ("<<7+5=12>> #### 12", 12),
-        ("#### 1,209", 1209),
-        ("#### -3", -3),
-        ("#### $18.50 dollars", 18.5),
-        ("#### 9 of 12", 12),  # the last number of the line, as in gold answers
-        ("#### 9\nQuestion: Lisa has 7 apples.", 9),  # what comes after the answer's line does not count
-        ("####\n9", 9),
-        ("#### 9\n#### 8", 9),
-        ("so 5 and then 12.", 12),  # without a mark the last number
-        ("80,000 and 2,500", 2500),
-        ("12-3", -3),
-        ("0.50", 0.5),
-        ("#### 070", 70),
+        ("12 and -3, or 4.5.", [12, -3, 4.5]),
+        ("80,000 and 2,500", [80000, 2500]),
+        ("1,2,09.50", [1209.5]),
+        ("070, 0.50, .5 and -.5", [70, 0.5, 0.5, -0.5]),
+        ("3-4, 3 - 4, (3)-4, x-4, 50%-4, 3\u22124", [3, 4, 3, 4, 3, 4, 4, 50, 4, 3, 4]),
+        ("pages 3\u20134", [3, 4]),
+        ("= -4, (-4), \u22124, \u20134, \uff0d4, 3 * -4", [-4, -4, -4, -4, -4, 3, -4]),
+        ("$5, -$5, $-5, \\$5, \u2212\u20ac5", [5, -5, -5, 5, -5]),
+        ("1e3, 1.5e-3, 2E2, 1e\u22122, 1e3.", [1000, 0.0015, 200, 0.01, 1000]),
+        ("1em, 3end, 2 e3", [1, 3, 2, 3]),
+        ("1/2, -1/2, 3 1/2, 10/4 = 5, 1 / 4.", [0.5, -0.5, 3.5, 2.5, 5, 0.25]),
+        ("\\frac{1}{2}, -\\dfrac{3}{4}", [0.5, -0.75]),
+        ("\u00bd, 3\u00bd", [0.5, 3.5]),
+        ("1/2/2024", [1, 2, 2024]),
+        ("1.5.2", [1.5, 2]),
+        ("<<7+5=12>>12", [7, 5, 12, 12]),
+        ("1/0, 1e999, none" + "9" * 400, []),
+        ("", []),
     ],
 )
-def test_an_answer_is_the_number_behind_the_mark_or_the_last_one(text: str, answer: float) -> None:
-    found = find_answer(text)
-    assert found is not None and found.value == answer
+def test_the_numbers_of_a_text(text: str, numbers: list[float]) -> None:
+    found = list(numbers_in(text))
+    assert [number.value for number in found] == pytest.approx(numbers)
+    for one in found:
+        assert number_at(text, one.start) == one and number_at(text, one.end) is None and text[one.start] not in "$€ "
 
 
-@pytest.mark.parametrize("text", ["", "no number", "<<7+5=12>> ####", "#### nine", "#### nine\n9", "12 ####  \n"])
-def test_where_there_is_no_answer_there_is_none_and_not_a_wrong_one(text: str) -> None:
-    assert find_answer(text) is None
-
-
-def test_the_characters_of_an_answer_are_those_of_the_text_as_it_stands() -> None:
+def test_the_characters_of_a_number_are_those_of_the_text_as_it_stands() -> None:
     text = "1,5,6 ####  $1,2,09.50 left\n3"
-    found = find_answer(text)
-    assert found is not None and found.value == 1209.5 and text[found.start : found.end] == "1,2,09.50"
+    found = list(numbers_in(text))[1]
+    assert found.value == 1209.5 and text[found.start : found.end] == "1,2,09.50"
+    assert list(numbers_in(text, found.end)) == [(3, len(text) - 1, len(text))]
+    assert list(numbers_in(text, 0, 3)) == [(15, 0, 3)]
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------

@@ -345,18 +345,17 @@ def solved(*texts: Sequence[int], gold: float = 12, given: tuple[int, ...] = (),
 def test_answers_are_right_wrong_or_unparsed_and_texts_that_do_not_end_are_cut() -> None:
     found = solved([MARK, 12], [MARK, 13], [MARK], [7, 12], [12, 9, 8, 7, 6, 5, 4])
     assert found.texts == ("#### 12", "#### 13", "####", "7 12", "12 9 8 7 6 5")
-    assert found.answers == (12, 13, None, 12, 5)
+    assert found.answers == (12, 13, None, 12, None)  # the last one may lack more than an answer
     assert found.correct.tolist() == [True, False, False, True, False]
-    assert found.parsed.tolist() == [True, True, False, True, True]
+    assert found.parsed.tolist() == [True, True, False, True, False]
     assert found.ended.tolist() == [True, True, True, True, False]
-    counts = {"problems": 5, "accuracy": 0.4, "correct": 2, "wrong": 2, "unparsed": 1, "cut": 1}
-    assert found.summary() == counts and found.accuracy == 0.4
+    counts = {"problems": 5, "accuracy": 0.4, "correct": 2, "wrong": 1, "unparsed": 2, "cut": 1}
+    assert found.summary() == counts | {"rule": "flexible-extract"} and found.accuracy == 0.4
 
 
 def test_confidence_is_that_of_the_answers_tokens_alone() -> None:
     found = solved([7, MARK, 12], [7, MARK, 13], [MARK], [MARK, 12, 7, LINE, 5])
-    # Each token is a number of its own, so that the last one is the answer.
-    np.testing.assert_allclose(found.confidence, [0.9, 0.6, np.nan, 0.6], rtol=1e-5)
+    np.testing.assert_allclose(found.confidence, [0.9, 0.6, np.nan, 0.9], rtol=1e-5)
 
 
 def test_a_number_of_several_tokens_has_the_geometric_mean_of_their_probabilities() -> None:
@@ -375,7 +374,7 @@ def test_a_number_of_several_tokens_has_the_geometric_mean_of_their_probabilitie
 def test_a_text_ends_with_its_answers_line() -> None:
     found = solved([MARK, LINE, 12, LINE, 5, 6], [LINE, 12, LINE, MARK, 12, 5])
     assert found.ids == ((MARK, LINE, 12, LINE), (LINE, 12, LINE, MARK, 12, 5))
-    assert found.answers == (12, 5) and found.ended.tolist() == [True, False]
+    assert found.answers == (12, 12) and found.ended.tolist() == [True, False]
 
 
 def test_what_the_prompt_holds_of_a_solution_is_part_of_its_text() -> None:
