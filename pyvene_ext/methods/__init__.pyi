@@ -61,6 +61,7 @@ from .heads.name_roles import NameMeasures as NameMeasures
 from .heads.name_roles import count_roles as count_roles
 from .heads.name_roles import name_correlations as name_correlations
 from .heads.name_roles import name_measures as name_measures
+from .heads.name_roles import name_table as name_table
 from .heads.name_roles import pooled_correlation as pooled_correlation
 from .heads.name_roles import role as role
 from .heads.patterns import check_patterns as check_patterns
