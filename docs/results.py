@@ -81,7 +81,13 @@ REAL_MODELS = [
         "experiments/crosslingual_head_corr.py", "--a", f"{REAL}/gemma_ioi_en.npy", "--b", f"{REAL}/gemma_ioi_zh.npy",
         "--name_a", "English", "--name_b", "Chinese", "--out_json", f"{REAL}/correlation.json",
         "--scatter_png", f"{REAL}/scatter.png", "--layer_png", f"{REAL}/layers.png",
-    ], figures=[(f"{REAL}/scatter.png", "Heads of Gemma 3: activation frequency in English against Chinese")]),
+    ]),
+    Section("... by mean effect", [
+        "experiments/crosslingual_head_corr.py", "--a", f"{REAL}/gemma_ioi_en/mean_delta.npy",
+        "--b", f"{REAL}/gemma_ioi_zh/mean_delta.npy", "--quantity", "mean effect", "--no_layerwise",
+        "--name_a", "English", "--name_b", "Chinese", "--out_json", f"{REAL}/effects.json",
+        "--scatter_png", f"{REAL}/effects.png",
+    ], figures=[(f"{REAL}/effects.png", "Heads of Gemma 3: mean effect in English against Chinese")]),
     Section("What do these heads do? Name movers of SmolLM2", [
         "experiments/name_movers.py", *SMOL, "--limit", "40", "--out", f"{REAL}/smol_name_movers",
     ]),

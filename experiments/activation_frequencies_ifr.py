@@ -23,9 +23,9 @@ interval is at most W wide; such frequencies lean to the nearer of 0 and 1 a lit
 run without it. What was not run is NaN in arrays, an empty cell in tables, grey in figures, and in no mean.
 
 Written: OUT.npy, float32 [layer head]; OUT.json, what was run; and in the folder OUT: config.yaml (running it again gives the
-same), deltas.npy [layer head prompt], clean.npy [prompt], prompts.json, heads.csv, frequency_vs_tau.csv, figures, attention.json
-(where the heads of the largest effects look), and with `--screen` estimates.npy [layer head prompt]. A run that was interrupted
-goes on where it stopped when the same command is given again.
+same), deltas.npy [layer head prompt], mean_delta.npy [layer head], clean.npy [prompt], prompts.json, heads.csv,
+frequency_vs_tau.csv, figures, attention.json (where the heads of the largest effects look), and with `--screen` estimates.npy
+[layer head prompt]. A run that was interrupted goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def main(config: Config) -> None:
         run.table("heads", rows)
         run.table("frequency_vs_tau", px.stats.threshold_table(taus, curve))
         run.array("deltas", deltas)
+        run.array("mean_delta", mean_deltas(deltas).astype(np.float32))
         run.array("clean", clean)
         run.json("prompts", [prompt.clean for prompt in prompt_set.prompts])
         if isinstance(found, px.methods.Screen):
@@ -229,6 +230,11 @@ def mean_delta(delta: Float[np.ndarray, " prompt"], seed: int) -> px.Interval:
     return px.stats.bootstrap_mean(delta, px.rng(seed, "mean_delta"), RESAMPLES)
 
 
+def mean_deltas(deltas: Deltas) -> Float[np.ndarray, "layer head"]:
+    """Each head's mean effect over the prompts on which it was run."""
+    return np.ma.masked_invalid(deltas).mean(-1).filled(np.nan)
+
+
 def head_table(frequency: px.Interval, deltas: Deltas, seed: int) -> list[dict[str, float]]:
     """One row a head, largest mean effect first; those not run, all NaN, come last."""
     rows = []
@@ -270,13 +276,16 @@ def drawn(
 ) -> dict[str, Figure]:
     """The figures by name: maps of heads, and if anything has an effect, how the frequency depends on tau."""
     label = f"share of prompts with {config.compared} > {tau:.3g}"
-    mean_delta = np.ma.masked_invalid(deltas).mean(-1).filled(np.nan)
     figures = {
         "frequency": px.figures.head_heatmap(
             frequency, f"Activation frequency: {of}", label, limits=(0, 1), missing="not run"
         ),
         "mean_delta": px.figures.head_heatmap(
-            mean_delta, f"Mean effect: {of}", "mean delta (logit difference)", diverging=True, missing="not run"
+            mean_deltas(deltas),
+            f"Mean effect: {of}",
+            "mean delta (logit difference)",
+            diverging=True,
+            missing="not run",
         ),
     }
     if np.nanmax(np.abs(deltas) if config.abs else deltas) > 0:

@@ -3,17 +3,19 @@
     python experiments/crosslingual_head_corr.py --a en.npy --b zh.npy
     python experiments/crosslingual_head_corr.py --a en.npy --b zh.npy --layers 12:24 --out_json corr.json
     python experiments/crosslingual_head_corr.py --a en.npy --b zh.npy --name_a English --name_b Chinese --no_layerwise
+    python experiments/crosslingual_head_corr.py --a en/mean_delta.npy --b zh/mean_delta.npy --quantity "mean effect"
 
-Method. Each head is one paired point: its activation frequency (`activation_frequencies_ifr.py`) in language a and in
-language b. Pearson and Spearman correlation over all heads of the chosen layers, and over the heads of each layer. Pairs
-with a NaN or infinite side are dropped and reported; a layer with a constant side has no correlation, and a note. 95% intervals
-are percentile bootstraps over heads. Beside SciPy's p, which takes heads as independent, stands a permutation p that shuffles
-heads within their layer only: association beyond what depth alone gives. The layers' permutation p-values are corrected
-for their number (q, Benjamini-Hochberg). Up to seven heads have an exact p (of four heads 1/24 at the least) and no interval.
+Method. Each head is one paired point: its activation frequency (`activation_frequencies_ifr.py`) in language a and in language b,
+or its mean effect (mean_delta.npy of the same study, with --quantity). Pearson and Spearman correlation over all heads of the
+chosen layers, and over the heads of each layer. Pairs with a NaN or infinite side are dropped and reported; a layer with a
+constant side has no correlation, and a note. 95% intervals are percentile bootstraps over heads. Beside SciPy's p, which takes
+heads as independent, stands a permutation p that shuffles heads within their layer only: association beyond what depth alone
+gives. The layers' permutation p-values are corrected for their number (q, Benjamini-Hochberg). Up to seven heads have an exact p
+(of four heads 1/24 at the least) and no interval.
 
-The heads of two models have nothing to do with each other. Where the files that say what was run (NAME.json beside NAME.npy, or
-the summary.json of its folder) name different weights, nothing is correlated, unless --allow_different_weights says that the
-models are, say, checkpoints of one run.
+The heads of two models have nothing to do with each other. Where the files that say what was run (NAME.json beside NAME.npy,
+summary.json in its folder or FOLDER.json beside that) name different weights, nothing is correlated, unless
+--allow_different_weights says that the models are, say, checkpoints of one run.
 
 Written: the numbers (JSON), beside them the config (YAML; running it again gives the same), a scatter plot of heads and a plot of
 the layers' correlations.
@@ -131,7 +133,7 @@ def check_weights(config: Config) -> None:
 
 def weights_of(path: Path) -> str | None:
     """The hash of the weights that a matrix was measured on, by what the file beside it says; None if none does."""
-    for beside in (path.with_suffix(".json"), path.parent / "summary.json"):
+    for beside in (path.with_suffix(".json"), path.parent / "summary.json", path.parent.with_suffix(".json")):
         if beside.is_file():
             facts = px.io.parse_json(beside.read_bytes())
             if isinstance(facts, dict) and isinstance(facts.get("weight_hash"), str):

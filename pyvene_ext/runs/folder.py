@@ -116,7 +116,7 @@ class RunFolder:
 
     @contextmanager
     def writing(
-        self, facts: Mapping[str, Any], evidence: Sequence[Evidence] = (), *, replacing: Sequence[str] = ()
+        self, facts: Mapping[str, Any], evidence: Sequence[Evidence], *, replacing: Sequence[str] = ()
     ) -> Iterator[None]:
         """Write a study's files inside this context; on leaving, it adds config and summary and discards unfinished work.
 

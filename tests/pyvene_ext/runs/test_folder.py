@@ -69,7 +69,7 @@ def test_everything_is_written_and_the_summary_comes_last(here: Path, capsys: py
     run = RunFolder(Config(), "lens", "a")
     run.unfinished.mkdir(parents=True)
     (run.unfinished / "part").touch()
-    with run.writing({"n": 1}):
+    with run.writing({"n": 1}, []):
         run.array("ranks", np.arange(3))
         run.table("tables/heads", [{"layer": 0, "score": float("nan")}])
         run.figure("map", figures.head_heatmap(np.eye(2), "a map", "score"))
@@ -88,26 +88,26 @@ def test_everything_is_written_and_the_summary_comes_last(here: Path, capsys: py
 
 def test_a_run_that_stops_while_it_writes_leaves_no_summary_and_keeps_what_is_unfinished(here: Path) -> None:
     run = RunFolder(Config(), "lens", "a")
-    with run.writing({"n": 1}):
+    with run.writing({"n": 1}, []):
         run.array("ranks", np.arange(3))
     run.unfinished.mkdir()
-    with pytest.raises(OSError, match="no space"), run.writing({"n": 2}):
+    with pytest.raises(OSError, match="no space"), run.writing({"n": 2}, []):
         raise OSError("no space")
     assert "summary.json" not in files(run.path) and run.unfinished.exists()
     (run.path / ".ranks-abcdefgh.npy").touch()  # of a process that was killed
-    with run.writing({"n": 2}):
+    with run.writing({"n": 2}, []):
         pass
     assert files(run.path) == {"ranks.npy", "config.yaml", "summary.json"} and not run.unfinished.exists()
 
 
 def test_files_of_an_earlier_run_go_if_they_are_named_and_those_of_others_stay(here: Path) -> None:
     run = RunFolder(Config(), "lens", "a")
-    with run.writing({}):
+    with run.writing({}, []):
         run.array("z_io", np.arange(3))
         run.table("heads", [{"layer": 0}])
         run.views([View("prompt 0", ["a"], {"0.1": np.ones((1, 1))})])
     (run.path / "notes.txt").touch()
-    with run.writing({}, replacing=("*.npy", "figures/*")):
+    with run.writing({}, [], replacing=("*.npy", "figures/*")):
         run.array("z_s1", np.arange(3))
         run.views([])
     assert files(run.path) == {"z_s1.npy", "heads.csv", "notes.txt", "config.yaml", "summary.json"}
@@ -116,7 +116,7 @@ def test_files_of_an_earlier_run_go_if_they_are_named_and_those_of_others_stay(h
 def test_several_runs_may_share_a_folder(here: Path) -> None:
     for name in ("zero", "mean"):
         run = RunFolder(Config(), "lag", "a", summary=f"{name}.json", config_file=f"{name}.yaml")
-        with run.writing({"mode": name}):
+        with run.writing({"mode": name}, []):
             run.array(name, np.arange(3))
     assert files(run.path) == {f"{name}{ending}" for name in ("zero", "mean") for ending in (".json", ".yaml", ".npy")}
 
@@ -125,7 +125,7 @@ def test_files_beside_the_folder_go_first_and_are_named(here: Path, capsys: pyte
     beside, summary = Path("f.npy"), here / "f.json"
     run = RunFolder(Config(out=beside), "lens", "a", path=Path("f"), summary=summary, beside=(beside,))
     for n in range(2):
-        with run.writing({"n": n}):
+        with run.writing({"n": n}, []):
             assert not beside.exists() and not summary.exists()
             beside.touch()
             Path(".f-abcdefgh.npy").touch()  # of a process that was killed
