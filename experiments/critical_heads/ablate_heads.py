@@ -274,10 +274,8 @@ def evidence(rows: Sequence[Row], config: Config) -> list[px.runs.Evidence]:
             continue
         control = "none"
         if row["random_sets"]:
-            control = (
-                f"{row['random_sets']} random sets, {row['random_drop']:.3g} [{row['random_lowest']:.3g} to "
-                f"{row['random_highest']:.3g}], p = {row['share_as_large']:.2g} ({row['control']})"
-            )
+            spread = f"{row['random_drop']:.3g} [{row['random_lowest']:.3g} to {row['random_highest']:.3g}]"
+            control = f"{row['control'].partition(';')[0]} cost {spread}, p = {row['share_as_large']:.2g}"
         effect = f"{row['model']}: accuracy lost in points with {row['n_heads']} heads ablated ({row['kind']}, {row['scope']})"
         drop = px.stats.interval_in(row, "drop")
         lines.append(px.runs.Evidence(f"{row['problems']} problems", effect, drop, control, "a larger --limit"))

@@ -24,6 +24,7 @@ from .heads.flow import Flow as Flow
 from .heads.flow import FlowEdge as FlowEdge
 from .heads.flow import check_tau as check_tau
 from .heads.flow import flow_routes as flow_routes
+from .heads.lag import FEWEST as FEWEST
 from .heads.lag import LagCurves as LagCurves
 from .heads.lag import RankedHeads as RankedHeads
 from .heads.lag import ablate_attention as ablate_attention
@@ -32,14 +33,17 @@ from .heads.lag import curves_of as curves_of
 from .heads.lag import lag_crp as lag_crp
 from .heads.lag import lag_curves as lag_curves
 from .heads.lag import lag_prompts as lag_prompts
-from .heads.lag import lag_summary as lag_summary
-from .heads.lag import lag_table as lag_table
-from .heads.lag import lag_text as lag_text
 from .heads.lag import lags_of as lags_of
+from .heads.lag import layers_of as layers_of
 from .heads.lag import plus_one as plus_one
 from .heads.lag import plus_one_bias as plus_one_bias
+from .heads.lag import plus_one_first as plus_one_first
 from .heads.lag import rank_heads as rank_heads
 from .heads.lag import recalled as recalled
+from .heads.lag_tables import lag_summary as lag_summary
+from .heads.lag_tables import lag_table as lag_table
+from .heads.lag_tables import lag_task as lag_task
+from .heads.lag_tables import lag_text as lag_text
 from .heads.lens import Attribution as Attribution
 from .heads.lens import Lens as Lens
 from .heads.lens import Parts as Parts
@@ -65,6 +69,7 @@ from .heads.published import precision_and_recall as precision_and_recall
 from .heads.published import read_known as read_known
 from .heads.scores import HeadScores as HeadScores
 from .heads.scores import attention_scores as attention_scores
+from .heads.scores import check_sequences as check_sequences
 from .heads.scores import check_trim as check_trim
 from .heads.scores import leading_bos as leading_bos
 from .heads.scores import random_tokens as random_tokens

@@ -30,6 +30,7 @@ from .prompt import Prompt as Prompt
 from .sets import PromptSet as PromptSet
 from .shipped import PROMPTS as PROMPTS
 from .shipped import find_prompts as find_prompts
+from .token_lists import check_token_list as check_token_list
 from .token_lists import read_token_list as read_token_list
 from .token_tags import TAGS as TAGS
 from .token_tags import tag_tokens as tag_tokens

@@ -24,6 +24,7 @@ from .correlations import correlate_heads as correlate_heads
 from .correlations import correlate_layers as correlate_layers
 from .correlations import q_values as q_values
 from .correlations import r_squared as r_squared
+from .correlations import spearman as spearman
 from .intervals import Interval as Interval
 from .intervals import bootstrap_mean as bootstrap_mean
 from .intervals import frequency_interval as frequency_interval

@@ -274,14 +274,14 @@ def test_numbers_by_their_logarithm(folder: Path) -> None:
 
 
 def test_problems_that_are_wrong_are_a_class(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = reasoning.prepare
+    made = reasoning.Asked.reason
 
-    def some_wrong(*given: Any, **more: Any) -> Any:
-        setting = made(*given, **more)
+    def some_wrong(asked: reasoning.Asked) -> Any:
+        setting = made(asked)
         gold = tuple(value + (i % 3 == 0) for i, value in enumerate(setting.clean.gold))
         return replace(setting, clean=replace(setting.clean, gold=gold))
 
-    monkeypatch.setattr(reasoning, "prepare", some_wrong)
+    monkeypatch.setattr(reasoning.Asked, "reason", some_wrong)
     assert command(*FEW, "--positions", "mark", "--targets", "correct") == 0
     rows = by_hand.table(folder / "x/probes.csv")
     assert {row["chance"] for row in rows} == {str(100 * 20 / 30)} and float(rows[0]["accuracy"]) == pytest.approx(
@@ -301,10 +301,10 @@ def test_more_tiny_problems_than_other_studies_have_by_default(monkeypatch: pyte
     def stop(*_: Any, **__: Any) -> None:
         raise ValueError("enough")
 
-    monkeypatch.setattr(reasoning, "prepare", stop)
-    for flags in ((), ("--limit", 7), ("--problems", "gsm8k")):
+    monkeypatch.setattr(reasoning, "load", stop)
+    for flags in ((), ("--limit", 7), ("--problems", "gsm8k"), ("--problems", "plain")):
         assert command("--out", "x", *flags) == 2
-    assert seen == [1200, 7, None]
+    assert seen == [1200, 7, None, 100]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
