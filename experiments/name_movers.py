@@ -7,33 +7,37 @@
 
 Method (Wang et al. 2022, section 3.1, on name movers). Each prompt has two names: IO, the right answer, and S, the wrong one. In
 the task "most recent subject" (recent_en, recent_tiny) IO is the latest subject and S the earlier one of its kind; the prompts'
-own positions earlier1 and earlier2, or those given with `--names`, hold further names. Prompts in which a name is not one token
-of the model's tokenizer, in the text and as an answer, are skipped and reported.
+own positions earlier1 and earlier2, or those given with `--names`, hold further names. The paper's names are single tokens. Of
+names of several tokens the one counts that tells them apart (as `--answers first_difference` elsewhere; ours): tokens that both
+names begin with are appended to the prompt, so that END is the last of these; attention to a name is summed over its tokens; and
+what is written and copied is the token that differs. Prompts in which no token tells the names apart are skipped and reported.
 
 Three things are read off every head. (1) Attention probability from END, the last token, to a name, summed over its occurrences,
 against the head's contribution to the residual stream at END times the name's unembedding: one point a prompt and name, Pearson's
 r and p by kind of name (io, s, s1 and s2 alone, others), and pooled over names (each once). There is no final norm in the
 projection, as published; `--fold_norm` folds it in, its scale frozen. A post-norm's scale (Gemma 2) is part of the contribution.
 (2) Copy score: the stream after block 0 at a name -> the head's norm -> its values -> its output matrix -> final norm ->
-unembedding; the share of names among the first `--top` tokens, over all names and prompts. Negative: minus the output matrix.
-Variant: what enters block 0 and what its MLP makes of that alone (W_E + MLP0; GPT-2's position embedding included). Control: the
-share of prompts where another name of the prompt, IO for S and S for IO, is among the first. (3) Direct effect on the logit
-difference: attribution, what the head adds to logit(IO) - logit(S) with the final norm's scale frozen, and as the causal measure
-path patching head -> logits: how much the logit difference drops if END gets what the head gives at the end of the corrupt
-prompt (other names), all other heads frozen. That, rather than ablation, because it is the paper's own measure, puts in a value
-that the head does have, and excludes what later heads make of the head, or make up for it.
+unembedding; the share of names among the first `--top` tokens, over all names and prompts. Negative: minus the output matrix. The
+same from the head's own input, the stream that enters its layer at the name (ours), because later blocks may turn what block 0
+left there; and from what enters block 0 and what its MLP makes of that alone (W_E + MLP0; GPT-2's position embedding included).
+Control: the share of prompts where another name of the prompt, IO for S and S for IO, is among the first. (3) Direct effect on
+the logit difference: attribution, what the head adds to logit(IO) - logit(S) with the final norm's scale frozen, and as the
+causal measure path patching head -> logits: how much the logit difference drops if END gets what the head gives at the end of the
+corrupt prompt (other names), all other heads frozen. That, rather than ablation, because it is the paper's own measure, puts in a
+value that the head does have, and excludes what later heads make of the head, or make up for it.
 
 A copy score treats attention to the name as 1. It says what a head would do, not that it looks there, nor that it looks at one
-name more than at the other; so the table joins the three, and a head's role goes by both. A head copies if its score is at least
-0.5. It has a direct effect if its attribution is at least 2% of the mean logit difference (before any soft-cap) and the 95%
-intervals of attribution and path effect both exclude 0, on one side. The summary counts roles at other thresholds too.
+name more than at the other; so the table joins the three, and a head's role goes by all. A head copies if its score from its own
+input is at least 0.5. It looks at a name if that gets at least 0.1 of its attention. It has a direct effect if its attribution is
+at least 2% of the mean logit difference (before any soft-cap) and the 95% intervals of attribution and path effect both exclude
+0, on one side. (pyvene_ext/methods/heads/name_roles.py has the reasons.) The summary counts roles at other thresholds too.
 
-    name mover            copies, direct effect above 0
+    name mover            copies, looks at IO, direct effect above 0
     negative name mover   copies negatively, looks at IO more than at S, direct effect below 0
     writes against S      copies negatively, looks at S more than at IO, direct effect above 0
-    moves the wrong name  copies, direct effect below 0
-    raises both names     copies, adds at least 2% to the logits of IO and of S each (both intervals above 0), no direct effect
-    copies to no effect   copies, or copies negatively, without any of that
+    moves the wrong name  copies, looks at S, direct effect below 0
+    raises both names     copies, looks at both, adds at least 2% to the logits of both (intervals above 0), no direct effect
+    copies to no effect   copies, or copies negatively, without any direct effect
 
 Where the logit difference is not above 0 the model does not do the task, and no head has a role.
 
@@ -44,11 +48,11 @@ Intervals over prompts are percentile bootstrap 95% intervals. Of the heads show
 permutes prompts within each kind of name: what is left if heads merely attend to and write one kind more than another.
 
 Written to the folder OUT: attention.npy and projection.npy [kind layer head prompt]; looks.npy [query place layer head prompt];
-copy_ranks.npy [input sign asked layer head place prompt], 1 being the top; attribution.npy, attribution_io.npy (of logit(IO)
-alone) and path_effect.npy [layer head prompt]; logit_diff.npy and logit_diff_before_cap.npy [prompt]; heads.csv, all of a head in
-one row, largest attribution first; correlations.csv; looks.csv; figures; attention.json, where the first heads shown look;
-config.yaml (running it again gives the same); and last summary.json, what was run and what the entries of every axis are called:
-where it is, the rest is.
+copy_ranks.npy [input sign asked layer head place prompt], 1 being the top and 101 all beyond 100; attribution.npy,
+attribution_io.npy (of logit(IO) alone) and path_effect.npy [layer head prompt]; logit_diff.npy and logit_diff_before_cap.npy
+[prompt]; heads.csv, all of a head in one row, largest attribution first; correlations.csv; looks.csv; figures; attention.json,
+where the first heads shown look; config.yaml (running it again gives the same); and last summary.json, what was run and what the
+entries of every axis are called: where it is, the rest is.
 """
 
 from __future__ import annotations
@@ -56,10 +60,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Float, Float64
+from annotated_types import Ge, Le
+from jaxtyping import Float
 
 import pyvene_ext as px
 
@@ -78,7 +83,7 @@ class Config(px.flags.Model, px.flags.Dataset):
     """the prompts' own positions that hold further names; by default those called earlier..."""
     heads: px.flags.EachOnce[px.flags.Head] = ()
     """the heads shown and drawn; by default those with the largest attributions"""
-    top: px.flags.Count = 5
+    top: Annotated[int, Ge(1), Le(100)] = 5
     """a name is copied if it is among so many first tokens"""
     fold_norm: bool = False
     """fold the final norm, its scale frozen, into the projection"""
@@ -98,12 +103,15 @@ def main(config: Config) -> None:
     names = px.methods.find_names(prompt_set, tokenizer, others)
     if len(names.prompts) < 2:
         raise ValueError(
-            f"one of the {len(prompt_set)} prompts of {prompt_set.name} has only names of one token; a mean with an interval "
-            "over prompts needs at least two."
+            f"only one of the {len(prompt_set)} prompts of {prompt_set.name} has names that tokens tell apart; a mean with an "
+            "interval over prompts needs at least two."
         )
     longest = px.models.n_positions(model.config)
-    prompts = names.prompts.tokenize(tokenizer, max_length=longest)
-    corrupt = names.prompts.tokenize(tokenizer, "corrupt", max_length=longest) if config.path_patching else None
+    prompts = names.tokenize(tokenizer, max_length=longest)
+    corrupt = names.tokenize(tokenizer, "corrupt", max_length=longest) if config.path_patching else None
+    work = f"attention, copy scores and direct effects of all heads on {len(prompts)} prompts"
+    if not run.announce(work, seconds(model, prompts, names, config), n=len(prompt_set)):
+        return
 
     # Where heads look and what they write; what they would copy; what they add to the logit difference, and what it loses.
     found = px.methods.name_measures(
@@ -111,10 +119,13 @@ def main(config: Config) -> None:
     )
 
     # One row a head that joins the three; its role; and how attention goes with what is written.
-    clean = mean(found.logit_diff, config.seed, "logit difference")
+    draws = px.rng(config.seed, "bootstrap", "logit difference")
+    clean = px.stats.bootstrap_mean(found.logit_diff, draws, RESAMPLES)
     whole = float(found.logit_diff_before_cap.mean()) if clean.low > 0 else None
     correlations = px.methods.name_correlations(found, names)
-    heads = head_table(found, names, correlations, whole, config)
+    heads = px.methods.name_table(
+        found, names, correlations, whole, top=config.top, seed=config.seed, resamples=RESAMPLES
+    )
     shown = list(given) or [(row["layer"], row["head"]) for row in heads[:SHOWN]]
     pooled = {head: px.methods.pooled_correlation(found, names, head, config.seed, RESAMPLES) for head in shown}
     places = px.methods.named_places(names, prompts)[0]
@@ -134,7 +145,7 @@ def main(config: Config) -> None:
     )
 
     print(summary(facts, heads, shown, pooled, found))
-    with run.writing(facts, replacing=("path_effect.npy", "figures/scatter_*")):
+    with run.writing(facts, [evidence(facts, heads)], replacing=("path_effect.npy", "figures/scatter_*")):
         for measured, array in vars(found).items():
             if array is not None:
                 run.array(measured, array)
@@ -163,6 +174,15 @@ def further_names(config: Config, prompts: px.PromptSet) -> tuple[str, ...]:
     return tuple(name for name in prompts[0].positions if name in shared and name.startswith("earlier"))
 
 
+def seconds(model: Any, prompts: px.TokenizedPrompts, names: px.methods.Names, config: Config) -> float:
+    """How long the measures take: a few passes, those of the paths, which run from the end alone, and the copy scores."""
+    heads = px.models.n_layers(model.config) * px.models.n_heads(model.config)
+    passes = 6 + config.path_patching * heads / 20
+    copied = len(px.methods.INPUTS) * heads * len(prompts) * len(px.methods.copied_names(names)[0])
+    near_the_top = copied // 4  # of the others a part of the vocabulary is enough
+    return passes * px.runs.seconds_a_pass(model, prompts) + px.runs.seconds_of_logits(model, near_the_top)
+
+
 def settings(
     config: Config, names: px.methods.Names, prompts: px.TokenizedPrompts, places: Sequence[str]
 ) -> dict[str, Any]:
@@ -173,6 +193,7 @@ def settings(
         "prompts_hash": prompts.hash,
         "n": len(prompts),
         "dropped": [{"prompt": index, "why": why} for index, why in names.dropped.items()],
+        "names_of_several_tokens": list(names.several),
         "kinds": list(names.kinds),
         "pooled_kinds": [names.kinds[kind] for kind in names.whole],
         "queries": list(QUERIES),
@@ -190,52 +211,13 @@ def settings(
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
-def mean(values: Float[np.ndarray, " prompt"], seed: int, *name: str | int) -> px.Interval:
-    """A mean over prompts with its interval."""
-    return px.stats.bootstrap_mean(values, px.rng(seed, "bootstrap", *name), RESAMPLES)
-
-
-def head_table(
-    found: px.methods.NameMeasures,
-    names: px.methods.Names,
-    correlations: dict[Head, dict[str, px.stats.Correlation]],
-    whole: float | None,
-    config: Config,
-) -> Rows:
-    """Copy scores, correlations, attention and direct effects of every head, and its role; largest attribution first."""
-    scores: Float64[np.ndarray, "input sign asked layer head"] = px.methods.copy_scores(found.copy_ranks, config.top)
-    measures = {
-        "attribution": found.attribution,
-        "path_effect": found.path_effect,
-        "attribution_io": found.attribution_io,
-        "attribution_s": found.attribution_io - found.attribution,
-    }
-    rows = []
-    for layer, head in np.ndindex(found.attribution.shape[:2]):
-        row: dict[str, Any] = {"layer": layer, "head": head, "role": ""}
-        for measure, values in measures.items():
-            if values is not None:
-                of_head = mean(values[layer, head], config.seed, measure, layer, head)
-                row |= px.stats.interval_columns(measure, of_head)
-        for which, variant in enumerate(("", "_embed")):
-            for minus, sign in enumerate(("", "_negative")):
-                row[f"copy{variant}{sign}"] = float(scores[which, minus, 0, layer, head])
-        for minus, sign in enumerate(("", "_negative")):
-            row[f"copy{sign}_control"] = float(scores[0, minus, 1, layer, head])
-        for number, kind in enumerate(names.kinds):
-            row[f"attention_{kind}"] = float(found.attention[number, layer, head].mean())
-        for kind, correlation in correlations[layer, head].items():
-            row |= {f"r_{kind}": correlation.pearson.r, f"p_{kind}": correlation.pearson.p}
-        row["role"] = px.methods.role(row, whole)
-        rows.append(row)
-    return sorted(rows, key=lambda row: -abs(row["attribution"]))
-
-
 def role_facts(heads: Rows, whole: float | None) -> dict[str, Any]:
     """How much heads copy, and which heads have which role, for the summary."""
     return {
         "mean_copy_score": float(by_head(heads, "copy").mean()),
         "mean_negative_copy_score": float(by_head(heads, "copy_negative").mean()),
+        "mean_copy_score_of_own_input": float(by_head(heads, "copy_own").mean()),
+        "mean_negative_copy_score_of_own_input": float(by_head(heads, "copy_own_negative").mean()),
         "roles": {role: [named(row) for row in heads if row["role"] == role] for role in px.methods.ROLES},
         "by_threshold": px.methods.count_roles(heads, whole),
     }
@@ -289,20 +271,27 @@ def summary(
         f"IO above S on {facts['clean_io_over_s']:.1%}"
     ]
     if facts["dropped"]:
-        lines.append(f"{len(facts['dropped'])} prompts left out, in which a name is not one token:")
+        lines.append(f"{len(facts['dropped'])} prompts left out, in which no token tells the names apart:")
         lines += [f"  prompt {entry['prompt']}: {entry['why']}" for entry in facts["dropped"][:REPORTED]]
         if len(facts["dropped"]) > REPORTED:
             lines.append(f"  ... and {len(facts['dropped']) - REPORTED} more in summary.json")
+    if several := facts["names_of_several_tokens"]:
+        lines.append(
+            f"{len(several)} prompts with a name of several tokens: the token that tells the names apart counts"
+        )
     if not facts["does_the_task"]:
         lines.append(
             "the logit difference is not above 0 (95% interval): the model does not do this task, so that no head moves its "
             "answer; attributions below say which heads favour which name."
         )
     lines += [
-        f"\nmean over heads: copy score {facts['mean_copy_score']:.3f}, negative {facts['mean_negative_copy_score']:.3f} "
-        f"(among the first {facts['top']})",
-        "\n        attribution to             path     copy score            attention   pooled                     p within\n"
-        "  head  logit diff  [95%]      IO  effect       +     -  control     io     s  r [95%]                   kinds  role",
+        f"\nmean over heads: copy score after block 0 {facts['mean_copy_score']:.3f}, negative "
+        f"{facts['mean_negative_copy_score']:.3f}; from a head's own input {facts['mean_copy_score_of_own_input']:.3f}, negative "
+        f"{facts['mean_negative_copy_score_of_own_input']:.3f} (the name among the first {facts['top']})",
+        "\n        attribution to             path   copy: block 0   own input           attention   pooled               "
+        "      p within\n"
+        "  head  logit diff  [95%]      IO  effect    +     -      +     -  control     io     s  r [95%]                   kinds"
+        "  role",
     ]
     rows = {(row["layer"], row["head"]): row for row in heads}
     for at in shown:
@@ -312,13 +301,13 @@ def summary(
         correlation = f"{r.r:.2f} [{r.low:.2f}, {r.high:.2f}]"
         lines.append(
             f"{named(row):>6} {row['attribution']:6.2f} {span:>14} {row['attribution_io']:6.2f} {path:>7} "
-            f"{row['copy']:8.2f}{row['copy_negative']:6.2f} {row['copy_control']:8.2f} {row['attention_io']:7.2f}"
+            f"{row['copy']:5.2f}{row['copy_negative']:6.2f} {row['copy_own']:6.2f}{row['copy_own_negative']:6.2f} "
+            f"{row['copy_own_control']:8.2f} {row['attention_io']:6.2f}"
             f"{row['attention_s']:6.2f}  {correlation:<21} {r.p_within_layers:>11.4f}  {row['role']}"
         )
-    lines.append("\nroles of all heads:" if facts["does_the_task"] else "")
-    for kind in px.methods.ROLES:
-        if facts["roles"][kind]:
-            lines.append(f"  {kind}: {', '.join(facts['roles'][kind])}")
+    if facts["does_the_task"]:
+        of_roles = [f"  {kind}: {', '.join(some)}" for kind, some in facts["roles"].items() if some]
+        lines += ["\nroles of all heads:", *(of_roles or ["  none"])]
     if facts["does_the_task"]:
         lines.append(
             "\ncopy score of   attribution of   heads that copy   of them name movers   raise both   heads that write against S"
@@ -331,11 +320,30 @@ def summary(
     lines.append(
         "\nwhere they look (mean attention)\n  head  from  " + "".join(f"{place:>9}" for place in facts["places"])
     )
-    for layer, head in shown:
-        for number, query in enumerate(QUERIES):
-            mean = found.looks[number, :, layer, head].mean(-1)
-            lines.append(f"{layer:>4}.{head} {query:>6} " + "".join(f"{value:9.2f}" for value in mean))
+    lines += [
+        f"{layer:>4}.{head} {query:>6} "
+        + "".join(f"{value:9.2f}" for value in found.looks[number, :, layer, head].mean(-1))
+        for layer, head in shown
+        for number, query in enumerate(QUERIES)
+    ]
     return "\n".join(lines)
+
+
+def evidence(facts: dict[str, Any], heads: Rows) -> px.runs.Evidence:
+    """The largest attribution of a name mover, or of any head if there is none, beside what the head copies of other names."""
+    movers = facts["roles"]["name mover"]
+    row = next((row for row in heads if named(row) in movers), heads[0])
+    which = "the only name mover" if len(movers) == 1 else f"the largest of {len(movers)} name movers"
+    effect = (
+        f"{named(row)}, {which}," if movers else f"no name mover; {named(row)}, the largest of all {len(heads)} heads,"
+    )
+    effect += " adds to the logit difference"
+    path = ""
+    if "path_effect" in row:
+        path = f"; path patching {row['path_effect']:.2f} [{row['path_effect_low']:.2f}, {row['path_effect_high']:.2f}]"
+    control = f"copies its own name {row['copy_own']:.2f}, another of the prompt {row['copy_own_control']:.2f}{path}"
+    adds = px.Interval(*(row[f"attribution{end}"] for end in ("", "_low", "_high")))
+    return px.runs.Evidence(f"{facts['n']} prompts", effect, adds, control, "a larger --limit or --dataset")
 
 
 if __name__ == "__main__":

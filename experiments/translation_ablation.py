@@ -9,29 +9,31 @@ each other's swap if their translations agree up to there and then go on with di
 which. What is read is the paired logit difference, half the sum of logit(own word) - logit(the other's) over the two prompts of
 a swap, in which a prior for one of the words cancels out, and the accuracy: whether the right word is the most likely of all. By
 default the words are those after the first, which is an article in the shipped sentences; further on hardly two translations
-agree. The heads are those of `--heads`; by default all that translation_heads.py finds in the same sentences.
+agree. Of real text hardly two agree at all (fewer than four swaps): there every sentence is asked for its own word, and what is
+read is the logit of the right word above that of its strongest rival, the other token that the untouched model finds most likely
+(`--contrast` chooses). The heads are those of `--heads`; by default all that translation_heads.py finds in the same sentences, or
+the five highest if none is above a threshold that nobody has published for the model.
 
 The heads are ablated together (`--kinds`: zero, mean, resample; at `--positions`), and so are up to `--n_random` random sets of
 as many other heads, of the same layers and of any layer: heads of any layer differ in depth too, and heads of the same layers may
 do the same. (Where the same layers have too few others, some come from the nearest ones, as the output says.) The same on another
 task (`--other`) tells what is of translation alone. p is the share of sets, the found one counted with the random ones, that
-lower the metric as much; drops of the paired logit difference have percentile bootstrap 95% intervals over swaps.
+lower the metric as much; drops of the logit difference have percentile bootstrap 95% intervals over swaps or prompts.
 
-Written to the folder OUT: sets.csv, one row a kind and set, the found set first; sets_KIND.npy, the paired logit difference
-[set swap]; figures/sets.png; config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the
-rest is. A run that was interrupted goes on where it stopped when the same command is given again.
+Written to the folder OUT: sets.csv, one row a kind and set, the found set first; sets_KIND.npy, the logit difference [set swap],
+or [set prompt] without swaps; figures/sets.png; config.yaml (running it again gives the same); and last summary.json, what was
+run: where it is, the rest is. A run that was interrupted goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from annotated_types import Ge
 
 import pyvene_ext as px
 
@@ -53,8 +55,8 @@ class Config(px.flags.TranslationHeads, px.flags.Memory):
     """of ablation"""
     positions: Literal["last", "all"] = "last"
     """where: at the last token, or at all (resample: only prompts of equal length can)"""
-    n_random: Annotated[int, Ge(20)] = 20
-    """random sets of heads, of the same layers and of any"""
+    n_random: px.flags.Count = 20
+    """random sets of heads, of the same layers and of any; p cannot be lower than 1 / (1 + N)"""
     other: str = "ioi_en"
     """the other task: a prompt set, or none"""
 
@@ -70,8 +72,9 @@ def main(config: Config) -> None:
         kind: [px.specs.heads_together(heads, kind, positions=config.positions, seed=config.seed) for _, heads in sets]
         for kind in config.kinds
     }
-    for prompts in tasks.values():
-        px.resolve([spec for of_kind in specs.values() for spec in of_kind], setting.model, prompts)
+    work = f"{len(sets)} sets of heads ablated in {len(config.kinds)} ways on {sum(map(len, tasks.values()))} prompts"
+    if not run.announce(work, seconds(specs, setting, tasks, config), n=max(map(len, tasks.values()))):
+        return
 
     # Every set ablated in every way, on both tasks.
     measured = {kind: ablated(specs[kind], setting, tasks, run.unfinished / kind, config) for kind in config.kinds}
@@ -88,8 +91,8 @@ def main(config: Config) -> None:
         random_sets={name: control.strength for name, control in controls.items()},
     )
 
-    print(f"{setting.headline(setting.heads)}\n{summary(config, facts)}")
-    with run.writing(facts, replacing=("*.npy",)):
+    print(f"{setting.headline(setting.heads)}\n{summary(config, setting, facts, rows)}")
+    with run.writing(facts, [evidence(kind, setting, rows, facts) for kind in config.kinds], replacing=("*.npy",)):
         run.table("sets", rows)
         for kind, measures in measured.items():
             run.array(f"sets_{kind}", measures["logit_diff"][1])
@@ -104,11 +107,29 @@ def main(config: Config) -> None:
 def other_task(
     other: px.PromptSet | None, setting: px.translation.Setting, config: Config
 ) -> dict[str, px.TokenizedPrompts]:
-    """The first --limit prompts of the other task, under the prefix of its measures; nothing if there is none."""
+    """The first prompts of the other task, as many as --limit, under the prefix of its measures; nothing if there is none."""
     if other is None:
         return {}
     prompts = other.tokenize(setting.tokenizer, max_length=px.models.n_positions(setting.model.config))
-    return {"other_": prompts.take(range(min(config.limit, len(prompts))))}
+    return {"other_": prompts.take(range(min(config.limit or px.translation.PROMPTS, len(prompts))))}
+
+
+def seconds(
+    specs: Mapping[Any, Sequence[Spec]],
+    setting: px.translation.Setting,
+    tasks: dict[str, px.TokenizedPrompts],
+    config: Config,
+) -> float:
+    """How long the ablations take, each for both metrics; everything that a sweep would refuse is refused here."""
+    passes = 2 * sum(
+        px.plan_sweep(setting.model, of_kind, prompts, memory=config.memory_bytes).passes
+        * px.runs.seconds_a_pass(setting.model, prompts)
+        for of_kind in specs.values()
+        for prompts in tasks.values()
+    )
+    # Accuracy needs the logits of all tokens, and goes through them more than once.
+    rows = sum(len(of_kind) * len(prompts) for of_kind in specs.values() for prompts in tasks.values())
+    return passes + 2 * px.runs.seconds_of_logits(setting.model, rows)
 
 
 def heads_and_controls(setting: px.translation.Setting, config: Config) -> tuple[Sets, dict[str, RandomHeads]]:
@@ -140,7 +161,7 @@ def ablated(
                 progress=px.is_main_process(),
             )
             found[prefix + metric] = result.baseline, result.intervened
-    clean, intervened = map(px.methods.of_swaps, found["logit_diff"])
+    clean, intervened = map(setting.by_item, found["logit_diff"])
     return found | {"logit_diff": (clean, intervened)}
 
 
@@ -148,7 +169,7 @@ def ablated(
 
 
 def set_table(kind: str, sets: Sets, measures: Measures, seed: int) -> Rows:
-    """One row a set: how far the paired logit difference drops, and the means of all measures."""
+    """One row a set: how far the logit difference drops, and the means of all measures."""
     rows = []
     clean, intervened = measures["logit_diff"]
     for number, (name, heads) in enumerate(sets):
@@ -176,10 +197,13 @@ def set_facts(rows: Rows, measures: Measures) -> dict[str, dict[str, Any]]:
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def summary(config: Config, facts: dict[str, Any]) -> str:
+def summary(config: Config, setting: px.translation.Setting, facts: dict[str, Any], rows: Rows) -> str:
     """What the terminal shows: every kind and measure, untouched, with the found set ablated, and with random ones."""
     header = "".join(f"{name:>14} (lowest)      p" for name in CONTROLS)
-    lines = [f"\nsets                                  clean  found{header}"]
+    lines = [
+        f"\nlogit_diff of {config.pair} is the {setting.measure}; means over {setting.items}",
+        f"\nsets                                  clean  found{header}",
+    ]
     for kind, measures in facts["sets"].items():
         for measure, of in measures.items():
             task = config.other if measure.startswith("other_") else config.pair
@@ -187,7 +211,26 @@ def summary(config: Config, facts: dict[str, Any]) -> str:
             name = measure.removeprefix("other_")
             lines.append(f"{kind:<9} {task:<10} {name:<11} {of['clean']:10.2f} {of['found']:6.2f} {random}")
     lines += [f"control, {name}: {strength}" for name, strength in facts["random_sets"].items()]
+    lines += [
+        f"{row['kind']}: the found heads take {row['drop']:.2f} [{row['low']:.2f}, {row['high']:.2f}] off"
+        for row in rows
+        if row["set"] == "found"
+    ]
     return "\n".join(lines)
+
+
+def evidence(kind: str, setting: px.translation.Setting, rows: Rows, facts: dict[str, Any]) -> px.runs.Evidence:
+    """What one kind of ablation takes off the logit difference, beside the random sets."""
+    found = next(row for row in rows if (row["kind"], row["set"]) == (kind, "found"))
+    drop = px.Interval(found["drop"], found["low"], found["high"])
+    of = facts["sets"][kind]["logit_diff"]
+    control = "; ".join(
+        f"{name} {of['clean'] - of[name]['mean']:.2f} on average, p = {of[name]['p']:.2g} ({facts['random_sets'][name]})"
+        for name in CONTROLS
+    )
+    effect = f"{len(facts['heads'])} heads ablated together ({kind}) take off the {setting.measure}"
+    n = len(setting.asked.plus) // (2 if setting.asked.in_couples else 1)
+    return px.runs.Evidence(f"{n} {setting.items}", effect, drop, control, "a larger --limit with a larger --dataset")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
     python experiments/translation_lens.py --model Qwen/Qwen2.5-3B --heads 20.1 20.4 20.6 25.5 26.12 --words 0 1
 
 Method. A prompt ends before one of the `--words` of the translation: "EN: the cat sees the dog. FR: le chat" (they are made in
-pairs, of which the source alone tells which word comes next; see translation_ablation.py). The logit lens (nostalgebraist 2020)
-reads the residual stream at the last token after every block with the model's own final norm and unembedding: probability and
-rank of the right word, and of the word of the source that the heads together look at most. The heads are those of `--heads`; by
-default all that translation_heads.py finds in the same sentences.
+pairs, of which the source alone tells which word comes next, or stand alone; see translation_ablation.py). The logit lens
+(nostalgebraist 2020) reads the residual stream at the last token after every block with the model's own final norm and
+unembedding: probability and rank of the right word, and of the word of the source that the heads together look at most. The heads
+are those of `--heads`; by default all that translation_heads.py finds in the same sentences.
 
 Written to the folder OUT: lens.csv, one row a depth (0: the embedding), mean probabilities and median ranks; figures/lens.png;
 config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the rest is.
@@ -41,10 +41,14 @@ def main(config: Config) -> None:
     setting = px.translation.prepare(config, config.heads)
     model, plus = setting.model, setting.asked.plus
 
+    heads, seconds = setting.heads, 3 * px.runs.seconds_a_pass(model, plus)
+    if not run.announce(f"the lens in two languages on {len(plus)} prompts", seconds, n=len(plus) // len(config.words)):
+        return
+
     # The word of the source that the heads look at most, and the lens on it and on the right word.
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": True}
     targets = [own for own, _ in plus.answer_ids]
-    sources = px.methods.source_tokens(model, plus, setting.heads, source_spans(plus), **options)
+    sources = px.methods.source_tokens(model, plus, heads, source_spans(plus), **options)
     # Only the first token of each pair is read; the second must be another one, which the right word need not be.
     others = [next(i for i in ids if i != source) for ids, source in zip(plus.answer_ids, sources, strict=True)]
     lenses = {
@@ -64,7 +68,7 @@ def main(config: Config) -> None:
     )
 
     print(f"{setting.headline(setting.heads)}\n{summary(pairs, rows)}")
-    with run.writing(facts):
+    with run.writing(facts, [evidence(setting, lenses, rows, config.seed)]):
         run.table("lens", rows)
         curves = {name: np.array([row[f"{name}_probability"] for row in rows]) for name in lenses}
         run.figure("lens", px.figures.word_probabilities(curves, f"Logit lens: {run.of}"))
@@ -102,6 +106,19 @@ def summary(pairs: list[str], rows: Rows) -> str:
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def evidence(
+    setting: px.translation.Setting, lenses: dict[str, px.methods.Lens], rows: Rows, seed: int
+) -> px.runs.Evidence:
+    """Where the source's word is ahead of the right one by most, before the last depth."""
+    ahead = {row["depth"]: row["source_probability"] - row["target_probability"] for row in rows[:-1]}
+    depth = max(ahead, key=lambda at: ahead[at])
+    source, target = (lenses[name].probability[depth] for name in ("source", "target"))
+    difference = px.stats.paired_bootstrap(source, target, px.rng(seed, "bootstrap"), 2000)
+    effect = f"at depth {depth}, where most of {len(ahead)}, the source's word is more probable than the right one by"
+    last = f"at the last depth {rows[-1]['source_probability'] - rows[-1]['target_probability']:.2f}"
+    return px.runs.Evidence(f"{len(setting.asked.plus)} prompts", effect, difference, last, "a larger --limit")
 
 
 if __name__ == "__main__":

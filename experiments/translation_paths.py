@@ -5,11 +5,12 @@
     python experiments/translation_paths.py --model Qwen/Qwen2.5-3B --heads 20.1 20.4 20.6 25.5 26.12 --words 0 1
 
 Method (arXiv 2502.11806). A prompt X+ ends before one of the `--words` of the translation: "EN: the cat sees the dog. FR: le
-chat" (they are made in pairs, each the other's swap, of which the source alone tells which word comes next; see
-translation_ablation.py). A head's output at the last token is taken from X-, and what of it reaches the logits past all other
-heads changes the logit of the right word; relative change is the mean change by the mean size of that logit, with percentile
-bootstrap 95% intervals over prompts. X- (`--minus`) is the swap's prompt (source), or the own one with the source's label in
-place of the target's, so that nothing asks for a translation (label). A head is crucial if the change exceeds `--crucial` (1%).
+chat" (they are made in pairs, each the other's swap, of which the source alone tells which word comes next, or stand alone where
+there are hardly any swaps; see translation_ablation.py). A head's output at the last token is taken from X-, and what of it
+reaches the logits past all other heads changes the logit of the right word; relative change is the mean change by the mean size
+of that logit, with percentile bootstrap 95% intervals over prompts. X- (`--minus`) is the swap's prompt, or without swaps the own
+one with another sentence of similar length to translate (source), or the own one with the source's label in place of the
+target's, so that nothing asks for a translation (label). A head is crucial if the change exceeds `--crucial` (1%).
 
 Standard, and along the one direction in which X+ and X- differ (subspace; of label alone, as swaps, each the other's X-, differ
 in none). Beside them what gradients say of patching the head (AtP), which is not along paths. The crucial heads are compared with
@@ -69,6 +70,13 @@ def main(config: Config) -> None:
 
     # The heads by their attention, and every head patched along its path, in each variant.
     heads, scores = setting.heads, setting.scores
+    size = px.models.n_layers(setting.model.config) * px.models.n_heads(setting.model.config)
+    work = f"paths of {size} heads to the logits on {len(setting.asked.plus)} prompts, {len(config.minus)} kinds of X-"
+    # The paths run from the end alone; beside them two backward passes and some for what is patched in.
+    passes = (10 + size / 10) * len(config.minus)
+    seconds = passes * px.runs.seconds_a_pass(setting.model, setting.asked.plus)
+    if not run.announce(work, seconds, n=len(setting.asked.plus) // len(config.words)):
+        return
     changes, clean = path_changes(setting, config, run.unfinished)
     if not px.is_main_process():
         return
@@ -106,7 +114,8 @@ def main(config: Config) -> None:
     )
 
     print(f"{setting.headline(heads)}\n{summary(config, facts, rows, overlaps, with_attention)}")
-    with run.writing(facts, replacing=("*.npy", "figures/*")):
+    stands = [evidence(what, rows, with_attention[what], len(setting.asked.plus)) for what in config.minus]
+    with run.writing(facts, stands, replacing=("*.npy", "figures/*")):
         run.table("paths", rows)
         for name, of in relative.items():
             run.array(name, of.mean.reshape(shape))
@@ -229,6 +238,20 @@ def summary(
         percents = "  ".join(f"{row[name]:15.1%}" for name in overlaps)
         lines.append(f"{row['layer']:>4}.{row['head']:<2}  {percents}" + "  found" * row["found"])
     return "\n".join(lines)
+
+
+def evidence(what: str, rows: Rows, with_attention: px.stats.Correlation, n: int) -> px.runs.Evidence:
+    """The largest relative change by one X-, and whether heads that align translations are those whose paths matter."""
+    name = f"{what}_standard"
+    row = max(rows, key=lambda one: abs(one[name]))
+    change = px.Interval(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
+    effect = (
+        f"X- by {what}: {px.stats.head_label((row['layer'], row['head']))}, the largest of {len(rows)} heads, changes the right "
+        "word's logit by a share of"
+    )
+    r = with_attention.spearman
+    control = f"heads permuted within layers: attention score and loss, Spearman {r.r:.2f}, p {r.p_within_layers:.2g}"
+    return px.runs.Evidence(f"{n} prompts", effect, change, control, "a larger --limit with a larger --dataset")
 
 
 if __name__ == "__main__":

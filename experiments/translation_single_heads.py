@@ -5,10 +5,12 @@
     python experiments/translation_single_heads.py --words 1 2 --replacements mean zero
 
 Method. A prompt ends before one of the `--words` of the translation, by default the first (they are made in pairs, each the
-other's swap, of which the source alone tells which word comes next; see translation_ablation.py). One head at a time, its output
+other's swap, of which the source alone tells which word comes next, or stand alone where there are hardly any swaps; see
+translation_ablation.py). One head at a time, its output
 at every token is replaced by the mean, maximum or minimum, dimension by dimension, that it has over the source sentences alone,
 or by zero (`--replacements`). What is read is the drop of the paired logit difference, half the sum of logit(own word) -
-logit(the other's) over the two prompts of a swap, with percentile bootstrap 95% intervals over swaps.
+logit(the other's) over the two prompts of a swap, with percentile bootstrap 95% intervals over swaps; of prompts that stand alone
+the logit of the right word above its strongest rival's.
 
 Limitation. Heads that make up for one another hide each other here, and a maximum or minimum is a value that no head ever has:
 translation_ablation.py ablates heads together, against random sets.
@@ -58,6 +60,14 @@ def main(config: Config) -> None:
     model = setting.model
     sources = px.prompts.tokenize_texts(setting.tokenizer, [pair.source for pair in setting.sentences.kept])
 
+    size = px.models.n_layers(model.config) * px.models.n_heads(model.config)
+    one = list(px.all_heads(model.config, "zero"))
+    passes = px.plan_sweep(model, one, setting.asked.plus, memory=config.memory_bytes).passes * len(config.replacements)
+    seconds = passes * px.runs.seconds_a_pass(model, setting.asked.plus) + px.runs.seconds_a_pass(model, sources)
+    work = f"{size} heads replaced in {len(config.replacements)} ways on {len(setting.asked.plus)} prompts"
+    if not run.announce(work, seconds, n=len(setting.asked.plus) // len(config.words)):
+        return
+
     # Every head by itself, replaced in every way.
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": px.is_main_process()}
     replaced: dict[str, Float[np.ndarray, "head swap"]] = {}
@@ -71,7 +81,7 @@ def main(config: Config) -> None:
             store=run.unfinished / kind,
             progress=px.is_main_process(),
         )
-        clean, replaced[kind] = px.methods.of_swaps(result.baseline), px.methods.of_swaps(result.intervened)
+        clean, replaced[kind] = setting.by_item(result.baseline), setting.by_item(result.intervened)
     if not px.is_main_process():
         return
 
@@ -80,13 +90,14 @@ def main(config: Config) -> None:
     rows = [row for kind in replaced for row in head_table(kind, clean, replaced[kind], shape, config.seed)]
     facts = px.metadata(model, **setting.facts, each_clean=float(clean.mean()), n_sources=len(sources))
 
-    print(f"{setting.headline()}\n{summary(config, facts, rows)}")
-    with run.writing(facts, replacing=("*.npy", "figures/*")):
+    print(f"{setting.headline()}\n{summary(config, setting, facts, rows)}")
+    stands = [evidence(kind, setting, rows) for kind in config.replacements]
+    with run.writing(facts, stands, replacing=("*.npy", "figures/*")):
         run.table("each", rows)
         for name, values in replaced.items():
             drops = (clean - values).mean(1).reshape(shape)
             run.array(f"each_{name}", drops)
-            run.figure(f"each_{name}", drawn(name, drops, run.of, config))
+            run.figure(f"each_{name}", drawn(name, drops, run.of, config, setting.measure))
 
 
 def head_table(
@@ -96,7 +107,7 @@ def head_table(
     shape: tuple[int, int],
     seed: int,
 ) -> Rows:
-    """One row a head: the drop of the paired logit difference."""
+    """One row a head: the drop of the logit difference."""
     rows = []
     for (layer, head), values in zip(np.ndindex(*shape), replaced, strict=True):
         drop = px.stats.paired_bootstrap(clean, values, px.rng(seed, "drop"), RESAMPLES)
@@ -105,19 +116,33 @@ def head_table(
     return rows
 
 
-def drawn(kind: str, drops: Float[np.ndarray, "layer head"], of: str, config: Config) -> Figure:
+def drawn(kind: str, drops: Float[np.ndarray, "layer head"], of: str, config: Config, measure: str) -> Figure:
     """The drops as a map of heads."""
     title = f"One head replaced ({kind}): {of}, words {', '.join(map(str, config.words))}"
-    return px.figures.head_heatmap(drops, title, "drop of the paired logit difference", diverging=True)
+    return px.figures.head_heatmap(drops, title, f"drop of the {measure}", diverging=True)
 
 
-def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
+def summary(config: Config, setting: px.translation.Setting, facts: dict[str, Any], rows: Rows) -> str:
     """What the terminal shows: of every replacement the largest drops."""
-    lines = [f"\neach: one head at a time; paired logit difference {facts['each_clean']:.2f}; largest drops"]
+    lines = [f"\neach: one head at a time; {setting.measure} {facts['each_clean']:.2f}; largest drops"]
     for kind in config.replacements:
         largest = sorted((row for row in rows if row["replacement"] == kind), key=lambda row: -row["drop"])[:SHOWN]
         lines.append(f"{kind:<8} " + ", ".join(f"{row['layer']}.{row['head']} {row['drop']:.2f}" for row in largest))
     return "\n".join(lines)
+
+
+def evidence(kind: str, setting: px.translation.Setting, rows: Rows) -> px.runs.Evidence:
+    """The largest drop of one replacement, beside those of all other heads."""
+    ranked = sorted((row for row in rows if row["replacement"] == kind), key=lambda row: -row["drop"])
+    largest = ranked[0]
+    effect = f"{kind}: {largest['layer']}.{largest['head']}, the largest of {len(ranked)} heads, takes off the {setting.measure}"
+    others = np.array([row["drop"] for row in ranked[1:]])
+    control = (
+        f"the other heads, {np.median(others):.2f} in the median, {others.max():.2f} at most" if others.size else "none"
+    )
+    n = len(setting.asked.plus) // (2 if setting.asked.in_couples else 1)
+    drop = px.Interval(largest["drop"], largest["low"], largest["high"])
+    return px.runs.Evidence(f"{n} {setting.items}", effect, drop, control, "a larger --limit with a larger --dataset")
 
 
 if __name__ == "__main__":

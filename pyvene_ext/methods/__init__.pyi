@@ -22,6 +22,7 @@ from .heads.copying import copy_ranks as copy_ranks
 from .heads.copying import copy_scores as copy_scores
 from .heads.flow import Flow as Flow
 from .heads.flow import FlowEdge as FlowEdge
+from .heads.flow import Widths as Widths
 from .heads.flow import check_tau as check_tau
 from .heads.flow import flow_routes as flow_routes
 from .heads.lag import FEWEST as FEWEST
@@ -60,6 +61,7 @@ from .heads.name_roles import NameMeasures as NameMeasures
 from .heads.name_roles import count_roles as count_roles
 from .heads.name_roles import name_correlations as name_correlations
 from .heads.name_roles import name_measures as name_measures
+from .heads.name_roles import name_table as name_table
 from .heads.name_roles import pooled_correlation as pooled_correlation
 from .heads.name_roles import role as role
 from .heads.patterns import check_patterns as check_patterns
@@ -90,6 +92,7 @@ from .patching.patch import all_patches as all_patches
 from .patching.patch import all_paths as all_paths
 from .patching.patch import corresponding as corresponding
 from .patching.patch import patch as patch
+from .patching.patch import patch_passes as patch_passes
 from .reasoning.answers import find_answer as find_answer
 from .reasoning.block_scores import SCORES as SCORES
 from .reasoning.block_scores import BlockScores as BlockScores

@@ -180,16 +180,17 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 
 def filter_pairs(
-    pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenizerBase, token_difference: int = TOKEN_DIFFERENCE
 ) -> tuple[list[SentencePair], Counter[str]]:
     r"""Filter pairs as the translation-heads study does.
 
     A pair is kept if both sides have text, the source has 3 to 50 words, neither side has a digit, one of `% - _ \ / * &`, U+3000
-    or a musical symbol, and the two sides differ by at most 5 tokens.
+    or a musical symbol, and the two sides differ by at most `token_difference` tokens.
 
     Args:
         pairs: sentence pairs.
         tokenizer: counts the tokens.
+        token_difference: the most tokens by which the sides may differ; 5 as published.
 
     Returns:
         The pairs kept, and the number dropped by reason (the first that applies).
@@ -205,8 +206,8 @@ def filter_pairs(
             dropped["digits"] += 1
         elif UNWANTED.search(both):
             dropped["unwanted characters"] += 1
-        elif abs(_n_tokens(tokenizer, pair.source) - _n_tokens(tokenizer, pair.target)) > TOKEN_DIFFERENCE:
-            dropped[f"lengths differ by more than {TOKEN_DIFFERENCE} tokens"] += 1
+        elif abs(_n_tokens(tokenizer, pair.source) - _n_tokens(tokenizer, pair.target)) > token_difference:
+            dropped[f"lengths differ by more than {token_difference} tokens"] += 1
         else:
             kept.append(pair)
     return kept, dropped
@@ -228,6 +229,13 @@ def swap_neighbours(pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenize
     Raises:
         ValueError: fewer than two pairs.
     """
+    partner = _partners(pairs, tokenizer)
+    swapped = [SentencePair(pair.source, pairs[partner[i]].target) for i, pair in enumerate(pairs)]
+    return [new for new, pair in zip(swapped, pairs, strict=True) if new.target != pair.target]
+
+
+def _partners(pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """The pair whose target each pair gets, of similar length."""
     if len(pairs) < 2:
         raise ValueError(f"a control swaps targets between pairs, which takes two pairs or more, not {len(pairs)}.")
     order = sorted(range(len(pairs)), key=lambda i: _n_tokens(tokenizer, pairs[i].target))
@@ -236,8 +244,7 @@ def swap_neighbours(pairs: Sequence[SentencePair], tokenizer: PreTrainedTokenize
     for start in starts:
         group = order[start : start + 2] if start != starts[-1] else order[start:]  # the last has two or three
         partner |= zip(group, group[1:] + group[:1], strict=True)
-    swapped = [SentencePair(pair.source, pairs[partner[i]].target) for i, pair in enumerate(pairs)]
-    return [new for new, pair in zip(swapped, pairs, strict=True) if new.target != pair.target]
+    return partner
 
 
 def _n_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -355,21 +362,24 @@ def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> 
 
 @dataclass(frozen=True)
 class WordPrompts:
-    """Prompts that end just before one word of the translation, in couples: rows 2i and 2i + 1 are each other's swap.
+    """Prompts that end just before one word of the translation, in couples (rows 2i and 2i + 1 are each other's swap) or alone.
 
     Attributes:
-        plus: the prompts (X+); the answers of each are the first tokens of its own next word and of its swap's; its positions
-            "source_first" and "source" are the first and last token of the sentence to translate.
-        minus: the counterfactual prompts (X-), with the same answers: under "source" the swap's prompt, under "label" the prompt
-            itself with the source's label in place of the target's, so that nothing asks for a translation.
+        plus: the prompts (X+); the answers of each are the first tokens of its own next word and of its swap's (alone: only of
+            its own); its positions "source_first" and "source" are the first and last token of the sentence to translate.
+        minus: the counterfactual prompts (X-), with the same answers: under "source" the swap's prompt (alone: the prompt with
+            another sentence to translate, of similar length), under "label" the prompt itself with the source's label in place
+            of the target's, so that nothing asks for a translation.
         words: the next word of every prompt.
         dropped: the number of pairs without a prompt, by reason.
+        in_couples: whether prompts are in couples.
     """
 
     plus: TokenizedPrompts
     minus: dict[Minus, TokenizedPrompts]
     words: tuple[str, ...]
     dropped: Counter[str]
+    in_couples: bool = True
 
     def __add__(self, other: WordPrompts) -> WordPrompts:
         """Concatenate the prompts of two words."""
@@ -383,18 +393,35 @@ class WordPrompts:
             for mine, theirs in ((self.plus, other.plus), *((self.minus[of], other.minus[of]) for of in self.minus))
         )
         of_minus = dict(zip(self.minus, minus, strict=True))
-        return WordPrompts(plus, of_minus, self.words + other.words, self.dropped + other.dropped)
+        return WordPrompts(
+            plus, of_minus, self.words + other.words, self.dropped + other.dropped, self.in_couples and other.in_couples
+        )
+
+    def with_rivals(self, rivals: Sequence[int]) -> WordPrompts:
+        """Give every prompt a wrong answer.
+
+        Args:
+            rivals: its token, for every prompt.
+
+        Returns:
+            The same prompts, and counterfactuals, with the word's first token and its rival as answers.
+        """
+        own = [answers.right[0][0] for answers in self.plus.answers]
+        plus, *minus = (
+            prompts.with_answer_ids(zip(own, rivals, strict=True)) for prompts in (self.plus, *self.minus.values())
+        )
+        return replace(self, plus=plus, minus=dict(zip(self.minus, minus, strict=True)))
 
     def first(self, n: int) -> WordPrompts:
         """Keep the first couples.
 
         Args:
-            n: the most prompts to keep; rounded down to whole couples.
+            n: the most prompts to keep; of couples rounded down to whole ones.
 
         Returns:
             The first prompts.
         """
-        kept = range(min(len(self.words), n // 2 * 2))
+        kept = range(min(len(self.words), n // 2 * 2 if self.in_couples else n))
         minus = {what: prompts.take(kept) for what, prompts in self.minus.items()}
         return replace(self, plus=self.plus.take(kept), minus=minus, words=self.words[: len(kept)])
 
@@ -463,12 +490,81 @@ def word_prompts(
             f"no two of {len(pairs)} pairs can be swapped at word {word} ({why}); choose another word, or give more pairs."
             + last_error
         )
-    plus, source, label, words = zip(*rows, strict=True)
-    minus: dict[Minus, TokenizedPrompts] = {"source": collect(source, tokenizer), "label": collect(label, tokenizer)}
-    return WordPrompts(collect(plus, tokenizer), minus, words, dropped)
+    return _collected(rows, tokenizer, dropped, in_couples=True)
+
+
+def lone_word_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[SentencePair],
+    languages: Languages,
+    word: int,
+    *,
+    template: str = TEMPLATE,
+    max_length: int | None = None,
+) -> WordPrompts:
+    """Build prompts that ask for one word of the translation from every pair, where hardly two translations agree up to it.
+
+    Args:
+        tokenizer: a fast one.
+        pairs: sentence pairs.
+        languages: their codes.
+        word: the word asked for, counted from 0.
+        template: a text like `TEMPLATE`.
+        max_length: the most tokens that a prompt may have; longer ones are dropped.
+
+    Returns:
+        The prompts, each with the right answer alone, their counterfactuals, and the number of pairs dropped by reason. The other
+        sentence of "source" is that of the pair whose translation has a similar number of tokens (`swap_neighbours`).
+
+    Raises:
+        ValueError: no pair has such a word.
+    """
+    check_template(template)
+    dropped = Counter[str]()
+    source_of = {got: giver for giver, got in _partners(pairs, tokenizer).items()}
+    rows: list[_Row] = []
+    last_error = ""
+    for number, pair in enumerate(pairs):
+        spans = word_spans(pair.target)
+        if len(spans) <= word:
+            dropped[f"no word {word} in the translation"] += 1
+            continue
+        target = _Target(pair, *spans[word])
+        other = pairs[source_of[number]]
+        if other.source == pair.source or other.target[: target.end] == pair.target[: target.end]:
+            dropped["another sentence of similar length asks for the same word"] += 1
+            continue
+        shown = target._replace(pair=SentencePair(other.source, pair.target))
+        try:
+            plus, source, label = (
+                _tokenized(tokenizer, one, (target,), of, template, max_length)
+                for one, of in ((target, languages), (shown, languages), (target, (languages[0], languages[0])))
+            )
+        except ValueError as error:
+            dropped["cannot be tokenised"] += 1
+            last_error = f" {error}"
+            continue
+        if len({row.answers.right for row in (plus, source, label)}) > 1:
+            dropped["the word has different tokens in X+ and X-"] += 1
+            continue
+        rows.append((plus, source, label, target.word))
+    if not rows:
+        why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise ValueError(
+            f"no pair of {len(pairs)} can be asked for word {word} ({why}); choose another word." + last_error
+        )
+    return _collected(rows, tokenizer, dropped, in_couples=False)
 
 
 _Row = tuple[TokenizedPrompt, TokenizedPrompt, TokenizedPrompt, str]
+
+
+def _collected(
+    rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase, dropped: Counter[str], in_couples: bool
+) -> WordPrompts:
+    plus, source, label, words = zip(*rows, strict=True)
+    minus: dict[Minus, TokenizedPrompts] = {"source": collect(source, tokenizer), "label": collect(label, tokenizer)}
+    return WordPrompts(collect(plus, tokenizer), minus, words, dropped, in_couples)
 
 
 class _Target(NamedTuple):
@@ -503,26 +599,35 @@ def _couple(
     max_length: int | None,
 ) -> list[_Row]:
     """X+, both X- and the word, for each of the couple; ValueError if tokens do not tell the two words apart."""
-
-    def tokenized(shown: _Target, right: _Target, languages: Languages) -> TokenizedPrompt:
-        prompt, places = shown.texts(languages, template)[0], shown.places(languages, template)
-        other = next(one for one in couple if one is not right)
-        return tokenize_prompt(
-            tokenizer,
-            prompt,
-            AnswerTexts(*((one.texts(languages, template)[1],) for one in (right, other))),
-            places,
-            "first_difference",
-            max_length,
-            f"the prompt {prompt!r}",
-        )
-
     rows: list[_Row] = []
     for target, other in (couple, couple[::-1]):
-        plus = tokenized(target, target, languages)
-        source, label = tokenized(other, target, languages), tokenized(target, target, (languages[0], languages[0]))
+        plus, source, label = (
+            _tokenized(tokenizer, shown, (target, other), of, template, max_length)
+            for shown, of in ((target, languages), (other, languages), (target, (languages[0], languages[0])))
+        )
         if len({row.answers.first_ids(number) for number, row in enumerate((plus, source, label))}) > 1:
             raise ValueError(f"the word {target.word!r} has different tokens in X+ and X-.")
         source, label = (row._replace(answers=plus.answers) for row in (source, label))
         rows.append((plus, source, label, target.word))
     return rows
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase,
+    shown: _Target,
+    answers: tuple[_Target] | tuple[_Target, _Target],
+    languages: Languages,
+    template: str,
+    max_length: int | None,
+) -> TokenizedPrompt:
+    """The prompt of a pair, with the words of others as its right and, if there are two, its wrong answer."""
+    prompt, places = shown.texts(languages, template)[0], shown.places(languages, template)
+    return tokenize_prompt(
+        tokenizer,
+        prompt,
+        AnswerTexts(*((one.texts(languages, template)[1],) for one in answers)),
+        places,
+        "first_difference",
+        max_length,
+        f"the prompt {prompt!r}",
+    )

@@ -327,15 +327,18 @@ class Translation(Loading):
 
     model: ModelName = "tiny-gemma2"
     dataset: str | None = None
-    """a .tsv or .jsonl file, en_fr, or a name on the hub; by default opus-100, and en_fr with a shipped model"""
+    """a .tsv or .jsonl file, a shipped set (en_fr, sentences), or a name on the hub; by default en_fr with a shipped model,
+    sentences (64 of plain English and French) with a fetched one, else opus-100"""
     split: str | None = None
     """of a data set on the hub; by default train[:1000], and test for pairs without English"""
     template: str = "{source_label}: {source} {target_label}: {target}"
     """of a prompt"""
+    max_length_difference: Annotated[int, Ge(0)] = 5
+    """most tokens by which a sentence and its translation may differ in length; 5 as published"""
     criterion: Literal["difference", "translation"] | None = None
     """what must be above the threshold: translation - control, or translation itself, the default with a shipped model"""
     threshold: float | None = None
-    """by default the published one of the model, else 0.05 (of translation itself 0.13)"""
+    """by default the published one of the model; for others 0.05 (of translation itself 0.13), a convention of ours"""
     thresholds: tuple[str, ...] = ()
     """of single languages, as in ja=0.03"""
     known: Path | None = None
@@ -355,8 +358,11 @@ class TranslatedWords(Translation):
     """the languages, source first"""
     words: OneOrMore[Annotated[int, Ge(0)]] = (1, 2)
     """which words of the translation are asked for, the first being 0"""
-    limit: Annotated[int, Ge(4)] = 40
-    """at most so many prompts of each word, two a swap"""
+    contrast: Literal["swap", "rival"] | None = None
+    """the wrong word: that of a sentence whose translation agrees up to there (two prompts a swap), or the strongest rival of the
+    right one; by default swaps where there are four or more"""
+    limit: Annotated[int, Ge(4)] | None = None
+    """at most so many prompts of each word; by default 40"""
     seed: Seed = 0
 
 

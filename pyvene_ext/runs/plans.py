@@ -15,6 +15,7 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts, common_beginning
 
 LONGEST = 600.0  # seconds: a run that takes longer starts only if its size was given
 MEASURED = 8  # prompts of one timed pass
+PART = 4096  # of vocabulary and rows, whose logits are timed
 
 
 def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
@@ -84,6 +85,32 @@ def seconds_to_write(
         return reading + (new_tokens - 1) * min(seconds[1:]) / (copies * len(few))
 
     return broadcast_from_main(measured) * len(prompts)
+
+
+def seconds_of_logits(model: PreTrainedModel, rows: int) -> float:
+    """Time logits of the whole vocabulary, which are most of the work where single tokens are run.
+
+    Args:
+        model: the model of the study.
+        rows: how many vectors are unembedded.
+
+    Returns:
+        Seconds, measured on a part of the vocabulary.
+    """
+    weight: torch.Tensor = model.get_output_embeddings().weight
+    part = weight[:PART].detach()
+    few = min(rows, PART)
+
+    def measured() -> float:
+        x = part[:1].expand(few, -1).contiguous()
+        for _ in range(2):  # the first time is slow
+            start = time.perf_counter()
+            logits = x @ part.T
+            (logits >= logits[:, :1]).float().sum().item()  # waits for a GPU
+            seconds = time.perf_counter() - start
+        return seconds
+
+    return broadcast_from_main(measured) * (rows / max(1, few)) * (len(weight) / len(part))
 
 
 def duration(seconds: float) -> str:

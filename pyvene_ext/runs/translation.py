@@ -5,7 +5,8 @@
     setting.asked.plus                            # "EN: the cat sees the dog. FR: le chat", two prompts a swap
 
 Two sentences are each other's swap if their translations agree up to a word and then go on with different ones, so that the
-source alone tells which.
+source alone tells which. Real text has hardly any: there every sentence is asked for its own word, and the wrong answer is the
+strongest rival, the token other than the right one that the untouched model finds most likely.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.methods.heads.patterns import check_prompts
 from pyvene_ext.methods.heads.published import KNOWN, read_known
-from pyvene_ext.methods.heads.translation import found_heads, translation_scores
-from pyvene_ext.models.devices import is_main_process
+from pyvene_ext.methods.heads.translation import found_heads, of_swaps, translation_scores
+from pyvene_ext.models.devices import input_device, is_main_process
 from pyvene_ext.models.loading import TINY_MODELS
+from pyvene_ext.models.loading.fetch import PUBLISHED
+from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.sizes import heads_of, n_positions
 from pyvene_ext.prompts.parallel import (
     OPUS_100,
@@ -34,6 +39,7 @@ from pyvene_ext.prompts.parallel import (
     WordPrompts,
     filter_pairs,
     load_pairs,
+    lone_word_prompts,
     parse_languages,
     swap_neighbours,
     tokenize_pairs,
@@ -43,8 +49,12 @@ from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.flags import TranslatedWords, Translation
 from pyvene_ext.stats.controls import Head, head_label
+from pyvene_ext.stats.intervals import Interval, student_interval
 
 THRESHOLDS = {"difference": 0.05, "translation": 0.13}
+HIGHEST = 5  # heads that are studied if none is above a threshold that nobody has published for the model
+SWAPS = 4  # with fewer an interval over swaps says little
+PROMPTS = 40  # of each word, if --limit does not say
 
 
 # -- what the flags stand for ------------------------------------------------------------------------------------------
@@ -52,7 +62,8 @@ THRESHOLDS = {"difference": 0.05, "translation": 0.13}
 
 def dataset_of(flags: Translation) -> str:
     """The data set that is read."""
-    return flags.dataset or ("en_fr" if flags.model in TINY_MODELS else OPUS_100)
+    without = "en_fr" if flags.model in TINY_MODELS else "sentences" if flags.model in PUBLISHED else OPUS_100
+    return flags.dataset or without
 
 
 def criterion_of(flags: Translation) -> str:
@@ -64,6 +75,15 @@ def published(flags: Translation) -> dict[str, Any]:
     """Heads and thresholds that are known of the model, which goes by the end of its name; nothing if none are."""
     models = {name.lower(): known for name, known in read_known(flags.known or KNOWN).items()}
     return models.get(Path(flags.model).name.lower(), {})
+
+
+def source_of_threshold(flags: Translation) -> str:
+    """Where the thresholds of the heads come from, for the terminal."""
+    if flags.threshold is not None or flags.thresholds:
+        return "given"
+    if published(flags) and criterion_of(flags) == "difference":
+        return "published for this model"
+    return "a convention of ours, published for no model like this one"
 
 
 def threshold_of(languages: Languages, flags: Translation) -> float:
@@ -124,6 +144,16 @@ class Scores(NamedTuple):
         """Over the sentences that were not skipped: translation and control."""
         return np.nanmean(self.translation, 0), np.nanmean(self.control, 0)
 
+    @property
+    def difference(self) -> Interval:
+        """Translation - control by head, with Student's t 95% interval over sentences, paired if every sentence has a control."""
+        if len(self.translation) == len(self.control):
+            return student_interval(np.moveaxis(self.translation - self.control, 0, -1))
+        both = [student_interval(np.moveaxis(values, 0, -1)) for values in (self.translation, self.control)]
+        mean = both[0].mean - both[1].mean
+        half = np.hypot(*(of.high - of.mean for of in both))
+        return Interval(mean, mean - half, mean + half)
+
 
 def load_sentences(pair: str, flags: Translation) -> list[SentencePair]:
     """The sentences of a pair of languages, before any filter (`parallel.load_pairs` says what is refused)."""
@@ -154,7 +184,7 @@ def sentences_of(
     Raises:
         ValueError: what no model could be run on, or has no control.
     """
-    kept, dropped = filter_pairs(raw, tokenizer)
+    kept, dropped = filter_pairs(raw, tokenizer, flags.max_length_difference)
     kept = kept[:limit]
     if len(kept) < 2:
         why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "there are no more"
@@ -214,6 +244,7 @@ class Setting:
         asked: the prompts for the words, whole swaps of them.
         given: the heads that were named, if any.
         threshold: from which on heads are found by their attention.
+        right: whether the right word is the most likely of all in each prompt, untouched; None if prompts are in swaps.
     """
 
     flags: TranslatedWords
@@ -223,6 +254,7 @@ class Setting:
     asked: WordPrompts
     given: tuple[Head, ...]
     threshold: float
+    right: np.ndarray | None = None
 
     @cached_property
     def scores(self) -> Scores:
@@ -231,14 +263,39 @@ class Setting:
 
     @cached_property
     def heads(self) -> list[Head]:
-        """The heads given, else those found by their attention; ValueError if none is."""
+        """The heads given, else those found by their attention, else the highest; ValueError if none is above a --threshold."""
         found = list(self.given) or self.scores.found
+        if not found and self.flags.threshold is None and not self.flags.thresholds and not published(self.flags):
+            return found_heads(self.scores.by_head, -np.inf)[:HIGHEST]
         if not found:
             raise ValueError(
                 f"no head is above the threshold of {self.threshold:g}, so that there is none to study; lower --threshold, or "
                 "name --heads."
             )
         return found
+
+    @property
+    def contrast(self) -> str:
+        """What the wrong word is: that of a "swap", or the strongest "rival"."""
+        return "swap" if self.asked.in_couples else "rival"
+
+    @property
+    def items(self) -> str:
+        """What intervals are over."""
+        return "swaps" if self.asked.in_couples else "prompts"
+
+    @property
+    def measure(self) -> str:
+        """What is read of every item."""
+        return (
+            "paired logit difference"
+            if self.asked.in_couples
+            else "logit of the right word above its strongest rival's"
+        )
+
+    def by_item(self, values: Float[np.ndarray, "*set prompt"]) -> Float[np.ndarray, "*set item"]:
+        """Logit differences by swap, or by prompt where there are no swaps."""
+        return of_swaps(values) if self.asked.in_couples else values
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -248,6 +305,8 @@ class Setting:
             "dataset": dataset_of(self.flags),
             "pair": self.flags.pair,
             "n_prompts": len(self.asked.plus),
+            "contrast": self.contrast,
+            "clean_accuracy": None if self.right is None else float(self.right.mean()),
             "dropped": dict(self.asked.dropped),
             "hash": self.asked.plus.hash,
             "seed": self.flags.seed,
@@ -256,15 +315,26 @@ class Setting:
     def headline(self, heads: Sequence[Head] = ()) -> str:
         """What was run, for the terminal: the prompts, some of the words, and the heads if not all."""
         some = ", ".join(list(dict.fromkeys(self.asked.words))[:4])
-        return (
+        of_heads = f"heads {', '.join(map(head_label, heads)) or 'all, one at a time'}"
+        if heads and not self.given and not self.scores.found:
+            of_heads += f" (none is above {self.threshold:g}; these are the highest)"
+        lines = [
             f"{self.flags.model}, {self.flags.pair}: {len(self.asked.plus)} prompts for words "
-            f"{', '.join(map(str, self.flags.words))} (such as {some}), "
-            f"heads {', '.join(map(head_label, heads)) or 'all, one at a time'}"
-        )
+            f"{', '.join(map(str, self.flags.words))} (such as {some}), {of_heads}"
+        ]
+        if self.right is not None:
+            if self.flags.contrast is None:
+                lines.append(
+                    "hardly two translations agree up to these words, so that every sentence is asked for its own"
+                )
+            lines.append(
+                f"untouched, the right word is the most likely of all after {self.right.mean():.0%} of the prompts"
+            )
+        return "\n".join(lines)
 
 
 def prepare(flags: TranslatedWords, heads: Sequence[str] = ()) -> Setting:
-    """Load model and sentences and make the prompts for --words; no forward pass yet.
+    """Load model and sentences and make the prompts for --words; the only pass is the one that finds the strongest rivals.
 
     Args:
         flags: of the study.
@@ -274,7 +344,7 @@ def prepare(flags: TranslatedWords, heads: Sequence[str] = ()) -> Setting:
         The model, its sentences and the prompts of each word.
 
     Raises:
-        ValueError: flags, sentences or a model that could not be run; fewer than two swaps of sentences.
+        ValueError: flags, sentences or a model that could not be run; fewer than two swaps of sentences, or four prompts.
     """
     languages = parse_languages(flags.pair)
     threshold = threshold_of(languages, flags)
@@ -283,11 +353,54 @@ def prepare(flags: TranslatedWords, heads: Sequence[str] = ()) -> Setting:
     given = heads_of(heads, flags.model, model)
     sentences = sentences_of(flags.pair, raw, model, tokenizer, flags)
     options: dict[str, Any] = {"template": flags.template, "max_length": n_positions(model.config)}
-    of_words = (word_prompts(tokenizer, sentences.kept, languages, word, **options) for word in flags.words)
-    asked = reduce(add, (of_word.first(flags.limit) for of_word in of_words))
+    asked = _asked(tokenizer, sentences.kept, languages, flags, options)
+    right = None
+    if not asked.in_couples:
+        asked, right = _against_rivals(model, asked, flags.batch_size)
+    return Setting(flags, model, tokenizer, sentences, asked, given, threshold, right)
+
+
+def _asked(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[SentencePair],
+    languages: Languages,
+    flags: TranslatedWords,
+    options: dict[str, Any],
+) -> WordPrompts:
+    """The prompts of all words, in swaps or alone."""
+    limit = flags.limit or PROMPTS
+    if flags.contrast != "rival":
+        try:
+            swaps = [word_prompts(tokenizer, pairs, languages, word, **options) for word in flags.words]
+        except ValueError:
+            if flags.contrast == "swap":
+                raise
+            swaps = []
+        if swaps and (flags.contrast == "swap" or sum(len(of_word.words) for of_word in swaps) >= 2 * SWAPS):
+            asked = reduce(add, (of_word.first(limit) for of_word in swaps))
+            if len(asked.words) < 4:
+                raise ValueError(
+                    "only one swap of sentences is left at these words, and an interval needs two; choose other --words, or give "
+                    "more sentences."
+                )
+            return asked
+    alone = [lone_word_prompts(tokenizer, pairs, languages, word, **options) for word in flags.words]
+    asked = reduce(add, (of_word.first(limit) for of_word in alone))
     if len(asked.words) < 4:
         raise ValueError(
-            "only one swap of sentences is left at these words, and an interval needs two; choose other --words, or give more "
-            "sentences."
+            f"{len(asked.words)} sentences are left at these words, and an interval needs four; choose other --words, or give "
+            "more sentences."
         )
-    return Setting(flags, model, tokenizer, sentences, asked, given, threshold)
+    return asked
+
+
+def _against_rivals(model: PreTrainedModel, asked: WordPrompts, batch_size: int) -> tuple[WordPrompts, np.ndarray]:
+    """The prompts with the strongest rival as their wrong answer, and whether the right word is the most likely of all."""
+    rivals, right = np.zeros(len(asked.plus), int), np.zeros(len(asked.plus), bool)
+    own = np.array([answers.right[0][0] for answers in asked.plus.answers])
+    with evaluating(model), torch.no_grad():
+        for batch in asked.plus.batches(batch_size):
+            first, second = answer_logits(model, batch.to(input_device(model))).topk(2).indices.cpu().numpy().T
+            is_first = first == own[batch.index]
+            rivals[batch.index], right[batch.index] = np.where(is_first, second, first), is_first
+    return asked.with_rivals(rivals.tolist()), right

@@ -15,7 +15,8 @@ import translation_ablation as study
 import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.loading import TINY_MODELS, load_model
-from pyvene_ext.prompts.parallel import load_pairs, word_prompts
+from pyvene_ext.prompts.parallel import load_pairs, lone_word_prompts, word_prompts
+from tests.pyvene_ext.tokenizers_for_tests import word_tokenizer
 from tests.saved_models import save_random_model
 
 
@@ -105,6 +106,88 @@ def test_sets_equal_plain_hooks(folder: Path) -> None:
     np.testing.assert_allclose(found[0], wanted, atol=1e-4)
 
 
+def test_without_swaps_the_right_word_is_held_against_its_strongest_rival(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By plain hooks: the rival, the logit difference, and what the heads take off it."""
+    model = save_random_model("qwen2_5", folder / "model")
+    flags = (
+        "--model",
+        "model",
+        "--dataset",
+        "few.tsv",
+        "--words",
+        1,
+        "--contrast",
+        "rival",
+        "--limit",
+        5,
+        "--n_random",
+        3,
+    )
+    assert command(*flags, "--out", "run", "--heads", "1.2", "--kinds", "zero", "--other", "none") == 0
+    facts = facts_in(folder / "run")
+    assert facts["contrast"] == "rival" and facts["n_prompts"] == 5 and facts["clean_accuracy"] == 0
+    tokenizer = load_model(str(folder / "model"))[1]
+    asked = lone_word_prompts(tokenizer, load_pairs("few.tsv", ("en", "fr")), ("en", "fr"), 1).first(5)
+    width, wanted, clean = model.config.head_dim, [], []
+
+    def zero(_: Any, args: tuple) -> tuple:
+        x = args[0].clone()
+        x[:, -1, 2 * width : 3 * width] = 0
+        return (x,)
+
+    for ids, answers in zip(asked.plus.input_ids, asked.plus.answers, strict=True):
+        own = answers.right[0][0]
+        with torch.no_grad():
+            before = model(torch.tensor([ids])).logits[0, -1]
+            handle = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(zero)
+            after = model(torch.tensor([ids])).logits[0, -1]
+            handle.remove()
+        rival = next(int(token) for token in before.argsort(descending=True) if token != own)
+        clean.append(float(before[own] - before[rival]))
+        wanted.append(float(after[own] - after[rival]))
+    np.testing.assert_allclose(np.load(folder / "run/sets_zero.npy")[0], wanted, atol=1e-4)
+    found = table(folder / "run/sets.csv")[0]
+    assert float(found["drop"]) == pytest.approx(np.mean(clean) - np.mean(wanted), abs=1e-4)
+    assert float(found["logit_diff_clean"]) == pytest.approx(np.mean(clean), abs=1e-4)
+    shown = capsys.readouterr().out
+    assert "3 random sets of the same layers; least p 0.25" in shown and "above its strongest rival's" in shown
+    assert "evidence: 5 prompts; 1 heads ablated together (zero) take off" in shown
+
+
+def test_real_text_without_swaps_is_asked_word_by_word(folder: Path) -> None:
+    lines = [f"{one} thing is here\t{one} chose est ici" for one in ("la", "le", "un", "une", "ma")]
+    (folder / "lone.tsv").write_text("\n".join(["en\tfr", *lines]) + "\n", encoding="utf-8")
+    words = sorted({word for line in lines for word in line.split()} | {"EN:", "FR:"})
+    tokenizer = word_tokenizer([" ".join(words), "EN : FR :"])
+    flags = study.Config(dataset="lone.tsv", words=(1, 2), n_random=2)
+    asked = px.translation._asked(tokenizer, load_pairs("lone.tsv", ("en", "fr")), ("en", "fr"), flags, {})
+    assert not asked.in_couples and len(asked.words) == 10
+
+
+def test_the_highest_heads_are_studied_where_no_threshold_is_published(folder: Path) -> None:
+    save_random_model("qwen2_5", folder / "model")
+    flags = (
+        "--model",
+        "model",
+        "--dataset",
+        "few.tsv",
+        "--words",
+        1,
+        "--limit",
+        4,
+        "--kinds",
+        "zero",
+        "--other",
+        "none",
+    )
+    assert command(*flags, "--n_random", 2, "--out", "run") == 0
+    assert len(facts_in(folder / "run")["heads"]) == px.translation.HIGHEST
+    assert command(*flags, "--n_random", 2, "--out", "again", "--threshold", 0.9) == 2
+    assert command(*flags, "--out", "dry", "--dry_run") == 0 and not (folder / "dry").exists()
+
+
 def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_random_model("llama3_1", folder / "model")
     flags = ("--model", "model", "--dataset", "few.tsv", "--limit", 4, "--words", 1, "--heads", "0.1")
@@ -137,10 +220,12 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(folder: Path, monkeypatch
     [
         (("--pair", "fr"), "'fr' is not a pair of languages"),
         (("--limit", 3), "--limit must be 4 or more"),
-        (("--n_random", 19), "--n_random must be 20 or more"),
+        (("--n_random", 0), "--n_random must be 1 or more"),
+        (("--contrast", "rivals"), "--contrast"),
+        (("--contrast", "swap", "--words", 30), "no two of 30 pairs can be swapped at word 30"),
         (("--words", 1, -1), "--words must be 0 or more, not -1."),
         (("--words", 1, 1), "--words names one or more, each once, not 1 1"),
-        (("--words", 1, 30), "no two of 30 pairs can be swapped at word 30"),
+        (("--words", 1, 30), "no pair of 30 can be asked for word 30 (no word 30 in the translation: 30)"),
         (("--kinds", "zero", "zero"), "--kinds names one or more, each once"),
         (("--heads", "4.8"), "--heads 4.8: tiny-gemma2 has layers 0 to 5, each with heads 0 to 7."),
         (("--heads", "x"), "--heads names heads as layer.head, such as 2.5, not 'x'."),

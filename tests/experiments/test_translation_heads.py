@@ -12,6 +12,7 @@ import pytest
 import torch
 import translation_heads as study
 import yaml
+from scipy import stats
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.heads.published import KNOWN
@@ -80,6 +81,10 @@ def test_the_study_equals_a_recomputation_from_the_text(folder: Path, capsys: py
         for row in of_pair:
             at = int(row["layer"]), int(row["head"])
             assert float(row["difference"]) == pytest.approx(difference[at], abs=1e-6)
+            each = (wanted - np.array(control))[:, *at]
+            half = stats.t.ppf(0.975, N - 1) * each.std(ddof=1) / N**0.5
+            assert float(row["difference_high"]) == pytest.approx(difference[at] + half, abs=1e-5)
+            assert float(row["difference_low"]) == pytest.approx(difference[at] - half, abs=1e-5)
             assert (row["found"] == "True") == (difference[at] > 0)
         values = [float(row["difference"]) for row in of_pair]
         assert values == sorted(values, reverse=True)
@@ -96,7 +101,9 @@ def test_the_study_equals_a_recomputation_from_the_text(folder: Path, capsys: py
     (overlap,) = table(folder / "run/overlaps.csv")
     a, b = map(set, found.values())
     assert float(overlap["jaccard"]) == pytest.approx(len(a & b) / len(a | b))
-    assert "en-fr: 7 sentences (dropped: not 3 to 50 words: 1)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "en-fr: 7 sentences (dropped: not 3 to 50 words: 1)" in shown and "heads above 0 (given)" in shown
+    assert shown.count("evidence: 7 sentences; ") == 2
 
     before = {path.name: path.read_bytes() for path in folder.glob("run/*") if path.suffix in (".npy", ".csv")}
     assert command("--config", "run/config.yaml", "--out", "again") == 0

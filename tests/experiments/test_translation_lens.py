@@ -70,7 +70,7 @@ def test_the_last_depth_is_what_the_model_says(folder: Path) -> None:
     [
         (("--heads", "x"), "--heads names heads as layer.head, such as 2.5, not 'x'."),
         (("--threshold", 0.9), "no head is above the threshold of 0.9"),
-        (("--words", 1, 30), "no two of 30 pairs can be swapped at word 30"),
+        (("--words", 1, 30), "no pair of 30 can be asked for word 30"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(

@@ -7,6 +7,10 @@ Wang et al. 2022, section 3.1: the residual stream after block 0 at the name goe
 W_O, then through the final norm and the unembedding; the name should be among the top five tokens. The negative copy score is
 that of -W_O. Attention to the name is set to 1: a high score says that the head would copy what it attended to, not that it
 attends there, nor that it matters.
+
+The stream after block 0 is not what a head deep in a model reads. Where later blocks turn what is at the name, a head that copies
+well from its own input seems to copy nothing from block 0, so that the score is also computed from the stream that enters the
+head's own layer ("own", ours).
 """
 
 from __future__ import annotations
@@ -22,17 +26,19 @@ from transformers import PreTrainedModel
 
 from modelcards import card_of, n_heads, n_layers
 from modelcards.attention_taps import output_weight
-from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.hooks import check_projections
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.replay import Past, Replay
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
-INPUTS = ("resid", "embed")
+INPUTS = ("resid", "embed", "own")
 SIGNS = ("positive", "negative")
 TOP = 5
-VOCABULARY_AT_ONCE = 4096  # tokens whose logits are computed at once
+VOCABULARY_AT_ONCE = ROWS_AT_ONCE = 4096  # tokens whose logits are computed at once, and for how many heads and places
+MOST = 100  # beyond this rank nobody asks how far: the rest of the vocabulary need not be looked at, which is most of the work
 
 
 def copy_ranks(
@@ -48,7 +54,7 @@ def copy_ranks(
 
     A head's value is that of its K/V head, computed in the model's dtype; the rest is in float32. A post-norm (Gemma 2) scales
     the head's output separately, the output projection's bias belongs to no head, and a soft-cap changes no rank. Tokens with
-    equal logits share the worse rank, so that a head that writes nothing copies nothing.
+    equal logits share the worse rank, so that a head that writes nothing copies nothing. Ranks beyond 100 are given as 101.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
@@ -60,7 +66,7 @@ def copy_ranks(
 
     Returns:
         Ranks, 1 being the top, by input (`INPUTS`: resid, the stream after block 0; embed, what enters block 0 plus what its MLP
-        adds to that without attention, W_E + MLP0) and sign (`SIGNS`).
+        adds to that without attention, W_E + MLP0; own, the stream that enters the head's layer) and sign (`SIGNS`).
 
     Raises:
         ValueError: `ids` do not fit, a place is missing, weights are not accessible, or a logit is not finite.
@@ -79,22 +85,26 @@ def copy_ranks(
             f"ids range from {ids.min()} to {ids.max()} but the vocabulary has {len(head.weight)} tokens; use the model's own "
             "tokenizer."
         )
-    sources = [("embed", None), ("resid_post", 0)]
+    layers = range(n_layers(model.config))
+    sources: list[Place] = [("embed", None), ("resid_post", 0), *(("resid_pre", layer) for layer in layers)]
     reference = Reference.compute(
         model, prompts, sources, bank=tuple(dict.fromkeys(places)), batch_size=batch_size, progress=progress
     )
-    embed, resid = (
+    embed, resid, *own = (
         torch.stack([reference.rows(source, prompt, tuple(places)) for prompt in range(len(prompts))], 1).flatten(0, 1)
         for source in sources
     )  # place by place, the prompts in order
     asked = torch.from_numpy(ids.reshape(len(ids), -1)).long()
-    shape = len(INPUTS), len(SIGNS), len(ids), n_layers(model.config), n_heads(model.config)
+    shape = len(INPUTS), len(SIGNS), len(ids), len(layers), n_heads(model.config)
     found = np.empty((*shape, asked.shape[1]), np.int64)
-    with evaluating(model), no_gradients(model):
+    bar = progress_bar(len(INPUTS) * len(layers), "layer", "copy scores", shown=progress)
+    with bar, evaluating(model), no_gradients(model):
         writes = _HeadWrites(model)
-        for which, x in enumerate((resid, writes.after_first_mlp(embed))):
-            for layer in range(n_layers(model.config)):
+        after_mlp = writes.after_first_mlp(embed)
+        for layer in layers:
+            for which, x in enumerate((resid, after_mlp, own[layer])):
                 found[which, :, :, layer] = writes.ranks(layer, x, asked).cpu().numpy()
+                bar.update()
     return found.reshape(*shape, *ids.shape[1:])
 
 
@@ -152,21 +162,30 @@ class _HeadWrites:
             raise ValueError(
                 f"a logit of a head of layer {layer} is not finite; check the weights, or use float32 or bfloat16."
             )
+        # From here on a row is a head at a place.
+        shape, flat = own.shape, normed.flatten(0, 1)
+        ids, without = (x[:, None].expand(shape).flatten(1) for x in (ids, without[:, 0]))
+        own = own.flatten(1)
         ranks = torch.ones(len(SIGNS), *own.shape, dtype=torch.long, device=self.device)
-        for start in range(0, len(self.head.weight), VOCABULARY_AT_ONCE):
-            chunk = slice(start, start + VOCABULARY_AT_ONCE)
-            weight = self.head.weight[chunk].float()
-            bias = 0.0 if self.head.bias is None else self.head.bias[chunk].float()
-            of_nothing = weight @ nothing[0] + bias
-            token = torch.arange(start, start + len(weight), device=self.device)
-            others = token != ids[..., None]  # asked row token
-            for head, x_of_head in enumerate(normed):
-                logits = x_of_head @ weight.T + bias
-                for asked, other in enumerate(others):
-                    mine, mirror = own[asked, head, :, None], 2 * without[asked, 0, :, None]
-                    ranks[0, asked, head] += ((logits >= mine) & other).sum(-1)
-                    ranks[1, asked, head] += ((2 * of_nothing - logits >= mirror - mine) & other).sum(-1)
-        return ranks
+        for rows in torch.arange(len(flat), device=self.device).split(ROWS_AT_ONCE):
+            for start in range(0, len(self.head.weight), VOCABULARY_AT_ONCE):
+                chunk = slice(start, start + VOCABULARY_AT_ONCE)
+                weight = self.head.weight[chunk].float()
+                bias = 0.0 if self.head.bias is None else self.head.bias[chunk].float()
+                logits = flat[rows] @ weight.T + bias
+                mirrored = 2 * (weight @ nothing[0] + bias) - logits
+                higher = torch.empty_like(logits)  # numbers add up faster than booleans
+                for asked, tokens in enumerate(ids[:, rows] - start):
+                    mine, mirror = own[asked, rows, None], 2 * without[asked, rows, None]
+                    inside = (tokens >= 0) & (tokens < len(weight))
+                    for minus, (values, least) in enumerate(((logits, mine), (mirrored, mirror - mine))):
+                        torch.ge(values, least, out=higher)
+                        higher[inside, tokens[inside]] = 0  # the token itself
+                        ranks[minus, asked, rows] += higher.sum(-1).long()
+                rows = rows[(ranks[..., rows] <= MOST).any(0).any(0)]
+                if not len(rows):
+                    break
+        return ranks.clamp(max=MOST + 1).unflatten(-1, shape[1:])
 
     def written(self, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "head row d_model"]:
         """What the heads add to the residual stream if they attend to `x` alone."""

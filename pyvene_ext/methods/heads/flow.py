@@ -180,6 +180,26 @@ class _Importances(NamedTuple):
     mlp_residual: Float32[np.ndarray, "layer target"]
 
 
+class Widths(NamedTuple):
+    """The widest route to a prompt's prediction through heads, edges and states: it is as wide as its least important edge.
+
+    What has a width above some tau is in the graph at this tau. Only what has a width above 0 is listed of edges and states.
+
+    Attributes:
+        heads: of the widest of a head's edges.
+        edges: of every edge, in no order.
+        states: of every state but the prediction itself, in no order.
+    """
+
+    heads: Float32[np.ndarray, "layer head"]
+    edges: Float32[np.ndarray, " edge"]
+    states: Float32[np.ndarray, " state"]
+
+    def above(self, tau: float) -> Widths:
+        """Keep edges and states above a threshold, and all heads."""
+        return Widths(self.heads, self.edges[self.edges > tau], self.states[self.states > tau])
+
+
 @dataclass(frozen=True, repr=False)
 class Flow(Shown):
     """Importances of every part of every node, one array per prompt, because prompts differ in length.
@@ -248,12 +268,35 @@ class Flow(Shown):
             ValueError: `tau` is not in [0, 1).
         """
         check_tau(tau)
-        active = np.zeros((len(self), *self.attention[0].shape[:2]), bool)
-        for prompt in range(len(self)):
-            kept = self._kept(prompt, tau)
-            for layer, _, mid in _reached(kept):
-                active[prompt, layer] = kept.attention[layer][:, mid].any((1, 2))
-        return active
+        return np.stack([self.widths(prompt).heads > tau for prompt in range(len(self))])
+
+    def widths(self, prompt: int) -> Widths:
+        """Find how wide the routes to the final state of a prompt's last token are: what `graph` has at every tau.
+
+        Args:
+            prompt: which one, 0 being the first.
+
+        Returns:
+            The widths of heads, edges and states.
+        """
+        attention, attn_residual, mlp, mlp_residual = (
+            by_prompt[prompt] for by_prompt in (self.attention, self.attn_residual, self.mlp, self.mlp_residual)
+        )
+        heads = np.zeros(attention.shape[:2], np.float32)
+        edges, states = [], []
+        post = np.zeros(attention.shape[-1], np.float32)
+        post[-1] = np.inf  # every route starts there
+        for layer in reversed(range(len(heads))):
+            to_mid = np.minimum(post, [mlp[layer], mlp_residual[layer]])  # part target
+            mid = to_mid.max(0)
+            of_heads = np.minimum(attention[layer], mid[:, None])  # head target source
+            heads[layer] = of_heads.max((1, 2))
+            residual = np.minimum(attn_residual[layer], mid)
+            post = np.maximum(of_heads.max((0, 1)), residual)
+            edges += [to_mid, of_heads, residual]
+            states += [mid, post]
+        flat = (np.concatenate([x.ravel() for x in found]) for found in (edges, states))
+        return Widths(heads, *(x[x > 0] for x in flat))
 
     def head_importance(self, targets: Literal["all", "last"] = "all") -> Float32[np.ndarray, "prompt layer head"]:
         """Sum the importances of each head at resid_mid over sources.

@@ -1,19 +1,22 @@
 """Name movers: names in prompts, how heads attend to them, and what heads write in their direction.
 
-    found = find_names(prompt_set, tokenizer)              # prompts whose names are single tokens; the others, and why
-    prompts = found.prompts.tokenize(tokenizer)
+    found = find_names(prompt_set, tokenizer)              # prompts whose names tokens tell apart; the others, and why
+    prompts = found.tokenize(tokenizer)
     attention = attention_to(model, prompts, found.tokens) # [query kind layer head prompt]
     projection = head_projections(model, prompts, found.ids)
 
 A name mover (Wang et al. 2022, section 3.1) is a head that attends from the end to a name and writes in the direction of that
 name's unembedding, in proportion to its attention.
+
+The paper's names are single tokens. Of names of several tokens (ours) the token counts that tells them apart: the tokens that IO
+and S begin with are appended to the prompt, so that the next one decides; attention to a name is summed over its tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +34,7 @@ from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.norms import FrozenNorm
 from pyvene_ext.models.replay import Replay
 from pyvene_ext.prompts.encoding import encode, tokens_in_span
+from pyvene_ext.prompts.prompt import Text
 from pyvene_ext.prompts.sets import Prompt, PromptSet
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 
@@ -44,13 +48,17 @@ Groups = Sequence[Sequence[Sequence[int]]]  # tokens, counted from the prompt's 
 
 @dataclass(frozen=True)
 class Names:
-    """The names of those prompts whose names are all single tokens.
+    """The names of those prompts whose names their tokens tell apart.
 
     Attributes:
         prompts: those prompts, in order.
         kinds: io and s (all occurrences of IO and of S), s1 and s2 (one mention of S each), and the prompts' own positions.
-        ids: the token that would continue a prompt if its answer were the name.
+        ids: the first token by which the name as an answer differs from S (IO) or from IO (the others); of a name of one token,
+            that.
         tokens: where the name is, counted from the first token, by prompt and kind.
+        at: the token of the kind's first mention that a copy score reads: the one in `ids`, or, where the text has the name in
+            other tokens (as at the beginning of a text), its last, by prompt and kind.
+        several: the prompts, by their number in the set, with a name that is not everywhere one token and nothing else.
         dropped: the reason for every other prompt, by its number in the set.
     """
 
@@ -58,7 +66,34 @@ class Names:
     kinds: tuple[str, ...]
     ids: Int[np.ndarray, "kind prompt"]
     tokens: tuple[tuple[tuple[int, ...], ...], ...]
+    at: tuple[tuple[int, ...], ...]
+    several: tuple[int, ...]
     dropped: dict[int, str]
+
+    def tokenize(
+        self, tokenizer: PreTrainedTokenizerBase, text: Text = "clean", max_length: int | None = None
+    ) -> TokenizedPrompts:
+        """Tokenise the prompts with what the names begin with in common, so that the next token tells them apart.
+
+        Args:
+            tokenizer: the one that the names were found with.
+            text: "clean" or "corrupt".
+            max_length: the most tokens that a prompt may have.
+
+        Returns:
+            The prompts; those of the clean texts have the position of every kind (`at`) under its name.
+
+        Raises:
+            ValueError: see `PromptSet.tokenize`.
+        """
+        prompts = self.prompts.tokenize(tokenizer, text, "first_difference", max_length)
+        if text == "corrupt":
+            return prompts
+        positions = tuple(
+            places | {kind: token - len(ids) for kind, token in zip(self.kinds, at, strict=True)}
+            for places, at, ids in zip(prompts.positions, self.at, prompts.input_ids, strict=True)
+        )
+        return replace(prompts, positions=positions)
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -82,7 +117,7 @@ def copied_names(names: Names) -> tuple[tuple[str, ...], Int[np.ndarray, "asked 
 
 
 def find_names(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, others: Sequence[str] = ()) -> Names:
-    """Find IO, S and the names at other positions, in all prompts where each is one token, in the text and as an answer.
+    """Find IO, S and the names at other positions, in all prompts where tokens tell each from IO, and IO from S.
 
     Args:
         prompts: IOI prompts, or others with two names or more.
@@ -93,15 +128,15 @@ def find_names(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, others: S
         The names of these prompts, and why the others are dropped.
 
     Raises:
-        ValueError: no prompt has only names of one token, a prompt lacks a position, or the tokenizer is slow or does not know
-            a word.
+        ValueError: no prompt has names that tokens tell apart, a prompt lacks a position, or the tokenizer is slow or does not
+            know a word.
     """
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} is a slow tokenizer, which cannot say where a name is; load the fast one."
         )
-    kept: list[tuple[Prompt, dict[str, tuple[int, tuple[int, ...]]]]] = []
-    dropped: dict[int, str] = {}
+    kept: list[tuple[Prompt, dict[str, _Name]]] = []
+    several, dropped = [], {}
     for index, prompt in enumerate(prompts):
         lacking = [position for position in others if position not in prompt.positions]
         if lacking:
@@ -110,28 +145,41 @@ def find_names(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase, others: S
         names = _names(prompt, tokenizer, others, f"prompt {index} of {prompts.name}")
         if isinstance(names, str):
             dropped[index] = names
-        else:
-            kept.append((prompt, names))
+            continue
+        kept.append((prompt, names))
+        if any(name.several for name in names.values()):
+            several.append(index)
     if not kept:
         first = next(iter(dropped))
         raise ValueError(
-            f"none of the {len(prompts)} prompts of {prompts.name} has only names of one token (prompt {first}: "
+            f"none of the {len(prompts)} prompts of {prompts.name} has names that tokens tell apart (prompt {first}: "
             f"{dropped[first]}); use other names, or another model."
         )
     kinds = (*KINDS, *others)
     return Names(
         prompts=PromptSet(tuple(prompt for prompt, _ in kept), prompts.name, prompts.description),
         kinds=kinds,
-        ids=np.array([[names[kind][0] for _, names in kept] for kind in kinds]),
-        tokens=tuple(tuple(names[kind][1] for kind in kinds) for _, names in kept),
+        ids=np.array([[names[kind].id for _, names in kept] for kind in kinds]),
+        tokens=tuple(tuple(names[kind].tokens for kind in kinds) for _, names in kept),
+        at=tuple(tuple(names[kind].at for kind in kinds) for _, names in kept),
+        several=tuple(several),
         dropped=dropped,
     )
 
 
+class _Name(NamedTuple):
+    """A name, or one mention of it, in one prompt, as `Names` describes."""
+
+    id: int
+    tokens: tuple[int, ...]
+    at: int
+    several: bool
+
+
 def _names(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, others: Sequence[str], where: str
-) -> dict[str, tuple[int, tuple[int, ...]]] | str:
-    """For every kind its token as an answer and its positions; or a message about a name that is not one token."""
+) -> dict[str, _Name] | str:
+    """Every kind of name; or a message about a name that no token tells from another, or that is not tokens of its own."""
     text = prompt.text
     if not isinstance(text, str) or prompt.io_token is None or prompt.io_name is None or prompt.s_name is None:
         raise ValueError(f"{where} is not a text with two names; give it io_name and s_name.")
@@ -147,24 +195,46 @@ def _names(
             )
     ids, offsets = encode(tokenizer, text, where)
     before_answer = prompt.io_token.removesuffix(prompt.io_name)
-    found = {}
-    for kind, places in {"io": ["io"], "s": ["s1", "s2"], **{position: [position] for position in others}}.items():
-        name = text[slice(*spans[places[0]])]
-        mentions = []
-        for start, end in (spans[place] for place in places):
-            held = tokens_in_span(offsets, start, end)
-            if len(held) != 1 or text[slice(*offsets[held[0]])].strip() != name:
+    places = {"io": ["io"], "s": ["s1", "s2"], **{position: [position] for position in others}}
+    names = {kind: text[slice(*spans[of_kind[0]])] for kind, of_kind in places.items()}
+    answers, mentions = {}, {}
+    for kind, name in names.items():
+        mentions[kind] = [tokens_in_span(offsets, *spans[place]) for place in places[kind]]
+        for held in mentions[kind]:
+            # A token may hold what is before a name, but what follows it makes the token another one.
+            if not held or not text[offsets[held[0]][0] : offsets[held[-1]][1]].rstrip().endswith(name):
                 pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens([ids[i] for i in held])))
                 return f"{name!r} is in the text as {pieces or 'no token'}"
-            mentions += held
         longer = encode(tokenizer, text + before_answer + name, where).ids
-        if longer[: len(ids)] != ids or len(longer) != len(ids) + 1:
-            pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens(longer[len(ids) :])))
-            return f"{name!r} would be {pieces or 'no token of its own'} as an answer"
-        as_tokens = {longer[-1], *(ids[token] for token in mentions)}
-        found[kind] = longer[-1], tuple(token for token, i in enumerate(ids) if i in as_tokens)
+        if longer[: len(ids)] != ids or len(longer) == len(ids):
+            return f"{name!r} as an answer would have no token of its own"
+        answers[kind] = longer[len(ids) :]
+    found = {}
+    for kind, own in answers.items():
+        other = answers["s" if kind == "io" else "io"]
+        differ = (i for i, (mine, its) in enumerate(zip(own, other, strict=False)) if mine != its)
+        first = next(differ, None if own != other else 0)  # another position may hold IO too
+        if first is None:
+            io_or_s = names["s" if kind == "io" else "io"]
+            return f"the tokens of one of {names[kind]!r} and {io_or_s!r} begin the other"
+        forms = [own, *([ids[i] for i in held] for held in mentions[kind])]
+        runs = [
+            range(start, start + len(form))
+            for form in forms
+            for start in range(len(ids))
+            if ids[start : start + len(form)] == form
+        ]
+        alone = all(text[slice(*offsets[held[0]])].strip() == names[kind] for held in mentions[kind])
+        several = len(own) > 1 or not alone
+
+        read = [
+            held[first] if [ids[i] for i in held] == own else next((i for i in held if ids[i] == own[first]), held[-1])
+            for held in mentions[kind]
+        ]
+        found[kind] = _Name(own[first], tuple(sorted(set().union(*runs))), read[0], several)
         if kind == "s":
-            found |= {place: (longer[-1], (token,)) for place, token in zip(places, mentions, strict=True)}
+            for place, held, at in zip(places[kind], mentions[kind], read, strict=True):
+                found[place] = _Name(own[first], tuple(held), at, several)
     return found
 
 

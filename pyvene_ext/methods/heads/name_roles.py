@@ -2,7 +2,21 @@
 
 found = name_measures(model, names, prompts, corrupt)          # names of `find_names`
 correlations = name_correlations(found, names)                 # by head and kind of name
-role({"copy": 0.9, ...}, whole)                                # "name mover"
+role({"copy_own": 0.9, ...}, whole)                            # "name mover"
+
+Thresholds of roles, and why:
+
+    COPIES   0.5   of the copy score from the head's own input. The paper's name movers are above 0.95 and its average head is
+                   below 0.2, so that anything between would do for GPT-2; in smaller models name movers reach down to 0.58
+                   (SmolLM2-135M), and heads that look at no name, but write it, up to 0.4 (Gemma 3 270M). The score after
+                   block 0 is reported and decides nothing: in Gemma 3 it is 0.02 for the head that moves names.
+    LOOKS    0.1   of the attention from END, on the name that the role is about. A head that looks at nothing in particular
+                   gives each of a prompt's 13 to 35 tokens less than that; the heads with roles that were found in five models,
+                   shipped and pretrained, give 0.15 or more. A head that does not look at a name cannot move it, whatever it
+                   writes.
+    MATTERS  0.02  of the mean logit difference that a head adds or takes away: below that it is one of many.
+
+Roles at other thresholds are counted (`count_roles`), so that one sees what hangs on them.
 """
 
 from __future__ import annotations
@@ -12,18 +26,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from transformers import PreTrainedModel
 
-from pyvene_ext.methods.heads.copying import copy_ranks
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.heads.copying import copy_ranks, copy_scores
 from pyvene_ext.methods.heads.lens import direct_logit_attribution
 from pyvene_ext.methods.heads.name_movers import Names, attention_to, copied_names, head_projections, named_places
 from pyvene_ext.methods.patching.patch import all_paths, patch
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.stats.controls import Head
 from pyvene_ext.stats.correlations import Correlation, correlate_heads
+from pyvene_ext.stats.intervals import bootstrap_mean
+from pyvene_ext.stats.tables import interval_columns
 
-COPIES, MATTERS = 0.5, 0.02  # copy score; share of the mean logit difference
+COPIES, LOOKS, MATTERS = 0.5, 0.1, 0.02
 OTHER_COPIES, OTHER_MATTERS = (0.5, 0.8, 0.95), (0.01, 0.02, 0.05)
 ROLES = (
     "name mover",
@@ -154,10 +171,10 @@ def name_correlations(found: NameMeasures, names: Names) -> dict[Head, dict[str,
 
 
 def role(row: Mapping[str, Any], whole: float | None, copies: float = COPIES, matters: float = MATTERS) -> str:
-    """Classify a head by its copy scores and its direct effect together.
+    """Classify a head by its copy scores, where it looks, and its direct effect together.
 
     Args:
-        row: the head's "copy", "copy_negative", "attention_io", "attention_s"; "attribution", "attribution_io" and
+        row: the head's "copy_own", "copy_own_negative", "attention_io", "attention_s"; "attribution", "attribution_io" and
             "attribution_s", and, if it was measured, "path_effect", with their intervals NAME_low and NAME_high.
         whole: the sum of all attributions; None if the model does not do the task.
         copies: the lowest copy score that counts.
@@ -166,25 +183,79 @@ def role(row: Mapping[str, Any], whole: float | None, copies: float = COPIES, ma
     Returns:
         One of `ROLES`; "" if the head does not copy, has no clear role, or the model does not do the task.
     """
-    if whole is None or max(row["copy"], row["copy_negative"]) < copies:
+    if whole is None or max(row["copy_own"], row["copy_own_negative"]) < copies:
         return ""
-    positive = row["copy"] >= row["copy_negative"]
+    positive = row["copy_own"] >= row["copy_own_negative"]
     enough = matters * whole
     above = row["attribution"] >= enough and row["attribution_low"] > 0 and row.get("path_effect_low", 1) > 0
     below = row["attribution"] <= -enough and row["attribution_high"] < 0 and row.get("path_effect_high", -1) < 0
+    io, s = (row[f"attention_{name}"] >= LOOKS for name in ("io", "s"))
     at_io = row["attention_io"] > row["attention_s"]
-    if positive and above:
+    if positive and above and io:
         return "name mover"
-    if positive and below:
+    if positive and below and s:
         return "moves the wrong name"
-    if not positive and below and at_io:
+    if not positive and below and at_io and io:
         return "negative name mover"
-    if not positive and above and not at_io:
+    if not positive and above and not at_io and s:
         return "writes against S"
     if above or below:
         return ""
     both = all(row[name] >= enough and row[f"{name}_low"] > 0 for name in ("attribution_io", "attribution_s"))
-    return "raises both names" if positive and both else "copies to no effect"
+    return "raises both names" if positive and both and io and s else "copies to no effect"
+
+
+def name_table(
+    found: NameMeasures,
+    names: Names,
+    correlations: Mapping[Head, Mapping[str, Correlation]],
+    whole: float | None,
+    *,
+    top: int,
+    seed: int,
+    resamples: int,
+) -> list[dict[str, Any]]:
+    """Join copy scores, correlations, attention and direct effects of every head, and name its role.
+
+    Args:
+        found: the measures.
+        names: of the same prompts.
+        correlations: of `name_correlations`.
+        whole: as for `role`.
+        top: a name is copied if it is among so many first tokens.
+        seed: of the intervals.
+        resamples: of each interval.
+
+    Returns:
+        One row a head, the largest attribution first.
+    """
+    scores: Float64[np.ndarray, "input sign asked layer head"] = copy_scores(found.copy_ranks, top)
+    measures = {
+        "attribution": found.attribution,
+        "path_effect": found.path_effect,
+        "attribution_io": found.attribution_io,
+        "attribution_s": found.attribution_io - found.attribution,
+    }
+    rows = []
+    for layer, head in np.ndindex(found.attribution.shape[:2]):
+        row: dict[str, Any] = {"layer": layer, "head": head, "role": ""}
+        for measure, values in measures.items():
+            if values is not None:
+                draws = rng(seed, "bootstrap", measure, layer, head)
+                row |= interval_columns(measure, bootstrap_mean(values[layer, head], draws, resamples))
+        for which, variant in enumerate(("", "_embed", "_own")):
+            for minus, sign in enumerate(("", "_negative")):
+                row[f"copy{variant}{sign}"] = float(scores[which, minus, 0, layer, head])
+        for which, variant in ((0, ""), (2, "_own")):
+            for minus, sign in enumerate(("", "_negative")):
+                row[f"copy{variant}{sign}_control"] = float(scores[which, minus, 1, layer, head])
+        for number, kind in enumerate(names.kinds):
+            row[f"attention_{kind}"] = float(found.attention[number, layer, head].mean())
+        for kind, correlation in correlations[layer, head].items():
+            row |= {f"r_{kind}": correlation.pearson.r, f"p_{kind}": correlation.pearson.p}
+        row["role"] = role(row, whole)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -abs(row["attribution"]))
 
 
 def count_roles(heads: Sequence[Mapping[str, Any]], whole: float | None) -> list[dict[str, Any]]:
@@ -201,7 +272,7 @@ def count_roles(heads: Sequence[Mapping[str, Any]], whole: float | None) -> list
         {
             "copy_score": copies,
             "share_of_logit_diff": matters,
-            "copy": sum(row["copy"] >= copies for row in heads),
+            "copy": sum(row["copy_own"] >= copies for row in heads),
             **{
                 kind.replace(" ", "_"): sum(role(row, whole, copies, matters) == kind for row in heads)
                 for kind in ROLES

@@ -109,7 +109,7 @@ def copies_and_effects(heads: Sequence[Mapping[str, Any]], of: str) -> Figure:
     """Every head's copy scores against its attribution: a head that copies need not have an effect, nor the reverse.
 
     Args:
-        heads: one row a head, the first of which are named: "layer", "head", "copy", "copy_negative" and "attribution".
+        heads: one row a head, the first of which are named: "layer", "head", "copy_own", "copy_own_negative" and "attribution".
         of: what was measured, for the title.
 
     Returns:
@@ -117,12 +117,12 @@ def copies_and_effects(heads: Sequence[Mapping[str, Any]], of: str) -> Figure:
     """
     figure = Figure(figsize=(7.2, 3.6))
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, measure, label in ((left, "copy", "copy score"), (right, "copy_negative", "negative copy score")):
+    for axes, measure, label in ((left, "copy_own", "copy score"), (right, "copy_own_negative", "negative copy score")):
         x, y = ([row[column] for row in heads] for column in (measure, "attribution"))
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.scatter(x, y, s=16, alpha=0.75, color=BLUE, linewidths=0)
         for row in heads[:LABELLED]:
-            if row[measure] < max(row["copy"], row["copy_negative"]):
+            if row[measure] < max(row["copy_own"], row["copy_own_negative"]):
                 continue  # in the other panel
             name, at = head_label((row["layer"], row["head"])), (row[measure], row["attribution"])
             axes.annotate(name, at, (3, 2), textcoords="offset points", size=7)

@@ -73,9 +73,10 @@ def ranks_by_hand(model: Any, prompt: int, place: str) -> np.ndarray:
     resid = slow.activation(model, ids, "resid_post", 0)[at].double()
     embed = slow.activation(model, ids, "embed", None)[at].double()
     final_norm = model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
-    found = np.empty((2, 2, 2, 3, model.config.num_attention_heads), int)
-    for which, x in enumerate((resid, behind_first_mlp(model, embed))):
+    found = np.empty((3, 2, 2, 3, model.config.num_attention_heads), int)
+    for which, x_after_0 in enumerate((resid, behind_first_mlp(model, embed), None)):
         for layer, head in np.ndindex(found.shape[3:]):
+            x = slow.activation(model, ids, "resid_pre", layer)[at].double() if x_after_0 is None else x_after_0
             out = written(model, layer, head, x)
             for minus, sign in enumerate((1, -1)):
                 logits = model.lm_head.weight.double() @ norm(final_norm, sign * out)
@@ -94,7 +95,7 @@ def test_ranks_equal_matrices_written_out(family: str) -> None:
     if "bias" in family:
         model.lm_head.bias = nn.Parameter(torch.linspace(-3, 3, VOCAB))
     found = copy_ranks(model, PROMPTS, PLACES, IDS, batch_size=3, progress=False)
-    assert found.shape[:5] == (2, 2, 2, 3, model.config.num_attention_heads)
+    assert found.shape[:5] == (3, 2, 2, 3, model.config.num_attention_heads)
     for number, place in enumerate(PLACES):
         for prompt in range(len(PROMPTS)):
             np.testing.assert_array_equal(found[..., number, prompt], ranks_by_hand(model, prompt, place))
@@ -108,6 +109,17 @@ def test_batches_and_chunks_of_the_vocabulary_do_not_matter(monkeypatch: pytest.
         np.testing.assert_array_equal(copy_ranks(model, PROMPTS, PLACES, IDS, batch_size=1, progress=False), whole)
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_ranks_that_nobody_asks_for_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("gpt2")
+    whole = copy_ranks(model, PROMPTS, PLACES, IDS, progress=False)
+    for most, chunk in ((20, 7), (5, 13), (20, VOCAB)):
+        monkeypatch.setattr(copying, "VOCABULARY_AT_ONCE", chunk)
+        monkeypatch.setattr(copying, "MOST", most)
+        found = copy_ranks(model, PROMPTS, PLACES, IDS, progress=False)
+        assert found.max() == most + 1 and (found < most).any()
+        np.testing.assert_array_equal(found, whole.clip(max=most + 1))
 
 
 def test_the_score_is_the_share_of_ranks_up_to_the_top() -> None:
@@ -137,6 +149,7 @@ def test_planted_heads_copy_and_no_other_does(architecture: Any, name: str, plac
         layer, head = case.heads[role]
         assert scores[0, minus, 0, layer, head] == 1 and scores[0, 1 - minus, 0, layer, head] == 0
         assert scores[0, minus, 1, layer, head] == 0
+        assert scores[2, minus, 0, layer, head] == 1 and scores[2, 1 - minus, 0, layer, head] == 0
     others = np.ones(scores.shape[3:], bool)
     others[tuple(np.transpose([case.heads[role] for role in signs]))] = False
     assert scores[0, :, 0, others].max() <= 0.75 and scores[0, :, 0, others].mean() < 0.2
