@@ -150,7 +150,7 @@ STUDIES: dict[str, Study] = {
         SETTING, {}, {"scores.csv": (lambda of: of.layers * of.heads, "flow hub skip composite")}
     ),
     "critical_heads.ablate_heads": Study(
-        f"--rankings ranking.csv --n_heads 1 --kind zero mean resample --random_sets 2 {SETTING}",
+        f"--rankings ranking.csv --n_heads 1 --kind zero mean resample --scope reasoning new both --random_sets 2 {SETTING}",
         {},
         {"ablations.csv": (lambda of: 3 * 3 * 2, "accuracy low high drop drop_low drop_high")},
     ),
