@@ -1,4 +1,4 @@
-"""How often does each attention head matter? Activation frequencies (IFR) by ablating one head at a time.
+"""How much, and how often, does each attention head matter? Activation frequencies (IFR) by ablating one head at a time.
 
     python experiments/activation_frequencies_ifr.py
     python experiments/activation_frequencies_ifr.py --model Qwen/Qwen2.5-3B --dataset ioi_zh --answers first_difference
@@ -6,24 +6,26 @@
     python experiments/activation_frequencies_ifr.py --kind mean --positions last
     python experiments/activation_frequencies_ifr.py --dry_run
     python experiments/activation_frequencies_ifr.py --tau 1 --screen atp
-    python experiments/activation_frequencies_ifr.py --width 0.2
+    python experiments/activation_frequencies_ifr.py --tau 1 --width 0.2
     accelerate launch experiments/activation_frequencies_ifr.py
 
 Method. Each prompt has two answers, IO and S; LD = logit(IO) - logit(S) at its last token. Every head's output z (the input of
-the output projection) is ablated by itself, and delta = LD_clean - LD_ablated. A head is active on a prompt if |delta| > tau
-(`--no_abs`: delta > tau); its activation frequency is the share of prompts, with its 95% Wilson interval. One tau says little, so
-all deltas are kept, and the whole curve of frequency against tau is written beside the frequencies.
+the output projection) is ablated by itself, and delta = LD_clean - LD_ablated. A head's effect is its mean delta, with the 95%
+bootstrap interval over prompts. It is active on a prompt if |delta| > tau (`--no_abs`: delta > tau); its activation frequency is
+the share of prompts, with its 95% Wilson interval. The sizes of deltas differ from model to model, so that tau is by default
+chosen from them: a tenth of heads x prompts are active (published runs: `--tau 0.03`). One tau says little, so all deltas are
+kept, and the whole curve of frequency against tau is written beside the frequencies.
 
-Sooner, with less. `--screen atp` ablates only heads whose effect attribution patching (Nanda 2023) estimates above `--margin` x
-tau on some prompt, and a random `--check` of the others, which tell what share of the active heads the screen has caught (its
-recall: on the terminal and in the metadata). `--width W` gives a head no more prompts, in random order, once its interval is at
-most W wide; such frequencies lean to the nearer of 0 and 1 a little, so that a mean over heads should come from a run without it.
-What was not run is NaN in arrays, an empty cell in tables, grey in figures, and in no mean.
+Sooner, with less, at a given tau. `--screen atp` ablates only heads whose effect attribution patching (Nanda 2023) estimates
+above `--margin` x tau on some prompt, and a random `--check` of the others, which tell what share of the active heads the screen
+has caught (its recall: on the terminal and in the metadata). `--width W` gives a head no more prompts, in random order, once its
+interval is at most W wide; such frequencies lean to the nearer of 0 and 1 a little, so that a mean over heads should come from a
+run without it. What was not run is NaN in arrays, an empty cell in tables, grey in figures, and in no mean.
 
 Written: OUT.npy, float32 [layer head]; OUT.json, what was run; and in the folder OUT: config.yaml (running it again gives the
 same), deltas.npy [layer head prompt], clean.npy [prompt], prompts.json, heads.csv, frequency_vs_tau.csv, figures, attention.json
-(where the most active heads look), and with `--screen` estimates.npy [layer head prompt]. A run that was interrupted goes on
-where it stopped when the same command is given again.
+(where the heads of the largest effects look), and with `--screen` estimates.npy [layer head prompt]. A run that was interrupted
+goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     Found = px.methods.Screen | px.Sequential | None
 
 SHOWN = 12  # heads in the table on the terminal
+SHARES = (0.1, 0.5, 0.9, 1.0)  # of the quantiles there
+RESAMPLES = 2000
 Deltas = Float[np.ndarray, "layer head prompt"]
 
 
@@ -56,8 +60,8 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Sweep):
     """the .npy file of frequencies; by default outputs/activation_frequencies_ifr/MODEL_DATASET.npy"""
     meta: Path | None = None
     """the .json file that says what was run; by default beside the frequencies"""
-    tau: Annotated[float, Ge(0)] = 0.1
-    """threshold on the change of the logit difference"""
+    tau: Annotated[float, Ge(0)] | None = None
+    """threshold on the change of the logit difference; by default that which a tenth of heads x prompts exceed"""
     abs: bool = True
     """compare |delta| with tau; with --no_abs delta itself (active = the head helped IO)"""
     kind: Literal["zero", "mean", "resample", "noise"] = "zero"
@@ -87,10 +91,20 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Sweep):
         """What is compared with tau."""
         return "|delta|" if self.abs else "delta"
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some heads may not be run, or not on all prompts: which, shows while they run."""
+        return self.screen != "none" or self.width is not None
+
     def check_flags(self) -> None:
         if self.screen != "none" and self.width is not None:
             raise ValueError(
                 "--screen and --width were both given; the recall of a screen is measured on all prompts: give one of the two."
+            )
+        if self.tau is None and self.leaves_out:
+            raise ValueError(
+                "--screen and --width ask what is above tau before everything has run, which is what tau is by default chosen "
+                "from: give --tau too."
             )
 
 
@@ -103,11 +117,9 @@ def main(config: Config) -> None:
     which: dict[str, Any] = {"positions": config.positions, "seed": config.seed, **config.which_mean}
     specs = px.all_heads(model.config, config.kind, **which)
     plan = px.plan_sweep(model, specs, prompts, memory=config.memory_bytes)
-    if config.dry_run:
-        if px.is_main_process():
-            print(plan.summary())
-            if config.screen != "none" or config.width is not None:
-                print("at most: what --screen or --width leave out shows only when they run")
+    work, *_ = plan.summary().splitlines()
+    seconds = plan.passes * px.runs.seconds_a_pass(model, prompts)
+    if not run.announce("at most " * config.leaves_out + work, seconds, n=len(prompts)):
         return
 
     # Every head by itself: on all prompts, or as far as a screen or narrow intervals ask for.
@@ -117,23 +129,24 @@ def main(config: Config) -> None:
     layers, heads = px.models.n_layers(model.config), px.models.n_heads(model.config)
     clean, deltas = result.baseline, result.delta.reshape(layers, heads, -1)
 
-    # Frequencies, with Wilson intervals, and what they would be at every other tau.
+    # Effects and frequencies, with intervals, and what frequencies would be at every other tau.
     was_run = np.isfinite(deltas)
     size = np.abs(deltas) if config.abs else deltas
-    frequency = px.stats.frequency_interval(size > config.tau, counted=was_run)
-    taus = threshold_grid(size[was_run], config.tau)
+    tau = px.stats.exceeded_by_a_tenth(size[was_run]) if config.tau is None else config.tau
+    frequency = px.stats.frequency_interval(size > tau, counted=was_run)
+    taus = px.stats.threshold_grid(size[was_run], tau)
     curve = np.stack([px.stats.frequency_interval(size > tau, counted=was_run).mean for tau in taus])
-    rows = head_table(frequency, deltas)
+    rows = head_table(frequency, deltas, config.seed)
     facts = px.metadata(
         model,
-        **settings(config, prompts),
-        **how_much(config, found),
+        **settings(config, prompts, tau),
+        **({} if found is None else found.facts),
         **clean_means(clean),
-        share_active=float((size > config.tau)[was_run].mean()),
+        share_active=float((size > tau)[was_run].mean()),
     )
 
-    print(summary(config, rows, deltas, clean, found))
-    with run.writing(facts, replacing=("estimates.npy", "figures/*")):
+    print(summary(config, tau, rows, deltas, clean, found))
+    with run.writing(facts, [evidence(rows, clean)], replacing=("estimates.npy", "figures/*")):
         run.table("heads", rows)
         run.table("frequency_vs_tau", px.stats.threshold_table(taus, curve))
         run.array("deltas", deltas)
@@ -141,9 +154,9 @@ def main(config: Config) -> None:
         run.json("prompts", [prompt.clean for prompt in prompt_set.prompts])
         if isinstance(found, px.methods.Screen):
             run.array("estimates", found.estimates.reshape(deltas.shape))
-        most_active = [(int(row["layer"]), int(row["head"])) for row in rows[: px.runs.HEADS]]
-        run.views(px.runs.look(model, tokenizer, prompts.input_ids, most_active))
-        for name, figure in drawn(config, run.of, frequency.mean, deltas, (taus, curve)).items():
+        largest = [(int(row["layer"]), int(row["head"])) for row in rows[: px.runs.HEADS]]
+        run.views(px.runs.look(model, tokenizer, prompts.input_ids, largest))
+        for name, figure in drawn(config, tau, run.of, frequency.mean, deltas, (taus, curve)).items():
             run.figure(name, figure)
         px.io.write_npy(out, frequency.mean.astype(np.float32))
 
@@ -171,70 +184,53 @@ def ablated(
 ) -> tuple[px.Result, Found]:
     """Every ablation on all prompts; or on what the screen or the sequential run asks for, with what they found."""
     options: dict[str, Any] = {"memory": config.memory_bytes, "compile": config.compile}
-    shown = px.is_main_process()
+    shown, tau = px.is_main_process(), config.tau or 0.0  # it is given where it is used here
     with px.runs.unfinished_in(run.unfinished, model, specs, prompts, **options) as sweep:
         size, cache = config.batch_size, px.io.cache_folder()
         reference = px.reference_for(model, specs, prompts, batch_size=size, cache_dir=cache, progress=shown)
         common: dict[str, Any] = {"reference": reference, "seed": config.seed, "progress": shown, "sweep": sweep}
         if config.screen == "atp":
             common |= {"margin": config.margin, "check": config.check, "batch_size": config.batch_size}
-            screen = px.methods.screened(model, specs, prompts, config.tau, **common)
+            screen = px.methods.screened(model, specs, prompts, tau, **common)
             return screen.result, screen
         if config.width is not None:
             common |= {"width": config.width, "block": config.block, "absolute": config.abs}
-            sequential = px.frequencies(model, specs, prompts, config.tau, **common)
+            sequential = px.frequencies(model, specs, prompts, tau, **common)
             return sequential.result, sequential
         return sweep(model, specs, prompts, reference=reference), None
 
 
-def settings(config: Config, prompts: px.TokenizedPrompts) -> dict[str, Any]:
+def settings(config: Config, prompts: px.TokenizedPrompts, tau: float) -> dict[str, Any]:
     """What was run, for the metadata."""
     return {
         "model": config.model,
         "dataset": config.dataset,
         "prompts_hash": prompts.hash,
         "n": len(prompts),
-        "tau": config.tau,
+        "tau": tau,
+        "tau_is": "exceeded by a tenth of heads x prompts" if config.tau is None else "given",
         "abs": config.abs,
         "kind": config.kind,
         **config.which_mean,
         "positions": config.positions,
+        "screen": config.screen,
         "answers": config.answers,
         "seed": config.seed,
     }
 
 
-def how_much(config: Config, found: Found) -> dict[str, Any]:
-    """What the metadata say of a run that left heads or prompts out."""
-    if isinstance(found, px.methods.Screen):
-        recall = found.recall or px.Interval(None, None, None)  # None: nothing is active
-        return {
-            "screen": config.screen,
-            "margin": config.margin,
-            "n_heads_run": int(found.exact.sum()),
-            "n_could_matter": int(found.could_matter.sum()),
-            "n_caught": found.caught,
-            "n_checked": len(found.checked),
-            "n_missed": found.missed,
-            **{f"recall{end}": value for end, value in zip(("", "_low", "_high"), recall, strict=True)},
-        }
-    if isinstance(found, px.Sequential):
-        reached, seen = int(found.reached.sum()), float(found.n_prompts.mean())
-        return {"width": config.width, "block": config.block, "n_heads_reached": reached, "mean_prompts_a_head": seen}
-    return {}
-
-
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
-def threshold_grid(size: Float[np.ndarray, " effect"], tau: float, n: int = 60) -> Float[np.ndarray, " tau"]:
-    """Thresholds from a thousandth of the largest |delta| up to it, and `tau` itself."""
-    largest = float(np.abs(size).max()) or 1.0
-    return np.unique([*np.geomspace(largest / 1000, largest, n), *([tau] if tau > 0 else [])])
+def mean_delta(delta: Float[np.ndarray, " prompt"], seed: int) -> px.Interval:
+    """A head's mean effect with its interval; of fewer than two prompts there is none."""
+    if len(delta) < 2:
+        return px.Interval(float(delta.mean()) if len(delta) else math.nan, math.nan, math.nan)
+    return px.stats.bootstrap_mean(delta, px.rng(seed, "mean_delta"), RESAMPLES)
 
 
-def head_table(frequency: px.Interval, deltas: Deltas) -> list[dict[str, float]]:
-    """One row a head, most active first; ties by the size of the mean effect; those not run, all NaN, come last."""
+def head_table(frequency: px.Interval, deltas: Deltas, seed: int) -> list[dict[str, float]]:
+    """One row a head, largest mean effect first; those not run, all NaN, come last."""
     rows = []
     for layer, head in np.ndindex(deltas.shape[:2]):
         delta = deltas[layer, head][np.isfinite(deltas[layer, head])]
@@ -247,12 +243,12 @@ def head_table(frequency: px.Interval, deltas: Deltas) -> list[dict[str, float]]
                 "frequency": float(frequency.mean[layer, head]),
                 "low": float(frequency.low[layer, head]),
                 "high": float(frequency.high[layer, head]),
-                "mean_delta": float(delta.mean()) if delta.size else math.nan,
+                **px.stats.interval_columns("mean_delta", mean_delta(delta, seed)),
                 "median_abs_delta": float(np.median(size)) if delta.size else math.nan,
                 "max_abs_delta": float(size.max()) if delta.size else math.nan,
             }
         )
-    return sorted(rows, key=lambda row: (row["n_prompts"] == 0, -row["frequency"], -abs(row["mean_delta"])))
+    return sorted(rows, key=lambda row: (row["n_prompts"] == 0, -abs(row["mean_delta"])))
 
 
 def clean_means(clean: Float[np.ndarray, " prompt"]) -> dict[str, float]:
@@ -266,13 +262,14 @@ def clean_means(clean: Float[np.ndarray, " prompt"]) -> dict[str, float]:
 
 def drawn(
     config: Config,
+    tau: float,
     of: str,
     frequency: Float[np.ndarray, "layer head"],
     deltas: Deltas,
     against_tau: tuple[Float[np.ndarray, " tau"], Float[np.ndarray, "tau layer head"]],
 ) -> dict[str, Figure]:
     """The figures by name: maps of heads, and if anything has an effect, how the frequency depends on tau."""
-    label = f"share of prompts with {config.compared} > {config.tau:g}"
+    label = f"share of prompts with {config.compared} > {tau:.3g}"
     mean_delta = np.ma.masked_invalid(deltas).mean(-1).filled(np.nan)
     figures = {
         "frequency": px.figures.head_heatmap(
@@ -286,50 +283,69 @@ def drawn(
         title = f"Activation frequency against the threshold: {of}"
         threshold = f"threshold tau on {config.compared} (logit difference)"
         figures["frequency_vs_tau"] = px.figures.frequency_curve(
-            *against_tau, tau=config.tau, title=title, threshold=threshold
+            *against_tau, tau=tau, title=title, threshold=threshold
         )
-        figures["abs_delta"] = px.figures.histogram_abs_delta(deltas, tau=config.tau)
+        figures["abs_delta"] = px.figures.histogram_abs_delta(deltas, tau=tau)
     return figures
 
 
 def summary(
     config: Config,
+    tau: float,
     rows: list[dict[str, float]],
     deltas: Deltas,
     clean: Float[np.ndarray, " prompt"],
     found: Found,
 ) -> str:
-    """What the terminal shows: the clean run, how many heads are active, and the most active ones."""
+    """What the terminal shows: the clean run, the heads with the largest effects, and how many are active how often."""
     was_run: Bool[np.ndarray, "layer head prompt"] = np.isfinite(deltas)
-    active = ((np.abs(deltas) if config.abs else deltas) > config.tau)[was_run]
+    active = ((np.abs(deltas) if config.abs else deltas) > tau)[was_run]
     n_prompts, clean = len(clean), clean[np.isfinite(clean)]
-    quantiles = np.quantile(np.abs(deltas[was_run]), [0.1, 0.5, 0.9, 1.0])
+    quantiles = np.quantile(np.abs(deltas[was_run]), SHARES)
     kind = f"mean ({config.mean})" if config.kind == "mean" else config.kind
     of = "heads x prompts" if was_run.all() else f"the heads x prompts that were run ({was_run.mean():.1%} of all)"
     prompts = f"{len(clean)} of {n_prompts} prompts" if len(clean) < n_prompts else f"{n_prompts} prompts"
     lines = [
         f"{config.model} on {config.dataset}: {prompts}, {kind} ablation of z, positions: {config.positions}",
         f"clean: mean logit difference {clean.mean():.2f}, IO above S on {(clean > 0).mean():.1%} of prompts",
-        f"active ({config.compared} > {config.tau:g}): {active.mean():.1%} of {of}; "
-        f"{sum(row['low'] > 0.5 for row in rows)} of {len(rows)} heads on more than half of the prompts (95% interval)",
-        "|delta| quantiles: "
-        + ", ".join(f"{q:.0%} {v:.3g}" for q, v in zip((0.1, 0.5, 0.9, 1.0), quantiles, strict=True)),
+        "delta: how much the ablation lowers it; largest mean delta first",
+        "\n  head  mean delta   95% interval  median |delta|  frequency  95% interval",
+    ]
+    for row in rows[: min(SHOWN, was_run.any(-1).sum())]:
+        head = px.stats.head_label((int(row["layer"]), int(row["head"])))
+        effect = f"[{row['mean_delta_low']:.2f}, {row['mean_delta_high']:.2f}]"
+        interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
+        lines.append(
+            f"{head:>6} {row['mean_delta']:11.3f} {effect:>14} {row['median_abs_delta']:15.3f} {row['frequency']:10.2f} "
+            f"{interval:>13}"
+        )
+    chosen = "" if config.tau is not None else ", the tau that a tenth exceed"
+    often = sum(row["low"] > 0.5 for row in rows)
+    lines += [
+        "\n|delta| quantiles: " + ", ".join(f"{q:.0%} {v:.3g}" for q, v in zip(SHARES, quantiles, strict=True)),
+        f"active ({config.compared} > {tau:.3g}{chosen}): {active.mean():.1%} of {of}; {often} of {len(rows)} heads on more "
+        "than half of the prompts (95% interval)",
     ]
     if isinstance(found, px.methods.Screen):
         lines.append(found.summary())
     if isinstance(found, px.Sequential):
-        lines.append(
-            f"intervals at most {found.width:g} wide for {found.reached.sum()} of {len(found.reached)} heads, "
-            f"after {found.n_prompts.mean():.1f} prompts a head"
+        narrow = (
+            f"{found.reached.sum()} of {len(found.reached)} heads, after {found.n_prompts.mean():.1f} prompts a head"
         )
-    lines += ["", "  head  frequency  95% interval   mean delta  median |delta|"]
-    for row in rows[: min(SHOWN, was_run.any(-1).sum())]:
-        head = px.stats.head_label((int(row["layer"]), int(row["head"])))
-        interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
-        lines.append(
-            f"{head:>6} {row['frequency']:10.2f}  {interval:>13} {row['mean_delta']:11.3f} {row['median_abs_delta']:15.3f}"
-        )
+        lines.append(f"intervals at most {found.width:g} wide for {narrow}")
     return "\n".join(lines)
+
+
+def evidence(rows: list[dict[str, float]], clean: Float[np.ndarray, " prompt"]) -> px.runs.Evidence:
+    """The largest mean effect, beside that of the head in the middle."""
+    largest, sizes = rows[0], sorted(abs(row["mean_delta"]) for row in rows if row["n_prompts"])
+    head = px.stats.head_label((int(largest["layer"]), int(largest["head"])))
+    effect = f"mean delta of {head}, the largest of {len(sizes)} heads,"
+    control = f"the other heads, whose median |mean delta| is {np.median(sizes[:-1]) if sizes[1:] else math.nan:.2g}"
+    interval = px.stats.interval_in(largest, "mean_delta")
+    return px.runs.Evidence(
+        f"{np.isfinite(clean).sum()} prompts", effect, interval, control, "a larger --limit or --dataset"
+    )
 
 
 if __name__ == "__main__":

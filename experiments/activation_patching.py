@@ -95,7 +95,10 @@ def main(config: Config) -> None:
         for position in positions
         for spec in px.all_patches(model.config, site, positions=position, subspace=config.subspace)
     ]
-    px.resolve(specs, model, base, source)
+    passes = px.methods.patch_passes(model, specs, base, source, config.metric, memory=config.memory_bytes)
+    work = f"{len(specs)} patches x {len(base)} pairs ({', '.join(config.sites)} at {', '.join(positions)})"
+    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(base)):
+        return
 
     # Every patch on every pair.
     result = px.patch(
@@ -126,7 +129,7 @@ def main(config: Config) -> None:
     )
 
     print(summary(config, facts, rows))
-    with run.writing(facts, replacing=("*.npy", "figures/*")):
+    with run.writing(facts, [evidence(config, facts, rows)], replacing=("*.npy", "figures/*")):
         run.table("patches", rows)
         for name, values in arrays(result, positions, maps).items():
             run.array(name, values)
@@ -289,6 +292,16 @@ def summary(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -
             interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
             lines.append(f"{row['patch']:>24} {row['score']:8.3f} {interval:>16} {row['change']:9.3f}")
     return "\n".join(lines)
+
+
+def evidence(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -> px.runs.Evidence:
+    """The largest score of the first site, heads where they were patched, beside the patch in the middle."""
+    of_site = [row for row in rows if row["site"] == config.sites[0]]
+    largest, scores = of_site[0], [abs(row["score"]) for row in of_site]
+    effect = f"score of {largest['patch']}, the largest of {len(of_site)} patches,"
+    control = f"the other patches, whose median |score| is {np.median(scores[1:]) if scores[1:] else np.nan:.2g}"
+    interval = px.Interval(largest["score"], largest["low"], largest["high"])
+    return px.runs.Evidence(f"{facts['n']} pairs", effect, interval, control, "a larger --limit or --dataset")
 
 
 if __name__ == "__main__":

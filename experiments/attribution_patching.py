@@ -7,16 +7,18 @@
 
 Method. Pairs of a clean and a corrupt prompt; those whose token lengths differ are skipped and reported. `noise` puts corrupt
 activations into the clean run, `denoise` clean ones into the corrupt run; delta = M(base) - M(patched), M being the logit
-difference of the two answers. Every head's z, q, k and v and every MLP's output is patched by itself at all positions, exactly
-(`patch`), and estimated three ways (`atp`, `edges`): AtP (Nanda 2023), AtP with the softmax recomputed for q and k (QK-fix), and
-AtP* (Kramar et al. 2024), which adds GradDrop and has no sign. Estimates are compared with the exact values by rank over nodes:
-signed means over prompts, and means of the absolute values. The edges of the graph are scored by EAP (Syed et al. 2023) and
-EAP-IG (Hanna et al. 2024); their sums over receivers are compared with the exact values of the senders.
+difference of the two answers. The effect of patching each head's z, q, k and v and each MLP's output by itself at all positions
+is estimated three ways (`atp`, `edges`): AtP (Nanda 2023), AtP with the softmax recomputed for q and k (QK-fix), and AtP*
+(Kramar et al. 2024), which adds GradDrop and has no sign. Nodes are patched exactly too (`patch`), which takes a run each: all of
+them in a model that has no more than `--exact`, else so many, drawn at random with as many of every site as there are. Estimates
+are compared with the exact values by rank over these nodes: signed means over prompts, and means of the absolute values. The
+edges of the graph are scored by EAP (Syed et al. 2023) and EAP-IG (Hanna et al. 2024); their sums over receivers are compared
+with the exact values of the senders.
 
-Written to the folder OUT: exact.npy, atp.npy, qk_fix.npy and atp_star.npy [patch prompt], and nodes.csv, which names the patches;
-for every method of `--edges` an array [sender receiver prompt] (NaN: no edge), and edges.csv, their means by name;
-agreement.csv, the correlations; figures; config.yaml (running it again gives the same); and summary.json, what was run. An exact
-sweep that was interrupted goes on where it stopped when the same command is given again.
+Written to the folder OUT: exact.npy (NaN: not patched exactly), atp.npy, qk_fix.npy and atp_star.npy [patch prompt], and
+nodes.csv, which names the patches; for every method of `--edges` an array [sender receiver prompt] (NaN: no edge), and edges.csv,
+their means by name; agreement.csv, the correlations; figures; config.yaml (running it again gives the same); and summary.json,
+what was run. An exact sweep that was interrupted goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import islice, zip_longest
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Float, Float32
 
 import pyvene_ext as px
@@ -60,6 +64,8 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
     """how edges are scored; eap_ig_activations takes 2 x layers + 1 times as long as eap_ig_inputs"""
     steps: px.flags.Count = 5
     """of integrated gradients"""
+    exact: Annotated[int, Ge(3 * len(SITES))] = 150
+    """nodes that are patched exactly, for comparison; a model with fewer has all of them patched"""
 
 
 def main(config: Config) -> None:
@@ -75,11 +81,18 @@ def main(config: Config) -> None:
     px.methods.resolve_patches(model, patches, base, source, config.metric, qk_fix=True)
     for method in config.edges:
         px.methods.check_edges(model, base, source, config.metric, method, config.steps)
+    checked = sampled(patches, config.exact, config.seed)
+    nodes = [patches[number] for number in checked]
+    passes = px.methods.patch_passes(model, nodes, base, source, config.metric, memory=config.memory_bytes)
+    passes += gradient_passes(config, px.models.n_layers(model.config))
+    work = f"{len(base)} pairs: {len(patches)} nodes and all edges estimated, {len(nodes)} nodes patched exactly"
+    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(base)):
+        return
 
-    # The effect of every patch, exactly, and as gradients estimate it; the effect of every edge, as they estimate it.
+    # The effect of patches, exactly, and as gradients estimate it; the effect of every edge, as they estimate it.
     result = px.patch(
         model,
-        patches,
+        nodes,
         base,
         source,
         config.metric,
@@ -91,8 +104,10 @@ def main(config: Config) -> None:
     if not px.is_main_process():
         return
     common: dict[str, Any] = {"metric": config.metric, "batch_size": config.batch_size}
+    exact = np.full((len(patches), len(base)), np.nan, np.float32)
+    exact[checked] = result.delta
     scores = {
-        "exact": result.delta,
+        "exact": exact,
         "atp": px.methods.atp(model, patches, base, source, **common),
         "qk_fix": px.methods.atp_star(model, patches, base, source, grad_drop=False, **common),
         "atp_star": px.methods.atp_star(model, patches, base, source, **common),
@@ -108,13 +123,14 @@ def main(config: Config) -> None:
         model,
         **settings(config, base, source, kept, n_dropped=len(prompt_set) - len(kept)),
         mean_base=float(result.baseline.mean()),
+        n_exact=len(checked),
         patches=[patch.name for patch in patches],
         **node_names(edges),
         agreement=[{key: None if value != value else value for key, value in row.items()} for row in agreement],
     )
 
     print(summary(config, facts, agreement, edges))
-    with run.writing(facts, replacing=("eap*.npy", "figures/*")):
+    with run.writing(facts, [evidence(facts, agreement)], replacing=("eap*.npy", "figures/*")):
         for name, values in arrays(scores, edges).items():
             run.array(name, values)
         run.table("nodes", node_table(patches, scores))
@@ -133,6 +149,22 @@ def pairs_of_equal_length(clean: px.TokenizedPrompts, corrupt: px.TokenizedPromp
     if not kept:
         raise ValueError(f"no pair of {dataset} has prompts of equal length in tokens; edges need such pairs.")
     return kept
+
+
+def sampled(patches: list[px.ActivationPatch], n: int, seed: int) -> list[int]:
+    """The numbers of `n` patches drawn at random, or of all if there are no more: as many of each site as there are."""
+    by_site: dict[str, list[int]] = {}
+    for number in px.rng(seed, "exact").permutation(len(patches)).tolist():
+        by_site.setdefault(patches[number].site, []).append(number)
+    in_turn = (of_turn for turn in zip_longest(*by_site.values()) for of_turn in turn if of_turn is not None)
+    return sorted(islice(in_turn, n))
+
+
+def gradient_passes(config: Config, layers: int) -> float:
+    """What the estimates cost in forward passes over all pairs, a backward pass counted as two."""
+    steps = {"eap": 1, "eap_ig_inputs": config.steps, "eap_ig_activations": config.steps * (2 * layers + 1)}
+    atp, qk_fix, atp_star = 4, 5, 3 + 2 * layers  # each reads the source too; the last takes a backward pass a layer
+    return atp + qk_fix + atp_star + sum(2 + 3 * steps[method] for method in config.edges)
 
 
 def settings(
@@ -196,6 +228,7 @@ def agreement_table(patches: list[px.ActivationPatch], scores: Scores, edges: Ed
             "spearman": rank.r,
             "low": rank.low,
             "high": rank.high,
+            "p_within_layers": rank.p_within_layers,
             "pearson": line.r,
         }
 
@@ -257,7 +290,9 @@ def drawn(
         mean, quantity = means(scores, name, kind), f"mean {'|delta|' if kind == 'size' else 'delta'} ({config.metric})"
         for site in ("q", "k") if name == "qk_fix" else ("z", "q", "k", "v"):
             heads, title = site_matrix(site, patches, mean), f"{LABELS[name]}, {site}: {of}"
-            figures[f"{name}_{site}"] = px.figures.head_heatmap(heads, title, quantity, diverging=kind == "signed")
+            figures[f"{name}_{site}"] = px.figures.head_heatmap(
+                heads, title, quantity, diverging=kind == "signed", missing="not patched"
+            )
         if name != "exact":
             estimated, exact = (site_matrix("all", patches, x) for x in (mean, means(scores, "exact", kind)))
             figures[f"{name}_against_exact"] = px.figures.scatter_heads(
@@ -267,7 +302,7 @@ def drawn(
                 name_b=LABELS["exact"],
                 quantity=quantity,
                 correlation=px.stats.correlate_heads(estimated, exact, config.seed, n_resamples=RESAMPLES),
-                title=f"{LABELS[name]} against activation patching, every node: {of}",
+                title=f"{LABELS[name]} against activation patching: {of}",
             )
     for method, found in edges.items():
         title, label = f"Edges by {method}: {of}", f"mean estimate of delta ({config.metric})"
@@ -283,7 +318,7 @@ def summary(config: Config, facts: dict[str, Any], agreement: list[dict[str, Any
         f"{config.direction}",
         f"base: mean {config.metric} {facts['mean_base']:.2f}",
         "",
-        "Spearman's correlation with exact patching, over nodes",
+        f"Spearman's correlation with exact patching, over {facts['n_exact']} of {len(facts['patches'])} nodes",
         f"{'':36}" + "".join(f"{site:>9}" for site in ("all", *SITES)),
     ]
     found = {(row["estimate"], row["of"], row["site"]): row["spearman"] for row in agreement}
@@ -294,6 +329,17 @@ def summary(config: Config, facts: dict[str, Any], agreement: list[dict[str, Any
         lines += ["", f"largest edges by {method}"]
         lines += [f"  {name:28} {value:9.4f}" for name, value in scores.ranked()[:SHOWN]]
     return "\n".join(lines)
+
+
+def evidence(facts: dict[str, Any], agreement: list[dict[str, Any]]) -> px.runs.Evidence:
+    """How well AtP ranks the nodes of all sites, beside nodes that trade places within their layer."""
+    row = next(row for row in agreement if (row["estimate"], row["site"], row["of"]) == ("atp", "all", "signed"))
+    n, of = facts["n_exact"], len(facts["patches"])
+    effect = f"rank correlation of AtP with patching, over {n} of {of} nodes,"
+    control = f"nodes permuted within layers, p = {row['p_within_layers']:.2g}"
+    interval = px.Interval(row["spearman"], row["low"], row["high"])
+    sharpen = "a larger --exact" if n < of else "a larger --limit or --dataset"
+    return px.runs.Evidence(f"{facts['n']} pairs", effect, interval, control, sharpen)
 
 
 if __name__ == "__main__":

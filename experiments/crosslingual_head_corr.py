@@ -9,7 +9,11 @@ language b. Pearson and Spearman correlation over all heads of the chosen layers
 with a NaN or infinite side are dropped and reported; a layer with a constant side has no correlation, and a note. 95% intervals
 are percentile bootstraps over heads. Beside SciPy's p, which takes heads as independent, stands a permutation p that shuffles
 heads within their layer only: association beyond what depth alone gives. The layers' permutation p-values are corrected
-for their number (q, Benjamini-Hochberg).
+for their number (q, Benjamini-Hochberg). Up to seven heads have an exact p (of four heads 1/24 at the least) and no interval.
+
+The heads of two models have nothing to do with each other. Where the files that say what was run (NAME.json beside NAME.npy, or
+the summary.json of its folder) name different weights, nothing is correlated, unless --allow_different_weights says that the
+models are, say, checkpoints of one run.
 
 Written: the numbers (JSON), beside them the config (YAML; running it again gives the same), a scatter plot of heads and a plot of
 the layers' correlations.
@@ -57,6 +61,8 @@ class Config:
     """where the plot of the layers goes; by default beside the default JSON"""
     n_resamples: px.flags.Count = 10_000
     """bootstrap resamples, and permutations"""
+    allow_different_weights: bool = False
+    """correlate although the two were measured on different weights, such as two checkpoints of one training run"""
     seed: px.flags.Seed = 0
     """of the bootstrap and the permutations"""
 
@@ -81,6 +87,7 @@ def main(config: Config) -> None:
     a, b = px.io.read_head_matrix(config.a), px.io.read_head_matrix(config.b)
     if a.shape != b.shape:
         raise ValueError(f"{config.a} is {a.shape} and {config.b} is {b.shape}; the same heads are needed in both.")
+    check_weights(config)
     layers = layer_range(config.layers, len(a))
     a, b = a[layers.start : layers.stop], b[layers.start : layers.stop]
 
@@ -101,11 +108,35 @@ def main(config: Config) -> None:
         lines = px.figures.layer_lines(layers, per_layer, title=f"{title}, layer by layer")
         written += px.figures.save(lines, files.layers)
     px.io.write_config(files.config, config)
-    px.io.write_json(files.json, record(config, (name_a, name_b), layers, a.shape[1], overall, per_layer))
+    strength = evidence(overall)
+    facts = record(config, (name_a, name_b), layers, a.shape[1], overall, per_layer)
+    px.io.write_json(files.json, {**facts, "evidence": [strength.facts]})
 
     print(f"{title}: {config.quantity}, layers {layers.start} to {layers.stop - 1}, {a.shape[1]} heads each\n")
     print(table([("all", overall), *((str(layer), row) for layer, row in zip(layers, per_layer, strict=False))]))
+    print(f"\n{strength}")
     print("\nwritten:", *written, files.config, files.json, sep="\n  ")
+
+
+def check_weights(config: Config) -> None:
+    """Raise ValueError if the two matrices are of different models, as far as the files beside them say."""
+    found = {path: weights_of(path) for path in (config.a, config.b)}
+    a, b = found[config.a], found[config.b]
+    if a and b and a != b and not config.allow_different_weights:
+        raise ValueError(
+            f"{config.a} was measured on the weights {a} and {config.b} on {b}: a head of one model is not the head of the same "
+            "layer and number in another; give --allow_different_weights if these are two checkpoints of one model."
+        )
+
+
+def weights_of(path: Path) -> str | None:
+    """The hash of the weights that a matrix was measured on, by what the file beside it says; None if none does."""
+    for beside in (path.with_suffix(".json"), path.parent / "summary.json"):
+        if beside.is_file():
+            facts = px.io.parse_json(beside.read_bytes())
+            if isinstance(facts, dict) and isinstance(facts.get("weight_hash"), str):
+                return facts["weight_hash"]
+    return None
 
 
 def names(config: Config) -> tuple[str, str]:
@@ -184,17 +215,30 @@ def layer_records(layers: range, per_layer: list[px.stats.Correlation]) -> list[
     return records
 
 
+def evidence(overall: px.stats.Correlation) -> px.runs.Evidence:
+    """Pearson's r over all heads, beside what depth alone would give."""
+    pearson = overall.pearson
+    interval = px.Interval(pearson.r, pearson.low, pearson.high)
+    control = f"heads shuffled within their layer, p = {pearson.p_within_layers:.2g}"
+    return px.runs.Evidence(f"{overall.n} heads", "Pearson's r is", interval, control, "matrices of more prompts")
+
+
 def table(rows: list[tuple[str, px.stats.Correlation]]) -> str:
     """The summary as aligned text: one row for all heads, one a layer, and notes below."""
 
     def cells(c: px.stats.Coefficient) -> str:
-        return f"{c.r:9.3f}  [{c.low:6.3f}, {c.high:6.3f}] {c.p:8.2g} {c.p_within_layers:9.2g}"
+        ends = f"[{c.low:6.3f}, {c.high:6.3f}]" if c.low == c.low or c.r != c.r else f"{'-':^16}"
+        return f"{c.r:9.3f}  {ends} {c.p:8.2g} {c.p_within_layers:9.2g}"
 
     heads = [f"{name:>9}  {'95% interval':^16} {'p':>8} {'p within':>9}" for name in ("Pearson", "Spearman")]
     lines = ["layer    n dropped" + "".join(heads)]
     for label, row in rows:
         lines.append(f"{label:>5} {row.n:4} {row.dropped:7}{cells(row.pearson)}{cells(row.spearman)}")
-    lines += [f"layer {label}: {row.note}" for label, row in rows if row.note]
+    of_note: dict[str, list[str]] = {}
+    for label, row in rows:
+        if row.note:
+            of_note.setdefault(row.note, []).append(label)
+    lines += [f"layer{'s' * (len(of) > 1)} {', '.join(of)}: {note}" for note, of in of_note.items()]
     return "\n".join(lines)
 
 

@@ -8,8 +8,9 @@
 Method. Every state of the residual stream is a sum of parts: the state before, what each head adds from each token, what the MLP
 adds. A part's importance is how much nearer it brings the sum, in L1 norm, as a share of all parts' (`flow`). From the last
 token's final state, edges with an importance above tau are followed down to the embeddings. A head is active on a prompt if one
-of these edges is its own; its activation frequency is the share of prompts, with its 95% Wilson interval. One tau says little, so
-the frequency is shown against tau too.
+of these edges is its own; its activation frequency is the share of prompts, with its 95% Wilson interval. How
+large importances are differs from model to model, so that tau is by default chosen from them: a tenth of heads x prompts are
+active. (The published tool's default is `--tau 0.04`.) One tau says little, so the frequency is shown against tau too.
 
 Nothing is ablated: this is another estimator than the activation frequency of `activation_frequencies_ifr.py`, which asks what
 the answer loses without a head. `--compare` plots one against the other, head by head, with Pearson's and Spearman's correlation.
@@ -23,9 +24,10 @@ the same); and summary.json, what was run.
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from annotated_types import Ge, Lt
@@ -38,14 +40,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHOWN = 12  # heads in the table on the terminal
+LOWEST, HIGHEST = 0.002, 0.99  # thresholds that are chosen
 Matrix = Float[np.ndarray, "layer head"]
 
 
 @dataclass(frozen=True)
 class Config(px.flags.Model, px.flags.Prompts):
     out: px.flags.Out = None
-    tau: Annotated[float, Ge(0), Lt(1)] = 0.04
-    """threshold on an edge's importance"""
+    tau: Annotated[float, Ge(0), Lt(1)] | None = None
+    """threshold on an edge's importance; by default that at which about a tenth of heads x prompts are active"""
     renormalise: bool = False
     """in the routes of one prompt, divide the importances that are kept by their sum at the node"""
     prompt: Annotated[int, Ge(0)] = 0
@@ -66,17 +69,23 @@ def main(config: Config) -> None:
     model, tokenizer = config.load_model()
     check_compared(config, causal, model)
     prompts = config.tokenize(prompt_set, model, tokenizer)
+    if not run.announce(f"routes to {len(prompts)} predictions", seconds_of(model, prompts), n=len(prompts)):
+        return
 
     # The importance of every edge in one pass, and the routes to each prediction.
-    flow = px.methods.flow_routes(model, prompts, batch_size=config.batch_size)
-    active = flow.active_heads(config.tau)
-    routes = flow.graph(config.prompt, config.tau, config.renormalise)
+    flow, shown = traced(config, model, prompts)
+    widths = np.stack([one.widths.heads for one in flow])
+    tau = config.tau
+    if tau is None:
+        tau = min(max(px.stats.exceeded_by_a_tenth(widths), LOWEST), HIGHEST)
+    active = widths > tau
+    routes = shown.graph(0, tau, config.renormalise)
     tokens = [str(tokenizer.decode([token])) for token in prompts.input_ids[config.prompt]]
 
     # How often a head is on a route, at this threshold and at others, and whether the causal frequencies agree.
     frequency = px.stats.frequency_interval(active, axis=0)
-    taus = np.unique([*np.geomspace(0.002, 0.5, 30), *([config.tau] if config.tau > 0 else [])])
-    curve = np.stack([flow.active_heads(tau).mean(0) for tau in taus])
+    taus = np.unique([*np.geomspace(0.002, 0.5, 30), *([tau] if tau > 0 else [])])
+    curve = np.stack([(widths > at).mean(0) for at in taus])
     correlation = None if causal is None else px.stats.correlate_heads(frequency.mean, causal, config.seed)
     heads = head_table(frequency, flow, causal)
     facts = px.metadata(
@@ -85,7 +94,8 @@ def main(config: Config) -> None:
         dataset=config.dataset,
         prompts_hash=prompts.hash,
         n=len(prompts),
-        tau=config.tau,
+        tau=tau,
+        tau_is="exceeded by a tenth of heads x prompts" if config.tau is None else "given",
         answers=config.answers,
         seed=config.seed,
         share_active=float(active.mean()),
@@ -94,22 +104,64 @@ def main(config: Config) -> None:
     )
 
     print(summary(config, facts, heads, active, correlation))
-    with run.writing(facts, replacing=("figures/compare.*",)):
+    with run.writing(facts, evidence(config, facts, heads, correlation), replacing=("figures/compare.*",)):
         run.table("heads", heads)
-        run.table("prompts", prompt_table(flow, active, config.tau))
+        run.table("prompts", prompt_table(flow, tau))
         run.table("frequency_vs_tau", px.stats.threshold_table(taus, curve))
         for name, values in arrays(frequency, flow, active).items():
             run.array(name, values)
-        run.json("routes", route_record(config, tokens, routes))
+        run.json("routes", route_record(config, tau, tokens, routes))
         most_active = [(int(row["layer"]), int(row["head"])) for row in heads[: px.runs.HEADS]]
         run.views(px.runs.look(model, tokenizer, prompts.input_ids, most_active))
-        for name, figure in drawn(config, run.of, frequency.mean, flow, (taus, curve)).items():
+        for name, figure in drawn(tau, run.of, frequency.mean, flow, (taus, curve)).items():
             run.figure(name, figure)
-        how = f"edges above {config.tau:g}{', renormalised' * config.renormalise}"
+        how = f"edges above {tau:.3g}{', renormalised' * config.renormalise}"
         title = f"Routes to the prediction of prompt {config.prompt}, {how}: {run.of}"
         run.figure("routes", px.figures.routes(routes, tokens, len(frequency.mean), title))
         if causal is not None and correlation is not None:
             run.figure("compare", comparison(run.of, frequency.mean, causal, correlation))
+
+
+# -- what is traced ----------------------------------------------------------------------------------------------------
+
+
+class Traced(NamedTuple):
+    """What is kept of a prompt's flow, which takes tokens squared: widths, a head's share of resid_mid, its largest edge."""
+
+    widths: px.methods.Widths
+    importance: Matrix
+    at_last: Matrix
+    largest_edge: Matrix
+    tokens: int
+
+
+def seconds_of(model: PreTrainedModel, prompts: px.TokenizedPrompts) -> float:
+    """How long the routes of all prompts take, by the time that those of the first take."""
+    start = time.perf_counter()
+    px.methods.flow_routes(model, prompts.take([0]), progress=False)
+    sizes = [len(ids) ** 2 for ids in prompts.input_ids]
+    return (time.perf_counter() - start) * sum(sizes) / sizes[0]
+
+
+def traced(
+    config: Config, model: PreTrainedModel, prompts: px.TokenizedPrompts
+) -> tuple[list[Traced], px.methods.Flow]:
+    """What is kept of all prompts, a batch after the other, and the flow of `--prompt`."""
+    found: list[Traced] = []
+    lowest = LOWEST if config.tau is None else config.tau
+    with px.io.progress_bar(len(prompts), "prompt", "routes") as bar:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = prompts.take(range(start, min(start + config.batch_size, len(prompts))))
+            flow = px.methods.flow_routes(model, batch, batch_size=len(batch), progress=False)
+            shares = zip(flow.head_importance(), flow.head_importance("last"), strict=True)
+            for number, (share, at_last) in enumerate(shares):
+                widths, attention = flow.widths(number).above(lowest), flow.attention[number]
+                found.append(Traced(widths, share, at_last, attention.max((2, 3)), attention.shape[-1]))
+            if start <= config.prompt < start + len(batch):
+                parts = (flow.attention, flow.attn_residual, flow.mlp, flow.mlp_residual)
+                shown = px.methods.Flow(*((part[config.prompt - start],) for part in parts))
+            bar.update(len(batch))
+    return found, shown
 
 
 # -- what it is compared with ------------------------------------------------------------------------------------------
@@ -136,9 +188,10 @@ def check_compared(config: Config, causal: Matrix | None, model: PreTrainedModel
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
-def head_table(frequency: px.Interval, flow: px.methods.Flow, causal: Matrix | None) -> list[dict[str, float]]:
+def head_table(frequency: px.Interval, flow: list[Traced], causal: Matrix | None) -> list[dict[str, float]]:
     """One row a head, most active first; ties by importance."""
-    importance, at_last = flow.head_importance().mean(0), flow.head_importance("last").mean(0)
+    importance, at_last = (np.mean([getattr(one, name) for one in flow], 0) for name in ("importance", "at_last"))
+    largest_edge = np.max([one.largest_edge for one in flow], 0)
     rows = [
         {
             "layer": layer,
@@ -149,7 +202,7 @@ def head_table(frequency: px.Interval, flow: px.methods.Flow, causal: Matrix | N
             "high": float(frequency.high[layer, head]),
             "importance": float(importance[layer, head]),
             "importance_at_last": float(at_last[layer, head]),
-            "largest_edge": max(float(attention[layer, head].max()) for attention in flow.attention),
+            "largest_edge": float(largest_edge[layer, head]),
             **({} if causal is None else {"compared": float(causal[layer, head])}),
         }
         for layer, head in np.ndindex(importance.shape)
@@ -157,34 +210,33 @@ def head_table(frequency: px.Interval, flow: px.methods.Flow, causal: Matrix | N
     return sorted(rows, key=lambda row: (-row["frequency"], -row["importance"]))
 
 
-def prompt_table(
-    flow: px.methods.Flow, active: Bool[np.ndarray, "prompt layer head"], tau: float
-) -> list[dict[str, int]]:
+def prompt_table(flow: list[Traced], tau: float) -> list[dict[str, int]]:
     """One row a prompt: how large its routes are."""
     rows = []
-    for prompt, attention in enumerate(flow.attention):
-        edges = flow.graph(prompt, tau)
-        nodes = {node for edge in edges for node in (edge.source, edge.target)}
-        heads, tokens = int(active[prompt].sum()), attention.shape[-1]
-        rows.append({"prompt": prompt, "tokens": tokens, "edges": len(edges), "nodes": len(nodes), "heads": heads})
+    for prompt, (widths, *_, tokens) in enumerate(flow):
+        heads, edges, states = (int((found > tau).sum()) for found in widths)
+        nodes = states + (edges > 0)  # with the prediction itself
+        rows.append({"prompt": prompt, "tokens": tokens, "edges": edges, "nodes": nodes, "heads": heads})
     return rows
 
 
 def arrays(
-    frequency: px.Interval, flow: px.methods.Flow, active: Bool[np.ndarray, "prompt layer head"]
+    frequency: px.Interval, flow: list[Traced], active: Bool[np.ndarray, "prompt layer head"]
 ) -> dict[str, np.ndarray]:
     """All arrays by file name."""
-    importances = flow.head_importance()
+    importances = np.stack([one.importance for one in flow])
     means = {"importance": importances.mean(0).astype(np.float32), "frequency": frequency.mean.astype(np.float32)}
     return {"active": active, "importances": importances, **means}
 
 
-def route_record(config: Config, tokens: list[str], routes: tuple[px.methods.FlowEdge, ...]) -> dict[str, Any]:
+def route_record(
+    config: Config, tau: float, tokens: list[str], routes: tuple[px.methods.FlowEdge, ...]
+) -> dict[str, Any]:
     """The routes of one prompt, for the report."""
     return {
         "prompt": config.prompt,
         "tokens": tokens,
-        "tau": config.tau,
+        "tau": tau,
         "renormalised": config.renormalise,
         "edges": [edge.as_dict() for edge in routes],
     }
@@ -194,18 +246,18 @@ def route_record(config: Config, tokens: list[str], routes: tuple[px.methods.Flo
 
 
 def drawn(
-    config: Config,
+    tau: float,
     of: str,
     frequency: Matrix,
-    flow: px.methods.Flow,
+    flow: list[Traced],
     against_tau: tuple[Float[np.ndarray, " tau"], Float[np.ndarray, "tau layer head"]],
 ) -> dict[str, Figure]:
     """The figures of all prompts by name: maps of heads, and the frequency against the threshold."""
     title, label = (
         f"Activation frequency by information flow: {of}",
-        f"share of prompts with an edge above {config.tau:g}",
+        f"share of prompts with an edge above {tau:.3g}",
     )
-    importance = flow.head_importance().mean(0)
+    importance = np.mean([one.importance for one in flow], 0)
     return {
         "frequency": px.figures.head_heatmap(frequency, title, f"{label} on a route", limits=(0, 1)),
         "importance": px.figures.head_heatmap(
@@ -213,7 +265,7 @@ def drawn(
         ),
         "frequency_vs_tau": px.figures.frequency_curve(
             *against_tau,
-            tau=config.tau or None,
+            tau=tau or None,
             title=f"Activation frequency by information flow against the threshold: {of}",
             threshold="threshold tau on the importance of an edge",
         ),
@@ -242,8 +294,9 @@ def summary(
 ) -> str:
     """What the terminal shows: how much is on a route, the most active heads, and how they agree with the compared ones."""
     often = sum(row["low"] > 0.5 for row in heads)
+    chosen = "" if config.tau is not None else ", the tau at which about a tenth of heads x prompts are active"
     lines = [
-        f"{config.model} on {config.dataset}: {facts['n']} prompts, routes of edges above {config.tau:g}",
+        f"{config.model} on {config.dataset}: {facts['n']} prompts, routes of edges above {facts['tau']:.3g}{chosen}",
         f"active: {facts['share_active']:.1%} of heads x prompts; {often} of {len(heads)} heads on more "
         "than half of the prompts (95% interval)",
         f"routes of prompt {config.prompt}: {facts['n_edges_drawn']} edges through {active[config.prompt].sum()} heads",
@@ -261,6 +314,23 @@ def summary(
     if correlation is not None:
         lines += ["", f"against {config.compare}: {in_words(correlation)}"]
     return "\n".join(lines)
+
+
+def evidence(
+    config: Config, facts: dict[str, Any], heads: list[dict[str, float]], correlation: px.stats.Correlation | None
+) -> list[px.runs.Evidence]:
+    """How often the most active head is on a route, beside all heads; and how the compared frequencies agree."""
+    first, prompts, share = heads[0], f"{facts['n']} prompts", facts["share_active"]
+    name = px.stats.head_label((int(first["layer"]), int(first["head"])))
+    effect = f"share of prompts with {name} on a route, the most active of {len(heads)} heads,"
+    interval, sharpen = px.Interval(first["frequency"], first["low"], first["high"]), "a larger --limit or --dataset"
+    found = [px.runs.Evidence(prompts, effect, interval, f"all heads, {share:.2f}", sharpen, null=share)]
+    if correlation is not None:
+        rank = correlation.spearman
+        effect = f"rank correlation with {config.compare} over {correlation.n} heads"
+        control = f"heads permuted within layers, p = {rank.p_within_layers:.2g}"
+        found.append(px.runs.Evidence(prompts, effect, px.Interval(rank.r, rank.low, rank.high), control, sharpen))
+    return found
 
 
 def in_words(correlation: px.stats.Correlation) -> str:

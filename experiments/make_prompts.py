@@ -24,7 +24,7 @@ for. The position country is the last token of the country, whatever it is calle
 Parallel text (en_fr): English sentences and their French translations, both held out from the training of the tiny models.
 
 Word problems in plain English (plain_test, plain_train), in GSM8K's form: of one step and of two in turn, with numbers from 2 to
-20 and results from 2 to 99. No question is in both files; solved examples are taken from plain_train.
+10 and results from 2 to 99. No question is in both files; solved examples are taken from plain_train.
 """
 
 from __future__ import annotations
@@ -216,11 +216,14 @@ def word_problem(generator: np.random.Generator, steps: int) -> dict[str, str]:
     things, box = (str(generator.choice(words)) for words in (PLAIN_THINGS, PLAIN_BOXES))
     words = {"who": who, "other": other, "things": things, "box": box, "boxes": box + ("es" if box == "box" else "s")}
     while True:
-        numbers = dict(zip("abc", generator.integers(2, 21, size=3).tolist(), strict=True))
+        numbers = dict(zip("abc", generator.integers(2, 11, size=3).tolist(), strict=True))
         lines, result = solution_of(story, numbers)
         if result is not None:
             text = "\n".join([*lines, f"#### {result}"])
-            return {"question": story.question.format(**words, **numbers), "answer": text.format(**words)}
+            return {
+                "question": f"{story.told} {story.asked}".format(**words, **numbers),
+                "answer": text.format(**words),
+            }
 
 
 def solution_of(story: Story, numbers: dict[str, int]) -> tuple[list[str], int | None]:

@@ -91,8 +91,10 @@ def main(config: Config) -> None:
     base, source, kept, dropped = px.methods.patchable(clean, corrupt, names, config.dataset, config.positions)
     groups = receiver_groups(config, model.config)
     paths = [path for group in groups for path in paths_to(config, model.config, group)]
-    for path in paths:
-        path.check(model)
+    passes = px.methods.patch_passes(model, paths, base, source, config.metric, memory=config.memory_bytes)
+    work = f"{len(paths)} paths x {len(base)} pairs of texts, senders patched at {config.positions}"
+    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(base)):
+        return
 
     # Every path on every pair of texts.
     result = px.patch(
@@ -130,7 +132,7 @@ def main(config: Config) -> None:
     )
 
     print(summary(config, facts, rows))
-    with run.writing(facts, replacing=("*.npy", "*.csv", "figures/*")):
+    with run.writing(facts, [evidence(facts, rows)], replacing=("*.npy", "*.csv", "figures/*")):
         run.table("paths", rows)
         if not config.pairs:
             run.table("others", [row for row in rows if not row["sender"].startswith("z.")])
@@ -318,6 +320,15 @@ def summary(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -
             interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
             lines.append(f"  {row['path']:{width}} {row['effect']:9.2f} {interval:>16} {row['score']:8.3f}")
     return "\n".join(lines)
+
+
+def evidence(facts: dict[str, Any], rows: list[dict[str, Any]]) -> px.runs.Evidence:
+    """The largest effect, beside that of the path in the middle."""
+    largest, sizes = rows[0], [abs(row["effect"]) for row in rows[1:]]
+    effect = f"{largest['path']}, the largest of {len(rows)} paths, changes {facts['metric']} in percent by"
+    control = f"the other paths, whose median |effect| is {np.median(sizes) if sizes else math.nan:.2g}%"
+    interval = px.Interval(largest["effect"], largest["low"], largest["high"])
+    return px.runs.Evidence(f"{facts['n']} pairs", effect, interval, control, "a larger --limit or --dataset")
 
 
 if __name__ == "__main__":

@@ -172,80 +172,70 @@ CAPITAL_TEMPLATES = (
 )
 
 
-# -- word problems -------------------------------------------------------------------------------------------------------
+# -- word problems -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Story:
-    """A word problem with {a}, {b} ... for its numbers, and a sentence with its calculation for each step of the solution.
+    """A word problem, and for each step of its solution a sentence with a calculation.
 
-    A calculation is in square brackets; x is the result of the step before.
+    Attributes:
+        told: the story, with {a}, {b} and {c} for its numbers.
+        asked: the question.
+        solution: the sentences; a calculation is in square brackets, where x is the result of the step before.
     """
 
-    question: str
+    told: str
+    asked: str
     solution: tuple[str, ...]
 
 
 PLAIN_THINGS = "apples oranges books coins stickers pencils marbles cards cookies shells balloons eggs".split()
 PLAIN_BOXES = "box bag basket drawer jar".split()
+_NOW = "How many {things} does {who} have now?"
+_LEFT = "How many {things} does {who} have left?"
+_ALL = "How many {things} does {who} have in all?"
+_BOXES = "{who} has {a} {boxes} with {b} {things} in each {box}"
+# Additions are in the majority among those of one step: the smallest models hardly solve others.
 STORIES = (
+    Story("{who} has {a} {things}. {other} gives {who} {b} more {things}.", _NOW, ("{who} has [a+b] {things} now.",)),
+    Story("{who} has {a} {things}. {who} buys {b} more {things}.", _NOW, ("{who} has [a+b] {things} now.",)),
+    Story("{who} has {a} {things}. {who} finds {b} more {things}.", _NOW, ("{who} has [a+b] {things} now.",)),
     Story(
-        "{who} has {a} {things}. {other} gives {who} {b} more {things}. How many {things} does {who} have now?",
-        ("{who} has [a+b] {things} now.",),
-    ),
-    Story(
-        "{who} has {a} {things}. {who} buys {b} more {things}. How many {things} does {who} have in all?",
-        ("{who} has [a+b] {things} in all.",),
-    ),
-    Story(
-        "{who} has {a} {things} and {other} has {b} {things}. How many {things} do they have together?",
+        "{who} has {a} {things} and {other} has {b} {things}.",
+        "How many {things} do they have together?",
         ("Together they have [a+b] {things}.",),
     ),
+    Story("{who} has {a} {things}. {who} gives {b} {things} to {other}.", _LEFT, ("{who} has [a-b] {things} left.",)),
+    Story("{who} has {a} {things}. {who} loses {b} {things}.", _LEFT, ("{who} has [a-b] {things} left.",)),
     Story(
-        "{who} has {a} {things}. {who} gives {b} {things} to {other}. How many {things} does {who} have left?",
-        ("{who} has [a-b] {things} left.",),
-    ),
-    Story(
-        "{who} has {a} {things}. {who} finds {b} more {things}. How many {things} does {who} have now?",
-        ("{who} has [a+b] {things} now.",),
-    ),
-    Story(
-        "{who} has {a} {things}. {who} loses {b} {things}. How many {things} does {who} have left?",
-        ("{who} has [a-b] {things} left.",),
-    ),
-    Story(
-        "{who} has {a} {things}. {who} sells {b} {things}. How many {things} are left?",
-        ("There are [a-b] {things} left.",),
-    ),
-    Story(
-        "{who} has {a} {boxes} with {b} {things} in each {box}. How many {things} does {who} have?",
-        ("{who} has [a*b] {things}.",),
-    ),
-    Story(
-        "{who} has {a} {things}. {other} gives {who} {b} more {things}, and then {who} loses {c} {things}. How many {things} does "
-        "{who} have now?",
+        "{who} has {a} {things}. {other} gives {who} {b} more {things}, and then {who} loses {c} {things}.",
+        _NOW,
         ("{who} has [a+b] {things} at first.", "Then {who} has [x-c] {things}."),
     ),
     Story(
-        "{who} has {a} {things}. {who} gives {b} {things} to {other} and finds {c} {things}. How many {things} does {who} have now?",
+        "{who} has {a} {things}. {who} gives {b} {things} to {other} and finds {c} {things}.",
+        _NOW,
         ("{who} has [a-b] {things} left.", "Then {who} has [x+c] {things}."),
     ),
     Story(
-        "{who} has {a} {boxes} with {b} {things} in each {box}. {who} gives {c} {things} to {other}. How many {things} does {who} "
-        "have left?",
+        _BOXES + ". {who} gives {c} {things} to {other}.",
+        _LEFT,
         ("{who} has [a*b] {things}.", "Then {who} has [x-c] {things} left."),
     ),
     Story(
-        "{who} has {a} {boxes} with {b} {things} in each {box}, and {c} more {things}. How many {things} does {who} have in all?",
+        _BOXES + ", and {c} more {things}.",
+        _ALL,
         ("In the {boxes} there are [a*b] {things}.", "In all {who} has [x+c] {things}."),
     ),
     Story(
-        "{who} has {a} {things}. {other} has {b} more {things} than {who}. How many {things} do they have together?",
+        "{who} has {a} {things}. {other} has {b} more {things} than {who}.",
+        "How many {things} do they have together?",
         ("{other} has [a+b] {things}.", "Together they have [a+x] {things}."),
     ),
     Story(
-        "{who} has {a} {things} and buys {b} more {things}. {who} shares all of them equally among {c} friends. How many {things} "
-        "does each friend get?",
+        "{who} has {a} {things} and buys {b} more {things}. {who} shares all of them equally among {c} friends.",
+        "How many {things} does each friend get?",
         ("{who} has [a+b] {things}.", "Each friend gets [x/c] {things}."),
     ),
 )

@@ -13,6 +13,12 @@ scores, at all layers at once; `zero`: the head attends to nothing and gives 0; 
 The heads are the first ones of the ranking by induction score, so that larger sets hold the smaller ones; `top` ranks the layers
 below L/2 only (nearer the input), `bottom` the rest. All sets see the same permutations.
 
+Sizes. On a GPU a model of a billion parameters or more gets the published ones by default: 500 tokens, 300 permutations. Smaller
+models rarely go on after a word that they have seen once among so many: 20 tokens, and from ten million parameters on 40
+permutations. A list is never longer than the model's context, or the tokens there are, allow. A start token is there if the
+tokenizer puts one in front of a text, for the ranking of heads as for the lists, and is no part of the list; as published is
+`--bos no`. More than half of the heads are never ablated by default, so that there are others to compare with.
+
 The control (ours) is many random sets: of the same layers, head for head, and none of the --max_heads_abl heads with the highest
 scores. Where a layer has too few others, they come from the nearest layers, and the line "control" says how far. The control is
 as clean as the heads that are left: the table has the mean induction score of the sets beside it.
@@ -25,8 +31,9 @@ The +1-lag bias is p(+1) less the mean of p beyond lag 5 on either side. Its cha
 percentile bootstrap over permutations, each with and without ablation drawn together. The share of random sets that lower it at
 least as much is (1 + count) / (1 + sets); draws that turn out to be the same set count once, and small layers have few sets: with
 one set the share cannot be below 1/2. (The far lags hold the list's first token, where models that have learnt to go round and
-round put what lag +1 loses, so that the bias may fall by more than p(+1).) Lag-CRP (Kahana 1996) is the curve given that one of
-the list's other tokens is next.
+round put what lag +1 loses, so that the bias may fall by more than p(+1).) Lag-CRP (Kahana 1996) is the curve given that one
+of the list's other tokens is next. A model that mostly answers with other words has a low p(+1), made by few permutations, and
+may yet have a clear lag-CRP: both are shown, and which of them falls by its interval and further than with any random set.
 
 With --head_type random there are the random sets alone, and their mean takes the place of the induction heads.
 
@@ -41,7 +48,7 @@ shows; heads/MODEL_induction_scores.csv, where they were computed; MODEL_permP_M
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,8 +77,11 @@ KNOWN = {
         "Qwen/Qwen2.5-7B-Instruct",
     )
 }
-N_TOKENS, TINY_N_TOKENS = 500, 20
+N_TOKENS, PERMUTATIONS = 500, 300
+LARGE, FEW_TOKENS = 1e9, 20  # parameters from which on, on a GPU, these are the defaults; tokens of all other models
+MIDDLING, FEW_PERMUTATIONS = 1e7, 40  # parameters from which on a set of heads takes seconds, and permutations then
 TO_ABL, TINY_TO_ABL = "0-1-5-10-20-50", "0-1-2-3-4"
+SHOWN = 4  # tokens on the terminal
 Type = Literal["induction", "random"]
 Mode = Literal["zero", "mean"]
 Layers = Literal["full", "top", "bottom"]
@@ -86,22 +96,26 @@ def _listed(value: Any) -> Any:
 class Config(px.flags.Loading, px.flags.Sweep):
     model_name: str = "tiny-gemma2"
     """a shipped or fetched model, folder, GGUF file, hub name, or the end of a known one such as Llama-3.1-8B-Instruct"""
-    permutations: Annotated[int, Ge(2)] = 300
-    """prompts: random orders of the same tokens"""
+    permutations: Annotated[int, Ge(2)] | None = None
+    """prompts: random orders of the same tokens; by default 300, or 40 (see Sizes)"""
     max_heads_abl: int | None = None
     """how many of the heads with the highest scores the random sets leave alone; by default the largest of --to_abl"""
     head_type: Type = "induction"
     """induction: the heads with the highest induction scores, with random ones beside them; random: those alone"""
     to_abl: str | None = None
-    """how many heads to ablate, 0 for none; by default 0-1-5-10-20-50, on the shipped tiny models (8 heads a layer) 0-1-2-3-4"""
+    """how many heads to ablate, 0 for none; by default 0-1-5-10-20-50 up to half of the heads, on the shipped tiny models
+    0-1-2-3-4"""
     mode: Annotated[px.flags.OneOrMore[Mode], BeforeValidator(_listed)] = ("zero",)
     """what comes in place of attention: nothing (zero), equal attention (mean), or one after the other"""
     layer_abl: Annotated[px.flags.OneOrMore[Layers], BeforeValidator(_listed)] = ("full",)
     """which layers' heads: all, the half nearer the input (top), the other half (bottom); several are done one after the other"""
     tokens_path: Path | None = None
-    """a JSON file, or pickle, of a list of token ids (or a list of such lists); by default all ordinary ones of the tokenizer"""
+    """a JSON file, or pickle, of a list of token ids (or a list of such lists), or JSON of texts and ids, {" cat": 4937}, which
+    are compared with the tokenizer; by default all ordinary ones of the tokenizer"""
     n_tokens: Annotated[int, Ge(12)] | None = None
-    """length of the list; by default 500, on the shipped tiny models (which repeat 40 tokens at most) 20"""
+    """length of the list; by default 500, or 20 (see Sizes; the shipped tiny models repeat 40 tokens at most)"""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """a start token before the list, and before what heads are ranked on: auto if the tokenizer puts one there; published: no"""
     induction_scores_csv: Path | None = None
     """scores,layer,head; by default they are computed, on 10 sequences of 25 random tokens shown twice (of induction_scores.py:
     --repeats 2, or --occurrences all)"""
@@ -145,17 +159,20 @@ class Config(px.flags.Loading, px.flags.Sweep):
 
 def main(config: Config) -> None:
     # Everything that can be wrong is found before the first forward pass, what the files alone tell before the model is loaded.
-    levels = levels_of(config)
-    run = px.RunFolder(config, "ablations", config.name, flag="output_dir", **config.run_files)
-    n_tokens = config.n_tokens or (TINY_N_TOKENS if config.tiny else N_TOKENS)
-    listed = listed_tokens(config, n_tokens)
+    levels_of(config)
+    run = px.RunFolder(config, "ablations", config.name, flag="output_dir")
+    listed = listed_tokens(config)
     source = config.model_name if Path(config.model_name).is_dir() else KNOWN.get(config.model_name, config.model_name)
     model, tokenizer = config.load(source)
-    pool = usable_tokens(config, model, tokenizer, listed, n_tokens)
-    prompts = px.methods.lag_prompts(pool, n_tokens, config.permutations, config.seed)
+    bos = px.methods.leading_bos(tokenizer, config.bos)
+    pool = usable_tokens(config, model, tokenizer, listed)
+    given = known_scores(config, model)
+    config, n_tokens, permutations = sized(config, model, len(bos), len(pool), given)
+    levels = levels_of(config)
+    prompts = px.methods.lag_prompts(pool, n_tokens, permutations, config.seed, bos)
 
     # Which heads: a ranking of each choice of layers by induction score, and random ones that match it.
-    scores, matrix = ranked_scores(config, model, tokenizer, levels[-1])
+    scores, matrix = ranked_scores(config, model, tokenizer, bos, given)
     heads = {layers: ranked_heads(config, model, scores, layers, levels[-1]) for layers in config.layer_abl}
 
     # Every set of heads on every permutation: one sweep, in which equal sets of different settings are one.
@@ -167,10 +184,11 @@ def main(config: Config) -> None:
     }
     specs = {spec: row for row, spec in enumerate(dict.fromkeys(sets.values()))}
     options: dict[str, Any] = {"metric": "token_probabilities", "memory": config.memory_bytes}
-    if config.dry_run:
-        if px.is_main_process():
-            print(px.plan_sweep(model, list(specs), prompts, **options).summary())
+    seconds = px.plan_sweep(model, list(specs), prompts, **options).passes * px.runs.seconds_a_pass(model, prompts)
+    work = f"{len(specs)} interventions x {permutations} prompts, permutations of {n_tokens} tokens"
+    if not run.announce(work, seconds, n=permutations, limit="permutations"):
         return
+    run = px.RunFolder(config, "ablations", config.name, flag="output_dir", **config.run_files)  # named by the sizes
     options |= {"compile": config.compile, "store": run.unfinished, "progress": px.is_main_process()}
     result = px.sweep(model, list(specs), prompts, **options)
     if not px.is_main_process():
@@ -178,30 +196,40 @@ def main(config: Config) -> None:
     rows = {key: specs[spec] for key, spec in sets.items()}
 
     # The curve over lags with every number of heads ablated, and its bias to lag +1, beside the random sets; setting by setting.
-    summaries: dict[str, list[dict[str, Any]]] = {}
+    clean = px.methods.curves_of(result.baseline, len(bos))
+    curves = {
+        (mode, layers): [
+            px.methods.lag_curves(result, rows, heads[layers], mode, n, config.head_type, len(bos)) for n in levels
+        ]
+        for mode, layers in config.settings
+    }
+    tables = {
+        setting: [px.methods.lag_summary(at, clean, heads[setting[1]], config.head_type, config.seed) for at in found]
+        for setting, found in curves.items()
+    }
+    untouched = px.methods.lag_task(clean, config.seed)
+    some = tokenizer.batch_decode([[token] for token in prompts.input_ids[0][len(bos) :][:SHOWN]])
+    print(summary(config, some, untouched, tables))
     facts = px.metadata(
         model,
         model=source,
         prompts_hash=prompts.hash,
-        permutations=config.permutations,
+        permutations=permutations,
         n_tokens=n_tokens,
+        bos=list(bos),
         usable_tokens=len(pool),
         levels=levels,
         head_type=config.head_type,
         random_draws=config.random_draws,
         seed=config.seed,
-        summaries=summaries,
+        untouched=untouched,
+        summaries={"_".join(setting): table for setting, table in tables.items()},
     )
-    with run.writing(facts):
+    with run.writing(facts, evidence(config, tables)):
         if matrix is not None:
             px.methods.write_head_scores(run.path / f"heads/{config.name}_induction_scores.csv", matrix)
-        for mode, layers in config.settings:
-            here, clean = heads[layers], px.methods.curves_of(result.baseline)
-            found = [px.methods.lag_curves(result, rows, here, mode, n, config.head_type) for n in levels]
-            table = [px.methods.lag_summary(at, clean, here, config.head_type, config.seed) for at in found]
-            write_setting(run, config, (mode, layers), here, found, table)
-            summaries[f"{mode}_{layers}"] = table
-        print(summary(config, n_tokens, summaries))
+        for setting, found in curves.items():
+            write_setting(run, config, setting, heads[setting[1]], found, tables[setting])
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -223,12 +251,12 @@ def levels_of(config: Config) -> list[int]:
     return levels
 
 
-def listed_tokens(config: Config, n_tokens: int) -> Int[np.ndarray, " token"] | None:
+def listed_tokens(config: Config) -> Int[np.ndarray, " token"] | None:
     """The tokens of --tokens_path; ValueError if they are too few."""
     if config.tokens_path is None:
         return None
     listed = np.array(px.prompts.read_token_list(config.tokens_path), np.int64)
-    check_count(len(np.unique(listed)), n_tokens, str(config.tokens_path))
+    check_count(len(np.unique(listed)), config.n_tokens or px.methods.FEWEST, str(config.tokens_path))
     return listed
 
 
@@ -244,30 +272,69 @@ def usable_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     listed: Int[np.ndarray, " token"] | None,
-    n_tokens: int,
 ) -> Int[np.ndarray, " token"]:
     """The tokens that lists are drawn from: those of the file but the special ones, or all ordinary ones of the tokenizer."""
-    longest = px.models.n_positions(model.config)
-    if n_tokens + 1 > longest:
-        raise ValueError(
-            f"--n_tokens {n_tokens} makes prompts of {n_tokens + 1} tokens and {config.model_name} takes {longest}; take fewer."
-        )
     pool = px.methods.usable_tokens(model, tokenizer, among=listed)
-    check_count(len(pool), n_tokens, "the tokenizer" if listed is None else str(config.tokens_path))
+    if listed is not None and config.tokens_path is not None:
+        warning = px.prompts.check_token_list(config.tokens_path, listed.tolist(), tokenizer)
+        px.io.note(f"warning: {warning}", shown=warning is not None and px.is_main_process())
     return pool
 
 
+def known_scores(config: Config, model: PreTrainedModel) -> Ranking | None:
+    """The scores of --induction_scores_csv with their heads, highest first; None if they are to be computed."""
+    path = config.induction_scores_csv
+    return None if path is None else px.methods.read_head_scores(path, model.config)
+
+
+def sized(
+    config: Config, model: PreTrainedModel, n_bos: int, n_usable: int, scores: Ranking | None
+) -> tuple[Config, int, int]:
+    """The config with the sizes that it leaves to the model (the docstring: Sizes), and tokens and permutations.
+
+    Raises:
+        ValueError: a list is longer than the context or than there are tokens, or more heads are wanted than there are.
+    """
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    large = n_parameters >= LARGE and model.device.type != "cpu"
+    longest = px.models.n_positions(model.config)
+    room = longest - 1 - n_bos
+    fits = max(px.methods.FEWEST, min(N_TOKENS if large else FEW_TOKENS, room, n_usable))
+    n_tokens = config.n_tokens or fits
+    if n_tokens > room:
+        raise ValueError(
+            f"--n_tokens {n_tokens} makes prompts of {longest + n_tokens - room} tokens and {config.model_name} takes {longest}; "
+            "take fewer."
+        )
+    check_count(n_usable, n_tokens, "the tokenizer" if config.tokens_path is None else str(config.tokens_path))
+    few = n_parameters >= MIDDLING and not large
+    permutations = config.permutations or (FEW_PERMUTATIONS if few else PERMUTATIONS)
+
+    depth, n_heads = px.models.n_layers(model.config), px.models.n_heads(model.config)
+    ranking = scores or [(0.0, *head) for head in np.ndindex(depth, n_heads)]
+    of_layers = [px.methods.layers_of(layers, depth) for layers in config.layer_abl]
+    half = min(min(len(some) * n_heads // 2, sum(layer in some for _, layer, _ in ranking)) for some in of_layers)
+    levels = levels_of(config)
+    if config.to_abl is None:
+        levels = [n for n in levels if n <= max(half, 1)]
+    for layers in config.layer_abl:
+        first_heads(config, ranking, layers, depth, levels[-1])
+    to_abl = "-".join(map(str, levels))
+    return replace(config, n_tokens=n_tokens, permutations=permutations, to_abl=to_abl), n_tokens, permutations
+
+
 def ranked_scores(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    bos: tuple[int, ...],
+    given: Ranking | None,
 ) -> tuple[Ranking, Float[np.ndarray, "layer head"] | None]:
-    """Induction scores with their heads, highest first: those of the CSV, or computed, and then as a matrix too."""
-    if config.induction_scores_csv is not None:
-        return px.methods.read_head_scores(config.induction_scores_csv, model.config), None
-    sizes = px.models.n_layers(model.config), px.models.n_heads(model.config)
-    for layers in config.layer_abl:  # before any is scored
-        first_heads(config, [(0.0, *head) for head in np.ndindex(sizes)], layers, sizes[0], most)
+    """Induction scores with their heads, highest first: those given, or computed, and then as a matrix too."""
+    if given is not None:
+        return given, None
     draw = px.rng(config.seed, "induction scores")
-    matrix = px.models.broadcast_from_main(lambda: px.methods.cue_scores(model, tokenizer, draw))
+    matrix = px.models.broadcast_from_main(lambda: px.methods.cue_scores(model, tokenizer, draw, bos))
     rows = [(float(score), *head) for head, score in np.ndenumerate(matrix)]
     return sorted(rows, key=lambda row: (-row[0], row[1:])), matrix
 
@@ -328,16 +395,34 @@ def write_setting(
     run.table(f"tables/{name(config.head_type)}_summary", px.stats.filled(table))  # no heads have no random ones
 
 
-def summary(config: Config, n_tokens: int, summaries: dict[str, list[dict[str, Any]]]) -> str:
-    """What the terminal shows: a table a setting."""
-    parts = [f"{config.model_name}: {config.permutations} permutations of {n_tokens} tokens, {config.head_type} heads"]
-    for mode, layers in config.settings:
-        rows = summaries[f"{mode}_{layers}"]
-        lines = [f"{mode}, {layers} layers", px.methods.lag_text(rows)]
-        if strengths := dict.fromkeys(row["control"] for row in rows if "control" in row):
-            lines.append("control: " + "; ".join(strengths))
-        parts.append("\n".join(lines))
+def summary(
+    config: Config, some: list[str], untouched: list[str], tables: dict[tuple[Mode, Layers], list[dict[str, Any]]]
+) -> str:
+    """What the terminal shows: some of the tokens, whether the model does the task, and two tables a setting."""
+    tokens = f"{config.n_tokens} tokens ({', '.join(map(repr, some))} ...)"
+    size = f"{config.permutations} permutations of {tokens}, {config.head_type} heads"
+    parts = ["\n".join([f"{config.model_name}: {size}", *untouched])]
+    for (mode, layers), rows in tables.items():
+        parts.append(f"{mode}, {layers} layers\n{px.methods.lag_text(rows)}")
     return "\n\n".join(parts)
+
+
+def evidence(config: Config, tables: dict[tuple[Mode, Layers], list[dict[str, Any]]]) -> list[px.runs.Evidence]:
+    """The changes of both measures, with the fewest heads that have random sets enough for a p of 0.05."""
+    found = []
+    for (mode, layers), rows in tables.items():
+        row = next((row for row in rows if row.get("random sets", 0) >= 19), rows[-1])
+        for name, prefix in (("the bias of p to lag +1", ""), ("lag-CRP(+1)", "crp ")):
+            control = "none"
+            if "random change" in row:
+                control = f"{row['control']}; they change it by {row[f'random {prefix}change']:.3g} on average"
+            if "share as low" in row:
+                control += f", p = {row[f'{prefix}share as low']:.2g}"
+            ends = (row[f"{prefix}change{end}"] for end in ("", " low", " high"))
+            effect = f"{row['heads']} {config.head_type} heads ({mode}, {layers} layers) change {name} by"
+            sample = f"{config.permutations} permutations of {config.n_tokens} tokens"
+            found.append(px.runs.Evidence(sample, effect, px.Interval(*ends), control, "more --permutations"))
+    return found
 
 
 if __name__ == "__main__":

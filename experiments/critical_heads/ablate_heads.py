@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from annotated_types import Ge, MinLen
+from annotated_types import Ge
 from jaxtyping import Bool
 from pydantic import BeforeValidator
 from tqdm import tqdm
@@ -63,12 +63,23 @@ Listed = BeforeValidator(_listed)  # a file of flags may hold one value in place
 @dataclass(frozen=True)
 class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
     max_new_tokens: Annotated[int, Ge(2)] | None = None  # the first new token follows from the question alone
-    n_heads: Annotated[tuple[px.flags.Count, ...], MinLen(1), px.io.Ascending(), Listed] = (1, 2, 3, 4)
-    """how many heads of the ranking to ablate, one number after the other"""
+    n_heads: Annotated[tuple[px.flags.Count, ...], px.io.Ascending(), Listed] = ()
+    """how many heads of the ranking to ablate, one number after the other; by default 1 2 3 4 with tiny models, 4 with others"""
     kind: Annotated[px.flags.OneOrMore[Kind], Listed] = ("zero",)
     """what replaces the heads' outputs"""
-    scope: Annotated[px.flags.OneOrMore[Scope], Listed] = ("reasoning", "new", "both")
-    """at which tokens: reasoning, new (with the answer), both (with the question)"""
+    scope: Annotated[px.flags.EachOnce[Scope], Listed] = ()
+    """at which tokens: reasoning, new (with the answer), both (with the question); by default all three with tiny models, and
+    reasoning with others"""
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """--n_heads or its default."""
+        return self.n_heads or ((1, 2, 3, 4) if self.tiny else (4,))
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """--scope or its default."""
+        return self.scope or (("reasoning", "new", "both") if self.tiny else ("reasoning",))
 
     def check_flags(self) -> None:
         super().check_flags()
@@ -96,15 +107,18 @@ def main(config: Config) -> None:
     rankings: dict[str, list[Row]] = {}
     correct: dict[str, Bool[np.ndarray, "row problem"]] = {}
     for number, name in enumerate(config.models):
-        solver, scores, heads, controls = px.runs.ablated.prepare(
-            config,
-            name,
-            problems,
-            run.unfinished,
-            wanted=config.n_heads[-1],
-            by=config.by,
-            random_sets=config.random_sets,
-            ranking=config.ranking_of(number),
+        wanted, by = config.levels[-1], config.by
+        file = config.ranking_of(number)
+        loaded = px.runs.ablated.load(config, name, problems, run.unfinished, wanted=wanted, by=by, ranking=file)
+        sets = len(config.kind) * len(config.scopes) * len(config.levels) * (1 + config.random_sets)
+        # Once more untouched, and where the heads are ranked here about as long again.
+        seconds = None if config.tiny else (sets + (1 if file else 2)) * loaded.solver.seconds()
+        texts = f"{len(problems)} texts of at most {config.new_tokens} tokens"
+        work = f"{loaded.solver.name}: {texts}, untouched and with each of {sets} sets of heads ablated"
+        if not run.announce(work, seconds, n=len(problems)):
+            continue
+        solver, scores, heads, controls = px.runs.ablated.choose(
+            loaded, wanted=wanted, by=by, random_sets=config.random_sets
         )
         found = ablate(config, solver, heads, controls)
         rows, randoms = rows + found.rows, randoms + found.randoms
@@ -113,7 +127,7 @@ def main(config: Config) -> None:
         facts[solver.name] = px.metadata(
             solver.model, clean=solver.clean.summary(), heads=[list(head) for head in heads], seed=config.seed
         )
-    if not px.is_main_process():
+    if config.dry_run or not px.is_main_process():
         return
 
     # Whether the largest set is needed, and more than random heads are.
@@ -121,9 +135,9 @@ def main(config: Config) -> None:
 
     print(table(rows, facts))
     print("\n".join([f"\n{px.reasoning.VERDICTS}", *verdicts]))
-    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv",)):
+    with run.writing({"models": facts, "verdicts": verdicts}, evidence(rows, config), replacing=("*.csv",)):
         for kind in config.kind:
-            for scope in config.scope:
+            for scope in config.scopes:
                 some = [row for row in rows if (row["kind"], row["scope"]) == (kind, scope)]
                 accuracies = px.stats.side_by_side(some, "n_heads", "acc", "accuracy")
                 run.table(f"accuracy_{kind}_{scope}", accuracies)
@@ -142,16 +156,16 @@ def main(config: Config) -> None:
 
 def ablate(config: Config, solver: Solver, ranked: tuple[Head, ...], controls: list[tuple[Head, ...]]) -> Found:
     """Every kind, scope and number of heads, with the random sets."""
-    controls_of = {n: px.stats.first_of(controls, ranked, n) for n in config.n_heads}
-    n_runs = len(config.kind) * len(config.scope) * sum(1 + len(control.sets) for control in controls_of.values())
+    controls_of = {n: px.stats.first_of(controls, ranked, n) for n in config.levels}
+    n_runs = len(config.kind) * len(config.scopes) * sum(1 + len(control.sets) for control in controls_of.values())
     found = Found([], [], [])
     with tqdm(total=n_runs, desc=solver.name, unit="set") as bar:
         for kind in config.kind:
             reference = solver.transcripts(kind, [ranked, *controls], config.donors)
-            for scope in config.scope:
+            for scope in config.scopes:
                 found.rows.append({**row_of(solver, kind, scope, 0, solver.clean, []), "control": ""})
                 found.correct.append(solver.clean.correct)
-                for n in config.n_heads:
+                for n in config.levels:
                     own = solver.ablate(ranked[:n], kind, scope, reference)
                     sets = controls_of[n].sets
                     others = [solver.ablate(heads, kind, scope, reference) for heads in sets]
@@ -226,7 +240,7 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
     lines = []
     ranking = "given" if config.rankings else config.by
     for row in rows:
-        if row["n_heads"] != config.n_heads[-1]:
+        if row["n_heads"] != config.levels[-1]:
             continue
         drop = px.stats.interval_in(row, "drop")
         line = (
@@ -252,16 +266,28 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
     return lines
 
 
+def evidence(rows: Sequence[Row], config: Config) -> list[px.runs.Evidence]:
+    """A line a model, of the largest set in the first kind and scope."""
+    lines = []
+    for row in rows:
+        if (row["n_heads"], row["kind"], row["scope"]) != (config.levels[-1], config.kind[0], config.scopes[0]):
+            continue
+        control = "none"
+        if row["random_sets"]:
+            spread = f"{row['random_drop']:.3g} [{row['random_lowest']:.3g} to {row['random_highest']:.3g}]"
+            control = f"{row['control'].partition(';')[0]} cost {spread}, p = {row['share_as_large']:.2g}"
+        effect = f"{row['model']}: accuracy lost in points with {row['n_heads']} heads ablated ({row['kind']}, {row['scope']})"
+        drop = px.stats.interval_in(row, "drop")
+        lines.append(px.runs.Evidence(f"{row['problems']} problems", effect, drop, control, "a larger --limit"))
+    return lines
+
+
 def table(rows: Sequence[Row], facts: Row) -> str:
     """What the terminal shows."""
     lines = []
     for model, found in facts.items():
-        clean = found["clean"]
         heads = " ".join(map(px.stats.head_label, found["heads"]))
-        lines.append(
-            f"{model}: {clean['problems']} problems, {100 * clean['accuracy']:.1f}% correct untouched ({clean['unparsed']} "
-            f"unparsed, {clean['cut']} cut); heads {heads}"
-        )
+        lines.append(f"{px.reasoning.outcome(model, found['clean'])}; heads {heads}")
         lines.append(
             f"{'kind':>9} {'scope':>10} heads accuracy    drop   95% interval  McNemar p unparsed  cut  random sets: drop [range]"
         )

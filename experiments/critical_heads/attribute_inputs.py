@@ -7,18 +7,20 @@
         --max_new_tokens 320 --batch_size 8 --steps 100
 
 Method. The model solves the problems untouched; the reasoning it wrote is the block of a problem, and its tokens are given again.
-Of a head one number is attributed to the tokens: the attention that it pays to the hub, a token of the block (target attention),
-or what it adds to the residual stream, along a direction (target projection): along its own output in that very prompt, which
-asks what made that output what it is; or along the unembedding of the token that the model writes after `####`, without the
-final norm. The number is read at the block's last token, at the prompt's end, or is the mean over the block's tokens (for
-attention those after the hub, as in the hub score of rank_heads.py).
+Of a head one number is attributed to the tokens: the attention that it pays to the hub, a token of the block, by default the one
+that gets most of the head's attention in that problem (target attention); or what it adds to the residual stream, along a
+direction (target projection): along its own output in that very prompt, which asks what made that output what it is; or along the
+unembedding of the token that the model writes after `####`, without the final norm. The number is read at the block's last token,
+at the prompt's end, or is the mean over the block's tokens (for attention those after the hub, as in the hub score of
+rank_heads.py).
 
 The attributions are integrated gradients (Sundararajan et al. 2017) over the embeddings of the tokens, by Captum
 (`inputs`). The baseline of every token is the mean of all embeddings: from zero an RMSNorm changes all at
 once, and 50 steps miss most of it; a pad token may be zero, too. Special tokens, such as a BOS that heads rest on, stay as they
-are. Attributions add up to what the number has with the tokens beyond what it has with the baselines; positions being the same in
-both, the rest is not the tokens' doing. How much they miss that is the completeness error; problems with 5% and more are in no
-mean, and are listed. More --steps mend it.
+are, and so do the solved problems of --shots, which the model reads once and not at every step. Attributions add up to what the
+number has with the tokens beyond what it has with the baselines; positions being the same in both, the rest is not the tokens'
+doing. How much they miss that is the completeness error. Problems with 5% and more are done again with more steps, up to
+--most_steps; those that are still incomplete are in no mean, and are listed.
 
 Tokens are tagged number, operator, entity or other (`token_tags`). A tag's share is that of the sum of |attribution|
 over a problem's tokens up to the last query; beside it stand the share of these tokens that have the tag, and the share with
@@ -52,8 +54,10 @@ if TYPE_CHECKING:
 
     from pyvene_ext.methods.attribution.by_tag import AttributedHead
     from pyvene_ext.prompts.problems import Questions
-    from pyvene_ext.runs.reasoning import Setting
+    from pyvene_ext.runs.reasoning import Asked, Setting
 
+MOST = 64  # problems
+FAINT = 0.02  # attention that is as good as none
 Row = dict[str, Any]
 Head = tuple[int, int]
 
@@ -67,7 +71,7 @@ class Config(px.flags.Problems, px.flags.Ranking):
     query: Literal["block_mean", "block_last", "end"] = "block_mean"
     """where the head is read: the mean over the block, its last token, or the prompt's last"""
     hub: int | None = None
-    """for attention: the token of the block that is the hub; by default the one that most often is the head's own"""
+    """for attention: the token of the block that is the hub; by default in each problem the one that the head attends to most"""
     heads: px.flags.EachOnce[px.flags.Head] = ()
     """which heads, as layer.head; by default the first of a ranking"""
     by: px.flags.Score = "hub"
@@ -77,8 +81,10 @@ class Config(px.flags.Problems, px.flags.Ranking):
     """what every token's embedding is at the beginning: the mean of all embeddings, zero, or the pad token's"""
     steps: px.flags.Count = 50
     """points between baseline and prompt"""
-    sample: Annotated[int, Ge(2)] = 64
-    """no more problems than so many, the first ones"""
+    most_steps: px.flags.Count = 450
+    """of problems whose attributions are incomplete with fewer; three times as many are tried each time"""
+    sample: Annotated[int, Ge(2)] | None = None
+    """no more problems than so many, the first ones; by default 64"""
     random_heads: Annotated[int, Ge(0)] = 2
     """random other heads of the same layer for each head; 0 for none"""
     shown: px.flags.Count = 3
@@ -109,14 +115,19 @@ def main(config: Config) -> None:
     found: list[AttributedHead] = []
     facts: Row = {}
     for number, name in enumerate(config.models):
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, partial(check_heads, config, number))
+        asked = px.reasoning.load(config, name, problems, run.unfinished, partial(check_heads, config, number))
+        n_heads, n = len(config.heads) or config.n_heads, min(len(problems), config.sample or MOST)
+        work = f"{asked.name}: {n_heads} heads and {config.random_heads} random ones each on {n} problems, {config.steps} steps"
+        if not run.announce(work, seconds_of(asked, config, n, n_heads), n=n, limit="sample"):
+            continue
+        setting = asked.reason()
         chosen = heads_and_hubs(setting, config, number)
-        mine = [attribute(setting, config, head, hub, [head for head, _ in chosen]) for head, hub in chosen]
+        mine = [attribute(setting, config, n, head, hubs, [head for head, _ in chosen]) for head, hubs in chosen]
         incomplete = {px.stats.head_label(one.head): np.array(one.problems)[~one.own.complete].tolist() for one in mine}
         facts[setting.name] = px.metadata(setting.model, **setting.facts, incomplete=incomplete)
         found += mine
-        del setting  # two models need not fit in memory together
-    if not px.is_main_process():
+        del asked, setting  # two models need not fit in memory together
+    if config.dry_run or not px.is_main_process():
         return
 
     # How much of each head's number is the tokens' doing, and the shares of their tags, with intervals.
@@ -125,9 +136,10 @@ def main(config: Config) -> None:
     verdicts = verdicts_of(heads, tags, config)
 
     print(summary(facts, heads, tags, verdicts))
-    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv",)):
+    strong = [evidence_of(one, rows) for one, rows in zip(found, by_head(found, tags), strict=True)]
+    with run.writing({"models": facts, "verdicts": verdicts}, strong, replacing=("*.csv",)):
         for one in found:
-            figure = px.figures.coloured_tokens(token_texts(one, config), title_of(one, config))
+            figure = px.figures.coloured_tokens(px.figures.token_texts(one, config.shown), title_of(one, config))
             run.figure(f"{one.model}_{px.stats.head_label(one.head)}", figure)
         run.figure("by_tag", px.figures.tag_shares(tags))
         run.table("tokens", [row for one in found for row in px.methods.token_rows(one)])
@@ -146,8 +158,8 @@ def check_heads(config: Config, number: int, name: str, model: PreTrainedModel) 
         px.models.refuse_latent_steps(model, [form.tokens])
     if config.target == "attention":
         px.methods.check_patterns(model)
-    if not given_heads(config, number, name, model) or config.wants_hub:
-        px.methods.check_scores(model)
+    if not given_heads(config, number, name, model):
+        px.methods.check_scores(model, config.by)
 
 
 def given_heads(config: Config, number: int, name: str, model: PreTrainedModel) -> list[Head]:
@@ -169,44 +181,58 @@ def random_heads(config: Config, model: PreTrainedModel, head: Head, chosen: Seq
     return sorted(other for (other,) in others.sets)
 
 
-def heads_and_hubs(setting: Setting, config: Config, number: int) -> list[tuple[Head, int | None]]:
-    """The heads, and the token of the block that each of them is asked about."""
+def heads_and_hubs(setting: Setting, config: Config, number: int) -> list[tuple[Head, list[int] | None]]:
+    """The heads, and for each the token of every problem's block that it is asked about."""
     chosen = given_heads(config, number, setting.name, setting.model)
+    hubs = None if config.target == "projection" else [config.hub or 0] * len(setting.questions)
     if chosen and not config.wants_hub:
-        return [(head, config.hub) for head in chosen]
-    found = px.methods.block_scores(setting.model, setting.questions, batch_size=config.batch_size)
+        return [(head, hubs) for head in chosen]
+    found = px.methods.block_scores(
+        setting.model,
+        setting.questions,
+        flow=not chosen and px.methods.needs_flow(config.by),
+        batch_size=config.batch_size,
+        results=setting.results,
+        progress=px.is_main_process(),
+    )
     if not chosen:
         chosen = list(px.reasoning.top_heads(found.of(config.by), config.n_heads))
-    hubs = found.usual_hub()
-    return [(head, int(hubs[head]) if config.wants_hub else config.hub) for head in chosen]
+    return [(head, found.hub_at[:, *head].tolist() if config.wants_hub else hubs) for head in chosen]
 
 
 # -- measurement -------------------------------------------------------------------------------------------------------
 
 
-def attribute(setting: Setting, config: Config, head: Head, hub: int | None, chosen: Sequence[Head]) -> AttributedHead:
-    """One head, with its random controls, on the problems that have its hub."""
-    questions, queries, hubs, directions = asked(setting, config, hub)
+def attribute(
+    setting: Setting, config: Config, sample: int, head: Head, hubs: list[int] | None, chosen: Sequence[Head]
+) -> AttributedHead:
+    """One head, with its random controls, on the first problems that have its hub."""
+    questions, queries, at, directions = read_at(setting, config, sample, hubs)
     cut = tuple(ids[: some[-1] + 1] for ids, some in zip(questions.prompts.input_ids, queries, strict=True))
     prompts = replace(questions.prompts, input_ids=cut, positions=({"end": -1, "last": -1},) * len(cut))
     fixed = sorted(setting.tokenizer.all_special_ids)
-    condition = {
-        "input attribution": [config.target, config.direction, config.query, config.baseline, config.steps],
-        "prompts": prompts.hash,
-        "hubs": hubs,
-    }
+    given = px.prompts.solved_before(questions, setting.tokenizer) if config.n_shots else [0] * len(questions)
 
-    def measured(layer: int, head: int) -> tuple[px.methods.Target, px.methods.InputAttribution]:
-        target = px.methods.Target(layer, head, queries, hubs, directions)
+    def measured(layer: int, head: int, most_steps: int) -> tuple[px.methods.Target, px.methods.InputAttribution]:
+        target = px.methods.Target(layer, head, queries, at, directions)
         found = setting.results.get(
-            {**condition, "head": [layer, head]},
+            {
+                "input attribution": [config.target, config.direction, config.query, config.baseline],
+                "steps": [config.steps, most_steps],
+                "prompts": prompts.hash,
+                "hubs": at,
+                "given": given,
+                "head": [layer, head],
+            },
             lambda: px.methods.integrated_gradients(
                 setting.model,
                 prompts,
                 target,
                 baseline=config.baseline,
                 steps=config.steps,
+                most_steps=most_steps,
                 fixed=fixed,
+                given=given,
                 batch_size=config.batch_size,
                 progress=px.is_main_process(),
             ),
@@ -214,44 +240,87 @@ def attribute(setting: Setting, config: Config, head: Head, hub: int | None, cho
         )
         return target, found
 
-    target, own = measured(*head)
-    controls = {other: measured(*other)[1] for other in random_heads(config, setting.model, head, chosen)}
+    target, own = measured(*head, config.most_steps)
+    # A control that ignores the hub would take all the steps there are, for shares of next to nothing.
+    controls = {other: measured(*other, config.steps)[1] for other in random_heads(config, setting.model, head, chosen)}
     tags, texts = px.methods.tagged_prompts(cut, setting.tokenizer)
-    return px.methods.AttributedHead(setting.name, head, own, controls, hub, target, questions.index, tags, texts)
+    return px.methods.AttributedHead(
+        setting.name, head, own, controls, config.hub, target, questions.index, tags, texts
+    )
 
 
-def asked(
-    setting: Setting, config: Config, hub: int | None
+def seconds_of(asked: Asked, config: Config, n: int, n_heads: int) -> float | None:
+    """How long texts and attributions take, if all are complete with --steps; None with tiny models, which are quick."""
+    if config.tiny:
+        return None
+    prompts = asked.questions.prompts
+    given = sum(px.prompts.solved_before(asked.questions, asked.tokenizer)) if config.n_shots else 0
+    own = 1 - given / sum(map(len, prompts.input_ids))  # share of the tokens that is read at every step
+    a_pass = own * px.runs.seconds_a_pass(asked.model, prompts) / len(prompts)
+    # Forward and backward, on average through two thirds of the layers.
+    return asked.seconds() + 2 * config.steps * n * n_heads * (1 + config.random_heads) * a_pass
+
+
+def read_at(
+    setting: Setting, config: Config, sample: int, hubs: list[int] | None
 ) -> tuple[Questions, list[list[int]], list[int] | None, Float[Tensor, "problem d_model"] | None]:
-    """The problems; where the head is read in each; the hubs; the directions."""
-    questions, which = setting.questions, list(range(len(setting.questions)))
-    if hub is not None:
-        questions, which = setting.at(hub)
+    """The problems; where the head is read in each; the hubs, as tokens of the problems; the directions."""
+    questions = setting.questions
     queries: list[list[int]] = []
-    hubs: list[int] = []
+    tokens: list[int] = []
     kept: list[int] = []
     for number, (block, ids) in enumerate(zip(questions.blocks, questions.prompts.input_ids, strict=True)):
-        at = -1 if hub is None else block[hub]
+        if hubs is not None and not -len(block) <= hubs[number] < len(block):
+            continue
+        at = -1 if hubs is None else block[hubs[number]]
         places = {"block_mean": list(block), "block_last": [block[-1]], "end": [len(ids) - 1]}[config.query]
         places = [place for place in places if place > at]
-        if places and setting.clean.ids[which[number]] and len(kept) < config.sample:
+        if places and setting.clean.ids[number] and len(kept) < sample:
             kept.append(number)
             queries.append(places)
-            hubs.append(at)
+            tokens.append(at)
     if len(kept) < 2:
-        what = "an answer" if hub is None else f"a token {hub} in their block, and one after it that is read"
+        hub = "the head's hub" if config.hub is None else f"a token {config.hub}"
+        what = "an answer" if hubs is None else f"{hub} in their block, and one after it that is read"
         raise ValueError(
             f"{len(kept)} problems of {setting.name} have {what}; choose another --hub, or give more problems."
         )
     directions = None
     if config.direction == "answer":
         unembedding: Any = setting.model.get_output_embeddings()
-        answers = [setting.clean.ids[which[number]][0] for number in kept]
+        answers = [setting.clean.ids[number][0] for number in kept]
         directions = unembedding.weight[answers].detach().float()
-    return questions.take(kept), queries, None if hub is None else hubs, directions
+    return questions.take(kept), queries, None if hubs is None else tokens, directions
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def by_head(found: Sequence[AttributedHead], tags: Sequence[Row]) -> list[list[Row]]:
+    """The rows of tags of each head."""
+    return [
+        [row for row in tags if (row["model"], row["head"]) == (one.model, px.stats.head_label(one.head))]
+        for one in found
+    ]
+
+
+def evidence_of(one: AttributedHead, tags: Sequence[Row]) -> px.runs.Evidence:
+    """The tag with most |attribution| beyond its share of the tokens, beside random heads."""
+    top = max(tags, key=lambda row: -math.inf if math.isnan(row["more_than_tokens"]) else row["more_than_tokens"])
+    complete = int(one.own.complete.sum())
+    sample = f"{complete} of {len(one.problems)} problems complete"
+    head = f"{one.model}, {px.stats.head_label(one.head)}"
+    effect = (
+        f"{head}: share of |attribution| of {top['tag']} tokens beyond their number, the largest of {len(tags)} tags,"
+    )
+    random = px.stats.interval_in(top, "more_than_random")
+    control = "none"
+    if math.isfinite(random.mean):
+        control = f"{len(one.controls)} random heads of the layer, {random.mean:.3g} [{random.low:.3g}, {random.high:.3g}] less"
+    interval = px.stats.interval_in(top, "more_than_tokens") if complete > 1 else None
+    return px.runs.Evidence(
+        sample, effect, interval, control, "a larger --sample" if complete > 1 else "more --most_steps"
+    )
 
 
 def verdicts_of(heads: Sequence[Row], tags: Sequence[Row], config: Config) -> list[str]:
@@ -262,7 +331,7 @@ def verdicts_of(heads: Sequence[Row], tags: Sequence[Row], config: Config) -> li
             continue
         mine = [row for row in tags if (row["model"], row["head"]) == (head["model"], head["head"])]
         what = (
-            f"attention to token {head['hub']} of the block"
+            f"attention to {hub_in_words(config)}"
             if config.target == "attention"
             else (f"output along {'its own direction' if config.direction == 'own' else 'the answer'}")
         )
@@ -275,7 +344,8 @@ def verdicts_of(heads: Sequence[Row], tags: Sequence[Row], config: Config) -> li
         short = head["problems"] - head["complete"]
         if head["complete"] < 2:
             lines.append(
-                f"{line}; not attributable: {short} of {head['problems']} problems incomplete, take more --steps"
+                f"{line}; not attributable: {short} of {head['problems']} problems incomplete with {config.most_steps} steps, "
+                f"{remedy(config, head['value'])}"
             )
             continue
         if math.isfinite(head["hub_share"]):
@@ -292,24 +362,23 @@ def verdicts_of(heads: Sequence[Row], tags: Sequence[Row], config: Config) -> li
     return lines
 
 
-def token_texts(found: AttributedHead, config: Config) -> list[px.figures.TokenText]:
-    """Some problems' tokens for a figure; the hub in a box, what is read underlined."""
-    every, own = range(len(found.problems)), found.own
-    texts = []
-    for problem in list(np.flatnonzero(own.complete)[: config.shown]) or list(every[: config.shown]):
-        value, base, error = (float(x[problem]) for x in (own.value, own.at_baseline, own.error))
-        heading = f"problem {found.problems[problem]}: {value:.3f}, {base:.3f} with baselines; "
-        heading += f"completeness error {100 * error:.1f}%"
-        hub = None if found.target.hubs is None else found.target.hubs[problem]
-        queries = found.target.queries[problem]
-        texts.append(px.figures.TokenText(heading, found.texts[problem], own.tokens[problem], hub, queries))
-    return texts
+def hub_in_words(config: Config) -> str:
+    return "its hub" if config.hub is None else f"token {config.hub} of the block"
+
+
+def remedy(config: Config, value: float) -> str:
+    """What makes attributions complete: more steps, or a number that is not almost 0 to begin with."""
+    if config.target == "attention" and config.hub is not None and value < FAINT:
+        return f"as the head hardly attends to it ({value:.3f}); leave out --hub, or take other --heads"
+    if config.target == "attention" and value < FAINT:
+        return f"as the head hardly attends to any token ({value:.3f}); take other --heads"
+    return f"take more than --most_steps {config.most_steps}"
 
 
 def title_of(found: AttributedHead, config: Config) -> str:
     head = f"{found.model}, head {px.stats.head_label(found.head)}"
     if config.target == "attention":
-        return f"{head}: attention to token {found.hub} of the block (boxed) from what is underlined"
+        return f"{head}: attention to {hub_in_words(config)} (boxed) from what is underlined"
     along = "its own direction" if config.direction == "own" else "the answer's unembedding"
     return f"{head}: output along {along} at what is underlined"
 
@@ -338,7 +407,7 @@ def summary(facts: Row, heads: Sequence[Row], tags: Sequence[Row], verdicts: Seq
         for head, some in found["incomplete"].items():
             if some:
                 lines.append(
-                    f"{head}: incomplete, and in no share: problems {', '.join(map(str, some))}; more --steps mend it"
+                    f"{head}: incomplete, and in no share: problems {', '.join(map(str, some))}; more --most_steps may mend it"
                 )
         lines.append("")
     return "\n".join([*lines, "verdicts", *verdicts])

@@ -5,17 +5,19 @@
     python experiments/critical_heads/force_attention.py --heads 1.3 2.0 2.1 --shapes uniform --no_sweep
     python experiments/critical_heads/force_attention.py --models Qwen/Qwen2.5-1.5B-Instruct --problems gsm8k --max_new_tokens 320
 
-Method. The model solves the problems untouched. The reasoning it wrote is the block of a problem; it is given again, and the
-answer after `####` is generated while the queries of the block, in the chosen layers and heads, have a pattern that is given by
-hand. A query that gives the block's tokens a mass m of its attention shares it out anew: hub, 0.8 m to one token and 0.2 m evenly
-to the others that it may see; uniform, m evenly; sequential, m to the token before. Attention to the question is kept, or with a
-`hard` pattern moved into the block too (`forced_attention.ForcedAttention` has the details). The block's tokens stay what they
-are; what changes is the keys and values that the answer is read from.
+Method. The model solves the problems untouched. The reasoning it wrote is the block of a problem. With --regenerate answer it is
+given again, and the answer after `####` is generated while the queries of the block, in the chosen layers and heads, have a
+pattern that is given by hand. With --regenerate reasoning, the default of real models, the question alone is given, and the model
+writes reasoning and answer while each token of the reasoning that it writes has such a pattern among those written; so nothing
+can be copied from reasoning that was written untouched. A query that gives the block's tokens a mass m of its attention shares it
+out anew: hub, 0.8 m to one token and 0.2 m evenly to the others that it may see; uniform, m evenly; sequential, m to the token
+before. Attention to the question is kept, or with a `hard` pattern moved into the block too (`forced_attention.ForcedAttention`
+has the details). Given tokens stay what they are; what changes is the keys and values that later ones are written from.
 
-Then the hub is put at every token of the block in turn. Token i of a block is there in problems whose blocks are longer than i;
-each is compared with the untouched run on the same problems. `random_hub` in the table is its control: a hub drawn for each
-problem. With --heads there is another control: random sets of other heads of the same layers, forced likewise; random_p is the
-share of sets that lose at least as much, (1 + count) / (1 + sets).
+Then the hub is put at every token of the block in turn, or at --places of them. Token i of a block is there in problems whose
+untouched blocks are longer than i; each is compared with the untouched run on the same problems. `random_hub` in the table is its
+control: a hub drawn for each problem. With --heads there is another control: random sets of other heads of the same layers,
+forced likewise; random_p is the share of sets that lose at least as much, (1 + count) / (1 + sets).
 
 A drop is the loss of accuracy against the untouched run, in points, with its paired bootstrap 95% interval and McNemar's p. Above
 10 points a pattern is called causal and below 2 redundant, by the mean and by the whole interval.
@@ -27,6 +29,7 @@ same); and summary.json, what was run, with the verdicts. A run that was interru
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections import defaultdict
@@ -45,8 +48,7 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pyvene_ext.prompts.problems import Questions
-    from pyvene_ext.runs.reasoning import Setting
+    from pyvene_ext.runs.reasoning import Asked, Setting
 
 Shape = Literal["hub", "random_hub", "uniform", "sequential"]
 Row = dict[str, Any]
@@ -55,35 +57,47 @@ BLOCK = ("block_first", "block_last")
 
 
 @dataclass(frozen=True)
-class Config(px.flags.Problems):
+class Config(px.flags.Regeneration):
     shapes: px.flags.OneOrMore[Shape] = ("hub", "random_hub", "uniform", "sequential")
     """the patterns, each soft and hard"""
     hub: int = 0
-    """the token of the block that is the hub of the pattern hub; a negative one counts from the block's end"""
+    """the token of the block that is the hub of the pattern hub; a negative one counts from the end of a block that is given"""
     heads: px.flags.EachOnce[px.flags.Head] = ()
     """which heads, as layer.head; by default all"""
     sweep: bool = True
     """also put the hub at every token of the block in turn"""
+    places: px.flags.Count | None = None
+    """only so many tokens of the block in the sweep, evenly spaced; by default all, and 2 where reasoning is written anew"""
     min_problems: Annotated[int, Ge(2)] = 10
     """a token of the block that fewer problems have is skipped by the sweep"""
     random_sets: Annotated[int, Ge(0)] = 20
     """with --heads: random sets of other heads of the same layers, forced likewise; 0 for none"""
 
+    def most_places(self, anew: bool) -> int | None:
+        """--places or its default; None for all."""
+        return self.places or (2 if anew else None)
+
 
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/force_attention", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
+    checked = partial(forced_heads, config)
+    seconds = px.reasoning.estimate(config, problems, run.unfinished, partial(seconds_of, config), checked)
+    what = f"{len(config.shapes)} patterns, soft and hard, on {len(problems)} problems"
+    if not run.announce(what + (", and a sweep of the hub" if config.sweep else ""), seconds, n=len(problems)):
+        return
 
-    # Each model answers after the reasoning it wrote, with the attention among that forced to every pattern.
+    # Each model answers, with the attention among its reasoning forced to every pattern.
     patterns: list[Row] = []
     hubs: list[Row] = []
     facts: Row = {}
     for name in config.models:
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, partial(forced_heads, config))
+        setting = px.reasoning.prepare(config, name, problems, run.unfinished, checked)
         heads, controls, strength = forced_heads(config, setting.name, setting.model)
         patterns.append(untouched(setting))
-        for shape in config.shapes:
-            patterns += [one_pattern(setting, config, heads, controls, shape, hard) for hard in (False, True)]
+        every = list(itertools.product(config.shapes, (False, True)))
+        for shape, hard in tqdm(every, desc=setting.name, unit="pattern", disable=not px.is_main_process()):
+            patterns.append(one_pattern(setting, config, heads, controls, shape, hard))
         if config.sweep:
             hubs += sweep(setting, config, heads)
         facts[setting.name] = px.metadata(setting.model, **setting.facts, control=strength)
@@ -95,7 +109,8 @@ def main(config: Config) -> None:
     verdicts = verdicts_of(patterns, hubs)
 
     print(summary(facts, patterns, verdicts))
-    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv",)):
+    shown = [evidence(patterns, model) for model in facts]
+    with run.writing({"models": facts, "verdicts": verdicts}, shown, replacing=("*.csv",)):
         run.figure("accuracy_by_pattern", px.figures.pattern_bars(patterns, config.shapes))
         run.table("patterns", patterns)
         run.table("accuracy_by_pattern", px.stats.side_by_side(patterns, "pattern", "acc", "accuracy"))
@@ -132,6 +147,13 @@ def by_layer(heads: Iterable[tuple[int, int]]) -> Heads:
     return dict(found)
 
 
+def seconds_of(config: Config, asked: Asked) -> float:
+    """How long the patterns take at most."""
+    sets = 1 + (config.random_sets if config.heads else 0)
+    swept = (config.most_places(asked.anew) or config.new_tokens) if config.sweep else 0
+    return 2 * (len(config.shapes) * sets + swept) * asked.seconds_a_condition()
+
+
 def force(heads: Heads, shape: Shape, hard: bool) -> tuple[px.ForcedAttention, ...]:
     """The pattern in all of these heads; a hub is at the position "hub"."""
     named: dict[str, Any] = {"shape": shape} if "hub" not in shape else {"shape": "hub", "hub": "hub"}
@@ -152,44 +174,60 @@ def untouched(setting: Setting) -> Row:
 
 def one_pattern(setting: Setting, config: Config, heads: Heads, controls: list[Heads], shape: Shape, hard: bool) -> Row:
     """One pattern on all problems that have its hub."""
-    questions, which = setting.questions, list(range(len(setting.questions)))
-    if shape == "hub":
-        questions, which = setting.at(config.hub)
-        if len(which) < 2:
-            raise ValueError(
-                f"--hub {config.hub}: {len(which)} problems have a token there in their block; choose another."
-            )
-    elif shape == "random_hub":
-        questions = with_random_hubs(questions, config.seed)
+    hubs = hubs_of(setting, config, shape)
+    which = [i for i, hub in enumerate(hubs) if hub is not None]
+    if len(which) < 2:
+        raise ValueError(
+            f"--hub {config.hub}: {len(which)} problems have a token there in their block; choose another."
+        )
     clean = setting.clean.correct[which]
-    row = row_of(setting, shape, hard, clean, setting.run(questions, force(heads, shape, hard)), config.seed)
+    after = forced(setting, force(heads, shape, hard), hubs)
+    row = row_of(setting, shape, hard, clean, after, config.seed)
     if not controls:
         return {**row, **no_control()}
-    after = [setting.run(questions, force(others, shape, hard)).correct.mean() for others in controls]
-    drops = 100 * (clean.mean() - np.array(after))
+    others = [forced(setting, force(some, shape, hard), hubs).correct.mean() for some in controls]
+    drops = 100 * (clean.mean() - np.array(others))
     return {**row, "random_drop": float(drops.mean()), "random_p": px.stats.share_as_large(row["drop"], drops)}
+
+
+def hubs_of(setting: Setting, config: Config, shape: Shape) -> list[int | None]:
+    """The token of each problem's block that is its hub; None where the block is too short. 0 if the shape has no hub."""
+    blocks = setting.questions.blocks
+    if shape == "hub" and setting.anew and config.hub < 0:
+        raise ValueError(
+            f"--hub {config.hub} counts from the end of a block that is not written yet; count from its start."
+        )
+    if shape == "hub":
+        return [config.hub if -len(block) <= config.hub < len(block) else None for block in blocks]
+    draw = px.rng(config.seed, "hubs")
+    return [int(draw.choice(len(block))) if shape == "random_hub" else 0 for block in blocks]
+
+
+def forced(setting: Setting, spec: tuple[px.ForcedAttention, ...], hubs: Sequence[int | None]) -> px.methods.Evaluation:
+    """What the problems that have a hub come to, with the pattern in the block that is given or written anew."""
+    which = [i for i, hub in enumerate(hubs) if hub is not None]
+    some = [hub for hub in hubs if hub is not None]
+    if setting.anew:
+        return setting.force(spec, which, some if spec[0].hub is not None else None)
+    questions = setting.questions.take(which)
+    rows = zip(questions.prompts.input_ids, questions.prompts.positions, questions.blocks, some, strict=True)
+    positions = tuple({**named, "hub": block[hub] - len(ids)} for ids, named, block, hub in rows)
+    return setting.run(replace(questions, prompts=replace(questions.prompts, positions=positions)), spec)
 
 
 def no_control() -> Row:
     return {"random_drop": math.nan, "random_p": math.nan}
 
 
-def with_random_hubs(questions: Questions, seed: int) -> Questions:
-    """The problems with a token of each block drawn as "hub"."""
-    draw = px.rng(seed, "hubs")
-    rows = zip(questions.prompts.input_ids, questions.prompts.positions, questions.blocks, strict=True)
-    positions = tuple({**named, "hub": int(draw.choice(block)) - len(ids)} for ids, named, block in rows)
-    return replace(questions, prompts=replace(questions.prompts, positions=positions))
-
-
 def sweep(setting: Setting, config: Config, heads: Heads) -> list[Row]:
     """The hub at every token of the block that enough problems have."""
     rows = []
-    positions = px.reasoning.positions_of(setting, config.min_problems)
+    positions = px.reasoning.positions_of(setting, config.min_problems, config.most_places(setting.anew))
     for position in tqdm(positions, desc="hub", unit="token", disable=not px.is_main_process()):
-        questions, which = setting.at(position)
+        hubs = [position if position < len(block) else None for block in setting.questions.blocks]
+        which = [i for i, hub in enumerate(hubs) if hub is not None]
         for hard in (False, True):
-            after = setting.run(questions, force(heads, "hub", hard))
+            after = forced(setting, force(heads, "hub", hard), hubs)
             row = row_of(setting, "hub", hard, setting.clean.correct[which], after, config.seed, position)
             rows.append({"position": position, **row})
     return rows
@@ -245,6 +283,18 @@ def verdicts_of(patterns: Sequence[Row], hubs: Sequence[Row]) -> list[str]:
             f"problems): {px.stats.in_points(drop)}: {px.stats.verdict(drop)}; the best of {len(mine)} tokens"
         )
     return lines
+
+
+def evidence(patterns: Sequence[Row], model: str) -> px.runs.Evidence:
+    """The largest drop among a model's patterns, beside random heads if there are any."""
+    mine = [row for row in patterns if row["model"] == model and row["pattern"] != "none"]
+    worst = max(mine, key=lambda row: row["drop"])
+    effect = f"{model}, {worst['pattern']}, the largest of {len(mine)} drops, costs (points)"
+    control = "none, as all heads are forced; name some with --heads"
+    if not math.isnan(worst["random_drop"]):
+        control = f"random heads cost {worst['random_drop']:.1f}, p = {worst['random_p']:.2g}"
+    drop = px.stats.interval_in(worst, "drop")
+    return px.runs.Evidence(f"{worst['problems']} problems", effect, drop, control, "a larger --limit")
 
 
 def summary(facts: Row, rows: Sequence[Row], verdicts: Sequence[str]) -> str:

@@ -5,9 +5,11 @@
     python experiments/critical_heads/patch_hub.py --sites kv --kv_layers 2 3 --noise norm_matched
     python experiments/critical_heads/patch_hub.py --models Qwen/Qwen2.5-1.5B-Instruct --problems gsm8k --max_new_tokens 320
 
-Method. The model solves the problems untouched. The reasoning it wrote is the block of a problem; it is given again, and the
-answer after `####` is generated with noise at one token of the block. Token i of a block is there in problems whose blocks are
-longer than i; each is compared with the untouched run on the same problems. The sites are
+Method. The model solves the problems untouched. The reasoning it wrote is the block of a problem. With --regenerate answer it is
+given again, and the answer after `####` is generated with noise at one token of the block. With --regenerate reasoning, the
+default of real models, it is given up to that token, and the model writes what follows, reasoning and answer, with the noise at
+the last token given; so nothing can be copied from later reasoning that was written untouched. Token i of a block is there in
+problems whose blocks are longer than i; each is compared with the untouched run on the same problems. The sites are
 
     embed   what enters the first block
     resid   the residual stream after the blocks --layers, one at a time (called resid.2 after block 2)
@@ -44,7 +46,7 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pyvene_ext.runs.reasoning import Setting
+    from pyvene_ext.runs.reasoning import Asked, Setting
     from pyvene_ext.specs.joint import Spec
 
 Site = Literal["embed", "resid", "kv"]
@@ -52,7 +54,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Config(px.flags.Problems):
+class Config(px.flags.Regeneration):
     sites: px.flags.OneOrMore[Site] = ("embed", "resid", "kv")
     """where the noise is put"""
     layers: px.flags.EachOnce[int] = ()
@@ -61,23 +63,36 @@ class Config(px.flags.Problems):
     """the layers in which kv has it; by default all"""
     noise: Literal["gaussian", "norm_matched"] = "gaussian"
     """its distribution"""
-    seeds: px.flags.Count = 5
-    """draws of the noise"""
+    seeds: px.flags.Count | None = None
+    """draws of the noise; by default 5, and 1 where reasoning is written anew"""
     places: px.flags.Count | None = None
-    """only so many tokens of the block, evenly spaced; by default all"""
+    """only so many tokens of the block, evenly spaced; by default all, and 4 where reasoning is written anew"""
     min_problems: Annotated[int, Ge(2)] = 10
     """a token of the block that fewer problems have is skipped"""
+
+    def n_seeds(self, anew: bool) -> int:
+        """--seeds or its default."""
+        return self.seeds or (1 if anew else 5)
+
+    def most_places(self, anew: bool) -> int | None:
+        """--places or its default; None for all."""
+        return self.places or (4 if anew else None)
 
 
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/patch_hub", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
+    checked = partial(check_layers, config)
+    seconds = px.reasoning.estimate(config, problems, run.unfinished, partial(seconds_of, config), checked)
+    what = f"noise at tokens of the reasoning of {len(problems)} problems"
+    if not run.announce(what, seconds, n=len(problems)):
+        return
 
     # Each model answers after the reasoning it wrote, with noise at one token of that. (Names of sites depend on its depth.)
     rows: list[Row] = []
     facts: Row = {}
     for name in config.models:
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, partial(check_layers, config))
+        setting = px.reasoning.prepare(config, name, problems, run.unfinished, checked)
         rows += measure(setting, config)
         facts[setting.name] = px.metadata(setting.model, **setting.facts)
         del setting  # two models need not fit in memory together
@@ -88,7 +103,8 @@ def main(config: Config) -> None:
     verdicts = verdicts_of(rows)
 
     print(summary(facts, rows, verdicts))
-    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv",)):
+    shown = [evidence(rows, model) for model in facts]
+    with run.writing({"models": facts, "verdicts": verdicts}, shown, replacing=("*.csv",)):
         run.figure("drop_by_position", px.figures.drops_by_token(rows))
         for site in dict.fromkeys(row["site"] for row in rows):
             of_site = [row for row in rows if row["site"] == site]
@@ -105,6 +121,13 @@ def check_layers(config: Config, name: str, model: PreTrainedModel) -> None:
                 raise ValueError(f"--{flag} {layer}: {name} has layers 0 to {last}.")
 
 
+def seconds_of(config: Config, asked: Asked) -> float:
+    """How long all runs take at most: sites x tokens x seeds."""
+    sites = specs_of(config, asked.model, config.seed)
+    runs = len(sites) * (config.most_places(asked.anew) or config.new_tokens) * config.n_seeds(asked.anew)
+    return runs * asked.seconds_a_condition()
+
+
 # -- measurement and statistics ----------------------------------------------------------------------------------------
 
 
@@ -116,7 +139,7 @@ def specs_of(config: Config, model: PreTrainedModel, seed: int) -> dict[str, Spe
 
 def measure(setting: Setting, config: Config) -> list[Row]:
     """Every site, token and seed of one model: accuracy in percent, its loss in points."""
-    by_seed = [specs_of(config, setting.model, config.seed + draw) for draw in range(config.seeds)]
+    by_seed = [specs_of(config, setting.model, config.seed + draw) for draw in range(config.n_seeds(setting.anew))]
     specs = {site: [of_seed[site] for of_seed in by_seed] for site in by_seed[0]}
     # Over all tokens of all problems, whichever token is replaced.
     reference = px.reference_for(
@@ -127,9 +150,10 @@ def measure(setting: Setting, config: Config) -> list[Row]:
         progress=False,
     )
     rows = []
+    positions = px.reasoning.positions_of(setting, config.min_problems, config.most_places(setting.anew))
     for site, of_site in specs.items():
         some = []
-        for position in tqdm(places(setting, config), desc=site, unit="token", disable=not px.is_main_process()):
+        for position in tqdm(positions, desc=site, unit="token", disable=not px.is_main_process()):
             questions, which = setting.at(position)
             clean = setting.clean.correct[which]
             runs = [setting.run(questions, spec, reference) for spec in of_site]
@@ -156,14 +180,6 @@ def measure(setting: Setting, config: Config) -> list[Row]:
     return rows
 
 
-def places(setting: Setting, config: Config) -> list[int]:
-    """The tokens of the block that get noise, counted from its first."""
-    every = px.reasoning.positions_of(setting, config.min_problems)
-    if config.places is None or config.places >= len(every):
-        return list(every)
-    return sorted({round(place) for place in np.linspace(every[0], every[-1], config.places)})
-
-
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +197,18 @@ def verdicts_of(rows: Sequence[Row]) -> list[str]:
             f"{px.stats.in_points(drops[worst])}, q = {mine[worst]['q']:.2g}: {words[worst]}"
         )
     return lines
+
+
+def evidence(rows: Sequence[Row], model: str) -> px.runs.Evidence:
+    """The largest drop of a model, beside the other tokens' at the same site."""
+    mine = [row for row in rows if row["model"] == model]
+    worst = max(mine, key=lambda row: row["drop"])
+    others = [row["drop"] for row in mine if row["site"] == worst["site"] and row is not worst]
+    effect = f"{model}, noise at token {worst['position']} ({worst['site']}), the largest of {len(mine)} drops, costs (points)"
+    control = f"q = {worst['q']:.2g} over {len(others) + 1} tokens"
+    control += f", the others cost {np.mean(others):.1f} on average" if others else ""
+    drop = px.Interval(worst["drop"], worst["low"], worst["high"])
+    return px.runs.Evidence(f"{worst['problems']} problems", effect, drop, control, "a larger --limit")
 
 
 def summary(facts: Row, rows: Sequence[Row], verdicts: Sequence[str]) -> str:

@@ -18,7 +18,8 @@ the residual stream a ridge regression reads
 of the problem's own solution. Probes are cross-validated, the penalty chosen inside the training folds (`probes` has
 the details). Problems with the same numbers in the same order are in one fold (or, by --group question, those with the same text
 only), so that no probe is tested on what it has seen. R^2 is of all problems together, each predicted without its fold: 0 is
-what knowing only the mean gives, and a class is one number a class, 1 or 0. Its 95% interval is a bootstrap over these groups.
+what knowing only the mean gives, and a class is one number a class, 1 or 0. Its 95% interval is a bootstrap over these groups,
+each resample against the same mean.
 Beside it stand
 
     in_sample       the same measure on the problems that a probe is fitted to
@@ -29,7 +30,8 @@ Beside it stand
 
 accuracy is the share of problems for which the prediction, rounded, is the number, or for which the likeliest class is right;
 chance that of the most frequent one. The verdict is on the best layer, with the p of the best layer of each shuffle. A probe says
-what can be read off, not what the model uses: ablate_heads.py and patch_hub.py tell that.
+what can be read off, not what the model uses: ablate_heads.py and patch_hub.py tell that. The terminal shows the best layer of
+each token and target, probes.csv all of them.
 
 Written to the folder OUT: probe_POSITION_TARGET.csv (place, MODEL_r2); probes.csv, every number; figures/MODEL.png; config.yaml
 (running it again gives the same); and summary.json, what was run, with the verdicts and what was skipped. A run that was
@@ -53,10 +55,10 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pyvene_ext.runs.reasoning import Setting
+    from pyvene_ext.runs.reasoning import Asked, Setting
 
 FEWEST = 19  # shuffles; with fewer no p is 0.05, and nothing could be found
-N_TINY = 1200  # problems of the tiny models, where no --limit is given
+N_TINY, N_PLAIN = 1200, 100  # problems, where no --limit is given
 RESAMPLES = 2000
 Position = Annotated[
     str,
@@ -78,7 +80,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Config(px.flags.Problems):
     limit: px.flags.Limit = None
-    """only the first so many problems; by default 1200 of the tiny models' and all of others"""
+    """only the first so many problems; by default 1200 of the tiny models', 100 of one and two steps of plain, all of others"""
     positions: px.flags.OneOrMore[Position] = ("question_last", "block_first", "block_last", "mark")
     """where the residual stream is read: those named above, or a token of the block (negative: from its end)"""
     targets: px.flags.OneOrMore[Target] = ("answer", "last_digit", "first_operand", "result_1", "correct")
@@ -99,8 +101,8 @@ class Config(px.flags.Problems):
 
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/probe_layers", config.source, *config.models)
-    tiny = config.source == px.reasoning.TINY and config.limit is None
-    problems = px.reasoning.find_problems(replace(config, limit=N_TINY) if tiny else config)
+    flags = with_more_problems(config)
+    problems = px.reasoning.find_problems(flags)
 
     def check(_: str, model: PreTrainedModel) -> None:
         px.methods.places_of(model, config.mid)
@@ -109,19 +111,25 @@ def main(config: Config) -> None:
     rows: list[Row] = []
     facts: Row = {}
     for name in config.models:
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, check)
+        asked = px.reasoning.load(flags, name, problems, run.unfinished, check)
+        n_probes = len(px.methods.places_of(asked.model, config.mid)) * len(config.positions) * len(config.targets)
+        work = f"{asked.name}: {len(problems)} texts of at most {config.new_tokens} tokens, and {n_probes} probes"
+        if not run.announce(work, seconds_of(asked, config), n=len(problems)):
+            continue
+        setting = asked.reason()
         found, skipped = probe(setting, config)
         rows += found
         facts[setting.name] = px.metadata(setting.model, **setting.facts, left_out=skipped)
-        del setting  # two models need not fit in memory together
-    if not px.is_main_process():
+        del asked, setting  # two models need not fit in memory together
+    if config.dry_run or not px.is_main_process():
         return
 
     # What can be read off at the best place.
-    verdicts = verdicts_of(rows)
+    best = best_places(rows)
+    tested = {"models": facts, "verdicts": verdicts_of(best)}
 
-    print(summary(facts, rows, verdicts))
-    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv", "figures/*")):
+    print(summary(facts, best))
+    with run.writing(tested, evidence(best, config.shuffles), replacing=("*.csv", "figures/*")):
         for position, target in dict.fromkeys((row["position"], row["target"]) for row in rows):
             some = [row for row in rows if (row["position"], row["target"]) == (position, target)]
             run.table(f"probe_{position}_{target}", px.stats.side_by_side(some, "place", "r2", "r2"))
@@ -130,7 +138,27 @@ def main(config: Config) -> None:
             run.figure(model, px.figures.probe_curves(model, [row for row in rows if row["model"] == model]))
 
 
+def with_more_problems(config: Config) -> Config:
+    """The flags with more problems than other studies have by default: probes need many."""
+    if config.limit is None and config.source == px.reasoning.TINY:
+        return replace(config, limit=N_TINY)
+    if config.limit is None and config.source == px.reasoning.PLAIN:
+        return replace(config, limit=N_PLAIN, problem_steps=config.problem_steps or (1, 2))
+    return config
+
+
 # -- measurement -------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(asked: Asked, config: Config) -> float | None:
+    """How long the texts, one more forward pass and the probes take at most; None with tiny models, which are quick."""
+    if config.tiny:
+        return None
+    embeddings: Any = asked.model.get_input_embeddings()
+    n, d = max(len(asked.questions), 2 * config.folds), embeddings.weight.shape[1]
+    fits = px.methods.seconds_to_fit(n, d, len(config.targets), 1 + config.shuffles, config.folds)
+    n_fits = 2 * len(px.methods.places_of(asked.model, config.mid)) * len(config.positions)  # the question's mean, too
+    return asked.seconds() + px.runs.seconds_a_pass(asked.model, asked.questions.prompts) + n_fits * fits
 
 
 def probe(setting: Setting, config: Config) -> tuple[list[Row], Row]:
@@ -279,19 +307,42 @@ def verdict_of(row: Row) -> str:
     return "found, but no more than in the question's mean"
 
 
-def verdicts_of(rows: Sequence[Row]) -> list[str]:
-    """One line a model, position and target, of the place where most is known."""
-    lines = []
+def best_places(rows: Sequence[Row]) -> list[Row]:
+    """Of each model, position and target the place where most is known, with the number of places."""
+    best = []
     for key in dict.fromkeys((row["model"], row["position"], row["target"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["position"], row["target"]) == key]
+        best.append(max(mine, key=lambda row: row["r2"]) | {"places": len(mine)})
+    return best
+
+
+def verdicts_of(best: Sequence[Row]) -> list[str]:
+    """One line a model, position and target, of the place where most is known."""
+    return [
+        f"{row['model']}, {row['position']}, {row['target']}: {verdict_of(row)}: R^2 "
+        f"{in_words(px.stats.interval_in(row, 'r2'))} at {row['place']}, the best of {row['places']} "
+        f"(p = {row['p_best']:.2g}); in-sample {row['in_sample']:.2f}, labels shuffled {row['shuffled']:.2f}, question's "
+        f"mean {row['question']:.2f}; {row['accuracy']:.1f}% exact (in-sample {row['accuracy_in_sample']:.1f}%, chance "
+        f"{row['chance']:.1f}%)"
+        for row in best
+    ]
+
+
+def evidence(best: Sequence[Row], shuffles: int) -> list[px.runs.Evidence]:
+    """Of each model the position and target of which most is known beyond the question's mean."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in best):
+        mine = [row for row in best if row["model"] == model]
         top = max(mine, key=lambda row: row["r2"])
-        interval = px.stats.interval_in(top, "r2")
-        lines.append(
-            f"{', '.join(key)}: {verdict_of(top)}: R^2 {in_words(interval)} at {top['place']}, the best of {len(mine)} "
-            f"(p = {top['p_best']:.2g}); in-sample {top['in_sample']:.2f}, labels shuffled {top['shuffled']:.2f}, question's "
-            f"mean {top['question']:.2f}; {top['accuracy']:.1f}% exact (in-sample {top['accuracy_in_sample']:.1f}%, chance "
-            f"{top['chance']:.1f}%)"
+        control = (
+            f"labels shuffled, p = {top['p_best']:.2g} (the best place of each of {shuffles}); the question's mean "
+            f"{top['question']:.2f}"
         )
+        where = f"{top['position']}, {top['place']}, the largest of {len(mine)} x {top['places']},"
+        effect = f"{model}: R^2 of {top['target']} at {where}"
+        sample = f"{top['problems']} problems"
+        more = "a larger --limit, or --problems with more"
+        lines.append(px.runs.Evidence(sample, effect, px.stats.interval_in(top, "r2"), control, more))
     return lines
 
 
@@ -299,28 +350,33 @@ def in_words(interval: px.Interval) -> str:
     return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def summary(facts: Row, rows: Sequence[Row], verdicts: Sequence[str]) -> str:
-    """What the terminal shows."""
+def summary(facts: Row, best: Sequence[Row]) -> str:
+    """What the terminal shows: of each position and target its best place."""
     lines = []
     for model, found in facts.items():
         lines += [px.reasoning.counts(model, found), ""]
-        mine = [row for row in rows if row["model"] == model]
         lines.append(
-            f"{'position':>14} {'target':>14} {'place':>13} problems in-sample    R^2   95% interval  shuffled [range]"
-            "      q  question   exact"
+            f"{'position':>14} {'target':>14} {'best place':>13} problems    R^2   95% interval labels shuffled  p best question"
+            "   exact (chance)  what can be read off"
         )
-        for row in mine:
+        for row in best:
+            if row["model"] != model:
+                continue
             interval, spread = (
                 f"[{row[low]:.2f}, {row[high]:.2f}]"
                 for low, high in (("r2_low", "r2_high"), ("shuffled_lowest", "shuffled_highest"))
             )
+            chance = f"({row['chance']:.1f}%)"
             lines.append(
-                f"{row['position']:>14} {row['target']:>14} {row['place']:>13} {row['problems']:8d} {row['in_sample']:9.2f} "
-                f"{row['r2']:6.2f} {interval:>14} {spread:>17} {row['q']:6.2g} {row['question']:9.2f} {row['accuracy']:6.1f}%"
+                f"{row['position']:>14} {row['target']:>14} {row['place']:>13} {row['problems']:8d} {row['r2']:6.2f} "
+                f"{interval:>14} {spread:>15} {row['p_best']:7.2g} {row['question']:8.2f} {row['accuracy']:6.1f}% {chance:>8}  "
+                f"{verdict_of(row)}"
             )
         lines += [f"left out: {what}: {reason}" for what, reason in found["left_out"].items()]
         lines.append("")
-    return "\n".join([*lines, "verdicts (what can be read off; not what is used)", *verdicts])
+    return "\n".join(
+        [*lines, "every place is in probes.csv and in the figures; what can be read off is not what is used"]
+    )
 
 
 if __name__ == "__main__":

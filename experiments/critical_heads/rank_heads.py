@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from pyvene_ext.runs.attention import View
 
+FEW = 20  # problems, with fewer of which a ranking is mostly chance
+RESAMPLES = 2000
 Row = dict[str, Any]
 LABELS: dict[px.flags.Score, str] = {
     "flow": "share of resid_mid from the block",
@@ -59,28 +61,73 @@ def main(config: Config) -> None:
     views: list[View] = []
     facts: Row = {}
     for name in config.models:
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, check)
-        scores = px.methods.block_scores(setting.model, setting.questions, batch_size=config.batch_size, progress=True)
+        asked = px.reasoning.load(config, name, problems, run.unfinished, check)
+        # Flow takes as long as one or two forward passes more.
+        seconds = None
+        if not config.tiny:
+            seconds = asked.seconds() + 3 * px.runs.seconds_a_pass(asked.model, asked.questions.prompts)
+        work = f"{asked.name}: {len(problems)} texts of at most {config.new_tokens} tokens, and the scores of all heads in them"
+        if not run.announce(work, seconds, n=len(problems)):
+            continue
+        setting = asked.reason()
+        scores = px.methods.block_scores(
+            setting.model,
+            setting.questions,
+            batch_size=config.batch_size,
+            results=setting.results,
+            progress=px.is_main_process(),
+        )
         found[setting.name] = scores
         first = px.reasoning.top_heads(scores.of("composite"), px.runs.HEADS)
         names = [f"{setting.name}, problem {index}" for index in setting.questions.index]
         views += px.runs.look(setting.model, setting.tokenizer, setting.questions.prompts.input_ids, first, names=names)
         facts[setting.name] = px.metadata(setting.model, **setting.facts)
-    if not px.is_main_process():
+    if config.dry_run or not px.is_main_process():
         return
 
     for model, scores in found.items():
         print(px.reasoning.counts(model, facts[model]))
-        print(table(scores, config.top) + "\n")
-    with run.writing({"models": facts}, replacing=("*.csv",)):
+        print("\n".join([table(scores, config.top), *cautions(scores, facts[model]), ""]))
+    evidence = [evidence_of(model, scores, config.seed) for model, scores in found.items()]
+    with run.writing({"models": facts}, evidence, replacing=("*.csv",)):
         for model, scores in found.items():
             for score in px.methods.SCORES:
                 px.methods.write_head_scores(run.path / f"heads/{model}_{score}.csv", scores.of(score))
-                title = f"{model}: {score}, {len(scores.flow)} problems"
+                title = f"{model}: {score}, {len(scores.hub)} problems"
                 figure = px.figures.head_heatmap(scores.of(score), title, LABELS[score])
                 run.figure(f"{model}_{score}", figure)
         run.views(views)
         run.table("scores", [row for model, scores in found.items() for row in rows_of(model, scores)])
+
+
+def evidence_of(model: str, scores: px.methods.BlockScores, seed: int) -> px.runs.Evidence:
+    """The highest flow, beside that of the same layer's other heads on the same problems."""
+    assert scores.flow is not None  # all scores are computed
+    n, _, heads = scores.flow.shape
+    layer, head = px.reasoning.top_heads(scores.of("flow"), 1)[0]
+    own = scores.flow[:, layer, head]
+    others = (scores.flow[:, layer].sum(1) - own) / max(heads - 1, 1)
+    interval, rest = (px.stats.bootstrap_mean(x, px.rng(seed, "evidence"), RESAMPLES) for x in (own, others))
+    where = f"{px.stats.head_label((layer, head))} (the largest of {scores.hub[0].size} heads)"
+    control = f"{rest.mean:.3g} [{rest.low:.3g}, {rest.high:.3g}], the mean of layer {layer}'s other {heads - 1}"
+    effect = f"{model}: flow from the block through {where}"
+    return px.runs.Evidence(f"{n} problems", effect, interval, control, "a larger --limit", None)
+
+
+def cautions(scores: px.methods.BlockScores, facts: Row) -> list[str]:
+    """What makes a ranking doubtful: few problems for many heads, and texts that were cut before they had a block."""
+    n, first, lines = len(scores.hub), facts["first_run"], []
+    if n < FEW:
+        lines.append(
+            f"caution: {scores.hub[0].size} heads are ranked from {n} problems, so that the order of most is chance; give a "
+            f"larger --limit ({FEW} problems with a block or more)"
+        )
+    if n < facts["problems"]:
+        lines.append(
+            f"{facts['problems'] - n} of {facts['problems']} texts have no block before a ####; {first['cut']} of all were cut: "
+            "a larger --max_new_tokens, or --shots 3, gives more"
+        )
+    return lines
 
 
 def check(_: str, model: PreTrainedModel) -> None:

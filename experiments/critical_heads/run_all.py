@@ -93,7 +93,8 @@ def main(config: Config) -> None:
     )
     done = done_before(done_file, facts)
 
-    # One study after the other.
+    # One study after the other. Each says how long it takes, and does not start if that is more than ten minutes unasked.
+    print(f"{len(parts)} studies of {' and '.join(config.models)}, each of which says how long it takes", flush=True)
     failed: dict[str, str] = {}
     for number, part in enumerate(parts):
         print(f"\n=== {part.folder.name} ({number + 1} of {len(parts)})", flush=True)
@@ -106,10 +107,12 @@ def main(config: Config) -> None:
             failed[part.folder.name] = " ".join(str(error).split())
             print(f"not done: {failed[part.folder.name]}", file=sys.stderr)
             continue
+        if config.dry_run:
+            continue
         done.add(part.folder.name)
         if px.is_main_process():
             px.io.write_json(done_file, {"facts": facts, "done": sorted(done)})
-    if not px.is_main_process():
+    if config.dry_run or not px.is_main_process():
         return
     if not done:
         raise ValueError("no study could be done; each said why above.")
@@ -123,11 +126,22 @@ def main(config: Config) -> None:
     ]
 
     print(summary(verdicts, failed, run.path / "report.html"))
-    with run.writing({"done": [part.name for part in finished], "failed": failed}):
+    strong = [evidence for part in finished for evidence in evidence_in(part)]
+    with run.writing({"done": [part.name for part in finished], "failed": failed}, strong):
         names = " and ".join(Path(name).name for name in config.models)
         px.report.write_report(finished, run.path / "report.html", f"Critical heads in reasoning: {names}")
         run.table("verdicts", verdicts or [{"study": "", "verdict": ""}])
     done_file.unlink()
+
+
+def evidence_in(part: Path) -> list[px.runs.Evidence]:
+    """How strong the evidence of one study is, as its summary has it."""
+    found = []
+    for kept in json.loads((part / "summary.json").read_text(encoding="utf-8")).get("evidence", ()):
+        ends = kept["interval"] and [float("nan") if end is None else end for end in kept["interval"]]
+        interval = px.Interval(*ends) if ends else None
+        found.append(px.runs.Evidence(**kept | {"interval": interval, "effect": f"{part.name}: {kept['effect']}"}))
+    return found
 
 
 def done_before(path: Path, facts: str) -> set[str]:
@@ -177,10 +191,12 @@ def ranked(config: Config, study: str, folder: Path, host: str | None = None) ->
     """The flags by which a study takes its models and heads."""
     score = "hub" if study == "attribute_inputs" else config.by
     rankings = {name: str(folder / "rank_heads" / "heads" / f"{Path(name).name}_{score}.csv") for name in config.models}
-    if host is not None:
-        donor = next(name for name in config.models if name != host)
-        return {"models": (host,), "donor": donor, "rankings": (rankings[host],), "donor_ranking": rankings[donor]}
-    return {} if study in RANKS_NOTHING else {"rankings": tuple(rankings.values())}
+    if host is None:
+        return {} if study in RANKS_NOTHING or config.dry_run else {"rankings": tuple(rankings.values())}
+    donor = next(name for name in config.models if name != host)
+    flags: dict[str, Any] = {"models": (host,), "donor": donor}
+    # A dry run has made no rankings.
+    return flags if config.dry_run else flags | {"rankings": (rankings[host],), "donor_ranking": rankings[donor]}
 
 
 def read_settings(path: Path | None) -> dict[str, dict[str, Any]]:

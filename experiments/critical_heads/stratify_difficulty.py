@@ -39,6 +39,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -51,12 +52,13 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from pyvene_ext.methods.reasoning.strata import ProblemEffects, Split
     from pyvene_ext.prompts.problems import Problem
+    from pyvene_ext.runs.reasoning import Asked
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
+class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations):
     max_new_tokens: Annotated[int, Ge(2)] | None = None  # the first new token follows from the question alone
     heads: px.flags.EachOnce[px.flags.Head] = ()
     """which heads to ablate, as layer.head; by default the first of a ranking"""
@@ -90,6 +92,12 @@ def main(config: Config) -> None:
     if len(problems) < 2:
         raise ValueError("there is one problem, and an interval needs two; give more.")
 
+    runs = config.noise_seeds if config.hub is not None else 1 + config.random_sets
+    what = f"{runs} runs with {'heads ablated' if config.hub is None else 'noise'} on {len(problems)} problems"
+    seconds = px.reasoning.estimate(config, problems, run.unfinished, partial(seconds_of, config, runs))
+    if not run.announce(what, seconds, n=len(problems)):
+        return
+
     # Each model solves the problems with and without the intervention; its drop in every stratum.
     rows: list[Row] = []
     tests: list[Row] = []
@@ -117,7 +125,8 @@ def main(config: Config) -> None:
     verdicts = verdicts_of(rows, tests, facts)
 
     print(summary(rows, facts, verdicts))
-    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv", "*/*.csv", "figures/*")):
+    shown = [evidence(rows, tests, model, found["intervention"]) for model, found in facts.items()]
+    with run.writing({"models": facts, "verdicts": verdicts}, shown, replacing=("*.csv", "*/*.csv", "figures/*")):
         for split in px.methods.SPLITS:
             of_split = [row for row in rows if row["split"] == split]
             of_split.sort(key=lambda row: px.methods.stratum_order(row["stratum"]))
@@ -130,6 +139,11 @@ def main(config: Config) -> None:
             title = f"{model}: {facts[model]['intervention']}"
             run.figure(model, px.figures.drops_by_stratum(title, mine))
             run.figure(f"{model}_both", px.figures.crossed_strata(title, mine))
+
+
+def seconds_of(config: Config, runs: int, asked: Asked) -> float:
+    """How long a model's runs take at most; heads are ablated while all is written."""
+    return runs * (asked.seconds() if config.hub is None else asked.seconds_a_condition())
 
 
 # -- interventions -----------------------------------------------------------------------------------------------------
@@ -250,11 +264,27 @@ def verdicts_of(rows: Sequence[Row], tests: Sequence[Row], facts: Row) -> list[s
     return lines
 
 
+def evidence(rows: Sequence[Row], tests: Sequence[Row], model: str, what: str) -> px.runs.Evidence:
+    """The drop in the least confident quarter, beside random heads, and whether strata differ."""
+    row = next(row for row in rows if row["model"] == model and row["split"] == "confidence")
+    (test,) = (test for test in tests if test["model"] == model and test["split"] == "confidence")
+    differ = (
+        f"strata by confidence differ with p = {test['p']:.2g}"
+        if test["p"] == test["p"]
+        else "strata too small to test"
+    )
+    random = "" if math.isnan(row["random_drop"]) else f"random heads cost {row['random_drop']:.1f}; "
+    drop = px.stats.interval_in(row, "drop")
+    effect = f"{model}, {what}, costs in stratum {row['stratum']} (points)"
+    return px.runs.Evidence(f"{row['problems']} problems", effect, drop, random + differ, "a larger --limit")
+
+
 def summary(rows: Sequence[Row], facts: Row, verdicts: Sequence[str]) -> str:
     """What the terminal shows."""
     lines = []
     for model, found in facts.items():
         edges = " ".join(f"{edge:.4f}" for edge in found["edges"])
+        lines.append(px.reasoning.outcome(model, found.get("first_run", found["clean"])))
         lines += [f"{model}: {found['intervention']}; edges of confidence {edges}", ""]
         lines.append(
             f"{'split':>10} {'stratum':>12} problems  untouched  accuracy   95% interval     drop   95% interval  relative "

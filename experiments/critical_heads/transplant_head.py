@@ -7,13 +7,15 @@
     python experiments/critical_heads/transplant_head.py --models Qwen/Qwen2.5-1.5B-Instruct --donor Qwen/Qwen2.5-0.5B-Instruct \
         --problems gsm8k --limit 300 --max_new_tokens 320 --rankings host.csv --donor_ranking donor.csv
 
-Method. The host solves the problems untouched. The reasoning it wrote is given again, and the answer after `####` is generated
-while the first n heads of a ranking work no more at the tokens of question and reasoning, and in the place of each stands the
-donor's head of the same rank. A transplanted head is given x A, where x is the host's residual stream before the block; its
-queries, its own keys and values, its rotary embedding, scale and window are the donor's; what it would add to the donor's stream
-goes through B into the host's (`transplant` has the details). A and B are fitted on paired residual streams of
---fit_problems problems, which are then skipped by everything else: ridge regression, or a Procrustes rotation with a scale. R2
-is of problems kept out of the fit, at contexts that no fitted problem has. The donor must cut texts into the same tokens.
+Method. The host solves the problems untouched. Then the first n heads of a ranking work no more, and in the place of each stands
+the donor's head of the same rank. With --regenerate answer, the reasoning that the host wrote is given again and the answer after
+`####` is generated; with --regenerate reasoning, the default of real models, the host writes reasoning and answer with these
+heads, so that nothing can be copied from reasoning that was written untouched. A transplanted head is given x A, where x is the
+host's residual stream before the block; its queries, its own keys and values, its rotary embedding, scale and window are the
+donor's; what it would add to the donor's stream goes through B into the host's (`transplant` has the details). A and B are fitted
+on paired residual streams of --fit_problems problems, which are then skipped by everything else: ridge regression, or a
+Procrustes rotation with a scale. R2 is of problems kept out of the fit, at contexts that no fitted problem has. The donor must
+cut texts into the same tokens.
 
 Conditions: zero, nothing replaces the heads; self, their own heads are transplanted with identity maps, which must change
 nothing; transplant; without_maps, the donor's heads with the streams as they are, where the two models have the same width and
@@ -58,7 +60,7 @@ Heads = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Config(px.flags.Problems, px.flags.Ranking):
+class Config(px.flags.Regeneration, px.flags.Ranking):
     donor: px.flags.ModelName = "tiny-llama3.1"
     """the model whose heads are transplanted; named as --models are, which are the hosts"""
     heads: px.flags.EachOnce[px.flags.Head] = ()
@@ -116,9 +118,18 @@ def main(config: Config) -> None:
     study = f"critical_heads/transplant_head/{Path(config.donor).name}"
     run = px.RunFolder(config, study, config.source, *config.models)
     problems = px.reasoning.find_problems(config)
+    px.runs.transplants.check_number(len(problems), config.fit_problems)
     donor, tokenizer = config.load(config.donor)
     if not config.given_donor_heads(donor):
         px.methods.check_scores(donor)
+    conditions = len(config.levels) * (4 + config.random_sets)
+    checks = [partial(check_host, config, number, donor) for number in range(len(config.models))]
+    seconds = px.reasoning.estimate(
+        config, problems, run.unfinished, lambda asked: conditions * asked.seconds_a_condition(), checks
+    )
+    what = f"heads of {Path(config.donor).name} in {conditions} conditions on {len(problems)} problems"
+    if not run.announce(what, seconds, n=len(problems)):
+        return
 
     # Each host answers after the reasoning it wrote, with the donor's heads in the place of its own.
     rows: list[Row] = []
@@ -126,9 +137,7 @@ def main(config: Config) -> None:
     fits: list[Row] = []
     facts: Row = {}
     for number, name in enumerate(config.models):
-        setting = px.reasoning.prepare(
-            config, name, problems, run.unfinished, partial(check_host, config, number, donor)
-        )
+        setting = px.reasoning.prepare(config, name, problems, run.unfinished, checks[number])
         host = prepare(config, number, setting, donor, tokenizer)
         found, of_random = transplant(config, host)
         rows, randoms, fits = rows + found, randoms + of_random, fits + host.fits
@@ -141,7 +150,8 @@ def main(config: Config) -> None:
     verdicts = verdicts_of(rows)
 
     print(summary(config, facts, fits, rows, verdicts))
-    with run.writing({"models": facts, "verdicts": verdicts}, replacing=("*.csv",)):
+    shown = [evidence(rows, model) for model in facts]
+    with run.writing({"models": facts, "verdicts": verdicts}, shown, replacing=("*.csv",)):
         run.figure("accuracy", px.figures.transplant_curves(rows))
         run.table("transplants", rows)
         wide = [{**row, "model": f"{row['model']}_{row['condition']}"} for row in rows]
@@ -158,11 +168,7 @@ def check_host(config: Config, number: int, donor: PreTrainedModel, name: str, h
     """Raise ValueError for heads that the host has not or that cannot be ranked, and for latent steps that the donor lacks."""
     if not config.host_heads(number, host):
         px.methods.check_scores(host)
-    form = px.models.format_of(host)
-    if form is not None and px.models.format_of(donor) != form:
-        raise ValueError(
-            f"{name} thinks in latent steps that {Path(config.donor).name} does not know; use a donor with the same ones."
-        )
+    px.runs.transplants.check_latents(name, host, config.donor, donor)
 
 
 def prepare(
@@ -308,6 +314,19 @@ def verdicts_of(rows: Sequence[Row]) -> list[str]:
             line += f"; the self-transplant changed {own['changed']} of {own['problems']} answers, which rounding should not"
         lines.append(line)
     return lines
+
+
+def evidence(rows: Sequence[Row], model: str) -> px.runs.Evidence:
+    """What the donor's heads give back of what the most heads are needed for, beside random heads."""
+    row = [row for row in rows if row["model"] == model and row["condition"] == "transplant"][-1]
+    effect = f"{model}, {row['n_heads']} heads of {row['donor']} in place of none give back (points)"
+    control = (
+        f"{row['random_sets']} random sets give {row['excess']:.1f} less, share as good {row['share_as_good']:.2g}"
+    )
+    gain = px.stats.interval_in(row, "gain")
+    return px.runs.Evidence(
+        f"{row['problems']} problems", effect, gain, control if row["random_sets"] else "none", "a larger --limit"
+    )
 
 
 def summary(config: Config, facts: Row, fits: Sequence[Row], rows: Sequence[Row], verdicts: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -9,12 +11,16 @@ from typing import Any
 import numpy as np
 from pyvene import (
     AdditionIntervention,
+    AutoencoderIntervention,
+    BoundlessRotatedSpaceIntervention,
     CollectIntervention,
     IntervenableConfig,
     Intervention,
     LocalistRepresentationIntervention,
     LowRankRotatedSpaceIntervention,
+    NoiseIntervention,
     RepresentationConfig,
+    SigmoidMaskIntervention,
     SubtractionIntervention,
     TrainableIntervention,
     VanillaIntervention,
@@ -26,6 +32,13 @@ from modelcards import Card, meant, n_layers
 from pyvene_ext.intervenable.locations import Locations, Representation, as_lists, is_flat
 from pyvene_ext.io.errors import counted
 
+# They take none, and pyvene says nothing.
+WITHOUT_SUBSPACES = (
+    AutoencoderIntervention,
+    BoundlessRotatedSpaceIntervention,
+    NoiseIntervention,
+    SigmoidMaskIntervention,
+)
 # They take a source of the shape of what they edit, or one vector.
 SWAPS = (VanillaIntervention, AdditionIntervention, SubtractionIntervention)
 
@@ -154,18 +167,31 @@ def _check_intervention(item: RepresentationConfig, kind: Any, width: int | None
         )
     if item.subspace_partition is not None:
         size = rank or full
-        parts = as_lists(item.subspace_partition, "a dimension of subspace_partition")
-        parts = [range(*part) if len(part) == 2 else part for part in parts] if all(map(is_flat, parts)) else [[]]
+        written = as_lists(item.subspace_partition, "a dimension of subspace_partition")
+        parts = [range(*part) if len(part) == 2 else part for part in written] if all(map(is_flat, written)) else [[]]
         if not all(len(part) and min(part) >= 0 and (size is None or max(part) < size) for part in parts):
             raise ValueError(
                 f"the subspace_partition on {item.component} lists its parts, each as [first, one past the last] or as a list of "
                 f"dimensions{'' if size is None else f' from 0 to {size - 1}'}, unlike {item.subspace_partition!r}."
+            )
+        ranges = sorted((part.start, part.stop) for part in parts if isinstance(part, range))
+        if any(stop != start for (_, stop), (start, _) in itertools.pairwise(ranges)):
+            read = " and ".join(f"[{start}, {stop}] as {_dimensions(start, stop)}" for start, stop in ranges[:2])
+            warnings.warn(
+                f"the subspace_partition on {item.component} has parts of two numbers that do not adjoin, and pyvene reads two "
+                f"numbers as a range: {read}; a set of dimensions is several parts of one each, [3, 4] for dimension 3, that are "
+                "chosen together as subspaces.",
+                stacklevel=4,
             )
     source = item.source_representation
     if source is not None and not isinstance(source, Tensor):
         raise ValueError(
             f"the source_representation on {item.component} must be a tensor, not {type(source).__name__}."
         )
+
+
+def _dimensions(start: int, stop: int) -> str:
+    return f"dimension {start}" if stop == start + 1 else f"dimensions {start} to {stop - 1}"
 
 
 def is_collect(representation: RepresentationConfig, kind: Any) -> bool:
@@ -195,8 +221,32 @@ def check_unit_counts(
             )
 
 
+def check_places_once(
+    keys: Sequence[str], places: Sequence[Representation], locations: Locations | None, interventions: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if places are listed twice that are edited once.
+
+    Reading a place twice is fine, and so is filling up the shorter rows of a batch by listing a place again: then at least one
+    row has none twice.
+    """
+    for key, place, rows in zip(keys, places, locations or [], strict=False):
+        if rows is None or isinstance(interventions[key], CollectIntervention):
+            continue
+        for level, of_level in zip(place.unit.split("."), rows if place.unit == "h.pos" else [rows], strict=True):
+            twice = [next((number for number in row if row.count(number) > 1), None) for row in of_level]
+            if None not in twice:
+                raise ValueError(
+                    f"{'head' if level == 'h' else 'position'} {twice[0]} of {place} is listed twice in example 0, and some "
+                    "place in every other example, where the intervention would be applied once: list each place once."
+                )
+
+
 def check_subspaces(
-    subspaces: Any, interventions: Mapping[str, Any], representations: Mapping[str, RepresentationConfig], batch: int
+    subspaces: Any,
+    interventions: Mapping[str, Any],
+    representations: Mapping[str, RepresentationConfig],
+    batch: int,
+    widths: Mapping[str, int | None],
 ) -> None:
     """Refuse subspaces that do not exist or that pyvene mixes up.
 
@@ -205,6 +255,7 @@ def check_subspaces(
         interventions: by key.
         representations: their configs, by key.
         batch: the number of examples.
+        widths: of the components, by key, where they are known.
 
     Raises:
         ValueError: says which intervention has wrong subspaces, and how to write them.
@@ -231,16 +282,36 @@ def check_subspaces(
         parts, rank, size = (
             intervention.subspace_partition,
             representations[key].low_rank_dimension,
-            intervention.embed_dim,
+            widths.get(key) if intervention.embed_dim is None else intervention.embed_dim,
         )
+        if isinstance(intervention, WITHOUT_SUBSPACES):
+            raise ValueError(
+                f"{key} ({intervention}) has no subspaces, and pyvene would ignore {rows[0]}: give it None."
+            )
         count = len(parts) if parts is not None else rank or (None if size is None else int(size))
         for row in rows:
-            if count is not None and not 0 <= min(row) <= max(row) < count:
-                raise ValueError(f"subspaces {row} of {key} are out of range: there are subspaces 0 to {count - 1}.")
+            if min(row) < 0 or (count is not None and max(row) >= count):
+                there = "they count from 0" if count is None else f"there are subspaces 0 to {count - 1}"
+                raise ValueError(f"subspaces {row} of {key} are out of range: {there}.")
         if isinstance(intervention, LocalistRepresentationIntervention) and any(row != rows[0] for row in rows):
             raise ValueError(
                 f"{key} ({intervention}) has different subspaces per example, which pyvene mixes up across positions: give all "
                 "examples of a call the same."
+            )
+        dimensions = [[d for part in row for d in ([part] if parts is None else parts[part])] for row in rows]
+        if twice := next((row for row, own in zip(rows, dimensions, strict=True) if len(set(own)) < len(own)), None):
+            raise ValueError(f"subspaces {twice} of {key} have a dimension twice: choose each once.")
+        if all(row == rows[0] for row in rows):
+            continue
+        if isinstance(intervention, LowRankRotatedSpaceIntervention) and parts is None:
+            raise ValueError(
+                f"{key} ({intervention}) takes different subspaces per example only with a subspace_partition: give it one, "
+                f"{[[d, d + 1] for d in range(min(int(count or 1), 3))]} and so on for single dimensions."
+            )
+        if len(numbers := sorted({len(own) for own in dimensions})) > 1:
+            raise ValueError(
+                f"the examples have subspaces of {' and '.join(map(str, numbers))} dimensions in {key}: choose as many for each, "
+                "or run these examples in separate calls."
             )
 
 

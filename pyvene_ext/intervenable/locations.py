@@ -269,10 +269,12 @@ def _one_place(place: Representation, locations: Any, config: Any, inputs: Input
                 f"the locations of {place} must be [example][{level}] lists of whole numbers, "
                 f"such as [[3]] * batch_size, not {rows!r}."
             )
+        if len(rows) == 1:  # one list for the whole batch, as pyvene takes it with use_fast
+            rows = rows * inputs.batch
         if len(rows) != inputs.batch:
             raise ValueError(
                 f"{place} has locations for {counted(len(rows), 'example')}, but {inputs.name} has {inputs.batch}: "
-                "give one list per example."
+                "give one list per example, or one for all."
             )
         if len({len(row) for row in rows}) > 1 or not rows[0]:
             raise ValueError(

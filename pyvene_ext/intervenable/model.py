@@ -35,6 +35,7 @@ from modelcards import COMPONENTS, FIELD_NAMES, Card, Taps, card_of, register
 from pyvene_ext.intervenable.checks import (
     as_config,
     check_config,
+    check_places_once,
     check_source_counts,
     check_source_shapes,
     check_subspaces,
@@ -122,8 +123,9 @@ class IntervenableModel(pyvene.IntervenableModel):
             base: a tokenised batch, the keyword arguments of the model's forward.
             sources: a source batch, or a list with one per group of interventions (None for a group without).
             unit_locations: where to intervene, as pyvene takes it (`locations.resolve_locations`); None: every position and head.
+                An example with fewer places than another lists one of its places again, which is edited once.
             source_representations: source activations instead of source batches, by key or in the order of the keys.
-            subspaces: the subspaces of each intervention, as pyvene takes them.
+            subspaces: the subspaces of each intervention, as pyvene takes them: as many dimensions for every example.
             labels: for the model's loss.
             output_original_output: also run the model without interventions.
             return_dict: return pyvene's output object instead of a tuple.
@@ -140,7 +142,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         sources = self._checked_sources(sources, source_representations)
         locations = self._resolved(inputs, sources, unit_locations)
         self._check_inputs(base, sources, output_original_output, labels)
-        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch)
+        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch, self._widths)
         self._check_source_representations(source_representations, locations, inputs)
         base = with_position_ids(base, self._card)
         # Run here and not by pyvene, so that the original is the user's own model, without taps.
@@ -228,7 +230,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         sources = self._checked_sources(sources, source_representations)
         locations = self._resolved(inputs, sources, unit_locations)
         self._check_inputs(base, sources, output_original_output, None)
-        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch)
+        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch, self._widths)
         self._check_source_representations(source_representations)
         self._cleanup_states()
         self.full_intervention_outputs.clear()
@@ -396,6 +398,15 @@ class IntervenableModel(pyvene.IntervenableModel):
                     "out."
                 )
 
+    @property
+    def _widths(self) -> dict[str, int | None]:
+        """The last axis of what each key edits, where it is known."""
+        components = {key: item.component for key, item in self.representations.items()}
+        return {
+            key: None if "." in component else self._card.width(self.model, component)
+            for key, component in components.items()
+        }
+
     def _resolved(self, inputs: Inputs, sources: list[Any], unit_locations: Mapping[str, Any] | None) -> dict[str, Any]:
         groups = list(self._intervention_group.values())
         source_of_key: dict[str, Inputs | None] = {}
@@ -440,6 +451,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                     )
             check_source_counts(keys, source_side, base_side, self.interventions)
             check_unit_counts(keys, places, base_side, self.interventions, self.representations)
+            check_places_once(keys, places, base_side, self.interventions)
             resolved["sources->base" if entry == "base" else entry] = (source_side, base_side)
         return resolved
 

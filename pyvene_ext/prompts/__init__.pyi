@@ -21,6 +21,7 @@ from .problems import Questions as Questions
 from .problems import as_text as as_text
 from .problems import load_problems as load_problems
 from .problems import numbers_in as numbers_in
+from .problems import solved_before as solved_before
 from .problems import tiny_problems as tiny_problems
 from .problems import tokenize_problems as tokenize_problems
 from .problems import with_latents as with_latents
@@ -29,6 +30,7 @@ from .prompt import Prompt as Prompt
 from .sets import PromptSet as PromptSet
 from .shipped import PROMPTS as PROMPTS
 from .shipped import find_prompts as find_prompts
+from .token_lists import check_token_list as check_token_list
 from .token_lists import read_token_list as read_token_list
 from .token_tags import TAGS as TAGS
 from .token_tags import tag_tokens as tag_tokens

@@ -450,6 +450,23 @@ def tokens_until(part: str | int, ids: Sequence[int], tokenizer: PreTrainedToken
     return bisect.bisect_left(range(len(ids)), True, key=suffices)
 
 
+def solved_before(questions: Questions, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Count the tokens of each prompt before the problem itself, such as those of solved examples.
+
+    Args:
+        questions: the problems.
+        tokenizer: decodes their prompts.
+
+    Returns:
+        One number a prompt; 0 where the problem's text is not found.
+    """
+    counts = []
+    for problem, ids in zip(questions.problems, questions.prompts.input_ids, strict=True):
+        start = as_text(ids, tokenizer).rfind(problem.question)
+        counts.append(tokens_until(start, ids, tokenizer) or 0 if start > 0 else 0)
+    return counts
+
+
 def as_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Decode tokens, without special ones.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -394,6 +395,18 @@ class Batch:
     def last_columns(self) -> list[int]:
         """The column of each row's last real token, where the answer's logits are read."""
         return self.columns(-1)
+
+
+def common_beginning(rows: Iterable[Sequence[int]]) -> int:
+    """Count the tokens that all sequences begin with.
+
+    Args:
+        rows: token ids.
+
+    Returns:
+        How many first tokens are the same in all.
+    """
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
 
 
 # -- ids in whatever form they are given -------------------------------------------------------------------------------

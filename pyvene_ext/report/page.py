@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
-from scipy.stats import spearmanr
 
 from pyvene_ext.io.files import atomic_path
 from pyvene_ext.io.packages import need
@@ -22,6 +22,7 @@ from pyvene_ext.report.attention import attention_html
 from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
 from pyvene_ext.report.routes import draw_routes
 from pyvene_ext.report.run import Row, Run, columns, files, rounded
+from pyvene_ext.stats.correlations import spearman
 
 SHOWN = 500  # the most rows of a table, and the most prompts of a slider; the files have all of them
 AT_LEAST = 5  # heads for a correlation
@@ -202,19 +203,30 @@ def _link(path: Path, home: Path, text: str) -> str:
 
 
 def _side_by_side(runs: Sequence[Run]) -> Iterator[str]:
-    """Rank correlations between runs of the same column for the same heads."""
-    rows = []
+    """Rank correlations between runs of one model, of the same column for the same heads."""
+    rows, left_out = [], []
     found = [run.by_head() for run in runs]
     for (a, of_a), (b, of_b) in itertools.combinations(zip(runs, found, strict=True), 2):
+        if a.weights and b.weights and a.weights != b.weights:
+            if any(key in of_b for key in of_a):
+                left_out.append(f"{a.name} and {b.name}")
+            continue
         for key in (key for key in of_a if key in of_b):
             heads = sorted(of_a[key].keys() & of_b[key].keys())
             x, y = ([of_one[key][head] for head in heads] for of_one in (of_a, of_b))
             if len(heads) >= AT_LEAST and len(set(x)) > 1 and len(set(y)) > 1:
-                rho, p = spearmanr(x, y)
+                rho, p = spearman(np.array(x), np.array(y))
                 numbers = {"heads": str(len(heads)), "Spearman": f"{rho:.3f}", "p": f"{p:.2g}"}
                 rows.append({"run": a.name, "and": b.name, "table": key[0], "column": key[1], **numbers})
+    if rows or left_out:
+        yield "<h2>Side by side</h2>"
     if rows:
-        yield f"<h2>Side by side</h2>{_table(rows)}"
+        yield _table(rows)
+    if left_out:
+        yield (
+            f"<p>Not correlated, because the weights differ, so that a head of one model is not the head of the same layer and "
+            f"number in the other: {html.escape('; '.join(left_out))}.</p>"
+        )
 
 
 def _table(rows: Sequence[Row]) -> str:

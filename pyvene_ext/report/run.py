@@ -136,6 +136,11 @@ class Run:
         """The metadata of the run, as `runs.metadata` returns it: one record, or one per model."""
         return list(_records(list(self.facts.values())))
 
+    @property
+    def weights(self) -> frozenset[str]:
+        """The hashes of the weights of the run's models; none of a run that does not say."""
+        return frozenset(str(record["weight_hash"]) for record in self.records if record.get("weight_hash"))
+
     def by_head(self) -> dict[tuple[str, str], dict[Head, float]]:
         """Collect every column of numbers with one row per head, by table and column.
 

@@ -20,7 +20,7 @@ from pyvene_ext.io.bars import note
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
-from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores
+from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores, needs_flow
 from pyvene_ext.methods.reasoning.evaluate import (
     Evaluation,
     Results,
@@ -35,6 +35,7 @@ from pyvene_ext.models.sizes import n_heads, n_layers
 from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.problems import Problem, Questions, with_reasoning
 from pyvene_ext.runs.flags import Problems
+from pyvene_ext.runs.plans import seconds_to_write
 from pyvene_ext.runs.reasoning import ask, given_heads, warn
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
@@ -117,8 +118,14 @@ class Solver:
                 batch_size=self.flags.batch_size,
                 reference=reference,
                 rule=self.flags.rule,
+                read_once=True,
             ),
         )
+
+    def seconds(self) -> float:
+        """How long the model takes at most to solve all problems once."""
+        flags = self.flags
+        return seconds_to_write(self.model, self.questions.prompts, flags.new_tokens, flags.batch_size)
 
     def transcripts(self, kind: Kind, rankings: Iterable[Sequence[Head]], donors: int) -> Transcripts | None:
         """Collect the activations that replace these heads' outputs, from the clean model on the first problems.
@@ -140,8 +147,29 @@ class Solver:
         """Rank all heads by a score within the clean model's own reasoning: (score, layer, head), highest first."""
         latent = format_of(self.model) is not None
         reasoned = self.questions if latent else with_reasoning(self.questions, self.clean.ids, self.tokenizer)
-        matrix = block_scores(self.model, reasoned, batch_size=self.flags.batch_size).of(by)
+        matrix = block_scores(
+            self.model,
+            reasoned,
+            flow=needs_flow(by),
+            batch_size=self.flags.batch_size,
+            results=self.results,
+            progress=True,
+        ).of(by)
         return sorted(((float(x), *at) for at, x in np.ndenumerate(matrix)), key=lambda row: (-row[0], row[1:]))
+
+
+class Loaded(NamedTuple):
+    """One model before anything has been run.
+
+    Attributes:
+        solver: the model and its problems.
+        scores: the ranking of a file, as (score, layer, head); empty if there is none.
+        heads: the heads that are named or ranked by a file; empty if they are still to be ranked.
+    """
+
+    solver: Solver
+    scores: list[tuple[float, int, int]]
+    heads: tuple[Head, ...]
 
 
 class Prepared(NamedTuple):
@@ -172,7 +200,23 @@ def prepare(
     named: Sequence[str] = (),
     ranking: str | None = None,
 ) -> Prepared:
-    """Load one model and choose its heads; if neither heads nor a ranking are given, rank them by running the model.
+    """Load one model and choose its heads: `load`, and `choose`."""
+    loaded = load(flags, name, problems, unfinished, wanted=wanted, by=by, named=named, ranking=ranking)
+    return choose(loaded, wanted=wanted, by=by, random_sets=random_sets)
+
+
+def load(
+    flags: Problems,
+    name: str,
+    problems: Sequence[Problem],
+    unfinished: Path,
+    *,
+    wanted: int,
+    by: Score,
+    named: Sequence[str] = (),
+    ranking: str | None = None,
+) -> Loaded:
+    """Load one model, tokenise its problems, and read which heads are named or ranked by a file.
 
     Args:
         flags: flags of the study.
@@ -180,13 +224,12 @@ def prepare(
         problems: problems to solve.
         unfinished: folder of finished work.
         wanted: number of heads to take from a ranking.
-        by: score that ranks the heads, if no ranking is given.
-        random_sets: number of random control rankings.
+        by: score that will rank the heads, if no ranking is given.
         named: heads as layer.head.
         ranking: a CSV scores,layer,head.
 
     Returns:
-        The model, its ranking, the heads and their controls.
+        The model, and what is known of its heads.
 
     Raises:
         ValueError: a problem does not fit the model, or a head does not exist.
@@ -197,11 +240,28 @@ def prepare(
     if ranking is not None:
         scores = read_head_scores(ranking, model.config)
     if not heads:
-        check_scores(model)
+        check_scores(model, by)
     questions = ask(flags, model, tokenizer, problems, flags.new_tokens)
     results = Results(unfinished, facts_of(model, questions, flags.new_tokens, flags.rule))
     solver = Solver(Path(name).name, model, tokenizer, questions, results, flags)
-    note(f"{solver.name}: {len(questions)} problems")
+    return Loaded(solver, scores, heads)
+
+
+def choose(loaded: Loaded, *, wanted: int, by: Score, random_sets: int) -> Prepared:
+    """Choose the heads of a model and their controls; if neither heads nor a ranking are given, by running the model.
+
+    Args:
+        loaded: from `load`.
+        wanted: number of heads to take from a ranking.
+        by: score that ranks the heads, if no ranking is given.
+        random_sets: number of random control rankings.
+
+    Returns:
+        The model, its ranking, the heads and their controls.
+    """
+    solver, scores, heads = loaded
+    model, flags = solver.model, solver.flags
+    note(f"{solver.name}: {len(solver.questions)} problems")
     if not heads:
         scores = solver.rank(by)
         heads = rank_heads(scores, "full", n_layers(model.config), wanted)

@@ -47,6 +47,7 @@ __all__ = [
     "Problems",
     "Prompts",
     "Ranking",
+    "Regeneration",
     "Rule",
     "Run",
     "Score",
@@ -215,7 +216,7 @@ class Problems(Loading):
     problem_steps: EachOnce[Count] = ()
     """only problems whose own solutions have so many steps; by default 1 for plain, which has 1 and 2, and any for others"""
     out: Annotated[Path | None, Doc("folder to write; by default outputs/critical_heads/STUDY/PROBLEMS_MODELS")] = None
-    limit: Annotated[Annotated[int, Ge(1)] | None, Doc("only the first N; by default 400 tiny, 40 plain, or all")] = (
+    limit: Annotated[Annotated[int, Ge(1)] | None, Doc("only the first N; by default 400 tiny, 32 plain, or all")] = (
         None
     )
     shots: Annotated[int, Ge(0)] | None = None
@@ -229,7 +230,7 @@ class Problems(Loading):
     answer_rule: Rule | None = None
     """how answers are read (`methods.reasoning.answers`); by default last-of-line for tiny models, else flexible-extract"""
     max_new_tokens: Count | None = None
-    """limit of the reasoning, with its answer; by default 32 for tiny models, 64 for plain problems, 256 otherwise (--chat)"""
+    """limit of the reasoning, with its answer; by default 32 for tiny models, 48 for plain problems, 256 otherwise (--chat)"""
     answer_tokens: Count = 8
     """limit of the answer alone, where the reasoning is given"""
     batch_size: Count = 64
@@ -278,7 +279,22 @@ class Problems(Loading):
         """--max_new_tokens or its default."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        return 32 if self.tiny or self.source == "tiny" else 64 if self.source == "plain" and not self.chat else 256
+        return 32 if self.tiny or self.source == "tiny" else 48 if self.source == "plain" and not self.chat else 256
+
+
+@dataclass(frozen=True)
+class Regeneration(Problems):
+    """What a model writes under an intervention in its reasoning (`runs.reasoning`)."""
+
+    regenerate: Literal["answer", "reasoning"] | None = None
+    """what is written anew: the answer behind the reasoning given, or reasoning too; by default answer for tiny models, else
+    reasoning"""
+
+    @property
+    def anew(self) -> bool:
+        """Whether reasoning is written anew."""
+        default = "answer" if self.tiny or self.source == "tiny" else "reasoning"
+        return (self.regenerate or default) == "reasoning"
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ class RunFolder:
         self._beside = tuple(beside)
         self._kinds: set[str] = set()
 
-    def announce(self, work: str, seconds: float | None = None, *, n: int = 0, limit: str = "limit") -> bool:
+    def announce(
+        self, work: str, seconds: float | None = None, *, n: int = 0, limit: str = "limit", fixed: float = 0.0
+    ) -> bool:
         """Say what the study will do and how long it takes, before it starts.
 
         Args:
@@ -92,6 +94,7 @@ class RunFolder:
                 `plans.seconds_a_pass`.
             n: the prompts, or whatever `limit` counts.
             limit: the flag that sets how much is done.
+            fixed: how many of the seconds do not depend on it.
 
         Returns:
             Whether the study goes on: False with --dry_run.
@@ -104,7 +107,7 @@ class RunFolder:
         if self.config.dry_run:
             return False
         if seconds is not None and seconds > LONGEST and getattr(self.config, limit) is None:
-            fits = int(n * LONGEST / seconds)
+            fits = int(n * (LONGEST - fixed) / max(seconds - fixed, 1))
             shorter = f"--{limit} {fits} takes {duration(LONGEST)}, and " if fits > 1 else ""
             raise ValueError(
                 f"all {n} take {duration(seconds)} here and nothing has been run: {shorter}--{limit} {n} runs them all."

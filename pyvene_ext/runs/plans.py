@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 from transformers import PreTrainedModel
 
 from pyvene_ext.engine.plain import answer_logits
-from pyvene_ext.models.devices import broadcast_from_main
+from pyvene_ext.models.devices import broadcast_from_main, input_device
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.prompts.tokenized import TokenizedPrompts, common_beginning
 
 LONGEST = 600.0  # seconds: a run that takes longer starts only if its size was given
 MEASURED = 8  # prompts of one timed pass
@@ -39,6 +40,51 @@ def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
         return seconds
 
     return broadcast_from_main(measured) * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
+
+
+def seconds_to_write(
+    model: PreTrainedModel, prompts: TokenizedPrompts, new_tokens: int, batch_size: int = MEASURED
+) -> float:
+    """Time greedy decoding, token by token, of texts that are as long as they may be.
+
+    Args:
+        model: the model of the study.
+        prompts: its prompts.
+        new_tokens: most tokens of each text.
+        batch_size: prompts a forward pass.
+
+    Returns:
+        Seconds, measured on the first few prompts, and on the first tokens of a batch of them; what all prompts begin with counts
+        once, as `evaluate` reads it. Texts that end earlier take less.
+    """
+    beginning = common_beginning(prompts.input_ids)
+    few = prompts.take(range(min(MEASURED, len(prompts))))
+    (batch,) = few.batches(len(few))
+    copies = math.ceil(min(batch_size, len(prompts)) / len(few))
+
+    def measured() -> float:
+        here = batch.to(input_device(model))
+        inputs, mask, cache = here.inputs(), here.attention_mask, None
+        seconds = []
+        with evaluating(model), torch.no_grad():
+            for _ in range(4):  # the prompts, then new tokens
+                start = time.perf_counter()
+                out = model(
+                    **{**inputs, "attention_mask": mask}, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                ids.sum().item()  # waits for a GPU
+                seconds.append(time.perf_counter() - start)
+                places = inputs["position_ids"][:, -1:]
+                if len(seconds) == 1 and copies > 1:
+                    cache.batch_repeat_interleave(copies)
+                    mask, ids, places = (x.repeat_interleave(copies, 0) for x in (mask, ids, places))
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+                inputs = {"input_ids": ids, "position_ids": places + 1}
+        reading = seconds[0] / len(few) * (1 - beginning / max(map(len, few.input_ids)))
+        return reading + (new_tokens - 1) * min(seconds[1:]) / (copies * len(few))
+
+    return broadcast_from_main(measured) * len(prompts)
 
 
 def seconds_of_logits(model: PreTrainedModel, rows: int) -> float:

@@ -1,9 +1,17 @@
 """What studies of reasoning share: problems, a model's own reasoning as the block, and the models that are to solve them.
 
-A block is the reasoning that the untouched model itself wrote for a problem, all of it before `####`. It is given again, up to
-and with the `####`, under each condition, and what the model then writes is its answer. Problems for which it wrote no reasoning,
-or no `####`, have no block; they are skipped and reported. The block of a model of continuous thoughts is its latent steps
-(`models.latent_steps`), and every problem has one; after it such a model writes its answer right away.
+A block is the reasoning that the untouched model itself wrote for a problem, all of it before `####`. Problems for which it wrote
+no reasoning, or no `####`, have no block; they are skipped and reported. Under each condition one of two things is written again
+(--regenerate):
+
+    answer      the block is given again, up to and with the `####`, and what the model then writes is its answer. This asks what
+                the answer is read from; the number in it may be copied from the last line of the block.
+    reasoning   of the block no more is given than the intervention needs, and the model writes its rest and its answer: after
+                noise at a token, all that follows this token; with attention forced, or with other heads, all of it. This asks
+                what reasoning is written from. It is compared with the untouched run that wrote the block.
+
+The block of a model of continuous thoughts is its latent steps (`models.latent_steps`), and every problem has one; after it such
+a model writes its answer right away, which is all that is written again.
 """
 
 from __future__ import annotations
@@ -17,12 +25,15 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyvene_ext.engine.compile import Compiled
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import note
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
-from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, evaluate, facts_of
+from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, Scope, evaluate, facts_of
+from pyvene_ext.methods.reasoning.forcing import forced_while_writing
+from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import heads_of, n_heads, n_layers
 from pyvene_ext.prompts.problems import (
@@ -39,13 +50,17 @@ from pyvene_ext.prompts.problems import (
     with_reasoning,
 )
 from pyvene_ext.prompts.shipped import PROMPTS
-from pyvene_ext.runs.flags import Problems
+from pyvene_ext.prompts.tokenized import Batch
+from pyvene_ext.runs.flags import Problems, Regeneration
+from pyvene_ext.runs.plans import seconds_to_write
 from pyvene_ext.specs.files import to_plain
+from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head
 
 TINY, PLAIN = "tiny", "plain"
-N_TINY, N_PLAIN = 400, 40  # problems that a study has by default
+N_TINY, N_PLAIN = 400, 32  # problems that a study has by default
+Check = Callable[[str, PreTrainedModel], object]  # of a model and its name, before it is run
 VERDICTS = "verdicts (drop above 10 points: causal, below 2: redundant)"
 
 
@@ -58,8 +73,10 @@ class Setting:
         questions: with the model's reasoning up to the `####`, or with its latent steps; positions "block_first" and
             "block_last".
         first: the untouched run that wrote it, on all problems.
-        clean: the untouched run from the `####` on (or after the latent steps, which is then the first run too).
+        clean: the untouched run that conditions are compared with, on the problems of `questions`: from the `####` on (or after
+            the latent steps, which is then the first run too), or the one that wrote the block if reasoning is written anew.
         results: what is kept of an interrupted study.
+        anew: whether reasoning is written anew under a condition, and not the answer alone.
     """
 
     name: str
@@ -70,6 +87,21 @@ class Setting:
     clean: Evaluation
     results: Results
     flags: Problems
+    anew: bool = False
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens are written under a condition."""
+        return self.flags.new_tokens if self.anew else self.flags.answer_tokens
+
+    @property
+    def bare(self) -> Questions:
+        """The questions without their reasoning."""
+        some = self.questions
+        rows = tuple(ids[:length] for ids, length in zip(some.prompts.input_ids, some.lengths, strict=True))
+        ends = ({"end": -1, "last": -1},) * len(some)
+        prompts = replace(some.prompts, input_ids=rows, positions=ends)
+        return replace(some, prompts=prompts, blocks=(range(0),) * len(some))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -79,16 +111,27 @@ class Setting:
             "with_reasoning": len(self.questions),
             "first_run": self.first.summary(),
             "clean": self.clean.summary(),
+            "regenerated": "reasoning" if self.anew else "answer",
         }
 
     def at(self, position: int) -> tuple[Questions, list[int]]:
-        """The problems with a token at this place of their block (negative: from its end), there named "hub"; and which."""
+        """The problems with a token at this place of their block (negative: from its end), there named "hub"; and which.
+
+        Where reasoning is written anew, this token is the last that is given.
+        """
         blocks = self.questions.blocks
         which = [i for i, block in enumerate(blocks) if -len(block) <= position < len(block)]
         some = self.questions.take(which)
-        rows = zip(some.prompts.input_ids, some.prompts.positions, some.blocks, strict=True)
-        positions = tuple({**named, "hub": block[position] - len(ids)} for ids, named, block in rows)
-        return replace(some, prompts=replace(some.prompts, positions=positions)), which
+        hubs = [block[position] for block in some.blocks]
+        if self.anew:
+            rows = tuple(ids[: hub + 1] for ids, hub in zip(some.prompts.input_ids, hubs, strict=True))
+            named: Any = ({"end": -1, "last": -1, "hub": -1},) * len(some)
+            return replace(some, prompts=replace(some.prompts, input_ids=rows, positions=named)), which
+        named = tuple(
+            {**places, "hub": hub - len(ids)}
+            for ids, places, hub in zip(some.prompts.input_ids, some.prompts.positions, hubs, strict=True)
+        )
+        return replace(some, prompts=replace(some.prompts, positions=named)), which
 
     def tokens_at(self, position: str) -> list[int | None]:
         """The token of each problem, counted from its first, that a position names; None where a block is too short.
@@ -116,13 +159,46 @@ class Setting:
         return found
 
     def run(self, questions: Questions, spec: Spec, reference: Reference | None = None) -> Evaluation:
-        """The answers with a spec in place in the prompt; kept between runs."""
+        """What is written with a spec in place in the prompt; kept between runs."""
         condition = {
             "spec": to_plain([spec]),
-            "new": self.flags.answer_tokens,
+            "new": self.new_tokens,
             "prompts": questions.prompts.hash,
             "reference": None if reference is None else reference.prompts.hash,
         }
+        return self._kept(condition, questions, spec, "prompt", reference)
+
+    def force(
+        self, spec: tuple[ForcedAttention, ...], which: Sequence[int], hubs: Sequence[int] | None = None
+    ) -> Evaluation:
+        """Some problems' reasoning and answers written anew with attention forced in the reasoning; kept between runs.
+
+        Args:
+            spec: the patterns; their blocks are those that are written.
+            which: the problems.
+            hubs: the hub of each, a token of its reasoning by its number; for the shape hub.
+
+        Returns:
+            What is written.
+        """
+        questions = self.bare.take(which)
+        condition = {
+            "spec": to_plain([spec]),
+            "new": self.new_tokens,
+            "prompts": questions.prompts.hash,
+            "hubs": None if hubs is None else [*hubs],
+        }
+        forced = forced_while_writing(self.model, spec, questions, self.new_tokens, hubs)
+        return self._kept(condition, questions, forced, "reasoning")
+
+    def _kept(
+        self,
+        condition: dict[str, Any],
+        questions: Questions,
+        spec: Spec | Callable[[Batch], Compiled],
+        scope: Scope,
+        reference: Reference | None = None,
+    ) -> Evaluation:
         return self.results.get(
             condition,
             lambda: evaluate(
@@ -130,13 +206,130 @@ class Setting:
                 self.tokenizer,
                 questions,
                 spec,
-                "prompt",
-                max_new_tokens=self.flags.answer_tokens,
+                scope,
+                max_new_tokens=self.new_tokens,
                 batch_size=self.flags.batch_size,
                 reference=reference,
                 rule=self.flags.rule,
+                read_once=True,
             ),
         )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One model and the problems as it is given them, before anything has been run.
+
+    Attributes:
+        name: in tables.
+        questions: the problems without reasoning, or with latent steps.
+        results: what is kept of an interrupted study.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    questions: Questions
+    results: Results
+    flags: Problems
+
+    @property
+    def latent(self) -> bool:
+        """Whether the model thinks in latent steps."""
+        return format_of(self.model) is not None
+
+    @property
+    def anew(self) -> bool:
+        """Whether reasoning is written anew under a condition."""
+        return isinstance(self.flags, Regeneration) and self.flags.anew and not self.latent
+
+    def seconds(self) -> float:
+        """How long `reason` takes at most: the texts, and the answers given again."""
+        flags = self.flags
+        tokens = flags.answer_tokens if self.latent else flags.new_tokens + flags.answer_tokens
+        return seconds_to_write(self.model, self.questions.prompts, tokens, flags.batch_size)
+
+    def seconds_a_condition(self) -> float:
+        """How long a run with an intervention takes at most."""
+        tokens = self.flags.new_tokens if self.anew else self.flags.answer_tokens
+        return seconds_to_write(self.model, self.questions.prompts, tokens, self.flags.batch_size)
+
+    def reason(self) -> Setting:
+        """Let the model solve the problems, and give its reasoning again.
+
+        Raises ValueError for problems that it does not reason about.
+        """
+        flags, questions = self.flags, self.questions
+        note(f"{self.name}: {len(questions)} problems")
+        first = self._wrote(questions, flags.answer_tokens if self.latent else flags.new_tokens)
+        warn(flags, self.name, first)
+        reasoned = questions if self.latent else with_reasoning(questions, first.ids, self.tokenizer)
+        if len(reasoned) < 2:
+            cut = int((~first.ended).sum())
+            longer = f"{cut} texts were cut at --max_new_tokens {flags.new_tokens}; " if cut else ""
+            raise ValueError(
+                f"{self.name} reasons about {len(reasoned)} of {len(questions)} problems, and an interval needs two: {longer}"
+                "give more problems, or easier ones."
+            )
+        with_blocks = first.take(reasoned.index)
+        clean = with_blocks if self.anew or self.latent else self._wrote(reasoned, flags.answer_tokens)
+        return Setting(self.name, self.model, self.tokenizer, reasoned, first, clean, self.results, flags, self.anew)
+
+    def _wrote(self, questions: Questions, new: int) -> Evaluation:
+        batch_size, rule = self.flags.batch_size, self.flags.rule
+
+        def write() -> Evaluation:
+            return evaluate(
+                self.model,
+                self.tokenizer,
+                questions,
+                max_new_tokens=new,
+                batch_size=batch_size,
+                rule=rule,
+                read_once=True,
+                progress=is_main_process(),
+            )
+
+        return self.results.get({"spec": None, "new": new, "prompts": questions.prompts.hash}, write)
+
+
+def load(
+    flags: Problems,
+    name: str,
+    problems: Sequence[Problem],
+    unfinished: Path,
+    check: Callable[[str, PreTrainedModel], object] = lambda name, model: None,
+) -> Asked:
+    """Load one model and tokenise its problems.
+
+    Raises ValueError for problems that it cannot be given; and whatever `check` raises, which is called with the model.
+    """
+    model, tokenizer = flags.load(name)
+    check(Path(name).name, model)
+    tokens = flags.answer_tokens + (0 if format_of(model) is not None else flags.new_tokens)
+    questions = ask(flags, model, tokenizer, problems, tokens)
+    results = Results(unfinished, facts_of(model, questions, tokens, flags.rule))
+    return Asked(Path(name).name, model, tokenizer, questions, results, flags)
+
+
+def estimate(
+    flags: Problems,
+    problems: Sequence[Problem],
+    unfinished: Path,
+    of_conditions: Callable[[Asked], float],
+    check: Check | Sequence[Check] = lambda name, model: None,
+) -> float:
+    """How many seconds all models need at most to reason, and then for their conditions.
+
+    Every model is loaded and checked, as `load` does, so that nothing is run if the last one cannot be.
+    """
+    seconds = 0.0
+    checks = [check] * len(flags.models) if callable(check) else check
+    for name, of_model in zip(flags.models, checks, strict=True):
+        asked = load(flags, name, problems, unfinished, of_model)
+        seconds += asked.seconds() + of_conditions(asked)
+        del asked  # two models need not fit in memory together
+    return seconds
 
 
 def prepare(
@@ -146,34 +339,8 @@ def prepare(
     unfinished: Path,
     check: Callable[[str, PreTrainedModel], object] = lambda name, model: None,
 ) -> Setting:
-    """Load one model and let it reason.
-
-    Raises ValueError for problems that it cannot be given or does not reason about; and whatever `check` raises, which is called
-    with the model before that is run.
-    """
-    model, tokenizer = flags.load(name)
-    check(Path(name).name, model)
-    latent = format_of(model) is not None
-    tokens = flags.answer_tokens + (0 if latent else flags.new_tokens)
-    questions = ask(flags, model, tokenizer, problems, tokens)
-    results = Results(unfinished, facts_of(model, questions, tokens, flags.rule))
-
-    def wrote(questions: Questions, new: int) -> Evaluation:
-        return results.get(
-            {"spec": None, "new": new, "prompts": questions.prompts.hash},
-            lambda: evaluate(
-                model, tokenizer, questions, max_new_tokens=new, batch_size=flags.batch_size, rule=flags.rule
-            ),
-        )
-
-    note(f"{Path(name).name}: {len(questions)} problems")
-    first = wrote(questions, flags.answer_tokens if latent else flags.new_tokens)
-    warn(flags, Path(name).name, first)
-    reasoned = questions if latent else with_reasoning(questions, first.ids, tokenizer)
-    if len(reasoned) < 2:
-        raise ValueError(f"{name} reasons about {len(reasoned)} of {len(questions)} problems; an interval needs two.")
-    clean = first if latent else wrote(reasoned, flags.answer_tokens)
-    return Setting(Path(name).name, model, tokenizer, reasoned, first, clean, results, flags)
+    """Load one model and let it reason: `load`, and `Asked.reason`."""
+    return load(flags, name, problems, unfinished, check).reason()
 
 
 def ask(
@@ -243,15 +410,21 @@ def _file(source: str, split: str) -> str | Path:
     return PROMPTS / f"{PLAIN}_{split}.jsonl" if source == PLAIN else source
 
 
-def positions_of(setting: Setting, least: int) -> range:
-    """The places from the block's first token on that enough problems have; ValueError if there is none."""
+def positions_of(setting: Setting, least: int, places: int | None = None) -> list[int]:
+    """The places from the block's first token on that enough problems have, all or `places` of them, evenly spaced.
+
+    Raises ValueError if there is none.
+    """
     lengths = sorted(map(len, setting.questions.blocks), reverse=True)
     if len(lengths) < least:
         raise ValueError(
             f"{setting.name} has {len(lengths)} problems with reasoning, and --min_problems asks for {least} at a token; give "
             "more problems, or ask for fewer."
         )
-    return range(lengths[least - 1])
+    every = range(lengths[least - 1])
+    if places is None or places >= len(every):
+        return list(every)
+    return sorted({round(place) for place in np.linspace(every[0], every[-1], places)})
 
 
 def counts(model: str, facts: dict[str, Any]) -> str:

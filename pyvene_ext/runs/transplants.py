@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import dimensions
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.reasoning.block_scores import Score, block_scores
+from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, needs_flow
 from pyvene_ext.methods.reasoning.evaluate import Evaluation, evaluate
 from pyvene_ext.methods.reasoning.transplant import (
     Layers,
@@ -23,6 +24,7 @@ from pyvene_ext.methods.reasoning.transplant import (
     transplanted,
 )
 from pyvene_ext.models.identity import identity_of
+from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import n_heads, n_positions
 from pyvene_ext.prompts.problems import Questions, as_text
 from pyvene_ext.runs.reasoning import Setting, top_heads
@@ -103,27 +105,46 @@ class Host:
             The answers.
         """
         setting, flags = self.setting, self.setting.flags
+        questions = setting.bare if setting.anew else setting.questions
         key = {
             **self.depends_on,
             "condition": condition,
             "transplants": [[*one.head, *one.donor_head] for one in transplants],
             "without": [list(head) for head in without],
-            "new": flags.answer_tokens,
-            "prompts": setting.questions.prompts.hash,
+            "new": setting.new_tokens,
+            "prompts": questions.prompts.hash,
         }
 
         def measure() -> Evaluation:
-            with transplanted(setting.model, transplants, without=without):
+            with transplanted(setting.model, transplants, without=without, new_tokens=setting.anew):
                 return evaluate(
                     setting.model,
                     setting.tokenizer,
-                    setting.questions,
-                    max_new_tokens=flags.answer_tokens,
+                    questions,
+                    max_new_tokens=setting.new_tokens,
                     batch_size=flags.batch_size,
                     rule=flags.rule,
                 )
 
         return setting.results.get(key, measure)
+
+
+def check_number(problems: int, fit_problems: int) -> None:
+    """Raise ValueError if fitting the maps leaves fewer problems than an interval needs."""
+    if problems < fit_problems + 2:
+        raise ValueError(
+            f"there are {problems} problems, and --fit_problems {fit_problems} leaves fewer than the two that an interval needs; "
+            "give fewer, or more problems."
+        )
+
+
+def check_latents(name: str, host: PreTrainedModel, donor_name: str, donor: PreTrainedModel) -> None:
+    """Raise ValueError if the host thinks in latent steps and the donor not in the same."""
+    form = format_of(host)
+    if form is not None and format_of(donor) != form:
+        raise ValueError(
+            f"{name} thinks in latent steps that {Path(donor_name).name} does not know; use a donor with the same ones."
+        )
 
 
 def prepare(
@@ -224,4 +245,5 @@ def rank(model: PreTrainedModel, questions: Questions, by: Score, wanted: int, b
     Returns:
         The first `wanted` heads.
     """
-    return top_heads(block_scores(model, questions, batch_size=batch_size).of(by), wanted)
+    scores = block_scores(model, questions, flow=needs_flow(by), batch_size=batch_size, progress=True)
+    return top_heads(scores.of(by), wanted)

@@ -24,6 +24,7 @@ from .correlations import correlate_heads as correlate_heads
 from .correlations import correlate_layers as correlate_layers
 from .correlations import q_values as q_values
 from .correlations import r_squared as r_squared
+from .correlations import spearman as spearman
 from .intervals import Interval as Interval
 from .intervals import bootstrap_mean as bootstrap_mean
 from .intervals import frequency_interval as frequency_interval
@@ -34,9 +35,11 @@ from .intervals import student_interval as student_interval
 from .rankings import auroc as auroc
 from .rankings import precision_at_k as precision_at_k
 from .rankings import rank_correlation as rank_correlation
+from .tables import exceeded_by_a_tenth as exceeded_by_a_tenth
 from .tables import filled as filled
 from .tables import finite as finite
 from .tables import interval_columns as interval_columns
 from .tables import interval_in as interval_in
 from .tables import side_by_side as side_by_side
+from .tables import threshold_grid as threshold_grid
 from .tables import threshold_table as threshold_table

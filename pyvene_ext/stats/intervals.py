@@ -186,3 +186,35 @@ def ratio_of_means(
     finite_mean = np.where(np.isfinite(mean), mean, math.nan)
     low, high = np.where(np.isfinite(ends), ends, math.nan).T
     return Interval(finite_mean, low, high)
+
+
+def change_of_ratio(
+    after: tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]],
+    before: tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, " prompt"]],
+    generator: np.random.Generator,
+    resamples: int = 2000,
+) -> Interval:
+    """Change of a ratio of two means over prompts, with its percentile bootstrap 95% interval.
+
+    Each resample uses the same prompts in all four means.
+
+    Args:
+        after: numerators and denominators.
+        before: the same prompts' before.
+        generator: generator of the resamples.
+        resamples: number of resamples.
+
+    Returns:
+        The ratio after less that before, and ends of the interval; NaN where a mean denominator is 0.
+    """
+    n = len(before[0])
+    all_once = np.ones((1, n))
+    drawn = generator.multinomial(n, np.full(n, 1 / n), resamples).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        (mean,), changes = (
+            (shares @ after[0]) / (shares @ after[1]) - (shares @ before[0]) / (shares @ before[1])
+            for shares in (all_once, drawn)
+        )
+        low, high = np.quantile(changes, (0.025, 0.975))
+    ends = (float(value) if np.isfinite(value) else math.nan for value in (mean, low, high))
+    return Interval(*ends)

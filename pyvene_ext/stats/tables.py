@@ -56,6 +56,33 @@ def side_by_side(rows: Sequence[dict[str, Any]], key: str, suffix: str, value: s
     return [{key: k, **{f"{model}_{suffix}": found.get((k, model), math.nan) for model in models}} for k in keys]
 
 
+def exceeded_by_a_tenth(values: Float[np.ndarray, " value"]) -> float:
+    """A threshold that a tenth of values exceed, so that being above it tells them apart whatever their scale.
+
+    Args:
+        values: finite numbers, at least one.
+
+    Returns:
+        Their 0.9 quantile, or 0 if that is below 0.
+    """
+    return max(0.0, float(np.quantile(values.astype(np.float64), 0.9)))
+
+
+def threshold_grid(values: Float[np.ndarray, " value"], tau: float, n: int = 60) -> Float[np.ndarray, " tau"]:
+    """Thresholds at which a curve is drawn.
+
+    Args:
+        values: what is compared with them.
+        tau: one threshold that is among them, if it is above 0.
+        n: how many others.
+
+    Returns:
+        Thresholds from a thousandth of the largest value's size up to it, evenly spaced by their ratio.
+    """
+    largest = float(np.abs(values).max()) or 1.0
+    return np.unique([*np.geomspace(largest / 1000, largest, n), *([tau] if tau > 0 else [])])
+
+
 def threshold_table(
     taus: Float[np.ndarray, " tau"], frequencies: Float[np.ndarray, "tau layer head"]
 ) -> list[dict[str, float]]:

@@ -29,7 +29,7 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.models.loading import TINY_FOLDER, TINY_MODELS, load_model
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
-from pyvene_ext.runs import figures
+from pyvene_ext.runs import figures, folder
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.stats.controls import random_heads
 from pyvene_ext.stats.intervals import frequency_interval
@@ -154,6 +154,46 @@ def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert np.array_equal(np.load(tmp_path / "again/deltas.npy"), first)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_by_default_a_tenth_is_active_and_the_largest_effect_comes_first(
+    signed: bool, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--dataset", dataset, "--out", tmp_path / "f.npy", *["--no_abs"] * signed) == 0
+    shown = capsys.readouterr().out
+    deltas, frequency = np.load(tmp_path / "f/deltas.npy"), np.load(tmp_path / "f.npy")
+    size = (deltas if signed else np.abs(deltas)).astype(np.float64)
+    tau = sorted(size.ravel())[int(0.9 * (size.size - 1))]  # 48 x 6 values: the quantile lies a little above this one
+    meta = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
+    assert meta["tau"] == pytest.approx(tau, rel=0.1) and meta["tau"] == np.quantile(size, 0.9)
+    assert "tenth" in meta["tau_is"] and meta["share_active"] == pytest.approx(0.1, abs=1 / size.size)
+    assert np.array_equal(frequency, (size > meta["tau"]).mean(-1).astype(np.float32))
+    compared = "delta" if signed else "|delta|"
+    assert (
+        f"active ({compared} > {meta['tau']:.3g}, the tau that a tenth exceed): {meta['share_active']:.1%} of" in shown
+    )
+
+    means = deltas.mean(-1, dtype=np.float64)
+    order = np.argsort(-np.abs(means), axis=None, kind="stable")
+    rows = head_rows(tmp_path / "f/heads.csv")
+    assert list(rows) == [divmod(int(head), means.shape[1]) for head in order]
+    for at, row in rows.items():
+        low, mean, high = (float(row[f"mean_delta{end}"]) for end in ("_low", "", "_high"))
+        assert mean == pytest.approx(means[at]) and low <= mean <= high
+        half = 1.96 * deltas[at].std(ddof=1) / N**0.5
+        assert 0.5 * half <= (high - low) / 2 <= 1.3 * half, "of the bootstrap over so few prompts"
+    (at, largest), *_ = rows.items()
+    (evidence,) = meta["evidence"]
+    assert evidence["interval"] == [float(largest[f"mean_delta{end}"]) for end in ("", "_low", "_high")]
+    assert f"mean delta of {at[0]}.{at[1]}, the largest of 48 heads" in shown
+    assert f"{np.median(np.sort(np.abs(means), axis=None)[:-1]):.2g}" in evidence["control"]
+
+
+def test_published_runs_give_tau(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--dataset", dataset, "--out", tmp_path / "f.npy", "--tau", 0.03) == 0
+    meta = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
+    assert meta["tau"] == 0.03 and meta["tau_is"] == "given" and "active (|delta| > 0.03):" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero", "mean", "resample", "noise"])
 def test_the_numbers_are_those_of_the_plain_engine(kind: Any, dataset: Path, tmp_path: Path) -> None:
@@ -177,8 +217,8 @@ def test_a_dry_run_shows_the_plan_and_does_nothing(
     flags = ["--dataset", dataset, "--kind", "mean", "--dry_run"]
     assert command(*flags) == 0
     shown = capsys.readouterr().out
-    assert f"48 interventions x {N} prompts" in shown and "at most" not in shown
-    assert command(*flags, "--screen", "atp") == 0
+    assert f"48 interventions x {N} prompts" in shown and "under a minute" in shown and "at most" not in shown
+    assert command(*flags, "--screen", "atp", "--tau", 1) == 0
     assert "at most" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -271,7 +311,7 @@ def test_a_head_takes_no_more_prompts_once_its_interval_is_narrow(
 MODES: dict[str, list[Any]] = {
     "all": [],
     "screen": ["--tau", 4, "--screen", "atp"],
-    "width": ["--width", 0.45, "--block", 2],
+    "width": ["--tau", 0.1, "--width", 0.45, "--block", 2],
 }
 
 
@@ -368,7 +408,8 @@ def test_a_run_in_progress_elsewhere_is_left_alone(
 def test_of_several_processes_one_prints_and_writes(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(px, "is_main_process", lambda: False)
+    for module in (px, folder):
+        monkeypatch.setattr(module, "is_main_process", lambda: False)
     assert command("--dataset", dataset, "--dry_run", "--out", tmp_path / "f.npy") == 0
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
     assert command("--dataset", dataset, "--out", tmp_path / "f.npy") == 0
@@ -423,6 +464,8 @@ def test_bad_data_is_one_sentence_and_leaves_nothing(
         (["--memory", "inf"], "--memory must be above 0"),
         (["--memory", "1e-5"], "are too little for prompts of"),
         (["--screen", "atp", "--width", "0.2"], "--screen and --width were both given"),
+        (["--screen", "atp"], "give --tau too"),
+        (["--width", "0.2"], "give --tau too"),
         (["--model", "tiny-quen2.5"], "tiny-qwen2.5"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--dataset", "nowhere.json"], "nowhere.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,18 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
     assert facts["mean_base"] == pytest.approx(np.load(out / "base.npy").mean(), abs=1e-5)
     shown = capsys.readouterr().out
     assert "z.0.2@s2" in shown and "left out" not in shown and str(out.relative_to(folder)) in shown
+
+    # The evidence is the largest score of the first site, heads, beside the median of the other heads.
+    (evidence,), scores = facts["evidence"], np.abs(np.load(out / "z.npy")).ravel()
+    assert abs(evidence["interval"][0]) == pytest.approx(scores.max(), rel=1e-5)
+    assert f"{np.median(np.sort(scores)[:-1]):.2g}" in evidence["control"] and f"of {len(scores)} patches" in shown
+
+    # What it will do, and how long that takes, is said before.
+    assert command("--dataset", "equal.json", "--positions", "s2", "--dry_run", "--out", "dry") == 0
+    assert re.fullmatch(
+        r"60 patches x \d+ pairs \(z, mlp_out, resid_pre at s2\): under a minute\n", capsys.readouterr().out
+    )
+    assert not (folder / "dry").exists()
 
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     (folder / "again.yaml").write_text(yaml.safe_dump({**config, "out": "again"}), encoding="utf-8")

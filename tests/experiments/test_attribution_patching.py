@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+import pyvene_ext as px
 from pyvene_ext.engine.plain import run
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.cli import run as run_study
@@ -158,6 +159,36 @@ def test_what_is_written_equals_the_plain_engine_and_the_library(
     assert "3 pairs, 1 left out" in shown and f"{found['atp', 'signed', 'q']:.3f}" in shown and str(tmp_path) in shown
 
 
+def test_a_sample_of_nodes_is_patched_exactly_and_agreement_is_of_these(
+    dataset: Path, random_models: dict[str, Path], tmp_path: Path, no_figures: set[str], capsys: pytest.CaptureFixture
+) -> None:
+    flags = ("--model", random_models["gemma2"], "--dataset", dataset, "--steps", 1, "--edges", "eap")
+    assert command(*flags, "--out", tmp_path / "all") == 0
+    assert "nodes patched exactly" in capsys.readouterr().out
+    assert command(*flags, "--out", tmp_path / "some", "--exact", 15) == 0
+    shown = capsys.readouterr().out
+    everything, some = (np.load(tmp_path / name / "exact.npy") for name in ("all", "some"))
+    checked = np.isfinite(some).all(1)
+    assert np.isfinite(everything).all() and np.array_equal(np.isfinite(some).any(1), checked)
+    np.testing.assert_allclose(some[checked], everything[checked], atol=1e-5)
+    sites = np.array([row["site"] for row in rows_of(tmp_path / "some/nodes.csv")])
+    assert {site: int(checked[sites == site].sum()) for site in study.SITES} == dict.fromkeys(study.SITES, 3)
+    patches = [px.all_patches(load_model(random_models["gemma2"])[0].config, site) for site in study.SITES]
+    other = study.sampled([patch for of_site in patches for patch in of_site], 15, seed=1)
+    assert not np.array_equal(np.flatnonzero(checked), other), "another seed draws other nodes"
+
+    estimate = np.load(tmp_path / "some/atp.npy")
+    np.testing.assert_array_equal(estimate, np.load(tmp_path / "all/atp.npy"))
+    expected = spearmanr(*(values[checked].mean(1, dtype=float) for values in (estimate, some))).statistic
+    row = next(row for row in rows_of(tmp_path / "some/agreement.csv") if row["estimate"] == "atp")
+    assert (row["of"], row["site"], int(row["n"])) == ("signed", "all", 15)
+    assert float(row["spearman"]) == pytest.approx(expected)
+    summary = json.loads((tmp_path / "some/summary.json").read_text(encoding="utf-8"))
+    (evidence,) = summary["evidence"]
+    assert evidence["interval"] == pytest.approx([expected, float(row["low"]), float(row["high"])])
+    assert summary["n_exact"] == 15 and f"over 15 of {len(some)} nodes" in shown and "a larger --exact" in shown
+
+
 @pytest.mark.slow
 def test_on_a_shipped_model_it_writes_every_figure_and_nothing_stays_of_an_earlier_run(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -209,6 +240,7 @@ def test_a_run_cut_short_has_no_summary_and_goes_on(
         (("--steps", 0), "--steps must be 1 or more, not 0."),
         (("--batch_size", 0), "--batch_size must be 1 or more, not 0."),
         (("--limit", 0), "--limit must be 1 or more, not 0."),
+        (("--exact", 14), "--exact must be 15 or more, not 14."),
         (("--edges", "eap", "eap"), "--edges names one or more, each once, not eap eap."),
         (("--memory", 0), "--memory must be above 0, in GiB"),
         (("--model", "tiny-qwen"), "tiny-qwen2.5"),

@@ -227,6 +227,42 @@ def test_layers_that_are_malformed_or_not_there_are_refused(capsys, layers):
     assert f"--layers {layers!r} " in refused(capsys, f"--layers={layers}")
 
 
+@pytest.mark.parametrize("beside", ["{name}.json", "{name}/summary.json"])
+def test_heads_of_two_models_are_not_correlated(beside, capsys):
+    for name, matrix, weights in (("en", A, "w1"), ("zh", B, "w2")):
+        facts = Path("data", beside.format(name=name))
+        facts.parent.mkdir(exist_ok=True)
+        np.save(facts.with_name("frequency.npy") if "/" in beside else f"data/{name}.npy", matrix)
+        facts.write_text(json.dumps({"weight_hash": weights}))
+    pair = ("data/en/frequency.npy", "data/zh/frequency.npy") if "/" in beside else ("data/en.npy", "data/zh.npy")
+    flags = ("--a", pair[0], "--b", pair[1], "--no_layerwise")
+    line = refused(capsys, *flags)
+    assert f"{pair[0]} was measured on the weights w1 and {pair[1]} on w2" in line
+    assert correlate(*flags, "--allow_different_weights") == 0
+    facts.write_text(json.dumps({"weight_hash": "w1"}))
+    assert correlate(*flags) == 0
+    facts.write_text(json.dumps({"no": "hash"}))
+    assert correlate(*flags) == 0
+
+
+def test_four_heads_a_layer_have_an_exact_p_and_no_interval(capsys):
+    np.save("data/en.npy", np.arange(24.0).reshape(6, 4))
+    np.save("data/zh.npy", np.arange(24.0).reshape(6, 4) ** 2)
+    assert correlate() == 0
+    record = json.loads(Path("outputs/crosslingual_head_corr/en_vs_zh/correlation.json").read_text())
+    for row in record["per_layer"]:
+        assert row["spearman"]["p"] == row["spearman"]["p_within_layers"] == pytest.approx(2 / 24)
+        assert row["pearson"]["p"] >= 1 / 24 and row["pearson"]["low"] is None
+    shown = capsys.readouterr().out
+    assert "layers 0, 1, 2, 3, 4, 5: 4 pairs: exact p, 0.042 at the least, no interval" in shown
+    assert shown.splitlines()[4].count(f"{'-':^16}") == 2
+    pearson = record["overall"]["pearson"]
+    (line,) = (line for line in shown.splitlines() if line.startswith("evidence: "))
+    assert line.startswith(f"evidence: 24 heads; Pearson's r is {pearson['r']:.3g} [{pearson['low']:.3g}, ")
+    assert f"heads shuffled within their layer, p = {pearson['p_within_layers']:.2g}" in line
+    assert record["evidence"][0]["sample"] == "24 heads"
+
+
 def test_layers_are_a_half_open_range():
     assert [*layer_range("0:2", 6)] == [0, 1]
     assert [*layer_range("4:", 6)] == [4, 5]

@@ -87,7 +87,7 @@ WORDS = "--dataset few.tsv --limit 4 --threshold 0 --out x"
 STUDIES: dict[str, Study] = {
     "activation_frequencies_ifr": Study("--dataset few.json --out x/f.npy --model", {"f.npy": by_head}),
     "activation_frequencies_ifr, screened": Study(
-        "--dataset few.json --out x/f.npy --screen atp --model", {"f/estimates.npy": by_head_and_prompt}
+        "--dataset few.json --out x/f.npy --screen atp --tau 0.1 --model", {"f/estimates.npy": by_head_and_prompt}
     ),
     "activation_patching": Study(
         "--dataset few.json --positions last --out x --model",

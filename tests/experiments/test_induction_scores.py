@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,44 @@ def test_the_terminal_and_the_summary_name_the_heads(folder: Path, capsys: pytes
         section = shown[shown.index(f"\n{kind.replace('_', ' ')} (mean over heads") :].splitlines()[3:8]
         assert [line.split()[0] for line in section] == facts["top"][kind]
         assert [line.split()[1] for line in section] == [f"{float(row[kind]):.3f}" for row in top]
+        beside = [2 / 6 - 1 if kind == "copying" else float(row[f"{kind}_control"]) for row in top]
+        assert [line.split()[3] for line in section] == [f"{value:.3f}" for value in beside]
+    # Copying: chance is a share of one in six; how many heads lie above it.
+    assert facts["copying_chance"] == 2 / 6 - 1
+    sequences = np.load(x / "copying_sequences.npy").reshape(8, -1)
+    clearly = (sequences.min(0) > facts["copying_chance"]).sum(), (sequences.mean(0) > facts["copying_chance"]).sum()
+    said = re.search(r"copying \(mean over heads .*; (\d+) of 32 heads above chance\)", shown)
+    assert said and 0 < clearly[0] <= int(said[1]) <= clearly[1] < 32
+    for kind in ("induction", "copying"):
+        best = facts["top"][kind][0]
+        row = next(row for row in heads if f"{row['layer']}.{row['head']}" == best)
+        line = f"evidence: 8 sequences; {best}, the highest of 32 heads, has the {kind} score {float(row[kind]):.3g} ["
+        assert line in shown
+    assert "control: chance, -0.667" in shown and "at the same distance, nothing repeated" in shown
+
+
+def test_a_head_that_copies_nothing_in_particular_has_the_copying_score_of_chance() -> None:
+    """Random OV circuits: the share of the own token in what is raised is one in s, the score 2 / s - 1."""
+    model = random_model("llama3_1")
+    tokens, s = np.arange(10, 40), 5
+    ids = px.methods.random_tokens(tokens, s, 2, examples=200, rng=np.random.default_rng(0))
+    for layer in model.model.layers:  # values that have nothing to do with the token that they are at
+        torch.nn.init.zeros_(layer.self_attn.v_proj.weight)
+        layer.self_attn.v_proj.bias = torch.nn.Parameter(torch.randn(layer.self_attn.v_proj.out_features))
+    scores = px.methods.attention_scores(model, ids, s, copying=True, progress=False).copying
+    assert np.abs(scores.mean() - (2 / s - 1)) < 0.02
+
+
+def test_a_dry_run_says_how_long_it_takes_and_writes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(px.methods, "attention_scores", None)
+    assert command(*SMALL, "--dry_run", "--output_dir", "x") == 0
+    assert "8 sequences of 19 tokens, and as many for the control: under a minute" in capsys.readouterr().out
+    monkeypatch.setattr(px.runs, "seconds_a_pass", lambda *_: 1e4)
+    assert command("--output_dir", "x") == 2
+    assert "nothing has been run" in (error := capsys.readouterr().err) and "--examples 10 runs them all" in error
+    assert not (folder / "x").exists()
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ from transformers import CodeGenConfig, CodeGenForCausalLM
 
 import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.methods.heads.flow import Flow, FlowEdge, StreamState
+from pyvene_ext.methods.heads.flow import Flow, FlowEdge, StreamState, flow_routes
 from pyvene_ext.models.loading import load_model
+from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import folder as run_folder
 from pyvene_ext.runs.figures.flow import NAMED
@@ -108,6 +109,8 @@ def test_what_is_written_equals_a_hand_recomputation(family: str, dataset: Path,
     per_prompt = list(csv.DictReader((out / "prompts.csv").open(encoding="utf-8")))
     assert [int(row["heads"]) for row in per_prompt] == active.sum((1, 2)).tolist()
     assert [int(row["edges"]) for row in per_prompt] == [len(searched(flow, prompt, TAU)) for prompt in range(N)]
+    states = [{str(end) for edge in searched(flow, prompt, TAU) for end in edge[:2]} for prompt in range(N)]
+    assert [int(row["nodes"]) for row in per_prompt] == list(map(len, states))
     curve = list(csv.DictReader((out / "frequency_vs_tau.csv").open(encoding="utf-8")))
     at_tau = next(row for row in curve if float(row["tau"]) == TAU)
     assert float(at_tau["mean"]) == pytest.approx(active.mean())
@@ -122,10 +125,22 @@ def test_without_an_argument_it_runs_on_a_shipped_model_and_says_what_it_wrote(
     folder = Path("outputs/information_flow_routes/tiny-qwen2.5_ioi_en")
     assert written(folder) == FOLDER | ARRAY_FILES | FIGURES
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    assert summary["n"] == 100 and summary["tau"] == 0.04 and summary["compare"] is None
+    assert summary["n"] == 100 and summary["compare"] is None
     assert {"model", "dataset", "prompts_hash", "weight_hash", "versions", "seed", "share_active"} <= set(summary)
     shown = capsys.readouterr().out
     assert "100 prompts" in shown and str(folder) in shown
+
+    # The default threshold is the one at which about a tenth is active: a little below it more is.
+    model, tokenizer = load_model("tiny-qwen2.5")
+    flow = flow_routes(model, PromptSet.load("ioi_en").tokenize(tokenizer), progress=False)
+    active = flow.active_heads(summary["tau"])
+    assert np.array_equal(np.load(folder / "active.npy"), active) and 0.05 < active.mean() <= 0.1
+    assert summary["share_active"] == active.mean() and flow.active_heads(0.98 * summary["tau"]).mean() > 0.1
+    assert "a tenth" in summary["tau_is"] and f"above {summary['tau']:.3g}, the tau at which about a tenth" in shown
+    frequency, first = active.mean(0), next(csv.DictReader((folder / "heads.csv").open(encoding="utf-8")))
+    (evidence,) = summary["evidence"]
+    assert evidence["interval"] == [float(first[name]) for name in ("frequency", "low", "high")]
+    assert evidence["interval"][0] == frequency.max() and evidence["null"] == active.mean()
 
 
 def test_the_same_config_gives_the_same_renormalised_routes(dataset: Path, tmp_path: Path) -> None:

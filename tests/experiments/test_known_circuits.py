@@ -10,6 +10,7 @@ from typing import Any
 import known_circuits as study
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from tiny import planted_circuits
 
 import pyvene_ext as px
@@ -61,6 +62,37 @@ def test_linear_methods_fail_where_they_must_and_the_exact_one_does_not(
     shown = capsys.readouterr().out
     assert "saturated, gemma2" in shown and "written:" in shown
     assert {path.name for path in tmp_path.iterdir()} == {"planted.csv", "trained.csv", "config.yaml", "summary.json"}
+
+
+def test_of_a_large_model_some_edges_and_nodes_are_patched_and_the_rest_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planted_circuits, "CASES", {"saturated": planted_circuits.CASES["saturated"]})
+    flags = ["--models", "tiny-llama3.1", "--planted_prompts", 2, "--limit", 2, "--steps", 1, "--out", tmp_path]
+    assert command(*flags, "--exact", 30) == 0
+    shown = capsys.readouterr().out
+    assert "30 edges and 30 nodes of tiny-llama3.1 patched exactly" in shown and "no circuit is known" in shown
+    assert {row["n"] for row in rows(tmp_path / "trained.csv")} == {"30"}
+
+    # The correlation over the drawn nodes, by the library.
+    model, tokenizer = px.load_model("tiny-llama3.1")
+    clean, corrupt = px.methods.both_texts(px.PromptSet.load("ioi_en")[:2], model, tokenizer)
+    drawn = study.drawn(study.Config(exact=30), study.all_nodes(model))
+    assert len({spec.name for spec in drawn}) == 30 and drawn != study.all_nodes(model)[:30]
+    exact = px.patch(model, drawn, clean, corrupt, progress=False).delta
+    estimated = px.methods.atp(model, drawn, clean, corrupt, progress=False)
+    expected = spearmanr(np.abs(exact).mean(1), np.abs(estimated).mean(1)).statistic
+    found = {(row["over"], row["method"]): float(row["spearman"]) for row in rows(tmp_path / "trained.csv")}
+    assert found["nodes", "AtP"] == pytest.approx(expected)
+
+    # How far the exact method is ahead of EAP on the planted circuits is the evidence.
+    auroc = {(row["architecture"], row["method"]): float(row["auroc"]) for row in rows(tmp_path / "planted.csv")}
+    ahead = np.mean([auroc[of, "exact"] - auroc[of, "EAP"] for of in ("llama", "gemma2")])
+    assert f"above that of EAP {ahead:.3g} [" in shown and ahead > 0.05
+
+    monkeypatch.setattr(study, "cost", lambda *_: (7000.0, 100.0))
+    assert command(*flags) == 2  # --exact 75: (600 - 100) / 7000 of 1055
+    assert "--exact 75 takes about 10 minutes, and --exact 1055 runs them all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

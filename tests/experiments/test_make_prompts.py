@@ -5,7 +5,18 @@ import re
 from collections import Counter
 
 import pytest
-from make_prompts import PROMPTS, RECENT, RECIPES, SETS, Settings, main, prompt_set, sentence_pairs
+from make_prompts import (
+    PLAIN,
+    PROMPTS,
+    RECENT,
+    RECIPES,
+    SETS,
+    Settings,
+    main,
+    prompt_set,
+    sentence_pairs,
+    word_problems,
+)
 from prompt_words import CAPITAL_TEMPLATES, COUNTRIES, LANGUAGES, PHRASES
 from tiny.train_tiny_models import build_tokenizer
 
@@ -209,3 +220,23 @@ def test_every_set_has_a_hundred_prompts_whose_answers_a_byte_level_tokenizer_te
     for text in ("clean", "corrupt"):
         tokens = prompts.tokenize(tokenizer, text, answers="first_difference")
         assert len(tokens.answer_ids) == 100
+
+
+def test_word_problems_are_solved_right_and_never_in_both_files():
+    seen = {}
+    for name in PLAIN:
+        problems = [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert len(problems) == 100 and problems[:5] == word_problems(name, 5, 0) != word_problems(name, 5, 1)
+        for number, problem in enumerate(problems):
+            *sentences, result = problem["answer"].split("\n")
+            assert len(sentences) == 1 + number % 2
+            for sentence in sentences:
+                calculation, found = re.search(r"<<(\d+[-+*/]\d+)=(\d+)>>\2 ", sentence).groups()
+                assert eval(calculation) == int(found) and 2 <= int(found) <= 99
+            assert result == f"#### {found}"
+            for shown in re.findall(r"\d+", problem["question"]):
+                assert 2 <= int(shown) <= 10 and shown in problem["answer"]
+            assert "{" not in problem["question"] + problem["answer"]
+            assert is_held_out(problem["question"]) == PLAIN[name]
+        seen[name] = {problem["question"] for problem in problems}
+    assert not seen["plain_test"] & seen["plain_train"] and all(len(some) == 100 for some in seen.values())

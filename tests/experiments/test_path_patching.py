@@ -250,6 +250,17 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
     assert "->q.2.0+q.2.2" in shown and "effect: mean change in % of the clean run's mean" in shown
     assert f"1 pairs left out, whose texts differ in number of tokens: {UNEQUAL}" in shown
     assert str(out.relative_to(folder)) in shown
+    with (out / "paths.csv").open(encoding="utf-8") as file:
+        first, *others = csv.DictReader(file)
+    (evidence,) = facts["evidence"]
+    assert evidence["interval"] == [float(first[name]) for name in ("effect", "low", "high")]
+    median = np.median([abs(float(row["effect"])) for row in others])
+    assert evidence["effect"].startswith(first["path"]) and f"{median:.2g}%" in evidence["control"]
+
+    assert command("--dataset", "few.json", "--receivers", "q.2.0", "--dry_run", "--out", "dry") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{len(others) + 1} paths x ") and said.endswith(": under a minute\n")
+    assert not (folder / "dry").exists()
 
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     (folder / "again.yaml").write_text(yaml.safe_dump({**config, "out": "again"}), encoding="utf-8")

@@ -15,7 +15,7 @@ import pytest
 import run_ablations as study
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyvene_ext as px
 from modelcards import n_heads, n_layers
@@ -43,6 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a list of tokens (a special one too) and scores of a few heads; figures take no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "save", lambda _, path: path.parent.mkdir(exist_ok=True) or path.touch())
+    (tmp_path / "few.json").write_text(json.dumps(TOKENS[:14]), encoding="utf-8")
     (tmp_path / "tokens.json").write_text(json.dumps([[0, token] for token in TOKENS]), encoding="utf-8")
     rows = [f"{0.9 - 0.1 * i},{layer},{head}" for i, (layer, head) in enumerate(HEADS)]
     (tmp_path / "scores.csv").write_text("\n".join(["scores,layer,head", *rows]) + "\n", encoding="utf-8")
@@ -55,7 +56,8 @@ def command(*flags: Any) -> int:
 
 def table(path: Path) -> list[dict[str, float]]:
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [{name: x for name, x in row.items() if name != "control"} for row in csv.DictReader(file)]
+        words = ("control", "carried by")
+        rows = [{name: x for name, x in row.items() if name not in words} for row in csv.DictReader(file)]
     return [{name: float(x) if x else np.nan for name, x in row.items()} for row in rows]
 
 
@@ -66,7 +68,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
 
-def curves_by_hand(folder: Path, heads: list[tuple[int, int]], mode: str) -> np.ndarray:
+def curves_by_hand(folder: Path, heads: list[tuple[int, int]], mode: str, bos: list[int]) -> np.ndarray:
     """Probability by permutation and lag, one prompt at a time, with plain hooks at all layers at once."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     rng = np.random.default_rng(42)
@@ -74,10 +76,10 @@ def curves_by_hand(folder: Path, heads: list[tuple[int, int]], mode: str) -> np.
     found = []
     for _ in range(P):
         ids = rng.permutation(chosen).tolist()
-        prompt = [*ids, ids[7]]
+        prompt = [*bos, *ids, ids[7]]
         new = (lambda z, uniform: 0 * z) if mode == "zero" else (lambda z, uniform: uniform)
         changes = [
-            ("scores", layer, slow.replaced(range(N + 1), [h for at, h in heads if at == layer], new))
+            ("scores", layer, slow.replaced(range(len(prompt)), [h for at, h in heads if at == layer], new))
             for layer in {layer for layer, _ in heads}
         ]
         last = slow.logits(model, prompt, changes)[-1].double()
@@ -88,8 +90,13 @@ def curves_by_hand(folder: Path, heads: list[tuple[int, int]], mode: str) -> np.
 @pytest.mark.parametrize("mode", ["zero", "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_curves_equal_a_hand_recomputation(family: str, mode: str, folder: Path) -> None:
+    """With the start token of the tokenizer, which is no part of the list; of the mean without one, as published."""
     save_random_model(family, folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    bos = tokenizer("")["input_ids"] if mode == "zero" else []
     flags = [
+        *([] if bos else ["--bos", "no"]),
         "--to_abl",
         "0-1-3",
         "--mode",
@@ -103,13 +110,14 @@ def test_curves_equal_a_hand_recomputation(family: str, mode: str, folder: Path)
     lags = list(range(-7, 7))
     far = [lag for lag in lags if abs(lag) > 5]
     rows = table(folder / f"out/tables/model_perm{P}_{mode}_induction_full_summary.csv")
-    biases = []
+    biases: list[np.ndarray] = []
+    crps: list[float] = []
     for n, row in zip((0, 1, 3), rows, strict=True):
         name = f"model_perm{P}_abl{n}_{mode}_induction_full"
         heads = json.loads((folder / f"out/heads/{name}.json").read_text())
         expected_heads = [list(head) for head in HEADS[:n]]
         assert heads == {"head_type": "induction", "layer_abl": "full", "mode": mode, "heads": expected_heads}
-        curves = curves_by_hand(folder / "model", list(HEADS[:n]), mode)
+        curves = curves_by_hand(folder / "model", list(HEADS[:n]), mode, bos)
         np.testing.assert_allclose(np.load(folder / f"out/arrays/{name}.npy"), curves, atol=1e-5, rtol=1e-4)
         shown = table(folder / f"out/tables/{name}.csv")
         assert list(shown[0])[:2] == ["Lag", "Mean Probability"] and [line["Lag"] for line in shown] == lags
@@ -129,7 +137,15 @@ def test_curves_equal_a_hand_recomputation(family: str, mode: str, folder: Path)
             <= row["change"] + 1e-9
             <= row["change high"] + 2e-9
         )
-        assert row["crp(+1)"] == pytest.approx(curves[:, 8].sum() / given, rel=1e-3)
+        crp = curves[:, 8].sum() / given
+        crps = [*crps, crp]
+        assert row["crp(+1)"] == pytest.approx(crp, rel=1e-3)
+        assert row["crp change"] == pytest.approx(crp - crps[0], abs=1e-5)
+        assert row["crp change low"] <= row["crp change"] + 1e-9 and row["crp change high"] >= row["crp change"] - 1e-9
+        assert row["p(+1)"] == pytest.approx(curves[:, 8].mean(), abs=1e-6)
+        assert curves[:, 8].min() - 1e-6 <= row["p(+1) low"] <= row["p(+1) high"] <= curves[:, 8].max() + 1e-6
+        likeliest = [max((lag for lag in range(N) if lag != 7), key=lambda lag: line[lag]) == 8 for line in curves]
+        assert row["first"] == sum(likeliest) / P and row["recalled"] == pytest.approx(given / P, abs=1e-6)
 
         # The random sets: of the same layers, none of the first four heads; what is kept of them is by hand too.
         sets = json.loads((folder / f"out/heads/{name.replace('induction', 'random')}.json").read_text())["heads"]
@@ -139,15 +155,19 @@ def test_curves_equal_a_hand_recomputation(family: str, mode: str, folder: Path)
             assert np.isnan(row["random sets"])  # no heads have no random ones
             continue
         assert len(sets) == row["random sets"]
-        means = []
+        means, own_crps = [], []
         for chosen, bias in zip(sets, kept, strict=True):
             assert [layer for layer, _ in chosen] == [layer for layer, _ in HEADS[:n]]
             assert not {tuple(head) for head in chosen} & set(HEADS[:4])
-            curves = curves_by_hand(folder / "model", [tuple(head) for head in chosen], mode)
+            curves = curves_by_hand(folder / "model", [tuple(head) for head in chosen], mode, bos)
+            own_crps.append(curves[:, 8].sum() / (curves.sum() - curves[:, 7].sum()))
             by_hand = curves[:, 8] - curves[:, [lag + 7 for lag in far]].mean(1)
             np.testing.assert_allclose(bias, by_hand, atol=1e-5)
             means.append(by_hand.mean() - biases[0].mean())
         assert row["random change"] == pytest.approx(np.mean(means), abs=1e-5)
+        assert row["random crp change"] == pytest.approx(np.mean(own_crps) - crps[0], abs=1e-5)
+        as_low = sum(other - crps[0] <= row["crp change"] for other in own_crps)
+        assert row["crp share as low"] == pytest.approx((1 + as_low) / (1 + len(sets)))
         assert (row["random lowest"], row["random highest"]) == pytest.approx((min(means), max(means)), abs=1e-5)
     if family != "mistral":
         assert abs(rows[-1]["change"]) > 1e-6, "something is compared"
@@ -163,8 +183,19 @@ def test_zeroed_scores_are_a_zeroed_z(folder: Path) -> None:
         return slow.logits(model, prompt, changes)
 
     torch.testing.assert_close(zeroed("scores"), zeroed("z"))
-    curves = curves_by_hand(folder / "model", [(2, 1), (0, 3)], "zero")
-    flags = ["--to_abl", 2, "--random_draws", 0, "--tokens_path", "tokens.json", "--induction_scores_csv", "scores.csv"]
+    curves = curves_by_hand(folder / "model", [(2, 1), (0, 3)], "zero", [])
+    flags = [
+        "--bos",
+        "no",
+        "--to_abl",
+        2,
+        "--random_draws",
+        0,
+        "--tokens_path",
+        "tokens.json",
+        "--induction_scores_csv",
+        "scores.csv",
+    ]
     assert command("--model_name", "model", *flags, *FEW) == 0
     found = np.load(folder / f"out/arrays/model_perm{P}_abl2_zero_induction_full.npy")
     np.testing.assert_allclose(found, curves, atol=1e-6)
@@ -272,12 +303,33 @@ def test_without_a_list_ordinary_tokens_of_the_tokenizer_are_drawn(
     monkeypatch.setattr(px, "sweep", lambda *args, **kw: seen.update(prompts=args[2]) or original(*args, **kw))
     assert command(*FEW, "--to_abl", 1) == 0
     _, tokenizer = load_model("tiny-gemma2")
-    ids = {i for row in seen["prompts"].input_ids for i in row}
+    ids = {i for row in seen["prompts"].input_ids for i in row[1:]}
     assert len(ids) == N and not ids & set(tokenizer.all_special_ids)
+    assert {row[0] for row in seen["prompts"].input_ids} == {tokenizer.bos_token_id}
     # Of a file the special ones are left out, however often they are in it.
     (folder / "tokens.pkl").write_bytes(pickle.dumps([[0, token] for token in TOKENS[:N]]))
     assert command(*FEW, "--to_abl", 1, "--tokens_path", "tokens.pkl") == 0
-    assert {i for row in seen["prompts"].input_ids for i in row} == set(TOKENS[:N])
+    assert {i for row in seen["prompts"].input_ids for i in row[1:]} == set(TOKENS[:N])
+
+
+def test_heads_are_ranked_and_lists_are_read_with_the_same_start_token(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    sweep, scores = px.sweep, lag.attention_scores
+
+    def noted(model: Any, ids: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        seen.update(scored=ids, first=kw["first"])
+        return scores(model, ids, *args, **kw)
+
+    monkeypatch.setattr(px, "sweep", lambda *args, **kw: seen.update(prompts=args[2]) or sweep(*args, **kw))
+    monkeypatch.setattr(lag, "attention_scores", noted)
+    (bos,) = load_model("tiny-gemma2")[1]("")["input_ids"]
+    for choice, first in (("auto", 1), ("yes", 1), ("no", 0)):
+        assert command(*FEW, "--to_abl", 1, "--bos", choice) == 0
+        for ids in (seen["scored"].tolist(), seen["prompts"].input_ids):
+            assert {bos in row for row in ids} == {bool(first)} and {row.index(bos) for row in ids if first} <= {0}
+        assert seen["first"] == first and {len(row) for row in seen["prompts"].input_ids} == {first + N + 1}
 
 
 def test_names_on_the_hub_may_be_short_and_need_not_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +349,7 @@ def test_names_on_the_hub_may_be_short_and_need_not_be_known(monkeypatch: pytest
 def test_published_defaults(folder: Path) -> None:
     config = study.Config(model_name="meta-llama/Llama-3.1-8B-Instruct")
     assert study.levels_of(config) == [0, 1, 5, 10, 20, 50] and study.N_TOKENS == 500
-    assert (config.permutations, config.head_type, config.mode, config.layer_abl) == (
+    assert (study.PERMUTATIONS, config.head_type, config.mode, config.layer_abl) == (
         300,
         "induction",
         ("zero",),
@@ -306,7 +358,107 @@ def test_published_defaults(folder: Path) -> None:
     assert config.seed == 42 and config.random_draws >= 20
     grid = yaml.safe_load((EXPERIMENTS / "run_ablations_grid.yaml").read_text())
     assert study.Config(**{**grid, "mode": ("zero",), "layer_abl": ("full",)}) != config  # every key is a flag
+    assert (grid["n_tokens"], grid["permutations"], grid["bos"]) == (study.N_TOKENS, study.PERMUTATIONS, "no")
     assert grid["to_abl"] == study.TO_ABL and grid["layer_abl"] == ["full", "top", "bottom"]
+
+
+def test_sizes_are_what_the_model_allows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published on a GPU from a billion parameters on; else short lists, few permutations of a model that takes seconds."""
+
+    def sizes(*flags: Any) -> tuple[int, int, list[int]]:
+        assert command(*flags, "--random_draws", 0, "--output_dir", "out") == 0
+        (summary,) = (folder / "out").glob("*.json")
+        facts = json.loads(summary.read_text())
+        config = yaml.safe_load(summary.with_suffix(".yaml").read_text())
+        assert (config["n_tokens"], config["permutations"]) == (facts["n_tokens"], facts["permutations"])
+        assert config["to_abl"] == "-".join(map(str, facts["levels"])), "running it again gives the same anywhere"
+        summary.unlink()
+        return facts["n_tokens"], facts["permutations"], facts["levels"]
+
+    monkeypatch.setattr(study, "PERMUTATIONS", 5)
+    assert sizes() == (20, 5, [0, 1, 2, 3, 4])
+    assert sizes("--permutations", 2, "--n_tokens", 30, "--to_abl", "0-9") == (30, 2, [0, 9])
+    assert sizes("--tokens_path", "few.json", "--permutations", 2) == (14, 2, [0, 1, 2, 3, 4]), "as many as there are"
+    csv = ["--induction_scores_csv", "scores.csv"]
+    assert sizes("--permutations", 2, *csv, "--layer_abl", "top")[2] == [0, 1, 2, 3, 4], "five heads have scores"
+    monkeypatch.setattr(study, "MIDDLING", 0)
+    monkeypatch.setattr(study, "FEW_PERMUTATIONS", 3)
+    assert sizes()[:2] == (20, 3)
+    # Another model of a folder: half of its heads at most, and no more than have scores.
+    model = save_random_model("gemma2", folder / "model")
+    half = n_layers(model.config) * n_heads(model.config) // 2
+    levels = sizes("--model_name", "model")[2]
+    assert levels == [n for n in (0, 1, 5, 10, 20, 50) if n <= half] and 5 in levels and 50 not in levels
+    rows = (folder / "scores.csv").read_text().splitlines()
+    (folder / "scores.csv").write_text("\n".join(rows[:4]), encoding="utf-8")
+    assert sizes("--model_name", "model", *csv)[2] == [0, 1]
+
+
+def test_a_run_of_more_than_ten_minutes_says_what_to_give_and_starts_if_that_is_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(px.runs, "seconds_a_pass", lambda *_: 1e4)
+    assert command("--output_dir", "out", "--random_draws", 0) == 2
+    said = capsys.readouterr()
+    assert "4 interventions x 300 prompts, permutations of 20 tokens: about" in said.out
+    assert "all 300 take" in said.err and "--permutations 300 runs them all" in said.err
+    assert not (folder / "out").exists()
+    assert command(*FEW, "--random_draws", 0) == 0
+
+
+def test_token_ids_of_another_tokenizer_are_found_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_model("tiny-gemma2")[1]
+    right = {tokenizer.decode([token]): token for token in TOKENS}
+    assert len(right) == len(TOKENS)
+    (folder / "texts.json").write_text(json.dumps(right), encoding="utf-8")
+    few = [*FEW, "--to_abl", 1, "--random_draws", 0]
+    assert command(*few, "--tokens_path", "texts.json") == 0
+    assert "warning" not in capsys.readouterr().err
+    found = np.load(folder / f"out/arrays/tiny-gemma2_perm{P}_abl1_zero_induction_full.npy")
+    assert command(*few, "--tokens_path", "tokens.json") == 0
+    again = np.load(folder / f"out/arrays/tiny-gemma2_perm{P}_abl1_zero_induction_full.npy")
+    np.testing.assert_array_equal(found, again)
+    capsys.readouterr()
+    (folder / "other.json").write_text(json.dumps({**right, " zebra": TOKENS[3]}), encoding="utf-8")
+    assert command(*few, "--tokens_path", "other.json", "--output_dir", "other") == 2
+    here = tokenizer.decode([TOKENS[3]])
+    assert (
+        f"other.json was written for another tokenizer: the token {TOKENS[3]} is ' zebra' there and {here!r} here, and 1 of 41"
+        in capsys.readouterr().err
+    )
+    assert not (folder / "other").exists()
+    # Ids alone: of a fifth it is seen that they are no text.
+    (folder / "ids.json").write_text(json.dumps([0, 1, 2, 3, *TOKENS[:16]]), encoding="utf-8")
+    assert command(*few, "--tokens_path", "ids.json") == 0
+    assert "4 of 20 tokens of ids.json are special, unused or parts of characters" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_do_the_task_is_said_so_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_random_model("gemma2", folder / "model")
+    assert command("--model_name", "model", *FEW, "--to_abl", "0-1", "--random_draws", 2) == 0
+    first, second, third, *_ = (line for line in capsys.readouterr().out.splitlines() if "interventions" not in line)
+    assert first.startswith("model: 4 permutations") and "THE MODEL DOES NOT DO THE TASK" in second
+    assert third.startswith("untouched: p(+1) ")
+    assert command(*FEW, "--to_abl", "0-4", "--random_draws", 2) == 0
+    shown = capsys.readouterr().out
+    assert "DOES NOT DO" not in shown and "any random set: p(+1) and lag-CRP(+1) (heads: 4)" in shown
+    assert shown.count("evidence: 4 permutations of 14 tokens; 4 induction heads (zero, full layers) change ") == 2
+
+
+def test_the_evidence_is_that_of_the_fewest_heads_with_enough_random_sets() -> None:
+    config = study.Config(permutations=7, n_tokens=20)
+
+    def row(heads: int, sets: int) -> dict[str, Any]:
+        ends = {f"{name}{end}": -0.1 * heads for name in ("change", "crp change") for end in ("", " low", " high")}
+        control = {"control": f"{sets} sets", "share as low": 1 / (1 + sets), "crp share as low": 0.5}
+        return {"heads": heads, "random sets": sets, "random change": 0.0, "random crp change": 0.25, **ends, **control}
+
+    rows = [{"heads": 0}, row(1, 6), row(5, 19), row(10, 20)]
+    bias, crp = study.evidence(config, {("zero", "full"): rows})
+    assert bias.effect == "5 induction heads (zero, full layers) change the bias of p to lag +1 by"
+    assert bias.interval == (-0.5, -0.5, -0.5) and bias.control == "19 sets; they change it by 0 on average, p = 0.05"
+    assert crp.control == "19 sets; they change it by 0.25 on average, p = 0.5"
+    assert study.evidence(config, {("zero", "full"): rows[:2]})[0].effect.startswith("1 induction heads")
 
 
 # -- files, and runs that stop ----------------------------------------------------------------------------------------
@@ -326,6 +478,10 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
         expected.add(f"arrays/{stem}_abl{n}_zero_random_full_bias.npy")
     assert set(files(out)) == expected
     shown = capsys.readouterr().out
+    model, tokenizer = load_model("tiny-gemma2")
+    (prompt, *_) = px.methods.lag_prompts(px.methods.usable_tokens(model, tokenizer), N, P, 42).input_ids
+    first = tokenizer.batch_decode([[token] for token in prompt[:4]])
+    assert f"{P} permutations of {N} tokens ({', '.join(map(repr, first))} ...)" in shown
     assert "p(+1)" in shown and "zero, full layers" in shown and str(out.relative_to(folder)) in shown
     facts = json.loads((out / f"{stem}_zero_induction_full.json").read_text())
     assert {"command", "model", "weight_hash", "prompts_hash", "seed", "versions", "n_tokens", "summaries"} <= set(
@@ -492,7 +648,7 @@ BEFORE_RUNNING = [
     (["--tokens_path", "large.json"], "the tokens contain the id 403 but the vocabulary has 403 tokens"),
     (
         ["--tokens_path", "many.json", "--n_tokens", 256],
-        "--n_tokens 256 makes prompts of 257 tokens and tiny-gemma2 takes 256",
+        "--n_tokens 256 makes prompts of 258 tokens and tiny-gemma2 takes 256",
     ),
     (["--n_tokens", 500], "takes 256; take fewer."),
     (["--model_name", "tiny-qwen3"], "tiny-qwen3"),

@@ -72,3 +72,28 @@ def test_help_and_typing_errors_load_nothing_heavy() -> None:
     command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(sorted(HEAVY)), json.dumps(scripts)]
     answers = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert answers == [[script, flag, True, []] for script in scripts for flag in ("--help", "--mistyped")]
+
+
+# Of little work, or none that could be named beforehand.
+WITHOUT_DRY_RUN = {
+    "crosslingual_head_corr",
+    "make_prompts",
+    "planted_circuits",
+    "train_tiny_models",
+    "train_tiny_thought",
+    "bench_sweep",
+}
+SMALL = {"critical_heads": ("--limit", "4"), "translation_ablation": ("--limit", "4")}
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.stem not in WITHOUT_DRY_RUN], ids=lambda path: path.stem
+)
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    small = SMALL.get(script.stem, SMALL.get(script.parent.name, ()))
+    process = processes.start(run_script, script, "--dry_run", *small, shown=tmp_path / "shown")
+    process.join()
+    assert process.exitcode == 0
+    assert "minute" in (tmp_path / "shown").read_text(), "how long it takes"
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -280,7 +280,7 @@ ZEROED: list[tuple[Any, str]] = [  # inputs and locations of a zero ablation
     ((BASE, {"base": [1, 2]}), "two numbers under 'base' are ambiguous"),
     ((BASE, {"base": [[3], [3]]}), "'base' lists locations for 2 representations, but there are 1"),
     ((BASE, {"base": [[[[3]], [[3]]]]}), "must be [example][pos] lists of whole numbers, such as [[3]] * batch_size"),
-    ((BASE, {"base": [[[3]]]}), "block_output at layer 1 has locations for 1 example, but base has 2"),
+    ((BASE, {"base": [[[3]] * 3]}), "block_output at layer 1 has locations for 3 examples, but base has 2"),
     ((BASE, {"base": [[[3], [3, 4]]]}), "the examples of base have [1, 2] locations in block_output at layer 1"),
 ]  # fmt: skip
 SWAPPED: list[tuple[Callable[[], Any], str]] = [

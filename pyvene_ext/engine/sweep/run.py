@@ -203,7 +203,12 @@ def sweep_resolved(
         engine = Executor(resolved, metric, plan)
         started = time.monotonic()
         made: list[tuple[int, dict[str, np.ndarray]]] = []
-        with evaluating(model), no_gradients(model), ExitStack() as compiled, _ProgressBar(plan, mine, progress) as bar:
+        with (
+            evaluating(model),
+            no_gradients(model),
+            ExitStack() as compiled,
+            SweepBar(plan, mine, "sweep", progress) as bar,
+        ):
             if compile:
                 compiled.enter_context(engine.replay.compiled_mlps())
             for number in mine:
@@ -306,25 +311,40 @@ def _merge(plan: Plan, metric: Metric, waves: dict[int, dict[str, np.ndarray]]) 
     return {"clean": clean, "intervened": intervened}
 
 
-class _ProgressBar:
-    """A progress bar that counts interventions on prompts and advances with the arithmetic done."""
+class SweepBar:
+    """A progress bar that counts interventions on prompts and advances with the arithmetic done.
 
-    def __init__(self, plan: Plan, waves: list[int], shown: bool) -> None:
+    Args:
+        plan: of the sweep.
+        waves: numbers of the waves that are run.
+        desc: what is done.
+        shown: False makes one that shows nothing.
+    """
+
+    def __init__(self, plan: Plan, waves: Sequence[int], desc: str, shown: bool) -> None:
         self._plan, self._done = plan, 0
         self._cells = {number: len(plan.waves[number].specs) * len(plan.waves[number].prompts) for number in waves}
         total = sum(self._cells.values())
-        self._bar = progress_bar(total, "intervention", "sweep", shown=shown, unit_scale=True, smoothing=0.1)
+        self._bar = progress_bar(total, "intervention", desc, shown=shown, unit_scale=True, smoothing=0.1)
 
     def advance(self, share: float) -> None:
-        """Advance by a number of interventions, estimated from the arithmetic done."""
+        """Advance.
+
+        Args:
+            share: a number of interventions, estimated from the arithmetic done.
+        """
         self._bar.update(share)
 
     def finish(self, number: int) -> None:
-        """Count a finished wave exactly, in place of the estimate."""
+        """Count a finished wave exactly, in place of the estimate.
+
+        Args:
+            number: the wave's.
+        """
         self._done += self._cells[number]
         self._bar.update(self._done - self._bar.n)
 
-    def __enter__(self) -> _ProgressBar:
+    def __enter__(self) -> SweepBar:
         return self
 
     def __exit__(self, *_: object) -> None:

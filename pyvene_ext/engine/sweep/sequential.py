@@ -56,6 +56,12 @@ class Sequential(Shown):
         """Which interventions have an interval of at most `width`; the others ran out of prompts."""
         return self.high - self.low <= self.width
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """How much was run, for the metadata of a study."""
+        seen = float(self.n_prompts.mean())
+        return {"width": self.width, "n_heads_reached": int(self.reached.sum()), "mean_prompts_a_head": seen}
+
     def to_frame(self) -> pd.DataFrame:
         """Convert to a table with one row per intervention and prompt.
 

@@ -31,7 +31,7 @@ class AttributedHead:
         head: (layer, head).
         own: the attributions of the head.
         controls: those of random heads of the same layer.
-        hub: the token of the block that is attended to; None for a projection.
+        hub: the token of the block that is attended to; None for a projection, and where each problem has its own.
         target: the scalar that is attributed.
         problems: the problems, by their numbers in the set.
         tags: of the tokens of each problem, "special" for those without attribution.
@@ -164,11 +164,13 @@ def problem_rows(found: AttributedHead) -> list[Row]:
             "head": head_label(head),
             "control_of": "" if head == found.head else head_label(found.head),
             "problem": found.problems[number],
+            "hub_token": None if found.target.hubs is None else found.target.hubs[number],
             "value": float(some.value[number]),
             "at_baseline": float(some.at_baseline[number]),
             "attributed": float(some.tokens[number].sum()),
             "error": float(some.error[number]),
             "complete": bool(some.complete[number]),
+            "steps": int(some.steps[number]),
         }
         for head, some in ((found.head, found.own), *found.controls.items())
         for number in range(len(found.problems))

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from modelcards import Taps, card_of, n_heads, n_layers
 from pyvene_ext.io.bars import progress_bar
@@ -69,6 +69,12 @@ class Target:
     hubs: Sequence[int] | None = None
     directions: Float[Tensor, "prompt d_model"] | None = None
 
+    def take(self, which: Sequence[int]) -> Target:
+        """The same of some of the prompts, in this order."""
+        hubs = None if self.hubs is None else [self.hubs[i] for i in which]
+        directions = None if self.directions is None else self.directions[list(which)]
+        return replace(self, queries=[self.queries[i] for i in which], hubs=hubs, directions=directions)
+
 
 @dataclass(frozen=True)
 class InputAttribution:
@@ -78,11 +84,13 @@ class InputAttribution:
         tokens: for every prompt one number per token; 0 for a token that is fixed.
         value: f of each prompt.
         at_baseline: f of its baseline.
+        steps: points on the line.
     """
 
     tokens: tuple[Float64[np.ndarray, " token"], ...]
     value: Float64[np.ndarray, " prompt"]
     at_baseline: Float64[np.ndarray, " prompt"]
+    steps: Int[np.ndarray, " prompt"]
 
     @property
     def error(self) -> Float64[np.ndarray, " prompt"]:
@@ -102,13 +110,14 @@ class InputAttribution:
             "tokens": [some.tolist() for some in self.tokens],
             "value": self.value.tolist(),
             "at_baseline": self.at_baseline.tolist(),
+            "steps": self.steps.tolist(),
         }
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> InputAttribution:
         """Convert back what `as_dict` returned."""
         tokens = tuple(np.array(some, np.float64) for some in record["tokens"])
-        return cls(tokens, np.array(record["value"]), np.array(record["at_baseline"]))
+        return cls(tokens, np.array(record["value"]), np.array(record["at_baseline"]), np.array(record["steps"]))
 
 
 def integrated_gradients(
@@ -118,11 +127,15 @@ def integrated_gradients(
     *,
     baseline: Baseline = "mean",
     steps: int = 50,
+    most_steps: int | None = None,
     fixed: Collection[int] = (),
+    given: Sequence[int] | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> InputAttribution:
     """Attribute a target to the tokens of each prompt.
+
+    Prompts that are not complete with `steps` points are attributed again with three times as many, up to `most_steps`.
 
     Args:
         model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards,
@@ -133,7 +146,10 @@ def integrated_gradients(
             `prompts.pad_id` (which can be zero, too). From zero, an RMSNorm concentrates almost all change near the beginning of
             the line, where there are few steps, so the error is large.
         steps: points on the line.
+        most_steps: of prompts that are not complete with fewer; by default `steps`.
         fixed: ids that keep their embeddings at both ends, such as a BOS that serves as attention sink.
+        given: for each prompt how many of its first tokens keep their embeddings, too, such as solved examples. The model reads
+            them once and not at every point.
         batch_size: points per forward and backward pass.
         progress: show a bar.
 
@@ -142,13 +158,20 @@ def integrated_gradients(
 
     Raises:
         ValueError: before the model runs, for fewer than 1 step, a head that the model lacks, tokens that a prompt lacks, a query
-            before its hub, and a model in float16 or with quantised weights, which have no usable gradients.
+            before its hub or among the tokens given, and a model in float16 or with quantised weights, which have no usable
+            gradients.
         MissingExtra: Captum is not installed.
     """
     need("input-attribution")
     from captum.attr import IntegratedGradients
 
     check(model, prompts, target, baseline, steps)
+    given = list(given) if given is not None else [0] * len(prompts)
+    for prompt, (some, queries) in enumerate(zip(given, target.queries, strict=True)):
+        if not 0 <= some <= min(queries):
+            raise ValueError(
+                f"{some} tokens of prompt {prompt} cannot be given: its first query is token {min(queries)}."
+            )
     batches = prompts.batches(batch_size, "right")  # so that every query sees a key
     tokens: list[np.ndarray] = [np.empty(0)] * len(prompts)
     value, at_baseline = np.empty(len(prompts)), np.empty(len(prompts))
@@ -161,8 +184,10 @@ def integrated_gradients(
             free = batch.attention_mask.bool() & ~torch.isin(
                 batch.input_ids, torch.tensor(list(fixed), dtype=torch.long)
             )
+            of_batch = torch.tensor([given[prompt] for prompt in batch.index])
+            free &= torch.arange(free.shape[1]) >= of_batch[:, None]
             start = torch.where(free[..., None].to(end.device), start_point.to(end), end)
-            scalar = head.scalar(batch, end)
+            scalar = head.scalar(batch, end, int(of_batch.min()))
             rows = torch.arange(len(batch.index), device=end.device)
             found = IntegratedGradients(scalar).attribute(
                 end,
@@ -178,7 +203,29 @@ def integrated_gradients(
                 tokens[prompt] = by_token[row, :length]
                 value[prompt], at_baseline[prompt] = ends[0][row], ends[1][row]
             bar.update(len(batch.index))
-    return InputAttribution(tuple(tokens), value, at_baseline)
+    found = InputAttribution(tuple(tokens), value, at_baseline, np.full(len(prompts), steps))
+    short = np.flatnonzero(
+        found.error >= COMPLETE
+    ).tolist()  # none where there is nothing to attribute, and the error NaN
+    more = min(3 * steps, most_steps or steps)
+    if more > steps and short:
+        again = integrated_gradients(
+            model,
+            prompts.take(short),
+            target.take(short),
+            baseline=baseline,
+            steps=more,
+            most_steps=most_steps,
+            fixed=fixed,
+            given=[given[prompt] for prompt in short],
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for at, prompt in enumerate(short):
+            tokens[prompt] = again.tokens[at]
+            found.steps[prompt] = again.steps[at]
+        found = replace(found, tokens=tuple(tokens))
+    return found
 
 
 def baseline_embedding(model: PreTrainedModel, baseline: Baseline, pad_id: int) -> Float[Tensor, " d_model"]:
@@ -235,12 +282,15 @@ class _TargetOutput:
     def __exit__(self, *_: object) -> None:
         self.hooks.close()
 
-    def scalar(self, batch: Batch, end: Float[Tensor, "batch pos d_model"]) -> Callable[[Tensor, Tensor], Tensor]:
+    def scalar(
+        self, batch: Batch, end: Float[Tensor, "batch pos d_model"], given: int
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """Make the function f for a batch.
 
         Args:
             batch: some of the prompts.
             end: their embeddings.
+            given: how many first tokens are the same at all points.
 
         Returns:
             A function of points on the prompts' lines: their embeddings, and the row of the batch that each belongs to.
@@ -251,10 +301,23 @@ class _TargetOutput:
         for row, prompt in enumerate(batch.index):
             weight[row, list(self.target.queries[prompt])] = 1 / len(self.target.queries[prompt])
 
-        def read(points: Tensor, rows: Tensor) -> Float[Tensor, "point pos *key_or_d"]:
-            of_rows = {name: x[rows] for name, x in inputs.items()}
+        own_positions = inputs["position_ids"][:, given:]
+        # No token sees the padding to its right, and a window full of padding must not leave a padded query without a key.
+        mask = torch.ones_like(inputs["attention_mask"])
+        before = self._read_once(end[:, :given], inputs) if given else ()
+
+        def read(points: Tensor, rows: Tensor) -> Float[Tensor, "point query *key_or_d"]:
+            cache = DynamicCache()
+            for layer, (keys, values) in enumerate(before):
+                cache.update(keys[rows], values[rows], layer)
             with suppress(StopForward):
-                self.model.base_model(inputs_embeds=points.to(self.model.dtype), use_cache=False, **of_rows)
+                self.model.base_model(
+                    inputs_embeds=points[:, given:].to(self.model.dtype),
+                    attention_mask=mask[rows],
+                    position_ids=own_positions[rows],
+                    past_key_values=cache if given else None,
+                    use_cache=given > 0,
+                )
             return _wide(split_heads(self.seen, self.where[0], self.model)[:, self.target.head])
 
         if self.target.hubs is not None:
@@ -270,9 +333,25 @@ class _TargetOutput:
         def scalar(points: Tensor, rows: Tensor) -> Float[Tensor, " point"]:
             seen = read(points, rows)
             at, by_query = (x.to(seen)[rows.to(seen.device)] for x in (along, weight))
-            return ((seen * at).sum(-1) * by_query).sum(-1)
+            return ((seen * at).sum(-1) * by_query[:, given:]).sum(-1)
 
         return scalar
+
+    def _read_once(
+        self, given: Float[Tensor, "batch pos d_model"], inputs: dict[str, Tensor]
+    ) -> tuple[tuple[Any, Any], ...]:
+        """Keys and values of first tokens, of every layer up to the target's."""
+        cache, first = DynamicCache(), given.shape[1]
+        with suppress(StopForward), torch.no_grad():
+            self.model.base_model(
+                inputs_embeds=given.to(self.model.dtype),
+                attention_mask=torch.ones_like(inputs["attention_mask"][:, :first]),
+                position_ids=inputs["position_ids"][:, :first],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        layers: list[Any] = cache.layers
+        return tuple((layer.keys, layer.values) for layer in layers)
 
 
 def check(model: PreTrainedModel, prompts: TokenizedPrompts, target: Target, baseline: str, steps: int) -> None:

@@ -43,6 +43,7 @@ from pyvene_ext.specs.joint import (
     members,
 )
 from pyvene_ext.stats.intervals import Interval
+from pyvene_ext.stats.tables import interval_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -287,6 +288,20 @@ class Screen(Shown):
         """What the screen caught and missed, and the strongest interventions of those that were run."""
         of_result = self.result.summarise()
         return of_result._replace(title=f"{self.summary()}\n{of_result.title}")
+
+    @property
+    def facts(self) -> dict[str, float | None]:
+        """How much was run, and what the screen caught, for the metadata of a study."""
+        recall = self.recall or Interval(None, None, None)  # None: nothing is active
+        return {
+            "margin": self.margin,
+            "n_heads_run": int(self.exact.sum()),
+            "n_could_matter": int(self.could_matter.sum()),
+            "n_caught": self.caught,
+            "n_checked": len(self.checked),
+            "n_missed": self.missed,
+            **interval_columns("recall", recall),
+        }
 
     def summary(self) -> str:
         """Summarise the screen in three lines."""

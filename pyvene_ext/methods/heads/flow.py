@@ -15,7 +15,7 @@ Importances of one node sum to 1, or are all 0 if every part leads away from it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +55,8 @@ TAU = 0.04  # the published tool's default
 # Entries of f^h_ij held at once: on a CPU what stays in its cache (four times as fast as eight million), else 64 MiB.
 CELLS = {"cpu": 2**18}
 CELLS_ELSEWHERE = 2**24
+SENT = 2**24  # entries of what heads send that are held at once
+FEW = 16  # a part that may pass its node in less than 1/16 of the dimensions is looked at in those only
 READ = ("block_input", "head_value_output", "attention_pattern", "resid_mid", "mlp_contribution", "block_output")
 
 
@@ -148,6 +150,27 @@ class FlowEdge(NamedTuple):
         return {"source": str(self.source), "target": str(self.target), "via": self.via, "importance": self.importance}
 
 
+class LayerFlow(NamedTuple):
+    """Importances at one layer of one prompt, for its targets from some token on.
+
+    Attributes:
+        attention: f^h_ij at resid_mid.
+        attn_residual: resid_pre at resid_mid.
+        mlp: what the MLP adds, at resid_post.
+        mlp_residual: resid_mid at resid_post.
+        pattern: the attention probabilities, which have been read in any case.
+    """
+
+    attention: Float32[np.ndarray, "head target source"]
+    attn_residual: Float32[np.ndarray, " target"]
+    mlp: Float32[np.ndarray, " target"]
+    mlp_residual: Float32[np.ndarray, " target"]
+    pattern: Float32[np.ndarray, "head target source"]
+
+
+OnFlow = Callable[[int, int, LayerFlow], None]
+
+
 class _Importances(NamedTuple):
     """One prompt's importances, 0 where there is no part."""
 
@@ -155,6 +178,26 @@ class _Importances(NamedTuple):
     attn_residual: Float32[np.ndarray, "layer target"]
     mlp: Float32[np.ndarray, "layer target"]
     mlp_residual: Float32[np.ndarray, "layer target"]
+
+
+class Widths(NamedTuple):
+    """The widest route to a prompt's prediction through heads, edges and states: it is as wide as its least important edge.
+
+    What has a width above some tau is in the graph at this tau. Only what has a width above 0 is listed of edges and states.
+
+    Attributes:
+        heads: of the widest of a head's edges.
+        edges: of every edge, in no order.
+        states: of every state but the prediction itself, in no order.
+    """
+
+    heads: Float32[np.ndarray, "layer head"]
+    edges: Float32[np.ndarray, " edge"]
+    states: Float32[np.ndarray, " state"]
+
+    def above(self, tau: float) -> Widths:
+        """Keep edges and states above a threshold, and all heads."""
+        return Widths(self.heads, self.edges[self.edges > tau], self.states[self.states > tau])
 
 
 @dataclass(frozen=True, repr=False)
@@ -225,12 +268,35 @@ class Flow(Shown):
             ValueError: `tau` is not in [0, 1).
         """
         check_tau(tau)
-        active = np.zeros((len(self), *self.attention[0].shape[:2]), bool)
-        for prompt in range(len(self)):
-            kept = self._kept(prompt, tau)
-            for layer, _, mid in _reached(kept):
-                active[prompt, layer] = kept.attention[layer][:, mid].any((1, 2))
-        return active
+        return np.stack([self.widths(prompt).heads > tau for prompt in range(len(self))])
+
+    def widths(self, prompt: int) -> Widths:
+        """Find how wide the routes to the final state of a prompt's last token are: what `graph` has at every tau.
+
+        Args:
+            prompt: which one, 0 being the first.
+
+        Returns:
+            The widths of heads, edges and states.
+        """
+        attention, attn_residual, mlp, mlp_residual = (
+            by_prompt[prompt] for by_prompt in (self.attention, self.attn_residual, self.mlp, self.mlp_residual)
+        )
+        heads = np.zeros(attention.shape[:2], np.float32)
+        edges, states = [], []
+        post = np.zeros(attention.shape[-1], np.float32)
+        post[-1] = np.inf  # every route starts there
+        for layer in reversed(range(len(heads))):
+            to_mid = np.minimum(post, [mlp[layer], mlp_residual[layer]])  # part target
+            mid = to_mid.max(0)
+            of_heads = np.minimum(attention[layer], mid[:, None])  # head target source
+            heads[layer] = of_heads.max((1, 2))
+            residual = np.minimum(attn_residual[layer], mid)
+            post = np.maximum(of_heads.max((0, 1)), residual)
+            edges += [to_mid, of_heads, residual]
+            states += [mid, post]
+        flat = (np.concatenate([x.ravel() for x in found]) for found in (edges, states))
+        return Widths(heads, *(x[x > 0] for x in flat))
 
     def head_importance(self, targets: Literal["all", "last"] = "all") -> Float32[np.ndarray, "prompt layer head"]:
         """Sum the importances of each head at resid_mid over sources.
@@ -298,13 +364,11 @@ def flow_routes(
 ) -> Flow:
     """Compute the importances of all parts of all nodes, from one forward pass per batch.
 
-    They are computed layer by layer while the model runs, so that memory holds only one layer's activations and the importances.
-    All sums are in float32 whatever the model's dtype. The unembedding is not run.
+    All of them are held: layers x heads x tokens squared for each prompt. `read_flow` hands them on layer by layer.
 
     Args:
-        model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards,
-            also after an error.
-        prompts: of any lengths.
+        model: as for `read_flow`.
+        prompts: as for `read_flow`.
         batch_size: prompts per forward pass.
         padding_side: left or right; importances do not depend on it.
         progress: show a bar.
@@ -313,14 +377,51 @@ def flow_routes(
         The importances of every prompt.
 
     Raises:
+        ValueError: for whatever `read_flow` refuses.
+    """
+    check_flow(model, prompts)
+    arrays = [_Importances(*_empty(model, len(ids))) for ids in prompts.input_ids]
+
+    def keep(layer: int, prompt: int, found: LayerFlow) -> None:
+        for name, array in arrays[prompt]._asdict().items():
+            array[layer] = getattr(found, name)
+
+    read_flow(model, prompts, keep, batch_size=batch_size, padding_side=padding_side, progress=progress)
+    return Flow(*zip(*arrays, strict=True))
+
+
+def read_flow(
+    model: PreTrainedModel,
+    prompts: TokenizedPrompts,
+    on_flow: OnFlow,
+    *,
+    first: Sequence[int] | None = None,
+    batch_size: int = 8,
+    padding_side: PaddingSide = "left",
+    progress: bool = True,
+) -> None:
+    """Call `on_flow(layer, prompt, importances)` once for every layer and prompt while the model runs, a forward pass a batch.
+
+    Importances are computed layer by layer and not kept, so that memory holds one layer's activations of a batch and the
+    importances of one prompt at one layer. All sums are in float32 whatever the model's dtype. The unembedding is not run.
+
+    Args:
+        model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards,
+            also after an error.
+        prompts: of any lengths.
+        on_flow: called with the layer, the number of the prompt and its importances.
+        first: for each prompt the first token whose nodes are wanted; by default all of them. Few of them take less time.
+        batch_size: prompts per forward pass.
+        padding_side: left or right; importances do not depend on it.
+        progress: show a bar.
+
+    Raises:
         ValueError: before the model runs: a model without a card, whose attention patterns cannot be read or whose output
             projection cannot be split by heads; prompts that are missing or not tokenised. While it runs: the parts and the bias
             do not sum to the node within 1e-4 of its L1 norm (below float32: 8 rounding errors).
     """
+    check_flow(model, prompts)
     card = card_of(model)
-    _check(model, prompts)
-    check_model(model)
-    arrays = [_Importances(*_empty(model, len(ids))) for ids in prompts.input_ids]
     batches = prompts.batches(batch_size, padding_side)
     places = [(name, layer) for name in READ for layer in range(n_layers(model.config))]
     bar = progress_bar(len(prompts), "prompt", "routes", shown=progress)
@@ -328,10 +429,9 @@ def flow_routes(
         for batch in batches:
             with ExitStack() as hooks:
                 for layer in range(n_layers(model.config)):
-                    _watch(model, card, layer, batch, arrays, hooks)
+                    _watch(model, card, layer, batch, first or [0] * len(prompts), on_flow, hooks)
                 model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             bar.update(len(batch.index))
-    return Flow(*zip(*arrays, strict=True))
 
 
 def check_tau(tau: float) -> None:
@@ -361,10 +461,21 @@ def check_model(model: PreTrainedModel) -> None:
     check_projections(model)
 
 
-def _check(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
+def check_flow(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:
+    """Check the arguments of `read_flow`; nothing is run.
+
+    Args:
+        model: as for `read_flow`.
+        prompts: as for `read_flow`.
+
+    Raises:
+        ValueError: see `read_flow`.
+    """
+    card_of(model)
     check_tokenized(model, prompts)
     if not len(prompts):
         raise ValueError("there are no prompts to trace; give at least one.")
+    check_model(model)
 
 
 def _empty(model: PreTrainedModel, length: int) -> Iterator[Float32[np.ndarray, "layer *"]]:
@@ -375,9 +486,15 @@ def _empty(model: PreTrainedModel, length: int) -> Iterator[Float32[np.ndarray, 
 
 
 def _watch(
-    model: PreTrainedModel, card: Card, layer: int, batch: Batch, arrays: list[_Importances], hooks: ExitStack
+    model: PreTrainedModel,
+    card: Card,
+    layer: int,
+    batch: Batch,
+    first: Sequence[int],
+    on_flow: OnFlow,
+    hooks: ExitStack,
 ) -> None:
-    """Hook one block: once it has run, its importances are written to `arrays` and its activations are released."""
+    """Hook one block: once it has run, its importances are handed to `on_flow` and its activations are released."""
     seen: dict[str, Tensor] = {}
 
     def keep(component: str, x: Tensor) -> None:
@@ -385,7 +502,7 @@ def _watch(
 
     def done(_: Tensor) -> None:
         if not is_unrolling(model):
-            _measure(_Block(model, card, layer, seen), layer, batch, arrays)
+            _measure(_Block(model, card, layer, seen), layer, batch, first, on_flow)
         seen.clear()
 
     for component in READ:
@@ -418,48 +535,111 @@ class _Block:
             self.scale = torch.full_like(self.resid_mid, card.residual_scale(model.config), dtype=torch.float32)
 
 
-def _measure(block: _Block, layer: int, batch: Batch, arrays: list[_Importances]) -> None:
-    """Fill in one layer's importances of a batch, prompt by prompt without its padding."""
+def _measure(block: _Block, layer: int, batch: Batch, first: Sequence[int], on_flow: OnFlow) -> None:
+    """Compute one layer's importances of a batch, prompt by prompt without its padding."""
     width = batch.input_ids.shape[1]
     for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
         real = slice(width - length, width) if batch.padding_side == "left" else slice(length)
         mid, post, mlp = (x[row, real].float() for x in (block.resid_mid, block.resid_post, block.mlp_out))
-        heads, residual = _attention_node(block, row, real, f"resid_mid.{layer} of prompt {prompt}")
+        heads, residual = _attention_node(block, row, real, first[prompt], f"resid_mid.{layer} of prompt {prompt}")
         _check_sum(mid + mlp, post, block.resid_post.dtype, f"resid_post.{layer} of prompt {prompt}")
+        mid, post, mlp = (x[first[prompt] :] for x in (mid, post, mlp))
         parts = proximity(torch.stack([mlp, mid]), post)
-        found = (heads, residual, *_share(parts, parts.sum(0)))  # in the order of the arrays
-        for array, values in zip(arrays[prompt], found, strict=True):
-            array[layer] = values.cpu().numpy()
+        pattern = block.pattern[row, :, real, real][:, first[prompt] :].float()
+        found = (heads, residual, *_share(parts, parts.sum(0)), pattern)
+        on_flow(layer, prompt, LayerFlow(*(values.cpu().numpy() for values in found)))
 
 
 def _attention_node(
-    block: _Block, row: int, real: slice, name: str
+    block: _Block, row: int, real: slice, first: int, name: str
 ) -> tuple[Float[Tensor, "head target source"], Float[Tensor, " target"]]:
-    """Importances at resid_mid of one prompt: of every f^h_ij, and of resid_pre."""
+    """Importances at resid_mid of one prompt, from the target `first` on: of every f^h_ij, and of resid_pre."""
     node, pre = block.resid_mid[row, real].float(), block.resid_pre[row, real].float()
     pattern, values = block.pattern[row, :, real, real].float(), block.values[row, :, real].float()
     scale = None if block.scale is None else block.scale[row, real]
     heads, length = pattern.shape[:2]
     group = heads // len(values)
-    near = torch.zeros_like(pattern)
+    near = torch.zeros_like(pattern[:, first:])
     total = torch.zeros_like(node) if block.bias is None else block.bias.expand_as(node)
-    # As many heads at once as fit, and for each as many targets, so that f, [head target source d_model], stays small.
+    # As many heads at once as fit, and for each as many targets, so that what is held stays small.
     cells = CELLS.get(node.device.type, CELLS_ELSEWHERE)
-    n_head = min(heads, max(1, cells // (length * node.numel())))
-    n_target = max(1, cells // (n_head * node.numel()))
+    n_head = min(heads, max(1, SENT // node.numel()))
+    n_target = max(1, 4 * cells // (n_head * length))
     for head in range(0, heads, n_head):
         these = torch.arange(head, min(head + n_head, heads), device=values.device)
         sent = values[these // group] @ block.weight[these]  # head source d_model: f without pattern and scale
         total = total + (pattern[these] @ sent).sum(0)
-        for start in range(0, length, n_target):
-            to = slice(start, start + n_target)
-            up_to = slice(to.stop)  # later sources are not visible
-            f = pattern[these, to, up_to, None] * sent[:, None, up_to]
-            near[these, to, up_to] = proximity(f if scale is None else f * scale[to, None], node[to, None])
+        for start in range(first, length, n_target):
+            to, up_to = (
+                slice(start, start + n_target),
+                slice(min(start + n_target, length)),
+            )  # later ones are not visible
+            near[these, start - first : to.stop - first, up_to] = _proximity_of_heads(
+                pattern[these, to, up_to], sent[:, up_to], node[to], None if scale is None else scale[to], cells
+            )
     _check_sum(pre + (total if scale is None else scale * total), node, block.resid_mid.dtype, name)
-    residual = proximity(pre, node)
+    residual = proximity(pre[first:], node[first:])
     everything = near.sum((0, 2)) + residual
     return _share(near, everything[:, None]), _share(residual, everything)
+
+
+def _proximity_of_heads(
+    pattern: Float[Tensor, "head target source"],
+    sent: Float[Tensor, "head source d_model"],
+    node: Float[Tensor, "target d_model"],
+    scale: Float[Tensor, "target d_model"] | None,
+    cells: int,
+) -> Float[Tensor, "head target source"]:
+    """`proximity(pattern * sent * scale, node)`, without computing each part in full.
+
+    With u = sign(y) z, what z adds towards y in a dimension, |y| - |y - z| = u - 2 max(u - |y|, 0). The sum of u over dimensions
+    is a matrix product. The rest is not 0 only where a part passes its node: with many heads and sources, hardly anywhere.
+
+    Args:
+        pattern: attention probabilities.
+        sent: what each head sends from each source.
+        node: y.
+        scale: of a norm behind attention; None if there is none.
+        cells: entries of parts that are held at once.
+
+    Returns:
+        The proximities.
+    """
+    (n_head, n_target, n_source), d_model = pattern.shape, node.shape[1]
+    sign, size = torch.where(node < 0, -1.0, 1.0), node.abs()
+    if scale is not None:
+        sign = sign * scale
+    # One row a target, with all its parts.
+    amount = pattern.transpose(0, 1).reshape(n_target, -1)
+    near = (pattern * (sign @ sent.mT)).transpose(0, 1).reshape(n_target, -1)
+    sent = sent.flatten(0, 1)
+    # The dimensions in which y is smallest come first, each in units of what is usually sent there. No part passes its node
+    # beyond the first dimensions, up to where |y| exceeds the largest entry of the part.
+    unit = sent.abs().mean(0).clamp(min=torch.finfo(sent.dtype).tiny)
+    reach, order = (size / (sign.abs() * unit)).nan_to_num(nan=torch.inf).sort(-1)
+    n_passed = torch.searchsorted(reach, amount * (sent.abs() / unit).amax(-1))
+    many = n_passed > d_model // FEW
+    n_rows = max(1, cells // d_model)
+    for target, part in zip(*(x.split(n_rows) for x in many.nonzero(as_tuple=True)), strict=True):
+        passed = (amount[target, part, None] * sent[part]).mul_(sign[target]).sub_(size[target]).clamp_(min=0)
+        near[target, part] -= 2 * passed.sum(-1)
+    # Of the other parts the first `n_passed` dimensions each, one after the other in one long row.
+    sign, size, order, sent = (
+        sign.gather(1, order).flatten(),
+        size.gather(1, order).flatten(),
+        order.flatten(),
+        sent.flatten(),
+    )
+    for target, part in zip(
+        *(x.split(4 * n_rows) for x in ((n_passed > 0) & ~many).nonzero(as_tuple=True)), strict=True
+    ):
+        n = n_passed[target, part]
+        ends = n.cumsum(0)
+        one = torch.arange(len(n), device=n.device).repeat_interleave(n)  # which part
+        at = torch.arange(len(one), device=n.device) + (target * d_model - ends + n)[one]
+        passed = amount[target, part][one] * sent[part[one] * d_model + order[at]] * sign[at] - size[at]
+        near[target, part] -= 2 * torch.zeros_like(near[target, part]).index_add_(0, one, passed.clamp_(min=0))
+    return near.clamp_(min=0).view(n_target, n_head, n_source).transpose(0, 1)
 
 
 def _check_sum(

@@ -3,29 +3,27 @@
 A prompt is a list of distinct tokens in random order, followed by its middle token once more, the cue. The probability that the
 next token is the one at some position of the list, by its distance from the cue's position (the lag), is the model's counterpart
 of transitions in human free recall; a model with induction heads continues at lag +1 ("Temporal Dependencies in In-Context
-Learning: The Role of Induction Heads", arXiv 2604.01094). This module has the prompts, the measures and the heads to ablate.
+Learning: The Role of Induction Heads", arXiv 2604.01094). This module has the prompts, the measures and the heads to ablate,
+`lag_tables` what is shown of them.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
 from pyvene_ext.engine.results import Result
-from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.scores import attention_scores, leading_bos, random_tokens, usable_tokens
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head, RandomHeads, first_of
-from pyvene_ext.stats.intervals import paired_bootstrap, ratio_of_means, standard_error
 
 Layers = Literal["full", "top", "bottom"]
 Mode = Literal["zero", "mean"]
@@ -37,14 +35,17 @@ FEWEST = 2 * (FAR + 1)  # tokens of the shortest list that has such lags on both
 # -- prompts and curves ------------------------------------------------------------------------------------------------
 
 
-def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: int, seed: int) -> TokenizedPrompts:
-    """Make prompts without BOS: the same distinct tokens in random order, followed by the middle one again.
+def lag_prompts(
+    pool: Int[np.ndarray, " token"], n_tokens: int, permutations: int, seed: int, bos: Sequence[int] = ()
+) -> TokenizedPrompts:
+    """Make prompts: the same distinct tokens in random order, followed by the middle one again.
 
     Args:
         pool: token ids to draw from.
-        n_tokens: tokens of the list; prompts have one more.
+        n_tokens: tokens of the list; prompts have one more, and `bos`.
         permutations: how many prompts; the first ones of a larger number are those of a smaller one.
-        seed: of the draws.
+        seed: of the draws, which do not depend on `bos`.
+        bos: tokens before the list (`leading_bos`); the published prompts have none.
 
     Returns:
         The prompts; their answers are the token after the cue in the list, and the cue.
@@ -64,7 +65,7 @@ def lag_prompts(pool: Int[np.ndarray, " token"], n_tokens: int, permutations: in
     middle = n_tokens // 2
     lists = [draws.permutation(chosen).tolist() for _ in range(permutations)]
     return TokenizedPrompts(
-        input_ids=tuple((*ids, ids[middle]) for ids in lists),
+        input_ids=tuple((*bos, *ids, ids[middle]) for ids in lists),
         answers=answer_pairs((ids[middle + 1], ids[middle]) for ids in lists),
     )
 
@@ -81,16 +82,17 @@ def lags_of(n_tokens: int) -> Int[np.ndarray, " lag"]:
     return np.arange(n_tokens) - n_tokens // 2
 
 
-def curves_of(probabilities: Float[np.ndarray, "*some pos"]) -> Float64[np.ndarray, "*some lag"]:
+def curves_of(probabilities: Float[np.ndarray, "*some pos"], first: int = 0) -> Float64[np.ndarray, "*some lag"]:
     """Convert `token_probabilities` to curves by lag.
 
     Args:
         probabilities: of the prompt's own tokens.
+        first: tokens before the list (a start token).
 
     Returns:
-        The same without the last position, the cue, which repeats the token at lag 0.
+        The same without those and without the last position, the cue, which repeats the token at lag 0.
     """
-    return probabilities[..., :-1].astype(np.float64)
+    return probabilities[..., first:-1].astype(np.float64)
 
 
 def plus_one(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
@@ -115,6 +117,19 @@ def plus_one_bias(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "
         One number per curve.
     """
     return plus_one(curves) - curves[..., np.abs(lags_of(curves.shape[-1])) > FAR].mean(-1)
+
+
+def plus_one_first(curves: Float[np.ndarray, "*some lag"]) -> Bool[np.ndarray, "*some"]:
+    """Whether lag +1 is the likeliest of the list's tokens, the cue aside: unlike a mean, no single permutation can make it.
+
+    Args:
+        curves: probabilities by lag.
+
+    Returns:
+        One truth value per curve; one in n - 1 by chance.
+    """
+    others = np.where(lags_of(curves.shape[-1]) == 0, -np.inf, curves)
+    return others.argmax(-1) == curves.shape[-1] // 2 + 1
 
 
 def recalled(curves: Float[np.ndarray, "*some lag"]) -> Float[np.ndarray, "*some"]:
@@ -203,7 +218,10 @@ def ablate_attention(heads: Iterable[Head], mode: Mode) -> Spec:
 
 
 def cue_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generator: np.random.Generator
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generator: np.random.Generator,
+    bos: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "layer head"]:
     """Compute induction scores for lag prompts, on a block of random tokens that occurs twice.
 
@@ -214,6 +232,7 @@ def cue_scores(
         model: with a card, and attention patterns that can be read (eager or sdpa).
         tokenizer: the model's.
         generator: source of randomness.
+        bos: tokens before the first block, those of the lag prompts; by default what the tokenizer prepends.
 
     Returns:
         The mean induction score of every head.
@@ -221,14 +240,14 @@ def cue_scores(
     Raises:
         ValueError: the model takes fewer tokens.
     """
-    bos, longest = leading_bos(tokenizer), n_positions(model.config)
+    bos, longest = leading_bos(tokenizer) if bos is None else bos, n_positions(model.config)
     if (needed := BLOCK * REPEATS + len(bos)) > longest:
         raise ValueError(
             f"induction scores are computed on {needed} tokens but the model takes {longest}; give scores."
         )
     tokens = usable_tokens(model, tokenizer)
     ids = random_tokens(tokens, BLOCK, REPEATS, examples=EXAMPLES, rng=generator, bos=bos)
-    return attention_scores(model, ids, BLOCK, first=len(bos), progress=False).induction.mean(0)
+    return attention_scores(model, ids, BLOCK, first=len(bos)).induction.mean(0)
 
 
 @dataclass(frozen=True)
@@ -276,7 +295,7 @@ class RankedHeads:
         return {name: float(np.mean(known))} if len(known) == len(chosen) else {}
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- curves of sets ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -301,6 +320,7 @@ def lag_curves(
     mode: Mode,
     n: int,
     head_type: str,
+    first: int = 0,
 ) -> LagCurves:
     """Collect the curves with `n` heads ablated.
 
@@ -311,97 +331,15 @@ def lag_curves(
         mode: of the ablation.
         n: how many heads.
         head_type: induction for the highest scores, random for random sets only.
+        first: tokens before the list.
 
     Returns:
         The curves.
     """
 
     def of_set(chosen: tuple[Head, ...]) -> Float64[np.ndarray, "permutation lag"]:
-        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.baseline)
+        return curves_of(result.intervened[rows[chosen, mode]] if chosen else result.baseline, first)
 
     random = [of_set(chosen) for chosen in heads.random_sets(n).sets]
     own = of_set(heads.ranked[:n]) if head_type == "induction" else np.mean(random, 0)
     return LagCurves(n, own, np.reshape(random, (-1, *own.shape)))
-
-
-def lag_table(curves: Float[np.ndarray, "permutation lag"]) -> list[dict[str, Any]]:
-    """Make the table by lag.
-
-    Args:
-        curves: probabilities by lag.
-
-    Returns:
-        One row per lag: the mean probability with its standard error over permutations, and lag-CRP.
-    """
-    columns = (lags_of(curves.shape[1]).tolist(), curves.mean(0), standard_error(curves), lag_crp(curves))
-    names = ("Lag", "Mean Probability", "Standard Error", "Conditional Response Probability")
-    return [dict(zip(names, (row[0], *map(float, row[1:])), strict=True)) for row in zip(*columns, strict=True)]
-
-
-def lag_summary(
-    at: LagCurves, clean: Float[np.ndarray, "permutation lag"], heads: RankedHeads, head_type: str, seed: int
-) -> dict[str, Any]:
-    """Make one row of the summary: lag +1, the change of its bias with intervals, and the random sets for comparison.
-
-    Args:
-        at: the curves with a number of heads ablated.
-        clean: those of the untouched run.
-        heads: the rankings that were ablated.
-        head_type: as for `lag_curves`.
-        seed: of the bootstrap.
-
-    Returns:
-        The row.
-    """
-    bias, before = plus_one_bias(at.own), plus_one_bias(clean)
-    change = paired_bootstrap(bias, before, rng(seed, "bias", at.n))
-    crp = ratio_of_means(plus_one(at.own)[None], recalled(at.own), rng(seed, "crp", at.n))
-    row: dict[str, Any] = {
-        "heads": at.n,
-        "p(+1)": plus_one(at.own).mean(),
-        "standard error": standard_error(plus_one(at.own)),
-        "bias": bias.mean(),
-        "change": change.mean,
-        "change low": change.low,
-        "change high": change.high,
-        "crp(+1)": crp.mean[0],
-        "crp low": crp.low[0],
-        "crp high": crp.high[0],
-    }
-    if at.n and len(at.random):
-        changes = plus_one_bias(at.random).mean(1) - before.mean()
-        control = heads.random_sets(at.n)
-        row |= {"random sets": len(changes), "random change": changes.mean()}
-        row |= {"random lowest": changes.min(), "random highest": changes.max()}
-        row |= heads.mean_score("random score", itertools.chain(*control.sets))
-        if head_type == "induction":
-            row |= heads.mean_score("score", heads.ranked[: at.n])
-            row["share as low"] = (1 + int((changes <= change.mean).sum())) / (1 + len(changes))
-        row["control"] = control.strength
-    return {name: value if isinstance(value, int | str) else float(value) for name, value in row.items()}
-
-
-def lag_text(rows: Iterable[dict[str, Any]]) -> str:
-    """Format a summary as aligned text.
-
-    Args:
-        rows: those of `lag_summary`.
-
-    Returns:
-        One line per row, after a header.
-    """
-    lines = [
-        "heads    p(+1)     bias   change      95% interval      CRP(+1)   random sets: mean change [range], score"
-    ]
-    for row in rows:
-        line = f"{row['heads']:5d} {row['p(+1)']:8.4f} {row['bias']:8.4f} {row['change']:8.4f} "
-        line += f"[{row['change low']:7.4f}, {row['change high']:7.4f}] {row['crp(+1)']:8.4f}"
-        if "random change" in row:
-            line += f"   {row['random sets']:2d}: {row['random change']:7.4f} "
-            line += f"[{row['random lowest']:7.4f}, {row['random highest']:7.4f}]"
-            line += f", {row['random score']:.2f}" if "random score" in row else ""
-        if "share as low" in row:
-            line += f" (own {row['score']:.2f})" if "score" in row else ""
-            line += f", share as low {row['share as low']:.3f}"
-        lines.append(line)
-    return "\n".join(lines)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Occurrences = Literal["last", "all"]
+Bos = Literal["auto", "yes", "no"]
 COLUMNS = ("scores", "layer", "head")
 TRIM = 0.1  # share of the vocabulary left out at each end
 
@@ -182,15 +183,28 @@ def check_trim(trim: float) -> None:
         raise ValueError(f"trim must be at least 0 and below 0.5, because it is left out at both ends, not {trim}.")
 
 
-def leading_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Find the start token that sequences should begin with.
+def leading_bos(tokenizer: PreTrainedTokenizerBase, choice: Bos = "auto") -> tuple[int, ...]:
+    """Find the start token that sequences of token ids should begin with.
 
     Args:
         tokenizer: the model's.
+        choice: auto: the BOS token if the tokenizer prepends one to a text, which suggests that the model was trained with it;
+            yes: the BOS token; no: nothing.
 
     Returns:
-        The BOS token if the tokenizer prepends one to a text, which suggests that the model was trained with it; else nothing.
+        The BOS token, or nothing.
+
+    Raises:
+        ValueError: `choice` is yes and the tokenizer has no BOS token.
     """
+    if choice == "no":
+        return ()
+    if choice == "yes":
+        if tokenizer.bos_token_id is None:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no start token; leave out --bos yes."
+            )
+        return (tokenizer.bos_token_id,)
     ids = tokenizer("")["input_ids"]
     return (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
 
@@ -312,7 +326,7 @@ def attention_scores(
         ValueError: before the model runs, for arguments that do not fit; and for scores that are not finite.
     """
     card = card_of(model)
-    _check(model, ids, period, first, occurrences, batch_size)
+    check_sequences(model, ids, period, first, occurrences, batch_size)
     writes = _DirectLogits(model, card, ids, period, first) if copying else None
     layers = range(n_layers(model.config))
     found = np.zeros((4 if copying else 3, len(ids), len(layers), n_heads(model.config)))
@@ -458,8 +472,10 @@ class _DirectLogits:
         return (call(part) - call(torch.zeros_like(part[:1, :1]))).to(part.device)
 
 
-def _check(model: PreTrainedModel, ids: Tensor, period: int, first: int, occurrences: str, batch_size: int) -> None:
-    """Raise ValueError for anything that is wrong with the arguments."""
+def check_sequences(
+    model: PreTrainedModel, ids: Tensor, period: int, first: int, occurrences: str, batch_size: int
+) -> None:
+    """Raise ValueError for anything that is wrong with the arguments of `attention_scores`."""
     if occurrences not in get_args(Occurrences):
         raise ValueError(f"occurrences must be 'last' or 'all', not {occurrences!r}.")
     if batch_size < 1:

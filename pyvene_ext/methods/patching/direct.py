@@ -24,6 +24,7 @@ from pyvene_ext.engine.plain import run_resolved
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.intervenable.statistics import Place, Reference
+from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.patching.plain_paths import patched_value
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.hooks import check_projections, on_output
@@ -75,8 +76,11 @@ def run_direct_paths(
     others = [number for number in range(len(paths)) if number not in set(to_logits)]
     with evaluating(model), no_gradients(model):
         terms = DirectTerms(resolved, paths, batch_size)
-        for prompt in range(len(base) if to_logits else 0):
-            clean[prompt], found[to_logits, prompt] = terms.metric([paths[i] for i in to_logits], prompt, metric)
+        prompts = range(len(base) if to_logits else 0)
+        with progress_bar(len(prompts), "prompt", "direct terms", shown=progress) as bar:
+            for prompt in prompts:
+                clean[prompt], found[to_logits, prompt] = terms.metric([paths[i] for i in to_logits], prompt, metric)
+                bar.update()
     if others:
         specs: list[Spec] = [
             paths[number].receiver_patches(receiver_positions(paths[number]), paths[number].name) for number in others

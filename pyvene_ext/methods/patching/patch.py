@@ -36,7 +36,7 @@ from pyvene_ext.engine.results import Result, count, finite_mean, three_digits
 from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.patching.direct import run_direct_paths
+from pyvene_ext.methods.patching.direct import receiver_positions, run_direct_paths
 from pyvene_ext.methods.patching.plain_paths import PlainPaths
 from pyvene_ext.methods.patching.subspace import concept_directions
 from pyvene_ext.methods.patching.sweep_paths import plan_paths, sweep_paths
@@ -49,13 +49,15 @@ from pyvene_ext.specs.graph import Node, reaches, senders
 from pyvene_ext.specs.joint import Spec, as_specs, listed, members, spec_name
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
-from pyvene_ext.specs.sources import Directions
+from pyvene_ext.specs.sources import Directions, Recorded
 from pyvene_ext.stats.intervals import Interval, ratio_of_means
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Patch = Spec | PathPatch
+
+PLANNED = 1000  # specs that tell what more of them cost
 
 
 @dataclass(frozen=True, repr=False)
@@ -184,9 +186,7 @@ def patch(
         metric.facts()  # refuses a metric without a name before anything runs
     places = resolved.select(at_place)
     plan = plan_resolved(places, metric, memory=memory) if engine == "sweep" and at_place else None
-    groups: dict[_PathKind, list[int]] = {}
-    for number in at_path:
-        groups.setdefault(_PathKind.of(wanted[number], engine), []).append(number)  # type: ignore[arg-type]
+    groups = _path_kinds(wanted, engine)
     paths = {kind: [wanted[number] for number in numbers] for kind, numbers in groups.items()}
     plans = {kind: plan_paths(resolved, paths[kind], memory) for kind in groups if kind.swept}  # type: ignore[arg-type]
     # Everything is checked; from here on the model runs.
@@ -248,6 +248,72 @@ class _PathKind(NamedTuple):
     def of(cls, path: PathPatch, engine: str) -> _PathKind:
         swept = engine == "sweep" and path.has_independent_receivers and not path.direct
         return cls(path.direct, swept, path.freeze_mlps)
+
+
+def _path_kinds(specs: Sequence[Patch], engine: str) -> dict[_PathKind, list[int]]:
+    """The numbers of the paths among specs, by how they are run."""
+    groups: dict[_PathKind, list[int]] = {}
+    for number, spec in enumerate(specs):
+        if isinstance(spec, PathPatch):
+            groups.setdefault(_PathKind.of(spec, engine), []).append(number)
+    return groups
+
+
+def patch_passes(
+    model: PreTrainedModel,
+    specs: Patch | Iterable[Patch],
+    base: TokenizedPrompts,
+    source: TokenizedPrompts,
+    metric: MetricLike = "logit_diff",
+    *,
+    memory: int | None = None,
+) -> float:
+    """Estimate what `patch` on the sweep engine costs; nothing is run. Of very many specs, some tell what all of them cost.
+
+    Args:
+        model: as for `patch`.
+        specs: as for `patch`.
+        base: as for `patch`.
+        source: as for `patch`.
+        metric: as for `patch`.
+        memory: as for `patch`.
+
+    Returns:
+        The cost in forward passes over all base prompts.
+
+    Raises:
+        ValueError: for whatever `patch` refuses.
+    """
+    wanted: list[Patch] = listed(specs)
+    if len(wanted) >= 2 * PLANNED:
+        some = wanted[:: len(wanted) // PLANNED]
+        return len(wanted) / len(some) * patch_passes(model, some, base, source, metric, memory=memory)
+    metric = as_metric(metric)
+    resolved = resolve_patches(model, wanted, base, source, metric, "sweep", None)
+    passes = 2.0  # the untouched source, for its activations and for its metric
+    if at_place := [number for number, spec in enumerate(wanted) if not isinstance(spec, PathPatch)]:
+        passes += plan_resolved(resolved.select(at_place), metric, memory=memory).passes
+    for kind, numbers in _path_kinds(wanted, "sweep").items():
+        paths = [path for number in numbers if isinstance(path := wanted[number], PathPatch)]
+        if not kind.swept and not kind.direct:
+            passes += 3 * len(paths)  # one to freeze what is frozen, one with the sender, one with the receivers
+            continue
+        passes += kind.direct  # the base, for what direct terms are added to
+        if kind.swept:
+            passes += sum(plan.passes * len(plan.subset) for plan in plan_paths(resolved, paths, memory)) / len(base)
+        received = [
+            path.receiver_patches(receiver_positions(path), path.name)
+            for path in paths
+            if path.receivers != ("logits",)
+        ]
+        if received:
+            recorded = Recorded(_nothing_yet, source.hash)
+            passes += plan_resolved(resolve(received, model, base, recorded=recorded), metric, memory=memory).passes
+    return passes
+
+
+def _nothing_yet(*_: Any) -> Any:
+    raise AssertionError("a plan reads no values")
 
 
 def all_patches(config: Any, site: str, **fields: Any) -> list[ActivationPatch]:

@@ -22,9 +22,8 @@ from pyvene_ext.engine.measure import Metric
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.engine.sweep.execute import Executor, Frozen
 from pyvene_ext.engine.sweep.plan import Plan, default_budget, make_plan
-from pyvene_ext.engine.sweep.run import plan_resolved, sweep_resolved
+from pyvene_ext.engine.sweep.run import SweepBar, plan_resolved, sweep_resolved
 from pyvene_ext.intervenable.statistics import Place
-from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.hooks import hook_component
 from pyvene_ext.models.latent_steps import refuse_latent_steps
@@ -78,11 +77,12 @@ def sweep_paths(
         frozen: tuple[Frozen, ...] = ("attention", "mlp") if freeze_mlps else ("attention",)
         executor = Executor(sending, metric, plan, frozen, recorder)
         to_logits = np.empty((len(senders), len(base)), np.float32)
-        bar = progress_bar(len(senders) * len(subset), "prompt", "paths", shown=progress)
-        with bar, evaluating(model), no_gradients(model):
-            for wave in plan.waves:
-                clean[list(wave.prompts)], to_logits[np.ix_(wave.specs, wave.prompts)] = executor.run(wave)
-                bar.update(len(wave.specs) * len(wave.prompts))
+        waves = range(len(plan.waves))
+        with evaluating(model), no_gradients(model), SweepBar(plan, waves, "senders", progress) as bar:
+            for at, wave in enumerate(plan.waves):
+                here = np.ix_(wave.specs, wave.prompts)
+                clean[list(wave.prompts)], to_logits[here] = executor.run(wave, bar.advance)
+                bar.finish(at)
         found[np.ix_(at_end, subset)] = to_logits[[row[paths[n].sender_name] for n in at_end]][:, subset]
         if others:
             specs: list[Spec] = [paths[n].receiver_patches(paths[n].positions, paths[n].sender_name) for n in others]

@@ -20,7 +20,7 @@ The third rule is for models that know no remarks and whose numbers are one toke
 
     last-of-line       the last number of the line that follows the first `####`; without `####`, of a text that was not cut
 
-So an answer counts only if nothing else is written after it, and one who goes on after the right number is not right.
+By it a model that goes on after the right number is not right.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ are (layer, head) throughout.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
@@ -32,14 +33,16 @@ from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_layers
 from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.methods.heads.flow import LayerFlow, read_flow
 from pyvene_ext.methods.heads.flow import check_model as check_routes
-from pyvene_ext.methods.heads.flow import flow_routes
-from pyvene_ext.methods.heads.patterns import read_patterns
+from pyvene_ext.methods.heads.patterns import check_patterns, read_patterns
+from pyvene_ext.methods.reasoning.evaluate import Results
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.prompts.tokenized import Batch
 
 Score = Literal["flow", "hub", "skip", "composite"]
 SCORES: tuple[Score, ...] = get_args(Score)
+TOGETHER = 8  # prompts in one forward pass, which are kept together if a run is interrupted
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class BlockScores:
     """Scores of every head on every prompt.
 
     Attributes:
-        flow: as the module defines it.
+        flow: as the module defines it; None if it was not asked for.
         hub: as the module defines it.
         skip: as the module defines it.
         hub_at: the token of the block that receives `hub`, 0 being the first.
     """
 
-    flow: Float32[np.ndarray, "prompt layer head"]
+    flow: Float32[np.ndarray, "prompt layer head"] | None
     hub: Float32[np.ndarray, "prompt layer head"]
     skip: Float32[np.ndarray, "prompt layer head"]
     hub_at: Int[np.ndarray, "prompt layer head"]
@@ -66,11 +69,16 @@ class BlockScores:
 
         Returns:
             One number per head.
+
+        Raises:
+            ValueError: flow, or composite, without flow.
         """
+        if self.flow is None and needs_flow(score):
+            raise ValueError(f"there is no {score}, as flow was not computed; leave out flow=False.")
         if score != "composite":
             return getattr(self, score).mean(0, dtype=np.float64)
         ranks = np.mean([rankdata(-self.of(each)) for each in SCORES[:3]], 0)
-        return 1 - (ranks.reshape(self.flow.shape[1:]) - 1) / max(ranks.size - 1, 1)
+        return 1 - (ranks.reshape(self.hub.shape[1:]) - 1) / max(ranks.size - 1, 1)
 
     def usual_hub(self) -> Int[np.ndarray, "layer head"]:
         """The token of the block that is a head's hub most often."""
@@ -78,18 +86,38 @@ class BlockScores:
         columns = self.hub_at.reshape(n_prompts, -1).T
         return np.array([np.bincount(column).argmax() for column in columns]).reshape(layers, heads)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to plain data, which `from_dict` reads."""
+        return {name: None if values is None else values.tolist() for name, values in vars(self).items()}
 
-def check_scores(model: PreTrainedModel) -> None:
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> BlockScores:
+        """Convert back what `as_dict` returned."""
+        flow, hub, skip = (None if record[name] is None else np.array(record[name], np.float32) for name in SCORES[:3])
+        assert hub is not None and skip is not None  # only flow can be missing
+        return cls(flow, hub, skip, np.array(record["hub_at"]))
+
+
+def needs_flow(score: Score) -> bool:
+    """Whether a score is computed from flow, which takes most of the time."""
+    return score in ("flow", "composite")
+
+
+def check_scores(model: PreTrainedModel, score: Score = "composite") -> None:
     """Check that a model's heads can be scored; nothing is run.
 
     Args:
         model: a model with a card.
+        score: which score is wanted.
 
     Raises:
-        ValueError: its routes cannot be computed.
+        ValueError: its routes cannot be computed, or for a score without flow, its attention patterns cannot be read.
     """
     try:
-        check_routes(model)
+        if needs_flow(score):
+            check_routes(model)
+        else:
+            check_patterns(model)
     except ValueError as error:
         why = str(error).partition(";")[0]
         raise ValueError(f"heads cannot be ranked here: {why}; give heads, or a ranking from elsewhere.") from None
@@ -101,14 +129,14 @@ def earlier_in_block(
     """Cut from a matrix over a prompt's tokens the part from queries to earlier tokens of the block.
 
     Args:
-        square: a pattern, or importances.
+        square: a pattern, or importances; rows before the first query may be missing.
         block: the block's tokens.
 
     Returns:
         Queries after the block's first token by keys of the block; 0 where the key is not earlier.
     """
     # Query i of these is token block[0] + 1 + i and key j is token block[0] + j: the earlier ones are j <= i.
-    return np.tril(square[..., block.start + 1 :, block.start : block.stop])
+    return np.tril(square[..., block.start + 1 - square.shape[-1] :, block.start : block.stop])
 
 
 def pattern_scores(
@@ -117,7 +145,7 @@ def pattern_scores(
     """Compute hub and skip from one prompt's patterns.
 
     Args:
-        pattern: attention probabilities without padding.
+        pattern: attention probabilities without padding; rows before the first query may be missing.
         block: the block's tokens.
 
     Returns:
@@ -125,19 +153,29 @@ def pattern_scores(
     """
     within = earlier_in_block(pattern, block)
     received = within.sum(-2) / within.shape[-2]
-    skip = pattern[..., block.start + 1 :, 1 : block.start].sum(-1).mean(-1)
+    skip = pattern[..., -within.shape[-2] :, 1 : block.start].sum(-1).mean(-1)
     return received.max(-1), received.argmax(-1), skip
 
 
 def block_scores(
-    model: PreTrainedModel, questions: Questions, *, batch_size: int = 8, progress: bool = False
+    model: PreTrainedModel,
+    questions: Questions,
+    *,
+    flow: bool = True,
+    batch_size: int = 8,
+    results: Results | None = None,
+    progress: bool = False,
 ) -> BlockScores:
     """Score all heads on prompts with a block (`problems.with_reasoning`).
+
+    Nothing but the scores is kept: patterns and importances are reduced layer by layer, prompt by prompt.
 
     Args:
         model: with a card, and attention patterns that can be read (eager or sdpa); used in eval mode and restored afterwards.
         questions: the prompts and their blocks.
-        batch_size: prompts per forward pass.
+        flow: compute flow, which takes most of the time; without it there is no composite.
+        batch_size: most prompts per forward pass; more than 8 are never taken together.
+        results: keeps the scores of finished prompts between runs; its facts must name the model.
         progress: show a bar.
 
     Returns:
@@ -149,21 +187,43 @@ def block_scores(
     for number, (block, ids) in enumerate(zip(questions.blocks, questions.prompts.input_ids, strict=True)):
         if not block or not 0 < block.start < block.stop < len(ids):
             raise ValueError(f"prompt {number} has no block with tokens before and after it; give its reasoning.")
+    size = min(batch_size, TOGETHER)
+    parts = []
+    with progress_bar(len(questions), "prompt", "block scores", shown=progress) as bar:
+        for start in range(0, len(questions), size):
+            some = questions.take(range(start, min(start + size, len(questions))))
+            measure = partial(_scores_of, model, some, flow)
+            if results is None:
+                parts.append(measure())
+            else:
+                blocks = [[block.start, block.stop] for block in some.blocks]
+                condition = {"block scores": blocks, "flow": flow, "prompts": some.prompts.hash}
+                parts.append(results.get(condition, measure, BlockScores))
+            bar.update(len(some))
+    hub, skip, hub_at = (np.concatenate([getattr(part, name) for part in parts]) for name in ("hub", "skip", "hub_at"))
+    return BlockScores(np.concatenate([part.flow for part in parts]) if flow else None, hub, skip, hub_at)
+
+
+def _scores_of(model: PreTrainedModel, questions: Questions, with_flow: bool) -> BlockScores:
+    """The scores on prompts that share a forward pass."""
     shape = len(questions), n_layers(model.config), n_heads(model.config)
     flow, hub, skip, hub_at = (np.zeros(shape, dtype) for dtype in (np.float32, np.float32, np.float32, np.int64))
 
+    def keep(layer: int, prompt: int, pattern: Float[np.ndarray, "head query key"]) -> None:
+        found = pattern_scores(pattern, questions.blocks[prompt])
+        hub[prompt, layer], hub_at[prompt, layer], skip[prompt, layer] = found
+
     def on_pattern(layer: int, batch: Batch, pattern: Tensor) -> None:
         for row, (prompt, length) in enumerate(zip(batch.index, batch.lengths, strict=True)):
-            own = pattern[row, :, -length:, -length:].float().cpu().numpy()
-            found = pattern_scores(own, questions.blocks[prompt])
-            hub[prompt, layer], hub_at[prompt, layer], skip[prompt, layer] = found
+            keep(layer, prompt, pattern[row, :, -length:, -length:].float().cpu().numpy())
 
-    read_patterns(model, questions.prompts, on_pattern, batch_size=batch_size, progress=False)
-    with progress_bar(len(questions), "prompt", "flow", shown=progress) as bar:
-        for start in range(0, len(questions), batch_size):  # importances of all prompts at once would take much memory
-            some = range(start, min(start + batch_size, len(questions)))
-            routes = flow_routes(model, questions.prompts.take(some), batch_size=batch_size, progress=False)
-            for prompt, importance in zip(some, routes.attention, strict=True):
-                flow[prompt] = earlier_in_block(importance, questions.blocks[prompt]).sum(-1).mean(-1)
-            bar.update(len(some))
+    def on_flow(layer: int, prompt: int, found: LayerFlow) -> None:
+        flow[prompt, layer] = earlier_in_block(found.attention, questions.blocks[prompt]).sum(-1).mean(-1)
+        keep(layer, prompt, found.pattern)
+
+    if not with_flow:
+        read_patterns(model, questions.prompts, on_pattern, batch_size=len(questions), progress=False)
+        return BlockScores(None, hub, skip, hub_at)
+    later = [block.start + 1 for block in questions.blocks]
+    read_flow(model, questions.prompts, on_flow, first=later, batch_size=len(questions), progress=False)
     return BlockScores(flow, hub, skip, hub_at)

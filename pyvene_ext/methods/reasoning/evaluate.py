@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelcards import n_positions
+from modelcards import n_layers, n_positions, window
 from pyvene_ext.engine.compile import Compiled, compile_spec, extend_to_new_tokens, select_scope
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.model import IntervenableModel
@@ -49,9 +49,10 @@ from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.methods.reasoning.answers import Rule, find_answer
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.identity import model_facts
+from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.problems import MARK, STOPS, Questions, as_text, tokens_until
-from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized, common_beginning
 from pyvene_ext.specs.ablation import donors
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import (
@@ -224,6 +225,7 @@ def evaluate(
     batch_size: int = 32,
     reference: Reference | Transcripts | None = None,
     rule: Rule = "flexible-extract",
+    read_once: bool = False,
     progress: bool | tqdm = False,
 ) -> Evaluation:
     """Let the model solve problems by greedy decoding, with an intervention in place.
@@ -239,6 +241,8 @@ def evaluate(
         batch_size: problems per batch.
         reference: what replacements are computed from: `Transcripts`, or for the scope prompt a `Reference`.
         rule: the rule of `answers` by which answers are read.
+        read_once: let the model read once what all prompts of a batch begin with, such as solved examples, if nothing is edited
+            there. Not for a model with hooks of one's own that depend on rows or columns.
         progress: show a bar; or a bar of a longer run, advanced by one per problem.
 
     Returns:
@@ -258,6 +262,8 @@ def evaluate(
                 batch = batch.to(input_device(model))
                 decoding = _BatchDecoding(decoder, [questions.given(i) for i in batch.index], max_new_tokens)
                 base = batch.inputs()
+                if read_once:
+                    decoding.beginning = _beginning(model, batch, scope, spec, resolved, max_new_tokens)
                 if spec is None:
                     decoding.run(**base)
                 else:
@@ -277,7 +283,8 @@ def evaluate(
     finally:
         if bar is not progress:
             bar.close()
-    return _collect(questions, tokenizer, [results[i] for i in range(len(questions))], rule)
+    rows = [results[i] for i in range(len(questions))]
+    return _collect(questions, tokenizer, rows, rule, latent=format_of(model) is not None)
 
 
 def check(
@@ -432,6 +439,52 @@ class _Decoder:
         return as_text([token for some in ids for token in some], self.tokenizer)
 
 
+SHORTEST = 32  # a beginning of fewer tokens is not worth a pass of its own
+
+
+class _Beginning(NamedTuple):
+    """What all rows of a batch begin with: its number of tokens, its keys and values in every row, and the rest of the rows.
+
+    In every row the beginning takes the first columns, and padding comes between it and the rest.
+    """
+
+    length: int
+    past: Any
+    rest: dict[str, Tensor]
+
+
+def _beginning(
+    model: PreTrainedModel,
+    batch: Batch,
+    scope: Scope,
+    spec: Spec | Callable[[Batch], Compiled] | None,
+    resolved: Resolved | None,
+    new: int,
+) -> _Beginning | None:
+    """Let the model read what all rows begin with; None if that is short, or edited, or some window is narrower than a text."""
+    width, batch_size = batch.input_ids.shape[1], len(batch.index)
+    rows = [ids[-length:] for ids, length in zip(batch.input_ids.tolist(), batch.lengths, strict=True)]
+    same = min(common_beginning(rows), min(batch.lengths) - 1)
+    if spec is not None and scope in ("prompt", "both"):
+        if resolved is None or scope == "both":
+            return None
+        edited = [resolved.tokens_of(edit, batch.index) for edit in members(resolved.specs[0])]
+        same = min(same, *(min(tokens) for of_edit in edited for tokens in of_edit))
+    reach = min(window(model.config, layer) or width + new for layer in range(n_layers(model.config)))
+    if same < SHORTEST or batch_size == 1 or width + new > reach:
+        return None
+    past = model(batch.input_ids[-1:, -batch.lengths[-1] :][:, :same], use_cache=True, logits_to_keep=1).past_key_values
+    past.batch_repeat_interleave(batch_size)
+    mask = batch.attention_mask.clone()
+    mask[:, :same] = 1
+    for row, length in enumerate(batch.lengths):
+        mask[row, same : same + width - length] = 0
+    places = (mask.cumsum(1) - 1)[:, same:]
+    return _Beginning(
+        same, past, {"input_ids": batch.input_ids[:, same:], "attention_mask": mask, "position_ids": places}
+    )
+
+
 class _BatchDecoding:
     """Greedy decoding of one batch."""
 
@@ -442,6 +495,7 @@ class _BatchDecoding:
         self.ended = [False] * len(given)
         self.marked = [MARK in decoder.text(ids) for ids in given]
         self.reasoning: list[Tensor] = []  # for each new token: the rows whose text up to it has no ####
+        self.beginning: _Beginning | None = None
 
     def run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> None:
         """Append the most likely token until every text has ended or has `max_new_tokens`.
@@ -453,6 +507,10 @@ class _BatchDecoding:
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
         cache = None
+        if self.beginning is not None:
+            cache, rest = self.beginning.past, self.beginning.rest
+            attention_mask, position_ids = rest["attention_mask"], rest["position_ids"]
+            inputs = {"input_ids": rest["input_ids"], "position_ids": position_ids}
         for _ in range(self.max_new_tokens):
             out = self.decoder.model(
                 **inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -522,8 +580,9 @@ def _collect(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[list[int], list[float], bool]],
     rule: Rule,
+    latent: bool,
 ) -> Evaluation:
-    """Extract the answers from the generated texts."""
+    """Extract the answers from the generated texts; after latent steps, all that is written is the answer, also if it is cut."""
     texts, answers, confidence = [], [], []
     for which, (ids, log_probabilities, ended) in enumerate(rows):
         given = questions.given(which)
@@ -531,7 +590,7 @@ def _collect(
         text = as_text(everything, tokenizer)
         for stop in STOPS:
             text = text.partition(stop)[0]
-        found = find_answer(text, rule, cut=not ended)
+        found = find_answer(text, rule, cut=not ended and not latent)
         texts.append(text)
         answers.append(None if found is None else found.value)
         held: list[float] = []

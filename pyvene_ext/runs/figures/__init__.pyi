@@ -16,6 +16,7 @@ from .heads import scatter_heads as scatter_heads
 from .inputs import TokenText as TokenText
 from .inputs import coloured_tokens as coloured_tokens
 from .inputs import tag_shares as tag_shares
+from .inputs import token_texts as token_texts
 from .lag import lag_curves as lag_curves
 from .layers import depth_curve as depth_curve
 from .layers import layer_map as layer_map

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pyvene_ext.runs.figures.style import BLUE, DIVERGING, GREY, LIGHT, ORANGE, drawable, styled
+
+if TYPE_CHECKING:
+    from pyvene_ext.methods.attribution.by_tag import AttributedHead
 
 WIDTH = 100  # characters a line
 
@@ -73,6 +76,27 @@ class TokenText(NamedTuple):
     values: Float[np.ndarray, " token"]
     boxed: int | None
     underlined: Sequence[int]
+
+
+def token_texts(found: AttributedHead, shown: int) -> list[TokenText]:
+    """The first complete problems of a head, or the first ones if none is complete, for `coloured_tokens`.
+
+    Args:
+        found: its attributions.
+        shown: how many problems.
+
+    Returns:
+        The problems.
+    """
+    every, own = range(len(found.problems)), found.own
+    texts = []
+    for problem in list(np.flatnonzero(own.complete)[:shown]) or list(every[:shown]):
+        value, base, error = (float(x[problem]) for x in (own.value, own.at_baseline, own.error))
+        heading = f"problem {found.problems[problem]}: {value:.3f}, {base:.3f} with baselines; "
+        heading += f"completeness error {100 * error:.1f}%"
+        hub = None if found.target.hubs is None else found.target.hubs[problem]
+        texts.append(TokenText(heading, found.texts[problem], own.tokens[problem], hub, found.target.queries[problem]))
+    return texts
 
 
 @styled

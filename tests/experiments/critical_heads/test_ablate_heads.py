@@ -179,7 +179,8 @@ def test_flow_finds_heads_that_arithmetic_needs_and_late_heads_are_redundant(fol
     assert command(*flags, "--out", "flow", "--random_sets", 3) == 0
     one, two = by_hand.table(folder / "flow/ablations.csv")[1:]
     assert float(one["drop"]) > 10 and float(two["drop"]) > 60 and float(two["drop_low"]) > 10
-    assert float(two["excess_low"]) > 0 and float(two["mcnemar_p"]) < 1e-6 and int(two["unparsed"]) == 0
+    assert float(two["excess_low"]) > 0 and float(two["mcnemar_p"]) < 1e-6
+    assert int(two["unparsed"]) <= int(two["cut"]), "a number is unparsed only where its text was cut"
     (said,) = json.loads((folder / "flow/summary.json").read_text())["verdicts"]
     assert (
         ": causal, more than all random sets, too few to call it specific: 3 random" in said
@@ -233,7 +234,7 @@ def test_what_was_interrupted_goes_on_and_gives_the_same(folder: Path, monkeypat
     calls = stop_at(monkeypatch, 5, ablated, "evaluate")
     assert command(*flags) == 130
     assert set(files(folder / "out")) == {name for name in files(folder / "out") if name.startswith("unfinished/")}
-    assert len(files(folder / "out")) == 4
+    assert len(files(folder / "out")) == 5  # four runs, and the scores that rank the heads
     assert command(*flags) == 0
     assert len(calls) == 5 + (1 + 2 * 2 * 2 - 4)
     again = files(folder / "out")
@@ -254,7 +255,7 @@ def test_two_models_side_by_side_and_what_the_terminal_shows(folder: Path, capsy
     none, _ = by_hand.table(folder / "out/accuracy_zero_new.csv")
     assert list(none) == ["n_heads", f"{MODEL}_acc", "tiny-llama3.1_acc"] and none["n_heads"] == "0"
     shown = capsys.readouterr().out
-    assert "tiny-llama3.1: 4 problems, 100.0% correct untouched (0 unparsed, 0 cut); heads " in shown
+    assert "(4 correct, 0 wrong, 0 unparsed; 0 cut), answers by last-of-line; heads " in shown
     assert shown.count("the first 1 heads (composite) cost") == 2
     facts = json.loads((folder / "out/summary.json").read_text())["models"]
     assert set(facts) == {MODEL, "tiny-llama3.1"} and facts[MODEL]["clean"]["correct"] == 4
@@ -285,7 +286,7 @@ BEFORE_LOADING: list[tuple[list[Any], str]] = [
     (["--donors", 1], "--donors must be 2 or more"),
     (["--seed", -1], "--seed must be 0 or more"),
     (["--kind", "zero", "zero"], "--kind names one or more, each once, not zero zero."),
-    (["--scope", "new", "new"], "--scope names one or more, each once, not new new."),
+    (["--scope", "new", "new"], "--scope names each once, not new new."),
     (["--rankings", "scores.csv", "scores.csv"], "--rankings names 2 files for 1 models"),
     (["--max_new_tokens", 1], "--max_new_tokens must be 2 or more"),
     (["--limit", 0], "--limit must be 1 or more"),
@@ -339,9 +340,9 @@ def test_a_layer_with_too_few_other_heads_has_a_weaker_control_or_none(folder: P
 
 
 def test_texts_that_never_end_are_cut_and_said_to_be(folder: Path) -> None:
-    """Cut before the answer: what can be parsed is no answer behind a mark, and is counted."""
+    """Cut before the answer: no number of the reasoning is an answer."""
     assert command(*FEW[:-1], 4, "--rankings", "scores.csv", "--n_heads", 1, "--random_sets", 0, "--scope", "new") == 0
     facts = json.loads((folder / "out/summary.json").read_text())["models"][MODEL]["clean"]
-    assert facts["cut"] == N and facts["correct"] == 0 and facts["wrong"] + facts["unparsed"] == N
+    assert facts["cut"] == N and facts["unparsed"] == N
     (none, one) = by_hand.table(folder / "out/ablations.csv")
     assert none["relative_drop"] == "" and none["cut"] == one["cut"] == str(N)

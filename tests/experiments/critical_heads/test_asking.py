@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import CHAT_TEMPLATE, STEP, load_problems
 from pyvene_ext.prompts.tiny_tasks import is_held_out
-from pyvene_ext.runs import reasoning
+from pyvene_ext.runs import ablated, plans, reasoning
 from pyvene_ext.runs.flags import Problems
+from tests.random_prompts import random_prompts
+from tests.tiny_random import random_model
 
 
 def asked(model: Any, tokenizer: Any, **flags: Any) -> list[str]:
@@ -75,11 +79,11 @@ REAL = ("smollm2-135m-instruct",)
     [
         ({}, "tiny", 0, (), True, "last-of-line", 32),
         ({"models": ("x/tiny-gemma2", "tiny-qwen2.5"), "problems": "p.jsonl"}, "p.jsonl", 0, (), True, "last-of-line", 32),
-        ({"models": REAL}, "plain", 3, (1,), False, "flexible-extract", 64),
+        ({"models": REAL}, "plain", 3, (1,), False, "flexible-extract", 48),
         ({"models": REAL, "problems": "tiny"}, "tiny", 0, (), True, "last-of-line", 32),
         ({"models": REAL, "chat": True}, "plain", 0, (1,), False, "flexible-extract", 256),
         ({"models": REAL, "problems": "gsm8k"}, "gsm8k", 3, (), True, "flexible-extract", 256),
-        ({"models": (*REAL, "tiny-gemma2"), "problem_steps": (2,), "shots": 1}, "plain", 1, (2,), False, "flexible-extract", 64),
+        ({"models": (*REAL, "tiny-gemma2"), "problem_steps": (2,), "shots": 1}, "plain", 1, (2,), False, "flexible-extract", 48),
         (
             {
                 "models": REAL,
@@ -129,7 +133,7 @@ def solved(right: int, wrong: int, unparsed: int, cut: int) -> Evaluation:
     ("counts", "flags", "message"),
     [
         ((6, 4, 0, 0), {}, ""),
-        ((1, 4, 5, 6), {}, "6 of 10 texts are cut at the limit, .*; give more than --max_new_tokens 64$"),
+        ((1, 4, 5, 6), {}, "6 of 10 texts are cut at the limit, .*; give more than --max_new_tokens 48$"),
         ((1, 4, 5, 6), {"chat": True}, "give more than --max_new_tokens 256, or leave out --chat$"),
         (
             (2, 2, 6, 0),
@@ -174,3 +178,37 @@ def test_what_cannot_be_asked(
     monkeypatch.chdir(tmp_path)
     assert run_study(rank_heads.main, rank_heads.Config, ["--limit", "2", *flags]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("study", ["rank_heads", "ablate_heads", "probe_layers", "attribute_inputs"])
+def test_a_dry_run_says_what_would_be_done_and_generates_and_writes_nothing(
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module: Any = importlib.import_module(f"critical_heads.{study}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reasoning.Asked, "reason", None)
+    monkeypatch.setattr(ablated, "choose", None)
+    flags = ["--models", "tiny-qwen2.5", "tiny-llama3.1", "--dry_run", "--limit", "6"]
+    assert run_study(module.main, module.Config, flags) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in said] == ["tiny-qwen2.5", "tiny-llama3.1"] and "6 " in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_time_of_writing_is_that_of_the_prompt_and_of_each_new_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that counts forward passes' tokens: 9 a prompt, one a new token."""
+    model, widths = random_model("llama3_1"), []
+    own, now = type(model).forward, [0.0]
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        widths.append(tuple(kwargs["input_ids"].shape))
+        now[0] += kwargs["input_ids"].numel()
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    monkeypatch.setattr(plans.time, "perf_counter", lambda: now[0])
+    prompts = random_prompts((9,) * 20)
+    assert plans.seconds_to_write(model, prompts, 5, batch_size=16) == 20 * (9 + 4)
+    assert widths == [(8, 9), (16, 1), (16, 1), (16, 1)], "few prompts, and new tokens of a whole batch"
+    same = replace(prompts, input_ids=tuple((1, 2, 3, *ids[3:-1], at) for at, ids in enumerate(prompts.input_ids)))
+    assert plans.seconds_to_write(model, same, 5, batch_size=16) == pytest.approx(20 * (6 + 4))

@@ -36,7 +36,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*flags: Any) -> int:
-    common_flags = ["--limit", str(N), "--models", MODEL, "--steps", str(STEPS)]
+    steps = ["--steps", str(STEPS), "--most_steps", str(STEPS)]
+    common_flags = ["--limit", str(N), "--models", MODEL, *steps]
     return run_study(study.main, study.Config, [*common_flags, *map(str, flags)])
 
 
@@ -167,7 +168,7 @@ def one(
 def of(*rows: list[float], missed: tuple[int, ...] = ()) -> InputAttribution:
     """Complete attributions, but for those that miss."""
     value = np.array([sum(row) * (2 if number in missed else 1) for number, row in enumerate(rows)])
-    return InputAttribution(tuple(map(np.array, rows)), value, np.zeros(len(rows)))
+    return InputAttribution(tuple(map(np.array, rows)), value, np.zeros(len(rows)), np.full(len(rows), 50))
 
 
 def test_shares_are_compared_over_the_problems_that_are_complete_for_both() -> None:
@@ -187,7 +188,7 @@ def test_shares_are_compared_over_the_problems_that_are_complete_for_both() -> N
 
 def test_what_is_attributable_is_said_plainly() -> None:
     tags = [["number", "other", "other", "other"]] * 12
-    config = study.Config()
+    config = study.Config(hub=0)
 
     def verdict(head: InputAttribution, controls: dict[tuple[int, int], InputAttribution]) -> str:
         found = one(head, controls, tags)
@@ -202,7 +203,11 @@ def test_what_is_attributable_is_said_plainly() -> None:
     line = verdict(plain, {(0, 1): of(*[[8.0, 1.0, 1.0, 0.0]] * 12)})
     assert "no more than with random heads (80%)" in line
     missed = verdict(of(*[[6.0, 1.0, 1.0, 0.0]] * 12, missed=tuple(range(11))), {})
-    assert missed.endswith("not attributable: 11 of 12 problems incomplete, take more --steps")
+    assert missed.endswith(
+        "not attributable: 11 of 12 problems incomplete with 450 steps, take more than --most_steps 450"
+    )
+    faint = verdict(of(*[[0.006, 0.001, 0.0, 0.0]] * 12, missed=tuple(range(12))), {})
+    assert faint.endswith("as the head hardly attends to it (0.014); leave out --hub, or take other --heads")
     some = verdict(of(*[[6.0, 1.0, 1.0, 0.0]] * 12, missed=(3,)), {})
     assert some.endswith("1 of 12 problems incomplete and left out")
     signs = [[4.0 * (-1) ** i, 4.0 * (-1) ** i, 4.0 * (-1) ** i, 4.0 * (-1) ** i] for i in range(12)]
@@ -225,7 +230,15 @@ def test_heads_and_hubs_come_from_the_ranking_made_here(folder: Path) -> None:
     best = np.argsort(-scores.of("hub"), axis=None, kind="stable")[:2]
     rows = by_hand.table(folder / "x/heads.csv")
     assert [row["head"] for row in rows] == [f"{at // 8}.{at % 8}" for at in best]
-    assert [int(row["hub"]) for row in rows] == [scores.usual_hub().flat[at] for at in best]
+    assert scores.flow is None, "the ranking is by hub"
+    starts = [block.start for _, block, _ in by_hand.blocks(MODEL, N)[2]]
+    for at, row in zip(best, rows, strict=True):
+        hubs = scores.hub_at.reshape(len(scores.hub), -1)[:3, at]
+        mine = [each for each in by_hand.table(folder / "x/problems.csv") if each["head"] == row["head"]]
+        assert [int(each["hub_token"]) for each in mine] == [
+            start + hub for start, hub in zip(starts, hubs, strict=False)
+        ]
+        assert row["hub"] == ""
     assert [row["problems"] for row in rows] == ["3", "3"]
     assert by_hand.table(folder / "x/tags.csv")[0]["random_share"] == ""
 

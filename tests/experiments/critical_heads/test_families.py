@@ -35,8 +35,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("stratify_difficulty", ()),
         ("attribute_inputs", ()),
         ("attribute_inputs", ("--heads", "0.1")),
-        ("transplant_head", ()),
-        ("transplant_head", ("--models", "tiny-qwen2.5", "--donor", MODEL, "--heads", "0.1")),
+        ("transplant_head", ("--fit_problems", "2")),
+        ("transplant_head", ("--models", "tiny-qwen2.5", "--donor", MODEL, "--heads", "0.1", "--fit_problems", "2")),
         ("probe_layers", ("--mid",)),
     ],
 )
@@ -61,7 +61,7 @@ def test_what_a_family_cannot_be_asked_is_said_before_problems_are_solved(
 @pytest.mark.parametrize(
     ("module", "flags"),
     [
-        (transplant_head, ("--heads", "0.1", "--donor_heads", "0.2")),
+        (transplant_head, ("--heads", "0.1", "--donor_heads", "0.2", "--fit_problems", "2")),
         (attribute_inputs, ("--heads", "0.1", "--hub", "0")),
         (patch_hub, ()),
     ],
@@ -87,7 +87,7 @@ def test_what_it_can_be_asked_goes_on_to_the_problems(
         ("attribute_inputs", ("--heads", "0.1", "--hub", "0"), "these prompts have latent steps"),
         (
             "transplant_head",
-            ("--donor", "tiny-llama3.1", "--heads", "0.1", "--donor_heads", "0.1"),
+            ("--donor", "tiny-llama3.1", "--heads", "0.1", "--donor_heads", "0.1", "--fit_problems", "2"),
             "thinks in latent steps that tiny-llama3.1 does not know; use a donor with the same ones",
         ),
     ],

@@ -85,6 +85,71 @@ def test_accuracies_are_those_of_patterns_made_by_hand(folder: Path) -> None:
     assert len(seen) > 2  # else little was compared
 
 
+def written_anew(
+    shape: str, hard: bool, hubs: list[int | None], heads: dict[int, list[int]], new: int
+) -> tuple[list[str], list[float | None]]:
+    """Solutions written with every token of the reasoning so far forced, all recomputed for each token.
+
+    Also the probability of the answer, where it is the last token.
+    """
+    model, tokenizer, problems = by_hand.blocks(MODEL, N, attn_implementation="eager")
+    mark, texts, chances = tokenizer.convert_tokens_to_ids("####"), [], []
+    for (ids, block, _), hub in zip(problems, hubs, strict=True):
+        start, seen = block[0], []
+
+        def logits(tokens: Any, start: int = start, hub: int | None = hub, seen: list[float] = seen) -> Any:
+            end = list(tokens).index(mark, start) if mark in tokens[start:] else len(tokens)
+            at = None if hub is None or start + hub >= end else start + hub  # before the hub is written all is even
+            edits = [slow.Forced(layer, some, shape, start, end - 1, at, hard) for layer, some in heads.items()]
+            found = slow.logits(model, tokens, edits if end > start else [])[0][-1]
+            seen.append(float(found.softmax(-1).max()))
+            return found
+
+        out = by_hand.written(model, tokenizer, ids[:start], logits, new)
+        texts.append(tokenizer.decode(out))
+        chances.append(seen[len(out) - 1] if len(out) < new and out[-2:-1] == [mark] else None)
+    return texts, chances
+
+
+@pytest.mark.parametrize(("shape", "hard"), [("hub", False), ("hub", True), ("uniform", True), ("sequential", False)])
+def test_reasoning_written_anew_is_forced_token_by_token(folder: Path, shape: str, hard: bool) -> None:
+    config = study.Config(models=(MODEL,), limit=N, hub=3, regenerate="reasoning", max_new_tokens=18)
+    setting = reasoning.prepare(config, MODEL, reasoning.find_problems(config), folder / "kept")
+    assert setting.anew and setting.clean.ids == setting.first.ids and setting.clean.accuracy == 1
+    heads = {0: [1, 6], 2: [0, 3, 7], 3: list(range(8))}
+    hubs = study.hubs_of(setting, config, shape)  # type: ignore[arg-type]
+    spec = study.force({layer: tuple(some) for layer, some in heads.items()}, shape, hard)  # type: ignore[arg-type]
+    found = study.forced(setting, spec, hubs)
+    texts, chances = written_anew(shape, hard, hubs, heads, 18)
+    assert list(found.texts) == texts
+    compared = [i for i, chance in enumerate(chances) if chance is not None]
+    assert len(compared) > 1
+    np.testing.assert_allclose([found.confidence[i] for i in compared], [chances[i] for i in compared], rtol=1e-4)
+    changed = np.abs(found.confidence - setting.clean.confidence) > 1e-3
+    assert changed.any() or any(a != b for a, b in zip(found.ids, setting.clean.ids, strict=True))
+
+
+def test_what_is_written_anew_is_in_the_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--out", "x", "--regenerate", "reasoning", "--shapes", "uniform", "hub", "--max_new_tokens", 18)
+    assert command(*flags, "--min_problems", 2, "--places", 2) == 0
+    rows = {row["pattern"]: row for row in by_hand.table(folder / "x/patterns.csv")}
+    texts, _ = written_anew("uniform", True, [None] * N, {layer: list(range(8)) for layer in range(4)}, 18)
+    gold = [answer for *_, answer in by_hand.blocks(MODEL, N)[2]]
+    right = [by_hand.number(text) == answer for text, answer in zip(texts, gold, strict=True)]
+    assert float(rows["uniform_hard"]["accuracy"]) == pytest.approx(100 * np.mean(right))
+    assert float(rows["none"]["accuracy"]) == 100
+    assert len({row["position"] for row in by_hand.table(folder / "x/hubs.csv")}) == 2
+    assert json.loads((folder / "x/summary.json").read_text())["models"][MODEL]["regenerated"] == "reasoning"
+    assert "evidence: " in capsys.readouterr().out
+    assert command(*flags, "--hub", -1) == 2 and "of a block that is not written yet" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--out", "x", "--dry_run") == 0
+    assert capsys.readouterr().out.strip().endswith("on 6 problems, and a sweep of the hub: under a minute")
+    assert not (folder / "x").exists()
+
+
 def test_the_hub_is_swept_over_the_tokens_that_enough_problems_have(folder: Path) -> None:
     _, _, problems = by_hand.blocks(MODEL, N)
     lengths = sorted(len(block) for _, block, _ in problems)

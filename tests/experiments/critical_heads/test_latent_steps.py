@@ -141,6 +141,7 @@ def zero(_: torch.Tensor) -> torch.Tensor:
 def test_ablated_heads(made: Path, folder: Path) -> None:
     (folder / "heads.csv").write_text("scores,layer,head\n0.9,1,2\n0.8,0,1\n0.7,1,5\n")
     flags = ("--rankings", "heads.csv", "--n_heads", 1, 3, "--random_sets", 0, "--max_new_tokens", 2)
+    flags += ("--scope", "reasoning", "new", "both")
     assert command(ablate_heads, made, *flags) == 0
     rows = table(folder / "out/ablations.csv")
     kept = np.load(folder / "out/correct/thinker.npy")

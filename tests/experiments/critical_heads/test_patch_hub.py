@@ -46,9 +46,12 @@ def statistics_at(site: str, layer: int | None) -> tuple[torch.Tensor, torch.Ten
 
 
 def correct_by_hand(
-    places: list[tuple[str, int | None]], position: int, seed: int, matched: bool = False
+    places: list[tuple[str, int | None]], position: int, seed: int, matched: bool = False, anew: int = 0
 ) -> list[bool]:
-    """Which of the problems that have this token are right with noise there, at (site, layer) pairs."""
+    """Which of the problems that have this token are right with noise there, at (site, layer) pairs.
+
+    With `anew`, nothing is given behind that token, and so many tokens are written.
+    """
     model, tokenizer, problems = by_hand.blocks(MODEL, N)
     statistics = {place: statistics_at(*place) for place in places}
     right = []
@@ -70,8 +73,11 @@ def correct_by_hand(
                 return x
 
             changes.append((site, layer, noised))
-        out = by_hand.written(model, tokenizer, ids, lambda tokens, c=changes: slow.logits(model, tokens, c)[-1], 4)
-        right.append(by_hand.number(tokenizer.decode([*ids, *out])) == gold)
+        given = ids[: block[position] + 1] if anew else ids
+        out = by_hand.written(
+            model, tokenizer, given, lambda tokens, c=changes: slow.logits(model, tokens, c)[-1], anew or 4
+        )
+        right.append(by_hand.number(tokenizer.decode([*given, *out])) == gold)
     return right
 
 
@@ -105,6 +111,22 @@ def test_drops_are_those_of_noise_by_plain_hooks(folder: Path) -> None:
             seen.add(float(row["drop"]))
     assert len(seen) > 2  # else little was compared
     assert (folder / "x/figures/drop_by_position.png").stat().st_size > 5000
+
+
+def test_what_follows_the_noise_is_written_anew(folder: Path) -> None:
+    flags = ("--regenerate", "reasoning", "--layers", 1, "--max_new_tokens", 18, "--places", 3, "--seed", 3)
+    assert command("--out", "x", *flags) == 0
+    rows = by_hand.table(folder / "x/positions.csv")
+    assert len(rows) == 3 * len(PLACES)  # one draw each
+    seen = set()
+    for row in rows:
+        right = correct_by_hand(PLACES[row["site"]], int(row["position"]), 3, anew=18)
+        assert float(row["accuracy"]) == pytest.approx(100 * np.mean(right)), row
+        assert float(row["clean_accuracy"]) == 100
+        seen.add(sum(right))
+    assert len(seen) > 2
+    evidence = json.loads((folder / "x/summary.json").read_text())["evidence"]
+    assert len(evidence) == 1 and evidence[0]["interval"][0] == max(float(row["drop"]) for row in rows)
 
 
 def test_norm_matched_noise_in_some_layers_by_plain_hooks(folder: Path) -> None:

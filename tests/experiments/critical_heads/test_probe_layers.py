@@ -141,6 +141,29 @@ def test_shuffled_labels_tell_nothing_and_fit_in_sample_all_the_same(folder: Pat
     assert f"at {best['place']}, the best of 13 (p = 0.05); in-sample {float(best['in_sample']):.2f}, " in said
 
 
+def test_the_terminal_shows_the_best_place_of_each_target(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--positions", "mark", "block_first", "--targets", "answer", "first_operand")
+    assert command(*FEW, *flags) == 0
+    rows, shown = by_hand.table(folder / "x/probes.csv"), capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 * 2 * 7
+    for position in ("mark", "block_first"):
+        for target in ("answer", "first_operand"):
+            mine = [row for row in rows if (row["position"], row["target"]) == (position, target)]
+            best = max(mine, key=lambda row: float(row["r2"]))
+            (line,) = [line for line in shown if line.split()[:2] == [position, target]]
+            assert line.split()[2:5] == [best["place"], best["problems"], f"{float(best['r2']):.2f}"]
+    assert all(float(row["r2_low"]) <= float(row["r2"]) <= float(row["r2_high"]) for row in rows)
+    assert len(shown) < 24 and max(len(line) for line in shown if not line.startswith("evidence")) < 170
+    (said,) = [line for line in shown if line.startswith("evidence: ")]
+    top = max(rows, key=lambda row: float(row["r2"]))
+    assert (
+        f"R^2 of {top['target']} at {top['position']}, {top['place']}, the largest of 4 x 7, {float(top['r2']):.3g} ["
+        in said
+    )
+    (kept,) = json.loads((folder / "x/summary.json").read_text())["evidence"]
+    assert kept["interval"] == pytest.approx([float(top[name]) for name in ("r2", "r2_low", "r2_high")])
+
+
 def test_problems_with_the_same_numbers_are_not_told_from_one_another(folder: Path) -> None:
     """Each problem twice, with other names: a probe that has seen the twin knows the answer, unless both are in one fold."""
     lines = []
@@ -251,14 +274,14 @@ def test_numbers_by_their_logarithm(folder: Path) -> None:
 
 
 def test_problems_that_are_wrong_are_a_class(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = reasoning.prepare
+    made = reasoning.Asked.reason
 
-    def some_wrong(*given: Any, **more: Any) -> Any:
-        setting = made(*given, **more)
+    def some_wrong(asked: reasoning.Asked) -> Any:
+        setting = made(asked)
         gold = tuple(value + (i % 3 == 0) for i, value in enumerate(setting.clean.gold))
         return replace(setting, clean=replace(setting.clean, gold=gold))
 
-    monkeypatch.setattr(reasoning, "prepare", some_wrong)
+    monkeypatch.setattr(reasoning.Asked, "reason", some_wrong)
     assert command(*FEW, "--positions", "mark", "--targets", "correct") == 0
     rows = by_hand.table(folder / "x/probes.csv")
     assert {row["chance"] for row in rows} == {str(100 * 20 / 30)} and float(rows[0]["accuracy"]) == pytest.approx(
@@ -278,10 +301,10 @@ def test_more_tiny_problems_than_other_studies_have_by_default(monkeypatch: pyte
     def stop(*_: Any, **__: Any) -> None:
         raise ValueError("enough")
 
-    monkeypatch.setattr(reasoning, "prepare", stop)
-    for flags in ((), ("--limit", 7), ("--problems", "gsm8k")):
+    monkeypatch.setattr(reasoning, "load", stop)
+    for flags in ((), ("--limit", 7), ("--problems", "gsm8k"), ("--problems", "plain")):
         assert command("--out", "x", *flags) == 2
-    assert seen == [1200, 7, None]
+    assert seen == [1200, 7, None, 100]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

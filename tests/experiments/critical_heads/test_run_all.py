@@ -244,3 +244,35 @@ def test_bad_input_is_one_sentence_before_anything_runs(pretended, capsys, flags
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert pretended == [] and not Path("out").exists()
+
+
+def test_a_dry_run_asks_every_study_for_its_plan_and_writes_nothing(
+    folder: Path, pretended: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: list[Any] = []
+    monkeypatch.setattr(study.Part, "run", lambda part: flags.append(part.flags))
+    before = sorted(folder.rglob("*"))
+    assert command("--dry_run", "--limit", 30) == 0
+    assert len(flags) == len(NAMES) and all(one.dry_run for one in flags)
+    assert not any(getattr(one, "rankings", ()) for one in flags), "there are none yet"
+    assert (
+        sorted(folder.rglob("*")) == before and "9 studies of tiny-qwen2.5 and tiny-llama3.1" in capsys.readouterr().out
+    )
+
+
+def test_the_evidence_of_all_studies_is_shown_at_the_end(
+    folder: Path, pretended: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(part: study.Part) -> None:
+        write_config(part.folder / "config.yaml", part.flags)
+        own = study.px.runs.Evidence(
+            "7 problems", "something", study.px.Interval(2.0, float("nan"), 3.0), "none", "more"
+        )
+        write_json(part.folder / "summary.json", {"evidence": [own.facts]})
+
+    monkeypatch.setattr(study.Part, "run", run)
+    assert command("--only", "rank_heads", "patch_hub") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evidence: ")]
+    assert [line.partition(" 2 [")[0] for line in said] == [
+        f"evidence: 7 problems; {name}: something" for name in ("rank_heads", "patch_hub")
+    ]

@@ -14,9 +14,12 @@ import yaml
 from critical_heads import transplant_head as study
 
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.methods.reasoning.evaluate import Evaluation
+from pyvene_ext.methods.reasoning.evaluate import Evaluation, evaluate
 from pyvene_ext.models.loading import load_model
-from pyvene_ext.runs import transplants
+from pyvene_ext.prompts.problems import tokenize_problems
+from pyvene_ext.runs import reasoning, transplants
+from pyvene_ext.runs.flags import Problems
+from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.controls import random_heads_in_place
 from tests.experiments.critical_heads import by_hand
@@ -279,6 +282,33 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
     whole = (folder / "x/transplants.csv").read_bytes()
     assert command(*flags[2:], "--out", "y") == 0
     assert (folder / "y/transplants.csv").read_bytes() == whole
+
+
+def test_a_host_writes_its_reasoning_anew_without_heads_and_with_its_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the zero ablation of the same heads at all tokens, prompt and new ones."""
+    flags = ("--heads", "0.0", "0.4", "--donor_heads", "0.1", "0.4", "--random_sets", 2, "--max_new_tokens", 20)
+    assert command("--out", "x", "--regenerate", "reasoning", *flags) == 0
+    rows = {row["condition"]: row for row in by_hand.table(folder / "x/transplants.csv")}
+    assert rows["self"]["changed"] == "0" and float(rows["self"]["drop"]) == 0
+    model, tokenizer = load_model(HOST)
+    problems = reasoning.find_problems(Problems(limit=N))
+    questions = tokenize_problems(problems, tokenizer).take(range(FITTED, N))
+    without = evaluate(
+        model,
+        tokenizer,
+        questions,
+        Ablation(kind="zero", site="z", layer=0, heads=(0, 4)),
+        "both",
+        max_new_tokens=20,
+        rule="last-of-line",
+    )
+    clean = evaluate(model, tokenizer, questions, max_new_tokens=20, rule="last-of-line")
+    assert float(rows["zero"]["accuracy"]) == pytest.approx(100 * without.accuracy)
+    assert int(rows["zero"]["changed"]) == sum(a != b for a, b in zip(clean.ids, without.ids, strict=True)) > 0
+    assert int(rows["zero"]["unparsed"]) == (~without.parsed).sum()
+    assert "evidence: 5 problems; tiny-qwen2.5, 2 heads of tiny-llama3.1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Numbers are those of the project's list of pyvene defects.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -326,7 +327,8 @@ def test_negative_positions_count_from_the_last_real_token(side: str, model: Any
 
 def test_all_the_forms_of_a_location_mean_the_same(model: Any, base: Any) -> None:
     intervenable = IntervenableModel(config(zero()), model)
-    forms = [8, [8], torch.tensor([8]), [[[8], [8], [8]]], [torch.tensor([[8], [8], [8]])]]
+    rows = [[8], [8], [8]]
+    forms = [8, [8], torch.tensor([8]), [rows], [torch.tensor(rows)], [[[8]]]]  # the last as with use_fast
     outputs = [intervenable(base, unit_locations={"base": form})[1].logits for form in forms]
     outputs.append(intervenable(base, unit_locations={"sources->base": (None, [[[8]] * 3])})[1].logits)
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
@@ -481,6 +483,122 @@ def test_bad_batches_are_refused(model: Any, base: Any) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             intervenable(wrong, unit_locations={"base": 8})
+
+
+def in_subspaces(model: Any, kind: Any, **config: Any) -> Any:
+    item = pyvene.RepresentationConfig(layer=1, component="block_output", unit="pos", **config)
+    return IntervenableModel(pyvene.IntervenableConfig(representations=[item], intervention_types=kind), model)
+
+
+@pytest.mark.filterwarnings("ignore:the subspace_partition")
+@pytest.mark.parametrize(
+    ("kind", "config", "subspaces", "told"),
+    [
+        (
+            pyvene.RotatedSpaceIntervention,
+            {"subspace_partition": [[0, 1], [1, 4]]},
+            [[0], [1], [0]],
+            "of 1 and 3 dimensions",
+        ),
+        (
+            pyvene.LowRankRotatedSpaceIntervention,
+            {"subspace_partition": [[0, 1], [1, 4]], "low_rank_dimension": 4},
+            [[0], [1], [0]],
+            "of 1 and 3 dimensions",
+        ),
+        (
+            pyvene.LowRankRotatedSpaceIntervention,
+            {"low_rank_dimension": 4},
+            [[0], [1], [0]],
+            "only with a subspace_partition",
+        ),
+        (
+            pyvene.LowRankRotatedSpaceIntervention,
+            {"low_rank_dimension": 4},
+            [[1, 1]] * 3,
+            r"\[1, 1\] of .* a dimension twice",
+        ),
+        (pyvene.AdditionIntervention, {"subspace_partition": [[0, 3], [2, 4]]}, [[0, 1]] * 3, "a dimension twice"),
+        (pyvene.RotatedSpaceIntervention, {}, [[0], [1000], [0]], r"\[1000\] of .* are out of range"),
+        (pyvene.BoundlessRotatedSpaceIntervention, {}, [[0]] * 3, r"has no subspaces, and pyvene would ignore \[0\]"),
+        (pyvene.SigmoidMaskIntervention, {}, [[0]] * 3, "has no subspaces"),
+    ],
+)
+def test_subspaces_that_end_in_errors_of_torch_or_in_nothing_are_refused(
+    model: Any, base: Any, kind: Any, config: dict[str, Any], subspaces: list[list[int]], told: str
+) -> None:
+    intervenable = in_subspaces(model, kind, **config)
+    with pytest.raises(ValueError, match=told):
+        intervenable(base, [random_inputs(seed=1)], {"sources->base": 8}, subspaces=[subspaces])
+
+
+@pytest.mark.parametrize(
+    ("subspaces", "told"),
+    [
+        ([[0], [1, 2], [0]], "of 1 and 2 dimensions"),
+        ([[1000]] * 3, r"\[1000\] of .* out of range: there are subspaces 0 to 41"),
+        ([[-1]] * 3, r"\[-1\] of .* out of range"),
+    ],
+)
+def test_collected_subspaces_are_checked_too(model: Any, base: Any, subspaces: list[list[int]], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        in_subspaces(model, pyvene.CollectIntervention)(base, unit_locations={"base": 8}, subspaces=[subspaces])
+
+
+def test_different_subspaces_of_one_size_are_swapped_in_their_examples(model: Any, base: Any) -> None:
+    intervenable = in_subspaces(
+        model, pyvene.LowRankRotatedSpaceIntervention, subspace_partition=[[0, 1], [1, 2]], low_rank_dimension=4
+    )
+    with torch.no_grad():
+        source, rows = random_inputs(seed=1), [[0], [1], [0]]
+        found = intervenable(base, [source], {"sources->base": 8}, subspaces=[rows])[1].logits
+        for example, row in enumerate(rows):
+            alone = intervenable(base, [source], {"sources->base": 8}, subspaces=[[row] * 3])[1].logits
+            torch.testing.assert_close(found[example], alone[example])
+            assert (found[example] - intervenable.model(**base).logits[example]).abs().max() > 1e-4
+
+
+def test_two_numbers_that_do_not_adjoin_the_next_part_are_said_to_be_a_range(model: Any) -> None:
+    with pytest.warns(
+        UserWarning, match=r"\[1, 2\] as dimension 1 and \[3, 7\] as dimensions 3 to 6; a set of dimensions is"
+    ):
+        intervenable = in_subspaces(model, pyvene.VanillaIntervention, subspace_partition=[[3, 7], [1, 2]])
+    (intervention,) = intervenable.interventions.values()
+    assert intervention.subspace_partition == [[3, 4, 5, 6], [1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fine in ([[0, 2], [2, 4]], [[4, 8], [0, 4]], [[3, 7]], [[3, 7, 9], [1, 2, 4]]):
+            in_subspaces(model, pyvene.VanillaIntervention, subspace_partition=fine)
+
+
+def test_a_place_that_is_listed_twice_is_refused_where_it_would_be_edited_once(model: Any, base: Any) -> None:
+    source = random_inputs(seed=1)
+    swap = in_subspaces(model, pyvene.AdditionIntervention)
+    with pytest.raises(
+        ValueError, match="position 8 of block_output at layer 1 is listed twice in example 0, and some"
+    ):
+        swap(base, [source], {"sources->base": [[[8, 8]] * 3]})
+    with pytest.raises(ValueError, match=r"position 8 .* listed twice"):  # -1 is the same column
+        swap(base, [source], {"sources->base": [[[8, -1]] * 3]})
+    # Filling up the rows of examples with fewer places is fine: those are edited once.
+    with torch.no_grad():
+        filled = swap(base, [source], {"sources->base": [[[7, 8], [8, 8], [8, 8]]]})[1].logits
+        alone = swap(base, [source], {"sources->base": 8})[1].logits
+        torch.testing.assert_close(filled[1:], alone[1:])
+    # One place of the source may go to two of base, and two readings of a place are two.
+    swap(base, [source], {"sources->base": ([[[8, 8]] * 3], [[[7, 8]] * 3])})
+    collect = in_subspaces(model, pyvene.CollectIntervention)
+    (read,) = collect(base, unit_locations={"base": [[[8, 8]] * 3]})[0][1]
+    first, second = read.reshape(3, 2, -1).unbind(1)
+    assert torch.equal(first, second)
+    heads = pyvene.RepresentationConfig(layer=1, component="head_attention_value_output", unit="h.pos")
+    by_head = IntervenableModel(
+        pyvene.IntervenableConfig(representations=[heads], intervention_types=pyvene.ZeroIntervention), model
+    )
+    with pytest.raises(
+        ValueError, match="head 1 of head_attention_value_output at layer 1 is listed twice in example 0"
+    ):
+        by_head(base, unit_locations={"base": [[[[1, 1]] * 3, [[8]] * 3]]})
 
 
 def test_subspaces_that_pyvene_mixes_up_are_refused(model: Any, base: Any) -> None:

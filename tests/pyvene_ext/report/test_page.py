@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from plotly.offline import get_plotlyjs
-from scipy.stats import spearmanr
 
 from pyvene_ext.io.files import write_csv, write_json, write_yaml
 from pyvene_ext.report import Run, write_report
@@ -24,6 +23,7 @@ from pyvene_ext.report.routes import Routes, draw_routes
 from pyvene_ext.report.run import by_group, columns
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import View, write_views
+from pyvene_ext.stats import spearman
 from tests.browser import in_browser, needs_browser
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -315,10 +315,26 @@ def test_a_table_with_more_than_one_row_a_head_has_a_map_for_each_thing(tmp_path
 def test_of_several_runs_the_same_heads_are_correlated(tmp_path: Path) -> None:
     a, b = _run(tmp_path / "a", 0), _run(tmp_path / "b", 1)
     page = _page(tmp_path / "a", tmp_path / "b")
-    rho, p = spearmanr(a, b)
+    rho, p = spearman(a, b)
     cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index("Side by side") :])
     assert cells[:7] == ["a", "b", "heads.csv", "effect", "6", f"{float(f'{rho:.3f}'):.4g}", f"{float(f'{p:.2g}'):.4g}"]
     assert cells[7:11] == ["a", "b", "heads.csv", "score"]  # not the ends of an interval
+
+
+def test_heads_of_different_weights_are_not_correlated(tmp_path: Path) -> None:
+    for name, seed, weights in (("a", 0, "w1"), ("b", 1, "w1"), ("c", 2, "w2"), ("d", 3, None)):
+        _run(tmp_path / name, seed)
+        facts = {"command": "python x.py"} | ({"weight_hash": weights} if weights else {})
+        write_json(tmp_path / name / "summary.json", facts)
+    page = _page(*(tmp_path / name for name in "abcd"))
+    page = page[page.index("Side by side") :]
+    cells = re.findall(r"<tr><td[^>]*>([a-d])</td><td[^>]*>([a-d])</td>", page)
+    assert set(cells) == {("a", "b"), ("a", "d"), ("b", "d"), ("c", "d")}, (
+        "where a run does not say, it may be the same model"
+    )
+    assert "Not correlated, because the weights differ" in page and ": a and c; b and c.</p>" in page
+    alone = _page(tmp_path / "a", tmp_path / "c")
+    assert "<p>Not correlated" in alone and "Spearman" not in alone[alone.index("Side by side") :]
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_permutation_p_counts_ties_with_the_observed_value():
     b = np.array([[0.3, 0.3, 0.3, 0.9]])
     # Only where the odd one goes matters: a quarter of all permutations give exactly r = 1.
     found = stats.correlate_heads(a, b, n_resamples=4000)
-    assert found.pearson.p_within_layers == pytest.approx(0.25, abs=0.03)
+    assert found.pearson.p_within_layers == found.pearson.p == 0.25
     assert found.spearman.p_within_layers == pytest.approx(0.25, abs=0.03)
     # One head a layer: nothing can be permuted.
     assert stats.correlate_heads(a.T, b.T, n_resamples=50).pearson.p_within_layers == 1.0
@@ -234,10 +234,36 @@ def test_fewer_than_three_pairs_give_nan_and_a_note(n):
     assert math.isnan(found.pearson.r) and math.isnan(found.spearman.p_within_layers)
 
 
+@pytest.mark.parametrize("n", [3, 4, 5, 7])
+def test_of_few_pairs_p_is_that_of_all_permutations(n):
+    """SciPy's formula gives 0 for four pairs in the same order."""
+    rng = np.random.default_rng(n)
+    pairs = [(np.arange(n, dtype=float), np.arange(n) ** 2.0), tuple(rng.random((2, n)))]
+    pairs.append((np.round(pairs[1][0], 1), np.repeat([0.0, 1.0], [1, n - 1])))
+    for a, b in pairs:
+        found = stats.correlate_heads(a[None], b[None], n_resamples=10)
+        for name, x, y in (("pearson", a, b), ("spearman", scipy_stats.rankdata(a), scipy_stats.rankdata(b))):
+            here = getattr(found, name)
+            as_large = [abs(np.corrcoef(x, p)[0, 1]) >= abs(here.r) - 1e-9 for p in itertools.permutations(y)]
+            assert here.r == pytest.approx(np.corrcoef(x, y)[0, 1])
+            assert here.p == here.p_within_layers == pytest.approx(np.mean(as_large)) and here.p >= 1 / math.factorial(
+                n
+            )
+            assert np.isnan([here.low, here.high]).all()
+        assert stats.spearman(a, b) == (pytest.approx(found.spearman.r), found.spearman.p)
+        assert found.note.startswith(f"{n} pairs: exact p")
+    assert stats.correlate_heads(np.eye(3, 2), np.eye(3, 2), n_resamples=10).note.startswith("6 pairs"), (
+        "of layers together"
+    )
+    more = np.arange(8.0), np.arange(8.0) ** 2
+    assert stats.spearman(*more)[1] == scipy_stats.spearmanr(*more).pvalue
+    assert stats.correlate_heads(*(x[None] for x in more), n_resamples=50).pearson.low > 0
+
+
 def test_three_pairs_are_enough():
     found = stats.correlate_heads(HAND_A[:, 1:4], HAND_B[:, 1:4], n_resamples=500)
     assert found.pearson.r == pytest.approx(1) and found.spearman.r == pytest.approx(1)
-    assert found.pearson.high <= 1
+    assert np.isnan([found.pearson.low, found.pearson.high]).all(), "no interval of three"
 
 
 def test_integers_and_booleans_are_taken_as_numbers():
@@ -476,11 +502,24 @@ def test_r_squared_of_a_case_worked_by_hand() -> None:
     off = y + np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     both = np.stack([off, y])
     np.testing.assert_allclose(stats.r_squared(y, both), [1 - 5 / 32, 1])
-    # The second item twice, the first not: means 11/3 and 2.
+    # The second item twice, the first not; about the same means: 0 and 4 twice, 4 and 16.
     found = stats.r_squared(y, both, np.array([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]]))
-    there = 2 * (3 - 11 / 3) ** 2 + (5 - 11 / 3) ** 2 + 4 + 4 + 16
+    there = 2 * 4 + 4 + 16
     np.testing.assert_allclose(found, np.array([[1 - 8 / there, 1 - 5 / 32], [1.0, 1.0]]))
     assert np.isnan(stats.r_squared(np.full((3, 1), 0.1), y[:, :1]))
+
+
+@pytest.mark.parametrize("n", [6, 12, 40])
+def test_r_squared_lies_in_the_middle_of_its_resamples(n: int) -> None:
+    """Of predictions near the mean, which tell nothing: about half of the resamples score more, whatever the number of items."""
+    for seed in range(20):
+        draw = rng(seed, "values")
+        y = draw.normal(size=(n, 1))
+        predicted = y.mean(0) + 0.3 * draw.normal(size=(n, 1))
+        value = stats.r_squared(y, predicted)
+        resampled = stats.r_squared(y, predicted, stats.cluster_shares(np.arange(n), rng(seed, "shares"), 500))
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        assert low <= value <= high and 0.3 < (resampled > value).mean() < 0.7
 
 
 def test_cluster_shares_take_whole_groups() -> None:

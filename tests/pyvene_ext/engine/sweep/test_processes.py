@@ -378,7 +378,7 @@ def run_here(*flags: Any) -> dict[str, np.ndarray]:
     return {"code": np.array(code), "said": np.array(said.getvalue())}
 
 
-MODES = {"all": (), "screen": ("--screen", "atp", "--tau", 1), "width": ("--width", 0.6, "--block", 3)}
+MODES = {"all": (), "screen": ("--screen", "atp", "--tau", 1), "width": ("--tau", 0.1, "--width", 0.6, "--block", 3)}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -55,7 +55,14 @@ def number(model: Any, family: str, x: torch.Tensor, queries: list[int], hub: in
 
 
 def by_hand(
-    model: Any, family: str, prompts: TokenizedPrompts, baseline: str, kind: str, fixed: tuple[int, ...], steps: int
+    model: Any,
+    family: str,
+    prompts: TokenizedPrompts,
+    baseline: str,
+    kind: str,
+    fixed: tuple[int, ...],
+    steps: int,
+    given: tuple[int, ...] = (0,) * len(LENGTHS),
 ) -> tuple[list[np.ndarray], list[float], list[float]]:
     """Token attributions, f of the prompt and of its baseline."""
     table = model.get_input_embeddings()(torch.arange(model.config.vocab_size)).detach()
@@ -67,7 +74,7 @@ def by_hand(
             len(ids), 1
         )
         for token, of in enumerate(ids):
-            if of in fixed:
+            if of in fixed or token < given[prompt]:
                 start[token] = end[token]
         along: Any = None
         if kind == "own":
@@ -128,6 +135,36 @@ def test_attributions_are_the_gradients_summed_by_hand(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["attention", "own", "direction"])
+@pytest.mark.parametrize("given", [(4, 2, 6, 3), (3, 0, 0, 1)])
+def test_tokens_that_are_given_stay_as_they_are_and_are_read_once(
+    family: str, kind: str, given: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts, widths = random_model(family).double(), random_prompts(LENGTHS), []
+    asked = target(kind, model)
+    own = type(model.base_model).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        widths.append(kwargs["inputs_embeds"].shape[1])
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.base_model), "forward", counted)
+    found = integrated_gradients(model, prompts, asked, steps=STEPS, given=given, batch_size=4)
+    monkeypatch.undo()
+    first = min(given)
+    assert widths == [first] * (first > 0) + [12 - first] * (len(widths) - (first > 0))
+    tokens, values, bases = by_hand(double(family), family, prompts, "mean", kind, (), STEPS, given)
+    size = max(1.0, *(np.abs(some).max() for some in tokens))
+    for prompt, some in enumerate(tokens):
+        np.testing.assert_allclose(found.tokens[prompt], some, atol=1e-5 * size, rtol=0)
+        assert not some[: given[prompt]].any() and some.any()
+    np.testing.assert_allclose(found.value, values, atol=1e-5 * size)
+    np.testing.assert_allclose(found.at_baseline, bases, atol=1e-5 * size)
+    with pytest.raises(ValueError, match="4 tokens of prompt 1 cannot be given: its first query is token 3"):
+        integrated_gradients(model, prompts, asked, given=(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_with_enough_steps_attributions_add_up(family: str) -> None:
     model, prompts = random_model(family), random_prompts(LENGTHS)
     asked = target("attention", model)
@@ -141,6 +178,22 @@ def test_with_enough_steps_attributions_add_up(family: str) -> None:
     assert many.complete.all() and not few.complete.all()
 
 
+def test_prompts_that_are_not_complete_are_attributed_with_more_steps() -> None:
+    model, prompts = random_model("llama3_1"), random_prompts(LENGTHS)
+    asked = target("attention", model)
+    few = integrated_gradients(model, prompts, asked, steps=2)
+    found = integrated_gradients(model, prompts, asked, steps=2, most_steps=17)
+    assert not few.complete.all() and set(found.steps) <= {2, 6, 17} and found.steps.max() > 2
+    for prompt in range(len(prompts)):
+        tried = [integrated_gradients(model, prompts, asked, steps=steps) for steps in (2, 6, 17)]
+        first = next((some for some in tried if some.complete[prompt]), tried[-1])
+        assert found.steps[prompt] == first.steps[prompt]
+        np.testing.assert_allclose(found.tokens[prompt], first.tokens[prompt], atol=1e-6)
+        assert (found.value[prompt], found.at_baseline[prompt]) == pytest.approx(
+            (first.value[prompt], first.at_baseline[prompt])
+        )
+
+
 def test_half_precision_is_attributed_along_points_that_are_not_rounded_in_between() -> None:
     model, prompts = random_model("llama3_1"), random_prompts(LENGTHS)
     asked = target("attention", model)
@@ -152,13 +205,13 @@ def test_half_precision_is_attributed_along_points_that_are_not_rounded_in_betwe
 
 
 def test_a_target_that_nothing_changes_is_not_complete() -> None:
-    found = InputAttribution((np.zeros(3), np.ones(3)), np.array([0.5, 4.0]), np.array([0.5, 1.0]))
+    found = InputAttribution((np.zeros(3), np.ones(3)), np.array([0.5, 4.0]), np.array([0.5, 1.0]), np.array([2, 3]))
     assert np.isnan(found.error[0]) and found.error[1] == 0
     assert found.complete.tolist() == [False, True]
     again = InputAttribution.from_dict(found.as_dict())
     np.testing.assert_array_equal(again.error, found.error)
     assert [some.tolist() for some in again.tokens] == [[0, 0, 0], [1, 1, 1]]
-    assert InputAttribution((np.array([1.05]),), np.ones(1), np.zeros(1)).complete.tolist() == [False]
+    assert InputAttribution((np.array([1.05]),), np.ones(1), np.zeros(1), np.ones(1)).complete.tolist() == [False]
 
 
 def test_the_model_is_left_as_it_was_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

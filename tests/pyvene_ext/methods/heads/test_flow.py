@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CodeGenConfig, CodeGenForCausalLM, PreTrainedModel
 
 from pyvene_ext.intervenable.truth import Truth
@@ -152,28 +153,74 @@ def test_what_a_head_cannot_see_has_exactly_no_importance(family: str) -> None:
     assert attention[layers][:, :, source == target - window + 1].any()
 
 
-def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cells", "sent"), [(1, 1), (9, 4 * 9 * 42), (42 * 9, 2**24)]
+)  # one head at a time, four of six, all
+def test_the_size_of_a_chunk_changes_nothing(cells: int, sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("qwen2_5")
     whole = routes(model)
-    for cells in (1, 42 * 9 * 9 * 4, 42 * 9 * 2):  # one f at a time, four heads of six, two targets
-        monkeypatch.setitem(flow_module.CELLS, "cpu", cells)
-        assert same(routes(model), whole)
+    monkeypatch.setitem(flow_module.CELLS, "cpu", cells)
+    monkeypatch.setattr(flow_module, "SENT", sent)
+    assert same(routes(model), whole)
 
 
-def test_no_more_is_held_at_once_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    own = flow_module.proximity
+class Largest(TorchDispatchMode):
+    """Remembers how many entries the largest tensor has that is computed meanwhile."""
 
-    def counted(parts: Tensor, node: Tensor) -> Tensor:
-        sizes.append(parts.numel())
-        return own(parts, node)
+    entries = 0
 
-    monkeypatch.setattr(flow_module, "proximity", counted)
-    for cells, most in ((42 * 9 * 9 * 4, 42 * 9 * 9 * 4), (42 * 9 * 2, 42 * 9 * 2), (1, 42 * 9 * 2)):
-        monkeypatch.setitem(flow_module.CELLS, "cpu", cells)
-        sizes.clear()
-        routes(random_model("qwen2_5"))
-        assert 0 < max(sizes) <= most  # mlp_out and resid_mid, two parts a token, are always held together
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor) and x._base is None:
+                self.entries = max(self.entries, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("few", [1, 16])
+def test_no_more_is_held_at_once_than_a_chunk(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a million entries of f, six thousand."""
+    monkeypatch.setattr(flow_module, "FEW", few)
+    generator, cells = torch.Generator().manual_seed(0), 6000
+    pattern = torch.rand(4, 50, 50, generator=generator).tril()
+    sent, node = torch.randn(4, 50, 96, generator=generator), torch.randn(50, 96, generator=generator)
+    with Largest() as largest:
+        flow_module._proximity_of_heads(pattern, sent, node, None, cells)
+    assert largest.entries <= max(4 * cells, pattern.numel(), sent.numel()) < pattern.numel() * 96 / 30
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("few", [1, 16, 10**9])  # every part by single dimensions, most of them, none
+def test_the_proximity_of_many_parts_is_that_of_each(few: int, scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that is mostly small, nodes with zeros and outliers, a dimension to which nothing is sent."""
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(flow_module, "FEW", few)
+    pattern = (4 * torch.randn(3, 7, 11, generator=generator)).softmax(-1).tril(4)
+    sent, node = torch.randn(3, 11, 80, generator=generator), 2 * torch.randn(7, 80, generator=generator)
+    node[0], node[:, 3], node[:, 5], sent[:, :, 5], sent[:, :, 7] = 0, 0, 90, 40, 0
+    scale = torch.randn(7, 80, generator=generator) if scaled else torch.ones(7, 80)
+    scale[2:, 4] = 1 - scaled
+    parts = pattern.double()[..., None] * sent[:, None] * scale[:, None]
+    expected = [[[near(parts[h, t, s], node[t].double()) for s in range(11)] for t in range(7)] for h in range(3)]
+    for cells in (1, 4096):
+        found = flow_module._proximity_of_heads(pattern, sent, node, scale if scaled else None, cells)
+        assert found.numpy() == pytest.approx(np.array(expected), rel=1e-5, abs=1e-5)
+    assert np.count_nonzero(expected) > 50 and not np.array(expected)[:, 0].any()
+
+
+def test_the_last_targets_alone_have_the_importances_they_have_among_all() -> None:
+    model, first = random_model("gemma2"), [4, 0, 6]
+    all_of_them = routes(model)
+    found: dict[tuple[int, int], flow_module.LayerFlow] = {}
+    flow_module.read_flow(
+        model, PROMPTS, lambda layer, prompt, seen: found.update({(layer, prompt): seen}), first=first, progress=False
+    )
+    assert sorted(found) == [(layer, prompt) for layer in range(len(all_of_them.mlp[0])) for prompt in range(3)]
+    for (layer, prompt), seen in found.items():
+        for name in ARRAYS:
+            expected = getattr(all_of_them, name)[prompt][layer]
+            expected = expected[:, first[prompt] :] if name == "attention" else expected[first[prompt] :]
+            assert getattr(seen, name) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_layer_s_activations_are_forgotten_when_the_next_one_runs() -> None:

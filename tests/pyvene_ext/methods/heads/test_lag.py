@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pyvene_ext.methods.heads.lag import (
+    LagCurves,
+    RankedHeads,
     ablate_attention,
     curves_of,
     lag_crp,
@@ -16,9 +19,11 @@ from pyvene_ext.methods.heads.lag import (
     layers_of,
     plus_one,
     plus_one_bias,
+    plus_one_first,
     rank_heads,
     recalled,
 )
+from pyvene_ext.methods.heads.lag_tables import lag_summary, lag_task
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.joint import members
 
@@ -70,6 +75,54 @@ def test_the_cue_at_the_end_is_dropped_and_the_numbers_are_read_at_their_lags() 
         assert plus_one(curves)[i, j] == row[8]
         assert plus_one_bias(curves)[i, j] == pytest.approx(row[8] - sum(row[k] for k in far) / 3)
         assert recalled(curves)[i, j] == pytest.approx(sum(row) - row[7])
+
+
+def test_a_start_token_comes_first_and_is_no_part_of_the_list() -> None:
+    plain, with_bos = lag_prompts(POOL, 12, 3, 42), lag_prompts(POOL, 12, 3, 42, (7,))
+    assert [(7, *ids) for ids in plain.input_ids] == list(with_bos.input_ids)
+    assert plain.answer_ids == with_bos.answer_ids
+    probabilities = np.random.default_rng(0).random((3, 14)).astype(np.float32)
+    np.testing.assert_array_equal(curves_of(probabilities, 1), probabilities[:, 1:13].astype(np.float64))
+
+
+def test_lag_1_comes_first_if_no_other_token_of_the_list_is_likelier() -> None:
+    curves = np.array([[0.1, 0.1, 0.9, 0.2], [0.3, 0.1, 0.9, 0.2], [0.1, 0.0, 0.0, 0.2]])
+    assert plus_one_first(curves).tolist() == [True, False, True]
+
+
+def summary_of(own: np.ndarray, clean: np.ndarray, random: list[np.ndarray]) -> dict[str, Any]:
+    heads = RankedHeads(((0, 0),), [((0, 1),), ((0, 2),)], {})
+    return lag_summary(LagCurves(1, own, np.array(random)), clean, heads, "induction", 0)
+
+
+def test_the_summary_says_which_measure_carries_the_effect() -> None:
+    clean = np.full((20, 12), 1e-6)
+    clean[:, 7] = 1e-4 * (1 + np.random.default_rng(3).random(20))
+    gone = clean.copy()
+    gone[:, 7] = 1e-6
+    row = summary_of(gone, clean, [clean, 0.9 * clean])
+    assert row["carried by"] == "p(+1) and lag-CRP(+1)"
+    assert row["crp change"] == pytest.approx(lag_crp(gone)[7] - lag_crp(clean)[7])
+    assert row["crp share as low"] == row["share as low"] == pytest.approx(1 / 3)
+    # All of the list falls alike: lag-CRP is what it was. As much with random heads: neither.
+    assert summary_of(0.01 * clean, clean, [clean, clean])["carried by"] == "p(+1)"
+    assert summary_of(gone, clean, [clean, gone])["carried by"] == "neither"
+    # With random heads p(+1) falls below that of far lags (of 12 tokens, -6), but it keeps more of the list.
+    below = np.zeros_like(clean)
+    below[:, 0], below[:, 7] = 2e-5, 1e-5
+    assert summary_of(gone, clean, [below, below])["carried by"] == "lag-CRP(+1)"
+
+
+def test_what_the_untouched_model_does_is_said_with_what_makes_it() -> None:
+    noise = np.random.default_rng(4).random((16, 12)) * 1e-3
+    assert lag_task(noise, 0)[0].startswith("THE MODEL DOES NOT DO THE TASK")
+    one = noise.copy()
+    one[5, 7] = 0.5
+    assert "one permutation of 16 makes 98% of p(+1)" in lag_task(one, 0)[-1]
+    does = noise.copy()
+    does[:, 7] = 0.3
+    (said,) = lag_task(does, 0)
+    assert "likeliest token in 16 of 16 permutations (1.5 by chance)" in said and "makes" not in said
 
 
 def test_lag_crp_is_that_of_recalls_counted() -> None:

@@ -21,6 +21,7 @@ from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.patching import patch as patch_module
 from pyvene_ext.methods.patching import sweep_paths as sweep_paths_module
 from pyvene_ext.methods.patching.patch import (
     Patch,
@@ -28,6 +29,7 @@ from pyvene_ext.methods.patching.patch import (
     all_patches,
     all_paths,
     patch,
+    patch_passes,
 )
 from pyvene_ext.methods.patching.subspace import RANK, concept_direction, concept_directions
 from pyvene_ext.models.replay import Replay
@@ -1339,3 +1341,55 @@ def test_logits_that_are_not_finite_are_said_and_leave_nothing() -> None:
         with pytest.raises(ValueError, match="not finite"):
             patch(model, MIXED, BASE, SOURCE, engine=engine, progress=False)
         assert traces(model) == before
+
+
+# --- What it costs ---
+
+LAYER_2 = ("q.2.0", "k.2.0")
+COSTS: dict[str, Callable[[Any], list[Patch]]] = {
+    "patches": lambda config: [*all_patches(config, "z"), *all_patches(config, "mlp_out", positions="last")],
+    "paths": lambda config: [*all_paths(config, "logits"), *all_paths(config, LAYER_2)],
+    "direct paths": lambda config: all_paths(config, LAYER_2, direct=True),
+    "paths to several layers": lambda config: all_paths(config, ("q.1.0", "q.2.0"), positions="last")[:3],
+}
+
+
+@pytest.mark.parametrize("case", COSTS)
+def test_the_cost_in_passes_is_about_what_is_run(case: str) -> None:
+    model = _model("llama3_1")
+    specs = COSTS[case](model.config)
+    tokens = 0
+
+    def count(_: nn.Module, args: tuple[Tensor]) -> None:
+        nonlocal tokens
+        tokens += args[0].shape[:-1].numel()
+
+    expected = patch_passes(model, specs, BASE, SOURCE)
+    with ExitStack() as stack:
+        for block in model.model.layers:
+            stack.callback(block.mlp.register_forward_pre_hook(count).remove)
+        patch(model, specs, BASE, SOURCE, progress=False)
+    passes = tokens / (sum(LENGTHS) * len(model.model.layers))
+    assert passes / 1.5 <= expected <= 1.5 * passes
+
+
+def test_some_of_very_many_patches_tell_what_all_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("llama3_1")
+    specs = all_patches(model.config, "z")
+    whole = patch_passes(model, specs, BASE, SOURCE)
+    monkeypatch.setattr(patch_module, "PLANNED", len(specs) // 2)
+    planned: list[int] = []
+    original = patch_module.plan_resolved
+    monkeypatch.setattr(
+        patch_module,
+        "plan_resolved",
+        lambda resolved, *args, **how: planned.append(len(resolved.specs)) or original(resolved, *args, **how),
+    )
+    assert whole / 1.5 < patch_passes(model, specs, BASE, SOURCE) < 1.5 * whole and planned[0] < len(specs)
+
+
+def test_the_cost_of_what_cannot_be_patched_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to run"):
+        patch_passes(_model("llama3_1"), [], BASE, SOURCE)
+    with pytest.raises(ValueError, match="source prompts"):
+        patch_passes(_model("llama3_1"), all_patches(_model("llama3_1").config, "z"), BASE, SOURCE.take([0]))

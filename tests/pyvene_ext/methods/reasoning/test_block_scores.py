@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ import torch
 from scipy.stats import rankdata
 
 from pyvene_ext.methods.heads.flow import flow_routes
-from pyvene_ext.methods.reasoning.block_scores import BlockScores, block_scores, pattern_scores
+from pyvene_ext.methods.reasoning import block_scores as module
+from pyvene_ext.methods.reasoning.block_scores import BlockScores, block_scores, check_scores, pattern_scores
+from pyvene_ext.methods.reasoning.evaluate import Results
 from pyvene_ext.prompts.problems import Problem, Questions
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
@@ -97,6 +101,74 @@ def test_composite_is_the_mean_rank_and_the_usual_hub_the_most_frequent() -> Non
     assert first.max() == 1 and first.min() == 0 and first.argmax() == flow.mean(0).argmax()
     fewer = BlockScores(flow[:3], hub[:3], skip[:3], hub_at)
     assert fewer.usual_hub().tolist() == [[1, 2, 2], [3, 0, 0]]
+
+
+def test_patterns_and_importances_are_reduced_layer_by_layer() -> None:
+    """Arrays never hold more than one layer of one prompt at a time, with its copies."""
+    model, length = random_model("llama3_1"), 60
+    one = Problem(question="?", solution="", answer=0, steps=1)
+    given = Questions((one,) * 8, random_prompts((length,) * 8), (4,) * 8, (range(4, 50),) * 8, tuple(range(8)))
+    config = model.config
+    tracemalloc.start()
+    block_scores(model, given)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * 4 * config.num_attention_heads * length**2 < 4 * config.num_hidden_layers * 8 * length**2
+
+
+def test_without_flow_no_flow_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = random_model("llama3_1"), questions()
+    expected = block_scores(model, given)
+    monkeypatch.setattr(module, "read_flow", None)
+    found = block_scores(model, given, flow=False)
+    assert found.flow is None
+    for name in ("hub", "skip", "hub_at"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert (found.of("hub") == expected.of("hub")).all()
+    for score in ("flow", "composite"):
+        with pytest.raises(ValueError, match=f"there is no {score}, as flow was not computed"):
+            found.of(score)  # type: ignore[arg-type]
+
+
+def test_hub_and_skip_need_patterns_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> None:
+        raise ValueError("no routes; sorry.")
+
+    monkeypatch.setattr(module, "check_routes", refuse)
+    check_scores(random_model("llama3_1"), "hub")
+    with pytest.raises(ValueError, match="heads cannot be ranked here: no routes; give heads"):
+        check_scores(random_model("llama3_1"), "composite")
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_an_interrupted_run_goes_on_with_the_prompts_that_are_missing(
+    flow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given, results = random_model("llama3_1"), questions(), Results(tmp_path, {"model": "a"})
+    expected = block_scores(model, given, flow=flow)
+    reader = "read_flow" if flow else "read_patterns"
+    own, run = getattr(module, reader), []
+
+    def stops(*args: Any, **options: Any) -> None:
+        if len(run) == 1:
+            raise KeyboardInterrupt
+        run.append(args[1].input_ids)
+        own(*args, **options)
+
+    monkeypatch.setattr(module, reader, stops)
+    with pytest.raises(KeyboardInterrupt):
+        block_scores(model, given, flow=flow, batch_size=3, results=results)
+    assert run.pop() == given.prompts.input_ids[:3]
+    found = block_scores(model, given, flow=flow, batch_size=3, results=results)
+    assert run == [given.prompts.input_ids[3:]]
+    for name in ("flow", "hub", "skip", "hub_at"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert (a is None and b is None) or (a.dtype == b.dtype and np.allclose(a, b, atol=1e-6))
+    # Of other blocks, and with or without flow, they are computed.
+    run.clear()
+    block_scores(model, replace(given, blocks=(range(2, 7), *BLOCKS[1:])), flow=flow, batch_size=3, results=results)
+    assert run == [given.prompts.input_ids[:3]]
+    assert (block_scores(model, given, flow=not flow, results=results).flow is None) == flow
 
 
 @pytest.mark.parametrize("block", [range(0), range(0, 3), range(5, 9)])

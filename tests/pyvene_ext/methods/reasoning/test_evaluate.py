@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from modelcards import n_layers, window
 from pyvene_ext.engine.compile import Compiled, compile_spec
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.reasoning import evaluate as module
 from pyvene_ext.methods.reasoning.evaluate import (
     Evaluation,
     Results,
@@ -36,6 +39,7 @@ from pyvene_ext.prompts.problems import (
     tokenize_problems,
     with_reasoning,
 )
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.ablation import Ablation, donors
 from pyvene_ext.specs.joint import Spec, members
 from tests.ground_truth import ablations as slow
@@ -302,6 +306,76 @@ def test_texts_that_end_at_once_and_batches_of_any_size() -> None:
     )
     assert one.ids == all_at_once.ids
     np.testing.assert_allclose(one.confidence, all_at_once.confidence, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "new", "reasoning", None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_prompts_begin_with_is_read_once(
+    family: str, scope: Scope | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHORTEST", 3)
+    model, questions = model_of(family), asked()
+    rows = tuple((7, 11, 5, *ids[3:]) for ids in questions.prompts.input_ids)
+    questions = replace(questions, prompts=replace(questions.prompts, input_ids=rows))
+    spec = None if scope is None else Ablation(kind="zero", site="z", layer=1, heads=(0, 2), positions="last")
+    seen: list[Any] = []
+    beginning = module._beginning
+    monkeypatch.setattr(module, "_beginning", lambda *args: seen.append(beginning(*args)) or seen[-1])
+    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 4}
+    often, once = (
+        evaluate(model, tokenizer(end=None), questions, spec, scope or "both", read_once=read, **options)
+        for read in (False, True)
+    )
+    assert often.ids == once.ids and len(set(often.ids)) > 1
+    np.testing.assert_allclose(once.confidence, often.confidence, rtol=1e-5)
+    windows = any(window(model.config, layer) for layer in range(n_layers(model.config)))
+    assert len(seen) == 1 and (seen[0] is None) == windows
+    if seen[0] is not None:
+        assert seen[0].length == 3
+
+
+def test_what_is_edited_is_not_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHORTEST", 2)
+    model = model_of("llama3_1")
+    rows = ((7, 11, 5, 3, 9), (7, 11, 5, 3, 8, 2))
+    batch = next(TokenizedPrompts(rows, pad_id=0).batches(2))
+    for place, length in ((3, 3), (2, 2), (0, None)):
+        spec = Ablation(kind="zero", site="resid_post", layer=1, positions=place)
+        resolved = resolve([spec], model, TokenizedPrompts(rows, pad_id=0), reference=None, directions={})
+        found = module._beginning(model, batch, "prompt", spec, resolved, 4)
+        assert (None if found is None else found.length) == length
+        assert module._beginning(model, batch, "both", spec, resolved, 4) is None
+    assert module._beginning(model, batch, "both", None, None, 4).length == 4  # type: ignore[union-attr]
+    assert module._beginning(model, next(batch_of_one(rows)), "both", None, None, 4) is None
+
+
+def batch_of_one(rows: Any) -> Any:
+    return TokenizedPrompts(rows, pad_id=0).batches(1)
+
+
+def test_a_text_ends_where_another_question_begins() -> None:
+    words = ["####", "12", "\nQuestion", ":", "so", "13", "\n", "<end>"]
+    joined = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(
+            WordLevel({word: at for at, word in enumerate(words)} | {f"<{i}>": i for i in range(8, VOCAB)}, "so")
+        ),
+        pad_token="so",
+        eos_token="<end>",
+    )
+    joined.decode = lambda ids, **_: "".join(joined.convert_ids_to_tokens(ids))  # type: ignore[method-assign]
+    model: Any = Writes([[4, 1, 2, 3, 5, 0, 5], [4, 5, 2, 5, 3, 4, 1], [2, 3, 1, 1, 1, 1, 1]])
+    found = evaluate(model, joined, asked((12,) * 3, (5,) * 3), max_new_tokens=7)
+    assert found.texts == ("so12", "so13\nQuestion13:so12", "") and found.ended.tolist() == [True, False, True]
+    assert found.answers == (12, None, None) and found.ids[0] == (4, 1, 2, 3)
+
+
+def test_answers_follow_the_rule_that_is_named() -> None:
+    texts = ([7, 12], [MARK, 12, 5])
+    for rule, answers in (("flexible-extract", (12, 12)), ("strict-match", (None, 12)), ("last-of-line", (12, 5))):
+        model: Any = Writes(texts)
+        found = evaluate(model, tokenizer(), asked((12,) * 2, (5,) * 2), max_new_tokens=6, rule=rule)  # type: ignore[arg-type]
+        assert found.answers == answers and found.rule == found.summary()["rule"] == rule
+        assert Evaluation.from_dict(json.loads(json.dumps(found.as_dict()))).rule == rule
 
 
 # -- what becomes of the texts -------------------------------------------------------------------------------------------
