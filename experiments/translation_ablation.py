@@ -228,7 +228,7 @@ def evidence(kind: str, setting: px.translation.Setting, rows: Rows, facts: dict
         f"{name} {of['clean'] - of[name]['mean']:.2f} on average, p = {of[name]['p']:.2g} ({facts['random_sets'][name]})"
         for name in CONTROLS
     )
-    effect = f"{len(facts['heads'])} heads ablated together ({kind}) take off the {setting.measure}"
+    effect = f"the heads ({len(facts['heads'])}), ablated together ({kind}), take off the {setting.measure}"
     n = len(setting.asked.plus) // (2 if setting.asked.in_couples else 1)
     return px.runs.Evidence(f"{n} {setting.items}", effect, drop, control, "a larger --limit with a larger --dataset")
 

@@ -153,7 +153,7 @@ def test_without_swaps_the_right_word_is_held_against_its_strongest_rival(
     assert float(found["logit_diff_clean"]) == pytest.approx(np.mean(clean), abs=1e-4)
     shown = capsys.readouterr().out
     assert "3 random sets of the same layers; least p 0.25" in shown and "above its strongest rival's" in shown
-    assert "evidence: 5 prompts; 1 heads ablated together (zero) take off" in shown
+    assert "evidence: 5 prompts; the heads (1), ablated together (zero), take off" in shown
 
 
 def test_real_text_without_swaps_is_asked_word_by_word(folder: Path) -> None:
