@@ -139,7 +139,8 @@ def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert meta["n"] == N
     written = {str(path.relative_to(tmp_path / "f")) for path in (tmp_path / "f").rglob("*") if path.is_file()}
     assert written == {
-        "clean.npy", "config.yaml", "deltas.npy", "mean_delta.npy", "frequency_vs_tau.csv", "heads.csv", "prompts.json", "attention.json",
+        "clean.npy", "config.yaml", "deltas.npy", "mean_delta.npy",
+        "frequency_vs_tau.csv", "heads.csv", "prompts.json", "attention.json",
         *(f"figures/{name}.{ending}" for name in ("frequency", "mean_delta", "frequency_vs_tau", "abs_delta")
           for ending in ("png", "pdf")),
     }  # fmt: skip
