@@ -16,7 +16,7 @@ SMOL, GEMMA = ("--model", "smollm2-135m-instruct"), ("--model", "gemma-3-270m")
 # Each head's output at the last token, where the answer is read, replaced by its mean there over the prompts.
 AT_LAST = ("--kind", "mean", "--mean", "per_position", "--positions", "last", "--tau", "1")
 
-LAST_NAMES = ("--answers", "first_difference")
+LAST_NAMES, ALL = ("--answers", "first_difference"), ("--limit", "100")
 
 
 class Section(NamedTuple):
@@ -68,13 +68,13 @@ grammar of their own, so that these numbers show how the studies work, not what 
 
 REAL_MODELS = [
     Section("Which heads does English IOI need? SmolLM2", [
-        "experiments/activation_frequencies_ifr.py", *SMOL, *AT_LAST, "--out", f"{REAL}/smol_ioi_en.npy",
+        "experiments/activation_frequencies_ifr.py", *SMOL, *AT_LAST, *ALL, "--out", f"{REAL}/smol_ioi_en.npy",
     ], figures=[(f"{REAL}/smol_ioi_en/figures/mean_delta.png", "SmolLM2: mean effect of every head on English IOI")]),
     Section("... and Gemma 3", [
-        "experiments/activation_frequencies_ifr.py", *GEMMA, *AT_LAST, *LAST_NAMES, "--out", f"{REAL}/gemma_ioi_en.npy",
+        "experiments/activation_frequencies_ifr.py", *GEMMA, *AT_LAST, *ALL, *LAST_NAMES, "--out", f"{REAL}/gemma_ioi_en.npy",
     ], figures=[(f"{REAL}/gemma_ioi_en/figures/mean_delta.png", "Gemma 3: mean effect of every head on English IOI")]),
     Section("Which heads does Chinese IOI need? Gemma 3", [
-        "experiments/activation_frequencies_ifr.py", *GEMMA, *AT_LAST, *LAST_NAMES, "--dataset", "ioi_zh",
+        "experiments/activation_frequencies_ifr.py", *GEMMA, *AT_LAST, *ALL, *LAST_NAMES, "--dataset", "ioi_zh",
         "--out", f"{REAL}/gemma_ioi_zh.npy",
     ], figures=[(f"{REAL}/gemma_ioi_zh/figures/mean_delta.png", "Gemma 3: mean effect of every head on Chinese IOI")]),
     Section("Are the heads of English and Chinese IOI the same?", [
@@ -98,28 +98,28 @@ REAL_MODELS = [
         "experiments/name_movers.py", *GEMMA, "--dataset", "ioi_zh", "--limit", "40", "--out", f"{REAL}/gemma_name_movers_zh",
     ]),
     Section("Induction heads of SmolLM2", [
-        "experiments/induction_scores.py", "--model_name", SMOL[1], "--output_dir", f"{REAL}/smol_induction",
-    ]),
+        "experiments/induction_scores.py", "--model_name", SMOL[1], "--repeats", "2", "--output_dir", f"{REAL}/smol_induction",
+    ], figures=[(f"{REAL}/smol_induction/figures/induction.png", "SmolLM2: induction score of every head")]),
     Section("... and of Gemma 3", [
-        "experiments/induction_scores.py", "--model_name", GEMMA[1], "--output_dir", f"{REAL}/gemma_induction",
+        "experiments/induction_scores.py", "--model_name", GEMMA[1], "--repeats", "2", "--output_dir", f"{REAL}/gemma_induction",
     ]),
     Section("What do induction heads do to memory? SmolLM2", [
-        "experiments/run_ablations.py", "--model_name", SMOL[1], "--output_dir", f"{REAL}/smol_lag",
+        "experiments/run_ablations.py", "--model_name", SMOL[1], "--permutations", "40", "--output_dir", f"{REAL}/smol_lag",
     ]),
     Section("... and Gemma 3", [
-        "experiments/run_ablations.py", "--model_name", GEMMA[1], "--output_dir", f"{REAL}/gemma_lag",
+        "experiments/run_ablations.py", "--model_name", GEMMA[1], "--permutations", "40", "--output_dir", f"{REAL}/gemma_lag",
     ]),
-    Section("Translation heads of Gemma 3", [
-        "experiments/translation_heads.py", *GEMMA, "--dataset", "en_fr", "--out", f"{REAL}/translation_heads",
-    ]),
+    Section("Translation heads of Gemma 3", ["experiments/translation_heads.py", *GEMMA, "--out", f"{REAL}/translation_heads"]),
     Section("... ablated, against random heads", [
-        "experiments/translation_ablation.py", *GEMMA, "--dataset", "en_fr", "--out", f"{REAL}/translation_ablation",
+        "experiments/translation_ablation.py", *GEMMA, "--kinds", "mean", "--limit", "12", "--n_random", "19",
+        "--out", f"{REAL}/translation_ablation",
     ]),
-    Section("Does reasoning need its attention pattern? SmolLM2", [
-        "experiments/critical_heads/force_attention.py", "--models", SMOL[1], "--limit", "24", "--out", f"{REAL}/force_attention",
+    Section("Which heads look critical in reasoning? SmolLM2", [
+        "experiments/critical_heads/rank_heads.py", "--models", SMOL[1], "--limit", "24", "--out", f"{REAL}/rank_heads",
     ]),
-    Section("... and the heads that look critical?", [
-        "experiments/critical_heads/ablate_heads.py", "--models", SMOL[1], "--limit", "24", "--out", f"{REAL}/ablate_heads",
+    Section("... and does reasoning need its attention pattern?", [
+        "experiments/critical_heads/force_attention.py", "--models", SMOL[1], "--limit", "16",
+        "--shapes", "hub", "uniform", "sequential", "--no_sweep", "--out", f"{REAL}/force_attention",
     ]),
 ]  # fmt: skip
 

@@ -241,7 +241,7 @@ def check_path(names: dict[str, Any]) -> None:
 def check_study(names: dict[str, Any], model_name: str) -> None:
     """The file that the page writes is read by the study; its numbers are those of hooks."""
     command = [sys.executable, ROOT / "experiments/activation_frequencies_ifr.py", "--dataset", "french.json"]
-    command += ["--model", model_name, "--out", "ifr.npy"]
+    command += ["--model", model_name, "--out", "ifr.npy", "--tau", "0.1"]
     subprocess.run(command, cwd=names["folder"], check=True, capture_output=True)
     frequencies = np.load(names["folder"] / "ifr.npy")
     prompts = px.PromptSet.load(names["folder"] / "french.json").tokenize(names["tokenizer"])

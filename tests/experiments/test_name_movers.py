@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,9 @@ def test_arrays_and_tables_equal_a_hand_recomputation(head: tuple[int, int]) -> 
         ("pooled", wanted["attention"].T.ravel(), wanted["projection"].T.ravel()),
     ):
         r, p = pearsonr(x, y)
+        if kind == "io":  # of six prompts p is exact: the share of orders whose |r| is as large
+            orders = [abs(np.corrcoef(x, np.array(order))[0, 1]) for order in itertools.permutations(y)]
+            p = np.mean(np.array(orders) >= abs(r) - 1e-9)
         assert row[f"r_{kind}"] == pytest.approx(r, abs=1e-3) and row[f"p_{kind}"] == pytest.approx(p, abs=1e-3)
         (of_kind,) = [
             line

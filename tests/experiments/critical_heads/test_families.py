@@ -33,8 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("rank_heads", ()),
         ("ablate_heads", ()),
         ("stratify_difficulty", ()),
-        ("attribute_inputs", ()),
-        ("attribute_inputs", ("--heads", "0.1")),
+        ("attribute_inputs", ("--by", "flow")),
         ("transplant_head", ("--fit_problems", "2")),
         ("transplant_head", ("--models", "tiny-qwen2.5", "--donor", MODEL, "--heads", "0.1", "--fit_problems", "2")),
         ("probe_layers", ("--mid",)),
@@ -62,7 +61,8 @@ def test_what_a_family_cannot_be_asked_is_said_before_problems_are_solved(
     ("module", "flags"),
     [
         (transplant_head, ("--heads", "0.1", "--donor_heads", "0.2", "--fit_problems", "2")),
-        (attribute_inputs, ("--heads", "0.1", "--hub", "0")),
+        (attribute_inputs, ()),
+        (attribute_inputs, ("--heads", "0.1")),
         (patch_hub, ()),
     ],
 )
