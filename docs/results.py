@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,11 @@ SMOL, GEMMA = ("--model", "smollm2-135m-instruct"), ("--model", "gemma-3-270m")
 AT_LAST = ("--kind", "mean", "--mean", "per_position", "--positions", "last", "--tau", "1")
 
 LAST_NAMES, ALL = ("--answers", "first_difference"), ("--limit", "100")
+
+
+TIME = re.compile(
+    r"^.*: (under a minute|about (a minute|\d+ (minutes|hours)))\n", re.MULTILINE
+)  # of the machine, not the study
 
 
 class Section(NamedTuple):
@@ -136,10 +143,11 @@ PAGES = {"results": (SHIPPED_HEAD, SHIPPED), "real_models": (REAL_HEAD, REAL_MOD
 
 def run(section: Section) -> str:
     """Run a study; quote what it prints and show its figures."""
-    command = f"python {' '.join(section.command)}"
+    command = shlex.join(["python", *section.command])
     print(f"{section.title}: {command}", file=sys.stderr)
     done = subprocess.run([sys.executable, *section.command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    printed = done.stdout.partition("\nwritten:")[0].strip("\n").replace(f"{ROOT}/", "")
+    printed = done.stdout.partition("\nwritten:")[0].replace(f"{ROOT}/", "")
+    printed = TIME.sub("", printed).strip("\n")
     shown = []
     for path, caption in section.figures:
         name = "_".join(Path(path).with_suffix(".png").parts[2:]).replace("_figures", "")

@@ -99,6 +99,7 @@ def main(config: Config) -> None:
     prompt_set = config.load_prompts()
     others = further_names(config, prompt_set)
     model, tokenizer = config.load_model()
+    px.methods.check_patterns(model)
     given = px.models.heads_of(config.heads, config.model, model)
     names = px.methods.find_names(prompt_set, tokenizer, others)
     if len(names.prompts) < 2:

@@ -87,6 +87,7 @@ def main(config: Config) -> None:
     run = px.RunFolder(config, "translation_heads", config.model)
     raw = {pair: px.translation.load_sentences(pair, config) for pair in config.pairs}
     model, tokenizer = config.load_model()
+    px.methods.check_patterns(model)
     wanted = px.models.heads_of(config.show_heads, config.model, model, "show_heads")
     sentences = {
         pair: px.translation.sentences_of(pair, of_pair, model, tokenizer, config, config.limit)

@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     run = px.RunFolder(config, "translation_lens", config.model, config.pair)
     setting = px.translation.prepare(config, config.heads)
     model, plus = setting.model, setting.asked.plus
-
+    px.methods.check_patterns(model)
     heads, seconds = setting.heads, 3 * px.runs.seconds_a_pass(model, plus)
     if not run.announce(f"the lens in two languages on {len(plus)} prompts", seconds, n=len(plus) // len(config.words)):
         return

@@ -227,7 +227,8 @@ def check_read(name: str, content: bytes, folder: Path) -> None:
     elif name.startswith("text"):
         assert all((pair.source + pair.target).encode() is not None for pair in found)
     elif name == "config.yaml":
-        assert type(found.tau) is float and type(found.abs) is bool and type(found.model) is str
+        assert found.tau is None or type(found.tau) is float
+        assert type(found.abs) is bool and type(found.model) is str
 
 
 # -- files of data and text --------------------------------------------------------------------------------------------
