@@ -444,6 +444,16 @@ def test_random_heads_repeat_with_the_seed():
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_rankings_of_the_only_other_heads_of_a_layer_begin_with_each_of_them() -> None:
+    """Else a set of few heads would have no more controls than the largest one, which here has a single one."""
+    ranked = [(0, head) for head in (3, 0, 5, 6)]
+    rankings = stats.random_rankings(ranked, 4, 1, 8, 20, np.random.default_rng(0))
+    assert len(rankings) == 20 and {frozenset(ranking) for ranking in rankings} == {
+        frozenset({(0, 1), (0, 2), (0, 4), (0, 7)})
+    }
+    assert [len(stats.first_of(rankings, ranked, n).sets) for n in (1, 2, 3, 4)] == [4, 6, 4, 1]
+
+
 def test_every_prefix_of_a_random_ranking_matches_that_of_the_ranked_heads():
     ranked = ((3, 0), (1, 2), (3, 5), (0, 1), (2, 2))
     rankings = stats.random_rankings(ranked, 4, 4, 8, 20, np.random.default_rng(0))
