@@ -80,8 +80,7 @@ class ModelCardTests:
 
     config: a tiny config of the family.
     model_classes: the classes with a card.
-    published: a config with heads like those of the family's default config, if config has others;
-        the widths of some streams are right only there.
+    published: if config has other heads, one with those of the family's default config, where all widths hold.
     no_width: streams whose width pyvene cannot spell, so that they have none.
     unchecked: streams that are not compared.
     """
