@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -75,8 +75,8 @@ class Config(px.flags.Regeneration, px.flags.Ranking):
     """how the maps are fitted"""
     alpha: Annotated[float, Gt(0)] | None = None
     """the penalty of ridge; by default a small one, for which there must be more tokens than dimensions"""
-    fit_problems: Annotated[int, Ge(2)] = 100
-    """problems with reasoning that the maps are fitted and tested on; the others are solved"""
+    fit_problems: Annotated[int, Ge(2)] | None = None
+    """problems with reasoning that maps are fitted and tested on; the others are solved; by default half, at most 100"""
     test_share: Annotated[float, Gt(0), Lt(1)] = 0.25
     """how many of these are for the test"""
     random_sets: Annotated[int, Ge(0)] = 20
@@ -103,6 +103,11 @@ class Config(px.flags.Regeneration, px.flags.Ranking):
         chosen = self.heads or self.donor_heads
         return self.n_heads or ((len(chosen),) if chosen else (1, 2, 4, 6))
 
+    @property
+    def for_maps(self) -> int:
+        """How many problems the maps are fitted on, which `main` chooses where the flag is not given."""
+        return self.fit_problems or 0
+
     def host_heads(self, number: int, model: PreTrainedModel) -> Heads:
         """As many heads of a host as are replaced at most; none where they are still to be ranked."""
         name = Path(self.models[number]).name
@@ -118,7 +123,8 @@ def main(config: Config) -> None:
     study = f"critical_heads/transplant_head/{Path(config.donor).name}"
     run = px.RunFolder(config, study, config.source, *config.models)
     problems = px.reasoning.find_problems(config)
-    px.runs.transplants.check_number(len(problems), config.fit_problems)
+    config = run.config = replace(config, fit_problems=config.fit_problems or min(100, len(problems) // 2))
+    px.runs.transplants.check_number(len(problems), config.for_maps)
     donor, tokenizer = config.load(config.donor)
     if not config.given_donor_heads(donor):
         px.methods.check_scores(donor)
@@ -185,7 +191,7 @@ def prepare(
         wanted=config.levels[-1],
         by=config.by,
         random_sets=config.random_sets,
-        fit_problems=config.fit_problems,
+        fit_problems=config.for_maps,
         method=config.method,
         alpha=config.alpha,
         test_share=config.test_share,
@@ -334,7 +340,7 @@ def summary(config: Config, facts: Row, fits: Sequence[Row], rows: Sequence[Row]
     lines = []
     for model, found in facts.items():
         lines.append(px.reasoning.counts(model, found))
-        lines.append(f"maps fitted on {config.fit_problems} of these; the {found['solved']} others are solved")
+        lines.append(f"maps fitted on {config.for_maps} of these; the {found['solved']} others are solved")
         lines.append(f"heads: {', '.join(found['heads'])}")
         for fit in (fit for fit in fits if fit["model"] == model):
             held = "; fewer tokens than dimensions, so alpha determines it" if fit["short"] else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 import sys
@@ -71,8 +72,11 @@ class Evidence:
         effect = self.effect
         if self.interval is not None:
             mean, low, high = map(float, self.interval)
-            effect += f" {mean:.3g} [{low:.3g}, {high:.3g}]"
-            if self.null is not None and not (low > self.null or high < self.null):  # NaN shows nothing either
+            known = math.isfinite(low) and math.isfinite(high)
+            effect += f" {mean:.3g}" + (
+                f" [{low:.3g}, {high:.3g}]" if known else ", without an interval, which proves nothing"
+            )
+            if known and self.null is not None and low <= self.null <= high:
                 effect += f", not told apart from {self.null:g}"
         return f"evidence: {self.sample}; {effect}; control: {self.control}; to sharpen it: {self.sharpen}"
 

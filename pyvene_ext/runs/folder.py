@@ -104,15 +104,17 @@ class RunFolder:
         """
         if is_main_process():
             print(work if seconds is None else f"{work}: {duration(seconds)}", flush=True)
-        if self.config.dry_run:
-            return False
         if seconds is not None and seconds > LONGEST and getattr(self.config, limit) is None:
             fits = int(n * (LONGEST - fixed) / max(seconds - fixed, 1))
             shorter = f"--{limit} {fits} takes {duration(LONGEST)}, and " if fits > 1 else ""
-            raise ValueError(
+            advice = (
                 f"all {n} take {duration(seconds)} here and nothing has been run: {shorter}--{limit} {n} runs them all."
             )
-        return True
+            if not self.config.dry_run:
+                raise ValueError(advice)
+            if is_main_process():
+                print(f"without --dry_run this stops: {advice}")
+        return not self.config.dry_run
 
     @contextmanager
     def writing(

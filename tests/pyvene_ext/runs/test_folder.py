@@ -136,7 +136,10 @@ def test_files_beside_the_folder_go_first_and_are_named(here: Path, capsys: pyte
 def test_the_plan_is_said_and_a_dry_run_ends_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert RunFolder(Config(limit=None), "lens", "a").announce("3 patches x 4 prompts", 30.0, n=4)
     assert not RunFolder(Config(dry_run=True), "lens", "a").announce("9 patches", 430.0, n=4)
-    assert capsys.readouterr().out == "3 patches x 4 prompts: under a minute\n9 patches: about 7 minutes\n"
+    assert not RunFolder(Config(limit=None, dry_run=True), "lens", "a").announce("9 patches", 7000.0, n=100)
+    *said, advice = capsys.readouterr().out.splitlines()
+    assert said == ["3 patches x 4 prompts: under a minute", "9 patches: about 7 minutes", "9 patches: about 2 hours"]
+    assert advice.startswith("without --dry_run this stops: all 100 take") and "--limit 8 takes" in advice
 
 
 def test_a_run_of_more_than_ten_minutes_starts_only_if_its_size_was_given() -> None:
@@ -151,17 +154,20 @@ def test_a_run_of_more_than_ten_minutes_starts_only_if_its_size_was_given() -> N
 def test_the_evidence_ends_a_study_and_is_in_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
     run = RunFolder(Config(), "lens", "a")
     shown = Evidence("9 prompts", "2.1 adds", Interval(1.23456, 0.5, 2.0), "none", "a larger --limit")
-    unsure = Evidence("9 prompts", "2.2 adds", Interval(0.1, -0.5, np.nan), "none", "a larger --limit")
+    unsure = Evidence("9 prompts", "2.2 adds", Interval(0.1, -0.5, 0.7), "none", "a larger --limit")
     with run.writing({"n": 9}, [shown, unsure, Evidence("9 prompts", "no head", None, "none", "--tau")]):
         pass
     assert capsys.readouterr().out.splitlines()[:4] == [
         "",
         "evidence: 9 prompts; 2.1 adds 1.23 [0.5, 2]; control: none; to sharpen it: a larger --limit",
-        "evidence: 9 prompts; 2.2 adds 0.1 [-0.5, nan], not told apart from 0; control: none; to sharpen it: a larger --limit",
+        "evidence: 9 prompts; 2.2 adds 0.1 [-0.5, 0.7], not told apart from 0; control: none; to sharpen it: a larger --limit",
         "evidence: 9 prompts; no head; control: none; to sharpen it: --tau",
     ]
+    alone = Evidence("1 prompt", "2.3 adds", Interval(0.3, np.nan, np.nan), "none", "a larger --limit")
+    assert "2.3 adds 0.3, without an interval, which proves nothing; control" in str(alone)
+    assert alone.facts["interval"] == [0.3, None, None]
     first, second, third = json.loads((run.path / "summary.json").read_text())["evidence"]
-    assert first["interval"] == [1.23456, 0.5, 2.0] and second["interval"][2] is None and third["interval"] is None
+    assert first["interval"] == [1.23456, 0.5, 2.0] and second["interval"][2] == 0.7 and third["interval"] is None
 
 
 def test_a_timed_pass_leaves_the_model_as_it_was() -> None:
