@@ -273,6 +273,6 @@ def test_the_evidence_of_all_studies_is_shown_at_the_end(
     monkeypatch.setattr(study.Part, "run", run)
     assert command("--only", "rank_heads", "patch_hub") == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evidence: ")]
-    assert [line.partition(" 2 [")[0] for line in said] == [
+    assert [line.partition(" 2, without an interval")[0] for line in said] == [
         f"evidence: 7 problems; {name}: something" for name in ("rank_heads", "patch_hub")
     ]
