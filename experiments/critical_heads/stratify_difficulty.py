@@ -153,17 +153,11 @@ def with_heads_ablated(
     config: Config, name: str, number: int, problems: Sequence[Problem], unfinished: Path
 ) -> ProblemEffects:
     """The model solves all problems without some heads."""
-    solver, _, heads, controls = px.runs.ablated.prepare(
-        config,
-        name,
-        problems,
-        unfinished,
-        wanted=config.n_heads,
-        by=config.by,
-        random_sets=config.random_sets,
-        named=config.heads,
-        ranking=config.ranking_of(number),
+    wanted, by, named, ranking = config.n_heads, config.by, config.heads, config.ranking_of(number)
+    loaded = px.runs.ablated.load(
+        config, name, problems, unfinished, wanted=wanted, by=by, named=named, ranking=ranking
     )
+    solver, _, heads, controls = px.runs.ablated.choose(loaded, wanted=wanted, by=by, random_sets=config.random_sets)
     sets = list({frozenset(some): some for some in controls}.values())
     reference = solver.transcripts(config.kind, [heads, *sets], config.donors)
     runs = [

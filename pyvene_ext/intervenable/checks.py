@@ -233,10 +233,10 @@ def check_places_once(
         if rows is None or isinstance(interventions[key], CollectIntervention):
             continue
         for level, of_level in zip(place.unit.split("."), rows if place.unit == "h.pos" else [rows], strict=True):
-            twice = [next((number for number in row if row.count(number) > 1), None) for row in of_level]
-            if None not in twice:
+            if all(len(set(row)) < len(row) for row in of_level):
+                twice = next(number for number in of_level[0] if of_level[0].count(number) > 1)
                 raise ValueError(
-                    f"{'head' if level == 'h' else 'position'} {twice[0]} of {place} is listed twice in example 0, and some "
+                    f"{'head' if level == 'h' else 'position'} {twice} of {place} is listed twice in example 0, and some "
                     "place in every other example, where the intervention would be applied once: list each place once."
                 )
 

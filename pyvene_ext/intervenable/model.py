@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -398,7 +398,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                     "out."
                 )
 
-    @property
+    @cached_property
     def _widths(self) -> dict[str, int | None]:
         """The last axis of what each key edits, where it is known."""
         components = {key: item.component for key, item in self.representations.items()}

@@ -456,16 +456,10 @@ def word_prompts(
         ValueError: no two pairs can be swapped at this word.
     """
     check_template(template)
-    if word < 0:
-        raise ValueError(f"word counts the words of a translation from 0, so it cannot be {word}; give 0 or more.")
-    dropped = Counter[str]()
+    targets, dropped = _targets(pairs, word)
     groups: dict[str, list[_Target]] = {}
-    for pair in pairs:
-        spans = word_spans(pair.target)
-        if len(spans) <= word:
-            dropped[f"no word {word} in the translation"] += 1
-            continue
-        target = _Target(pair, *spans[word])
+    for target in targets.values():
+        pair = target.pair
         groups.setdefault(pair.target[: target.start], []).append(target)
     rows: list[_Row] = []
     last_error = ""
@@ -520,17 +514,12 @@ def lone_word_prompts(
         ValueError: no pair has such a word.
     """
     check_template(template)
-    dropped = Counter[str]()
+    targets, dropped = _targets(pairs, word)
     source_of = {got: giver for giver, got in _partners(pairs, tokenizer).items()}
     rows: list[_Row] = []
     last_error = ""
-    for number, pair in enumerate(pairs):
-        spans = word_spans(pair.target)
-        if len(spans) <= word:
-            dropped[f"no word {word} in the translation"] += 1
-            continue
-        target = _Target(pair, *spans[word])
-        other = pairs[source_of[number]]
+    for number, target in targets.items():
+        pair, other = target.pair, pairs[source_of[number]]
         if other.source == pair.source or other.target[: target.end] == pair.target[: target.end]:
             dropped["another sentence of similar length asks for the same word"] += 1
             continue
@@ -589,6 +578,20 @@ class _Target(NamedTuple):
         """The spans of the source's first character and of the whole source in the prompt."""
         start = len(template.split("{source}")[0].format(source_label=label_of(languages[0])))
         return {"source_first": (start, start + 1), "source": (start, start + len(self.pair.source))}
+
+
+def _targets(pairs: Sequence[SentencePair], word: int) -> tuple[dict[int, _Target], Counter[str]]:
+    """The word asked for in the translation of every pair that is long enough, by the pair's number; and how many are not."""
+    if word < 0:
+        raise ValueError(f"word counts the words of a translation from 0, so it cannot be {word}; give 0 or more.")
+    found, dropped = {}, Counter[str]()
+    for number, pair in enumerate(pairs):
+        spans = word_spans(pair.target)
+        if len(spans) <= word:
+            dropped[f"no word {word} in the translation"] += 1
+        else:
+            found[number] = _Target(pair, *spans[word])
+    return found, dropped
 
 
 def _couple(

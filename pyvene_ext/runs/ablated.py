@@ -188,23 +188,6 @@ class Prepared(NamedTuple):
     controls: list[tuple[Head, ...]]
 
 
-def prepare(
-    flags: Problems,
-    name: str,
-    problems: Sequence[Problem],
-    unfinished: Path,
-    *,
-    wanted: int,
-    by: Score,
-    random_sets: int,
-    named: Sequence[str] = (),
-    ranking: str | None = None,
-) -> Prepared:
-    """Load one model and choose its heads: `load`, and `choose`."""
-    loaded = load(flags, name, problems, unfinished, wanted=wanted, by=by, named=named, ranking=ranking)
-    return choose(loaded, wanted=wanted, by=by, random_sets=random_sets)
-
-
 def load(
     flags: Problems,
     name: str,

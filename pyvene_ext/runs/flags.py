@@ -255,9 +255,14 @@ class Problems(Loading):
         return self.problems or ("tiny" if self.tiny else "plain")
 
     @property
+    def small(self) -> bool:
+        """Whether the models or the problems are tiny ones, whose reasoning is short and in one form."""
+        return self.tiny or self.source == "tiny"
+
+    @property
     def n_shots(self) -> int:
         """--shots or its default."""
-        return self.shots if self.shots is not None else 0 if self.tiny or self.chat or self.source == "tiny" else 3
+        return self.shots if self.shots is not None else 0 if self.small or self.chat else 3
 
     @property
     def n_steps(self) -> tuple[int, ...]:
@@ -272,14 +277,14 @@ class Problems(Loading):
     @property
     def rule(self) -> Rule:
         """--answer_rule or its default."""
-        return self.answer_rule or ("last-of-line" if self.source == "tiny" or self.tiny else "flexible-extract")
+        return self.answer_rule or ("last-of-line" if self.small else "flexible-extract")
 
     @property
     def new_tokens(self) -> int:
         """--max_new_tokens or its default."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        return 32 if self.tiny or self.source == "tiny" else 48 if self.source == "plain" and not self.chat else 256
+        return 32 if self.small else 48 if self.source == "plain" and not self.chat else 256
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,7 @@ class Regeneration(Problems):
     @property
     def anew(self) -> bool:
         """Whether reasoning is written anew."""
-        default = "answer" if self.tiny or self.source == "tiny" else "reasoning"
+        default = "answer" if self.small else "reasoning"
         return (self.regenerate or default) == "reasoning"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
@@ -33,11 +34,7 @@ def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
 
     def measured() -> float:
         with evaluating(model), torch.no_grad():
-            for _ in range(2):  # the first pass is slow, whatever the model
-                start = time.perf_counter()
-                answer_logits(model, batch).sum().item()  # waits for a GPU
-                seconds = time.perf_counter() - start
-        return seconds
+            return _second_time(lambda: answer_logits(model, batch))
 
     return broadcast_from_main(measured) * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
 
@@ -103,14 +100,23 @@ def seconds_of_logits(model: PreTrainedModel, rows: int) -> float:
 
     def measured() -> float:
         x = part[:1].expand(few, -1).contiguous()
-        for _ in range(2):  # the first time is slow
-            start = time.perf_counter()
+
+        def compared() -> torch.Tensor:
             logits = x @ part.T
-            (logits >= logits[:, :1]).float().sum().item()  # waits for a GPU
-            seconds = time.perf_counter() - start
-        return seconds
+            return (logits >= logits[:, :1]).float()
+
+        return _second_time(compared)
 
     return broadcast_from_main(measured) * (rows / max(1, few)) * (len(weight) / len(part))
+
+
+def _second_time(action: Callable[[], torch.Tensor]) -> float:
+    """Seconds that an action takes once the first time, which is slow whatever it does, is over."""
+    for _ in range(2):
+        start = time.perf_counter()
+        action().sum().item()  # waits for a GPU
+        seconds = time.perf_counter() - start
+    return seconds
 
 
 def duration(seconds: float) -> str:

@@ -298,7 +298,7 @@ def load(
     name: str,
     problems: Sequence[Problem],
     unfinished: Path,
-    check: Callable[[str, PreTrainedModel], object] = lambda name, model: None,
+    check: Check = lambda name, model: None,
 ) -> Asked:
     """Load one model and tokenise its problems.
 
@@ -337,7 +337,7 @@ def prepare(
     name: str,
     problems: Sequence[Problem],
     unfinished: Path,
-    check: Callable[[str, PreTrainedModel], object] = lambda name, model: None,
+    check: Check = lambda name, model: None,
 ) -> Setting:
     """Load one model and let it reason: `load`, and `Asked.reason`."""
     return load(flags, name, problems, unfinished, check).reason()

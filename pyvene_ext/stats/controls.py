@@ -243,9 +243,8 @@ def random_rankings(
     matched = ranked[:most]
     sets = random_heads(matched, n_layers, n_heads, draws, rng, exclude=ranked[most:]).sets
     rankings = []
-    for chosen in itertools.islice(
-        itertools.cycle(sets), draws
-    ):  # of few sets each comes in several orders, whose beginnings differ
+    # Of few sets each comes in several orders, whose beginnings differ.
+    for chosen in itertools.islice(itertools.cycle(sets), draws):
         left = [chosen[i] for i in rng.permutation(len(chosen))]
         ranking: dict[int, Head] = {}
         for reach in (0, n_layers):  # first those of the same layer

@@ -60,6 +60,8 @@ def test_a_word_that_the_other_sentence_asks_for_too_tells_nothing() -> None:
         ValueError, match=r"no pair of 2 can be asked for word 1 \(another sentence of similar length asks"
     ):
         lone_word_prompts(tokenizer, pairs[:2], EN_FR, 1)
+    with pytest.raises(ValueError, match="cannot be -1"):  # which would be the last word of each
+        lone_word_prompts(WORDS, PAIRS, EN_FR, -1)
     with pytest.raises(ValueError, match="no word 9 in the translation: 2"):
         lone_word_prompts(tokenizer, pairs[:2], EN_FR, 9)
 
