@@ -111,6 +111,7 @@ def test_frequencies_equal_a_hand_recomputation(family: str, random_folder: Any,
     tau = float(sizes[gap : gap + 2].mean())  # between two deltas, so that rounding cannot decide
     assert command("--model", folder, "--dataset", dataset, "--out", out, "--tau", tau, "--batch_size", 4) == 0
     assert np.allclose(np.load(tmp_path / "f/deltas.npy"), expected, atol=1e-5, rtol=1e-5)
+    assert np.allclose(np.load(tmp_path / "f/mean_delta.npy"), expected.mean(-1), atol=1e-5)
     frequency = np.load(out)
     assert frequency.dtype == np.float32
     assert np.array_equal(frequency, (np.abs(expected) > tau).mean(-1).astype(np.float32))
