@@ -335,7 +335,7 @@ def test_other_errors_are_one_line_too(capsys):
         (ValueError("two\nlines"), 2, "error: two lines"),
         (ValueError(), 2, "error: ValueError"),
         (OSError("no network"), 2, "error: no network"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was finished, and the same command starts anew"),
         (lambda: Settings(layer=-1), 2, "error: layer must be greater than or equal to 0, not -1."),
     ):
 

@@ -41,7 +41,7 @@ class Config(flags.Model, flags.Prompts, flags.Sweep):
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"top": 0}, "--top must be 1 or more, not 0."),
-    ({"limit": 0}, "--limit must be 1 or more, not 0."),
+    ({"limit": -1}, "--limit must be 0 or more, not -1."),
     ({"seed": -1}, "--seed must be 0 or more, not -1."),
     ({"tau": -0.5}, "--tau must be 0 or more, not -0.5."),
     ({"tau": float("nan")}, "--tau must be 0 or more, not nan."),
