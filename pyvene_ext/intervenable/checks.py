@@ -21,15 +21,18 @@ from pyvene import (
     NoiseIntervention,
     RepresentationConfig,
     SigmoidMaskIntervention,
+    SkipIntervention,
     SubtractionIntervention,
     TrainableIntervention,
     VanillaIntervention,
+    ZeroIntervention,
 )
 from pyvene.models.modeling_utils import getattr_for_torch_module
 from torch import Tensor
 
 from modelcards import Card, meant, n_layers
 from pyvene_ext.intervenable.locations import Locations, Representation, as_lists, is_flat
+from pyvene_ext.intervenable.uncarded import check_mapped, is_mapped, mapped_width
 from pyvene_ext.io.errors import counted
 
 # They take none, and pyvene says nothing.
@@ -41,6 +44,8 @@ WITHOUT_SUBSPACES = (
 )
 # They take a source of the shape of what they edit, or one vector.
 SWAPS = (VanillaIntervention, AdditionIntervention, SubtractionIntervention)
+# They edit the whole vector unless they are given a width.
+TAKE_ALL = (*SWAPS, SkipIntervention, ZeroIntervention)
 
 
 def as_config(config: Any) -> IntervenableConfig:
@@ -67,13 +72,13 @@ def as_config(config: Any) -> IntervenableConfig:
     return IntervenableConfig(representations=list(config) if several else config)
 
 
-def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
+def check_config(config: IntervenableConfig, model: Any, card: Card | None) -> None:
     """Refuse components, layers, units and groups that this model does not have or that pyvene would misread.
 
     Args:
         config: the interventions.
         model: the model.
-        card: its family's card.
+        card: its family's card, if there is one.
 
     Raises:
         ValueError: says which representation is wrong and what to use instead.
@@ -82,40 +87,17 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
         raise ValueError("the config names no representation: give at least one RepresentationConfig.")
     if config.mode not in ("parallel", "serial"):
         raise ValueError(f"mode must be 'parallel' or 'serial', not {config.mode!r}.")
-    layers, kinds = n_layers(model.config), config.intervention_types
+    kinds = config.intervention_types
     if isinstance(kinds, list) and len(kinds) != len(config.representations):
         raise ValueError(
             f"the config names {counted(len(kinds), 'intervention type')} for "
             f"{counted(len(config.representations), 'representation')}: give one each."
         )
-    for number, representation in enumerate(config.representations):
-        kind = kinds[number] if isinstance(kinds, list) else kinds
-        if not isinstance(representation.component, str):
-            raise ValueError(f"a component is a name, not {representation.component!r}.")
-        if "." in representation.component:
-            if representation.component.rpartition(".")[2] not in ("input", "output"):
-                close = meant(representation.component, places=card.mapping(type(model)))
-                raise ValueError(
-                    f"the module path {representation.component!r} must end in .input or .output"
-                    + (f"; or did you mean the component {close!r}?" if close else ".")
-                )
-            _check_path(model, representation.component)
-            _check_intervention(representation, kind, None)
-            continue  # the rest of a raw path is up to the user
-        component = card.component(model, representation.component)
-        if type(representation.layer) is not int and not isinstance(representation.layer, np.integer):
-            raise ValueError(f"the layer of {component.name} must be a whole number, not {representation.layer!r}.")
-        if component.per_layer and not 0 <= representation.layer < layers:
-            raise ValueError(
-                f"layer {representation.layer} of {component.name} is out of range: "
-                f"{type(model).__name__} has layers 0 to {layers - 1}."
-            )
-        if representation.unit not in component.units:
-            raise ValueError(
-                f"unit {representation.unit!r} is wrong for {component.name} ({component.shape}); "
-                f"use {' or '.join(map(repr, component.units))}."
-            )
-        _check_intervention(representation, kind, card.width(model, component.name))
+    for number, item in enumerate(config.representations):
+        if not isinstance(item.component, str):
+            raise ValueError(f"a component is a name, not {item.component!r}.")
+        width = _checked_place(item, model, card)
+        _check_intervention(item, kinds[number] if isinstance(kinds, list) else kinds, width)
     groups = [representation.group_key for representation in config.representations]
     if any(group is not None for group in groups):
         if None in groups or sorted(set(groups)) != list(range(len(set(groups)))):
@@ -124,7 +106,37 @@ def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
             raise ValueError("serial mode takes one representation per group; use mode='parallel' for several.")
 
 
-def _check_path(model: Any, path: str) -> None:
+def _checked_place(item: RepresentationConfig, model: Any, card: Card | None) -> int | None:
+    """The width of what a representation names, if it is known. Raises ValueError for a place or unit that this model lacks."""
+    if card is None:
+        check_mapped(item, model)
+    if "." in item.component and (card is not None or not is_mapped(item, model)):
+        _check_path(model, item.component, {} if card is None else card.mapping(type(model)))
+        return None  # the rest of a raw path is up to the user
+    if card is None:
+        return mapped_width(item.component, model)
+    component, layers = card.component(model, item.component), n_layers(model.config)
+    if type(item.layer) is not int and not isinstance(item.layer, np.integer):
+        raise ValueError(f"the layer of {component.name} must be a whole number, not {item.layer!r}.")
+    if component.per_layer and not 0 <= item.layer < layers:
+        raise ValueError(
+            f"layer {item.layer} of {component.name} is out of range: {type(model).__name__} has layers 0 to {layers - 1}."
+        )
+    if item.unit not in component.units:
+        raise ValueError(
+            f"unit {item.unit!r} is wrong for {component.name} ({component.shape}); "
+            f"use {' or '.join(map(repr, component.units))}."
+        )
+    return card.width(model, component.name)
+
+
+def _check_path(model: Any, path: str, places: dict[str, tuple[Any, ...]]) -> None:
+    if path.rpartition(".")[2] not in ("input", "output"):
+        close = meant(path, places=places)
+        raise ValueError(
+            f"the module path {path!r} must end in .input or .output"
+            + (f"; or did you mean the component {close!r}?" if close else ".")
+        )
     try:
         getattr_for_torch_module(model, path.rpartition(".")[0])
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -213,7 +225,7 @@ def check_unit_counts(
             continue
         if isinstance(interventions[key], LocalistRepresentationIntervention) or interventions[key].keep_last_dim:
             continue
-        given = len((rows[0] if place.unit == "h.pos" else rows)[0])
+        given = 1 if place.unit == "t" else len((rows[0] if place.unit == "h.pos" else rows)[0])
         if given != (made_for := int(representations[key].max_number_of_units)):
             raise ValueError(
                 f"{place} has {counted(given, 'unit')} for an intervention made for {made_for}: set "
@@ -239,6 +251,25 @@ def check_places_once(
                     f"{'head' if level == 'h' else 'position'} {twice} of {place} is listed twice in example 0, and some "
                     "place in every other example, where the intervention would be applied once: list each place once."
                 )
+
+
+def check_steps(
+    keys: Sequence[str],
+    places: Sequence[Representation],
+    sides: Sequence[Locations | None],
+    interventions: Mapping[str, Any],
+) -> None:
+    """Raise ValueError if steps of a recurrent model are listed otherwise than they pass, in which order pyvene takes them."""
+    for side in sides:
+        for key, place, rows in zip(keys, places, side or [], strict=False):
+            if rows is None or place.unit != "t":
+                continue
+            if unordered := next((row for row in rows if row != sorted(set(row))), None):
+                raise ValueError(
+                    f"the steps {unordered} of {place} must ascend: step by step they are read and edited."
+                )
+            if isinstance(interventions[key], CollectIntervention) and any(row != rows[0] for row in rows):
+                raise ValueError(f"{place} is collected at other steps in other examples: give all of them the same.")
 
 
 def check_subspaces(

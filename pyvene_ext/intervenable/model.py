@@ -11,14 +11,19 @@ Differences from `pyvene.IntervenableModel`:
   would count padding (GPT-2's learned positions), position ids that are not given follow from the mask, as in `generate`.
 * `generate` intervenes on the prompt, on new tokens or on both, by position, the same with and without a cache.
 * Trainable interventions get the component's exact width, whatever the head size.
+
+A model without a card runs as pyvene's mappings describe it (`uncarded`): locations and sources are checked and hooks removed in
+the same way, but nobody has verified what the mappings name.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
@@ -31,13 +36,15 @@ from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig
 from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
 from torch import Tensor, nn
 
-from modelcards import COMPONENTS, FIELD_NAMES, Card, Taps, card_of, register
+from modelcards import FIELD_NAMES, Card, Taps, find_card, register
 from pyvene_ext.intervenable.checks import (
+    TAKE_ALL,
     as_config,
     check_config,
     check_places_once,
     check_source_counts,
     check_source_shapes,
+    check_steps,
     check_subspaces,
     check_unit_counts,
     is_collect,
@@ -53,6 +60,7 @@ from pyvene_ext.intervenable.locations import (
     with_position_ids,
 )
 from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
+from pyvene_ext.intervenable.uncarded import check_activation, mapped_width
 from pyvene_ext.io.errors import counted
 from pyvene_ext.models.hooks import refuse_compiled
 from pyvene_ext.models.latent_steps import is_unrolling
@@ -64,7 +72,7 @@ EDITED_IN_PLACE = frozenset({"resid_mid"})
 
 
 class IntervenableModel(pyvene.IntervenableModel):
-    """pyvene's IntervenableModel for models with a card, checked and exact."""
+    """pyvene's IntervenableModel, checked, and exact for models with a card."""
 
     intervention_hooks: dict[str, Callable[..., Any]]
 
@@ -74,23 +82,28 @@ class IntervenableModel(pyvene.IntervenableModel):
         Args:
             config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it; components may be called by
                 the names of their sites ("z", "resid_post").
-            model: a transformers model of a class that `modelcards` covers, or a subclass of one.
+            model: a transformers model of a class that `modelcards` covers, or a subclass of one; any other model as far as
+                pyvene's own mappings, or paths of modules, describe it.
             **kwargs: pyvene's. `use_fast` is accepted and has no effect: the general path is as fast and never wrong.
 
         Raises:
             ValueError: `config` has something that this model does not have or that pyvene would misread.
         """
-        card = card_of(model)
-        register(type(model))
-        config = _in_pyvenes_names(as_config(config))
+        card = find_card(model)
+        config = as_config(config)
+        if card is not None:
+            register(type(model))
+            config = _in_pyvenes_names(config)
         check_config(config, model, card)
-        taps = Taps(model, card, [(item.component, item.layer) for item in config.representations])
+        places = [(item.component, item.layer) for item in config.representations]
+        taps = nullcontext() if card is None else Taps(model, card, places)
         kwargs.pop("use_fast", None)
         with taps, restoring_flags(model):
             super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))
-        self._card, self._taps = card, taps
+        self._card: Card | None = card
+        self._taps: AbstractContextManager[Any] = taps
         self._handles: list[Any] = []
         self._attached: set[tuple[str, str]] = set()
         self._fired: set[tuple[str, str]] = set()
@@ -123,7 +136,8 @@ class IntervenableModel(pyvene.IntervenableModel):
             base: a tokenised batch, the keyword arguments of the model's forward.
             sources: a source batch, or a list with one per group of interventions (None for a group without).
             unit_locations: where to intervene, as pyvene takes it (`locations.resolve_locations`); None: every position and head.
-                An example with fewer places than another lists one of its places again, which is edited once.
+                An example with fewer places than another lists one of its places again, which is edited once. None for an
+                intervention whose source is None leaves it out.
             source_representations: source activations instead of source batches, by key or in the order of the keys.
             subspaces: the subspaces of each intervention, as pyvene takes them: as many dimensions for every example.
             labels: for the model's loss.
@@ -138,9 +152,11 @@ class IntervenableModel(pyvene.IntervenableModel):
         Raises:
             ValueError: a location that does not exist or is ambiguous, a missing source, or an intervention that never fired.
         """
-        inputs = Inputs.of(base, "base")
-        sources = self._checked_sources(sources, source_representations)
-        locations = self._resolved(inputs, sources, unit_locations)
+        inputs = Inputs.of(base, "base", self._card)
+        nothing_but_base = sources is None and source_representations is None and unit_locations is None
+        left_out = self._left_out(sources, unit_locations, nothing_but_base and output_original_output)
+        sources = self._checked_sources(sources, source_representations, left_out)
+        locations = self._resolved(inputs, sources, unit_locations, left_out)
         self._check_inputs(base, sources, output_original_output, labels)
         check_subspaces(subspaces, self.interventions, self.representations, inputs.batch, self._widths)
         self._check_source_representations(source_representations, locations, inputs)
@@ -222,13 +238,19 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise ValueError("generate with interventions cannot split the prompt: leave out prefill_chunk_size.")
         if self.as_adaptor or self._intervention_pointers:
             raise ValueError("generate takes no as_adaptor and no intervention_link_key: intervene in forward passes.")
-        if not self.model.can_generate():
+        if not getattr(self.model, "can_generate", bool)():
             raise ValueError(f"{type(self.model).__name__} cannot generate; load the model as a causal language model.")
-        inputs = Inputs.of(base, "base")
+        if self._card is None and (getattr(self.model_config, "is_encoder_decoder", False) or "input_ids" not in base):
+            raise ValueError(
+                f"generate of {type(self.model).__name__} needs a card, which says where its tokens are: intervene in forward "
+                "passes."
+            )
+        inputs = Inputs.of(base, "base", self._card)
         if inputs.mask is not None and not all(row[-1] for row in inputs.mask):
             raise ValueError("base is padded on the right, and new tokens would follow the padding: pad on the left.")
-        sources = self._checked_sources(sources, source_representations)
-        locations = self._resolved(inputs, sources, unit_locations)
+        left_out = self._left_out(sources, unit_locations)
+        sources = self._checked_sources(sources, source_representations, left_out)
+        locations = self._resolved(inputs, sources, unit_locations, left_out)
         self._check_inputs(base, sources, output_original_output, None)
         check_subspaces(subspaces, self.interventions, self.representations, inputs.batch, self._widths)
         self._check_source_representations(source_representations)
@@ -299,12 +321,35 @@ class IntervenableModel(pyvene.IntervenableModel):
             return False
         return not intervention.is_source_constant
 
-    def _checked_sources(self, sources: Any, representations: Any) -> list[Any]:
+    def _per_group(self, sources: Any) -> list[Any]:
+        sources = list(sources) if isinstance(sources, list | tuple) else [sources]
+        return sources * len(self._intervention_group) if len(sources) == 1 else sources
+
+    def _left_out(self, sources: Any, unit_locations: Any, clean_run: bool | None = False) -> set[str]:
+        """Keys whose source and locations are both None, which are left out, or all that need a source in a `clean_run`."""
+        if clean_run:
+            left_out = {key for key in self.sorted_keys if self._needs_source(key)}
+            if left_out:
+                warnings.warn(f"no sources are given: {', '.join(sorted(left_out))} left out.", stacklevel=3)
+            return left_out
+        entry = unit_locations.get("sources->base") if isinstance(unit_locations, Mapping) else None
+        halves = entry if isinstance(entry, list | tuple) and len(entry) == 2 else ()
+        lists = [half for half in halves if isinstance(half, list | tuple)]
+        places = {
+            key: [half[number] for half in lists if number < len(half)] for number, key in enumerate(self.sorted_keys)
+        }
+        groups = zip(self._per_group(sources), self._intervention_group.values(), strict=False)
+        return {
+            key
+            for source, keys in groups
+            for key in keys
+            if source is None and self._needs_source(key) and lists and places[key] == [None] * len(lists)
+        }
+
+    def _checked_sources(self, sources: Any, representations: Any, left_out: set[str]) -> list[Any]:
         """One source per group, in a list of our own; every intervention that needs a source has one."""
         groups = self._intervention_group
-        sources = list(sources) if isinstance(sources, list | tuple) else [sources]
-        if len(sources) == 1:
-            sources = sources * len(groups)
+        sources = self._per_group(sources)
         if len(sources) != len(groups):
             raise ValueError(
                 f"{counted(len(sources), 'source')} were given for {counted(len(groups), 'group')} of interventions: give one "
@@ -328,7 +373,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             )
         for source, keys in zip(sources, groups.values(), strict=True):
             for key in keys:
-                if self._needs_source(key) and source is None and key not in given:
+                if self._needs_source(key) and source is None and key not in given and key not in left_out:
                     raise ValueError(
                         f"{key} ({self.interventions[key]}) needs a source and has none: give sources, or "
                         "source_representations for this key."
@@ -360,7 +405,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         shapes = {
             key: edited_shape(self._place(key), rows, inputs)
             for key, rows in zip(self.sorted_keys, edited, strict=False)
-            if rows is not None and inputs is not None
+            if rows is not None and inputs is not None and (self._card or self.representations[key].unit != "h")
         }
         check_source_shapes(given, self.representations, self.interventions, shapes)
 
@@ -374,7 +419,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                 "its own copy of the cache."
             )
         for name, inputs in (("base", base), *((f"source {number}", inputs) for number, inputs in enumerate(sources))):
-            if inputs is not None:
+            if inputs is not None and self._card is not None:
                 check_tokens(inputs, name, self.model)
         if len(set(caches)) < len(caches):
             raise ValueError(
@@ -385,13 +430,13 @@ class IntervenableModel(pyvene.IntervenableModel):
                 "gradient checkpointing recomputes blocks without the interventions, so the gradients would be wrong: call "
                 "model.activation_checkpointing_disable() or model.eval()."
             )
-        if any(item.component == "logits" for item in self.representations.values()):
+        if self._card is not None and any(item.component == "logits" for item in self.representations.values()):
             if base.get("logits_to_keep"):
                 raise ValueError(
                     "logits_to_keep drops positions that an intervention on the logits counts: leave it out."
                 )
             # A tap if the model's own forward soft-caps or scales them.
-            rescaled = card_of(self.model).is_tap(self.model, "logits")
+            rescaled = self._card.is_tap(self.model, "logits")
             if rescaled and (labels is not None or base.get("labels") is not None):
                 raise ValueError(
                     "the loss of this model is computed before its soft-capped or scaled logits can be edited: leave labels "
@@ -400,18 +445,20 @@ class IntervenableModel(pyvene.IntervenableModel):
 
     @cached_property
     def _widths(self) -> dict[str, int | None]:
-        """The last axis of what each key edits, where it is known."""
-        components = {key: item.component for key, item in self.representations.items()}
+        """The last axis of what each key edits, where it is known and of use."""
         return {
-            key: None if "." in component else self._card.width(self.model, component)
-            for key, component in components.items()
+            key: width_of(item.component, self.model, self._card)
+            for key, item in self.representations.items()
+            if self._card is not None or getattr(self.interventions[key], "embed_dim", None) is not None
         }
 
-    def _resolved(self, inputs: Inputs, sources: list[Any], unit_locations: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _resolved(
+        self, inputs: Inputs, sources: list[Any], unit_locations: Mapping[str, Any] | None, left_out: set[str]
+    ) -> dict[str, Any]:
         groups = list(self._intervention_group.values())
         source_of_key: dict[str, Inputs | None] = {}
         for number, (source, keys) in enumerate(zip(sources, groups, strict=True)):
-            known = None if source is None else Inputs.of(source, f"source {number}")
+            known = None if source is None else Inputs.of(source, f"source {number}", self._card)
             if known is not None and known.batch != inputs.batch:
                 raise ValueError(
                     f"{known.name} has {known.batch} examples and base {inputs.batch}: give as many of each."
@@ -423,8 +470,10 @@ class IntervenableModel(pyvene.IntervenableModel):
             if any(known is not None and known.length != inputs.length for known in source_of_key.values()):
                 raise ValueError("without unit_locations everything is swapped, which needs sources as long as base.")
             # Spelled out, because without locations pyvene would not split the activations by heads.
-            places = [self._place(key) for key in self.sorted_keys]
-            locations = [everywhere(place, self.model_config, inputs) for place in places]
+            locations = [
+                None if key in left_out else everywhere(self._place(key), self.model_config, inputs)
+                for key in self.sorted_keys
+            ]
             has_source = any(known is not None for known in source_of_key.values())
             return {"sources->base": (locations if has_source else None, locations)}
         if not isinstance(unit_locations, Mapping) or len(unit_locations) != (
@@ -442,7 +491,8 @@ class IntervenableModel(pyvene.IntervenableModel):
                 raise ValueError(f"unit_locations has an entry {entry!r}; use 'base' or 'sources->base'.")
             places = [self._place(key) for key in keys]
             own_sources = [source_of_key[key] for key in keys]
-            source_side, base_side = resolve_locations(value, entry, places, self.model_config, after, own_sources)
+            bases = [None if key in left_out else after for key in keys]
+            source_side, base_side = resolve_locations(value, entry, places, self.model_config, bases, own_sources)
             for key, source in zip(keys, own_sources, strict=True):
                 if source is not None and source_side is None:
                     raise ValueError(
@@ -452,6 +502,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             check_source_counts(keys, source_side, base_side, self.interventions)
             check_unit_counts(keys, places, base_side, self.interventions, self.representations)
             check_places_once(keys, places, base_side, self.interventions)
+            check_steps(keys, places, (source_side, base_side), self.interventions)
             resolved["sources->base" if entry == "base" else entry] = (source_side, base_side)
         return resolved
 
@@ -463,14 +514,13 @@ class IntervenableModel(pyvene.IntervenableModel):
         if entry not in names:
             raise ValueError(f"serial mode needs unit_locations {', '.join(names)}, not {entry!r}.")
         number = names.index(entry)
-        after = base if number == last else Inputs.of(sources[number + 1], f"source {number + 1}")
+        after = base if number == last else Inputs.of(sources[number + 1], f"source {number + 1}", self._card)
         return number, groups[number], after
 
     def _place(self, key: str) -> Representation:
-        representation = self.representations[key]
-        component = COMPONENTS.get(representation.component)
-        layer = representation.layer if component is None or component.per_layer else None
-        return Representation(representation.component, representation.unit, layer, self._needs_source(key))
+        item, has_card = self.representations[key], self._card is not None
+        place = Representation(item.component, item.unit, item.layer, self._needs_source(key), has_card)
+        return replace(place, layer=None) if place.entry and not place.entry.per_layer else place
 
     def _check_new_token_sources(self, locations: list[Any]) -> None:
         assert self._generation is not None
@@ -501,8 +551,18 @@ class IntervenableModel(pyvene.IntervenableModel):
 
     def _reconcile_stateful_cached_activations(self, key: str, base: Tensor, locations: Any) -> Any:
         """Return the source in the precision in which the base is edited, if that is wider."""
-        source = super()._reconcile_stateful_cached_activations(key, base, locations)
+        given = self.activations.get(key)
+        one_vector = (
+            isinstance(given, Tensor) and given.ndim == 1
+        )  # pyvene would look for steps of a recurrent model in it
+        source = given if one_vector else super()._reconcile_stateful_cached_activations(key, base, locations)
         return source.to(_widest(source, base)) if isinstance(source, Tensor) else source
+
+    def _scatter_intervention_output(self, output: Any, intervened: Tensor, key: str, unit_locations: Any) -> Tensor:
+        """Write a step of a recurrent model, of which pyvene can do so for one example only, as for several."""
+        if self.representations[key].unit == "t" and unit_locations is not None:
+            intervened = intervened.unsqueeze(1)
+        return super()._scatter_intervention_output(output, intervened, key, unit_locations)
 
     def _remove_forward_hooks(self) -> None:
         """Remove our own hooks only; pyvene's version removes all hooks of the model."""
@@ -511,9 +571,9 @@ class IntervenableModel(pyvene.IntervenableModel):
         self._handles.clear()
 
     def _intervention_getter(self, keys: list[str], unit_locations: Any) -> HandlerList:
-        self._reading = True
+        self._reading, self._live = True, copy_nested(unit_locations[0])
         try:
-            return super()._intervention_getter(keys, [copy_nested(item) for item in unit_locations])
+            return super()._intervention_getter(keys, [self._live])
         finally:
             self._reading = False
 
@@ -535,13 +595,15 @@ class IntervenableModel(pyvene.IntervenableModel):
         def attach(callback: Callable[..., Any], with_kwargs: bool = True) -> Any:
             reads = self._reading or isinstance(intervention, CollectIntervention)
             use = ("get" if self._reading else "set", key)
-            live = None if self._reading else self._live
+            live = self._live
             self._attached.add(use)
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
                 if reads and is_unrolling(self.model):
                     return None
                 tensor, put_back = _first_tensor((args, kwargs) if before_module else output, before_module)
+                if self._card is None and self._generation is not None:
+                    self._generation.check_columns(tensor, key)
                 self._hook_device = tensor.device
                 if reads and self._generation is None:
                     edited = tensor.contiguous()
@@ -555,13 +617,25 @@ class IntervenableModel(pyvene.IntervenableModel):
                 inputs = args or tuple(kwargs.values())[:1]
 
                 def apply(part: Tensor) -> None:
-                    edits = self._intervention_state[key].setter_version()
+                    if self._card is None:
+                        check_activation(part, live, self.representations[key], self.model, self._widths.get(key))
+                    state = self._intervention_state[key]
+                    edits = state.setter_version()
                     callback(module, inputs, kwargs, part)
                     # If the intervention returns None, pyvene's callback makes no edit.
-                    if reads or self._intervention_state[key].setter_version() > edits:
+                    if reads or state.setter_version() > edits:
                         self._fired.add(use)
-                    self._intervention_state[key].reset()
+                    if self.is_model_stateless:
+                        state.reset()
+                    elif use[0] == "set" and state.setter_version() == edits:
+                        state.inc_setter_version()  # which counts steps
 
+                # Of a recurrent model pyvene reads and edits every step.
+                step = self._intervention_state[key].setter_version()
+                passed = [] if self.is_model_stateless or live is None else [step not in row for row in live]
+                if reads and use[0] == "set" and passed and all(passed):
+                    self._intervention_state[key].inc_setter_version()
+                    return None
                 try:
                     if self._generation is None or use[0] == "get":
                         apply(edited)
@@ -573,6 +647,8 @@ class IntervenableModel(pyvene.IntervenableModel):
                     self._hook_device = None
                 if reads:
                     return None
+                if any(passed):
+                    edited[passed] = tensor[passed]
                 if in_place:
                     tensor.copy_(edited)
                     return None
@@ -757,22 +833,32 @@ def _in_pyvenes_names(config: IntervenableConfig) -> IntervenableConfig:
     return config if named.representations == config.representations else named
 
 
-def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card) -> IntervenableConfig:
+def width_of(component: str, model: nn.Module, card: Card | None) -> int | None:
+    """The last axis of a component, where it is known; a module that is named by its path has none."""
+    if card is None:
+        return mapped_width(component, model)
+    return None if "." in component else card.width(model, component)
+
+
+def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card | None) -> IntervenableConfig:
     """Build the interventions with exact widths, because pyvene can only pass widths that its dimension mapping can express.
 
-    Collecting ones get none: pyvene would truncate what they collect to one unit's width.
+    Collecting ones get none: pyvene would truncate what they collect to one unit's width. Without a card, none is given that is
+    not needed, as a wrong one in pyvene's mapping would do the same.
     """
     types = config.intervention_types
     representations = []
     for index, item in enumerate(config.representations):
         kind = types[index] if isinstance(types, list) else types
         if item.intervention is None and isinstance(kind, type):
-            width = None if "." in item.component or is_collect(item, kind) else card.width(model, item.component)
+            whole = is_collect(item, kind) or (card is None and kind in TAKE_ALL)
+            width = None if whole else width_of(item.component, model, card)
             settings = {**item._asdict(), "embed_dim": width * int(item.max_number_of_units) if width else None}
             if width is None and issubclass(kind, TrainableIntervention):
+                known = "the card other than scores and pattern" if card else "pyvene's type_to_dimension_mapping"
                 raise ValueError(
-                    f"{kind.__name__} needs a component of fixed width, which {item.component} is not: use a component of the "
-                    "card other than scores and pattern."
+                    f"{kind.__name__} needs a component of known width, which {item.component} of {type(model).__name__} is not: "
+                    f"use a component of {known}."
                 )
             item = item._replace(intervention=kind(**settings), intervention_type=None)
         elif item.intervention is not None:
