@@ -1,4 +1,4 @@
-"""Run pyvene's own tests with our IntervenableModel in the place of pyvene's, and list what passes with theirs and fails with ours.
+"""Run pyvene's own tests with our IntervenableModel in the place of pyvene's; list what passes with theirs and fails with ours.
 
     python tests/upstream_suite.py ~/pyvene
 

@@ -79,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checks, suite = checkout.try_out(files, [one.test for one in exported])
             text = card_text(checkout, exported, checks)
         else:
-            fixes, files = fixed(checkout, chosen(asked.fixes))
+            texts, files = fixed(checkout, chosen(asked.fixes))
             checkout.check_clean(files)
             _, suite = checkout.try_out(files, [path for path in files if path.startswith("tests/")])
-            text = "\n\n".join(f"{fix.title}\n\n{fix.text.strip()}" for fix in fixes)
+            text = "\n\n".join(f"{title}\n\n{body.strip()}" for title, body in texts)
         _say(checkout, files)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

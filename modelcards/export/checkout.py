@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
 import os
@@ -71,6 +72,12 @@ class Checkout:
     def committed(self, path: str) -> str | None:
         """A file as it was committed; None if it was not."""
         return self._git("show", f"HEAD:{path}") if path in self.paths else None
+
+    def mapping_file(self, family: str) -> str:
+        """The path of a family's mapping file, there or not; `family` as pyvene names it."""
+        path = f"pyvene/models/{family}/modelings_intervenable_{family}.py"
+        spelled = fnmatch.filter(self.paths, path.replace("modelings", "model*ings"))  # Mistral's: modellings
+        return spelled[0] if spelled else path
 
     @property
     def environment(self) -> dict[str, str]:
