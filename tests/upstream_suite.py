@@ -18,7 +18,7 @@ RUNNER = """
 import json, subprocess, sys, unittest
 sys.path.insert(0, ".")
 run = subprocess.run
-subprocess.run = lambda command, **how: run(["true"] if command == ["pip", "list"] else command, **how)
+subprocess.run = lambda command, **how: run([sys.executable, "-c", ""] if command == ["pip", "list"] else command, **how)
 import pyvene
 theirs = pyvene.IntervenableModel
 if sys.argv[1] == "ours":
@@ -31,7 +31,10 @@ suite = unittest.TestSuite()
 for folder in ("tests/unit_tests", "tests/integration_tests"):
     suite.addTests(unittest.TestLoader().discover(folder, "*TestCase.py", top_level_dir="."))
 result = unittest.TextTestRunner(stream=sys.stderr, verbosity=2).run(suite)
-failed = {case.id(): trace.strip().splitlines()[-1] for case, trace in result.errors + result.failures}
+failed = {}
+for case, trace in result.errors + result.failures:
+    lines = trace.strip().splitlines()
+    failed[case.id()] = next((line for line in reversed(lines) if "Error" in line), lines[-1])
 print("\\n" + json.dumps([pyvene.__file__, result.testsRun, failed]))
 """
 

@@ -150,8 +150,13 @@ def card_text(checkout: Checkout, exported: list[Exported], checks: list[list[An
 
 
 def _notes(one: Exported) -> list[str]:
-    """Say what a card lacks, and why."""
+    """Say what a card lacks, and why, and what it changes beside the mappings."""
     notes = []
+    if one.stale:
+        notes.append(
+            f"- {one.card.name}: `create_{one.card.name}` loads by default `{one.card.checkpoint}`, for which the card was made; "
+            f"`{one.stale}` looks stale."
+        )
     for why in dict.fromkeys(one.left_out.values()):
         components = [f"`{component}`" for component, reason in one.left_out.items() if reason == why]
         notes.append(f"- {one.card.name}: left out, as {why}: {', '.join(components)}.")

@@ -32,6 +32,9 @@ NEWER = frozenset(
     }
 )
 
+# Checkpoints that upstream loads by default and that look stale, as the families' publishers spell them otherwise.
+STALE = frozenset({"Qwen/Qwen2-7B-beta", "google/gemma2-2b"})
+
 _NAMES = {value: name for name, value in vars(constants).items() if name.startswith(("CONST_", "split_"))}
 
 _NEW_FILE = '''"""
@@ -135,6 +138,7 @@ class Exported:
         left_out: components that pyvene cannot have, and why.
         kept: components that upstream has and plain pyvene cannot run: left as they were, and not tested.
         widths: of the components.
+        stale: the checkpoint that upstream loads by default, if it gives way to the card's.
     """
 
     card: Card
@@ -145,6 +149,7 @@ class Exported:
     left_out: dict[str, str]
     kept: list[str]
     widths: Widths
+    stale: str | None
 
 
 def export(checkout: Checkout, cards: list[Card]) -> tuple[list[Exported], Files]:
@@ -244,6 +249,7 @@ def _export(checkout: Checkout, card: Card, source: Source, found: Behaviour) ->
             source.insert(source.first_function, section)
         elif entry and entry not in source.lines:
             source.insert(source.last_line_of(own), entry)
+    stale = source.change_default(f"create_{card.name}", "name", STALE, card.checkpoint)
     why = dict.fromkeys(sorted(taps - set(kept)), "no module of transformers outputs them")
     if not found.edits_a_copy:
         why |= dict.fromkeys(
@@ -259,7 +265,7 @@ def _export(checkout: Checkout, card: Card, source: Source, found: Behaviour) ->
     if initial not in checkout.paths:
         files[initial] = ""
     module = path.removeprefix("pyvene/models/").removesuffix(".py").replace("/", ".")
-    return Exported(card, files, names, module, test, why, kept, widths)
+    return Exported(card, files, names, module, test, why, kept, widths, stale)
 
 
 def _register(registry: Source, one: Exported) -> None:

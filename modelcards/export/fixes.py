@@ -50,14 +50,14 @@ class Fix:
         return self._head_and_diff[0].partition("\n\n")[2]
 
     @property
-    def _paths(self) -> list[str]:
+    def paths(self) -> list[str]:
         """The files that its diff changes or makes."""
         return re.findall(r"^\+\+\+ b/(.*)$", self._head_and_diff[1], re.MULTILINE)
 
     @property
     def tests(self) -> list[str]:
         """Those of them that are unit tests."""
-        return [path for path in self._paths if path.startswith("tests/")]
+        return [path for path in self.paths if path.startswith("tests/")]
 
     @property
     def edit(self) -> edits.Edit | None:
@@ -98,7 +98,7 @@ class Fix:
             raise ValueError(done.stderr.strip().splitlines()[0].removeprefix("error: "))
         for path, source in opened.items():
             (folder / path).write_text(source.edited(), encoding="utf-8", newline="")
-        paths = [*opened, *self._paths]
+        paths = [*opened, *self.paths]
         return {path: (folder / path).read_text(encoding="utf-8") for path in paths}, self.said(change)
 
     def said(self, change: str = "") -> str:

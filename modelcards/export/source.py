@@ -105,6 +105,18 @@ class Source:
             raise self.unknown(f"it has no function {name}")
         return found
 
+    def change_default(self, function: str, argument: str, old: frozenset[str], new: str) -> str | None:
+        """Give an argument of a function another default, if it has one of `old`; return that."""
+        arguments = self.function(function).args
+        defaults = dict(zip((one.arg for one in reversed(arguments.args)), reversed(arguments.defaults), strict=False))
+        found = defaults.get(argument)
+        if not isinstance(found, ast.Constant) or found.value not in old:
+            return None
+        line = self.lines[found.lineno - 1].encode("utf-8")
+        changed = line[: found.col_offset] + f'"{new}"'.encode() + line[found.end_col_offset :]
+        self.replace(found.lineno - 1, found.lineno, changed.decode("utf-8"))
+        return str(found.value)
+
     def indent(self, node: ast.stmt) -> str:
         """The white space before a statement."""
         return self.lines[node.lineno - 1][: node.col_offset]

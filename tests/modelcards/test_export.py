@@ -21,12 +21,13 @@ from pyvene.models import constants
 from pyvene.models.modeling_utils import get_dimension_by_component
 
 from modelcards import CARDS, COMPONENTS, Card, dimensions
-from modelcards.export.__main__ import main
+from modelcards.export.__main__ import card_text, main
 from modelcards.export.cards import NEWER, export
 from modelcards.export.checkout import PACKAGE, REGISTRY, Checkout
 from modelcards.export.edits import BASE, RESOLVER
 from modelcards.export.fixes import FIXES, chosen, fixed
 from modelcards.export.source import Source
+from tests import upstream_suite
 
 FAMILIES = ("gpt2", "llama3_1", "phi3", "cohere")  # two that upstream has, two that it has not
 DEFECTS = {1, 2, 3, 7, 9, 11, 12, 15, 22, 23}  # 22: the tokenizer of create_llama; 23: a field that a config lacks
@@ -421,7 +422,7 @@ def test_there_is_a_fix_for_every_defect_that_belongs_upstream() -> None:
     for fix in FIXES:
         assert re.match(r"\[Bug Fix\] \S.{,60}$", fix.title)
         assert "## Description" in fix.text and "## Testing Done" in fix.text
-        assert fix.tests and fix.tests != fix.paths
+        assert fix.tests and (fix.tests != fix.paths or fix.edit is not None)
 
 
 @pytest.mark.parametrize("fix", FIXES, ids=lambda fix: fix.path.stem)
@@ -560,6 +561,25 @@ def test_files_not_as_known_are_refused(
     refused(folder, "--family", "llama3_1", saying=saying)
 
 
+def test_stale_defaults_give_way_to_the_checkpoint_that_the_card_is_for(make: Callable[[], Path]) -> None:
+    checkout = Checkout(make())
+    exported, files = export(
+        checkout, cards := [card_of(family) for family in ("qwen2_5", "gemma2", "llama3_1", "phi3")]
+    )
+    stale = [one.stale for one in exported]
+    assert stale == ["Qwen/Qwen2-7B-beta", "google/gemma2-2b", None, None]
+    for card, name in zip(cards[:2], stale, strict=False):
+        path = checkout.mapping_file(card.name)
+        before, after = checkout.committed(path), files[path]
+        assert f'name="{name}", cache_dir' in (before or "") and name not in after
+        assert f'name="{card.checkpoint}", cache_dir' in after
+    checks = [[cls.__name__, "c", "pos", "zero", 0.0] for one in exported for cls in one.names]
+    text = card_text(checkout, exported, checks)
+    assert text.count("looks stale") == 2 and "- qwen2: `create_qwen2` loads by default `Qwen/Qwen2.5-3B`" in text
+    path = checkout.mapping_file("llama")
+    assert 'name="sharpbai/alpaca-7b-merged"' in files[path], "what nobody doubts stays"
+
+
 def test_what_upstream_has_beside_the_mappings_stays(make: Callable) -> None:
     folder = make()
     mine = "import torch  # mine\nllama_lm_type_to_module_mapping = {'gate': 0}\nif torch.cuda.is_available():\n    print('fast')"
@@ -589,6 +609,38 @@ def test_cards_that_are_not_exact_there_are_refused(make: Callable) -> None:
         folder, "pyvene/models/constants.py", "torch.chunk(x, 2, dim=-1)[selct_index]", "torch.chunk(x, 2, dim=-1)[0]"
     )
     refused(folder, "--family", "phi3", saying=r"Phi3ModelCardTestCase.* fails with the pyvene of .*mlp_up")
+
+
+# -- pyvene's own tests through our class ------------------------------------------------------------------------------
+
+
+def test_the_suite_tells_what_fails_with_our_class_only(
+    make: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make()
+    (folder / "tests/unit_tests/OwnTestCase.py").write_text(
+        """
+import subprocess, unittest
+if "pyvene" in subprocess.run(["pip", "list"], stdout=subprocess.PIPE, text=True).stdout:
+    raise RuntimeError("pyvene is installed")
+import pyvene
+from pyvene.models.intervenable_base import IntervenableModel
+
+class OwnTestCase(unittest.TestCase):
+    def test_either(self):
+        self.assertIs(IntervenableModel, pyvene.IntervenableModel)
+
+    def test_theirs(self):
+        self.assertEqual(IntervenableModel.__module__, "pyvene.models.intervenable_base")
+
+    def test_neither(self):
+        self.fail()
+"""
+    )
+    assert upstream_suite.main(str(folder)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["theirs: 3 run, 1 fail", "ours: 3 run, 2 fail"]
+    assert lines[2].startswith("fails with ours only: tests.unit_tests.OwnTestCase.OwnTestCase.test_theirs: Assert")
 
 
 # -- the oldest transformers -------------------------------------------------------------------------------------------
