@@ -12,19 +12,16 @@ Differences from `pyvene.IntervenableModel`:
 * `generate` intervenes on the prompt, on new tokens or on both, by position, the same with and without a cache.
 * Trainable interventions get the component's exact width, whatever the head size.
 
-A model without a card runs as pyvene's mappings describe it (`uncarded`): locations and sources are checked and hooks removed in
+A model without a card runs as pyvene's mappings describe it (`config`): locations and sources are checked and hooks removed in
 the same way, but nobody has verified what the mappings name.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from dataclasses import replace
-from functools import cached_property, partial, reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +30,16 @@ import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HFValidationError
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
-from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
+from pyvene.models.modeling_utils import HandlerList
 from torch import Tensor, nn
 
-from modelcards import FIELD_NAMES, Card, Taps, find_card, register
-from pyvene_ext.intervenable.checks import (
-    TAKE_ALL,
-    as_config,
-    check_config,
-    check_places_once,
-    check_source_counts,
-    check_source_shapes,
-    check_steps,
-    check_subspaces,
-    check_unit_counts,
-    is_collect,
-)
+from modelcards import Card, Taps, find_card, register
+from pyvene_ext.intervenable.calls import Calls, by_key
+from pyvene_ext.intervenable.checks import check_activation
+from pyvene_ext.intervenable.config import as_config, check_config, in_pyvenes_names, with_exact_widths
 from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
-from pyvene_ext.intervenable.locations import (
-    Inputs,
-    Representation,
-    check_tokens,
-    edited_shape,
-    everywhere,
-    resolve_locations,
-    with_position_ids,
-)
+from pyvene_ext.intervenable.locations import Inputs, with_position_ids
 from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
-from pyvene_ext.intervenable.uncarded import check_activation, mapped_width
-from pyvene_ext.io.errors import counted
 from pyvene_ext.models.hooks import refuse_compiled
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
@@ -93,17 +71,26 @@ class IntervenableModel(pyvene.IntervenableModel):
         config = as_config(config)
         if card is not None:
             register(type(model))
-            config = _in_pyvenes_names(config)
+            config = in_pyvenes_names(config)
         check_config(config, model, card)
         places = [(item.component, item.layer) for item in config.representations]
         taps = nullcontext() if card is None else Taps(model, card, places)
         kwargs.pop("use_fast", None)
         with taps, restoring_flags(model):
-            super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
+            super().__init__(with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))
         self._card: Card | None = card
         self._taps: AbstractContextManager[Any] = taps
+        self._calls = Calls(
+            model,
+            card,
+            self.mode,
+            self.sorted_keys,
+            self._intervention_group,
+            self.representations,
+            self.interventions,
+        )
         self._handles: list[Any] = []
         self._attached: set[tuple[str, str]] = set()
         self._fired: set[tuple[str, str]] = set()
@@ -152,22 +139,23 @@ class IntervenableModel(pyvene.IntervenableModel):
         Raises:
             ValueError: a location that does not exist or is ambiguous, a missing source, or an intervention that never fired.
         """
-        inputs = Inputs.of(base, "base", self._card)
-        nothing_but_base = sources is None and source_representations is None and unit_locations is None
-        left_out = self._left_out(sources, unit_locations, nothing_but_base and output_original_output)
-        sources = self._checked_sources(sources, source_representations, left_out)
-        locations = self._resolved(inputs, sources, unit_locations, left_out)
-        self._check_inputs(base, sources, output_original_output, labels)
-        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch, self._widths)
-        self._check_source_representations(source_representations, locations, inputs)
+        call = self._calls.checked(
+            base,
+            sources,
+            source_representations,
+            unit_locations,
+            subspaces,
+            labels=labels,
+            twice=output_original_output,
+        )
         base = with_position_ids(base, self._card)
         # Run here and not by pyvene, so that the original is the user's own model, without taps.
         original = self.model(**base) if output_original_output else None
         with self._running():
             outcome = super().forward(
                 base,
-                sources,
-                locations,
+                call.sources,
+                call.locations,
                 source_representations,
                 subspaces,
                 labels,
@@ -248,20 +236,23 @@ class IntervenableModel(pyvene.IntervenableModel):
         inputs = Inputs.of(base, "base", self._card)
         if inputs.mask is not None and not all(row[-1] for row in inputs.mask):
             raise ValueError("base is padded on the right, and new tokens would follow the padding: pad on the left.")
-        left_out = self._left_out(sources, unit_locations)
-        sources = self._checked_sources(sources, source_representations, left_out)
-        locations = self._resolved(inputs, sources, unit_locations, left_out)
-        self._check_inputs(base, sources, output_original_output, None)
-        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch, self._widths)
-        self._check_source_representations(source_representations)
+        call = self._calls.checked(
+            base,
+            sources,
+            source_representations,
+            unit_locations,
+            subspaces,
+            twice=output_original_output,
+            generating=True,
+        )
         self._cleanup_states()
         self.full_intervention_outputs.clear()
         original = self.model.generate(**base, **kwargs) if output_original_output else None
         try:
             with self._running():
                 self._wait_for_forward_with_parallel_intervention(
-                    sources,
-                    self._broadcast_unit_locations(inputs.batch, locations),
+                    call.sources,
+                    self._broadcast_unit_locations(inputs.batch, call.locations),
                     self._broadcast_source_representations(source_representations),
                     self._broadcast_subspaces(inputs.batch, subspaces),
                     intervention_additional_kwargs,
@@ -269,7 +260,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                 self._generation = Generation(
                     inputs.length, inputs.batch, intervene_on_prompt, intervene_on_new_tokens, new_token_rows
                 )
-                self._check_new_token_sources(locations["sources->base"][1])
+                self._check_new_token_sources(call.locations["sources->base"][1])
                 self._handles.append(self.model.register_forward_pre_hook(self._generation.count, with_kwargs=True))
                 intervened = (decode or self.model.generate)(**base, **kwargs)
                 if (
@@ -313,215 +304,6 @@ class IntervenableModel(pyvene.IntervenableModel):
             self._active = False
             self._remove_forward_hooks()
 
-    # -- before a run -----------------------------------------------------------------------------------------------------
-
-    def _needs_source(self, key: str) -> bool:
-        intervention = self.interventions[key]
-        if isinstance(intervention, LambdaIntervention | CollectIntervention):
-            return False
-        return not intervention.is_source_constant
-
-    def _per_group(self, sources: Any) -> list[Any]:
-        sources = list(sources) if isinstance(sources, list | tuple) else [sources]
-        return sources * len(self._intervention_group) if len(sources) == 1 else sources
-
-    def _left_out(self, sources: Any, unit_locations: Any, clean_run: bool | None = False) -> set[str]:
-        """Keys whose source and locations are both None, which are left out, or all that need a source in a `clean_run`."""
-        if clean_run:
-            left_out = {key for key in self.sorted_keys if self._needs_source(key)}
-            if left_out:
-                warnings.warn(f"no sources are given: {', '.join(sorted(left_out))} left out.", stacklevel=3)
-            return left_out
-        entry = unit_locations.get("sources->base") if isinstance(unit_locations, Mapping) else None
-        halves = entry if isinstance(entry, list | tuple) and len(entry) == 2 else ()
-        lists = [half for half in halves if isinstance(half, list | tuple)]
-        places = {
-            key: [half[number] for half in lists if number < len(half)] for number, key in enumerate(self.sorted_keys)
-        }
-        groups = zip(self._per_group(sources), self._intervention_group.values(), strict=False)
-        return {
-            key
-            for source, keys in groups
-            for key in keys
-            if source is None and self._needs_source(key) and lists and places[key] == [None] * len(lists)
-        }
-
-    def _checked_sources(self, sources: Any, representations: Any, left_out: set[str]) -> list[Any]:
-        """One source per group, in a list of our own; every intervention that needs a source has one."""
-        groups = self._intervention_group
-        sources = self._per_group(sources)
-        if len(sources) != len(groups):
-            raise ValueError(
-                f"{counted(len(sources), 'source')} were given for {counted(len(groups), 'group')} of interventions: give one "
-                "each."
-            )
-        if not isinstance(representations, dict | list | Tensor | None):
-            raise ValueError(
-                f"source_representations are a dict of tensors by key, a list of tensors or one tensor, not "
-                f"{type(representations).__name__}."
-            )
-        if isinstance(representations, list) and len(representations) != len(self.sorted_keys):
-            raise ValueError(
-                f"source_representations lists {counted(len(representations), 'tensor')} for "
-                f"{counted(len(self.sorted_keys), 'intervention')}; "
-                "give one each (None for one that needs none), or a dict."
-            )
-        given = set(self._broadcast_source_representations(representations) or {})
-        if unknown := given - set(self.sorted_keys):
-            raise ValueError(
-                f"source_representations names {', '.join(sorted(unknown))}; the keys are {', '.join(self.sorted_keys)}."
-            )
-        for source, keys in zip(sources, groups.values(), strict=True):
-            for key in keys:
-                if self._needs_source(key) and source is None and key not in given and key not in left_out:
-                    raise ValueError(
-                        f"{key} ({self.interventions[key]}) needs a source and has none: give sources, or "
-                        "source_representations for this key."
-                    )
-                if source is not None and isinstance(self.interventions[key], CollectIntervention):
-                    raise ValueError(
-                        f"{key} collects in a group that has a source: give it a group of its own (group_key on every "
-                        "representation) and None as that group's source, as in sources=[source, None]."
-                    )
-                constant = getattr(self.interventions[key], "is_source_constant", False)
-                if constant and key in given and not isinstance(representations, Tensor):
-                    raise ValueError(
-                        f"{key} ({self.interventions[key]}) takes no source, but source_representations has one for it."
-                    )
-                if source is None and self.mode == "serial":
-                    raise ValueError(
-                        f"{key} has no source, and serial mode skips such a group: use mode='parallel', or give it a source."
-                    )
-        if given and any(source is not None for source in sources):
-            raise ValueError("give sources or source_representations, not both: pyvene would ignore the sources.")
-        return [with_position_ids(source, self._card) for source in sources]
-
-    def _check_source_representations(
-        self, representations: Any, locations: Mapping[str, Any] | None = None, inputs: Inputs | None = None
-    ) -> None:
-        """Check the shapes of source representations: in full in a forward pass, only their widths in generation."""
-        given = self._broadcast_source_representations(representations) or {}
-        edited = [] if locations is None else [row for _, base in locations.values() for row in base]
-        shapes = {
-            key: edited_shape(self._place(key), rows, inputs)
-            for key, rows in zip(self.sorted_keys, edited, strict=False)
-            if rows is not None and inputs is not None and (self._card or self.representations[key].unit != "h")
-        }
-        check_source_shapes(given, self.representations, self.interventions, shapes)
-
-    def _check_inputs(self, base: Any, sources: list[Any], twice: bool | None, labels: Tensor | None) -> None:
-        """Refuse inputs that would run but give something other than asked for."""
-        caches = [inputs["past_key_values"] for inputs in (base, *sources) if inputs and "past_key_values" in inputs]
-        caches = [id(cache) for cache in caches if cache is not None]
-        if twice and base.get("past_key_values") is not None:
-            raise ValueError(
-                "output_original_output runs base twice, and past_key_values would grow twice: run the original separately, with "
-                "its own copy of the cache."
-            )
-        for name, inputs in (("base", base), *((f"source {number}", inputs) for number, inputs in enumerate(sources))):
-            if inputs is not None and self._card is not None:
-                check_tokens(inputs, name, self.model)
-        if len(set(caches)) < len(caches):
-            raise ValueError(
-                "two of the runs (base, sources) share one past_key_values, which each appends to: give each its own copy."
-            )
-        if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
-            raise ValueError(
-                "gradient checkpointing recomputes blocks without the interventions, so the gradients would be wrong: call "
-                "model.activation_checkpointing_disable() or model.eval()."
-            )
-        if self._card is not None and any(item.component == "logits" for item in self.representations.values()):
-            if base.get("logits_to_keep"):
-                raise ValueError(
-                    "logits_to_keep drops positions that an intervention on the logits counts: leave it out."
-                )
-            # A tap if the model's own forward soft-caps or scales them.
-            rescaled = self._card.is_tap(self.model, "logits")
-            if rescaled and (labels is not None or base.get("labels") is not None):
-                raise ValueError(
-                    "the loss of this model is computed before its soft-capped or scaled logits can be edited: leave labels "
-                    "out."
-                )
-
-    @cached_property
-    def _widths(self) -> dict[str, int | None]:
-        """The last axis of what each key edits, where it is known and of use."""
-        return {
-            key: width_of(item.component, self.model, self._card)
-            for key, item in self.representations.items()
-            if self._card is not None or getattr(self.interventions[key], "embed_dim", None) is not None
-        }
-
-    def _resolved(
-        self, inputs: Inputs, sources: list[Any], unit_locations: Mapping[str, Any] | None, left_out: set[str]
-    ) -> dict[str, Any]:
-        groups = list(self._intervention_group.values())
-        source_of_key: dict[str, Inputs | None] = {}
-        for number, (source, keys) in enumerate(zip(sources, groups, strict=True)):
-            known = None if source is None else Inputs.of(source, f"source {number}", self._card)
-            if known is not None and known.batch != inputs.batch:
-                raise ValueError(
-                    f"{known.name} has {known.batch} examples and base {inputs.batch}: give as many of each."
-                )
-            source_of_key.update(dict.fromkeys(keys, known))
-        if unit_locations is None:
-            if self.mode == "serial":
-                raise ValueError("serial mode needs unit_locations for every step, such as 'source_0->base'.")
-            if any(known is not None and known.length != inputs.length for known in source_of_key.values()):
-                raise ValueError("without unit_locations everything is swapped, which needs sources as long as base.")
-            # Spelled out, because without locations pyvene would not split the activations by heads.
-            locations = [
-                None if key in left_out else everywhere(self._place(key), self.model_config, inputs)
-                for key in self.sorted_keys
-            ]
-            has_source = any(known is not None for known in source_of_key.values())
-            return {"sources->base": (locations if has_source else None, locations)}
-        if not isinstance(unit_locations, Mapping) or len(unit_locations) != (
-            1 if self.mode == "parallel" else len(groups)
-        ):
-            raise ValueError(
-                "unit_locations must be a dict with one entry, 'base' or 'sources->base' (in serial mode one entry per step)."
-            )
-        resolved: dict[str, Any] = {}
-        for entry, value in unit_locations.items():
-            keys, after = self.sorted_keys, inputs
-            if self.mode == "serial":
-                number, keys, after = self._serial_step(entry, sources, inputs)
-            elif entry not in ("base", "sources->base"):
-                raise ValueError(f"unit_locations has an entry {entry!r}; use 'base' or 'sources->base'.")
-            places = [self._place(key) for key in keys]
-            own_sources = [source_of_key[key] for key in keys]
-            bases = [None if key in left_out else after for key in keys]
-            source_side, base_side = resolve_locations(value, entry, places, self.model_config, bases, own_sources)
-            for key, source in zip(keys, own_sources, strict=True):
-                if source is not None and source_side is None:
-                    raise ValueError(
-                        f"{key} has a source run, but only base locations are given: write "
-                        "{'sources->base': (source locations, base locations)}."
-                    )
-            check_source_counts(keys, source_side, base_side, self.interventions)
-            check_unit_counts(keys, places, base_side, self.interventions, self.representations)
-            check_places_once(keys, places, base_side, self.interventions)
-            check_steps(keys, places, (source_side, base_side), self.interventions)
-            resolved["sources->base" if entry == "base" else entry] = (source_side, base_side)
-        return resolved
-
-    def _serial_step(self, entry: str, sources: list[Any], base: Inputs) -> tuple[int, list[str], Inputs]:
-        """The group number and keys of a serial entry `source_0->source_1`, and the batch that its right side indexes."""
-        groups = list(self._intervention_group.values())
-        last = len(groups) - 1
-        names = [f"source_{i}->{'base' if i == last else f'source_{i + 1}'}" for i in range(last + 1)]
-        if entry not in names:
-            raise ValueError(f"serial mode needs unit_locations {', '.join(names)}, not {entry!r}.")
-        number = names.index(entry)
-        after = base if number == last else Inputs.of(sources[number + 1], f"source {number + 1}", self._card)
-        return number, groups[number], after
-
-    def _place(self, key: str) -> Representation:
-        item, has_card = self.representations[key], self._card is not None
-        place = Representation(item.component, item.unit, item.layer, self._needs_source(key), has_card)
-        return replace(place, layer=None) if place.entry and not place.entry.per_layer else place
-
     def _check_new_token_sources(self, locations: list[Any]) -> None:
         assert self._generation is not None
         if not self._generation.on_new_tokens:
@@ -546,8 +328,7 @@ class IntervenableModel(pyvene.IntervenableModel):
 
     def _broadcast_source_representations(self, source_representations: Any) -> Any:
         """Return a dict of our own: pyvene empties the caller's after the call."""
-        given = super()._broadcast_source_representations(source_representations)
-        return {key: value for key, value in given.items() if value is not None} if given is not None else None
+        return None if source_representations is None else by_key(source_representations, self.sorted_keys)
 
     def _reconcile_stateful_cached_activations(self, key: str, base: Tensor, locations: Any) -> Any:
         """Return the source in the precision in which the base is edited, if that is wider."""
@@ -618,7 +399,7 @@ class IntervenableModel(pyvene.IntervenableModel):
 
                 def apply(part: Tensor) -> None:
                     if self._card is None:
-                        check_activation(part, live, self.representations[key], self.model, self._widths.get(key))
+                        check_activation(part, live, self.representations[key], self.model, self._calls.widths.get(key))
                     state = self._intervention_state[key]
                     edits = state.setter_version()
                     callback(module, inputs, kwargs, part)
@@ -822,46 +603,3 @@ def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Te
 def _with_entry(output: dict, name: str, new: Tensor) -> dict:
     output[name] = new  # a model output of this very call, which nothing else refers to yet
     return output
-
-
-def _in_pyvenes_names(config: IntervenableConfig) -> IntervenableConfig:
-    """A config whose representations name components where the user's names sites."""
-    named = copy(config)
-    named.representations = [
-        item._replace(component=FIELD_NAMES.get(str(item.component), item.component)) for item in config.representations
-    ]
-    return config if named.representations == config.representations else named
-
-
-def width_of(component: str, model: nn.Module, card: Card | None) -> int | None:
-    """The last axis of a component, where it is known; a module that is named by its path has none."""
-    if card is None:
-        return mapped_width(component, model)
-    return None if "." in component else card.width(model, component)
-
-
-def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card | None) -> IntervenableConfig:
-    """Build the interventions with exact widths, because pyvene can only pass widths that its dimension mapping can express.
-
-    Collecting ones get none: pyvene would truncate what they collect to one unit's width. Without a card, none is given that is
-    not needed, as a wrong one in pyvene's mapping would do the same.
-    """
-    types = config.intervention_types
-    representations = []
-    for index, item in enumerate(config.representations):
-        kind = types[index] if isinstance(types, list) else types
-        if item.intervention is None and isinstance(kind, type):
-            whole = is_collect(item, kind) or (card is None and kind in TAKE_ALL)
-            width = None if whole else width_of(item.component, model, card)
-            settings = {**item._asdict(), "embed_dim": width * int(item.max_number_of_units) if width else None}
-            if width is None and issubclass(kind, TrainableIntervention):
-                known = "the card other than scores and pattern" if card else "pyvene's type_to_dimension_mapping"
-                raise ValueError(
-                    f"{kind.__name__} needs a component of known width, which {item.component} of {type(model).__name__} is not: "
-                    f"use a component of {known}."
-                )
-            item = item._replace(intervention=kind(**settings), intervention_type=None)
-        elif item.intervention is not None:
-            item = item._replace(intervention_type=None)
-        representations.append(RepresentationConfig(*item))
-    return IntervenableConfig(representations=representations, mode=config.mode, sorted_keys=config.sorted_keys)

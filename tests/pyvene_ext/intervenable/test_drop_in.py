@@ -164,6 +164,16 @@ def test_an_intervention_without_source_and_places_is_left_out(mlp: Any, which: 
         IntervenableModel(LINKED(), mlp)(vectors(0), only(vectors(1)), {"sources->base": both})
 
 
+def test_what_has_a_source_is_not_left_out(mlp: Any) -> None:
+    intervenable = IntervenableModel(place("mlp_activation", kind=VanillaIntervention), mlp)
+    key = intervenable.sorted_keys[0]
+    for locations in ({"sources->base": ([None], [None])}, {"sources->base": (None, [None])}):
+        with pytest.raises(ValueError, match="the location of mlp_activation at layer 0 is None"):
+            intervenable(vectors(0), unit_locations=locations, source_representations={key: torch.ones(3)})
+        with pytest.raises(ValueError, match="is None"):
+            intervenable(vectors(0), [vectors(1)], locations)
+
+
 @pytest.mark.parametrize("error", [IndexError, ValueError])
 def test_places_for_one_of_two_are_an_index_error_as_in_pyvene(mlp: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="lists locations for 1 representation, but there are 2"):
