@@ -145,9 +145,7 @@ def missing_fields(open_file: Open, found: Behaviour) -> str:
     start, end = body[0].lineno - 1, body[-1].end_lineno or 0
     indent = source.indent(body[0])
     own = "".join(f"    {line}" if line.strip() else line for line in source.lines[start:end])
-    caught = (
-        f"{indent}except AttributeError:\n{indent}    continue  # the config lacks a field that this proposal names\n"
-    )
+    caught = f"{indent}except (AttributeError, TypeError):\n{indent}    continue  # the config has no such field, or None in it\n"
     source.replace(start, end, f"{indent}try:\n{own}{caught}")
     return ""
 
