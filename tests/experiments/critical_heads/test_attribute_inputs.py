@@ -15,9 +15,11 @@ from critical_heads import attribute_inputs as study
 import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.files import write_csv
+from pyvene_ext.methods.attribution import readings
 from pyvene_ext.methods.attribution.by_tag import AttributedHead, head_rows, tag_rows
 from pyvene_ext.methods.attribution.inputs import InputAttribution, Target
 from pyvene_ext.prompts.token_tags import tag_tokens
+from pyvene_ext.runs import reasoning
 from pyvene_ext.runs.figures.inputs import tag_shares
 from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
@@ -224,7 +226,7 @@ def test_heads_and_hubs_come_from_the_ranking_made_here(folder: Path) -> None:
         return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(px.methods, "block_scores", keeps)
+        patch.setattr(reasoning, "block_scores", keeps)
         assert command("--out", "x", "--random_heads", 0, "--n_heads", 2, "--sample", 3) == 0
     (scores,) = kept
     best = np.argsort(-scores.of("hub"), axis=None, kind="stable")[:2]
@@ -254,7 +256,7 @@ def test_the_same_command_gives_the_same_and_goes_on_where_it_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--out", "x", "--heads", "1.3", "2.1", "--hub", 2, "--random_heads", 1)
-    made = stop_at(monkeypatch, 3, px.methods, "integrated_gradients")
+    made = stop_at(monkeypatch, 3, readings, "integrated_gradients")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0

@@ -114,7 +114,7 @@ def written_anew(
 @pytest.mark.parametrize(("shape", "hard"), [("hub", False), ("hub", True), ("uniform", True), ("sequential", False)])
 def test_reasoning_written_anew_is_forced_token_by_token(folder: Path, shape: str, hard: bool) -> None:
     config = study.Config(models=(MODEL,), limit=N, hub=3, regenerate="reasoning", max_new_tokens=18)
-    setting = reasoning.prepare(config, MODEL, reasoning.find_problems(config), folder / "kept")
+    setting = reasoning.load(config, reasoning.find_problems(config), folder / "kept", None, 0).reason()
     assert setting.anew and setting.clean.ids == setting.first.ids and setting.clean.accuracy == 1
     heads = {0: [1, 6], 2: [0, 3, 7], 3: list(range(8))}
     hubs = study.hubs_of(setting, config, shape)  # type: ignore[arg-type]
