@@ -251,7 +251,9 @@ def evidence_of(one: AttributedHead, tags: Sequence[Row]) -> px.runs.Evidence:
     effect += f"{len(mine)} tags,"
     random, control = px.stats.interval_in(top, "more_than_random"), "none"
     if math.isfinite(random.mean):
-        control = f"{len(one.controls)} random heads of the layer, {random.mean:.3g} [{random.low:.3g}, {random.high:.3g}] less"
+        numbers = ", ".join(str(int(some.complete.sum())) for some in one.controls.values())
+        of = f"{px.io.counted(len(one.controls), 'random head')} of the layer (complete: {numbers} problems)"
+        control = f"{random.mean:.3g} [{random.low:.3g}, {random.high:.3g}] more than with {of}"
     interval = px.stats.interval_in(top, "more_than_tokens") if complete > 1 else None
     more = "a larger --sample" if complete > 1 else "more --most_steps"
     return px.runs.Evidence(f"{complete} of {len(one.problems)} problems complete", effect, interval, control, more)

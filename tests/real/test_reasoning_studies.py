@@ -25,17 +25,32 @@ from tests.real.conftest import Real
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NEW = 32
+NEEDED = [
+    (17, 8),
+    (19, 3),
+    (16, 0),
+    (2, 1),
+    (1, 2),
+    (3, 8),
+    (14, 2),
+    (3, 0),
+    (4, 3),
+    (16, 2),
+    (10, 1),
+    (18, 5),
+]  # of SmolLM2
 Row = dict[str, str]
 Head = tuple[int, int]
 Change = Callable[[Tensor], Tensor]  # of a module's input or output at the tokens of one forward pass [pos d]
 Places = dict[tuple[str, bool], Change]  # by the module's name, and whether its input is changed
 
 
-def study(module: Any, out: Path, *flags: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def study(module: Any, out: Path, flags: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run a study; its summary, and what it keeps of every run in case that it is interrupted."""
+    flags = f"{flags} --max_new_tokens {NEW} --out {out}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder, "discard", lambda _: None)
-        assert run_study(module.main, module.Config, [*map(str, flags), "--out", str(out)]) == 0
+        assert run_study(module.main, module.Config, flags.split()) == 0
     kept = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "unfinished").iterdir()]
     return json.loads((out / "summary.json").read_text(encoding="utf-8")), kept
 
@@ -143,7 +158,7 @@ def heads_in(row: Row, column: str) -> list[Head]:
 
 @pytest.mark.parametrize(
     ("name", "heads"),
-    [("smollm2", [(10, 1), (2, 1), (17, 8), (19, 3), (1, 2), (0, 3)]), ("gemma3", [(2, 0), (5, 1), (8, 2), (11, 3)])],
+    [("smollm2", NEEDED), ("gemma3", [(2, 0), (5, 1), (8, 2), (11, 3)])],
 )
 def test_solutions_without_heads_are_those_of_hooks(
     name: str, heads: list[Head], request: pytest.FixtureRequest, tmp_path: Path
@@ -152,9 +167,8 @@ def test_solutions_without_heads_are_those_of_hooks(
     ranking = tmp_path / "heads.csv"
     lines = [f"{1 / (1 + at)},{layer},{head}" for at, (layer, head) in enumerate(heads)]
     ranking.write_text("\n".join(["scores,layer,head", *lines]) + "\n", encoding="utf-8")
-    flags = ("--models", real.folder, "--limit", 2, "--max_new_tokens", NEW, "--rankings", ranking)
-    flags = (*flags, "--n_heads", len(heads), "--scope", "reasoning", "both", "--random_sets", 1)
-    summary, kept = study(ablate_heads, tmp_path / "x", *flags)
+    flags = f"--models {real.folder} --limit 2 --rankings {ranking} --n_heads {len(heads)} --random_sets 1"
+    summary, kept = study(ablate_heads, tmp_path / "x", f"{flags} --scope reasoning both")
 
     problems = asked(real, 2)
     clean = [written(real, ids)[0] for ids, _ in problems]
@@ -187,19 +201,9 @@ def test_solutions_without_heads_are_those_of_hooks(
 
 def test_drops_by_confidence_are_those_of_solutions_written_with_hooks(smollm2: Real, tmp_path: Path) -> None:
     heads = [(0, 1), (0, 4), (1, 2), (1, 3), (17, 8), (19, 3)]
-    flags = (
-        "--models",
-        smollm2.folder,
-        "--limit",
-        3,
-        "--max_new_tokens",
-        NEW,
-        "--heads",
-        *(f"{a}.{b}" for a, b in heads),
-    )
-    summary, _ = study(
-        stratify_difficulty, tmp_path, *flags, "--scope", "both", "--random_sets", 0, "--min_problems", 2
-    )
+    named = " ".join(f"{a}.{b}" for a, b in heads)
+    flags = f"--models {smollm2.folder} --limit 3 --heads {named} --scope both --random_sets 0 --min_problems 2"
+    summary, _ = study(stratify_difficulty, tmp_path, flags)
     model = next(iter(summary["models"]))
     right, sure = [], []
     for ids, gold in asked(smollm2, 3):
@@ -232,21 +236,8 @@ def test_drops_by_confidence_are_those_of_solutions_written_with_hooks(smollm2: 
 
 
 def test_what_follows_noise_at_a_token_is_that_of_hooks(smollm2: Real, tmp_path: Path) -> None:
-    flags = (
-        "--models",
-        smollm2.folder,
-        "--limit",
-        2,
-        "--max_new_tokens",
-        NEW,
-        "--min_problems",
-        2,
-        "--places",
-        2,
-        "--seed",
-        4,
-    )
-    _, kept = study(patch_hub, tmp_path, *flags)
+    flags = f"--models {smollm2.folder} --limit 2 --min_problems 2 --places 2"
+    _, kept = study(patch_hub, tmp_path, flags)
     model, problems = smollm2.model, asked(smollm2, 2)
     texts = [with_block(smollm2, ids) for ids, _ in problems]
 
@@ -278,7 +269,7 @@ def test_what_follows_noise_at_a_token_is_that_of_hooks(smollm2: Real, tmp_path:
         """The noise of one place at the last token of the prompt."""
         every = torch.cat(seen[place])
         heads = range(3) if place[0] in "kv" else [None]
-        draws = [rng(4, "noise", *map(str, place), str(head), number) for head in heads]
+        draws = [rng(0, "noise", *map(str, place), str(head), number) for head in heads]
         eps = torch.cat(
             [torch.from_numpy(draw.standard_normal((token + 1, every.shape[1] // len(draws)))[token]) for draw in draws]
         )
@@ -321,28 +312,16 @@ def ridge(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     x, y = x - mx, y - my
     penalty = alpha * x.square().sum() / x.shape[1] * torch.eye(x.shape[1], dtype=torch.float64)
     weight = torch.linalg.solve(x.T @ x + penalty, x.T @ y)
-    return weight.float(), (my - mx @ weight).float()
+    return weight, my - mx @ weight
 
 
 def test_answers_with_transplanted_heads_are_those_of_heads_written_out(smollm2: Real, tmp_path: Path) -> None:
     """A head of the model itself in the place of another, with and without maps."""
     places, heads, alpha = [(1, 2), (3, 8)], [(2, 1), (0, 4)], 0.1
-    named = ("--heads", *(f"{a}.{b}" for a, b in places), "--donor_heads", *(f"{a}.{b}" for a, b in heads))
-    flags = (
-        "--models",
-        smollm2.folder,
-        "--donor",
-        smollm2.folder,
-        "--limit",
-        5,
-        "--fit_problems",
-        3,
-        "--alpha",
-        alpha,
-        *named,
-    )
-    flags = (*flags, "--regenerate", "answer", "--answer_tokens", 3, "--random_sets", 0, "--max_new_tokens", NEW)
-    summary, kept = study(transplant_head, tmp_path, *flags)
+    named, donors = (" ".join(f"{layer}.{head}" for layer, head in some) for some in (places, heads))
+    flags = f"--models {smollm2.folder} --donor {smollm2.folder} --heads {named} --donor_heads {donors} --limit 5"
+    flags += f" --fit_problems 3 --alpha {alpha} --regenerate answer --answer_tokens 3 --random_sets 0"
+    summary, kept = study(transplant_head, tmp_path, flags)
     found = {
         record["facts"]["condition"]: record["results"]["ids"] for record in kept if "condition" in record["facts"]
     }
@@ -363,6 +342,7 @@ def test_answers_with_transplanted_heads_are_those_of_heads_written_out(smollm2:
         goal, mean = stacked(donor, 0, test), stacked(donor, 0, train).mean(0)
         error = (goal - stacked(host, 0, test) @ a - offset).square().sum()
         r2.append(float(1 - error / (goal - mean).square().sum()))
+        a, offset, b = a.float(), offset.float(), b.float()
         moves.append((place, head, lambda x, a=a, offset=offset: x @ a + offset, lambda c, b=b: c @ b))
     fits = [row for row in rows_of(tmp_path / "maps.csv") if row["map"] == "A"]
     assert [float(row["r2_test"]) for row in fits] == pytest.approx(r2, abs=2e-3) and min(r2) > 0.5
@@ -401,19 +381,8 @@ def test_attributions_are_gradients_along_the_line_summed_by_hand(
 ) -> None:
     """Attention to the block's first token, in two problems and four steps; Gemma's embeddings are scaled, and BOS stays."""
     real: Real = request.getfixturevalue(name)
-    flags = (
-        "--models",
-        real.folder,
-        "--limit",
-        2,
-        "--max_new_tokens",
-        NEW,
-        "--heads",
-        f"{head[0]}.{head[1]}",
-        "--hub",
-        0,
-    )
-    study(attribute_inputs, tmp_path, *flags, "--steps", 4, "--most_steps", 4, "--random_heads", 0)
+    flags = f"--models {real.folder} --limit 2 --heads {head[0]}.{head[1]} --hub 0 --random_heads 0 --steps 4 --most_steps 4"
+    study(attribute_inputs, tmp_path, flags)
     tokens, problems = rows_of(tmp_path / "tokens.csv"), rows_of(tmp_path / "problems.csv")
 
     model, (layer, number) = real.model, head

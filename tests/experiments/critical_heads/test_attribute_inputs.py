@@ -217,6 +217,17 @@ def test_what_is_attributable_is_said_plainly() -> None:
     assert "is not established as the tokens' doing" in line and "no tag has more than its share" in line
 
 
+def test_the_evidence_says_in_how_many_problems_the_random_heads_are_complete() -> None:
+    tags = [["number", "other", "other", "other"]] * 12
+    controls = {(0, 1): of(*[[2.0, 1.0, 1.0, 0.0]] * 12, missed=(3,)), (0, 2): of(*[[1.0, 1.0, 1.0, 0.0]] * 12)}
+    found = one(of(*[[6.0, 1.0, 1.0, 0.0]] * 12), controls, tags)
+    said = study.evidence_of(found, tag_rows(found, 0))
+    assert said.sample == "12 of 12 problems complete" and said.interval == pytest.approx((0.5, 0.5, 0.5))
+    assert said.control.startswith("0.34 [") and said.control.endswith(
+        "more than with 2 random heads of the layer (complete: 11, 12 problems)"
+    )
+
+
 def test_heads_and_hubs_come_from_the_ranking_made_here(folder: Path) -> None:
     kept = []
     own = px.methods.block_scores
