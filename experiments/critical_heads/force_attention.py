@@ -127,8 +127,12 @@ def main(config: Config) -> None:
 
 
 def check(config: Config, _: int, name: str, model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose attention cannot be forced so."""
+    """Raise ValueError for a model whose attention cannot be forced so, and a hub that is not there when it is needed."""
     forced_heads(config, name, model)
+    if "hub" in config.shapes and config.hub < 0 and config.anew and px.models.format_of(model) is None:
+        raise ValueError(
+            f"--hub {config.hub} counts from the end of a block that is not written yet; count from its start."
+        )
 
 
 def forced_heads(config: Config, name: str, model: PreTrainedModel) -> tuple[Heads, list[Heads], str]:
@@ -206,10 +210,6 @@ def one_pattern(setting: Setting, config: Config, heads: Heads, controls: list[H
 def hubs_of(setting: Setting, config: Config, shape: Shape) -> list[int | None]:
     """The token of each problem's block that is its hub; None where the block is too short. 0 if the shape has no hub."""
     blocks = setting.questions.blocks
-    if shape == "hub" and setting.anew and config.hub < 0:
-        raise ValueError(
-            f"--hub {config.hub} counts from the end of a block that is not written yet; count from its start."
-        )
     if shape == "hub":
         return [config.hub if -len(block) <= config.hub < len(block) else None for block in blocks]
     draw = px.rng(config.seed, "hubs")
