@@ -89,7 +89,7 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
         return 2
     except KeyboardInterrupt:
         kept = next((folder for folder in UNFINISHED if _has_finished_work(folder)), None)
-        resumes = "nothing was finished, and the same command starts anew"
+        resumes = "nothing was finished that could be kept, and the same command starts from the beginning"
         if kept is not None:
             resumes = f"what is finished is in {kept}, and the same command goes on from there"
         print(f"interrupted; {resumes}", file=sys.stderr)

@@ -21,8 +21,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -39,13 +40,14 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.attention import View, write_views
 from pyvene_ext.runs.facts import Evidence
 from pyvene_ext.runs.flags import Dataset
-from pyvene_ext.runs.plans import LEAST, LONGEST, duration, that_fit
+from pyvene_ext.runs.plans import LEAST, LONGEST, duration, round_down, that_fit
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import Spec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 DATA = (".json", ".jsonl", ".tsv", ".csv")
 
 
@@ -107,7 +109,14 @@ class RunFolder:
         self._config_file, self._summary = self.path / config_file, self.path / summary
 
     def announce(
-        self, work: str, seconds: float | None = None, *, n: int = 0, limit: str = "limit", fixed: float = 0.0
+        self,
+        work: str,
+        seconds: float | None = None,
+        *,
+        n: int = 0,
+        limit: str = "limit",
+        fixed: float = 0.0,
+        shorter: Sequence[str] | None = None,
     ) -> bool:
         """Say what the study will do and how long it takes, before it starts.
 
@@ -122,6 +131,8 @@ class RunFolder:
             n: the prompts, or whatever `limit` counts.
             limit: the flag that sets how much is done.
             fixed: how many of the seconds do not depend on it.
+            shorter: flags of which each takes no more than ten minutes, such as "--random_sets 5"; by default `limit` with the
+                number that follows from `seconds`, `n` and `fixed`.
 
         Returns:
             Whether the study goes on: False with --dry_run.
@@ -133,12 +144,14 @@ class RunFolder:
             print(work if seconds is None else f"{work}: {duration(seconds)}", flush=True)
         if seconds is not None and getattr(self._given, limit) is None:
             before = self._shortened()
-            fewer = before["value"] if before else n if seconds <= LONGEST else that_fit(n, seconds, fixed)
+            fewer = before["value"] if before else n
+            if not before and seconds > LONGEST:
+                fewer = that_fit(n, seconds, fixed) if shorter is None else _named(shorter, limit)
             if fewer < n:
-                self._shorten(limit, fewer, n, seconds, fixed)
+                self._shorten(limit, fewer, n, seconds, fixed, shorter or ())
         return not self._given.dry_run
 
-    def _shorten(self, limit: str, fewer: int, n: int, seconds: float, fixed: float) -> None:
+    def _shorten(self, limit: str, fewer: int, n: int, seconds: float, fixed: float, shorter: Sequence[str]) -> None:
         """Say how many of `n` are taken, and keep that for a run that resumes this one; raises TooLong but in a dry run."""
         whole = 0 if limit == "limit" and isinstance(self._given, Dataset) else n
         everything = f"--{limit} {whole} takes all"
@@ -147,11 +160,17 @@ class RunFolder:
             least = f", and {LEAST} of them {duration(few)}" if n > LEAST else ""
             message = f"all {n} take {duration(seconds)} here{least}, and nothing has been run: --{limit} {min(n, LEAST)} runs "
             message += f"{LEAST} all the same, and {everything}." if n > LEAST else "them all the same."
+            if shorter:
+                message = (
+                    f"all {n} take {duration(seconds)} here and nothing has been run: {' or '.join(shorter)} takes "
+                )
+                message += f"{duration(LONGEST)}, and {everything}."
             if not self._given.dry_run:
                 raise TooLong(message, limit, None)
             said = f"without --dry_run this stops: {message}"
         else:
-            message = f"all {n} take {duration(seconds)} here: --{limit} {fewer} takes less, and {everything}."
+            less = " or ".join(shorter or [f"--{limit} {fewer}"])
+            message = f"all {n} take {duration(seconds)} here: {less} takes less, and {everything}."
             said = f"to keep within ten minutes {fewer} of {n} are taken; {everything}"
         if is_main_process():
             print(said, flush=True)
@@ -321,8 +340,89 @@ def discard(folder: str | Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def _named(shorter: Sequence[str], limit: str) -> int:
+    """The value that a flag has among some, rounded down as `plans.that_fit` does; 0 if it is not among them."""
+    given = [int(words.split()[1]) for words in shorter if words.split()[0] == f"--{limit}"]
+    return round_down(given[0]) if given else 0
+
+
 def _short(subject: str) -> str:
     """The name of a model or data set in file names: the last part of its path, without the ending of a data file."""
     path = Path(subject)
     name = path.name or path.resolve().name
     return name.removesuffix(path.suffix) if path.suffix in DATA else name
+
+
+# -- several models ----------------------------------------------------------------------------------------------------
+
+
+def each_model(
+    run: RunFolder,
+    load: Callable[[int], T],
+    work: str,
+    seconds: Callable[[Any, T, int], float] | None,
+    n: int,
+    shorter: Mapping[str, Any] = {},
+    *,
+    limit: str = "limit",
+    least: int = 2,
+) -> Iterator[T]:
+    """Load and check every model of a study, announce the study (`RunFolder.announce`), and give it one model after the other.
+
+    The first model is loaded last and stays; the others are loaded again when it is their turn, so that two need not fit in
+    memory together, if the study lets go of one before it asks for the next.
+
+    Args:
+        run: the run, with the flags of the study; `models` are its models.
+        load: loads the model at this index of `models`, and raises ValueError if the study cannot be done with it.
+        work: what the study does, for the announcement.
+        seconds: how long a model takes, from flags, the model, and the number of problems; None for models that are quick.
+        n: the number of problems.
+        shorter: flags with their values that make the study shorter if they are smaller (a number) or name less (a tuple). If it
+            is too long, the largest value of each that is short enough is named.
+        limit: the flag that sets the number of problems.
+        least: fewest problems that the study takes.
+
+    Yields:
+        T: each model; none with --dry_run.
+
+    Raises:
+        ValueError: what `load` raises; or the study is too long, as `RunFolder.announce` has it.
+    """
+    flags = run.config
+    first: T | None = None
+    total, of_less = 0.0, dict.fromkeys(_less(shorter, limit, least, n), 0.0)
+    for number in reversed(range(len(flags.models))):
+        first = None
+        first = load(number)
+        if seconds is None:
+            continue
+        total += seconds(flags, first, n)
+        for flag, value in of_less:
+            few, n_few = (flags, value) if flag == limit else (replace(flags, **{flag: value}), n)
+            of_less[flag, value] += seconds(few, first, n_few)
+    fits: dict[str, Any] = {}
+    for (flag, value), taken in of_less.items():
+        if taken <= LONGEST:
+            fits.setdefault(flag, value)
+    words = [
+        f"--{flag} {' '.join(map(str, value if isinstance(value, tuple) else (value,)))}"
+        for flag, value in fits.items()
+    ]
+    if not run.announce(work, None if seconds is None else total, n=n, limit=limit, shorter=words):
+        return
+    for number in range(len(flags.models)):
+        model = load(number) if first is None else first
+        first = None
+        yield model
+        del model
+
+
+def _less(shorter: Mapping[str, Any], limit: str, least: int, n: int) -> list[tuple[str, Any]]:
+    """Flags with smaller values than they have, the largest first."""
+    found = [
+        (flag, value[:end] if isinstance(value, tuple) else end)
+        for flag, value in shorter.items()
+        for end in reversed(range(1, len(value) if isinstance(value, tuple) else value))
+    ]
+    return [*found, *((limit, few) for few in reversed(range(least, n)))]

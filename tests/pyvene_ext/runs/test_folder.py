@@ -63,7 +63,7 @@ def test_ctrl_c_says_where_what_is_finished_lies(finished: tuple[str, ...], caps
         raise KeyboardInterrupt
 
     assert cli.run(study, Config, []) == 130
-    where = "nothing was finished, and the same command starts anew"
+    where = "nothing was finished that could be kept, and the same command starts from the beginning"
     if "a/waves/000000.npz" in finished:
         where = "what is finished is in outputs/lens/a/unfinished, and the same command goes on from there"
     assert capsys.readouterr().err == f"interrupted; {where}\n"
