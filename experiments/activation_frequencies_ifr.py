@@ -114,6 +114,8 @@ def main(config: Config) -> None:
     prompt_set = config.load_prompts()
     model, tokenizer = config.load_model()
     prompts = config.tokenize(prompt_set, model, tokenizer)
+    if len(prompts) < 2:
+        raise ValueError(f"{config.dataset} gives 1 prompt; an interval over prompts needs two or more.")
     which: dict[str, Any] = {"positions": config.positions, "seed": config.seed, **config.which_mean}
     specs = px.all_heads(model.config, config.kind, **which)
     plan = px.plan_sweep(model, specs, prompts, memory=config.memory_bytes)

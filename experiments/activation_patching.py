@@ -97,7 +97,7 @@ def main(config: Config) -> None:
     ]
     passes = px.methods.patch_passes(model, specs, base, source, config.metric, memory=config.memory_bytes)
     work = f"{len(specs)} patches x {len(base)} pairs ({', '.join(config.sites)} at {', '.join(positions)})"
-    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(base)):
+    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(prompt_set)):
         return
 
     # Every patch on every pair.
@@ -278,7 +278,7 @@ def summary(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -
     ]
     if left_out := facts["dropped"]:
         some = ", ".join(map(str, left_out[:NAMED])) + (", ..." if len(left_out) > NAMED else "")
-        lines.append(f"{len(left_out)} pairs left out, whose texts differ in number of tokens: {some}")
+        lines.append(f"{px.io.counted(len(left_out), 'pair')} left out, whose texts differ in number of tokens: {some}")
     lines += [
         f"mean {config.metric}: {base} run {facts['mean_base']:.3f}, {source} run {facts['mean_source']:.3f}",
         f"score: 0 is the {base} run, 1 the {source} run",

@@ -85,8 +85,8 @@ def main(config: Config) -> None:
     nodes = [patches[number] for number in checked]
     passes = px.methods.patch_passes(model, nodes, base, source, config.metric, memory=config.memory_bytes)
     passes += gradient_passes(config, px.models.n_layers(model.config))
-    work = f"{len(base)} pairs: {len(patches)} nodes and all edges estimated, {len(nodes)} nodes patched exactly"
-    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(base)):
+    work = f"{px.io.counted(len(base), 'pair')}: {len(patches)} nodes and all edges estimated, {len(nodes)} nodes patched exactly"
+    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(prompt_set)):
         return
 
     # The effect of patches, exactly, and as gradients estimate it; the effect of every edge, as they estimate it.
@@ -314,8 +314,8 @@ def drawn(
 def summary(config: Config, facts: dict[str, Any], agreement: list[dict[str, Any]], edges: Edges) -> str:
     """What the terminal shows: the pairs, how estimates agree with exact values, and the largest edges."""
     lines = [
-        f"{config.model} on {config.dataset}: {facts['n']} pairs, {facts['n_dropped']} left out for unequal lengths; "
-        f"{config.direction}",
+        f"{config.model} on {config.dataset}: {px.io.counted(facts['n'], 'pair')}, {facts['n_dropped']} left out for unequal "
+        f"lengths; {config.direction}",
         f"base: mean {config.metric} {facts['mean_base']:.2f}",
         "",
         f"Spearman's correlation with exact patching, over {facts['n_exact']} of {len(facts['patches'])} nodes",
@@ -339,7 +339,7 @@ def evidence(facts: dict[str, Any], agreement: list[dict[str, Any]]) -> px.runs.
     control = f"nodes permuted within layers, p = {row['p_within_layers']:.2g}"
     interval = px.Interval(row["spearman"], row["low"], row["high"])
     sharpen = "a larger --exact" if n < of else "a larger --limit or --dataset"
-    return px.runs.Evidence(f"{facts['n']} pairs", effect, interval, control, sharpen)
+    return px.runs.Evidence(px.io.counted(facts["n"], "pair"), effect, interval, control, sharpen)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Config(px.flags.Loading):
     """random tokens of a block"""
     repeats: Annotated[int, Ge(2)] = 4
     """how often the block is there"""
-    examples: px.flags.Limit = None
+    examples: px.flags.Count | None = None
     """sequences a seed; by default 10"""
     seeds: px.flags.OneOrMore[px.flags.Seed] = (0, 1, 2, 3, 4)
     """of the random tokens"""

@@ -69,7 +69,9 @@ def main(config: Config) -> None:
     model, tokenizer = config.load_model()
     check_compared(config, causal, model)
     prompts = config.tokenize(prompt_set, model, tokenizer)
-    if not run.announce(f"routes to {len(prompts)} predictions", seconds_of(model, prompts), n=len(prompts)):
+    if not run.announce(
+        f"routes to {px.io.counted(len(prompts), 'prediction')}", seconds_of(model, prompts), n=len(prompts)
+    ):
         return
 
     # The importance of every edge in one pass, and the routes to each prediction.
@@ -296,7 +298,8 @@ def summary(
     often = sum(row["low"] > 0.5 for row in heads)
     chosen = "" if config.tau is not None else ", the tau at which about a tenth of heads x prompts are active"
     lines = [
-        f"{config.model} on {config.dataset}: {facts['n']} prompts, routes of edges above {facts['tau']:.3g}{chosen}",
+        f"{config.model} on {config.dataset}: {px.io.counted(facts['n'], 'prompt')}, routes of edges above "
+        f"{facts['tau']:.3g}{chosen}",
         f"active: {facts['share_active']:.1%} of heads x prompts; {often} of {len(heads)} heads on more "
         "than half of the prompts (95% interval)",
         f"routes of prompt {config.prompt}: {facts['n_edges_drawn']} edges through {active[config.prompt].sum()} heads",
@@ -320,7 +323,7 @@ def evidence(
     config: Config, facts: dict[str, Any], heads: list[dict[str, float]], correlation: px.stats.Correlation | None
 ) -> list[px.runs.Evidence]:
     """How often the most active head is on a route, beside all heads; and how the compared frequencies agree."""
-    first, prompts, share = heads[0], f"{facts['n']} prompts", facts["share_active"]
+    first, prompts, share = heads[0], px.io.counted(facts["n"], "prompt"), facts["share_active"]
     name = px.stats.head_label((int(first["layer"]), int(first["head"])))
     effect = f"share of prompts with {name} on a route, the most active of {len(heads)} heads,"
     interval, sharpen = px.Interval(first["frequency"], first["low"], first["high"]), "a larger --limit or --dataset"

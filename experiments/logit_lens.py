@@ -70,7 +70,9 @@ def main(config: Config) -> None:
     for prompt in range(len(prompts)):
         px.prompts.token_indices(prompts, prompt, config.position)
     seconds = 3 * px.runs.seconds_a_pass(model, prompts)
-    if not run.announce(f"logit lens and attribution on {len(prompts)} prompts", seconds, n=len(prompts)):
+    if not run.announce(
+        f"logit lens and attribution on {px.io.counted(len(prompts), 'prompt')}", seconds, n=len(prompts)
+    ):
         return
 
     # At every depth, what the model would say; at the end, what each part adds to it, and to another prompt's answers.
@@ -210,8 +212,8 @@ def summary(config: Config, facts: dict[str, Any], depths: list[dict[str, Any]],
     """What the terminal shows: the lens by depth, what each kind of part contributes, and the heads with the largest."""
     ahead = facts["depth_ahead"]
     lines = [
-        f"{config.model} on {config.dataset}: {facts['n']} prompts; mean logit difference {facts['clean_logit_diff']:.2f}, "
-        f"IO above S on {facts['clean_io_over_s']:.1%}",
+        f"{config.model} on {config.dataset}: {px.io.counted(facts['n'], 'prompt')}; mean logit difference "
+        f"{facts['clean_logit_diff']:.2f}, IO above S on {facts['clean_io_over_s']:.1%}",
         f"\nlogit lens at {config.position}: the logit difference is "
         + ("not above 0 at the last depth" if ahead is None else f"above 0 from depth {ahead} on")
         + " (95% interval)",
@@ -247,7 +249,7 @@ def evidence(n: int, head: dict[str, Any]) -> px.runs.Evidence:
     )
     other = f"{control.mean:.2f} [{control.low:.2f}, {control.high:.2f}] for another prompt's answers"
     effect = f"{px.stats.head_label((head['layer'], head['head']))} adds to the logit difference"
-    return px.runs.Evidence(f"{n} prompts", effect, values, other, "a larger --limit or --dataset")
+    return px.runs.Evidence(px.io.counted(n, "prompt"), effect, values, other, "a larger --limit or --dataset")
 
 
 if __name__ == "__main__":

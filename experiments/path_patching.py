@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     paths = [path for group in groups for path in paths_to(config, model.config, group)]
     passes = px.methods.patch_passes(model, paths, base, source, config.metric, memory=config.memory_bytes)
     work = f"{len(paths)} paths x {len(base)} pairs of texts, senders patched at {config.positions}"
-    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(base)):
+    if not run.announce(work, passes * px.runs.seconds_a_pass(model, base), n=len(prompt_set)):
         return
 
     # Every path on every pair of texts.
@@ -299,7 +299,7 @@ def summary(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -
     ]
     if left_out := facts["dropped"]:
         some = ", ".join(map(str, left_out[:NAMED])) + (", ..." if len(left_out) > NAMED else "")
-        lines.append(f"{len(left_out)} pairs left out, whose texts differ in number of tokens: {some}")
+        lines.append(f"{px.io.counted(len(left_out), 'pair')} left out, whose texts differ in number of tokens: {some}")
     lines += [
         f"mean {config.metric}: clean run (base) {facts['mean_base']:.3f}, corrupt run (source) {facts['mean_source']:.3f}",
         "effect: mean change in % of the clean run's mean; score: 0 is the clean run, 1 the corrupt run",

@@ -77,10 +77,6 @@ KNOWN = {
         "Qwen/Qwen2.5-7B-Instruct",
     )
 }
-N_TOKENS, PERMUTATIONS = 500, 300
-LARGE, FEW_TOKENS = 1e9, 20  # parameters from which on, on a GPU, these are the defaults; tokens of all other models
-MIDDLING, FEW_PERMUTATIONS = 1e7, 40  # parameters from which on a set of heads takes seconds, and permutations then
-TO_ABL, TINY_TO_ABL = "0-1-5-10-20-50", "0-1-2-3-4"
 SHOWN = 4  # tokens on the terminal
 Type = Literal["induction", "random"]
 Mode = Literal["zero", "mean"]
@@ -167,8 +163,10 @@ def main(config: Config) -> None:
     bos = px.methods.leading_bos(tokenizer, config.bos)
     pool = usable_tokens(config, model, tokenizer, listed)
     given = known_scores(config, model)
-    config, n_tokens, permutations = sized(config, model, len(bos), len(pool), given)
-    levels = levels_of(config)
+    config, levels = sized(config, model, len(bos), len(pool), given)
+    n_tokens, permutations = config.n_tokens, config.permutations
+    assert n_tokens and permutations  # they are filled in
+    run.fill_in(config, **config.run_files)
     prompts = px.methods.lag_prompts(pool, n_tokens, permutations, config.seed, bos)
 
     # Which heads: a ranking of each choice of layers by induction score, and random ones that match it.
@@ -188,7 +186,6 @@ def main(config: Config) -> None:
     work = f"{len(specs)} interventions x {permutations} prompts, permutations of {n_tokens} tokens"
     if not run.announce(work, seconds, n=permutations, limit="permutations"):
         return
-    run = px.RunFolder(config, "ablations", config.name, flag="output_dir", **config.run_files)  # named by the sizes
     options |= {"compile": config.compile, "store": run.unfinished, "progress": px.is_main_process()}
     result = px.sweep(model, list(specs), prompts, **options)
     if not px.is_main_process():
@@ -225,11 +222,13 @@ def main(config: Config) -> None:
         untouched=untouched,
         summaries={"_".join(setting): table for setting, table in tables.items()},
     )
-    with run.writing(facts, evidence(config, tables)):
+    sample = f"{permutations} permutations of {n_tokens} tokens"
+    with run.writing(facts, px.runs.lag.lag_evidence(sample, config.head_type, tables)):
         if matrix is not None:
             px.methods.write_head_scores(run.path / f"heads/{config.name}_induction_scores.csv", matrix)
         for setting, found in curves.items():
-            write_setting(run, config, setting, heads[setting[1]], found, tables[setting])
+            names, of_layers = (config.stem, config.name), heads[setting[1]]
+            px.runs.lag.write_setting(run, names, setting, config.head_type, of_layers, found, tables[setting])
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -237,18 +236,8 @@ def main(config: Config) -> None:
 
 def levels_of(config: Config) -> list[int]:
     """The numbers of heads of --to_abl."""
-    text = (TINY_TO_ABL if config.tiny else TO_ABL) if config.to_abl is None else config.to_abl
-    parts = text.split("-")
-    levels = [int(part) for part in parts if part.isdecimal() and len(part) < 7]
-    if len(levels) < len(parts) or levels != sorted(set(levels)) or not any(levels):
-        raise ValueError(
-            f"--to_abl {text!r} must be ascending numbers of heads with dashes between them and not only 0, such as {TO_ABL}."
-        )
-    if config.max_heads_abl is not None and config.max_heads_abl < levels[-1]:
-        raise ValueError(
-            f"--to_abl asks for {levels[-1]} heads and --max_heads_abl allows {config.max_heads_abl}; raise it, or ask for fewer."
-        )
-    return levels
+    default = px.methods.TINY_TO_ABL if config.tiny else px.methods.TO_ABL
+    return px.methods.parse_levels(default if config.to_abl is None else config.to_abl, config.max_heads_abl)
 
 
 def listed_tokens(config: Config) -> Int[np.ndarray, " token"] | None:
@@ -256,15 +245,8 @@ def listed_tokens(config: Config) -> Int[np.ndarray, " token"] | None:
     if config.tokens_path is None:
         return None
     listed = np.array(px.prompts.read_token_list(config.tokens_path), np.int64)
-    check_count(len(np.unique(listed)), config.n_tokens or px.methods.FEWEST, str(config.tokens_path))
+    px.methods.check_usable(len(np.unique(listed)), config.n_tokens or px.methods.FEWEST, str(config.tokens_path))
     return listed
-
-
-def check_count(usable: int, n_tokens: int, where: str) -> None:
-    """Raise ValueError if there are too few tokens."""
-    if usable < n_tokens:
-        found = f"{where} has {usable} usable tokens (distinct, not special)"
-        raise ValueError(f"{found} and {n_tokens} are wanted; give more, or a smaller --n_tokens.")
 
 
 def usable_tokens(
@@ -289,38 +271,17 @@ def known_scores(config: Config, model: PreTrainedModel) -> Ranking | None:
 
 def sized(
     config: Config, model: PreTrainedModel, n_bos: int, n_usable: int, scores: Ranking | None
-) -> tuple[Config, int, int]:
-    """The config with the sizes that it leaves to the model (the docstring: Sizes), and tokens and permutations.
-
-    Raises:
-        ValueError: a list is longer than the context or than there are tokens, or more heads are wanted than there are.
-    """
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    large = n_parameters >= LARGE and model.device.type != "cpu"
-    longest = px.models.n_positions(model.config)
-    room = longest - 1 - n_bos
-    fits = max(px.methods.FEWEST, min(N_TOKENS if large else FEW_TOKENS, room, n_usable))
-    n_tokens = config.n_tokens or fits
-    if n_tokens > room:
-        raise ValueError(
-            f"--n_tokens {n_tokens} makes prompts of {longest + n_tokens - room} tokens and {config.model_name} takes {longest}; "
-            "take fewer."
-        )
-    check_count(n_usable, n_tokens, "the tokenizer" if config.tokens_path is None else str(config.tokens_path))
-    few = n_parameters >= MIDDLING and not large
-    permutations = config.permutations or (FEW_PERMUTATIONS if few else PERMUTATIONS)
-
-    depth, n_heads = px.models.n_layers(model.config), px.models.n_heads(model.config)
-    ranking = scores or [(0.0, *head) for head in np.ndindex(depth, n_heads)]
-    of_layers = [px.methods.layers_of(layers, depth) for layers in config.layer_abl]
-    half = min(min(len(some) * n_heads // 2, sum(layer in some for _, layer, _ in ranking)) for some in of_layers)
-    levels = levels_of(config)
+) -> tuple[Config, list[int]]:
+    """The config with the sizes that it leaves to the model (the docstring: Sizes), and the numbers of heads."""
+    named = {"name": config.model_name, "where": str(config.tokens_path or "the tokenizer")}
+    sizes = px.methods.lag_sizes(model, n_bos, n_usable, config.n_tokens, config.permutations, **named)
+    shape = px.models.n_layers(model.config), px.models.n_heads(model.config)
+    ranking, levels = scores or [(0.0, *head) for head in np.ndindex(*shape)], levels_of(config)
     if config.to_abl is None:
-        levels = [n for n in levels if n <= max(half, 1)]
+        levels = px.methods.levels_that_leave_others(levels, model, config.layer_abl, ranking)
     for layers in config.layer_abl:
-        first_heads(config, ranking, layers, depth, levels[-1])
-    to_abl = "-".join(map(str, levels))
-    return replace(config, n_tokens=n_tokens, permutations=permutations, to_abl=to_abl), n_tokens, permutations
+        first_heads(config, ranking, layers, shape[0], levels[-1])
+    return replace(config, **sizes._asdict(), to_abl="-".join(map(str, levels))), levels
 
 
 def ranked_scores(
@@ -364,37 +325,6 @@ def ranked_heads(
 # -- what was found ----------------------------------------------------------------------------------------------------
 
 
-def write_setting(
-    run: px.RunFolder,
-    config: Config,
-    setting: tuple[Mode, Layers],
-    heads: px.methods.RankedHeads,
-    found: list[px.methods.LagCurves],
-    table: list[dict[str, Any]],
-) -> None:
-    """Tables, arrays, heads and figures of one mode and choice of layers."""
-    mode, layers = setting
-
-    def name(kind: Type, n: int | None = None) -> str:
-        return f"{config.stem}{'' if n is None else f'_abl{n}'}_{mode}_{kind}_{layers}"
-
-    title = f"{config.name}, {config.head_type} heads, {mode}, {layers} layers"
-    for at in found:
-        chosen: dict[Type, Any] = {"random": heads.random_sets(at.n).sets, "induction": heads.ranked[: at.n]}
-        curves: dict[Type, np.ndarray] = {"induction": at.own} if config.head_type == "induction" else {}
-        if len(at.random):
-            curves["random"] = at.random.mean(0)
-            run.array(f"arrays/{name('random', at.n)}_bias", px.methods.plus_one_bias(at.random).astype(np.float32))
-        for kind, own in curves.items():
-            run.table(f"tables/{name(kind, at.n)}", px.methods.lag_table(own))
-            run.array(f"arrays/{name(kind, at.n)}", own.astype(np.float32))
-            record = {"head_type": kind, "layer_abl": layers, "mode": mode, "heads": chosen[kind]}
-            run.json(f"heads/{name(kind, at.n)}", record)
-        run.figure(name(config.head_type, at.n), px.figures.lag_curves([at], at.random, title))
-    run.figure(name(config.head_type), px.figures.lag_curves(found, found[-1].random, title))
-    run.table(f"tables/{name(config.head_type)}_summary", px.stats.filled(table))  # no heads have no random ones
-
-
 def summary(
     config: Config, some: list[str], untouched: list[str], tables: dict[tuple[Mode, Layers], list[dict[str, Any]]]
 ) -> str:
@@ -405,24 +335,6 @@ def summary(
     for (mode, layers), rows in tables.items():
         parts.append(f"{mode}, {layers} layers\n{px.methods.lag_text(rows)}")
     return "\n\n".join(parts)
-
-
-def evidence(config: Config, tables: dict[tuple[Mode, Layers], list[dict[str, Any]]]) -> list[px.runs.Evidence]:
-    """The changes of both measures, with the fewest heads that have random sets enough for a p of 0.05."""
-    found = []
-    for (mode, layers), rows in tables.items():
-        row = next((row for row in rows if row.get("random sets", 0) >= 19), rows[-1])
-        for name, prefix in (("the bias of p to lag +1", ""), ("lag-CRP(+1)", "crp ")):
-            control = "none"
-            if "random change" in row:
-                control = f"{row['control']}; they change it by {row[f'random {prefix}change']:.3g} on average"
-            if "share as low" in row:
-                control += f", p = {row[f'{prefix}share as low']:.2g}"
-            ends = (row[f"{prefix}change{end}"] for end in ("", " low", " high"))
-            effect = f"{row['heads']} {config.head_type} heads ({mode}, {layers} layers) change {name} by"
-            sample = f"{config.permutations} permutations of {config.n_tokens} tokens"
-            found.append(px.runs.Evidence(sample, effect, px.Interval(*ends), control, "more --permutations"))
-    return found
 
 
 if __name__ == "__main__":

@@ -67,16 +67,15 @@ def main(config: Config) -> None:
     other = None if config.other == "none" else px.PromptSet.load(config.other)
     setting = px.translation.prepare(config, config.heads)
     tasks = {"": setting.asked.plus} | other_task(other, setting, config)
-    sets, controls = heads_and_controls(setting, config)
-    specs = {
-        kind: [px.specs.heads_together(heads, kind, positions=config.positions, seed=config.seed) for _, heads in sets]
-        for kind in config.kinds
-    }
-    work = f"{len(sets)} sets of heads ablated in {len(config.kinds)} ways on {sum(map(len, tasks.values()))} prompts"
-    if not run.announce(work, seconds(specs, setting, tasks, config), n=max(map(len, tasks.values()))):
+    likely = specs_of(heads_and_controls(setting.likely_heads, setting, config)[0], config)
+    n_sets, n_prompts = len(likely[config.kinds[0]]), sum(map(len, tasks.values()))
+    work = f"{n_sets} sets of heads ablated in {len(config.kinds)} ways on {px.io.counted(n_prompts, 'prompt')}"
+    if not run.announce(work, seconds(likely, setting, tasks, config), n=len(setting.asked.plus) // len(config.words)):
         return
 
     # Every set ablated in every way, on both tasks.
+    sets, controls = heads_and_controls(setting.heads, setting, config)
+    specs = specs_of(sets, config)
     measured = {kind: ablated(specs[kind], setting, tasks, run.unfinished / kind, config) for kind in config.kinds}
     if not px.is_main_process():
         return
@@ -111,7 +110,8 @@ def other_task(
     if other is None:
         return {}
     prompts = other.tokenize(setting.tokenizer, max_length=px.models.n_positions(setting.model.config))
-    return {"other_": prompts.take(range(min(config.limit or px.translation.PROMPTS, len(prompts))))}
+    limit = px.translation.PROMPTS if config.limit is None else config.limit or len(prompts)
+    return {"other_": prompts.take(range(min(limit, len(prompts))))}
 
 
 def seconds(
@@ -129,15 +129,23 @@ def seconds(
     )
     # Accuracy needs the logits of all tokens, and goes through them more than once.
     rows = sum(len(of_kind) * len(prompts) for of_kind in specs.values() for prompts in tasks.values())
-    return passes + 2 * px.runs.seconds_of_logits(setting.model, rows)
+    return passes + 2 * px.runs.seconds_of_logits(setting.model, rows) + setting.seconds_to_find_heads()
 
 
-def heads_and_controls(setting: px.translation.Setting, config: Config) -> tuple[Sets, dict[str, RandomHeads]]:
+def heads_and_controls(
+    heads: Sequence[tuple[int, int]], setting: px.translation.Setting, config: Config
+) -> tuple[Sets, dict[str, RandomHeads]]:
     """The heads, then random sets of as many others; and the controls that these make up."""
     size = px.models.n_layers(setting.model.config), px.models.n_heads(setting.model.config)
-    controls = px.methods.control_sets(setting.heads, *size, config.n_random, config.seed)
-    random = [(name, heads) for name, control in controls.items() for heads in control.sets]
-    return [("found", tuple(setting.heads)), *random], controls
+    controls = px.methods.control_sets(heads, *size, config.n_random, config.seed)
+    random = [(name, some) for name, control in controls.items() for some in control.sets]
+    return [("found", tuple(heads)), *random], controls
+
+
+def specs_of(sets: Sets, config: Config) -> dict[Any, list[Spec]]:
+    """The ablation of every set, by kind."""
+    how: dict[str, Any] = {"positions": config.positions, "seed": config.seed}
+    return {kind: [px.specs.heads_together(heads, kind, **how) for _, heads in sets] for kind in config.kinds}
 
 
 def ablated(

@@ -62,7 +62,10 @@ class Config(px.flags.Translation):
     pairs: px.flags.OneOrMore[str] = ("en-fr", "fr-en")
     """pairs of languages, source first"""
     limit: Annotated[
-        Annotated[int, Ge(2)] | None, Doc("only the first so many sentence pairs that pass the filters; by default all")
+        Annotated[int, Ge(0)] | None,
+        Doc(
+            "only the first so many pairs that pass the filters, 0 for all; by default as many as ten minutes allow here"
+        ),
     ] = None
     out: px.flags.Out = None
     check_known: bool = False
@@ -73,6 +76,13 @@ class Config(px.flags.Translation):
     """sentences to look at, by their place among those that are kept; by default the first three"""
 
     def check_flags(self) -> None:
+        if self.limit == 1:
+            raise ValueError("--limit must be 2 or more, or 0 for all, not 1: a control needs two pairs.")
+        for pair in self.pairs:
+            try:
+                px.prompts.parse_languages(pair)
+            except ValueError as error:
+                raise ValueError(f"--pairs: {error}") from None
         if len({px.prompts.parse_languages(pair) for pair in self.pairs}) < len(self.pairs):
             raise ValueError("--pairs names a pair of languages twice; give each once.")
 

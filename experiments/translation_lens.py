@@ -41,9 +41,11 @@ def main(config: Config) -> None:
     setting = px.translation.prepare(config, config.heads)
     model, plus = setting.model, setting.asked.plus
     px.methods.check_patterns(model)
-    heads, seconds = setting.heads, 3 * px.runs.seconds_a_pass(model, plus)
-    if not run.announce(f"the lens in two languages on {len(plus)} prompts", seconds, n=len(plus) // len(config.words)):
+    seconds = setting.seconds_to_find_heads() + 3 * px.runs.seconds_a_pass(model, plus)
+    work = f"the lens in two languages on {px.io.counted(len(plus), 'prompt')}"
+    if not run.announce(work, seconds, n=len(plus) // len(config.words)):
         return
+    heads = setting.heads
 
     # The word of the source that the heads look at most, and the lens on it and on the right word.
     options: dict[str, Any] = {"batch_size": config.batch_size, "progress": True}

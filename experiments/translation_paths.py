@@ -68,15 +68,17 @@ def main(config: Config) -> None:
     run = px.RunFolder(config, "translation_paths", config.model, config.pair)
     setting = px.translation.prepare(config, config.heads)
 
-    # The heads by their attention, and every head patched along its path, in each variant.
-    heads, scores = setting.heads, setting.scores
     size = px.models.n_layers(setting.model.config) * px.models.n_heads(setting.model.config)
-    work = f"paths of {size} heads to the logits on {len(setting.asked.plus)} prompts, {len(config.minus)} kinds of X-"
+    n, kinds = px.io.counted(len(setting.asked.plus), "prompt"), px.io.counted(len(config.minus), "kind")
+    work = f"paths of {size} heads to the logits on {n}, {kinds} of X-"
     # The paths run from the end alone; beside them two backward passes and some for what is patched in.
     passes = (10 + size / 10) * len(config.minus)
-    seconds = passes * px.runs.seconds_a_pass(setting.model, setting.asked.plus)
+    seconds = passes * px.runs.seconds_a_pass(setting.model, setting.asked.plus) + setting.seconds_to_find_heads()
     if not run.announce(work, seconds, n=len(setting.asked.plus) // len(config.words)):
         return
+
+    # The heads by their attention, and every head patched along its path, in each variant.
+    heads, scores = setting.heads, setting.scores
     changes, clean = path_changes(setting, config, run.unfinished)
     if not px.is_main_process():
         return

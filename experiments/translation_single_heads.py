@@ -64,7 +64,8 @@ def main(config: Config) -> None:
     one = list(px.all_heads(model.config, "zero"))
     passes = px.plan_sweep(model, one, setting.asked.plus, memory=config.memory_bytes).passes * len(config.replacements)
     seconds = passes * px.runs.seconds_a_pass(model, setting.asked.plus) + px.runs.seconds_a_pass(model, sources)
-    work = f"{size} heads replaced in {len(config.replacements)} ways on {len(setting.asked.plus)} prompts"
+    prompts = px.io.counted(len(setting.asked.plus), "prompt")
+    work = f"{size} heads replaced in {len(config.replacements)} ways on {prompts}"
     if not run.announce(work, seconds, n=len(setting.asked.plus) // len(config.words)):
         return
 

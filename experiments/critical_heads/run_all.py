@@ -79,7 +79,7 @@ class Part:
         return Path(self.flags.out)
 
     def run(self) -> None:
-        module_of(self.study).main(self.flags)
+        px.io.run_shortened(module_of(self.study).main, self.flags)
 
 
 def main(config: Config) -> None:
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     )
     done = done_before(done_file, facts)
 
-    # One study after the other. Each says how long it takes, and does not start if that is more than ten minutes unasked.
+    # One study after the other. Each says how long it takes, and takes fewer problems if that is more than ten minutes unasked.
     print(f"{len(parts)} studies of {' and '.join(config.models)}, each of which says how long it takes", flush=True)
     failed: dict[str, str] = {}
     for number, part in enumerate(parts):

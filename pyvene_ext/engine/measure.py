@@ -312,9 +312,43 @@ def check_metric(
     wanted = metric.answers_needed
     if wanted:
         _check_answers(model, prompts, metric, wanted, n_vocab)
+    _check_prompts_apart(metric, prompts, n_vocab)
     if said := first_tokens_note(metric, prompts, of_answers=of_answers):
         warnings.warn(f"{said}.", stacklevel=3)
     return metric
+
+
+def _check_prompts_apart(metric: Metric, prompts: TokenizedPrompts, n_vocab: int) -> None:
+    """Raise ValueError if a function of the user's gives a prompt another number beside a second one than alone.
+
+    The logits are random, so that the model need not run. What else is wrong with a function shows when it is run on real ones.
+    """
+    if METRICS.get(metric.name or "") is metric or len(prompts) < 2:
+        return
+    (batch,) = prompts.take([0, 1]).batches(2)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    length = (batch.input_ids.shape[1],) if metric.of_tokens else ()
+    try:
+        if metric.of_answers:
+            right, wrong = -random(2).exp(), -random(2).exp()
+            both = metric.function(right, wrong)
+            alone = [metric.function(right[[row]], wrong[[row]]) for row in (0, 1)]
+        else:
+            logits = random(2, *length, n_vocab)
+            batch = metric.with_clean(batch, random(2, *length, n_vocab))
+            both, alone = metric(logits, batch), [metric(logits[[row]], batch.take([row])) for row in (0, 1)]
+        same = torch.allclose(both.detach().float(), torch.cat(alone).detach().float(), 1e-3, 1e-4, equal_nan=True)
+    except Exception:  # whatever a function of the user's raises on logits that no model gives
+        return
+    if not same:
+        raise ValueError(
+            f"metric {metric.label!r} gives a prompt another number beside a second prompt than alone, so that results would "
+            "depend on batches; compute each prompt's number from its own row of logits."
+        )
 
 
 def first_tokens_note(metric: Metric, prompts: TokenizedPrompts, *, of_answers: bool = True) -> str:

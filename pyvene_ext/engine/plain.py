@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 from tqdm import tqdm
@@ -104,13 +105,14 @@ def run(
         padding_side: left or right; numbers do not depend on it.
         progress: show a bar; or a bar of a longer run, advanced by one per prompt and intervention.
         baseline: `Result.baseline` of an earlier run with the same model, prompts and metric, to save the untouched run (kl needs
-            its logits and runs it anyway).
+            its logits and runs it anyway); the first and the last prompt are run to compare.
 
     Returns:
         The metric by intervention and prompt, with and without the intervention.
 
     Raises:
-        ValueError: before the model runs, for a spec that does not fit the model, the prompts or the reference set.
+        ValueError: before the model runs, for a spec that does not fit the model, the prompts or the reference set; a baseline of
+            another run.
     """
     metric = check_metric(model, prompts, metric, per_token=True, of_answers=True)
     resolved = resolve(specs, model, prompts, reference=reference, directions={})
@@ -142,7 +144,7 @@ def run_resolved(
         The metric by intervention and prompt, with and without the intervention.
 
     Raises:
-        ValueError: `baseline` is not an array of floats, or has another shape.
+        ValueError: `baseline` is not an array of floats, has another shape, or is of another run.
     """
     model, prompts, specs = resolved.model, resolved.prompts, resolved.specs
     shape = (len(prompts), max(map(len, prompts.input_ids))) if metric.per_token else (len(prompts),)
@@ -151,6 +153,8 @@ def run_resolved(
     if baseline is not None and np.shape(baseline) != shape:
         each = "one per token" if metric.per_token else "one each"
         raise ValueError(f"baseline holds {np.shape(baseline)} values for {len(prompts)} prompts; give {each}.")
+    if baseline is not None:
+        _check_baseline(baseline, model, prompts, metric)
     shown = progress is True
     resolved = resolved.for_metric(metric).with_statistics(batch_size=batch_size, progress=shown)
     sequences, values_of = resolved.sequences, metric.__call__
@@ -194,6 +198,24 @@ def run_resolved(
         intervened = answers_measured(metric, intervened, counts)
     note = first_tokens_note(metric, resolved.prompts)
     return Result(resolved.names, metric.label, values, intervened, specs=resolved.specs, note=note)
+
+
+def _check_baseline(
+    baseline: Float[np.ndarray, " n_prompts *pos"], model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric
+) -> None:
+    """Raise ValueError if the first or the last prompt has another value when it runs, beyond what rounding does."""
+    few = sorted({0, len(prompts) - 1})
+    own = measured(model, prompts.take(few), metric)
+    slack = 0.02 if model.dtype == torch.float32 else 0.2
+    for prompt, value in zip(few, own, strict=True):
+        given = baseline[prompt][: len(value)] if metric.per_token else baseline[prompt]
+        if not np.allclose(given, value, rtol=slack, atol=slack, equal_nan=True):
+            at = int(np.argmax(np.abs(np.nan_to_num(given - value))))
+            here, there = np.ravel(value)[at], np.ravel(given)[at]
+            raise ValueError(
+                f"baseline is of another run: prompt {prompt} has {metric.label} {here:.4g} and not {there:.4g}; give "
+                "Result.baseline of the same model, prompts and metric."
+            )
 
 
 def measured(

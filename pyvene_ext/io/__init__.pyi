@@ -10,6 +10,7 @@ from .bounds import check as check
 from .bounds import whole_number as whole_number
 from .cli import config_from as config_from
 from .cli import run as run
+from .cli import run_shortened as run_shortened
 from .cli import write_config as write_config
 from .errors import counted as counted
 from .errors import did_you_mean as did_you_mean

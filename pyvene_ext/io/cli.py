@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import gc
 import inspect
 import sys
 import textwrap
@@ -35,6 +36,20 @@ from pyvene_ext.io.packages import MissingExtra
 Config = TypeVar("Config")
 UNFINISHED: list[Path] = []
 """Folders from which the study that is running would resume, if they exist."""
+
+
+class TooLong(ValueError):
+    """All of a study would take longer than a user who has not said how much of it to run is made to wait.
+
+    Attributes:
+        flag: the flag that says how much.
+        fewer: a value with which it takes less; None if what that leaves would be of no use.
+    """
+
+    def __init__(self, message: str, flag: str, fewer: int | None) -> None:
+        super().__init__(message)
+        self.flag, self.fewer = flag, fewer
+
 
 CONFIG_HELP = (
     "--config FILE takes flags from a YAML file, such as the config.yaml of an earlier run; flags given beside it win."
@@ -68,18 +83,47 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
                 print(manual)
             raise
         check(given)
-        outcome = study(given)
+        outcome = run_shortened(study, given)
     except (ValueError, OSError, MissingExtra) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = next((folder for folder in UNFINISHED if folder.exists()), None)
+        kept = next((folder for folder in UNFINISHED if _has_finished_work(folder)), None)
         resumes = "nothing was finished that could be kept, and the same command starts from the beginning"
         if kept is not None:
             resumes = f"what is finished is in {kept}, and the same command goes on from there"
         print(f"interrupted; {resumes}", file=sys.stderr)
         return 130
     return outcome if isinstance(outcome, int) else 0
+
+
+def run_shortened(study: Callable[[Config], object], config: Config) -> object:
+    """Call a study, and if it finds that it would take too long, once more with as little as it says (`RunFolder.announce`).
+
+    Args:
+        study: called with the config.
+        config: the flags.
+
+    Returns:
+        What the study returns.
+
+    Raises:
+        TooLong: nothing useful can be done in the time.
+    """
+    try:
+        return study(config)
+    except TooLong as error:
+        if error.fewer is None:
+            raise
+        fewer = {error.flag: error.fewer}
+    gc.collect()  # the model of the first call, which the error's traceback has held
+    return study(dataclasses.replace(config, **fewer))  # type: ignore[type-var]
+
+
+def _has_finished_work(folder: Path) -> bool:
+    """Whether a folder of unfinished work has more in it than what its stores begin with."""
+    names = (path.name for path in folder.rglob("*") if path.is_file())
+    return any(name not in ("manifest.json", "lock", "owner") and not name.startswith(".") for name in names)
 
 
 def config_from(config: type[Config], values: Mapping[str, Any], source: str) -> Config:
@@ -259,8 +303,20 @@ def write_config(path: str | Path, config: Any) -> None:
         path: the file.
         config: an instance of a dataclass of flags.
     """
-    values = {field.name: getattr(config, field.name) for fields in groups(type(config)).values() for field in fields}
-    write_yaml(path, {name: _plain(value) for name, value in values.items()})
+    write_yaml(path, plain_config(config))
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A dataclass of flags as values that YAML can write, by flag and group by group.
+
+    Args:
+        config: an instance of a dataclass of flags.
+
+    Returns:
+        The values.
+    """
+    fields = [field.name for fields in groups(type(config)).values() for field in fields]
+    return {name: _plain(getattr(config, name)) for name in fields}
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from pyvene_ext.prompts.encoding import (
     AnswerTexts,
     AnswerTokens,
     TokenizedPrompt,
+    answer_pairs,
     encode,
     pad_id,
     tokenize_prompt,
@@ -608,9 +609,11 @@ def _couple(
             _tokenized(tokenizer, shown, (target, other), of, template, max_length)
             for shown, of in ((target, languages), (other, languages), (target, (languages[0], languages[0])))
         )
-        if len({row.answers.first_ids(number) for number, row in enumerate((plus, source, label))}) > 1:
+        first = [row.answers.first_ids(number) for number, row in enumerate((plus, source, label))]
+        if len(set(first)) > 1:
             raise ValueError(f"the word {target.word!r} has different tokens in X+ and X-.")
-        source, label = (row._replace(answers=plus.answers) for row in (source, label))
+        (answers,) = answer_pairs(first[:1])
+        plus, source, label = (row._replace(answers=answers) for row in (plus, source, label))
         rows.append((plus, source, label, target.word))
     return rows
 

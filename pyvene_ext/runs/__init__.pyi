@@ -1,6 +1,7 @@
 from . import ablated as ablated
 from . import figures as figures
 from . import flags as flags
+from . import lag as lag
 from . import reasoning as reasoning
 from . import translation as translation
 from . import transplants as transplants
@@ -10,10 +11,10 @@ from .attention import look as look
 from .facts import Evidence as Evidence
 from .facts import metadata as metadata
 from .folder import RunFolder as RunFolder
+from .folder import discard as discard
 from .folder import each_model as each_model
+from .folder import unfinished_in as unfinished_in
 from .plans import seconds_a_pass as seconds_a_pass
 from .plans import seconds_of_logits as seconds_of_logits
 from .plans import time_writing as time_writing
 from .plotting import plot as plot
-from .sweeps import discard as discard
-from .sweeps import unfinished_in as unfinished_in

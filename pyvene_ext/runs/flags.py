@@ -62,7 +62,9 @@ __all__ = [
 Count = Annotated[int, Ge(1)]
 ModelName = Annotated[str, Doc("a shipped or fetched model, folder, GGUF file, or hub name")]
 BatchSize = Annotated[int, Ge(1), Doc("prompts a forward pass")]
-Limit = Annotated[Annotated[int, Ge(1)] | None, Doc("use only the first N; by default all")]
+Limit = Annotated[
+    Annotated[int, Ge(0)] | None, Doc("use only the first N, 0 for all; by default as many as ten minutes allow here")
+]
 Out = Annotated[Path | None, Doc("folder to write; by default outputs/STUDY/MODEL_DATASET")]
 Seed = Annotated[int, Ge(0), Doc("seed of every random draw")]
 Head = Annotated[str, Matches(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
@@ -132,7 +134,7 @@ class Dataset:
         """Load the prompt set, or its first --limit prompts."""
         from pyvene_ext.prompts.sets import PromptSet
 
-        return PromptSet.load(self.dataset)[: self.limit]
+        return PromptSet.load(self.dataset)[: self.limit or None]
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,10 @@ class Problems(Loading):
     problem_steps: EachOnce[Count] = ()
     """only problems whose own solutions have so many steps; by default 1 for plain, which has 1 and 2, and any for others"""
     out: Annotated[Path | None, Doc("folder to write; by default outputs/critical_heads/STUDY/PROBLEMS_MODELS")] = None
-    limit: Annotated[Annotated[int, Ge(1)] | None, Doc("only the first N; by default 400 tiny, 32 plain, or all")] = (
-        None
-    )
+    limit: Annotated[
+        Annotated[int, Ge(0)] | None,
+        Doc("only the first N, 0 for all; by default 400 tiny, 32 plain, or all, or as many as ten minutes allow here"),
+    ] = None
     shots: Annotated[int, Ge(0)] | None = None
     """number of solved problems put before each question; by default 3, and none for tiny models and with --chat"""
     shots_from: str | None = None
@@ -366,8 +369,8 @@ class TranslatedWords(Translation):
     contrast: Literal["swap", "rival"] | None = None
     """the wrong word: that of a sentence whose translation agrees up to there (two prompts a swap), or the strongest rival of the
     right one; by default swaps where there are four or more"""
-    limit: Annotated[int, Ge(4)] | None = None
-    """at most so many prompts of each word; by default 40"""
+    limit: Annotated[int, Ge(0)] | None = None
+    """at most so many prompts of each word, 4 or more, or 0 for all; by default 40, or as many as ten minutes allow here"""
     seed: Seed = 0
 
 

@@ -1,4 +1,4 @@
-"""A run folder: where a study writes its files, in an order that makes a complete run recognisable.
+"""A run folder: where a study writes its files, in an order that makes a complete run recognisable; and its unfinished work.
 
     run = RunFolder(config, "logit_lens", config.model, config.dataset)   # first, since it checks that the folder can be written
     ...
@@ -17,6 +17,8 @@ study returns before this point in the other processes.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,14 +26,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from transformers import PreTrainedModel
 
-from pyvene_ext.io.cli import UNFINISHED, write_config
-from pyvene_ext.io.files import output_path, remove_leftovers, write_csv, write_json, write_npy
+from pyvene_ext.engine.measure import MetricLike, as_metric
+from pyvene_ext.engine.resolve import resolve
+from pyvene_ext.engine.results import Result
+from pyvene_ext.engine.sweep.run import open_shared_store, store_facts, sweep
+from pyvene_ext.io.cli import UNFINISHED, TooLong, plain_config, write_config
+from pyvene_ext.io.files import output_path, parse_json, remove_leftovers, write_csv, write_json, write_npy
+from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.devices import is_main_process
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.attention import View, write_views
 from pyvene_ext.runs.facts import Evidence
-from pyvene_ext.runs.plans import LONGEST, duration
-from pyvene_ext.runs.sweeps import discard
+from pyvene_ext.runs.flags import Dataset
+from pyvene_ext.runs.plans import LEAST, LONGEST, duration, round_down, that_fit
+from pyvene_ext.specs.files import to_plain
+from pyvene_ext.specs.joint import Spec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,11 +90,23 @@ class RunFolder:
         self.path = output_path(path or getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
         self.of = ", ".join(names)
         self.unfinished = self.path / "unfinished"
+        self._kept_size = self.path / "shortened.json"
         UNFINISHED.append(self.unfinished)
-        self.config = config
-        self._config_file, self._summary = self.path / config_file, self.path / summary
+        self._given = config
+        self.fill_in(config, summary=summary, config_file=config_file)
         self._beside = tuple(beside)
         self._kinds: set[str] = set()
+
+    def fill_in(self, config: Any, *, summary: str | Path = "summary.json", config_file: str = "config.yaml") -> None:
+        """Take flags to which those have been added that the user left to the study, and what files are called by them.
+
+        Args:
+            config: the flags, which `writing` saves.
+            summary: as of the folder.
+            config_file: as of the folder.
+        """
+        self.config = config
+        self._config_file, self._summary = self.path / config_file, self.path / summary
 
     def announce(
         self,
@@ -96,6 +119,10 @@ class RunFolder:
         shorter: Sequence[str] | None = None,
     ) -> bool:
         """Say what the study will do and how long it takes, before it starts.
+
+        What would take longer than ten minutes that nobody has asked for, by giving the flag that sets how much is done, is
+        shortened: the study starts again (`io.cli.run`) as if that flag had been given. An interrupted run that was shortened
+        goes on with the same number.
 
         Args:
             work: what will be done: "96 interventions x 100 prompts".
@@ -111,23 +138,62 @@ class RunFolder:
             Whether the study goes on: False with --dry_run.
 
         Raises:
-            ValueError: it would take longer than ten minutes, and nobody has asked for that by giving the flag.
+            TooLong: it would take longer than ten minutes; `fewer` is None if even a few prompts would.
         """
         if is_main_process():
             print(work if seconds is None else f"{work}: {duration(seconds)}", flush=True)
-        if seconds is not None and seconds > LONGEST and getattr(self.config, limit) is None:
-            if shorter is None:
-                fits = int(n * (LONGEST - fixed) / max(seconds - fixed, 1))
-                shorter = [f"--{limit} {fits}"] * (fits > 1)
-            less = f"{' or '.join(shorter)} takes {duration(LONGEST)}, and " if shorter else ""
-            advice = (
-                f"all {n} take {duration(seconds)} here and nothing has been run: {less}--{limit} {n} runs them all."
-            )
-            if not self.config.dry_run:
-                raise ValueError(advice)
-            if is_main_process():
-                print(f"without --dry_run this stops: {advice}")
-        return not self.config.dry_run
+        if seconds is not None and getattr(self._given, limit) is None:
+            before = self._shortened()
+            fewer = before["value"] if before else n
+            if not before and seconds > LONGEST:
+                fewer = that_fit(n, seconds, fixed) if shorter is None else _named(shorter, limit)
+            if fewer < n:
+                self._shorten(limit, fewer, n, seconds, fixed, shorter or ())
+        return not self._given.dry_run
+
+    def _shorten(self, limit: str, fewer: int, n: int, seconds: float, fixed: float, shorter: Sequence[str]) -> None:
+        """Say how many of `n` are taken, and keep that for a run that resumes this one; raises TooLong but in a dry run."""
+        whole = 0 if limit == "limit" and isinstance(self._given, Dataset) else n
+        everything = f"--{limit} {whole} takes all"
+        if fewer < LEAST:
+            few = fixed + (seconds - fixed) * LEAST / n
+            least = f", and {LEAST} of them {duration(few)}" if n > LEAST else ""
+            message = f"all {n} take {duration(seconds)} here{least}, and nothing has been run: --{limit} {min(n, LEAST)} runs "
+            message += f"{LEAST} all the same, and {everything}." if n > LEAST else "them all the same."
+            if shorter:
+                message = (
+                    f"all {n} take {duration(seconds)} here and nothing has been run: {' or '.join(shorter)} takes "
+                )
+                message += f"{duration(LONGEST)}, and {everything}."
+            if not self._given.dry_run:
+                raise TooLong(message, limit, None)
+            said = f"without --dry_run this stops: {message}"
+        else:
+            less = " or ".join(shorter or [f"--{limit} {fewer}"])
+            message = f"all {n} take {duration(seconds)} here: {less} takes less, and {everything}."
+            said = f"to keep within ten minutes {fewer} of {n} are taken; {everything}"
+        if is_main_process():
+            print(said, flush=True)
+        if self._given.dry_run:
+            return
+        if is_main_process():
+            write_json(self._kept_size, {"flags": self._flags(limit), "flag": limit, "value": fewer, "of": n})
+        raise TooLong(message, limit, fewer)
+
+    def _flags(self, limit: str) -> dict[str, Any]:
+        """The flags besides the one that sets how much is done, as JSON gives them back."""
+        flags = plain_config(self._given)
+        return json.loads(json.dumps(flags | {limit: None}))
+
+    def _shortened(self) -> dict[str, Any] | None:
+        """How far a run with these flags was shortened that has not been finished; None if none was."""
+        try:
+            kept = parse_json(self._kept_size.read_bytes())
+            value, flag = kept["value"], kept["flag"]
+            same = kept["flags"] == self._flags(flag) and getattr(self._given, flag) in (None, value)
+            return kept if same and isinstance(value, int) and isinstance(kept["of"], int) else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     @contextmanager
     def writing(
@@ -145,6 +211,7 @@ class RunFolder:
         Yields:
             None: the body of the context writes the files.
         """
+        shortened = self._shortened()
         for earlier in (self._summary, *self._beside):
             earlier.unlink(missing_ok=True)
         for pattern in replacing:
@@ -152,12 +219,16 @@ class RunFolder:
                 earlier.unlink()
         yield
         write_config(self._config_file, self.config)
-        write_json(self._summary, {**facts, "evidence": [one.facts for one in evidence]})
+        size = {"shortened": {key: shortened[key] for key in ("flag", "value", "of")}} if shortened else {}
+        write_json(self._summary, {**facts, **size, "evidence": [one.facts for one in evidence]})
         remove_leftovers(self._summary, *self._beside, *self.path.rglob("*"))
         discard(self.unfinished)
+        self._kept_size.unlink(missing_ok=True)
         kinds = [kind for kind in ("arrays", "tables", "figures") if kind in self._kinds]
         if evidence:
             print("", *evidence, sep="\n")
+        if shortened:
+            print(f"shortened: {shortened['value']} of {shortened['of']}, as --{shortened['flag']} was not given")
         print("\nwritten:", *self._beside, f"{self.path}/ ({', '.join(['summary', 'config', *kinds])})", sep="\n  ")
 
     def array(self, name: str, values: np.ndarray) -> None:
@@ -204,6 +275,75 @@ class RunFolder:
     def views(self, views: Sequence[View]) -> None:
         """Write attention patterns (`runs.attention.look`) for the report; without any, remove those of an earlier run."""
         write_views(self.path, views)
+
+
+# -- unfinished work: each sweep has a store, and all are discarded once the study's files are written ------------------
+
+
+@contextmanager
+def unfinished_in(
+    folder: str | Path,
+    model: PreTrainedModel,
+    specs: Sequence[Spec],
+    prompts: TokenizedPrompts,
+    metric: MetricLike = "logit_diff",
+    *,
+    memory: int | None = None,
+    compile: bool = False,
+) -> Iterator[Callable[..., Result]]:
+    """Open a folder of stores and yield a `sweep` that keeps finished batches there, whichever of the specs and prompts it runs.
+
+    A screen or a sequential run calls it several times, on specs and prompts that depend on earlier results. Each call has a
+    store of its own, named by a hash of its specs and prompts. When the study is started again, the same calls resume where
+    they stopped.
+
+    Args:
+        folder: where the stores lie, usually `RunFolder.unfinished`.
+        model: the model of all calls.
+        specs: all specs that calls may run.
+        prompts: all prompts that calls may run on, chosen by `subset`.
+        metric: metric of all calls.
+        memory: bytes for a batch of interventions.
+        compile: whether torch.compile fuses the MLPs.
+
+    Yields:
+        Callable[..., Result]: a function with the signature of `sweep`, without `memory`, `compile` and `store`.
+
+    Raises:
+        ValueError: the folder holds work on other specs, prompts, weights or another metric, or another process uses it.
+    """
+    folder = Path(folder)
+    facts = store_facts(resolve(specs, model, prompts), as_metric(metric), range(len(prompts)))
+    with open_shared_store(folder, facts, {}):
+
+        def kept(
+            model: PreTrainedModel,
+            specs: Sequence[Spec],
+            *args: Any,
+            subset: Sequence[int] | None = None,
+            **options: Any,
+        ) -> Result:
+            store = folder / data_hash([to_plain(specs), subset])
+            return sweep(model, specs, *args, subset=subset, memory=memory, compile=compile, store=store, **options)
+
+        yield kept
+
+
+def discard(folder: str | Path) -> None:
+    """Remove the unfinished work of a run whose files are written."""
+    folder = Path(folder)
+    # Renamed first, which is atomic: a process killed halfway through the removal must not leave half a store.
+    doomed = folder.with_name(f".{folder.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _named(shorter: Sequence[str], limit: str) -> int:
+    """The value that a flag has among some, rounded down as `plans.that_fit` does; 0 if it is not among them."""
+    given = [int(words.split()[1]) for words in shorter if words.split()[0] == f"--{limit}"]
+    return round_down(given[0]) if given else 0
 
 
 def _short(subject: str) -> str:

@@ -16,8 +16,10 @@ from pyvene_ext.models.devices import broadcast_from_main, input_device
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, common_beginning
 
-LONGEST = 600.0  # seconds: a run that takes longer starts only if its size was given
+LONGEST = 600.0  # seconds: a run that takes longer is shortened, unless its size was given
+LEAST = 8  # prompts, below which a shortened run would say too little
 MEASURED = 8  # prompts of one timed pass
+REPEATS, ENOUGH = 5, 2.0  # times that a pass is timed at most, and seconds after which once more would be too much
 PART = 4096  # of vocabulary and rows, whose logits are timed
 
 
@@ -36,7 +38,7 @@ def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
 
     def measured() -> float:
         with evaluating(model), torch.no_grad():
-            return _second_time(lambda: answer_logits(model, batch))
+            return _best_time(lambda: answer_logits(model, batch))
 
     return broadcast_from_main(measured) * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
 
@@ -146,18 +148,43 @@ def seconds_of_logits(model: PreTrainedModel, rows: int) -> float:
             logits = x @ part.T
             return (logits >= logits[:, :1]).float()
 
-        return _second_time(compared)
+        return _best_time(compared)
 
     return broadcast_from_main(measured) * (rows / max(1, few)) * (len(weight) / len(part))
 
 
-def _second_time(action: Callable[[], torch.Tensor]) -> float:
-    """Seconds that an action takes once the first time, which is slow whatever it does, is over."""
-    for _ in range(2):
+def that_fit(n: int, seconds: float, fixed: float = 0.0) -> int:
+    """How many of `n` prompts fit into ten minutes.
+
+    Args:
+        n: all of them, or whatever is counted.
+        seconds: how long all take.
+        fixed: how many of the seconds do not depend on how many there are.
+
+    Returns:
+        At most so many, rounded down to three binary digits (8, 10, 12, 14, 16, 20, ...), so that the same machine mostly gives
+        the same number.
+    """
+    fits = max(0, int(n * (LONGEST - fixed) / max(seconds - fixed, 1.0)))
+    return min(n, round_down(fits))
+
+
+def round_down(number: int) -> int:
+    """A number with only its first three binary digits: 8, 10, 12, 14, 16, 20, 24 ..."""
+    return number - number % (1 << max(0, number.bit_length() - 3))
+
+
+def _best_time(action: Callable[[], torch.Tensor]) -> float:
+    """Seconds that an action takes at best, once the first time, which is slow whatever it does, is over.
+
+    Of several times the least, as the others may be those of whatever else the machine does; of an action of seconds only one.
+    """
+    found: list[float] = []
+    while len(found) < 2 or (len(found) <= REPEATS and sum(found[1:]) < ENOUGH):
         start = time.perf_counter()
         action().sum().item()  # waits for a GPU
-        seconds = time.perf_counter() - start
-    return seconds
+        found.append(time.perf_counter() - start)
+    return min(found[1:])
 
 
 def duration(seconds: float) -> str:

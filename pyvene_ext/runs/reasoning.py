@@ -419,10 +419,10 @@ def find_problems(flags: Problems) -> tuple[Problem, ...]:
         if flags.n_steps:
             raise ValueError("--problem_steps is for other problems: tiny ones have one or two.")
         return tuple(problems)
-    if flags.source == PLAIN:
-        limit = limit or N_PLAIN
+    if flags.source == PLAIN and limit is None:
+        limit = N_PLAIN
     problems = with_steps(flags, load_problems(_file(flags.source, "test")), flags.source)
-    return tuple(problems[:limit])
+    return tuple(problems[: limit or None])
 
 
 def find_examples(flags: Problems) -> tuple[Problem, ...]:

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyvene_ext.engine.plain import answer_logits
+from pyvene_ext.io.errors import counted
 from pyvene_ext.methods.heads.patterns import check_prompts
 from pyvene_ext.methods.heads.published import KNOWN, read_known
 from pyvene_ext.methods.heads.translation import found_heads, of_swaps, translation_scores
@@ -31,7 +32,7 @@ from pyvene_ext.models.devices import input_device, is_main_process
 from pyvene_ext.models.loading import TINY_MODELS
 from pyvene_ext.models.loading.fetch import PUBLISHED
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.models.sizes import heads_of, n_positions
+from pyvene_ext.models.sizes import heads_of, n_heads, n_layers, n_positions
 from pyvene_ext.prompts.parallel import (
     OPUS_100,
     Languages,
@@ -44,15 +45,18 @@ from pyvene_ext.prompts.parallel import (
     swap_neighbours,
     tokenize_pairs,
     word_prompts,
+    word_spans,
 )
 from pyvene_ext.prompts.shipped import find_prompts
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.flags import TranslatedWords, Translation
+from pyvene_ext.runs.plans import seconds_a_pass
 from pyvene_ext.stats.controls import Head, head_label
 from pyvene_ext.stats.intervals import Interval, student_interval
 
 THRESHOLDS = {"difference": 0.05, "translation": 0.13}
 HIGHEST = 5  # heads that are studied if none is above a threshold that nobody has published for the model
+FEWEST = 4  # prompts that an interval needs
 SWAPS = 4  # with fewer an interval over swaps says little
 PROMPTS = 40  # of each word, if --limit does not say
 
@@ -142,7 +146,8 @@ class Scores(NamedTuple):
     @property
     def means(self) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
         """Over the sentences that were not skipped: translation and control."""
-        return np.nanmean(self.translation, 0), np.nanmean(self.control, 0)
+        translation, control = compared(self.translation, self.control)
+        return np.nanmean(translation, 0), np.nanmean(control, 0)
 
     @property
     def difference(self) -> Interval:
@@ -155,9 +160,51 @@ class Scores(NamedTuple):
         return Interval(mean, mean - half, mean + half)
 
 
+def compared(
+    translation: Float[np.ndarray, "sentence layer head"], control: Float[np.ndarray, "sentence layer head"]
+) -> tuple[Float[np.ndarray, "sentence layer head"], Float[np.ndarray, "sentence layer head"]]:
+    """The scores that means are over: where every sentence has a control, of those sentences that were skipped in neither.
+
+    Args:
+        translation: NaN where a sentence was skipped.
+        control: likewise.
+
+    Returns:
+        Both, with NaN for what does not count.
+    """
+    if len(translation) != len(control):
+        return translation, control
+    skipped = np.isnan(translation) | np.isnan(control)
+    return np.where(skipped, np.nan, translation), np.where(skipped, np.nan, control)
+
+
 def load_sentences(pair: str, flags: Translation) -> list[SentencePair]:
     """The sentences of a pair of languages, before any filter (`parallel.load_pairs` says what is refused)."""
-    return load_pairs(find_prompts(dataset_of(flags), ".tsv"), parse_languages(pair), flags.split)
+    flag = "pair" if isinstance(flags, TranslatedWords) else "pairs"
+    try:
+        return load_pairs(find_prompts(dataset_of(flags), ".tsv"), parse_languages(pair), flags.split)
+    except ValueError as error:
+        raise ValueError(f"--{flag} {pair}: {error}") from None
+
+
+def check_words(words: Sequence[int], pairs: Sequence[SentencePair], pair: str) -> None:
+    """Check that there are translations that have the words asked for.
+
+    Args:
+        words: of --words.
+        pairs: sentences and their translations.
+        pair: the languages, for the error.
+
+    Raises:
+        ValueError: the longest translation has too few words.
+    """
+    longest = max(len(word_spans(one.target)) for one in pairs)
+    for word in words:
+        if word >= longest:
+            raise ValueError(
+                f"--words {word}: the longest {pair} translation has {counted(longest, 'word')}; give numbers from 0 to "
+                f"{longest - 1}."
+            )
 
 
 def sentences_of(
@@ -176,7 +223,7 @@ def sentences_of(
         model: whose prompts they become.
         tokenizer: the model's.
         flags: for the template, and the data set's name in errors.
-        limit: keep at most so many.
+        limit: keep at most so many; 0 or None for all.
 
     Returns:
         The sentence pairs of the languages.
@@ -185,7 +232,7 @@ def sentences_of(
         ValueError: what no model could be run on, or has no control.
     """
     kept, dropped = filter_pairs(raw, tokenizer, flags.max_length_difference)
-    kept = kept[:limit]
+    kept = kept[: limit or None]
     if len(kept) < 2:
         why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "there are no more"
         raise ValueError(
@@ -226,9 +273,12 @@ def scores_of(pair: str, sentences: Sentences, model: PreTrainedModel, threshold
     for what, values in (("translation", translation), ("control", control)):
         if np.isnan(values).all():
             raise ValueError(f"{pair}: every crop of the {what} is too short for three diagonals; give longer text.")
-    by_head = np.nanmean(translation, 0)
+    of_both = compared(translation, control)
+    if any(np.isnan(values).all() for values in of_both):
+        raise ValueError(f"{pair}: no sentence has crops long enough in translation and control; give longer text.")
+    by_head = np.nanmean(of_both[0], 0)
     if criterion_of(flags) == "difference":
-        by_head = by_head - np.nanmean(control, 0)
+        by_head = by_head - np.nanmean(of_both[1], 0)
     return Scores(translation, control, by_head, threshold, found_heads(by_head, threshold))
 
 
@@ -273,6 +323,17 @@ class Setting:
                 "name --heads."
             )
         return found
+
+    @property
+    def likely_heads(self) -> list[Head]:
+        """The heads given, else as many as mostly are found, spread over the layers: for how long they will take."""
+        layers, heads = n_layers(self.model.config), n_heads(self.model.config)
+        spread = np.linspace(0, layers * heads - 1, min(HIGHEST, layers * heads)).astype(int)
+        return list(self.given) or [divmod(int(one), heads) for one in spread]
+
+    def seconds_to_find_heads(self) -> float:
+        """How long it takes to score all heads by their attention, on sentences and their controls, if none are given."""
+        return 0.0 if self.given else 3 * seconds_a_pass(self.model, self.sentences.prompts)
 
     @property
     def contrast(self) -> str:
@@ -346,12 +407,18 @@ def prepare(flags: TranslatedWords, heads: Sequence[str] = ()) -> Setting:
     Raises:
         ValueError: flags, sentences or a model that could not be run; fewer than two swaps of sentences, or four prompts.
     """
+    if 0 < (flags.limit or 0) < FEWEST:
+        raise ValueError(
+            f"--limit must be {FEWEST} or more, or 0 for all, not {flags.limit}: an interval needs as many."
+        )
+    raw = load_sentences(flags.pair, flags)
     languages = parse_languages(flags.pair)
     threshold = threshold_of(languages, flags)
-    raw = load_sentences(flags.pair, flags)
+    check_words(flags.words, raw, flags.pair)
     model, tokenizer = flags.load_model()
     given = heads_of(heads, flags.model, model)
     sentences = sentences_of(flags.pair, raw, model, tokenizer, flags)
+    check_words(flags.words, sentences.kept, flags.pair)
     options: dict[str, Any] = {"template": flags.template, "max_length": n_positions(model.config)}
     asked = _asked(tokenizer, sentences.kept, languages, flags, options)
     right = None
@@ -368,7 +435,7 @@ def _asked(
     options: dict[str, Any],
 ) -> WordPrompts:
     """The prompts of all words, in swaps or alone."""
-    limit = flags.limit or PROMPTS
+    limit = PROMPTS if flags.limit is None else flags.limit or len(flags.words) * len(pairs)
     if flags.contrast != "rival":
         try:
             swaps = [word_prompts(tokenizer, pairs, languages, word, **options) for word in flags.words]
@@ -378,7 +445,7 @@ def _asked(
             swaps = []
         if swaps and (flags.contrast == "swap" or sum(len(of_word.words) for of_word in swaps) >= 2 * SWAPS):
             asked = reduce(add, (of_word.first(limit) for of_word in swaps))
-            if len(asked.words) < 4:
+            if len(asked.words) < FEWEST:
                 raise ValueError(
                     "only one swap of sentences is left at these words, and an interval needs two; choose other --words, or give "
                     "more sentences."
@@ -386,7 +453,7 @@ def _asked(
             return asked
     alone = [lone_word_prompts(tokenizer, pairs, languages, word, **options) for word in flags.words]
     asked = reduce(add, (of_word.first(limit) for of_word in alone))
-    if len(asked.words) < 4:
+    if len(asked.words) < FEWEST:
         raise ValueError(
             f"{len(asked.words)} sentences are left at these words, and an interval needs four; choose other --words, or give "
             "more sentences."

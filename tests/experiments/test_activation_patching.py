@@ -340,7 +340,7 @@ def test_a_map_shows_every_layer_and_column() -> None:
     ("flags", "told"),
     [
         (["--batch_size", 0], "--batch_size must be 1 or more, not 0."),
-        (["--limit", 0], "--limit must be 1 or more, not 0."),
+        (["--limit", "-1"], "--limit must be 0 or more, not -1."),
         (["--memory", 0], "--memory must be above 0, in GiB, not 0.0."),
         (["--site", "z", "z"], "--site names one or more, each once, not z z."),
         (["--dataset", "ioi_enn"], "there is no prompt set 'ioi_enn'; did you mean 'ioi_en'?"),

@@ -239,7 +239,7 @@ def test_a_run_cut_short_has_no_summary_and_goes_on(
     [
         (("--steps", 0), "--steps must be 1 or more, not 0."),
         (("--batch_size", 0), "--batch_size must be 1 or more, not 0."),
-        (("--limit", 0), "--limit must be 1 or more, not 0."),
+        (("--limit", "-1"), "--limit must be 0 or more, not -1."),
         (("--exact", 14), "--exact must be 15 or more, not 14."),
         (("--edges", "eap", "eap"), "--edges names one or more, each once, not eap eap."),
         (("--memory", 0), "--memory must be above 0, in GiB"),

@@ -327,6 +327,9 @@ def test_defects_of_ours_keep_their_traceback():
         run(study, Config, ["--a", "x", "--b", "y"])
 
 
+INTERRUPTED = "interrupted; nothing was finished that could be kept, and the same command starts from the beginning"
+
+
 def test_other_errors_are_one_line_too(capsys):
     class Settings(pydantic.BaseModel):
         layer: int = pydantic.Field(ge=0)
@@ -335,7 +338,7 @@ def test_other_errors_are_one_line_too(capsys):
         (ValueError("two\nlines"), 2, "error: two lines"),
         (ValueError(), 2, "error: ValueError"),
         (OSError("no network"), 2, "error: no network"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, INTERRUPTED),
         (lambda: Settings(layer=-1), 2, "error: layer must be greater than or equal to 0, not -1."),
     ):
 

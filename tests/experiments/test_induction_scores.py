@@ -157,7 +157,8 @@ def test_a_dry_run_says_how_long_it_takes_and_writes_nothing(
     assert "8 sequences of 19 tokens, and as many for the control: under a minute" in capsys.readouterr().out
     monkeypatch.setattr(px.runs, "seconds_a_pass", lambda *_: 1e4)
     assert command("--output_dir", "x") == 2
-    assert "nothing has been run" in (error := capsys.readouterr().err) and "--examples 10 runs them all" in error
+    error = capsys.readouterr().err
+    assert "nothing has been run: --examples 8 runs 8 all the same, and --examples 10 takes all" in error
     assert not (folder / "x").exists()
 
 

@@ -257,7 +257,7 @@ def test_the_drawing_names_no_heads_where_they_would_cover_it() -> None:
         (("--tau", 1), "tau must be at least 0 and below 1"),
         (("--tau", -0.1), "tau must be at least 0 and below 1"),
         (("--batch_size", 0), "--batch_size must be 1 or more, not 0"),
-        (("--limit", 0), "--limit must be 1 or more, not 0."),
+        (("--limit", "-1"), "--limit must be 0 or more, not -1."),
         (("--limit", 2, "--prompt", 2), "--prompt 2 is not there: "),
         (("--prompt", N), "--prompt 3 is not there: "),
         (("--prompt", -1), "--prompt must be 0 or more, not -1."),

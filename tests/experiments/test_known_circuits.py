@@ -98,7 +98,7 @@ def test_of_a_large_model_some_edges_and_nodes_are_patched_and_the_rest_is_said(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--limit", 0], "--limit must be 1 or more"),
+        (["--limit", "-1"], "--limit must be 0 or more"),
         (["--steps", 0], "--steps must be 1 or more"),
         (["--dataset", "ioi_enn"], "did you mean 'ioi_en'?"),
         (["--models", "tiny-gpt5"], "tiny-gpt5"),

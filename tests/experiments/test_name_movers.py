@@ -520,7 +520,7 @@ def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPat
     [
         (["--batch_size", 0], "--batch_size must be 1 or more, not 0."),
         (["--top", 0], "--top must be from 1 to 100, not 0."),
-        (["--limit", 0], "--limit must be 1 or more, not 0."),
+        (["--limit", "-1"], "--limit must be 0 or more, not -1."),
         (["--heads", "4.0", "4.0"], "--heads names each once, not 4.0 4.0."),
         (["--names", "friend", "friend"], "--names names each once, not friend friend."),
         (["--heads", "4"], "--heads names heads as layer.head, such as 2.5, not '4'."),

@@ -335,7 +335,7 @@ def test_the_figure_of_pairs_names_receivers_and_marks_what_is_no_path() -> None
     ("flags", "told"),
     [
         (["--batch_size", 0], "--batch_size must be 1 or more, not 0."),
-        (["--limit", 0], "--limit must be 1 or more, not 0."),
+        (["--limit", "-1"], "--limit must be 0 or more, not -1."),
         (["--memory", -1], "--memory must be above 0, in GiB, not -1.0."),
         (["--receivers", "q.4.0", "q.4.0"], "--receivers names each once, not q.4.0 q.4.0."),
         (["--receivers", "q.4"], "there is no node 'q.4'"),

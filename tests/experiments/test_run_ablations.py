@@ -348,8 +348,8 @@ def test_names_on_the_hub_may_be_short_and_need_not_be_known(monkeypatch: pytest
 
 def test_published_defaults(folder: Path) -> None:
     config = study.Config(model_name="meta-llama/Llama-3.1-8B-Instruct")
-    assert study.levels_of(config) == [0, 1, 5, 10, 20, 50] and study.N_TOKENS == 500
-    assert (study.PERMUTATIONS, config.head_type, config.mode, config.layer_abl) == (
+    assert study.levels_of(config) == [0, 1, 5, 10, 20, 50] and lag.N_TOKENS == 500
+    assert (lag.PERMUTATIONS, config.head_type, config.mode, config.layer_abl) == (
         300,
         "induction",
         ("zero",),
@@ -358,8 +358,8 @@ def test_published_defaults(folder: Path) -> None:
     assert config.seed == 42 and config.random_draws >= 20
     grid = yaml.safe_load((EXPERIMENTS / "run_ablations_grid.yaml").read_text())
     assert study.Config(**{**grid, "mode": ("zero",), "layer_abl": ("full",)}) != config  # every key is a flag
-    assert (grid["n_tokens"], grid["permutations"], grid["bos"]) == (study.N_TOKENS, study.PERMUTATIONS, "no")
-    assert grid["to_abl"] == study.TO_ABL and grid["layer_abl"] == ["full", "top", "bottom"]
+    assert (grid["n_tokens"], grid["permutations"], grid["bos"]) == (lag.N_TOKENS, lag.PERMUTATIONS, "no")
+    assert grid["to_abl"] == lag.TO_ABL and grid["layer_abl"] == ["full", "top", "bottom"]
 
 
 def test_sizes_are_what_the_model_allows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,14 +375,14 @@ def test_sizes_are_what_the_model_allows(folder: Path, monkeypatch: pytest.Monke
         summary.unlink()
         return facts["n_tokens"], facts["permutations"], facts["levels"]
 
-    monkeypatch.setattr(study, "PERMUTATIONS", 5)
+    monkeypatch.setattr(lag, "PERMUTATIONS", 5)
     assert sizes() == (20, 5, [0, 1, 2, 3, 4])
     assert sizes("--permutations", 2, "--n_tokens", 30, "--to_abl", "0-9") == (30, 2, [0, 9])
     assert sizes("--tokens_path", "few.json", "--permutations", 2) == (14, 2, [0, 1, 2, 3, 4]), "as many as there are"
     csv = ["--induction_scores_csv", "scores.csv"]
     assert sizes("--permutations", 2, *csv, "--layer_abl", "top")[2] == [0, 1, 2, 3, 4], "five heads have scores"
-    monkeypatch.setattr(study, "MIDDLING", 0)
-    monkeypatch.setattr(study, "FEW_PERMUTATIONS", 3)
+    monkeypatch.setattr(lag, "MIDDLING", 0)
+    monkeypatch.setattr(lag, "FEW_PERMUTATIONS", 3)
     assert sizes()[:2] == (20, 3)
     # Another model of a folder: half of its heads at most, and no more than have scores.
     model = save_random_model("gemma2", folder / "model")
@@ -394,16 +394,26 @@ def test_sizes_are_what_the_model_allows(folder: Path, monkeypatch: pytest.Monke
     assert sizes("--model_name", "model", *csv)[2] == [0, 1]
 
 
-def test_a_run_of_more_than_ten_minutes_says_what_to_give_and_starts_if_that_is_given(
+def test_a_run_of_more_than_ten_minutes_takes_fewer_permutations_or_says_what_to_give(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(px.runs, "seconds_a_pass", lambda *_: 1e4)
+    monkeypatch.setattr(px.runs, "seconds_a_pass", lambda *_: 1e5)
     assert command("--output_dir", "out", "--random_draws", 0) == 2
     said = capsys.readouterr()
     assert "4 interventions x 300 prompts, permutations of 20 tokens: about" in said.out
-    assert "all 300 take" in said.err and "--permutations 300 runs them all" in said.err
+    assert "all 300 take" in said.err and "--permutations 300 takes all" in said.err
     assert not (folder / "out").exists()
     assert command(*FEW, "--random_draws", 0) == 0
+    monkeypatch.setattr(px.runs, "seconds_a_pass", lambda _, prompts: 40.0 * len(prompts))
+    capsys.readouterr()
+    assert command("--output_dir", "short", "--random_draws", 0, "--to_abl", "0-1") == 0
+    (summary,) = (folder / "short").glob("*.json")
+    facts = json.loads(summary.read_text())
+    n = facts["permutations"]
+    assert 8 <= n < 100 and facts["shortened"] == {"flag": "permutations", "value": n, "of": 300}
+    assert f"to keep within ten minutes {n} of 300 are taken; --permutations 300 takes all" in capsys.readouterr().out
+    assert yaml.safe_load(summary.with_suffix(".yaml").read_text())["permutations"] == n
+    assert not (folder / "short/shortened.json").exists()
 
 
 def test_token_ids_of_another_tokenizer_are_found_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -446,19 +456,18 @@ def test_a_model_that_does_not_do_the_task_is_said_so_first(folder: Path, capsys
 
 
 def test_the_evidence_is_that_of_the_fewest_heads_with_enough_random_sets() -> None:
-    config = study.Config(permutations=7, n_tokens=20)
-
     def row(heads: int, sets: int) -> dict[str, Any]:
         ends = {f"{name}{end}": -0.1 * heads for name in ("change", "crp change") for end in ("", " low", " high")}
         control = {"control": f"{sets} sets", "share as low": 1 / (1 + sets), "crp share as low": 0.5}
         return {"heads": heads, "random sets": sets, "random change": 0.0, "random crp change": 0.25, **ends, **control}
 
     rows = [{"heads": 0}, row(1, 6), row(5, 19), row(10, 20)]
-    bias, crp = study.evidence(config, {("zero", "full"): rows})
+    bias, crp = px.runs.lag.lag_evidence("7 lists", "induction", {("zero", "full"): rows})
     assert bias.effect == "5 induction heads (zero, full layers) change the bias of p to lag +1 by"
     assert bias.interval == (-0.5, -0.5, -0.5) and bias.control == "19 sets; they change it by 0 on average, p = 0.05"
     assert crp.control == "19 sets; they change it by 0.25 on average, p = 0.5"
-    assert study.evidence(config, {("zero", "full"): rows[:2]})[0].effect.startswith("1 induction heads")
+    (first, _) = px.runs.lag.lag_evidence("7 lists", "induction", {("zero", "full"): rows[:2]})
+    assert first.effect.startswith("1 induction heads") and first.sample == "7 lists"
 
 
 # -- files, and runs that stop ----------------------------------------------------------------------------------------

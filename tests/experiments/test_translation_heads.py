@@ -173,9 +173,9 @@ def test_check_known_prints_precision_and_recall(folder: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--pairs", "en"), "'en' is not a pair of languages"),
+        (("--pairs", "en"), "--pairs: 'en' is not a pair of languages"),
         (("--pairs", "en-fr", "EN-FR"), "twice"),
-        (("--limit", 1), "--limit must be 2 or more"),
+        (("--limit", 1), "--limit must be 2 or more, or 0 for all, not 1"),
         (("--batch_size", 0), "--batch_size must be 1 or more"),
         (("--template", "{source_label}: {source} {target}"), "the template"),
         (("--thresholds", "fr"), "--thresholds fr: write a language and a number"),
@@ -190,7 +190,7 @@ def test_check_known_prints_precision_and_recall(folder: Path, capsys: pytest.Ca
         (("--show_sentences", -1), "--show_sentences must be 0 or more, not -1."),
         (("--pairs", "en-fr", "en-fr"), "--pairs names one or more, each once, not en-fr en-fr."),
         (("--known", "short.tsv"), "--known short.tsv is not JSON"),
-        (("--pairs", "en-de"), "few.tsv, line 2 has no text in 'de'"),
+        (("--pairs", "en-de"), "--pairs en-de: few.tsv, line 2 has no text in 'de'"),
         (("--dataset", "broken.tsv"), "broken.tsv, line 3 has 3 columns"),
         (("--dataset", "short.tsv"), "0 of 2 en-fr pairs of short.tsv pass the filters (not 3 to 50 words: 2)"),
         (("--dataset", "same.tsv"), "have the same translation"),

@@ -30,7 +30,7 @@ from pyvene_ext.methods.attribution.screen import screened
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.methods.reasoning.evaluate import Results
 from pyvene_ext.runs import figures
-from pyvene_ext.runs.sweeps import unfinished_in
+from pyvene_ext.runs.folder import unfinished_in
 from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.graph import (
     Node,

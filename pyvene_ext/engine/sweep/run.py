@@ -324,8 +324,8 @@ class SweepBar:
     def __init__(self, plan: Plan, waves: Sequence[int], desc: str, shown: bool) -> None:
         self._plan, self._done = plan, 0
         self._cells = {number: len(plan.waves[number].specs) * len(plan.waves[number].prompts) for number in waves}
-        total = sum(self._cells.values())
-        self._bar = progress_bar(total, "intervention", desc, shown=shown, unit_scale=True, smoothing=0.1)
+        self._total = sum(self._cells.values())
+        self._bar = progress_bar(self._total, "intervention", desc, shown=shown, unit_scale=True, smoothing=0.1)
 
     def advance(self, share: float) -> None:
         """Advance.
@@ -333,7 +333,7 @@ class SweepBar:
         Args:
             share: a number of interventions, estimated from the arithmetic done.
         """
-        self._bar.update(share)
+        self._bar.update(min(share, self._total - self._bar.n))  # rounding must not take it past its end
 
     def finish(self, number: int) -> None:
         """Count a finished wave exactly, in place of the estimate.

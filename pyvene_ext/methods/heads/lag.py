@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelcards import n_positions
+from modelcards import n_heads, n_layers, n_positions
 from pyvene_ext.engine.results import Result
 from pyvene_ext.methods.heads.scores import attention_scores, leading_bos, random_tokens, usable_tokens
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, answer_pairs
@@ -30,6 +30,13 @@ Mode = Literal["zero", "mean"]
 FAR = 5  # lag +1 is compared with lags beyond this on either side
 BLOCK, REPEATS, EXAMPLES = 25, 2, 10  # of the random tokens for induction scores
 FEWEST = 2 * (FAR + 1)  # tokens of the shortest list that has such lags on both sides
+
+# Defaults. On a GPU a model of a billion parameters or more gets the published sizes. Smaller models rarely go on after a word
+# that they have seen once among so many; and where a set of heads takes seconds there are few permutations.
+N_TOKENS, PERMUTATIONS = 500, 300
+LARGE, FEW_TOKENS = 1e9, 20  # parameters from which on, on a GPU, these are the defaults; tokens of all other models
+MIDDLING, FEW_PERMUTATIONS = 1e7, 40  # parameters from which on a set of heads takes seconds, and permutations then
+TO_ABL, TINY_TO_ABL = "0-1-5-10-20-50", "0-1-2-3-4"
 
 
 # -- prompts and curves ------------------------------------------------------------------------------------------------
@@ -293,6 +300,119 @@ class RankedHeads:
         chosen = list(chosen)
         known = [self.scores[head] for head in chosen if head in self.scores]
         return {name: float(np.mean(known))} if len(known) == len(chosen) else {}
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+class LagSizes(NamedTuple):
+    """How many tokens a list has, and how many permutations of it there are."""
+
+    n_tokens: int
+    permutations: int
+
+
+def parse_levels(text: str, most: int | None = None) -> list[int]:
+    """Read ascending numbers of heads with dashes between them.
+
+    Args:
+        text: such as `TO_ABL`.
+        most: how many heads the random sets leave alone (--max_heads_abl).
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: it is something else, only 0, or larger than `most`.
+    """
+    parts = text.split("-")
+    levels = [int(part) for part in parts if part.isdecimal() and len(part) < 7]
+    if len(levels) < len(parts) or levels != sorted(set(levels)) or not any(levels):
+        raise ValueError(
+            f"--to_abl {text!r} must be ascending numbers of heads with dashes between them and not only 0, such as {TO_ABL}."
+        )
+    if most is not None and most < levels[-1]:
+        raise ValueError(
+            f"--to_abl asks for {levels[-1]} heads and --max_heads_abl allows {most}; raise it, or ask for fewer."
+        )
+    return levels
+
+
+def check_usable(usable: int, n_tokens: int, where: str) -> None:
+    """Check that there are tokens enough for a list.
+
+    Args:
+        usable: how many there are.
+        n_tokens: how many are wanted.
+        where: where they come from, for the error.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if usable < n_tokens:
+        found = f"{where} has {usable} usable tokens (distinct, not special)"
+        raise ValueError(f"{found} and {n_tokens} are wanted; give more, or a smaller --n_tokens.")
+
+
+def lag_sizes(
+    model: PreTrainedModel,
+    n_bos: int,
+    usable: int,
+    n_tokens: int | None = None,
+    permutations: int | None = None,
+    *,
+    name: str = "the model",
+    where: str = "the tokenizer",
+) -> LagSizes:
+    """Choose the sizes that are not given.
+
+    Args:
+        model: the model.
+        n_bos: tokens in front of a list.
+        usable: tokens that lists are drawn from.
+        n_tokens: of a list; None to choose.
+        permutations: of the list; None to choose.
+        name: the model's, for errors.
+        where: the tokens come from, for errors.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        ValueError: a list is longer than the context, or than there are tokens.
+    """
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    large = n_parameters >= LARGE and model.device.type != "cpu"
+    longest = n_positions(model.config)
+    room = longest - 1 - n_bos
+    n_tokens = n_tokens or max(FEWEST, min(N_TOKENS if large else FEW_TOKENS, room, usable))
+    if n_tokens > room:
+        raise ValueError(
+            f"--n_tokens {n_tokens} makes prompts of {longest + n_tokens - room} tokens and {name} takes {longest}; take fewer."
+        )
+    check_usable(usable, n_tokens, where)
+    few = n_parameters >= MIDDLING and not large
+    return LagSizes(n_tokens, permutations or (FEW_PERMUTATIONS if few else PERMUTATIONS))
+
+
+def levels_that_leave_others(
+    levels: Sequence[int], model: PreTrainedModel, layers: Sequence[Layers], ranked: Sequence[tuple[float, int, int]]
+) -> list[int]:
+    """Leave out numbers of heads that are more than half of what there is to ablate.
+
+    Args:
+        levels: numbers of heads, ascending.
+        model: the model.
+        layers: the choices of layers, of which the smallest counts.
+        ranked: (score, layer, head) of every head that has a score.
+
+    Returns:
+        The other numbers; a single head is always among them.
+    """
+    depth, heads = n_layers(model.config), n_heads(model.config)
+    of_layers = [layers_of(which, depth) for which in layers]
+    half = min(min(len(some) * heads // 2, sum(layer in some for _, layer, _ in ranked)) for some in of_layers)
+    return [n for n in levels if n <= max(half, 1)]
 
 
 # -- curves of sets ------------------------------------------------------------------------------------------------------------

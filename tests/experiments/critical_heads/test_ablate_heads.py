@@ -289,7 +289,7 @@ BEFORE_LOADING: list[tuple[list[Any], str]] = [
     (["--scope", "new", "new"], "--scope names each once, not new new."),
     (["--rankings", "scores.csv", "scores.csv"], "--rankings names 2 files for 1 models"),
     (["--max_new_tokens", 1], "--max_new_tokens must be 2 or more"),
-    (["--limit", 0], "--limit must be 1 or more"),
+    (["--limit", "-1"], "--limit must be 0 or more"),
     (["--limit", 1], "there is one problem, and an interval needs two"),
     (["--problems", "nomark.jsonl"], "nomark.jsonl, line 2: the answer has no ####"),
     (["--problems", "empty.jsonl"], "empty.jsonl holds no problems"),

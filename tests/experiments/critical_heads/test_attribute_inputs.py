@@ -301,7 +301,7 @@ def test_the_same_command_gives_the_same_and_goes_on_where_it_stopped(
         (("--target", "projection", "--hub", "1"), "--hub is a token that heads look at"),
         (("--direction", "answer"), "--direction answer is for --target projection"),
         (("--dtype", "float16"), "too small for float16; load the model in bfloat16 or float32"),
-        (("--limit", "0"), "--limit must be 1 or more"),
+        (("--limit", "-1"), "--limit must be 0 or more"),
         (("--baseline", "noise"), "invalid choice"),
     ],
 )  # fmt: skip

@@ -274,7 +274,7 @@ def test_an_interval_of_no_change_has_a_width() -> None:
         (("--random_sets", "-1"), "--random_sets must be 0 or more"),
         (("--min_problems", "1"), "--min_problems must be 2 or more"),
         (("--min_problems", "9"), "--min_problems 9: there are only 6 problems"),
-        (("--limit", "0"), "--limit must be 1 or more"),
+        (("--limit", "-1"), "--limit must be 0 or more"),
         (("--models", "tiny-gemma2", "tiny-gemma2"), "--models names one or more, each once, not tiny-"),
         (("--max_new_tokens", "4"), "none of the 6 texts has reasoning and then ####"),
         (("--problems", "lost.jsonl"), "there is no file of problems lost.jsonl"),

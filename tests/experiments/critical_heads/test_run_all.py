@@ -224,7 +224,7 @@ def test_a_study_that_cannot_be_done_says_why_and_the_others_go_on(pretended, mo
         (("--models", "tiny-qwen2.5"), "", "two models"),
         (("--models", "tiny-qwen2.5", "x/tiny-qwen2.5"), "", "each once"),
         (("--only", "patch_hub", "patch_hub"), "", "each once"),
-        (("--limit", "0"), "", "--limit must be 1 or more"),
+        (("--limit", "-1"), "", "--limit must be 0 or more"),
         (("--settings", "no.yaml"), "", "no.yaml"),
         (("--settings", "own.yaml"), "a: [", "not valid YAML"),
         (("--settings", "own.yaml"), "no_study: {a: 1}", "flags by study"),

@@ -428,3 +428,37 @@ def test_attribution_refuses_what_has_no_gradient() -> None:
             atp(model, all_patches(model.config, "z"), BASE, SOURCE, metric, **QUIET)
         with pytest.raises(ValueError, match=message):
             edge_attribution(model, BASE, SOURCE, metric, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        Metric(lambda logits, _: logits[:, 5] - logits[:, 5].mean(), "centred"),
+        Metric(lambda logits, _: logits[:, 5] / len(logits), "shared"),
+        Metric(lambda logits, _: logits.softmax(0)[:, 0], "wrong axis", ids=(5, 6)),
+        Metric(lambda logits, _: logits.amax(-1) - logits.amax(), "of tokens", of_tokens=True),
+        Metric(lambda right, wrong: right - wrong.mean(), "of answers", of_answers=True, needs=("right", "wrong")),
+    ],
+    ids=lambda metric: metric.label,
+)
+def test_a_metric_that_mixes_the_prompts_of_a_batch_is_refused_before_the_model_runs(metric: Metric) -> None:
+    model = random_model("llama3_1")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    for engine in (run, sweep, plan_sweep):
+        with pytest.raises(ValueError, match=f"^metric '{metric.name}' gives a prompt another number beside a second"):
+            engine(model, HEAD, PROMPTS, metric)
+    plan_sweep(model, HEAD, PROMPTS.take([0]), metric)  # one prompt has nothing to be mixed with
+
+
+def test_a_baseline_of_another_run_is_refused() -> None:
+    model = model_of("llama3_1")
+    own = run(model, HEAD, PROMPTS, **QUIET).baseline
+    np.testing.assert_array_equal(run(model, HEAD, PROMPTS, baseline=own, **QUIET).baseline, own)
+    other = run(model, HEAD, random_prompts((9, 6, 7, 9, 6), seed=3), **QUIET).baseline
+    for baseline in (other, own[::-1].copy(), own + np.array([0, 0, 0, 0, 1], np.float32)):
+        with pytest.raises(
+            ValueError, match=r"^baseline is of another run: prompt [04] has logit_diff .* and not .*; give"
+        ):
+            run(model, HEAD, PROMPTS, baseline=baseline, **QUIET)
+    with pytest.raises(ValueError, match="has probability"):
+        run(model, HEAD, PROMPTS, "probability", baseline=own, **QUIET)

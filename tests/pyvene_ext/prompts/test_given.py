@@ -78,7 +78,7 @@ def test_a_slice_of_a_set_is_a_set() -> None:
         (pd.DataFrame(FIELDS), TypeError, r"not a DataFrame; .*a table with PromptSet\.load"),
         (3, TypeError, "not a int"),
         ([FRANCE, 3], ValueError, "^prompt 1 of mine: should be an object with the fields of a prompt, not 3"),
-        ([{"answer": "Rome"}], ValueError, "^prompt 0 of mine: there is no field 'text'"),
+        ([{"answer": "Rome"}], ValueError, "^prompt 0 of mine: there is no field 'text' among answer; give"),
         ([{"text": FRANCE, "answer": ["Rome", None]}], ValueError, "^prompt 0 of mine: answer: "),
         ([], ValueError, "^mine holds no prompts"),
     ],

@@ -17,6 +17,7 @@ from pyvene_ext.io.cli import config_from, groups, run, write_config
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import flags
+from pyvene_ext.runs.reasoning import find_problems
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Config(flags.Model, flags.Prompts, flags.Sweep):
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"top": 0}, "--top must be 1 or more, not 0."),
-    ({"limit": 0}, "--limit must be 1 or more, not 0."),
+    ({"limit": -1}, "--limit must be 0 or more, not -1."),
     ({"seed": -1}, "--seed must be 0 or more, not -1."),
     ({"tau": -0.5}, "--tau must be 0 or more, not -0.5."),
     ({"tau": float("nan")}, "--tau must be 0 or more, not nan."),
@@ -145,3 +146,10 @@ def test_flags_import_nothing_heavy() -> None:
     heavy = {"torch", "pyvene", "transformers"}
     code = f"import sys, pyvene_ext as px; px.flags.Sweep; sys.exit(not {heavy}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_limit_of_0_takes_all_and_none_takes_the_usual_number() -> None:
+    prompts = {limit: len(flags.Prompts(limit=limit).load_prompts()) for limit in (None, 0, 3)}
+    assert prompts == {None: 100, 0: 100, 3: 3}
+    problems = {limit: len(find_problems(flags.Problems(problems="plain", limit=limit))) for limit in (None, 0, 3)}
+    assert problems[None] == 32 and problems[3] == 3 and problems[0] > 32

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+import pyvene_ext as px
 from pyvene_ext.io import cli
+from pyvene_ext.io.cli import TooLong, run_shortened
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import FILE, View
 from pyvene_ext.runs.facts import Evidence
 from pyvene_ext.runs.folder import RunFolder
-from pyvene_ext.runs.plans import seconds_a_pass
+from pyvene_ext.runs.plans import seconds_a_pass, that_fit
 from pyvene_ext.stats.intervals import Interval
 
 
@@ -50,17 +53,18 @@ def test_a_folder_is_named_by_what_is_run_unless_a_flag_names_it(here: Path) -> 
         RunFolder(Config(out=Path("taken/x")), "lens", "a")
 
 
-@pytest.mark.parametrize("begun", [True, False])
-def test_ctrl_c_says_where_what_is_finished_lies(begun: bool, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("finished", [(), ("manifest.json", "lock"), ("manifest.json", "a/waves/000000.npz")])
+def test_ctrl_c_says_where_what_is_finished_lies(finished: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     def study(config: Config) -> None:
-        folder = RunFolder(config, "lens", "a")
-        if begun:
-            folder.unfinished.mkdir(parents=True)
+        folder = RunFolder(config, "lens", "a").unfinished
+        for name in finished:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
         raise KeyboardInterrupt
 
     assert cli.run(study, Config, []) == 130
     where = "nothing was finished that could be kept, and the same command starts from the beginning"
-    if begun:
+    if "a/waves/000000.npz" in finished:
         where = "what is finished is in outputs/lens/a/unfinished, and the same command goes on from there"
     assert capsys.readouterr().err == f"interrupted; {where}\n"
 
@@ -136,19 +140,106 @@ def test_files_beside_the_folder_go_first_and_are_named(here: Path, capsys: pyte
 def test_the_plan_is_said_and_a_dry_run_ends_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert RunFolder(Config(limit=None), "lens", "a").announce("3 patches x 4 prompts", 30.0, n=4)
     assert not RunFolder(Config(dry_run=True), "lens", "a").announce("9 patches", 430.0, n=4)
-    assert not RunFolder(Config(limit=None, dry_run=True), "lens", "a").announce("9 patches", 7000.0, n=100)
-    *said, advice = capsys.readouterr().out.splitlines()
-    assert said == ["3 patches x 4 prompts: under a minute", "9 patches: about 7 minutes", "9 patches: about 2 hours"]
-    assert advice.startswith("without --dry_run this stops: all 100 take") and "--limit 8 takes" in advice
+    assert capsys.readouterr().out.splitlines() == [
+        "3 patches x 4 prompts: under a minute",
+        "9 patches: about 7 minutes",
+    ]
 
 
-def test_a_run_of_more_than_ten_minutes_starts_only_if_its_size_was_given() -> None:
-    message = "^all 100 take about 2 hours here and nothing has been run: --limit 8 takes about 10 minutes, and --limit 100 runs"
+@dataclass(frozen=True)
+class Study(px.flags.Prompts):
+    out: Path | None = None
+    limit: px.flags.Limit = None
+    site: str = "z"
+    examples: int | None = None
+    dry_run: bool = False
+
+
+def main(config: Study, seconds: float = 45.0, n: int = 100, stop: bool = False, limit: str = "limit") -> int | None:
+    """A study that takes so many seconds a prompt, and may be stopped; how many prompts it was about to run."""
+    size = getattr(config, limit) or n
+    run = RunFolder(config, "lens", "a")
+    if not run.announce(f"{size} prompts", size * seconds, n=size, limit=limit):
+        return None
+    if stop:
+        raise KeyboardInterrupt
+    with run.writing({"n": size}, []):
+        pass
+    return size
+
+
+def test_a_run_of_more_than_ten_minutes_takes_fewer_prompts_and_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_shortened(main, Study()) == 12  # 13 would fit
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == [
+        "100 prompts: about 75 minutes",
+        "to keep within ten minutes 12 of 100 are taken; --limit 0 takes all",
+        "12 prompts: about 9 minutes",
+    ]
+    assert "shortened: 12 of 100, as --limit was not given" in shown
+    assert files(here / "outputs/lens/a") == {"summary.json", "config.yaml"}
+    assert yaml.safe_load((here / "outputs/lens/a/config.yaml").read_text())["limit"] == 12
+    size = json.loads((here / "outputs/lens/a/summary.json").read_text())["shortened"]
+    assert size == {"flag": "limit", "value": 12, "of": 100}
+    # The same flags with the number given are that run, and say no more of it.
+    assert run_shortened(main, Study(limit=12)) == 12 and "of 100" not in capsys.readouterr().out
+    assert "shortened" not in json.loads((here / "outputs/lens/a/summary.json").read_text())
+    assert run_shortened(main, Study(limit=0)) == 100
+    assert run_shortened(partial(main, seconds=6.0), Study()) == 100
+    capsys.readouterr()
+    assert run_shortened(partial(main, limit="examples"), Study()) == 12
+    assert "--examples 100 takes all" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_that_was_shortened_goes_on_with_as_many(here: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_shortened(partial(main, stop=True), Study())
+    assert files(here / "outputs/lens/a") == {"shortened.json"}
+    assert run_shortened(partial(main, seconds=30.0), Study(site="q")) == 20  # another run
+    for seconds in (60.0, 1.0):  # the machine is busier, or idle
+        with pytest.raises(KeyboardInterrupt):
+            run_shortened(partial(main, stop=True), Study())
+        assert run_shortened(partial(main, seconds=seconds), Study()) == 12
+        assert files(here / "outputs/lens/a") == {"summary.json", "config.yaml"}
+    (here / "outputs/lens/a/shortened.json").write_text("[]")  # damaged
+    assert run_shortened(partial(main, seconds=30.0), Study()) == 20
+
+
+def test_a_dry_run_says_what_would_be_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_shortened(main, Study(dry_run=True)) is None
+    assert capsys.readouterr().out.splitlines()[-1].startswith("to keep within ten minutes 12 of 100 are taken; ")
+    assert run_shortened(partial(main, seconds=100.0), Study(dry_run=True)) is None
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("without --dry_run this stops: all 100 take about 3 hours")
+    )
+    assert not files(here)
+
+
+def test_a_run_of_which_too_little_fits_is_refused(here: Path) -> None:
+    message = (
+        "^all 100 take about 3 hours here, and 8 of them about 13 minutes, and nothing has been run: --limit 8 runs 8 all the "
+        "same, and --limit 0 takes all.$"
+    )
     with pytest.raises(ValueError, match=message):
-        RunFolder(Config(limit=None), "lens", "a").announce("much", 7000.0, n=100)
-    with pytest.raises(ValueError, match=r"nothing has been run: --limit 2 runs them all\.$"):
-        RunFolder(Config(limit=None), "lens", "a").announce("much", 7000.0, n=2)
-    assert RunFolder(Config(limit=100), "lens", "a").announce("much", 7000.0, n=100)
+        run_shortened(partial(main, seconds=100.0), Study())
+    with pytest.raises(
+        ValueError, match=r"^all 2 take about 2 hours here, and nothing has been run: --limit 2 runs them all"
+    ):
+        run_shortened(partial(main, seconds=3500.0, n=2), Study())
+    # Of a study that is called by a program, the error says what to give.
+    with pytest.raises(
+        TooLong, match=r"^all 100 take about 75 minutes here: --limit 12 takes less, and --limit 0 takes all.$"
+    ):
+        main(Study())
+    assert files(here) <= {"outputs/lens/a/shortened.json"}
+
+
+def test_what_fits_is_rounded_down_so_that_load_seldom_changes_it() -> None:
+    fits = {n: that_fit(100, 60_000 / n) for n in (7, 8, 9, 11, 19, 43, 99)}
+    assert fits == {7: 7, 8: 8, 9: 8, 11: 10, 19: 16, 43: 40, 99: 96}
+    assert that_fit(100, 300 + 600, fixed=300) == 48 and that_fit(100, 7000.0, fixed=700) == 0 and that_fit(5, 1.0) == 5
 
 
 def test_the_evidence_ends_a_study_and_is_in_its_summary(capsys: pytest.CaptureFixture[str]) -> None:

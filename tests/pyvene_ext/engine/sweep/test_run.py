@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from functools import cache
 
@@ -17,6 +18,7 @@ from pyvene_ext.engine.plain import reference_for, run
 from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.engine.sweep.execute import GroupState
+from pyvene_ext.engine.sweep.run import SweepBar
 from pyvene_ext.engine.sweep.store import Store
 from pyvene_ext.models import loading
 from pyvene_ext.models.replay import Past, Replay
@@ -502,3 +504,15 @@ def test_a_store_of_another_version_s_batches_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("pyvene_ext.engine.sweep.plan.CLEAN_TOKENS", 9)
     with pytest.raises(ValueError, match="was begun by a version that cut the work differently; delete the folder"):
         sweep(model, specs, PROMPTS, store=tmp_path, progress=False)
+
+
+def test_rounding_does_not_take_the_bar_past_its_end() -> None:
+    """tqdm warns of a share above 1."""
+    plan = plan_sweep(_model("llama3_1"), all_heads(_model("llama3_1").config), PROMPTS)
+    total = len(PROMPTS) * len(plan.resolved.specs)
+    with warnings.catch_warnings(), SweepBar(plan, range(len(plan.waves)), "sweep", shown=True) as bar:
+        warnings.simplefilter("error")
+        bar.advance(total - 0.5)
+        bar.advance(0.5 + 1e-6)
+        bar._bar.refresh()
+        assert bar._bar.n == total

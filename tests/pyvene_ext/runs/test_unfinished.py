@@ -17,7 +17,7 @@ import torch
 from pyvene_ext.engine.plain import run
 from pyvene_ext.engine.results import Result
 from pyvene_ext.engine.sweep.execute import Executor
-from pyvene_ext.runs.sweeps import discard, unfinished_in
+from pyvene_ext.runs.folder import discard, unfinished_in
 from pyvene_ext.specs.ablation import all_heads
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
