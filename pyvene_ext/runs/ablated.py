@@ -21,15 +21,11 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores, needs_flow
-from pyvene_ext.methods.reasoning.evaluate import (
-    Evaluation,
-    Results,
-    Transcripts,
-    condition_of,
-    evaluate,
-    facts_of,
-)
-from pyvene_ext.methods.reasoning.evaluate import Scope as ScopeOfSpec
+from pyvene_ext.methods.solving.evaluate import evaluate
+from pyvene_ext.methods.solving.evaluation import Evaluation
+from pyvene_ext.methods.solving.replacing import Scope as ScopeOfSpec
+from pyvene_ext.methods.solving.replacing import Transcripts
+from pyvene_ext.methods.solving.results import Results, condition_of, facts_of
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import n_heads, n_layers
 from pyvene_ext.prompts.positions import Positions

@@ -18,8 +18,8 @@ import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning import strata as statistics
-from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.methods.reasoning.strata import ProblemEffects, difficulty_strata, split_by, stratum_order
+from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.prompts.tiny_tasks import draw
