@@ -65,17 +65,46 @@ class Results:
         Returns:
             The result.
         """
-        facts = json.loads(json.dumps({"format": FORMAT, **self.facts, **condition}))
-        path = self.folder / f"{data_hash(facts)}.json"
+        (result,) = self.get_all([condition], lambda _: [measure()], kind)
+        return result
+
+    def get_all(
+        self,
+        conditions: Sequence[Mapping[str, Any]],
+        measure: Callable[[list[int]], Sequence[S]],
+        kind: type[S] = Evaluation,  # type: ignore[assignment]
+    ) -> list[S]:
+        """Load the results of several conditions, or compute what is missing at once and save it.
+
+        Args:
+            conditions: as for `get`.
+            measure: computes the results of the conditions with these numbers; called if any is missing.
+            kind: the results' class.
+
+        Returns:
+            The results, in the order of the conditions.
+        """
+        facts = [json.loads(json.dumps({"format": FORMAT, **self.facts, **condition})) for condition in conditions]
+        found = {number: result for number, of in enumerate(facts) if (result := self._kept(of)) is not None}
+        if missing := [number for number in range(len(facts)) if number not in found]:
+            for number, result in zip(missing, measure(missing), strict=True):
+                plain = json.loads(json.dumps(result.as_dict()))
+                record = {"facts": facts[number], "hash": data_hash(plain), "results": plain}
+                write_json(self._path(facts[number]), record)
+                found[number] = plain
+        return [kind.from_dict(found[number]) for number in range(len(facts))]
+
+    def _path(self, facts: Mapping[str, Any]) -> Path:
+        return self.folder / f"{data_hash(facts)}.json"
+
+    def _kept(self, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
-            record = parse_json(path.read_bytes())
+            record = parse_json(self._path(facts).read_bytes())
             if record["facts"] == facts and record["hash"] == data_hash(record["results"]):
-                return kind.from_dict(record["results"])
+                return record["results"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        results = json.loads(json.dumps(measure().as_dict()))
-        write_json(path, {"facts": facts, "hash": data_hash(results), "results": results})
-        return kind.from_dict(results)
+        return None
 
 
 def facts_of(
