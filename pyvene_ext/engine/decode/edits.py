@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pyvene.models.constants import CONST_INPUT_HOOK
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of
+from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions
+from modelcards.template import at_layer
 from pyvene_ext.engine.decode.past import RowPast
-from pyvene_ext.models.hooks import hook_component, split_heads
+from pyvene_ext.models.hooks import HookFn, on_input, on_output
 from pyvene_ext.specs.joint import OneSpec
 
 
@@ -95,11 +97,26 @@ class RowEdits:
                 if values is not None:
                     batch.values += list(values) if heads else [values]
                 earlier[where] += 1
-        device = model.device
-        self._at = {
-            where: [batch.ready(device) for _, batch in sorted(batches.items(), key=lambda item: item[0])]
-            for where, batches in found.items()
-        }
+        device, card = model.device, card_of(model)
+        mapping, sizes = card.mapping(type(model)), dimensions(model.config)
+        self._scores: dict[int, list[_Entries]] = {}
+        self._hooks: list[tuple[Any, str, HookFn]] = []
+        self._past: RowPast | None = None
+        self._which: Tensor | None = None
+        places = []
+        for (component, layer), batches in found.items():
+            entries = [batch.ready(device) for _, batch in sorted(batches.items(), key=lambda item: item[0])]
+            if component == "attention_scores":
+                self._scores[layer] = entries
+                continue
+            places.append((component, layer))
+            # A tap notices an edit by its returning another tensor; but the stream itself goes on beside the tap at its norm.
+            copied = card.is_tap(model, component) and component != "resid_mid"
+            on = on_input if mapping[component][1] == CONST_INPUT_HOOK else on_output
+            splits = [(split, sizes.get(part, part)) for split, part in mapping[component][2:]]
+            edit = partial(self._edited, splits, entries, copied)
+            self._hooks.append((on, at_layer(mapping[component][0], layer), edit))
+        self._taps = Taps(model, card, places)
 
     @contextmanager
     def hooked(self, past: RowPast, which: Tensor | None) -> Iterator[None]:
@@ -109,30 +126,22 @@ class RowEdits:
             past: the rows.
             which: the rows that are edited, ` row` bool; None: all.
         """
-        card = card_of(self.model)
-        at = {where: entries for where, entries in self._at.items() if where[0] != "attention_scores"}
-        past.edit_scores = {}
-        for (component, layer), entries in self._at.items():
-            if component == "attention_scores":
-                past.edit_scores[layer] = partial(_make, entries, which=which, past=past)
+        self._past, self._which = past, which
+        past.edit_scores = {layer: partial(self._make, entries) for layer, entries in self._scores.items()}
         with ExitStack() as stack:
-            stack.enter_context(Taps(self.model, card, list(at)))
-            for where, entries in at.items():
-                # A tap notices an edit by its returning another tensor; but the stream itself goes on beside the tap at its norm.
-                copied = card.is_tap(self.model, where[0]) and where[0] != "resid_mid"
-
-                def edited(
-                    x: Tensor, component: str = where[0], entries: list = entries, copied: bool = copied
-                ) -> Tensor | None:
-                    x = x.clone() if copied else x
-                    seen = split_heads(x, component, self.model)  # views: `row head 1 d` or `row 1 d`
-                    _make(entries, seen.squeeze(-2), which=which, past=past)
-                    return x if copied else None
-
-                hook_component(self.model, where, edited, stack)
+            stack.enter_context(self._taps)
+            for on, path, edit in self._hooks:
+                stack.enter_context(on(self.model.get_submodule(path), edit))
             yield
 
+    def _edited(self, splits: list[Any], entries: list[_Entries], copied: bool, x: Tensor) -> Tensor | None:
+        seen = x = x.clone() if copied else x
+        for split, part in splits:
+            seen = split(seen, part)  # views: `row head 1 d`, or without heads `row 1 d`
+        self._make(entries, seen.squeeze(-2))
+        return x if copied else None
 
-def _make(entries: Sequence[_Entries], x: Tensor, *, which: Tensor | None, past: RowPast) -> None:
-    for some in entries:
-        some.edit(x, which, past.written)
+    def _make(self, entries: list[_Entries], x: Tensor) -> None:
+        assert self._past is not None
+        for some in entries:
+            some.edit(x, self._which, self._past.written)

@@ -1,11 +1,11 @@
 """Keys and values of rows that write: those of each prompt, stored once for all its rows, and each row's own.
 
-A row is one prompt under one intervention. Inside `with row_attention(model, past)` every attention module of the model runs
+A row is one prompt under one intervention. Inside `with row_attention(past)` every attention module of the model runs
 through `attend`, registered once with transformers' AttentionInterface, and the model takes one new token of every row at a time:
 
     past = RowPast(model, new=40)
     past.enter(keys_values, lengths, prompt_of)      # prompts that the model has read, and the rows that continue them
-    with row_attention(model, past):
+    with row_attention(past):
         model(ids, position_ids=past.positions[:, None], attention_mask=past.no_mask, past_key_values=past)
     past.keep(rows)                                   # the others leave
 """
@@ -55,6 +55,8 @@ class RowPast:
         self.device = torch.device("cpu")
         self.lengths = self.prompt_of = self.written = torch.zeros(0, dtype=torch.long)
         self.edit_scores: dict[int, EditScores] = {}
+        card = card_of(model)
+        self.attentions: list[Any] = [card.module(model, "attention_input", layer) for layer in range(self.layers)]
 
     def __len__(self) -> int:
         return len(self.prompt_of)
@@ -198,16 +200,14 @@ def _taken(pair: KeysValues, index: Tensor, columns: int | None = None) -> KeysV
 
 
 @contextmanager
-def row_attention(model: PreTrainedModel, past: RowPast) -> Iterator[None]:
+def row_attention(past: RowPast) -> Iterator[None]:
     """Inside the block, let the model's attention run over the rows of `past`.
 
     Args:
-        model: a model that `is_understood`.
-        past: its cache.
+        past: the cache of a model that `is_understood`.
     """
     with ExitStack() as stack:
-        for layer in range(past.layers):
-            attention: Any = card_of(model).module(model, "attention_input", layer)
+        for layer, attention in enumerate(past.attentions):
             own = redirect(attention, IMPLEMENTATION)
             stack.callback(setattr, attention, "config", own)
             attention.config.row_past = past, layer

@@ -260,7 +260,7 @@ class _Writer:
         which = None if all(edited) else torch.tensor(edited, device=device)
         assert self._edits is not None
         past.step()
-        with row_attention(self.model, past), self._edits.hooked(past, which):
+        with row_attention(past), self._edits.hooked(past, which):
             hidden = self.replay.bare(
                 input_ids=torch.tensor([[row.token] for row in self.rows], device=device),
                 position_ids=past.positions[:, None].to(device),

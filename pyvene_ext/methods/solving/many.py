@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class ProblemRows:
     read_once: bool
     finish: Callable[[int, int, Solution], None]
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each prompt."""
         return [len(ids) for ids in self.questions.prompts.input_ids]

@@ -87,8 +87,8 @@ class Results:
         facts = [json.loads(json.dumps({"format": FORMAT, **self.facts, **condition})) for condition in conditions]
         found = {number: result for number, of in enumerate(facts) if (result := self._kept(of)) is not None}
         if missing := [number for number in range(len(facts)) if number not in found]:
-            for number, result in zip(missing, measure(missing), strict=True):
-                plain = json.loads(json.dumps(result.as_dict()))
+            for number, made in zip(missing, measure(missing), strict=True):
+                plain = json.loads(json.dumps(made.as_dict()))
                 record = {"facts": facts[number], "hash": data_hash(plain), "results": plain}
                 write_json(self._path(facts[number]), record)
                 found[number] = plain

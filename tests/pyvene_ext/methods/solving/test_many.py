@@ -25,6 +25,7 @@ from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.base import ModelShape
 from pyvene_ext.specs.joint import members
+from tests.pyvene_ext.engine.sweep.test_processes import Launch
 from tests.pyvene_ext.methods.solving.test_evaluate import (
     END,
     LENGTHS,
@@ -261,3 +262,23 @@ def test_functions_run_together_on_the_prompt_and_one_by_one_elsewhere() -> None
 def test_an_empty_list_is_refused() -> None:
     with pytest.raises(ValueError, match="there are no specs; give at least one"):
         evaluate(model_of("gpt2"), tokenizer(), asked(), [], max_new_tokens=4)
+
+
+# -- several processes ---------------------------------------------------------------------------------------------------
+
+
+def solved(store: Path | None = None) -> dict[str, np.ndarray]:
+    found = evaluate(
+        model_of("llama3_1"), tokenizer(end=None), asked(), [None, JOINT], "new", max_new_tokens=NEW, store=store
+    )
+    return {str(number): np.array(of_spec.ids) for number, of_spec in enumerate(found)}
+
+
+@pytest.mark.processes
+def test_processes_share_the_problems_and_all_have_the_whole(tmp_path: Path) -> None:
+    expected = solved()
+    for number, store in enumerate((None, tmp_path / "texts")):
+        for found in Launch(tmp_path / str(number), solved, store).both:
+            assert all((found[name] == ids).all() for name, ids in expected.items())
+    lines = [len(path.read_text().splitlines()) - 1 for path in sorted((tmp_path / "texts").iterdir())]
+    assert lines == [4, 4], "each process kept its half"
