@@ -188,7 +188,8 @@ class Memory:
     """Memory of interventions that run together in one batch."""
 
     memory: Annotated[float, Gt(0), Unit("GiB")] | None = None
-    """GiB besides the weights, which sets the size of batches; by default half of the weights, at least 0.25"""
+    """GiB besides the weights, which sets the size of batches; by default half of the weights, at least 0.25, and where texts are
+    written as much as the weights, at least 1"""
 
     @property
     def memory_bytes(self) -> int | None:
@@ -205,7 +206,7 @@ class Sweep(Memory):
 
 
 @dataclass(frozen=True)
-class Problems(Loading):
+class Problems(Loading, Memory):
     """Word problems that one or more models reason about (`runs.reasoning`)."""
 
     models: OneOrMore[str] = ("tiny-qwen2.5",)
