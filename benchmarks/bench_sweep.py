@@ -98,6 +98,7 @@ def _shape(
 SIZES = {
     "default": _shape("qwen2", 24, 896, 14, 2, 4864, 32000),
     "small": _shape("qwen2", 24, 448, 14, 2, 2432, 32000),
+    "smollm2-135m": _shape("llama", 30, 576, 9, 3, 1536, 49152, tie_word_embeddings=True),
     "tiny": _shape("qwen2", 24, 56, 14, 2, 152, 32000),
     "qwen2.5-3b": _shape("qwen2", 36, 2048, 16, 2, 11008, 151936, tie_word_embeddings=True),
     "gemma-2-2b": _shape("gemma2", 26, 2304, 8, 4, 9216, 256000, head_dim=256),

@@ -59,8 +59,8 @@ nitpick_ignore = [
     for name in (
         "pyvene_ext.io.cli.Config",
         "pyvene_ext.models.devices.T",
-        "pyvene_ext.methods.reasoning.evaluate.K",
-        "pyvene_ext.methods.reasoning.evaluate.S",
+        "pyvene_ext.methods.solving.evaluate.K",
+        "pyvene_ext.methods.solving.evaluate.S",
         "pyvene_ext.io.files.Model",
         "pyvene_ext.specs.base._token",
         "pyvene_ext.specs.base._tokens",

@@ -35,13 +35,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from annotated_types import Ge
 from jaxtyping import Bool
 from pydantic import BeforeValidator
-from tqdm import tqdm
 
 import pyvene_ext as px
 
@@ -155,7 +155,9 @@ def main(config: Config) -> None:
 
 def seconds_of(config: Config, loaded: Loaded, n: int) -> float:
     """How long all sets take at most, once untouched, and where the heads are ranked here about as long again."""
-    return (config.n_sets + (1 if loaded.heads else 2)) * loaded.solver.seconds(n)
+    solver, of_scope = loaded.solver, config.n_sets // len(config.scopes)
+    untouched = (1 if loaded.heads else 2) * solver.seconds(n)
+    return untouched + sum(solver.seconds(n, of_scope, scope) for scope in config.scopes)
 
 
 def shorter(config: Config) -> Row:
@@ -171,24 +173,22 @@ def shorter(config: Config) -> Row:
 def ablate(config: Config, solver: Solver, ranked: tuple[Head, ...], controls: list[tuple[Head, ...]]) -> Found:
     """Every kind, scope and number of heads, with the random sets."""
     controls_of = {n: px.stats.first_of(controls, ranked, n) for n in config.levels}
-    n_runs = len(config.kind) * len(config.scopes) * sum(1 + len(control.sets) for control in controls_of.values())
+    sets = [heads for n in config.levels for heads in (ranked[:n], *controls_of[n].sets)]
     found = Found([], [], [])
-    with tqdm(total=n_runs, desc=solver.name, unit="set") as bar:
-        for kind in config.kind:
-            reference = solver.transcripts(kind, [ranked, *controls], config.donors)
-            for scope in config.scopes:
-                found.rows.append({**row_of(solver, kind, scope, 0, solver.clean, []), "control": ""})
-                found.correct.append(solver.clean.correct)
-                for n in config.levels:
-                    own = solver.ablate(ranked[:n], kind, scope, reference)
-                    sets = controls_of[n].sets
-                    others = [solver.ablate(heads, kind, scope, reference) for heads in sets]
-                    bar.update(1 + len(others))
-                    strength = controls_of[n].strength if others else ""
-                    found.rows.append({**row_of(solver, kind, scope, n, own, others), "control": strength})
-                    found.correct.append(own.correct)
-                    about = {"model": solver.name, "kind": kind, "scope": scope, "n_heads": n}
-                    found.randoms.extend(random_row(solver, about, *pair) for pair in zip(sets, others, strict=True))
+    for kind in config.kind:
+        reference = solver.transcripts(kind, [ranked, *controls], config.donors)
+        for scope in config.scopes:
+            found.rows.append({**row_of(solver, kind, scope, 0, solver.clean, []), "control": ""})
+            found.correct.append(solver.clean.correct)
+            solved = iter(solver.ablate(sets, kind, scope, reference))
+            for n in config.levels:
+                own, *others = islice(solved, 1 + len(controls_of[n].sets))
+                strength = controls_of[n].strength if others else ""
+                found.rows.append({**row_of(solver, kind, scope, n, own, others), "control": strength})
+                found.correct.append(own.correct)
+                about = {"model": solver.name, "kind": kind, "scope": scope, "n_heads": n}
+                pairs = zip(controls_of[n].sets, others, strict=True)
+                found.randoms.extend(random_row(solver, about, *pair) for pair in pairs)
     return found
 
 

@@ -175,7 +175,8 @@ def load(config: Config, problems: Sequence[Problem], unfinished: Path, number: 
 def seconds_of(config: Config, loaded: Asked | Loaded, n: int) -> float:
     """How long a model's runs take at most: heads are ablated while all is written, noise is put before the rest of it."""
     if isinstance(loaded, px.runs.ablated.Loaded):
-        return (config.n_runs + (1 if loaded.heads else 2)) * loaded.solver.seconds(n)
+        solver, untouched = loaded.solver, 1 if loaded.heads else 2
+        return untouched * solver.seconds(n) + solver.seconds(n, config.n_runs, config.scope)
     return loaded.seconds(n) + config.n_runs * loaded.seconds_a_condition(n)
 
 
@@ -194,10 +195,7 @@ def with_heads_ablated(config: Config, loaded: Loaded) -> ProblemEffects:
     )
     sets = list({frozenset(some): some for some in controls}.values())
     reference = solver.transcripts(config.kind, [heads, *sets], config.donors)
-    runs = [
-        solver.ablate(some, config.kind, config.scope, reference)
-        for some in tqdm([heads, *sets], desc=solver.name, unit="set", disable=not px.is_main_process())
-    ]
+    runs = solver.ablate([heads, *sets], config.kind, config.scope, reference)
     words = " ".join(map(px.stats.head_label, heads))
     return px.methods.ProblemEffects(
         name=solver.name,

@@ -32,6 +32,7 @@ from pyvene_ext.io.files import (
     write_yaml,
 )
 from pyvene_ext.io.packages import MissingExtra
+from pyvene_ext.io.threads import spare_the_machine
 
 Config = TypeVar("Config")
 UNFINISHED: list[Path] = []
@@ -62,7 +63,7 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
     Flags may be written with underscores or dashes. `--help` shows the first line of the module's docstring, the flags by group
     (each base class of `config` is a group), and the rest of the docstring. Errors that users can fix (ValueError, OSError,
     MissingExtra) become one line on stderr and exit code 2, as for an unknown flag; any other exception is a bug and keeps its
-    traceback.
+    traceback. Before the study imports torch, `io.threads` chooses how many threads it takes.
 
     Args:
         study: called with the config, whose flags are within their bounds (`io.bounds.check`).
@@ -83,6 +84,7 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
                 print(manual)
             raise
         check(given)
+        spare_the_machine()
         outcome = run_shortened(study, given)
     except (ValueError, OSError, MissingExtra) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)

@@ -104,7 +104,7 @@ def refuse_latent_steps(model: nn.Module, prompts: Iterable[Sequence[int]]) -> N
     if form is not None and any(form.latent in ids for ids in prompts):
         raise ValueError(
             "these prompts have latent steps, each of which depends on the ones before it; only pyvene_ext.run and "
-            "pyvene_ext.methods.reasoning.evaluate compute that, so use one of them."
+            "pyvene_ext.methods.solving.evaluate compute that, so use one of them."
         )
 
 

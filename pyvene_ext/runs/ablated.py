@@ -21,15 +21,11 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores, needs_flow
-from pyvene_ext.methods.reasoning.evaluate import (
-    Evaluation,
-    Results,
-    Transcripts,
-    condition_of,
-    evaluate,
-    facts_of,
-)
-from pyvene_ext.methods.reasoning.evaluate import Scope as ScopeOfSpec
+from pyvene_ext.methods.solving.evaluate import evaluate
+from pyvene_ext.methods.solving.evaluation import Evaluation
+from pyvene_ext.methods.solving.replacing import Scope as ScopeOfSpec
+from pyvene_ext.methods.solving.replacing import Transcripts
+from pyvene_ext.methods.solving.results import Results, condition_of, facts_of
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import n_heads, n_layers
 from pyvene_ext.prompts.positions import Positions
@@ -69,7 +65,7 @@ class Solver:
     @cached_property
     def clean(self) -> Evaluation:
         """The solutions of the clean model; says on stderr if they are of little use."""
-        clean = self.run(None)
+        (clean,) = self.run([None])
         warn(self.flags, self.name, clean)
         return clean
 
@@ -80,45 +76,53 @@ class Solver:
             return "all", scope
         return tuple(f"latent_{step}" for step in range(form.steps)), "prompt" if scope == "reasoning" else "both"
 
-    def ablate(self, heads: Sequence[Head], kind: Kind, scope: Scope, reference: Transcripts | None) -> Evaluation:
-        """Solve the problems with z of these heads ablated; results are kept for resuming.
+    def ablate(
+        self, sets: Sequence[Sequence[Head]], kind: Kind, scope: Scope, reference: Transcripts | None
+    ) -> list[Evaluation]:
+        """Solve the problems with z of each of these sets of heads ablated, all at once; results are kept for resuming.
 
         Args:
-            heads: (layer, head) pairs, ablated jointly.
+            sets: (layer, head) pairs, those of a set ablated jointly.
             kind: what replaces their output.
             scope: the tokens at which they are ablated.
             reference: replacement activations, from `transcripts`; None for zero ablation.
 
         Returns:
-            The solutions.
+            The solutions, a set each.
         """
         positions, of_spec = self.places(scope)
-        return self.run(heads_together(heads, kind, positions=positions, seed=self.flags.seed), of_spec, reference)
+        specs = [heads_together(heads, kind, positions=positions, seed=self.flags.seed) for heads in sets]
+        return self.run(specs, of_spec, reference)
 
-    def run(self, spec: Spec | None, scope: ScopeOfSpec = "both", reference: Transcripts | None = None) -> Evaluation:
-        """Solve the problems under a spec; results are kept for resuming.
+    def run(
+        self, specs: Sequence[Spec | None], scope: ScopeOfSpec = "both", reference: Transcripts | None = None
+    ) -> list[Evaluation]:
+        """Solve the problems under each of several specs, all at once; texts and results are kept for resuming.
 
         Args:
-            spec: the intervention; None for the clean model.
-            scope: the tokens at which it applies, as `evaluate` takes them.
-            reference: replacement activations, if the spec needs them.
+            specs: the interventions; None for the clean model.
+            scope: the tokens at which they apply, as `evaluate` takes them.
+            reference: replacement activations, if the specs need them.
 
         Returns:
-            The solutions.
+            The solutions, a spec each.
         """
-        return self.results.get(
-            condition_of(spec, scope, reference),
-            lambda: evaluate(
+        return self.results.get_all(
+            [condition_of(spec, scope, reference) for spec in specs],
+            lambda missing: evaluate(
                 self.model,
                 self.tokenizer,
                 self.questions,
-                spec,
+                [specs[number] for number in missing],
                 scope,
                 max_new_tokens=self.flags.new_tokens,
                 batch_size=self.flags.batch_size,
                 reference=reference,
                 rule=self.flags.rule,
                 read_once=True,
+                memory=self.flags.memory_bytes,
+                store=self.results.folder / "texts",
+                progress=True,
             ),
         )
 
@@ -127,9 +131,12 @@ class Solver:
         """How fast the model writes, measured."""
         return time_writing(self.model, self.questions.prompts, self.flags.batch_size)
 
-    def seconds(self, n: int) -> float:
-        """How long the model takes at most to solve n problems once."""
-        return self.writing.seconds(n, self.flags.new_tokens)
+    def seconds(self, n: int, sets: int = 1, scope: Scope = "reasoning") -> float:
+        """How long the model takes at most to solve n problems with each of some sets of heads ablated."""
+        again = (
+            (sets - 1) * n * self.writing.reading if scope == "both" else 0.0
+        )  # each set reads the prompts by itself
+        return self.writing.seconds(n, self.flags.new_tokens, sets) + again
 
     def transcripts(self, kind: Kind, rankings: Iterable[Sequence[Head]], donors: int) -> Transcripts | None:
         """Collect the activations that replace these heads' outputs, from the clean model on the first problems.

@@ -69,7 +69,7 @@ Out = Annotated[Path | None, Doc("folder to write; by default outputs/STUDY/MODE
 Seed = Annotated[int, Ge(0), Doc("seed of every random draw")]
 Head = Annotated[str, Matches(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
 Score = Literal["flow", "hub", "skip", "composite"]  # of `methods.reasoning.block_scores`
-Rule = Literal["flexible-extract", "strict-match", "last-of-line"]  # of `methods.reasoning.answers`
+Rule = Literal["flexible-extract", "strict-match", "last-of-line"]  # of `methods.solving.answers`
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ class Memory:
     """Memory of interventions that run together in one batch."""
 
     memory: Annotated[float, Gt(0), Unit("GiB")] | None = None
-    """GiB besides the weights, which sets the size of batches; by default half of the weights, at least 0.25"""
+    """GiB besides the weights, which sets the size of batches; by default half of the weights, at least 0.25, and where texts are
+    written as much as the weights, at least 1"""
 
     @property
     def memory_bytes(self) -> int | None:
@@ -207,7 +208,7 @@ class Sweep(Memory):
 
 
 @dataclass(frozen=True)
-class Problems(Loading):
+class Problems(Loading, Memory):
     """Word problems that one or more models reason about (`runs.reasoning`)."""
 
     models: OneOrMore[str] = ("tiny-qwen2.5",)
@@ -231,7 +232,7 @@ class Problems(Loading):
     chat: bool = False
     """ask in the chat template of the model's tokenizer, for instruct models"""
     answer_rule: Rule | None = None
-    """how answers are read (`methods.reasoning.answers`); by default last-of-line for tiny models, else flexible-extract"""
+    """how answers are read (`methods.solving.answers`); by default last-of-line for tiny models, else flexible-extract"""
     max_new_tokens: Count | None = None
     """limit of the reasoning, with its answer; by default 32 for tiny models, 48 for plain problems, 256 otherwise (--chat)"""
     answer_tokens: Count = 8

@@ -59,17 +59,19 @@ class Writing:
     a_row: float
     batch_size: int
 
-    def seconds(self, n: int, new_tokens: int) -> float:
+    def seconds(self, n: int, new_tokens: int, each: int = 1) -> float:
         """How long it takes to write texts that are as long as they may be.
 
         Args:
-            n: how many texts.
-            new_tokens: most tokens of each.
+            n: how many prompts.
+            new_tokens: most tokens of each text.
+            each: how many texts are written for each prompt, which is read once.
 
         Returns:
             Seconds; texts that end earlier take less.
         """
-        steps = (new_tokens - 1) * (math.ceil(n / self.batch_size) * self.a_step + n * self.a_row)
+        texts = n * each
+        steps = (new_tokens - 1) * (math.ceil(texts / self.batch_size) * self.a_step + texts * self.a_row)
         return n * self.reading + steps
 
 

@@ -35,8 +35,11 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.block_scores import BlockScores, block_scores
-from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, Scope, evaluate, facts_of
 from pyvene_ext.methods.reasoning.forcing import forced_while_writing
+from pyvene_ext.methods.solving.evaluate import evaluate
+from pyvene_ext.methods.solving.evaluation import Evaluation
+from pyvene_ext.methods.solving.replacing import Scope
+from pyvene_ext.methods.solving.results import Results, facts_of
 from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import heads_of, n_heads, n_layers

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelcards import dimensions
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, needs_flow
-from pyvene_ext.methods.reasoning.evaluate import Evaluation, evaluate
 from pyvene_ext.methods.reasoning.transplant import (
     Layers,
     Maps,
@@ -23,6 +22,8 @@ from pyvene_ext.methods.reasoning.transplant import (
     pair_texts,
     transplanted,
 )
+from pyvene_ext.methods.solving.evaluate import evaluate
+from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.models.identity import identity_of
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import n_heads, n_positions

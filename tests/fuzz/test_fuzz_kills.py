@@ -28,7 +28,7 @@ from pyvene_ext.io import files as io_files
 from pyvene_ext.io.files import write_json
 from pyvene_ext.methods.attribution.screen import screened
 from pyvene_ext.methods.patching.patch import patch
-from pyvene_ext.methods.reasoning.evaluate import Results
+from pyvene_ext.methods.solving.results import Results
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.folder import unfinished_in
 from pyvene_ext.specs.ablation import Ablation, all_heads

@@ -29,7 +29,7 @@ from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.files import read_head_matrix
 from pyvene_ext.methods.heads.published import read_known
 from pyvene_ext.methods.heads.scores import read_head_scores
-from pyvene_ext.methods.reasoning.evaluate import Results
+from pyvene_ext.methods.solving.results import Results
 from pyvene_ext.models import codi
 from pyvene_ext.models.codi import read_checkpoint
 from pyvene_ext.models.latent_steps import FIELD, PROJECTION, read_projection

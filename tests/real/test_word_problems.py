@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pyvene_ext.methods.reasoning.answers import find_answer
-from pyvene_ext.methods.reasoning.evaluate import evaluate
+from pyvene_ext.methods.solving.answers import find_answer
+from pyvene_ext.methods.solving.evaluate import evaluate
 from pyvene_ext.runs import reasoning
 from pyvene_ext.runs.flags import Problems
 from pyvene_ext.specs.forced_attention import force

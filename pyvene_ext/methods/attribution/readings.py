@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyvene_ext.methods.attribution.by_tag import AttributedHead, tagged_prompts
 from pyvene_ext.methods.attribution.inputs import Baseline, InputAttribution, Target, integrated_gradients
-from pyvene_ext.methods.reasoning.evaluate import Results
+from pyvene_ext.methods.solving.results import Results
 from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.prompts.problems import Questions, solved_before
 from pyvene_ext.prompts.tokenized import TokenizedPrompts

@@ -36,7 +36,7 @@ from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.heads.flow import LayerFlow, read_flow
 from pyvene_ext.methods.heads.flow import check_model as check_routes
 from pyvene_ext.methods.heads.patterns import check_patterns, read_patterns
-from pyvene_ext.methods.reasoning.evaluate import Results
+from pyvene_ext.methods.solving.results import Results
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.prompts.tokenized import Batch
 

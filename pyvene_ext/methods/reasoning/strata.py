@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.reasoning.evaluate import Evaluation
+from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.controls import strata_test, verdict

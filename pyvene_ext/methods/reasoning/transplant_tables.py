@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pyvene_ext.methods.reasoning.evaluate import Evaluation
+from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.controls import mcnemar_p, share_as_large
 from pyvene_ext.stats.tables import interval_columns

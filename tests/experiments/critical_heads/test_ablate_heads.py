@@ -14,6 +14,7 @@ from critical_heads import ablate_heads as study
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.solving.results import Texts
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.tiny_tasks import draw
 from pyvene_ext.runs import ablated, figures
@@ -231,12 +232,12 @@ def test_what_was_interrupted_goes_on_and_gives_the_same(folder: Path, monkeypat
     whole = files(folder / "out")
     assert not any("unfinished" in name for name in whole)
     (folder / "out").rename(folder / "before")
-    calls = stop_at(monkeypatch, 5, ablated, "evaluate")
+    kept = stop_at(monkeypatch, 3 * N, Texts, "add")
     assert command(*flags) == 130
     assert set(files(folder / "out")) == {name for name in files(folder / "out") if name.startswith("unfinished/")}
-    assert len(files(folder / "out")) == 5  # four runs, and the scores that rank the heads
+    assert len(files(folder / "out")) == 3  # the clean run, the scores that rank the heads, and the texts of the sets
     assert command(*flags) == 0
-    assert len(calls) == 5 + (1 + 2 * 2 * 2 - 4)
+    assert len(kept) == 1 + N * (1 + 2 * 2 * 2), "only the text that was interrupted was written twice"
     again = files(folder / "out")
     assert set(again) == set(whole)
     same = [name for name in whole if not name.endswith(".json")]

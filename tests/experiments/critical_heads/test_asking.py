@@ -14,7 +14,7 @@ import pytest
 from critical_heads import rank_heads, run_all
 
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.methods.reasoning.evaluate import Evaluation
+from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import CHAT_TEMPLATE, STEP, load_problems
 from pyvene_ext.prompts.tiny_tasks import is_held_out

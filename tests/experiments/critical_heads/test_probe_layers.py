@@ -375,7 +375,7 @@ def test_bad_flags_are_one_sentence_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--min_problems", "31"), "nothing to probe for (30 problems have it, and --min_problems asks for 31)"),
+        (("--min_problems", "31"), "--min_problems 31: there are only 30 problems; give a larger --limit"),
         (("--positions", "40"), "nothing to probe for (0 problems have it, and --min_problems asks for 10)"),
         (("--targets", "correct"), "nothing to probe for (it is 1 in all 30 problems)"),
         (("--folds", "31", "--targets", "answer"), "cannot be divided into 31 folds; give more problems."),

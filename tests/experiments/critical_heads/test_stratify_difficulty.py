@@ -18,8 +18,9 @@ import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning import strata as statistics
-from pyvene_ext.methods.reasoning.evaluate import Evaluation
 from pyvene_ext.methods.reasoning.strata import ProblemEffects, difficulty_strata, split_by, stratum_order
+from pyvene_ext.methods.solving.evaluation import Evaluation
+from pyvene_ext.methods.solving.results import Texts
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.prompts.tiny_tasks import draw
@@ -288,12 +289,12 @@ def test_the_figures_show_few_problems_as_such() -> None:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = (*FEW, "--heads", "0.1", "--random_sets", 2)
-    made = stop_at(monkeypatch, 3, ablated, "evaluate")
+    made = stop_at(monkeypatch, 2 * N, Texts, "add")
     assert command(*flags) == 130
     assert all("unfinished" in path.parts for path in (folder / "x").rglob("*") if path.is_file())
-    assert command(*flags) == 0 and len(made) == 3 + 2
+    assert command(*flags) == 0 and len(made) == 1 + 4 * N, "only the text that was interrupted was written twice"
     assert not (folder / "x/unfinished").exists()
-    assert command("--config", "x/config.yaml", "--out", "y") == 0 and len(made) == 5 + 4
+    assert command("--config", "x/config.yaml", "--out", "y") == 0 and len(made) == 1 + 2 * 4 * N
     for name in ("strata.csv", "tests.csv", f"problems/{MODEL}.csv"):
         assert (folder / "y" / name).read_bytes() == (folder / "x" / name).read_bytes()
 

@@ -13,8 +13,9 @@ import yaml
 from critical_heads import transplant_head as study
 
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.methods.reasoning.evaluate import Evaluation, evaluate
 from pyvene_ext.methods.reasoning.transplant_tables import transplant_row
+from pyvene_ext.methods.solving.evaluate import evaluate
+from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import tokenize_problems
 from pyvene_ext.runs import reasoning, transplants

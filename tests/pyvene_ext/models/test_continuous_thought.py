@@ -26,7 +26,8 @@ from pyvene_ext.methods.attribution.inputs import Target, integrated_gradients
 from pyvene_ext.methods.heads.flow import flow_routes
 from pyvene_ext.methods.heads.lens import logit_lens
 from pyvene_ext.methods.heads.patterns import read_patterns
-from pyvene_ext.methods.reasoning.evaluate import Transcripts, evaluate
+from pyvene_ext.methods.solving.evaluate import evaluate
+from pyvene_ext.methods.solving.replacing import Transcripts
 from pyvene_ext.models.identity import weight_hash
 from pyvene_ext.models.latent_steps import (
     Format,

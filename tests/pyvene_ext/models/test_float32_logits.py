@@ -21,7 +21,7 @@ from pyvene_ext.methods.attribution.circuits import Circuit, run_circuits
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.attribution.screen import estimate
 from pyvene_ext.methods.heads.lens import direct_logit_attribution, logit_lens
-from pyvene_ext.methods.reasoning.evaluate import evaluate
+from pyvene_ext.methods.solving.evaluate import evaluate
 from pyvene_ext.models import modes
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.replay import Replay

@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from pyvene_ext.methods.heads.flow import flow_routes
 from pyvene_ext.methods.reasoning import block_scores as module
 from pyvene_ext.methods.reasoning.block_scores import BlockScores, block_scores, check_scores, pattern_scores
-from pyvene_ext.methods.reasoning.evaluate import Results
+from pyvene_ext.methods.solving.results import Results
 from pyvene_ext.prompts.problems import Problem, Questions
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pyvene_ext.methods.reasoning.answers import Rule, find_answer
+from pyvene_ext.methods.solving.answers import Rule, find_answer
 from pyvene_ext.prompts.problems import load_problems
 from pyvene_ext.prompts.shipped import PROMPTS
 

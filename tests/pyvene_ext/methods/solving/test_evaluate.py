@@ -22,16 +22,12 @@ from pyvene_ext.engine.compile import Compiled, compile_spec
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
-from pyvene_ext.methods.reasoning import evaluate as module
-from pyvene_ext.methods.reasoning.evaluate import (
-    Evaluation,
-    Results,
-    Scope,
-    Transcripts,
-    condition_of,
-    evaluate,
-    facts_of,
-)
+from pyvene_ext.methods.solving import decoding
+from pyvene_ext.methods.solving import evaluate as module
+from pyvene_ext.methods.solving.evaluate import evaluate
+from pyvene_ext.methods.solving.evaluation import Evaluation
+from pyvene_ext.methods.solving.replacing import Scope, Transcripts
+from pyvene_ext.methods.solving.results import Results, condition_of, facts_of
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import (
     Problem,
@@ -313,14 +309,14 @@ def test_texts_that_end_at_once_and_batches_of_any_size() -> None:
 def test_what_all_prompts_begin_with_is_read_once(
     family: str, scope: Scope | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHORTEST", 3)
+    monkeypatch.setattr(decoding, "SHORTEST", 3)
     model, questions = model_of(family), asked()
     rows = tuple((7, 11, 5, *ids[3:]) for ids in questions.prompts.input_ids)
     questions = replace(questions, prompts=replace(questions.prompts, input_ids=rows))
     spec = None if scope is None else Ablation(kind="zero", site="z", layer=1, heads=(0, 2), positions="last")
     seen: list[Any] = []
-    beginning = module._beginning
-    monkeypatch.setattr(module, "_beginning", lambda *args: seen.append(beginning(*args)) or seen[-1])
+    beginning = decoding.read_beginning
+    monkeypatch.setattr(module, "read_beginning", lambda *args: seen.append(beginning(*args)) or seen[-1])
     options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 4}
     often, once = (
         evaluate(model, tokenizer(end=None), questions, spec, scope or "both", read_once=read, **options)
@@ -335,18 +331,18 @@ def test_what_all_prompts_begin_with_is_read_once(
 
 
 def test_what_is_edited_is_not_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHORTEST", 2)
+    monkeypatch.setattr(decoding, "SHORTEST", 2)
     model = model_of("llama3_1")
     rows = ((7, 11, 5, 3, 9), (7, 11, 5, 3, 8, 2))
     batch = next(TokenizedPrompts(rows, pad_id=0).batches(2))
     for place, length in ((3, 3), (2, 2), (0, None)):
         spec = Ablation(kind="zero", site="resid_post", layer=1, positions=place)
         resolved = resolve([spec], model, TokenizedPrompts(rows, pad_id=0), reference=None, directions={})
-        found = module._beginning(model, batch, "prompt", spec, resolved, 4)
+        found = decoding.read_beginning(model, batch, "prompt", spec, resolved, 4)
         assert (None if found is None else found.length) == length
-        assert module._beginning(model, batch, "both", spec, resolved, 4) is None
-    assert module._beginning(model, batch, "both", None, None, 4).length == 4  # type: ignore[union-attr]
-    assert module._beginning(model, next(batch_of_one(rows)), "both", None, None, 4) is None
+        assert decoding.read_beginning(model, batch, "both", spec, resolved, 4) is None
+    assert decoding.read_beginning(model, batch, "both", None, None, 4).length == 4  # type: ignore[union-attr]
+    assert decoding.read_beginning(model, next(batch_of_one(rows)), "both", None, None, 4) is None
 
 
 def batch_of_one(rows: Any) -> Any:
@@ -587,7 +583,7 @@ def test_after_an_exception_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPat
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyvene_ext.methods.reasoning.evaluate._BatchDecoding.take", interrupted)
+    monkeypatch.setattr("pyvene_ext.methods.solving.decoding.BatchDecoding.take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tokenizer(), questions, SPECS["joint"], max_new_tokens=4)
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

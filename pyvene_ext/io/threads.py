@@ -1,0 +1,77 @@
+"""How many threads torch gets, where nobody has said so: as many as the machine has to spare.
+
+Threads of one product wait for each other. Where another program has one of two cores, a product on two threads takes 20 to 100
+times as long as on one. So a command takes no more threads than cores are free when it starts, and lets threads that wait
+sleep instead of spin. Both are environment variables, which torch reads when it is imported: a process that has imported torch,
+such as a user's own, is never changed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+
+from pyvene_ext.io.bars import note
+
+SAMPLE = 0.3  # seconds for which the use of the cores is watched
+SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def spare_the_machine() -> None:
+    """Choose the number of threads of this process, and say what was chosen; nothing if the user has, or torch is imported."""
+    if "torch" in sys.modules:
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if any(name in os.environ for name in SET_BY_USER):
+        return
+    cores = available_cores()
+    threads = free_threads(cores, busy_cores())
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    said = f"{threads} of {cores} cores free" if threads < cores else f"{cores} cores free"
+    note(f"{said}: torch takes {threads} thread{'s' * (threads > 1)} (OMP_NUM_THREADS=N takes another number)")
+
+
+def free_threads(cores: int, busy: float) -> int:
+    """How many threads fit beside other programs.
+
+    Args:
+        cores: cores that this process may use.
+        busy: how many cores other programs use, as a fraction of time.
+
+    Returns:
+        At least 1. A core that is busy for less than a quarter of the time counts as free.
+    """
+    return max(1, min(cores, math.floor(cores - busy + 0.25)))
+
+
+def available_cores() -> int:
+    """The cores that this process may use: those of its affinity, or of its control group's quota if that is smaller."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def busy_cores() -> float:
+    """How many of the cores that this process may use are busy, watched for a moment."""
+    import psutil
+
+    shares = psutil.cpu_percent(SAMPLE, percpu=True)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+    return sum(share for core, share in enumerate(shares) if core in own) / 100
+
+
+def _quota() -> float | None:
+    """Cores that the control group of this process may use; None without a quota."""
+    try:
+        whole, period = (CGROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            whole, period = (
+                (CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+            )
+        except OSError:
+            return None
+    return int(whole) / int(period) if whole.isdecimal() and int(period) else None

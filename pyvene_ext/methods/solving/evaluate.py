@@ -1,0 +1,271 @@
+"""Solving word problems with interventions in place: greedy generation in batches, answers compared as numbers.
+
+    questions = tokenize_problems(load_problems("test.jsonl"), tokenizer)
+    clean = evaluate(model, tokenizer, questions, max_new_tokens=256)
+    ablated = evaluate(
+        model, tokenizer, questions, Ablation(kind="zero", site="z", layer=2, heads=(5,)), "new", max_new_tokens=256
+    )
+    print(clean.accuracy, ablated.accuracy, ablated.parsed.mean())
+
+A list of specs is run as one: every problem is read once, all texts are written side by side, and there is an evaluation a spec:
+
+    results = evaluate(model, tokenizer, questions, all_heads(model.config), "new", max_new_tokens=256)
+
+An intervention is tied to positions, so that the text is the same with and without a cache and in batches of any size (up to
+rounding). Its `scope` says at which ones:
+
+    prompt      the positions of the prompt that the spec names; for any spec
+    new         every generated token, when it is the input from which the next one is computed
+    reasoning   the same until `####`: the token that completes it in the text, and later ones, are not edited
+    both        prompt and new
+
+A text ends with an end token, with the line of the answer behind `####`, or where the model goes on to another question (`STOPS`,
+which is cut off); otherwise it is cut at the most tokens. Answers are read by a rule of `answers`.
+
+The first new token depends on edits of the prompt alone. At new tokens a spec's heads apply and its positions do not; there,
+ablations by zero (also of attention scores), by the mean over tokens and by resampling are defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyvene_ext.engine.decode.rows import write_rows
+from pyvene_ext.engine.resolve import Resolved
+from pyvene_ext.intervenable.model import IntervenableModel
+from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.methods.solving.answers import Rule
+from pyvene_ext.methods.solving.decoding import BatchDecoding, read_beginning
+from pyvene_ext.methods.solving.evaluation import Evaluation, collect
+from pyvene_ext.methods.solving.many import ProblemRows, runs_together
+from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, check, compile_for
+from pyvene_ext.methods.solving.results import Texts
+from pyvene_ext.methods.solving.texts import Ends, Solution
+from pyvene_ext.models.devices import all_gather, input_device, no_gradients, processes
+from pyvene_ext.models.latent_steps import format_of
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.problems import Questions
+from pyvene_ext.specs.joint import Spec
+
+
+@overload
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    spec: Spec | Compile | None = None,
+    scope: Scope = "both",
+    *,
+    max_new_tokens: int,
+    batch_size: int = ...,
+    reference: Reference | Transcripts | None = ...,
+    rule: Rule = ...,
+    read_once: bool = ...,
+    memory: int | None = ...,
+    store: str | Path | None = ...,
+    progress: bool | tqdm = ...,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    spec: list[Any],
+    scope: Scope = "both",
+    *,
+    max_new_tokens: int,
+    batch_size: int = ...,
+    reference: Reference | Transcripts | None = ...,
+    rule: Rule = ...,
+    read_once: bool = ...,
+    memory: int | None = ...,
+    store: str | Path | None = ...,
+    progress: bool | tqdm = ...,
+) -> list[Evaluation]: ...
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    spec: Spec | Compile | list[Any] | None = None,
+    scope: Scope = "both",
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    reference: Reference | Transcripts | None = None,
+    rule: Rule = "flexible-extract",
+    read_once: bool = False,
+    memory: int | None = None,
+    store: str | Path | None = None,
+    progress: bool | tqdm = False,
+) -> Evaluation | list[Evaluation]:
+    """Let the model solve problems by greedy decoding, with an intervention in place, or with each of several.
+
+    Under `accelerate launch` the processes share the problems of a list of specs, and all of them return everything.
+
+    Args:
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        tokenizer: the model's.
+        questions: from `problems.tokenize_problems` or `with_reasoning`.
+        spec: an edit, or a tuple of them (made jointly); None: the untouched model. Or a function from a batch (padded on the
+            left) to its `Compiled` intervention, with replacements as `IntervenableModel.generate` expects them. Or a list of
+            these, whose texts are written at once.
+        scope: at which positions, as the module's docstring defines.
+        max_new_tokens: most tokens per text.
+        batch_size: problems per batch; for a list, prompts that are read at once.
+        reference: what replacements are computed from: `Transcripts`, or for the scope prompt a `Reference`.
+        rule: the rule of `answers` by which answers are read.
+        read_once: let the model read once what all prompts of a batch begin with, such as solved examples, if nothing is
+            edited there. Not for a model with hooks of one's own that depend on rows or columns.
+        memory: for a list, bytes for keys, values and logits besides the weights; by default as much as the weights take, at
+            least 1 GiB. As many texts are written at once as fit.
+        store: for a list, a folder in which each text is kept as soon as it has ended. The same call resumes there after an
+            interruption; texts of another model, spec or question are never taken.
+        progress: show a bar; or a bar of a longer run, advanced by one per problem (and spec).
+
+    Returns:
+        The solutions and answers, in the order of the questions; for a list of specs, a list of these.
+
+    Raises:
+        ValueError: before anything is generated: no problems, a prompt too long for the new tokens, a spec that does not fit the
+            model, the prompts or the scope, or a missing reference.
+    """
+    specs: list[Any] = list(spec) if isinstance(spec, list) else [spec]
+    if not specs:
+        raise ValueError("there are no specs; give at least one, or None for the untouched model.")
+    resolved = [check(model, questions, one, scope, max_new_tokens, reference) for one in specs]
+    job = _Job(model, tokenizer, questions, scope, max_new_tokens, batch_size, reference, read_once)
+    latent = format_of(model) is not None
+    with evaluating(model), no_gradients(model):
+        if isinstance(spec, list) and runs_together(model, specs, scope):
+            solutions = job.together(specs, resolved, memory=memory, store=store, progress=progress)
+        else:
+            unit, total = ("problem", len(questions)) if len(specs) == 1 else ("text", len(questions) * len(specs))
+            bar = progress if isinstance(progress, tqdm) else progress_bar(total, unit, shown=progress)
+            try:
+                solutions = [job.alone(one, of_one, bar.update) for one, of_one in zip(specs, resolved, strict=True)]
+            finally:
+                if bar is not progress:
+                    bar.close()
+    found = [collect(questions, tokenizer, of_spec, rule, latent) for of_spec in solutions]
+    return found if isinstance(spec, list) else found[0]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is common to all specs of one call."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    questions: Questions
+    scope: Scope
+    new: int
+    batch_size: int
+    reference: Reference | Transcripts | None
+    read_once: bool
+
+    @cached_property
+    def ends(self) -> Ends:
+        return Ends(self.model, self.tokenizer)
+
+    def alone(
+        self, spec: Spec | Compile | None, resolved: Resolved | None, advance: Callable[[int], object]
+    ) -> list[Solution]:
+        """Solve the problems under one spec, batch by batch."""
+        model, questions, scope = self.model, self.questions, self.scope
+        found: dict[int, Solution] = {}
+        for batch in questions.prompts.batches(self.batch_size):
+            batch = batch.to(input_device(model))
+            solutions = [Solution(self.ends, questions.given(i)) for i in batch.index]
+            decoding = BatchDecoding(model, self.ends, solutions, self.new)
+            if self.read_once:
+                decoding.beginning = read_beginning(model, batch, scope, spec, resolved, self.new)
+            if spec is None:
+                decoding.run(**batch.inputs())
+            else:
+                compiled = compile_for(spec, scope, batch, questions, resolved, self.reference, self.new)
+                iv = IntervenableModel(compiled.config, model)
+                iv.generate(
+                    batch.inputs(),
+                    unit_locations=compiled.unit_locations,
+                    source_representations=compiled.source_representations(iv.sorted_keys),
+                    intervene_on_prompt=scope in ("prompt", "both"),
+                    intervene_on_new_tokens=scope != "prompt",
+                    new_token_rows=decoding.is_reasoning if scope == "reasoning" else None,
+                    decode=decoding.run,
+                )
+            found |= dict(zip(batch.index, solutions, strict=True))
+            advance(len(batch.index))
+        return [found[i] for i in range(len(questions))]
+
+    def together(
+        self,
+        specs: Sequence[Spec | Compile | None],
+        resolved: Sequence[Resolved | None],
+        *,
+        memory: int | None,
+        store: str | Path | None,
+        progress: bool | tqdm,
+    ) -> list[list[Solution]]:
+        """Solve the problems under all specs at once; the processes of a launch share the problems."""
+        group, questions = processes(), self.questions
+        mine = range(group.process_index, len(questions), group.num_processes)
+        texts = (
+            None if store is None else Texts(store, self.model, questions, specs, self.scope, self.new, self.reference)
+        )
+        found = {} if texts is None else texts.known(self.ends)
+        jobs = [(spec, problem) for problem in mine for spec in range(len(specs)) if (spec, problem) not in found]
+        shown = progress is True and group.is_main_process
+        with ExitStack() as stack:
+            if texts is not None:
+                stack.enter_context(texts)
+            bar = progress if isinstance(progress, tqdm) else None
+            tokens = stack.enter_context(progress_bar(len(jobs) * self.new, "token", shown=shown, unit_scale=True))
+
+            def finish(spec: int, problem: int, text: Solution) -> None:
+                found[spec, problem] = text
+                if texts is not None:
+                    texts.add(spec, problem, text)
+                if bar is not None:
+                    bar.update()
+
+            def advance(written: int, spared: int) -> None:
+                tokens.total = (tokens.total or 0) - spared
+                tokens.update(written)
+
+            rows = ProblemRows(
+                self.model,
+                self.ends,
+                questions,
+                specs,
+                resolved,
+                self.scope,
+                self.new,
+                self.batch_size,
+                self.reference,
+                self.read_once,
+                finish,
+            )
+            write_rows(
+                self.model,
+                jobs,
+                rows,
+                new=self.new,
+                memory=memory,
+                suppressed=self.ends.never,
+                advance=advance,
+            )
+        everything = dict(item for of_one in all_gather(list(found.items())) for item in of_one)
+        return [[everything[spec, problem] for problem in range(len(questions))] for spec in range(len(specs))]
