@@ -39,7 +39,7 @@ def run_cells(text: str, folder: Path) -> Names:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MPLBACKEND", "agg")
-        for cell in re.findall(r"```\{code-cell\} ipython3\n(.*?)```", text, re.S):
+        for cell in re.findall(r"```\{code-cell\} ipython3\n(?!:tags: \[remove)(.*?)```", text, re.S):
             exec(compile(cell, "docs/howto", "exec"), found)
     return found | {"folder": folder}
 
