@@ -193,12 +193,6 @@ def test_excerpts_come_from_pages_of_results_and_begin_at_a_line_of_their_own() 
     assert found >= 8
 
 
-def test_what_people_search_for_stands_on_a_page() -> None:
-    text = "\n".join(path.read_text("utf-8") for path in PAGES).lower()
-    for word in ("steer", "own prompts", "run_with_cache", "sae"):
-        assert re.search(rf"\b{word}", text), word
-
-
 def test_the_study_whose_name_misleads_says_so_on_top() -> None:
     script = (ROOT / "experiments/activation_frequencies_ifr.py").read_text("utf-8")
     for top in (script[:500], (DOCS / "studies/head_effects.md").read_text("utf-8")[:800]):
