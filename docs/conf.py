@@ -51,7 +51,6 @@ maximum_signature_line_length = 88
 nitpicky = True
 suppress_warnings = [
     "ref.python",  # attributes of one name in several classes
-    "toc.empty_glob",
     "myst-nb.lexer",  # of notebooks that are not run, as `make docs NOTEBOOKS=off` has it
 ]
 # What other projects define (no inventory is fetched).

@@ -12,7 +12,7 @@ import pytest
 from tests.browser import in_browser, needs_browser
 
 SITE = Path(__file__).resolve().parents[1] / "docs/_build/html"
-pytestmark = [needs_browser, pytest.mark.docs, pytest.mark.skipif(not SITE.exists(), reason="needs `make docs`")]
+pytestmark = [needs_browser, pytest.mark.skipif(not SITE.exists(), reason="needs `make docs`")]
 
 # Calls a function on the document of each page, which stands in a frame of a width of its own.
 FRAMES = """
