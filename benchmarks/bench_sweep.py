@@ -139,6 +139,8 @@ class Config(px.flags.Memory):
     """let torch.compile fuse the MLPs of the sweep engine's calls"""
     threads: px.flags.Count | None = None
     """of torch; by default torch's choice"""
+    processor_time: bool = False
+    """count seconds of the processor, which other programs on the machine do not lengthen; of all threads together"""
     growth: bool = False
     """measure growth instead of the workloads"""
     seed: px.flags.Seed = 0
@@ -402,6 +404,7 @@ class Case:
     model: Any
     prompts: TokenizedPrompts
     batch: Batch
+    seconds: Callable[[], float] = time.perf_counter
 
     @property
     def tokens(self) -> int:
@@ -429,7 +432,8 @@ def make_case(config: Config) -> Case:
         with device:
             model = AutoModelForCausalLM.from_config(model_config(config), dtype=getattr(torch, config.dtype)).eval()
     prompts = random_prompts(config)
-    return Case(model, prompts, next(prompts.batches(len(prompts))).to(device))
+    seconds = time.process_time if config.processor_time else time.perf_counter
+    return Case(model, prompts, next(prompts.batches(len(prompts))).to(device), seconds)
 
 
 def features(spec: Ablation, case: Case) -> slice:
@@ -687,10 +691,10 @@ def clock(function: Callable[[], Any], case: Case) -> tuple[float, Any]:
     """Seconds, and what came out."""
     synchronize = torch.cuda.synchronize if case.model.device.type == "cuda" else lambda: None
     synchronize()
-    started = time.perf_counter()
+    started = case.seconds()
     value = function()
     synchronize()
-    return time.perf_counter() - started, value
+    return case.seconds() - started, value
 
 
 def timed(function: Callable[[], Any], case: Case, long_enough: float = math.inf) -> list[float]:
@@ -751,7 +755,7 @@ def grow(config: Config) -> dict[str, Any]:
     points = []
     for axis, at, n in tqdm(cases, desc="growth", unit="point"):
         part = [specs[i] for i in draw(specs, n, config, "growth")]
-        moved = Case(case.model, random_prompts(at), case.batch)
+        moved = Case(case.model, random_prompts(at), case.batch, case.seconds)
         swept(moved, part[:1], at)
         seconds = timed(partial(swept, moved, part, at), moved)
         point = {"prompts": at.prompts, "tokens": at.tokens, "heads": len(part), "seconds": float(np.median(seconds))}

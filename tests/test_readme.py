@@ -22,6 +22,21 @@ def test_links_of_the_readme_lead_to_files() -> None:
     assert [link for link in links if "://" not in link and not (ROOT / link).is_file()] == []
 
 
+def test_the_number_of_checks_is_the_sum_of_the_page_on_models() -> None:
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    by_class = re.findall(r"^\| .+? \| (\d+) \| (\d+) \| (\d+) \| 0 \|", page, re.MULTILINE)
+    by_family = [
+        (count, len(re.sub(r"\(.*?\)", "", families).split(",")) if "," not in counts else 1)
+        for counts, families in re.findall(r"^\| ([\d, ]+) \| (.+) \|$", page, re.MULTILINE)
+        for count in map(int, counts.split(","))
+    ]
+    total = sum(int(count) for row in by_class for count in row) + sum(
+        count * families for count, families in by_family
+    )
+    families = len(by_class) + sum(families for _, families in by_family)
+    assert f"[{families} families]" in README and f"{total:,} checks" in README
+
+
 def test_its_code_runs_offline_on_a_shipped_model_and_prompts_of_its_vocabulary(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -259,7 +259,7 @@ def test_a_run_writes_results_a_table_and_its_config(
 
 def test_a_pretrained_model_is_measured_with_its_own_weights(tmp_path: Path, quick: None) -> None:
     flags = ("--model", "tiny-llama3.1", "--tokens", 5, "--prompts", 2, "--workload", "b", "--sample", 2)
-    assert command(*flags, "--threads", 1, "--out", tmp_path / "bench") == 0
+    assert command(*flags, "--threads", 1, "--processor_time", "--out", tmp_path / "bench") == 0
     result = json.loads((tmp_path / "bench/result.json").read_text(encoding="utf-8"))
     assert result["weight_hash"] == bench.metadata(bench.px.load_model("tiny-llama3.1")[0])["weight_hash"]
     assert all(row["difference"] < 1e-4 for row in result["results"]) and result["results"][0]["of"] == 32
