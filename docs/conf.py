@@ -135,10 +135,10 @@ def full_name(word: str, scope: str) -> str | None:
             found = pydoc.locate(start + word)
         except pydoc.ErrorDuringImport:
             continue
-        if found is None:
+        if inspect.ismodule(found) and found.__name__ in MODULES:
+            return found.__name__
+        if found is None or inspect.ismodule(found):
             continue
-        if inspect.ismodule(found):
-            return found.__name__ if found.__name__ in MODULES else None
         for candidate in (start + word, f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"):
             if public := public_name(candidate):
                 return public if found.__doc__ else None
