@@ -51,7 +51,6 @@ maximum_signature_line_length = 88
 nitpicky = True
 suppress_warnings = [
     "ref.python",  # attributes of one name in several classes
-    "toc.empty_glob",
     "myst-nb.lexer",  # of notebooks that are not run, as `make docs NOTEBOOKS=off` has it
 ]
 # What other projects define (no inventory is fetched).
@@ -136,10 +135,10 @@ def full_name(word: str, scope: str) -> str | None:
             found = pydoc.locate(start + word)
         except pydoc.ErrorDuringImport:
             continue
-        if found is None:
+        if inspect.ismodule(found) and found.__name__ in MODULES:
+            return found.__name__
+        if found is None or inspect.ismodule(found):
             continue
-        if inspect.ismodule(found):
-            return found.__name__ if found.__name__ in MODULES else None
         for candidate in (start + word, f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"):
             if public := public_name(candidate):
                 return public if found.__doc__ else None

@@ -126,7 +126,12 @@ class Name:
     @property
     def page(self) -> str:
         """The page on which it stands."""
-        return next(key for key, page in PAGES.items() if _place(self.module, page) is not None)
+        for key, page in PAGES.items():
+            if _place(self.module, page) is not None:
+                return key
+        raise ValueError(
+            f"no page of the reference has the module {self.module}; name it in PAGES of docs/reference.py."
+        )
 
 
 @cache
