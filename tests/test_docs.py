@@ -63,6 +63,11 @@ def test_each_figure_of_the_gallery_of_shipped_models_stands_over_a_command_that
         )
 
 
+def test_cells_show_their_figures() -> None:
+    # Figures are made without pyplot, so that a semicolon would hide them.
+    assert [page for page in PAGES if re.search(r"\.plot\(.*\);", page.read_text("utf-8"))] == []
+
+
 # -- the reference ---------------------------------------------------------------------------------------------------
 
 
