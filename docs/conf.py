@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import os
-import pkgutil
 import pydoc
 import re
-import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection
 from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -19,53 +18,43 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 import modelcards
-import pyvene_ext
+
+sys.path.insert(0, str(Path(__file__).parent))
+from reference import PACKAGES, list_of_pages, public_names, written_pages
 
 HERE = Path(__file__).parent
 FAMILIES = [card.family for card in modelcards.CARDS]
+PUBLIC = {name.home: name.path for name in public_names()}
+HOMES = {name.path: name.home for name in public_names()}
+MODULES = {name.module for name in public_names()}  # their docstrings stand in the reference
 
 project = "pyvene-ext"
 author = "pyvene-ext contributors"
 release = version = importlib.metadata.version(project)
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
-exclude_patterns = ["_build", "figures"]
-templates_path = ["_templates"]
+exclude_patterns = ["_build", "figures", "generated/api/pages.md"]
 html_theme = "furo"
 html_title = f"{project} {version}"
 html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 
-autosummary_ignore_module_all = False
-autosummary_imported_members = True
-autodoc_default_options = {
-    "members": True,
-    "member-order": "bysource",
-    "ignore-module-all": True,
-    "exclude-members": "model_config",
-}
+autosummary_generate = False  # reference.py writes the pages; autosummary draws their tables
+autodoc_default_options = {"member-order": "bysource", "exclude-members": "model_config"}
+toc_object_entries_show_parents = "hide"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_use_param = False  # otherwise "base, source" would be read as a name and its type
 napoleon_custom_sections = [("Attributes", "params_style")]  # their types stand in the signature
 maximum_signature_line_length = 88
 nitpicky = True
-suppress_warnings = ["ref.python"]  # attributes of one name in several classes
+suppress_warnings = [
+    "ref.python",  # attributes of one name in several classes
+    "myst-nb.lexer",  # of notebooks that are not run, as `make docs NOTEBOOKS=off` has it
+]
 # What other projects define (no inventory is fetched).
 nitpick_ignore_regex = [("py:.*", r"(?!pyvene_ext\.|modelcards\.).*")]
-nitpick_ignore = [
-    ("py:class", name)
-    for name in (
-        "pyvene_ext.io.cli.Config",
-        "pyvene_ext.models.devices.T",
-        "pyvene_ext.methods.solving.evaluate.K",
-        "pyvene_ext.methods.solving.evaluate.S",
-        "pyvene_ext.io.files.Model",
-        "pyvene_ext.specs.base._token",
-        "pyvene_ext.specs.base._tokens",
-    )
-]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -81,28 +70,21 @@ os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  #
 MARKUP = re.compile(r"^ *\* |(?<!\w)\*\w[^*\n]*\w\*(?!\w)|[*|@]|(?<=\w)_(?!\w)", re.MULTILINE)
 
 
-def public_modules() -> Iterator[str]:
-    """Every module that the reference must list; a family's modules hold its card, which has its own page."""
-    for package in (pyvene_ext, modelcards):
-        yield package.__name__
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            parts = module.name.split(".")
-            if not any(part.startswith("_") for part in parts) and parts[1] not in FAMILIES:
-                yield module.name
-
-
-def write_card_pages() -> None:
-    """One page a family: its README."""
-    folder = HERE / "generated/cards"
-    shutil.rmtree(HERE / "generated", ignore_errors=True)
-    folder.mkdir(parents=True)
+def write_pages() -> None:
+    """One page a family, its README, and one a room of the reference."""
+    pages = {f"api/{room}.rst": text for room, text in written_pages().items()} | {"api/pages.md": list_of_pages()}
     for family in FAMILIES:
         text = (HERE.parent / "modelcards" / family / "README.md").read_text(encoding="utf-8")
-        text = re.sub(r"\(\.\./(\w+)/README\.md\)", r"(\1.md)", text)  # links from card to card
-        (folder / f"{family}.md").write_text(text, encoding="utf-8")
+        # Links from card to card.
+        pages[f"cards/{family}.md"] = re.sub(r"\(\.\./(\w+)/README\.md\)", r"(\1.md)", text)
+    for name, text in pages.items():
+        path = HERE / "generated" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:  # otherwise Sphinx reads it again
+            path.write_text(text, encoding="utf-8")
 
 
-def as_restructured_text(_app: Sphinx, what: str, name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+def as_restructured_text(_app: Sphinx, what: str, name: str, described: Any, _options: Any, lines: list[str]) -> None:
     """Convert our docstrings, plain text with `code` and indented examples, to reStructuredText."""
     kinds: list[
         bool
@@ -112,20 +94,21 @@ def as_restructured_text(_app: Sphinx, what: str, name: str, _object: Any, _opti
         begins = line.startswith("    ") and number > 0 and not lines[number - 1].strip() and not above.startswith(" ")
         kinds.append(begins or (kinds[-1] if kinds and not line[:1].strip() else False))
         above = line if line.strip() else above
+    own = inspect.signature(described).parameters if inspect.isfunction(described) else ()
     written: list[str] = []
     for example, group in groupby(zip(kinds, lines, strict=True), key=itemgetter(0)):
         some = [line for _, line in group]
-        written += ["::", "", *some] if example else prose("\n".join(some), name).split("\n")
+        written += ["::", "", *some] if example else prose("\n".join(some), name, own).split("\n")
     # Otherwise napoleon takes the text before a colon in a property's first line for its type.
     lines[:] = ["..", "", *written] if what in ("attribute", "property") else written
 
 
-def prose(text: str, name: str) -> str:
-    """Turn backticked names of ours into links and other backticked words into code, and escape all other markup."""
+def prose(text: str, name: str, own: Collection[str]) -> str:
+    """Turn backticked names of ours into links and other words, such as arguments, into code; escape all other markup."""
     parts = re.split(r"`([^`]+)`", text)
     for number, part in enumerate(parts):
         if number % 2:
-            target = full_name(part, name)
+            target = None if part in own else full_name(part, name)
             marked = f":py:obj:`{part} <{target}>`" if target else f"``{' '.join(part.split())}``"
             parts[number] = marked + ("\\ " if parts[number + 1][:1].isalnum() else "")
         else:
@@ -144,46 +127,72 @@ def plain_types(_app: Sphinx, _what: str, _name: str, _object: Any, _options: An
 
 
 def full_name(word: str, scope: str) -> str | None:
-    """The full name of the function, class or module that a docstring calls `word`; None if it is not ours."""
+    """The public name of the function, class or module that a docstring calls `word`; None if the reference has none."""
     if not re.fullmatch(r"[A-Za-z][\w.]*", word):
         return None
-    scopes = [f"{outer}." for outer in accumulate(scope.split("."), "{}.{}".format)]
-    for start in (*reversed(scopes), ""):
+    for start in (*reversed([f"{outer}." for outer in accumulate(home_of(scope).split("."), "{}.{}".format)]), ""):
         try:
             found = pydoc.locate(start + word)
         except pydoc.ErrorDuringImport:
             continue
-        if inspect.ismodule(found):
-            home = found.__name__
-        else:
-            home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-        if home.startswith(("pyvene_ext", "modelcards")) and not re.search(r"\._|\.None$", home) and found.__doc__:
-            return home
+        if inspect.ismodule(found) and found.__name__ in MODULES:
+            return found.__name__
+        if found is None or inspect.ismodule(found):
+            continue
+        for candidate in (start + word, f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"):
+            if public := public_name(candidate):
+                return public if found.__doc__ else None
+        if getattr(found, "__module__", None) != "builtins":
+            return None
     # A name of ours that does not exist becomes a broken link, and so a warning.
     return word if re.match(r"(pyvene_ext|modelcards)\.", word) and pydoc.locate(word) is None else None
 
 
+def public_name(path: str) -> str | None:
+    """The public path of a name or of a member, from the path of its definition or any public one."""
+    owner, member = path, ""
+    while owner:
+        if owner in PUBLIC or owner in HOMES:
+            return PUBLIC.get(owner, owner) + member
+        owner, _, last = owner.rpartition(".")
+        member = f".{last}{member}"
+    return None
+
+
+def home_of(path: str) -> str:
+    """Where a public name or a member of it is defined."""
+    owner, member = path, ""
+    while owner:
+        if owner in HOMES:
+            return HOMES[owner] + member
+        owner, _, last = owner.rpartition(".")
+        member = f".{last}{member}"
+    return path
+
+
 def check_reference(_app: Sphinx, env: Any) -> None:
-    """Warn of public modules that the reference does not list; `make docs` turns that into an error."""
-    there = env.domains.python_domain.modules
-    for module in public_modules():
-        if module not in there:
-            logging.getLogger(__name__).warning("docs/api.md does not list the module %s", module)
+    """Warn of public names that the reference lacks; `make docs` turns that into an error."""
+    for name in HOMES:
+        if name not in env.domains.python_domain.objects:
+            logging.getLogger(__name__).warning("the reference lacks %s", name)
 
 
-def resolve_reexported(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
-    """Resolve a link to a re-exported name, such as `pyvene_ext.run`, to where it is defined."""
-    target = full_name(node.get("reftarget", ""), "")
-    if node.get("refdomain") != "py" or target in (None, node["reftarget"]):
+def resolve_ours(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
+    """Lead a link by any path of a name, as type annotations have it, to its entry; internal names stay plain text."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith(tuple(f"{package}." for package in PACKAGES)):
         return None
-    return env.domains.python_domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
+    public = full_name(target, "")
+    if public is None or public == target:
+        return contnode if public is None and pydoc.locate(target) is not None else None
+    return env.domains.python_domain.resolve_xref(env, node["refdoc"], app.builder, "obj", public, node, contnode)
 
 
 def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx."""
-    write_card_pages()
+    write_pages()
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", plain_types)
     app.connect("autodoc-skip-member", skip_aliases)
     app.connect("env-check-consistency", check_reference)
-    app.connect("missing-reference", resolve_reexported)
+    app.connect("missing-reference", resolve_ours)

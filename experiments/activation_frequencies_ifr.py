@@ -1,4 +1,7 @@
-"""How much, and how often, does each attention head matter? Activation frequencies (IFR) by ablating one head at a time.
+"""How much, and how often, does each attention head matter? Causal ablation of one head at a time.
+
+The name is that of the published directory, which calls this activation frequency "through IFR". Information flow routes
+(Ferrando and Voita 2024), the method that IFR stands for, ablates nothing: it is information_flow_routes.py.
 
     python experiments/activation_frequencies_ifr.py
     python experiments/activation_frequencies_ifr.py --model Qwen/Qwen2.5-3B --dataset ioi_zh --answers first_difference

@@ -3,7 +3,7 @@
     component_named("z") is component_named("head_attention_value_output")
     meant("blocks.3.attn.hook_z")  # "z", what an error suggests
 
-`docs/places.md` shows the table.
+`docs/concepts/places.md` shows the table.
 """
 
 from __future__ import annotations

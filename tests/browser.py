@@ -35,7 +35,7 @@ const choose = async (menu, index) => { menu.selectedIndex = index; menu.dispatc
 </script>"""
 
 
-def in_browser(page: str, script: str, tmp_path: Path) -> tuple[Any, list[str]]:
+def in_browser(page: str, script: str, tmp_path: Path, *flags: str) -> tuple[Any, list[str]]:
     """What the body of an async function returns in a page once it is there, and all that went wrong or was warned of."""
     tell = f"""<script>addEventListener("load", async () => {{
       await wait(500);
@@ -45,7 +45,14 @@ def in_browser(page: str, script: str, tmp_path: Path) -> tuple[Any, list[str]]:
     copy = tmp_path / "copy.html"
     copy.write_text(page.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{tell}</body>"), encoding="utf-8")
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    command = [str(BROWSER), *quiet.split(), "--disable-component-update", "--disable-sync", "--window-size=1200,900"]
+    command = [
+        str(BROWSER),
+        *quiet.split(),
+        *flags,
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1200,900",
+    ]
     command += ["--virtual-time-budget=60000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     found = re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.DOTALL)

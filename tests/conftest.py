@@ -23,6 +23,7 @@ PLACES = {
     "modelcards/test_export.py": "packaging",
     "test_packaging.py": "packaging",
     "test_readme.py": "docs",
+    "test_site.py": "docs",
 }
 INTERRUPTED = re.compile(r"_(kill|kills|killed|interrupted|goes_on|stops_while)(_|$)")
 

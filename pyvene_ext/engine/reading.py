@@ -237,11 +237,12 @@ def read(
 ) -> Activations:
     """Read the activations of prompts at some sites.
 
-    Every component that the model's card maps can be read (`docs/places.md`): the residual stream ("resid_pre", "resid_mid",
-    "resid_post"), what is added to it ("embed", "attn_out", "mlp_out", and by head "result"), attention ("q", "k", "v", "q_rot",
-    "k_rot", "scores", "pattern", "z"), the MLP ("mlp_in", "mlp_gate", "mlp_up", "mlp_neurons"), experts ("router", "expert"), and
-    the end ("final_norm", and "logits", the model's own in its dtype). "result" is z_h W_O^h, through a post-norm with the scale
-    that the norm has in this run (Gemma 2 and 3, OLMo 2) and times Granite's residual multiplier: what the head adds.
+    Every component that the model's card maps can be read (`docs/concepts/places.md`): the residual stream ("resid_pre",
+    "resid_mid", "resid_post"), what is added to it ("embed", "attn_out", "mlp_out", and by head "result"), attention ("q", "k",
+    "v", "q_rot", "k_rot", "scores", "pattern", "z"), the MLP ("mlp_in", "mlp_gate", "mlp_up", "mlp_neurons"), experts ("router",
+    "expert"), and the end ("final_norm", and "logits", the model's own in its dtype). "result" is z_h W_O^h, through a post-norm
+    with the scale that the norm has in this run (Gemma 2 and 3, OLMo 2) and times Granite's residual multiplier: what the head
+    adds.
 
     Args:
         model: a model with a card; used in eval mode and restored afterwards, also after an error. Attention is read under eager

@@ -257,6 +257,15 @@ def test_a_run_writes_results_a_table_and_its_config(
     assert saved["workload"] == ["b"] and saved["heads"] == 4 and saved["device"] in ("cpu", "cuda")
 
 
+def test_a_pretrained_model_is_measured_with_its_own_weights(tmp_path: Path, quick: None) -> None:
+    flags = ("--model", "tiny-llama3.1", "--tokens", 5, "--prompts", 2, "--workload", "b", "--sample", 2)
+    assert command(*flags, "--threads", 1, "--processor_time", "--out", tmp_path / "bench") == 0
+    result = json.loads((tmp_path / "bench/result.json").read_text(encoding="utf-8"))
+    assert result["weight_hash"] == bench.metadata(bench.px.load_model("tiny-llama3.1")[0])["weight_hash"]
+    assert all(row["difference"] < 1e-4 for row in result["results"]) and result["results"][0]["of"] == 32
+    assert "float32, tiny-llama3.1; 2 prompts" in (tmp_path / "bench/table.md").read_text(encoding="utf-8")
+
+
 def test_config_yaml_runs_the_same_again(tmp_path: Path, quick: None) -> None:
     assert command(*SMALL, *FEW, "--workload", "a", "d", "--budget_minutes", 1, "--out", tmp_path / "one") == 0
     again = ("--config", tmp_path / "one/config.yaml", "--out", tmp_path / "two")
@@ -333,6 +342,7 @@ def untouched(folder: Path) -> Iterator[None]:
         (("--heads", 13), "--heads 13 must be a multiple of --kv_heads 2 and divide --hidden 896 into even parts"),
         (("--hidden", 42, "--heads", 14), "into even parts"),
         (("--vocab", 3), "--vocab must be 4 or more"),
+        (("--model", "tiny-llama3.1", "--layers", 3), "--model has a size of its own"),
         (("--workload", "a", "a"), "--workload names one or more, each once, not a a."),
         (("--device", "nonsense"), "--device nonsense cannot be used here"),
         ((*SMALL, "--prompts", 1), "prompt 0 cannot be resampled"),

@@ -1,4 +1,4 @@
-"""Every script runs as the README says: `python experiments/NAME.py`, from any folder; and help comes before anything heavy."""
+"""Every script runs as its page says: `python experiments/NAME.py`, from any folder; and help comes before anything heavy."""
 
 from __future__ import annotations
 

@@ -285,10 +285,10 @@ def test_the_default_budget_counts_what_one_device_holds(tmp_path: Path) -> None
     assert plan_sweep(small, all_heads(small.config), PROMPTS).budget.memory == 256 * MIB
 
 
-# -- the arithmetic of the README --------------------------------------------------------------------------------------
+# -- the arithmetic of docs/studies/gpus.md ----------------------------------------------------------------------------
 
 
-def test_the_readme_counts_the_memory_of_llama_3_1_70b_as_the_plan_does() -> None:
+def test_the_page_of_several_gpus_counts_the_memory_of_llama_3_1_70b_as_the_plan_does() -> None:
     config = LlamaConfig(
         hidden_size=8192,
         intermediate_size=28672,
@@ -325,7 +325,7 @@ def test_the_readme_counts_the_memory_of_llama_3_1_70b_as_the_plan_does() -> Non
         f"{token // 2**10} KiB a token, for 64 × 80 heads and a prompt of 32 tokens {whole:.2f} GiB, or {last:.2f} GiB with "
         f"`--positions last`. That makes {batches['all']} batches of 100 such prompts, or {batches['last']}."
     )
-    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[3] / "docs/studies/gpus.md").read_text(encoding="utf-8")
     table = "\n".join(rows)
-    assert table in readme, f"README.md needs exactly these rows:\n{table}"
-    assert text in " ".join(readme.split()), f"README.md needs this sentence: {text}"
+    assert table in page, f"docs/studies/gpus.md needs exactly these rows:\n{table}"
+    assert text in " ".join(page.split()), f"docs/studies/gpus.md needs this sentence: {text}"

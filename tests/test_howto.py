@@ -1,11 +1,12 @@
-"""The tasks of docs/first_hour.md, run as they stand there, against plain hooks: on a shipped model, and on real ones."""
+"""The how-to pages, run as they stand, against plain hooks: on shipped models here, and on a real one in `tests/real`."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,27 @@ import pyvene_ext as px
 from tests.ground_truth.paths import path_patch_by_hooks
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/first_hour.md").read_text(encoding="utf-8")
-TASKS = re.split(r"^## \d\. ", PAGE, flags=re.M)[1:]
+
+Names = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All names that the page defines, after its cells have run in order."""
-    return run_page(PAGE, tmp_path_factory.mktemp("first_hour"))
+def sections(page: str, wanted: Sequence[str] = ()) -> str:
+    """The text of a how-to page: what stands before its sections, and those with the titles wanted; by default all of it."""
+    text = (ROOT / f"docs/howto/{page}.md").read_text(encoding="utf-8")
+    if not wanted:
+        return text
+    parts = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    return "\n".join([text.split("\n## ")[0], *(parts[title] for title in wanted)])
 
 
-def run_page(page: str, folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"__name__": "page"}
+def run_cells(text: str, folder: Path) -> Names:
+    """Run a page's cells in order, in a folder; everything that they define."""
+    found: Names = {"__name__": "page"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MPLBACKEND", "agg")
-        for cell in re.findall(r"```\{code-cell\}\n(.*?)```", page, re.S):
-            if ":tags:" not in cell:
-                exec(compile(cell, "docs/first_hour.md", "exec"), found)
+        for cell in re.findall(r"```\{code-cell\} ipython3\n(?!:tags: \[remove)(.*?)```", text, re.S):
+            exec(compile(cell, "docs/howto", "exec"), found)
     return found | {"folder": folder}
 
 
@@ -74,18 +78,7 @@ def head_width(model: Any) -> int:
     return getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
 
 
-def test_no_task_takes_more_than_ten_statements_of_its_own() -> None:
-    for task in TASKS:
-        lines = [
-            line
-            for cell in re.findall(r"```\{code-cell\}\n(.*?)```", task, re.S)
-            for line in cell.splitlines()
-            if line.strip() and not line.startswith(("from ", "import ", " ", "]", ")"))
-        ]
-        assert len(lines) <= 10, task.splitlines()[0]
-
-
-def check_head_switched_off(names: dict[str, Any]) -> None:
+def check_head_switched_off(names: Names) -> None:
     model, width = names["model"], head_width(names["model"])
     for prompt, ids in enumerate(names["mine"].input_ids):
         ((right,),), ((wrong,),) = names["mine"].answers[prompt]
@@ -108,7 +101,7 @@ def contribution(model: Any, layer: int) -> nn.Module:
     return getattr(block, "post_feedforward_layernorm", block.mlp)
 
 
-def check_mlps(names: dict[str, Any]) -> None:
+def check_mlps(names: Names) -> None:
     model, prompts = names["model"], names["twenty"]
     for layer in (0, names["layers"] - 1):
         outputs: list[Tensor] = []
@@ -130,7 +123,7 @@ def check_mlps(names: dict[str, Any]) -> None:
             assert found.intervened[layer, prompt] == pytest.approx(edited, abs=1e-4)
 
 
-def check_das_elsewhere(names: dict[str, Any], model_name: str) -> None:
+def check_das_elsewhere(names: Names, model_name: str) -> None:
     """The saved intervention gives the same logits in another process."""
     base, source, last = names["base"], names["source"], names["last"]
     with torch.no_grad():
@@ -148,8 +141,8 @@ def check_das_elsewhere(names: dict[str, Any], model_name: str) -> None:
     assert torch.allclose(here, there, atol=1e-5)
 
 
-def check_reading(names: dict[str, Any]) -> None:
-    model, width, (ids,) = names["model"], head_width(names["model"]), names["mine"].take([1]).input_ids
+def check_reading(names: Names) -> None:
+    model, width, ids = names["model"], head_width(names["model"]), names["prompts"].input_ids[0]
     acts = names["acts"]
     for layer in range(names["layers"]):
         z: list[Tensor] = []
@@ -181,9 +174,10 @@ def check_reading(names: dict[str, Any]) -> None:
     assert names["most"] == [divmod(i, names["heads"]) for i in at_3.flatten().topk(3).indices.tolist()]
 
 
-def check_own_metric(names: dict[str, Any]) -> None:
+def check_own_metric(names: Names) -> None:
     model, width, prompts = names["model"], head_width(names["model"]), names["twenty"]
-    for layer, head in ((0, 3), (names["layers"] - 1, 1)):
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    for layer, head in ((0, 3), (layers - 1, 1)):
         for prompt in (0, len(prompts) - 1):
 
             def zero(x: Tensor, head: int = head) -> None:
@@ -191,13 +185,13 @@ def check_own_metric(names: dict[str, Any]) -> None:
 
             with hooked(model.model.layers[layer].self_attn.o_proj, zero, before=True):
                 edited = last_logits(model, prompts.input_ids[prompt]).softmax(-1)[names["ids"]].sum()
-            row = layer * names["heads"] + head
+            row = layer * heads + head
             assert names["by_head"].intervened[row, prompt] == pytest.approx(float(edited), abs=1e-5)
 
 
-def check_steering(names: dict[str, Any]) -> None:
+def check_steering(names: Names) -> None:
     """Each new token by hand, without a cache, with the vector added at every token from the prompt on."""
-    model, (ids,) = names["model"], names["mine"].take([1]).input_ids
+    model, (ids,) = names["model"], names["mine"].input_ids
     vector = torch.tensor(names["steer"].vector) * names["steer"].scale
     means = []
     for prompts in (names["chinese"], names["english"]):
@@ -220,13 +214,13 @@ def check_steering(names: dict[str, Any]) -> None:
                 break
     assert names["tokens"] == text[len(ids) :]
     for options in ({}, {"use_cache": False}):
-        (tokens,) = px.generate(model, names["steer"], names["mine"].take([1]), max_new_tokens=20, **options)
+        (tokens,) = px.generate(model, names["steer"], names["mine"], max_new_tokens=20, **options)
         assert tokens == names["tokens"]
-    (untouched,) = px.generate(model, None, names["mine"].take([1]), max_new_tokens=20)
+    (untouched,) = px.generate(model, None, names["mine"], max_new_tokens=20)
     assert untouched[0] != names["tokens"][0], "the text changes from the first new token on"
 
 
-def check_path(names: dict[str, Any]) -> None:
+def check_path(names: Names) -> None:
     model = names["model"]
     for prompt in (0, 5):
         ids, other = (torch.tensor([names[text].input_ids[prompt]]) for text in ("clean", "corrupt"))
@@ -238,18 +232,18 @@ def check_path(names: dict[str, Any]) -> None:
             assert found == pytest.approx(float(logits[right] - logits[wrong]), abs=1e-4)
 
 
-def check_study(names: dict[str, Any], model_name: str) -> None:
+def check_study(names: Names, model_name: str) -> None:
     """The file that the page writes is read by the study; its numbers are those of hooks."""
-    command = [sys.executable, ROOT / "experiments/activation_frequencies_ifr.py", "--dataset", "french.json"]
+    command = [sys.executable, ROOT / "experiments/activation_frequencies_ifr.py", "--dataset", "mine.json"]
     command += ["--model", model_name, "--out", "ifr.npy", "--tau", "0.1"]
     subprocess.run(command, cwd=names["folder"], check=True, capture_output=True)
     frequencies = np.load(names["folder"] / "ifr.npy")
-    prompts = px.PromptSet.load(names["folder"] / "french.json").tokenize(names["tokenizer"])
-    model, width = names["model"], head_width(names["model"])
-    assert frequencies.shape == (names["layers"], names["heads"])
-    for layer, head in ((0, 2), (names["layers"] - 1, 3)):
+    prompts = px.PromptSet.load(names["folder"] / "mine.json").tokenize(names["tokenizer"])
+    model, width, layers = names["model"], head_width(names["model"]), names["model"].config.num_hidden_layers
+    assert frequencies.shape == (layers, model.config.num_attention_heads)
+    for layer, head in ((0, 2), (layers - 1, 3)):
         active = []
-        for ids, (right, wrong) in zip(prompts.input_ids, prompts.answer_ids, strict=True):
+        for ids, answers in zip(prompts.input_ids, prompts.answers, strict=True):
 
             def zero(x: Tensor, head: int = head) -> None:
                 x[..., head * width : (head + 1) * width] = 0
@@ -257,21 +251,56 @@ def check_study(names: dict[str, Any], model_name: str) -> None:
             clean = last_logits(model, ids)
             with hooked(model.model.layers[layer].self_attn.o_proj, zero, before=True):
                 edited = last_logits(model, ids)
-            active.append(abs(float((clean - edited)[right] - (clean - edited)[wrong])) > 0.1)
+            right, wrong = ([tokens[0] for tokens in some] for some in answers)
+            of_clean, of_edited = (x[right].logsumexp(0) - x[wrong].logsumexp(0) for x in (clean, edited))
+            active.append(abs(float(of_clean - of_edited)) > 0.1)
         assert frequencies[layer, head] == pytest.approx(np.mean(active))
 
 
-CHECKS = (check_head_switched_off, check_mlps, check_reading, check_path, check_steering, check_own_metric)
+# What is checked, on which page, and the sections that it needs.
+CHECKS: dict[Callable[[Names], None], tuple[str, tuple[str, ...]]] = {
+    check_head_switched_off: ("ablate", ("A head, on sentences of your own",)),
+    check_mlps: ("ablate", ("A head, on sentences of your own", "Every MLP")),
+    check_reading: ("read", ("Which heads look at a token, and how much do they write?",)),
+    check_path: ("paths", ("One path, beside its control",)),
+    check_steering: ("steer", ()),
+    check_own_metric: ("own_metric", ()),
+}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_each_task_gives_what_plain_hooks_give(names: dict[str, Any], check: Callable[[dict[str, Any]], None]) -> None:
-    check(names)
+def test_a_page_gives_what_plain_hooks_give(check: Callable[[Names], None], tmp_path: Path) -> None:
+    page, titles = CHECKS[check]
+    check(run_cells(sections(page, titles), tmp_path))
 
 
-def test_a_trained_intervention_gives_the_same_logits_in_another_process(names: dict[str, Any]) -> None:
-    check_das_elsewhere(names, "tiny-gemma2")
+def test_a_trained_intervention_gives_the_same_logits_in_another_process(tmp_path: Path) -> None:
+    names = run_cells(sections("das"), tmp_path)
+    check_das_elsewhere(names, "tiny-qwen2.5")
+    assert torch.equal(names["before"], names["after"])
 
 
-def test_a_study_takes_prompts_of_ones_own(names: dict[str, Any]) -> None:
-    check_study(names, "tiny-gemma2")
+def test_the_parts_of_the_residual_stream_sum_to_it(tmp_path: Path) -> None:
+    names = run_cells(sections("read", ("Split the residual stream into its parts",)), tmp_path)
+    parts, acts = names["by_head"], names["acts"]
+    assert list(parts)[:2] == ["embed", "result.0.0"] and "attn_rest.3" in parts
+    torch.testing.assert_close(sum(parts.values()), acts["resid_post", 3], atol=1e-4, rtol=1e-5)
+
+
+def test_a_study_takes_prompts_of_ones_own(tmp_path: Path) -> None:
+    check_study(run_cells(sections("own_prompts"), tmp_path), "tiny-gemma2")
+
+
+def test_pyvene_is_wrong_without_an_error_where_the_page_says_so_and_we_are_not() -> None:
+    """In a process of its own, because `import pyvene_ext` replaces pyvene's cards."""
+    cells = re.findall(r"```\{code-cell\} ipython3\n(?::tags: [^\n]*\n)?(.*?)```", sections("pyvene_errors"), re.S)
+    code = "\n".join([*cells[:-1], "import json; print(json.dumps([plain, ours]))"])
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    plain, ours = json.loads(output.splitlines()[-1])
+    assert len(plain) == len(ours) == 8  # the number that the page and the README give
+
+    def wrong(answer: Any) -> bool:
+        return not answer.startswith("refused") if isinstance(answer, str) else answer > 1e-3
+
+    assert all(map(wrong, plain)), plain
+    assert all(answer.startswith("refused") if isinstance(answer, str) else answer < 1e-5 for answer in ours), ours
