@@ -229,7 +229,7 @@ def main(config: Config) -> None:
         if matrix is not None:
             px.methods.write_head_scores(run.path / f"heads/{config.name}_induction_scores.csv", matrix)
         for setting, found in curves.items():
-            write_setting(run, config, setting, heads[setting[1]], found, tables[setting])
+            write_setting(run, config, setting, heads[setting[1]], found, clean, tables[setting])
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -370,6 +370,7 @@ def write_setting(
     setting: tuple[Mode, Layers],
     heads: px.methods.RankedHeads,
     found: list[px.methods.LagCurves],
+    clean: Float[np.ndarray, "permutation lag"],
     table: list[dict[str, Any]],
 ) -> None:
     """Tables, arrays, heads and figures of one mode and choice of layers."""
@@ -390,8 +391,8 @@ def write_setting(
             run.array(f"arrays/{name(kind, at.n)}", own.astype(np.float32))
             record = {"head_type": kind, "layer_abl": layers, "mode": mode, "heads": chosen[kind]}
             run.json(f"heads/{name(kind, at.n)}", record)
-        run.figure(name(config.head_type, at.n), px.figures.lag_curves([at], at.random, title))
-    run.figure(name(config.head_type), px.figures.lag_curves(found, found[-1].random, title))
+        run.figure(name(config.head_type, at.n), px.figures.lag_curves([at], at.random, title, clean))
+    run.figure(name(config.head_type), px.figures.lag_curves(found, found[-1].random, title, clean))
     run.table(f"tables/{name(config.head_type)}_summary", px.stats.filled(table))  # no heads have no random ones
 
 

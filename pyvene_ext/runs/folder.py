@@ -10,13 +10,15 @@
         run.table("heads", rows)
         run.figure("lens_rank", figure)
 
-The summary of an earlier run is removed first, and that of this run is written last, so that a folder with a summary is complete
-and holds the files of one run. Until then `unfinished` keeps the work of an interrupted run. Only the main process writes; the
-study returns before this point in the other processes.
+The summary begins with the study's question, the first line of its docstring. The summary of an earlier run is removed first, and
+that of this run is written last, so that a folder with a summary is complete and holds the files of one run. Until then
+`unfinished` keeps the work of an interrupted run. Only the main process writes; the study returns before this point in the other
+processes.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +83,9 @@ class RunFolder:
         self.config = config
         self._config_file, self._summary = self.path / config_file, self.path / summary
         self._beside = tuple(beside)
+        self._question = (
+            (getattr(sys.modules.get(type(config).__module__), "__doc__", None) or "").strip().partition("\n")[0]
+        )
         self._kinds: set[str] = set()
 
     def announce(
@@ -139,7 +144,8 @@ class RunFolder:
                 earlier.unlink()
         yield
         write_config(self._config_file, self.config)
-        write_json(self._summary, {**facts, "evidence": [one.facts for one in evidence]})
+        asked = {"question": self._question} if self._question else {}
+        write_json(self._summary, {**asked, **facts, "evidence": [one.facts for one in evidence]})
         remove_leftovers(self._summary, *self._beside, *self.path.rglob("*"))
         discard(self.unfinished)
         kinds = [kind for kind in ("arrays", "tables", "figures") if kind in self._kinds]

@@ -6,6 +6,7 @@ from .drops import drops_by_hub as drops_by_hub
 from .drops import drops_by_stratum as drops_by_stratum
 from .drops import drops_by_token as drops_by_token
 from .flow import routes as routes
+from .graph import edge_graph as edge_graph
 from .heads import compared_heads as compared_heads
 from .heads import faithfulness_curves as faithfulness_curves
 from .heads import frequency_curve as frequency_curve

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from pyvene_ext.models.sizes import has_heads
 from pyvene_ext.runs.figures.heads import head_heatmap
 from pyvene_ext.runs.figures.layers import layer_map
-from pyvene_ext.runs.figures.style import BLUE, DIVERGING, GREY, caption, styled
+from pyvene_ext.runs.figures.style import BLUE, GREY, Helpful, caption, signed_map, styled, titled
 from pyvene_ext.specs.graph import Node
 from pyvene_ext.stats.intervals import Interval
 
@@ -96,8 +95,11 @@ def edge_matrix(
     label: str,
     *,
     cell: float = 0.12,
+    helpful: Helpful = "positive",
 ) -> Figure:
     """One coloured cell an edge; white at 0, grey where there is no edge. The few largest may lie beyond the colour scale.
+
+    Red helps the answer and blue works against it.
 
     Args:
         matrix: one number an edge; NaN where there is none.
@@ -106,6 +108,7 @@ def edge_matrix(
         title: above the figure.
         label: what the colour means, with its unit.
         cell: the side of a cell in inches, at most.
+        helpful: the sign of numbers that help.
 
     Returns:
         The figure.
@@ -120,7 +123,7 @@ def edge_matrix(
     axes.set_facecolor("#dcdcdc")
     image = axes.imshow(
         np.ma.masked_invalid(matrix),
-        cmap=DIVERGING,
+        cmap=signed_map(helpful),
         vmin=-(limit or 1.0),
         vmax=limit or 1.0,
         aspect="auto",
@@ -128,7 +131,7 @@ def edge_matrix(
     )
     _name_nodes(axes.yaxis, senders)
     _name_nodes(axes.xaxis, receivers)
-    axes.set_title(textwrap.fill(title, int(11 * (width + 1.9))))
+    titled(axes, title, width + 1.9)
     axes.set_xlabel("receiver (layer; in each q, k, v of its heads, then the MLP)")
     if len(receivers) <= NAMED:
         axes.set_xlabel("receiver")
