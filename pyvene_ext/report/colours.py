@@ -16,7 +16,10 @@ from pyvene_ext.runs.figures import DIVERGING, GREY, SEQUENTIAL
 
 HELPS, AGAINST = "rgb(178,24,43)", "rgb(33,102,172)"  # of bars and lines: the scale's red and blue
 ROBUST = 0.98  # of the sizes lie within a robust scale
-MEANING = "Red helps the answer and blue works against it, whatever the sign of the number."
+MEANING = (
+    "Effects are red where a head or path helps the answer and blue where it works against it, whatever the sign of the number. "
+    "In other numbers of both signs red is positive."
+)
 
 
 def colours(values: Any, name: str, *, negative: bool = False, limit: float | None = None) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def compared(columns: Sequence[Shared], names: tuple[str, str], negative: frozen
 
     a, b = map(escaped, names)
     titles = (a, b, f"{a} − {b}", "one point a head")
-    figure = make_subplots(2, 2, subplot_titles=titles, horizontal_spacing=0.14, vertical_spacing=0.2)
+    figure = make_subplots(2, 2, subplot_titles=titles, horizontal_spacing=0.2, vertical_spacing=0.2)
     for number, column in enumerate(columns):
         for trace, place in zip(_traces(column, names, negative), itertools.product((1, 2), (1, 2)), strict=True):
             figure.add_trace(trace.update(visible=number == 0), *place)
@@ -121,7 +121,7 @@ def compared(columns: Sequence[Shared], names: tuple[str, str], negative: frozen
     figure.update_xaxes(title=a, gridcolor="#eee", zerolinecolor="#bbb", row=2, col=2)
     figure.update_yaxes(title=b, gridcolor="#eee", zerolinecolor="#bbb", row=2, col=2)
     height = 330 + 2 * int(max(200, min(30, 700 / layers) * layers))
-    figure.update_layout(height=height, margin={"t": 110, "r": 20}, title=_title(columns[0]))
+    figure.update_layout(height=height, margin={"t": 140, "r": 20}, title=_title(columns[0]))
     places = len(figure.data) // len(columns)
     changes = [
         [
@@ -130,7 +130,9 @@ def compared(columns: Sequence[Shared], names: tuple[str, str], negative: frozen
         ]
         for number, column in enumerate(columns)
     ]
-    return figure.update_layout(menu([f"{column.table}: {column.name}" for column in columns], changes) | {})
+    choice = menu([f"{column.table}: {column.name}" for column in columns], changes)
+    choice["updatemenus"][0]["pad"] = {"b": 22}  # above the title of the first map
+    return figure.update_layout(choice)
 
 
 def _traces(column: Shared, names: tuple[str, str], negative: frozenset[str]) -> Iterator[Any]:
@@ -142,9 +144,9 @@ def _traces(column: Shared, names: tuple[str, str], negative: frozenset[str]) ->
     helps = column.name.rpartition(": ")[2] in negative
     both = np.stack([a, b])
     for values, where, look in (
-        (a, (0.435, 1.0), colours(both, "", negative=helps)),
+        (a, (0.405, 1.0), colours(both, "", negative=helps)),
         (b, (1.0, 1.0), colours(both, "", negative=helps)),
-        (a - b, (0.435, 0.4), colours(a - b, "", negative=helps, limit=_size(a - b))),
+        (a - b, (0.405, 0.4), colours(a - b, "", negative=helps, limit=_size(a - b))),
     ):
         bar = look["colorbar"] | {"x": where[0], "xanchor": "left", "y": where[1], "yanchor": "top", "len": 0.4}
         hover = f"head %{{y}}.%{{x}}<br>{name}: %{{z}}<extra></extra>"
@@ -166,6 +168,7 @@ def _traces(column: Shared, names: tuple[str, str], negative: frozenset[str]) ->
         textfont={"size": 10},
         hovertemplate=hover,
         showlegend=False,
+        cliponaxis=False,
         marker={
             "size": 7,
             "color": [layer for layer, _ in heads],
@@ -206,7 +209,7 @@ def _size(values: np.ndarray) -> float | None:
 def _title(column: Shared) -> dict[str, Any]:
     rank, line, n = column.correlation.spearman, column.correlation.pearson, column.correlation.n
     words = f"Spearman {_coefficient(rank)}, Pearson {_coefficient(line)}, {n} heads"
-    return {"text": escaped(words), "font": {"size": 13}, "x": 1, "xref": "paper", "xanchor": "right"}
+    return {"text": escaped(words), "font": {"size": 13}, "x": 0, "xref": "paper", "y": 0.985, "yanchor": "top"}
 
 
 def _coefficient(of: Coefficient) -> str:

@@ -161,8 +161,13 @@ def _nodes(nodes: Sequence[Node], at: Mapping[Node, tuple[float, float]]) -> Any
 
     drawn = list(dict.fromkeys(nodes))
     x, y = zip(*(at[node] for node in drawn), strict=True)
-    sides = ["middle right" if node.site.startswith("mlp") else "top center" for node in drawn]
-    look = {"textposition": sides, "textfont": {"size": 10}, "marker": {"size": 6, "color": "black"}}
+    # Edges leave upwards and arrive from below.
+    sides = {"mlp_in": "middle right", "mlp_out": "middle right", "z": "bottom center", "embed": "bottom center"}
+    look = {
+        "textposition": [sides.get(node.site, "top center") for node in drawn],
+        "textfont": {"size": 10},
+        "marker": {"size": 6, "color": "black"},
+    }
     names = list(map(str, drawn))
     return plotly.Scatter(x=x, y=y, text=names, mode="markers+text", hoverinfo="text", showlegend=False, **look)
 

@@ -147,6 +147,8 @@ def _setting(run: Run) -> str:
 
 def _label(row: Row) -> str:
     """What a row is of: a head, else its first word."""
+    if named := next(filter(None, map(row.get, ("path", "patch", "edge"))), None):
+        return named
     if row.get("layer", "").isdecimal() and row.get("head", "").isdecimal():
         words = [cell for name, cell in row.items() if name in ("pair", "model")]
         return " ".join([*words, f"{row['layer']}.{row['head']}"])

@@ -152,7 +152,7 @@ def _sections(run: Run, home: Path, drawn: Callable[[Any], str]) -> Iterator[Sec
 def _effects(run: Run, drawn: Callable[[Any], str]) -> Iterator[str]:
     """Maps and bars of every table of heads."""
     first = leading(run)
-    for name, rows in run.tables.items():
+    for name, rows in sorted(run.tables.items(), key=lambda item: not item[1] or first not in item[1][0]):
         for figure in (head_maps(rows, run.negative, first), first_heads(rows, run.negative, first)):
             if figure is not None:
                 yield f"<figure><figcaption>{html.escape(name)}</figcaption>{drawn(figure)}</figure>"
@@ -160,9 +160,12 @@ def _effects(run: Run, drawn: Callable[[Any], str]) -> Iterator[str]:
 
 def _paths(run: Run, drawn: Callable[[Any], str]) -> Iterator[str]:
     """The map and the drawing of every table of edges."""
-    for name, rows in run.tables.items():
-        edges = edges_of(rows)
-        for figure in (edge_map(edges, run.negative), edge_graph(edges, run.negative)) if edges else ():
+    found = {name: edges for name, rows in run.tables.items() if (edges := edges_of(rows))}
+    pairs = {name: {(edge.sender, edge.receiver) for edge in edges} for name, edges in found.items()}
+    for name, edges in found.items():
+        if any(pairs[name] < other for other in pairs.values()):
+            continue  # part of another table
+        for figure in (edge_map(edges, run.negative), edge_graph(edges, run.negative)):
             if figure is not None:
                 yield f"<figure><figcaption>{html.escape(name)}</figcaption>{drawn(figure)}</figure>"
 

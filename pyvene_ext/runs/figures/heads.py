@@ -225,7 +225,10 @@ def histogram_abs_delta(
         above = f"tau = {tau:g}: {(size > tau).mean():.0%} above"
         axes.axvline(tau, color=ORANGE, linewidth=1.2, linestyle="--", label=above)
     if shown.size < size.size:
-        axes.plot([], [], " ", label=f"not shown: {1 - shown.size / size.size:.1%} at or near 0")
+        share = 1 - shown.size / size.size
+        axes.plot(
+            [], [], " ", label=f"not shown: {share:.1%} at or near 0" if share >= 0.0005 else "not shown: under 0.1%"
+        )
     if tau is not None or shown.size < size.size:
         figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -175,8 +175,13 @@ def over_all(figure: Figure, title: str, **options: Any) -> None:
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """A legend below a figure, with as many columns as are not wider than it."""
-    each = 0.55 + max(map(len, labels), default=1) * STYLE["legend.fontsize"] / CHARACTERS
-    columns = max(1, min(4, len(labels), int(figure.get_figwidth() / each)))
+
+    def width(columns: int) -> float:
+        rows = -(-len(labels) // columns)
+        longest = [max(map(len, labels[first : first + rows])) for first in range(0, len(labels), rows)]
+        return sum(0.6 + length * STYLE["legend.fontsize"] / CHARACTERS for length in longest)
+
+    columns = next((n for n in (4, 3, 2) if n <= len(labels) and width(n) <= figure.get_figwidth()), 1)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
