@@ -209,7 +209,15 @@ def _size(values: np.ndarray) -> float | None:
 def _title(column: Shared) -> dict[str, Any]:
     rank, line, n = column.correlation.spearman, column.correlation.pearson, column.correlation.n
     words = f"Spearman {_coefficient(rank)}, Pearson {_coefficient(line)}, {n} heads"
-    return {"text": escaped(words), "font": {"size": 13}, "x": 0, "xref": "paper", "y": 0.985, "yanchor": "top"}
+    return {
+        "text": escaped(words),
+        "font": {"size": 13},
+        "x": 0,
+        "xref": "paper",
+        "y": 1,
+        "yanchor": "top",
+        "pad": {"t": 46},
+    }
 
 
 def _coefficient(of: Coefficient) -> str:

@@ -12,8 +12,7 @@ from pyvene_ext.report.attention import escaped
 from pyvene_ext.report.colours import colour, colours, robust_limit
 from pyvene_ext.report.plots import menu, only, plain
 from pyvene_ext.report.run import Row, columns, number
-from pyvene_ext.runs.figures.graph import ends, places
-from pyvene_ext.runs.figures.patching import CLIPPED
+from pyvene_ext.runs.figures.patching import CLIPPED, ends, places
 from pyvene_ext.specs.graph import Node, reaches
 
 SHOWN = (10, 20, 40, 80)  # strongest edges, by the slider

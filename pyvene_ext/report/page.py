@@ -24,10 +24,9 @@ from pyvene_ext.report.compare import side_by_side
 from pyvene_ext.report.edges import edge_graph, edge_map, edges_of
 from pyvene_ext.report.findings import findings, leading
 from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
-from pyvene_ext.report.provenance import provenance
 from pyvene_ext.report.routes import draw_routes
 from pyvene_ext.report.run import Run, files
-from pyvene_ext.report.tables import SORT, folded, table
+from pyvene_ext.report.tables import SORT, folded, provenance, table
 
 SHOWN = 500  # the most rows of a table, and the most prompts of a slider; the files have all of them
 

@@ -6,7 +6,6 @@ from .drops import drops_by_hub as drops_by_hub
 from .drops import drops_by_stratum as drops_by_stratum
 from .drops import drops_by_token as drops_by_token
 from .flow import routes as routes
-from .graph import edge_graph as edge_graph
 from .heads import compared_heads as compared_heads
 from .heads import faithfulness_curves as faithfulness_curves
 from .heads import frequency_curve as frequency_curve
@@ -26,6 +25,7 @@ from .name_movers import attention_against_projection as attention_against_proje
 from .name_movers import copies_and_effects as copies_and_effects
 from .name_movers import figures_of_name_movers as figures_of_name_movers
 from .name_movers import where_heads_look as where_heads_look
+from .patching import edge_graph as edge_graph
 from .patching import edge_matrix as edge_matrix
 from .patching import effect_bars as effect_bars
 from .patching import site_maps as site_maps
