@@ -30,7 +30,7 @@ from modelcards.components import (
     window,
 )
 from modelcards.names import component_named, meant
-from modelcards.register import CARDS, card_of, register
+from modelcards.register import CARDS, card_of, find_card, register
 
 __all__ = [
     "CARDS",
@@ -43,6 +43,7 @@ __all__ = [
     "component_named",
     "config_of",
     "dimensions",
+    "find_card",
     "head_dim",
     "head_shares",
     "meant",

@@ -97,8 +97,30 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
         The card.
 
     Raises:
-        ValueError: if it is no model, if no card covers the class, if the model's config has an option that its card does not
-            cover, if it is compiled, or if its numbers depend on what else is in a batch.
+        ValueError: if no card covers the class, and as for `find_card`.
+    """
+    card = find_card(model)
+    if card is None:
+        name = (model if isinstance(model, type) else type(model)).__name__
+        raise ValueError(
+            f"no model card covers {name}; there are cards for {', '.join(card.family for card in CARDS)} (bare, CausalLM and "
+            "SequenceClassification classes)."
+        )
+    return card
+
+
+def find_card(model: nn.Module | type[nn.Module]) -> Card | None:
+    """Return the card of a model or a model class, if there is one.
+
+    Args:
+        model: a model, whose config is looked at as well, or a class.
+
+    Returns:
+        The card; None if none covers the class.
+
+    Raises:
+        ValueError: if it is no model, if the model's config has an option that its card does not cover, if it is compiled or
+            wrapped, or if its numbers depend on what else is in a batch.
     """
     if not isinstance(model, nn.Module | type):
         raise ValueError(
@@ -123,7 +145,4 @@ def card_of(model: nn.Module | type[nn.Module]) -> Card:
                 return card
     if isinstance(model, nn.Module) and (advice := what_is_wrapped(model)):
         raise ValueError(f"this {model_class.__name__} {advice}.")
-    raise ValueError(
-        f"no model card covers {model_class.__name__}; there are cards for "
-        f"{', '.join(card.family for card in CARDS)} (bare, CausalLM and SequenceClassification classes)."
-    )
+    return None

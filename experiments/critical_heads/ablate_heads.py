@@ -34,6 +34,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ from tqdm import tqdm
 import pyvene_ext as px
 
 if TYPE_CHECKING:
-    from pyvene_ext.runs.ablated import Solver
+    from pyvene_ext.runs.ablated import Loaded, Solver
     from pyvene_ext.stats.controls import Head
 
 Kind = Literal["zero", "mean", "resample"]
@@ -81,6 +82,11 @@ class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
         """--scope or its default."""
         return self.scope or (("reasoning", "new", "both") if self.tiny else ("reasoning",))
 
+    @property
+    def n_sets(self) -> int:
+        """Of heads that are ablated, random ones included."""
+        return len(self.kind) * len(self.scopes) * len(self.levels) * (1 + self.random_sets)
+
     def check_flags(self) -> None:
         super().check_flags()
         px.flags.check_rankings(self.rankings, self.models)
@@ -97,8 +103,12 @@ class Found(NamedTuple):
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/ablate_heads", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
-    if len(problems) < 2:
-        raise ValueError("there is one problem, and an interval needs two; give more.")
+    px.reasoning.check_number(problems)
+    texts = f"{px.io.counted(len(problems), 'text')} of at most {config.new_tokens} tokens"
+    work = f"{texts}, untouched and with each of {px.io.counted(config.n_sets, 'set')} of heads ablated"
+    heads: Row = {"wanted": config.levels[-1], "by": config.by}
+    load = partial(px.runs.ablated.load, config, problems, run.unfinished, rankings=config.rankings, **heads)
+    seconds = None if config.tiny else seconds_of
 
     # Each model solves the problems with the first heads of its ranking ablated, and with random heads of the same layers.
     rows: list[Row] = []
@@ -106,27 +116,16 @@ def main(config: Config) -> None:
     facts: Row = {}
     rankings: dict[str, list[Row]] = {}
     correct: dict[str, Bool[np.ndarray, "row problem"]] = {}
-    for number, name in enumerate(config.models):
-        wanted, by = config.levels[-1], config.by
-        file = config.ranking_of(number)
-        loaded = px.runs.ablated.load(config, name, problems, run.unfinished, wanted=wanted, by=by, ranking=file)
-        sets = len(config.kind) * len(config.scopes) * len(config.levels) * (1 + config.random_sets)
-        # Once more untouched, and where the heads are ranked here about as long again.
-        seconds = None if config.tiny else (sets + (1 if file else 2)) * loaded.solver.seconds()
-        texts = f"{len(problems)} texts of at most {config.new_tokens} tokens"
-        work = f"{loaded.solver.name}: {texts}, untouched and with each of {sets} sets of heads ablated"
-        if not run.announce(work, seconds, n=len(problems)):
-            continue
-        solver, scores, heads, controls = px.runs.ablated.choose(
-            loaded, wanted=wanted, by=by, random_sets=config.random_sets
-        )
-        found = ablate(config, solver, heads, controls)
+    for loaded in px.runs.each_model(run, load, work, seconds, len(problems), shorter(config)):
+        solver, scores, first, controls = px.runs.ablated.choose(loaded, random_sets=config.random_sets, **heads)
+        found = ablate(config, solver, first, controls)
         rows, randoms = rows + found.rows, randoms + found.randoms
         correct[solver.name] = np.array(found.correct)
         rankings[solver.name] = [dict(zip(("scores", "layer", "head"), row, strict=True)) for row in scores]
         facts[solver.name] = px.metadata(
-            solver.model, clean=solver.clean.summary(), heads=[list(head) for head in heads], seed=config.seed
+            solver.model, clean=solver.clean.summary(), heads=[list(head) for head in first], seed=config.seed
         )
+        del loaded, solver  # two models need not fit in memory together
     if config.dry_run or not px.is_main_process():
         return
 
@@ -152,6 +151,21 @@ def main(config: Config) -> None:
 
 
 # -- measurement -------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(config: Config, loaded: Loaded, n: int) -> float:
+    """How long all sets take at most, once untouched, and where the heads are ranked here about as long again."""
+    return (config.n_sets + (1 if loaded.heads else 2)) * loaded.solver.seconds(n)
+
+
+def shorter(config: Config) -> Row:
+    """The flags that make a run shorter."""
+    return {
+        "random_sets": config.random_sets,
+        "n_heads": config.levels,
+        "scope": config.scopes,
+        "kind": config.kind,
+    }
 
 
 def ablate(config: Config, solver: Solver, ranked: tuple[Head, ...], controls: list[tuple[Head, ...]]) -> Found:

@@ -38,25 +38,21 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge
-from jaxtyping import Float
 
 import pyvene_ext as px
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from pyvene_ext.methods.attribution.by_tag import AttributedHead
-    from pyvene_ext.prompts.problems import Questions
     from pyvene_ext.runs.reasoning import Asked, Setting
 
-MOST = 64  # problems
 FAINT = 0.02  # attention that is as good as none
 Row = dict[str, Any]
 Head = tuple[int, int]
@@ -75,8 +71,8 @@ class Config(px.flags.Problems, px.flags.Ranking):
     heads: px.flags.EachOnce[px.flags.Head] = ()
     """which heads, as layer.head; by default the first of a ranking"""
     by: px.flags.Score = "hub"
-    n_heads: px.flags.Count = 2
-    """how many heads of the ranking"""
+    n_heads: px.flags.Count | None = None
+    """how many heads of the ranking; by default 2 with tiny models, 1 with others"""
     baseline: Literal["mean", "zero", "pad"] = "mean"
     """what every token's embedding is at the beginning: the mean of all embeddings, zero, or the pad token's"""
     steps: px.flags.Count = 50
@@ -84,11 +80,21 @@ class Config(px.flags.Problems, px.flags.Ranking):
     most_steps: px.flags.Count = 450
     """of problems whose attributions are incomplete with fewer; three times as many are tried each time"""
     sample: Annotated[int, Ge(2)] | None = None
-    """no more problems than so many, the first ones; by default 64"""
+    """no more problems than so many, the first ones; by default 64 with tiny models, 12 with others"""
     random_heads: Annotated[int, Ge(0)] = 2
     """random other heads of the same layer for each head; 0 for none"""
     shown: px.flags.Count = 3
     """problems in a figure"""
+
+    @property
+    def wanted(self) -> int:
+        """How many heads."""
+        return len(self.heads) or self.n_heads or (2 if self.tiny else 1)
+
+    @property
+    def most_problems(self) -> int:
+        """--sample or its default."""
+        return self.sample or (64 if self.tiny else 12)
 
     @property
     def wants_hub(self) -> bool:
@@ -110,19 +116,20 @@ class Config(px.flags.Problems, px.flags.Ranking):
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/attribute_inputs", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
+    px.reasoning.check_number(problems)
+    load = partial(px.reasoning.load, config, problems, run.unfinished, partial(check_heads, config))
+    n, seconds = min(len(problems), config.most_problems), None if config.tiny else partial(seconds_of, len(problems))
+    of_heads = px.io.counted(config.wanted, "head") + f", each with {px.io.counted(config.random_heads, 'random one')}"
+    work = f"{of_heads}, on {px.io.counted(n, 'problem')} in {px.io.counted(config.steps, 'step')}"
 
     # Each model reads its own reasoning again; what its heads do there is attributed to the tokens.
     found: list[AttributedHead] = []
     facts: Row = {}
-    for number, name in enumerate(config.models):
-        asked = px.reasoning.load(config, name, problems, run.unfinished, partial(check_heads, config, number))
-        n_heads, n = len(config.heads) or config.n_heads, min(len(problems), config.sample or MOST)
-        work = f"{asked.name}: {n_heads} heads and {config.random_heads} random ones each on {n} problems, {config.steps} steps"
-        if not run.announce(work, seconds_of(asked, config, n, n_heads), n=n, limit="sample"):
-            continue
+    every = px.runs.each_model(run, load, work, seconds, n, shorter(config), limit="sample")
+    for number, asked in enumerate(every):
         setting = asked.reason()
         chosen = heads_and_hubs(setting, config, number)
-        mine = [attribute(setting, config, n, head, hubs, [head for head, _ in chosen]) for head, hubs in chosen]
+        mine = [attribute(setting, config, head, hubs, list(chosen)) for head, hubs in chosen.items()]
         incomplete = {px.stats.head_label(one.head): np.array(one.problems)[~one.own.complete].tolist() for one in mine}
         facts[setting.name] = px.metadata(setting.model, **setting.facts, incomplete=incomplete)
         found += mine
@@ -136,8 +143,8 @@ def main(config: Config) -> None:
     verdicts = verdicts_of(heads, tags, config)
 
     print(summary(facts, heads, tags, verdicts))
-    strong = [evidence_of(one, rows) for one, rows in zip(found, by_head(found, tags), strict=True)]
-    with run.writing({"models": facts, "verdicts": verdicts}, strong, replacing=("*.csv",)):
+    shown = [evidence_of(one, tags) for one in found]
+    with run.writing({"models": facts, "verdicts": verdicts}, shown, replacing=("*.csv",)):
         for one in found:
             figure = px.figures.coloured_tokens(px.figures.token_texts(one, config.shown), title_of(one, config))
             run.figure(f"{one.model}_{px.stats.head_label(one.head)}", figure)
@@ -162,13 +169,12 @@ def check_heads(config: Config, number: int, name: str, model: PreTrainedModel) 
         px.methods.check_scores(model, config.by)
 
 
-def given_heads(config: Config, number: int, name: str, model: PreTrainedModel) -> list[Head]:
+def given_heads(config: Config, number: int, name: str, model: PreTrainedModel) -> tuple[Head, ...]:
     """The heads that flags name for a model; none where they are to be ranked here."""
-    wanted = len(config.heads) or config.n_heads
-    chosen = px.reasoning.given_heads(model, name, wanted, config.heads, config.ranking_of(number))
+    chosen = px.reasoning.given_heads(model, name, config.wanted, config.heads, config.ranking_of(number))
     for head in chosen:
         random_heads(config, model, head, chosen)
-    return list(chosen)
+    return chosen
 
 
 def random_heads(config: Config, model: PreTrainedModel, head: Head, chosen: Sequence[Head]) -> list[Head]:
@@ -181,206 +187,131 @@ def random_heads(config: Config, model: PreTrainedModel, head: Head, chosen: Seq
     return sorted(other for (other,) in others.sets)
 
 
-def heads_and_hubs(setting: Setting, config: Config, number: int) -> list[tuple[Head, list[int] | None]]:
+def heads_and_hubs(setting: Setting, config: Config, number: int) -> dict[Head, list[int] | None]:
     """The heads, and for each the token of every problem's block that it is asked about."""
     chosen = given_heads(config, number, setting.name, setting.model)
-    hubs = None if config.target == "projection" else [config.hub or 0] * len(setting.questions)
-    if chosen and not config.wants_hub:
-        return [(head, hubs) for head in chosen]
-    found = px.methods.block_scores(
-        setting.model,
-        setting.questions,
-        flow=not chosen and px.methods.needs_flow(config.by),
-        batch_size=config.batch_size,
-        results=setting.results,
-        progress=px.is_main_process(),
-    )
-    if not chosen:
-        chosen = list(px.reasoning.top_heads(found.of(config.by), config.n_heads))
-    return [(head, found.hub_at[:, *head].tolist() if config.wants_hub else hubs) for head in chosen]
+    if not chosen or config.wants_hub:
+        scores = setting.block_scores(flow=not chosen and px.methods.needs_flow(config.by))
+        chosen = chosen or px.reasoning.top_heads(scores.of(config.by), config.wanted)
+    if config.wants_hub:
+        return {head: scores.hub_at[:, *head].tolist() for head in chosen}
+    return dict.fromkeys(chosen, None if config.hub is None else [config.hub] * len(setting.questions))
 
 
 # -- measurement -------------------------------------------------------------------------------------------------------
 
 
-def attribute(
-    setting: Setting, config: Config, sample: int, head: Head, hubs: list[int] | None, chosen: Sequence[Head]
-) -> AttributedHead:
-    """One head, with its random controls, on the first problems that have its hub."""
-    questions, queries, at, directions = read_at(setting, config, sample, hubs)
-    cut = tuple(ids[: some[-1] + 1] for ids, some in zip(questions.prompts.input_ids, queries, strict=True))
-    prompts = replace(questions.prompts, input_ids=cut, positions=({"end": -1, "last": -1},) * len(cut))
-    fixed = sorted(setting.tokenizer.all_special_ids)
-    given = px.prompts.solved_before(questions, setting.tokenizer) if config.n_shots else [0] * len(questions)
-
-    def measured(layer: int, head: int, most_steps: int) -> tuple[px.methods.Target, px.methods.InputAttribution]:
-        target = px.methods.Target(layer, head, queries, at, directions)
-        found = setting.results.get(
-            {
-                "input attribution": [config.target, config.direction, config.query, config.baseline],
-                "steps": [config.steps, most_steps],
-                "prompts": prompts.hash,
-                "hubs": at,
-                "given": given,
-                "head": [layer, head],
-            },
-            lambda: px.methods.integrated_gradients(
-                setting.model,
-                prompts,
-                target,
-                baseline=config.baseline,
-                steps=config.steps,
-                most_steps=most_steps,
-                fixed=fixed,
-                given=given,
-                batch_size=config.batch_size,
-                progress=px.is_main_process(),
-            ),
-            px.methods.InputAttribution,
-        )
-        return target, found
-
-    target, own = measured(*head, config.most_steps)
-    # A control that ignores the hub would take all the steps there are, for shares of next to nothing.
-    controls = {other: measured(*other, config.steps)[1] for other in random_heads(config, setting.model, head, chosen)}
-    tags, texts = px.methods.tagged_prompts(cut, setting.tokenizer)
-    return px.methods.AttributedHead(
-        setting.name, head, own, controls, config.hub, target, questions.index, tags, texts
-    )
-
-
-def seconds_of(asked: Asked, config: Config, n: int, n_heads: int) -> float | None:
-    """How long texts and attributions take, if all are complete with --steps; None with tiny models, which are quick."""
-    if config.tiny:
-        return None
+def seconds_of(n_problems: int, config: Config, asked: Asked, n: int) -> float:
+    """How long texts and attributions take at most, if all are complete with --steps."""
     prompts = asked.questions.prompts
     given = sum(px.prompts.solved_before(asked.questions, asked.tokenizer)) if config.n_shots else 0
     own = 1 - given / sum(map(len, prompts.input_ids))  # share of the tokens that is read at every step
-    a_pass = own * px.runs.seconds_a_pass(asked.model, prompts) / len(prompts)
     # Forward and backward, on average through two thirds of the layers.
-    return asked.seconds() + 2 * config.steps * n * n_heads * (1 + config.random_heads) * a_pass
+    points = config.steps * n * config.wanted * (1 + config.random_heads)
+    return asked.seconds(n_problems) + 2 * points * own * asked.a_pass
 
 
-def read_at(
-    setting: Setting, config: Config, sample: int, hubs: list[int] | None
-) -> tuple[Questions, list[list[int]], list[int] | None, Float[Tensor, "problem d_model"] | None]:
-    """The problems; where the head is read in each; the hubs, as tokens of the problems; the directions."""
-    questions = setting.questions
-    queries: list[list[int]] = []
-    tokens: list[int] = []
-    kept: list[int] = []
-    for number, (block, ids) in enumerate(zip(questions.blocks, questions.prompts.input_ids, strict=True)):
-        if hubs is not None and not -len(block) <= hubs[number] < len(block):
-            continue
-        at = -1 if hubs is None else block[hubs[number]]
-        places = {"block_mean": list(block), "block_last": [block[-1]], "end": [len(ids) - 1]}[config.query]
-        places = [place for place in places if place > at]
-        if places and setting.clean.ids[number] and len(kept) < sample:
-            kept.append(number)
-            queries.append(places)
-            tokens.append(at)
-    if len(kept) < 2:
+def shorter(config: Config) -> Row:
+    """The flags that make a run shorter."""
+    return {
+        "random_heads": config.random_heads,
+        "n_heads": 0 if config.heads else config.wanted,
+        "steps": config.steps,
+    }
+
+
+def attribute(
+    setting: Setting, config: Config, head: Head, hubs: list[int] | None, chosen: Sequence[Head]
+) -> AttributedHead:
+    """One head, with its random controls, on the first problems that have its hub."""
+    answers = [ids[0] if ids else None for ids in setting.clean.ids] if config.direction == "answer" else None
+    which: Row = {"hubs": hubs, "answers": answers, "model": setting.model, "most": config.most_problems}
+    reading = px.methods.read_at(setting.questions, config.query, **which)
+    if len(reading.queries) < 2:
         hub = "the head's hub" if config.hub is None else f"a token {config.hub}"
         what = "an answer" if hubs is None else f"{hub} in their block, and one after it that is read"
         raise ValueError(
-            f"{len(kept)} problems of {setting.name} have {what}; choose another --hub, or give more problems."
+            f"{len(reading.queries)} problems of {setting.name} have {what}; choose another --hub, or give more problems."
         )
-    directions = None
-    if config.direction == "answer":
-        unembedding: Any = setting.model.get_output_embeddings()
-        answers = [setting.clean.ids[number][0] for number in kept]
-        directions = unembedding.weight[answers].detach().float()
-    return questions.take(kept), queries, None if hubs is None else tokens, directions
+    others = random_heads(config, setting.model, head, chosen)
+    how: Row = {name: getattr(config, name) for name in ("hub", "baseline", "steps", "most_steps", "batch_size")}
+    how |= {"name": setting.name, "shots": config.n_shots > 0}
+    return px.methods.attribute_head(setting.model, setting.tokenizer, reading, head, others, setting.results, **how)
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def by_head(found: Sequence[AttributedHead], tags: Sequence[Row]) -> list[list[Row]]:
-    """The rows of tags of each head."""
-    return [
-        [row for row in tags if (row["model"], row["head"]) == (one.model, px.stats.head_label(one.head))]
-        for one in found
-    ]
-
-
 def evidence_of(one: AttributedHead, tags: Sequence[Row]) -> px.runs.Evidence:
     """The tag with most |attribution| beyond its share of the tokens, beside random heads."""
-    top = max(tags, key=lambda row: -math.inf if math.isnan(row["more_than_tokens"]) else row["more_than_tokens"])
-    complete = int(one.own.complete.sum())
-    sample = f"{complete} of {len(one.problems)} problems complete"
-    head = f"{one.model}, {px.stats.head_label(one.head)}"
-    effect = (
-        f"{head}: share of |attribution| of {top['tag']} tokens beyond their number, the largest of {len(tags)} tags,"
-    )
-    random = px.stats.interval_in(top, "more_than_random")
-    control = "none"
+    head, complete = px.stats.head_label(one.head), int(one.own.complete.sum())
+    mine = [row for row in tags if (row["model"], row["head"]) == (one.model, head)]
+    top = max(mine, key=lambda row: -math.inf if math.isnan(row["more_than_tokens"]) else row["more_than_tokens"])
+    effect = f"{one.model}, {head}: share of |attribution| of {top['tag']} tokens beyond their number, the largest of "
+    effect += f"{len(mine)} tags,"
+    random, control = px.stats.interval_in(top, "more_than_random"), "none"
     if math.isfinite(random.mean):
-        control = f"{len(one.controls)} random heads of the layer, {random.mean:.3g} [{random.low:.3g}, {random.high:.3g}] less"
+        numbers = ", ".join(str(int(some.complete.sum())) for some in one.controls.values())
+        of = f"{px.io.counted(len(one.controls), 'random head')} of the layer (complete: {numbers} problems)"
+        control = f"{random.mean:.3g} [{random.low:.3g}, {random.high:.3g}] more than with {of}"
     interval = px.stats.interval_in(top, "more_than_tokens") if complete > 1 else None
-    return px.runs.Evidence(
-        sample, effect, interval, control, "a larger --sample" if complete > 1 else "more --most_steps"
+    more = "a larger --sample" if complete > 1 else "more --most_steps"
+    return px.runs.Evidence(f"{complete} of {len(one.problems)} problems complete", effect, interval, control, more)
+
+
+def verdict_of(head: Row, tags: Sequence[Row], config: Config) -> str:
+    """How much of a head's number is the tokens' doing, and which tags have more of it than their share."""
+    not_shown = "not established as " if head["change_low"] <= 0 <= head["change_high"] else ""
+    line = (
+        f"{head['model']}, {head['head']}: {number_in_words(config)} {head['value']:.3f}, {head['at_baseline']:.3f} with "
+        f"baselines in place of tokens: {head['change']:.3f} [{head['change_low']:.3f}, {head['change_high']:.3f}] is "
+        f"{not_shown}the tokens' doing"
     )
+    short = f"{head['problems'] - head['complete']} of {head['problems']} problems incomplete"
+    if head["complete"] < 2:
+        return f"{line}; not attributable: {short} with {config.most_steps} steps, {remedy(config, head['value'])}"
+    if math.isfinite(head["hub_share"]):
+        line += f"; the hub's own token has {100 * head['hub_share']:.0f}% of |attribution|"
+    above = [row for row in tags if row["more_than_tokens_low"] > 0]
+    for row in above:
+        line += f"; {row['tag']} has {100 * row['share']:.0f}% of it with {100 * row['token_share']:.0f}% of the tokens"
+        if math.isfinite(row["more_than_random"]):
+            more = "more than" if row["more_than_random_low"] > 0 else "no more than"
+            line += f", {more} with random heads ({100 * row['random_share']:.0f}%)"
+    line += "" if above else "; no tag has more than its share of the tokens"
+    return line if head["complete"] == head["problems"] else f"{line}; {short} and left out"
 
 
 def verdicts_of(heads: Sequence[Row], tags: Sequence[Row], config: Config) -> list[str]:
-    """Of each head: how much of its number is the tokens' doing, and which tags have more of it than their share."""
-    lines = []
-    for head in heads:
-        if head["control_of"]:
-            continue
-        mine = [row for row in tags if (row["model"], row["head"]) == (head["model"], head["head"])]
-        what = (
-            f"attention to {hub_in_words(config)}"
-            if config.target == "attention"
-            else (f"output along {'its own direction' if config.direction == 'own' else 'the answer'}")
-        )
-        line = (
-            f"{head['model']}, {head['head']}: {what} {head['value']:.3f}, {head['at_baseline']:.3f} with baselines in place of "
-            f"tokens: {head['change']:.3f} [{head['change_low']:.3f}, {head['change_high']:.3f}] is "
-        )
-        line += "not established as " if head["change_low"] <= 0 <= head["change_high"] else ""
-        line += "the tokens' doing"
-        short = head["problems"] - head["complete"]
-        if head["complete"] < 2:
-            lines.append(
-                f"{line}; not attributable: {short} of {head['problems']} problems incomplete with {config.most_steps} steps, "
-                f"{remedy(config, head['value'])}"
-            )
-            continue
-        if math.isfinite(head["hub_share"]):
-            line += f"; the hub's own token has {100 * head['hub_share']:.0f}% of |attribution|"
-        for row in mine:
-            if row["more_than_tokens_low"] > 0:
-                line += f"; {row['tag']} has {100 * row['share']:.0f}% of it with {100 * row['token_share']:.0f}% of the tokens"
-                if math.isfinite(row["more_than_random"]):
-                    more = "more than" if row["more_than_random_low"] > 0 else "no more than"
-                    line += f", {more} with random heads ({100 * row['random_share']:.0f}%)"
-        if not any(row["more_than_tokens_low"] > 0 for row in mine):
-            line += "; no tag has more than its share of the tokens"
-        lines.append(f"{line}; {short} of {head['problems']} problems incomplete and left out" if short else line)
-    return lines
+    """One line a head."""
+    return [
+        verdict_of(head, [row for row in tags if (row["model"], row["head"]) == (head["model"], head["head"])], config)
+        for head in heads
+        if not head["control_of"]
+    ]
 
 
-def hub_in_words(config: Config) -> str:
-    return "its hub" if config.hub is None else f"token {config.hub} of the block"
+def number_in_words(config: Config) -> str:
+    """What is attributed."""
+    if config.target == "attention":
+        return "attention to " + ("its hub" if config.hub is None else f"token {config.hub} of the block")
+    return "output along " + ("its own direction" if config.direction == "own" else "the answer")
 
 
 def remedy(config: Config, value: float) -> str:
     """What makes attributions complete: more steps, or a number that is not almost 0 to begin with."""
-    if config.target == "attention" and config.hub is not None and value < FAINT:
-        return f"as the head hardly attends to it ({value:.3f}); leave out --hub, or take other --heads"
-    if config.target == "attention" and value < FAINT:
+    if config.target == "projection" or value >= FAINT:
+        return f"take more than --most_steps {config.most_steps}"
+    if config.hub is None:
         return f"as the head hardly attends to any token ({value:.3f}); take other --heads"
-    return f"take more than --most_steps {config.most_steps}"
+    return f"as the head hardly attends to it ({value:.3f}); leave out --hub, or take other --heads"
 
 
 def title_of(found: AttributedHead, config: Config) -> str:
-    head = f"{found.model}, head {px.stats.head_label(found.head)}"
-    if config.target == "attention":
-        return f"{head}: attention to {hub_in_words(config)} (boxed) from what is underlined"
-    along = "its own direction" if config.direction == "own" else "the answer's unembedding"
-    return f"{head}: output along {along} at what is underlined"
+    marked = " (boxed) from" if config.target == "attention" else " at"
+    return (
+        f"{found.model}, head {px.stats.head_label(found.head)}: {number_in_words(config)}{marked} what is underlined"
+    )
 
 
 def summary(facts: Row, heads: Sequence[Row], tags: Sequence[Row], verdicts: Sequence[str]) -> str:

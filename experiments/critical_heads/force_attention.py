@@ -81,18 +81,20 @@ class Config(px.flags.Regeneration):
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/force_attention", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
-    checked = partial(forced_heads, config)
-    seconds = px.reasoning.estimate(config, problems, run.unfinished, partial(seconds_of, config), checked)
-    what = f"{len(config.shapes)} patterns, soft and hard, on {len(problems)} problems"
-    if not run.announce(what + (", and a sweep of the hub" if config.sweep else ""), seconds, n=len(problems)):
-        return
+    px.reasoning.check_number(problems, config.min_problems if config.sweep else 2)
+    load = partial(px.reasoning.load, config, problems, run.unfinished, partial(check, config))
+    what = (
+        f"{px.io.counted(len(config.shapes), 'pattern')}, soft and hard, on {px.io.counted(len(problems), 'problem')}"
+    )
+    what += ", and a sweep of the hub" if config.sweep else ""
+    n, least = len(problems), config.min_problems
 
     # Each model answers, with the attention among its reasoning forced to every pattern.
     patterns: list[Row] = []
     hubs: list[Row] = []
     facts: Row = {}
-    for name in config.models:
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, checked)
+    for asked in px.runs.each_model(run, load, what, seconds_of, n, shorter(config), least=least):
+        setting = asked.reason()
         heads, controls, strength = forced_heads(config, setting.name, setting.model)
         patterns.append(untouched(setting))
         every = list(itertools.product(config.shapes, (False, True)))
@@ -101,8 +103,8 @@ def main(config: Config) -> None:
         if config.sweep:
             hubs += sweep(setting, config, heads)
         facts[setting.name] = px.metadata(setting.model, **setting.facts, control=strength)
-        del setting  # two models need not fit in memory together
-    if not px.is_main_process():
+        del asked, setting  # two models need not fit in memory together
+    if config.dry_run or not px.is_main_process():
         return
 
     # Which patterns cost accuracy, and where the hub costs most.
@@ -122,6 +124,15 @@ def main(config: Config) -> None:
 
 
 # -- patterns ----------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config, _: int, name: str, model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose attention cannot be forced so, and a hub that is not there when it is needed."""
+    forced_heads(config, name, model)
+    if "hub" in config.shapes and config.hub < 0 and config.anew and px.models.format_of(model) is None:
+        raise ValueError(
+            f"--hub {config.hub} counts from the end of a block that is not written yet; count from its start."
+        )
 
 
 def forced_heads(config: Config, name: str, model: PreTrainedModel) -> tuple[Heads, list[Heads], str]:
@@ -147,11 +158,17 @@ def by_layer(heads: Iterable[tuple[int, int]]) -> Heads:
     return dict(found)
 
 
-def seconds_of(config: Config, asked: Asked) -> float:
-    """How long the patterns take at most."""
+def seconds_of(config: Config, asked: Asked, n: int) -> float:
+    """How long the texts, and then the patterns take at most."""
     sets = 1 + (config.random_sets if config.heads else 0)
     swept = (config.most_places(asked.anew) or config.new_tokens) if config.sweep else 0
-    return 2 * (len(config.shapes) * sets + swept) * asked.seconds_a_condition()
+    return asked.seconds(n) + 2 * (len(config.shapes) * sets + swept) * asked.seconds_a_condition(n)
+
+
+def shorter(config: Config) -> Row:
+    """The flags that make a run shorter."""
+    swept: Row = {"places": config.most_places(config.anew) or config.new_tokens} if config.sweep else {}
+    return swept | {"shapes": config.shapes} | ({"random_sets": config.random_sets} if config.heads else {})
 
 
 def force(heads: Heads, shape: Shape, hard: bool) -> tuple[px.ForcedAttention, ...]:
@@ -193,10 +210,6 @@ def one_pattern(setting: Setting, config: Config, heads: Heads, controls: list[H
 def hubs_of(setting: Setting, config: Config, shape: Shape) -> list[int | None]:
     """The token of each problem's block that is its hub; None where the block is too short. 0 if the shape has no hub."""
     blocks = setting.questions.blocks
-    if shape == "hub" and setting.anew and config.hub < 0:
-        raise ValueError(
-            f"--hub {config.hub} counts from the end of a block that is not written yet; count from its start."
-        )
     if shape == "hub":
         return [config.hub if -len(block) <= config.hub < len(block) else None for block in blocks]
     draw = px.rng(config.seed, "hubs")

@@ -82,21 +82,20 @@ class Config(px.flags.Regeneration):
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/patch_hub", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
-    checked = partial(check_layers, config)
-    seconds = px.reasoning.estimate(config, problems, run.unfinished, partial(seconds_of, config), checked)
-    what = f"noise at tokens of the reasoning of {len(problems)} problems"
-    if not run.announce(what, seconds, n=len(problems)):
-        return
+    px.reasoning.check_number(problems, config.min_problems)
+    load = partial(px.reasoning.load, config, problems, run.unfinished, partial(check_layers, config))
+    what = f"noise at tokens of the reasoning of {px.io.counted(len(problems), 'problem')}"
+    n, least = len(problems), config.min_problems
 
     # Each model answers after the reasoning it wrote, with noise at one token of that. (Names of sites depend on its depth.)
     rows: list[Row] = []
     facts: Row = {}
-    for name in config.models:
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, checked)
+    for asked in px.runs.each_model(run, load, what, seconds_of, n, shorter(config), least=least):
+        setting = asked.reason()
         rows += measure(setting, config)
         facts[setting.name] = px.metadata(setting.model, **setting.facts)
-        del setting  # two models need not fit in memory together
-    if not px.is_main_process():
+        del asked, setting  # two models need not fit in memory together
+    if config.dry_run or not px.is_main_process():
         return
 
     # Which tokens are needed.
@@ -112,7 +111,7 @@ def main(config: Config) -> None:
         run.table("positions", rows)
 
 
-def check_layers(config: Config, name: str, model: PreTrainedModel) -> None:
+def check_layers(config: Config, _: int, name: str, model: PreTrainedModel) -> None:
     """Raise ValueError for a layer that the model has not."""
     last = px.models.n_layers(model.config) - 1
     for flag, layers in (("layers", config.layers), ("kv_layers", config.kv_layers)):
@@ -121,11 +120,17 @@ def check_layers(config: Config, name: str, model: PreTrainedModel) -> None:
                 raise ValueError(f"--{flag} {layer}: {name} has layers 0 to {last}.")
 
 
-def seconds_of(config: Config, asked: Asked) -> float:
-    """How long all runs take at most: sites x tokens x seeds."""
+def seconds_of(config: Config, asked: Asked, n: int) -> float:
+    """How long the texts, and then all runs take at most: sites x tokens x seeds."""
     sites = specs_of(config, asked.model, config.seed)
     runs = len(sites) * (config.most_places(asked.anew) or config.new_tokens) * config.n_seeds(asked.anew)
-    return runs * asked.seconds_a_condition()
+    return asked.seconds(n) + runs * asked.seconds_a_condition(n)
+
+
+def shorter(config: Config) -> dict[str, Any]:
+    """The flags that make a run shorter."""
+    places = config.most_places(config.anew) or config.new_tokens
+    return {"seeds": config.n_seeds(config.anew), "places": places, "sites": config.sites}
 
 
 # -- measurement and statistics ----------------------------------------------------------------------------------------

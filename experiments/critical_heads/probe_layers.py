@@ -42,13 +42,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge
-from jaxtyping import Float, Float32, Shaped
-from tqdm import tqdm
 
 import pyvene_ext as px
 
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
 
 FEWEST = 19  # shuffles; with fewer no p is 0.05, and nothing could be found
 N_TINY, N_PLAIN = 1200, 100  # problems, where no --limit is given
-RESAMPLES = 2000
 Position = Annotated[
     str,
     px.io.Matches(
@@ -101,21 +99,19 @@ class Config(px.flags.Problems):
 
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/probe_layers", config.source, *config.models)
-    flags = with_more_problems(config)
+    flags = px.reasoning.of_both_steps(config, N_PLAIN, N_TINY)  # probes need many
     problems = px.reasoning.find_problems(flags)
-
-    def check(_: str, model: PreTrainedModel) -> None:
-        px.methods.places_of(model, config.mid)
+    px.reasoning.check_number(problems, config.min_problems)
+    load = partial(px.reasoning.load, flags, problems, run.unfinished, partial(check, config))
+    n, seconds = len(problems), None if config.tiny else seconds_of
+    probes = f"probes of every layer for {px.io.counted(len(config.targets), 'target')} at "
+    probes += px.io.counted(len(config.positions), "token")
+    work = f"{px.io.counted(n, 'text')} of at most {config.new_tokens} tokens, and {probes}"
 
     # Each model reads its own reasoning again; probes of every place, cross-validated, and the same with shuffled labels.
     rows: list[Row] = []
     facts: Row = {}
-    for name in config.models:
-        asked = px.reasoning.load(flags, name, problems, run.unfinished, check)
-        n_probes = len(px.methods.places_of(asked.model, config.mid)) * len(config.positions) * len(config.targets)
-        work = f"{asked.name}: {len(problems)} texts of at most {config.new_tokens} tokens, and {n_probes} probes"
-        if not run.announce(work, seconds_of(asked, config), n=len(problems)):
-            continue
+    for asked in px.runs.each_model(run, load, work, seconds, n, shorter(config), least=config.min_problems):
         setting = asked.reason()
         found, skipped = probe(setting, config)
         rows += found
@@ -138,27 +134,34 @@ def main(config: Config) -> None:
             run.figure(model, px.figures.probe_curves(model, [row for row in rows if row["model"] == model]))
 
 
-def with_more_problems(config: Config) -> Config:
-    """The flags with more problems than other studies have by default: probes need many."""
-    if config.limit is None and config.source == px.reasoning.TINY:
-        return replace(config, limit=N_TINY)
-    if config.limit is None and config.source == px.reasoning.PLAIN:
-        return replace(config, limit=N_PLAIN, problem_steps=config.problem_steps or (1, 2))
-    return config
-
-
 # -- measurement -------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(asked: Asked, config: Config) -> float | None:
-    """How long the texts, one more forward pass and the probes take at most; None with tiny models, which are quick."""
-    if config.tiny:
-        return None
+def check(config: Config, _: int, __: str, model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that lacks a place to be probed."""
+    px.methods.places_of(model, config.mid)
+
+
+def seconds_of(config: Config, asked: Asked, n: int) -> float:
+    """How long the texts, one more forward pass and the probes take at most; fits are timed on all problems."""
+    every = len(asked.questions)
     embeddings: Any = asked.model.get_input_embeddings()
-    n, d = max(len(asked.questions), 2 * config.folds), embeddings.weight.shape[1]
-    fits = px.methods.seconds_to_fit(n, d, len(config.targets), 1 + config.shuffles, config.folds)
+    a_fit = seconds_to_fit(
+        max(every, 2 * config.folds), embeddings.weight.shape[1], len(config.targets), 1 + config.shuffles, config.folds
+    )
     n_fits = 2 * len(px.methods.places_of(asked.model, config.mid)) * len(config.positions)  # the question's mean, too
-    return asked.seconds() + px.runs.seconds_a_pass(asked.model, asked.questions.prompts) + n_fits * fits
+    return asked.seconds(n) + n * asked.a_pass + n_fits * a_fit * n / every
+
+
+@cache
+def seconds_to_fit(*sizes: int) -> float:
+    """The same time for the same sizes."""
+    return px.methods.seconds_to_fit(*sizes)
+
+
+def shorter(config: Config) -> Row:
+    """The flags that make a run shorter."""
+    return {"positions": config.positions}
 
 
 def probe(setting: Setting, config: Config) -> tuple[list[Row], Row]:
@@ -178,32 +181,15 @@ def probe(setting: Setting, config: Config) -> tuple[list[Row], Row]:
     if not targets:
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         raise ValueError(f"{setting.name}: there is nothing to probe for ({reasons}).")
-    residuals = px.methods.read_residuals(
-        setting.model,
-        questions.prompts,
-        tokens,
-        [range(length) for length in questions.lengths],
-        mid=config.mid,
-        batch_size=config.batch_size,
-        progress=px.is_main_process(),
-    )
-    every = np.array([px.methods.problem_group(problem, config.group) for problem in questions.problems])
-    rows: list[Row] = []
+    asked = [range(length) for length in questions.lengths]
+    how: Any = {"mid": config.mid, "batch_size": config.batch_size, "progress": px.is_main_process()}
+    residuals = px.methods.read_residuals(setting.model, questions.prompts, tokens, asked, **how)
+    groups = np.array([px.methods.problem_group(problem, config.group) for problem in questions.problems])
     n_probes = len(residuals.places) * sum(map(len, targets.values()))
-    with tqdm(total=n_probes, desc="probes", unit="probe", disable=not px.is_main_process()) as bar:
-        for position, of_position in targets.items():
-            # Targets of the same problems share fits.
-            alike: dict[bytes, list[px.methods.ProbeTarget]] = {}
-            for target in of_position:
-                alike.setdefault(target.which.tobytes(), []).append(target)
-            for some in alike.values():
-                found = of_targets(residuals.at[position], residuals.question, some, every[some[0].which], config, bar)
-                rows += [
-                    {"model": setting.name, "position": position, **row, "place": residuals.places[row["depth"]]}
-                    for row in found
-                ]
-    q = px.stats.q_values(np.array([row["p"] for row in rows]))
-    return [{**row, "q": float(value)} for row, value in zip(rows, q, strict=True)], skipped
+    with px.io.progress_bar(n_probes, "probe", "probes", shown=px.is_main_process()) as bar:
+        how = {"folds": config.folds, "shuffles": config.shuffles, "seed": config.seed, "done": bar.update}
+        rows = px.methods.probe_rows(residuals, targets, groups, **how)
+    return [{"model": setting.name, **row} for row in rows], skipped
 
 
 def target_of(setting: Setting, name: str, has: Sequence[bool], config: Config) -> px.methods.ProbeTarget | str:
@@ -214,85 +200,6 @@ def target_of(setting: Setting, name: str, has: Sequence[bool], config: Config) 
         every = np.array([px.methods.solution_number(problem, name) for problem in setting.questions.problems])
     options: Any = {"least": config.min_problems, "folds": config.folds, "log": config.log}
     return px.methods.find_target(name, every, has, **options)
-
-
-# -- statistics --------------------------------------------------------------------------------------------------------
-
-
-def of_targets(
-    own: Float32[np.ndarray, "place prompt d"],
-    question: Float32[np.ndarray, "place prompt d"],
-    targets: Sequence[px.methods.ProbeTarget],
-    named: Shaped[np.ndarray, " problem"],
-    config: Config,
-    bar: tqdm,
-) -> list[Row]:
-    """A row a target and place. All places have the same folds, shuffles and resamples."""
-    which, groups = targets[0].which, np.unique(named, return_inverse=True)[1]
-    folds = px.methods.deal_folds(named.tolist(), config.folds, px.rng(config.seed, "folds"))
-    shares = px.stats.cluster_shares(groups, px.rng(config.seed, "resamples"), RESAMPLES)
-    trials = []
-    for target in targets:
-        draws = [px.rng(config.seed, "shuffle", target.name, number) for number in range(config.shuffles)]
-        trials.append(np.stack([target.y, *(px.methods.shuffled(target.y, groups, draw) for draw in draws)]))
-    found: dict[str, list[Row]] = {target.name: [] for target in targets}
-    best = np.full((len(targets), config.shuffles), -np.inf)
-    for depth in range(len(own)):
-        fits = px.methods.cross_validated(own[depth, which], trials, folds)
-        baselines = px.methods.cross_validated(question[depth, which], [some[:1] for some in trials], folds)
-        for number, (target, some, fit, baseline) in enumerate(zip(targets, trials, fits, baselines, strict=True)):
-            row, random = row_of(target, depth, some, fit, baseline, shares)
-            best[number] = np.maximum(best[number], random)
-            found[target.name].append({**row, "groups": int(groups.max()) + 1})
-            bar.update()
-    rows = []
-    for of_target, random in zip(found.values(), best, strict=True):
-        # The best of many places is good by chance too: it is compared with the best of each shuffle.
-        highest = max(row["r2"] for row in of_target)
-        rows += [{**row, "p_best": float((1 + (random >= highest).sum()) / (1 + len(random)))} for row in of_target]
-    return rows
-
-
-def row_of(
-    target: px.methods.ProbeTarget,
-    depth: int,
-    trials: Float[np.ndarray, "trial problem column"],
-    fit: px.methods.Fit,
-    baseline: px.methods.Fit,
-    shares: Float[np.ndarray, "resample problem"],
-) -> tuple[Row, Float[np.ndarray, " shuffle"]]:
-    """One target at one place; and the R^2 of each shuffle."""
-    both = np.stack([fit.predicted[0], baseline.predicted[0]])
-    (r2, question), resampled = px.stats.r_squared(target.y, both), px.stats.r_squared(target.y, both, shares)
-    random = np.array([px.stats.r_squared(y, at) for y, at in zip(trials[1:], fit.predicted[1:], strict=True)])
-    fitted = np.array([px.stats.r_squared(y, at) for y, at in zip(trials, fit.in_sample, strict=True)])
-    row = {
-        "target": target.name,
-        "depth": depth,
-        "place": "",
-        "problems": len(target.which),
-        "groups": 0,
-        "in_sample": float(fitted[0]),
-        "in_sample_shuffled": float(fitted[1:].mean()),
-        **named_interval("r2", float(r2), resampled[0]),
-        "shuffled": float(random.mean()),
-        "shuffled_lowest": float(random.min()),
-        "shuffled_highest": float(random.max()),
-        "p": float((1 + (random >= r2).sum()) / (1 + len(random))),
-        **named_interval("question", float(question), resampled[1]),
-        **named_interval("gain", float(r2 - question), resampled[0] - resampled[1]),
-        "accuracy": target.accuracy(fit.predicted[0]),
-        "accuracy_in_sample": target.accuracy(fit.in_sample[0]),
-        "accuracy_question": target.accuracy(baseline.predicted[0]),
-        "chance": target.chance,
-        "alpha": float(np.median(fit.alphas[0])),
-    }
-    return row, random
-
-
-def named_interval(name: str, value: float, resampled: Float[np.ndarray, " resample"]) -> dict[str, float]:
-    low, high = np.nanquantile(resampled, (0.025, 0.975))
-    return {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -333,16 +240,14 @@ def evidence(best: Sequence[Row], shuffles: int) -> list[px.runs.Evidence]:
     lines = []
     for model in dict.fromkeys(row["model"] for row in best):
         mine = [row for row in best if row["model"] == model]
-        top = max(mine, key=lambda row: row["r2"])
+        top = max(mine, key=lambda row: row["gain"])
+        effect = f"{model}: R^2 of {top['target']} at {top['position']}, {top['place']}, beyond the question's mean "
+        effect += f"({top['question']:.2f}), the largest of {len(mine)} gains,"
         control = (
-            f"labels shuffled, p = {top['p_best']:.2g} (the best place of each of {shuffles}); the question's mean "
-            f"{top['question']:.2f}"
+            f"labels shuffled, p = {top['p_best']:.2g} of its R^2 of {top['r2']:.2f} (best places, {shuffles} shuffles)"
         )
-        where = f"{top['position']}, {top['place']}, the largest of {len(mine)} x {top['places']},"
-        effect = f"{model}: R^2 of {top['target']} at {where}"
-        sample = f"{top['problems']} problems"
-        more = "a larger --limit, or --problems with more"
-        lines.append(px.runs.Evidence(sample, effect, px.stats.interval_in(top, "r2"), control, more))
+        sample, gain = px.io.counted(top["problems"], "problem"), px.stats.interval_in(top, "gain")
+        lines.append(px.runs.Evidence(sample, effect, gain, control, "a larger --limit, or --problems with more"))
     return lines
 
 

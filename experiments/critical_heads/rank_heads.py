@@ -24,6 +24,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pyvene_ext.runs.attention import View
+    from pyvene_ext.runs.reasoning import Asked
 
 FEW = 20  # problems, with fewer of which a ranking is mostly chance
 RESAMPLES = 2000
@@ -56,32 +58,22 @@ def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/rank_heads", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
 
+    load = partial(px.reasoning.load, config, problems, run.unfinished, check)
+    work = f"{px.io.counted(len(problems), 'text')} of at most {config.new_tokens} tokens, and the scores of all heads in them"
+
     # Each model solves the problems; one forward pass over its reasoning scores all heads.
     found: dict[str, px.methods.BlockScores] = {}
     views: list[View] = []
     facts: Row = {}
-    for name in config.models:
-        asked = px.reasoning.load(config, name, problems, run.unfinished, check)
-        # Flow takes as long as one or two forward passes more.
-        seconds = None
-        if not config.tiny:
-            seconds = asked.seconds() + 3 * px.runs.seconds_a_pass(asked.model, asked.questions.prompts)
-        work = f"{asked.name}: {len(problems)} texts of at most {config.new_tokens} tokens, and the scores of all heads in them"
-        if not run.announce(work, seconds, n=len(problems)):
-            continue
+    for asked in px.runs.each_model(run, load, work, None if config.tiny else seconds_of, len(problems)):
         setting = asked.reason()
-        scores = px.methods.block_scores(
-            setting.model,
-            setting.questions,
-            batch_size=config.batch_size,
-            results=setting.results,
-            progress=px.is_main_process(),
-        )
+        scores = setting.block_scores()
         found[setting.name] = scores
         first = px.reasoning.top_heads(scores.of("composite"), px.runs.HEADS)
         names = [f"{setting.name}, problem {index}" for index in setting.questions.index]
         views += px.runs.look(setting.model, setting.tokenizer, setting.questions.prompts.input_ids, first, names=names)
         facts[setting.name] = px.metadata(setting.model, **setting.facts)
+        del asked, setting  # two models need not fit in memory together
     if config.dry_run or not px.is_main_process():
         return
 
@@ -130,9 +122,14 @@ def cautions(scores: px.methods.BlockScores, facts: Row) -> list[str]:
     return lines
 
 
-def check(_: str, model: PreTrainedModel) -> None:
+def check(_: int, __: str, model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose heads cannot be scored."""
     px.methods.check_scores(model)
+
+
+def seconds_of(_: Config, asked: Asked, n: int) -> float:
+    """How long the texts take at most, and flow, which is one or two forward passes more."""
+    return asked.seconds(n) + 3 * n * asked.a_pass
 
 
 def rows_of(model: str, scores: px.methods.BlockScores) -> list[Row]:

@@ -52,18 +52,22 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from pyvene_ext.methods.reasoning.strata import ProblemEffects, Split
     from pyvene_ext.prompts.problems import Problem
-    from pyvene_ext.runs.reasoning import Asked
+    from pyvene_ext.runs.ablated import Loaded
+    from pyvene_ext.runs.reasoning import Asked, Setting
 
+N_PLAIN = 40  # problems, where no --limit is given
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations):
+    limit: px.flags.Limit = None
+    """only the first so many problems; by default 400 of the tiny models', 40 of one and two steps of plain, all of others"""
     max_new_tokens: Annotated[int, Ge(2)] | None = None  # the first new token follows from the question alone
     heads: px.flags.EachOnce[px.flags.Head] = ()
     """which heads to ablate, as layer.head; by default the first of a ranking"""
-    n_heads: px.flags.Count = 1
-    """how many heads of the ranking to ablate"""
+    n_heads: px.flags.Count | None = None
+    """how many heads of the ranking to ablate; by default 1 with tiny models, 4 with others"""
     kind: Literal["zero", "mean", "resample"] = "zero"
     """what replaces the heads' outputs"""
     scope: Literal["reasoning", "new", "both"] = "reasoning"
@@ -74,10 +78,30 @@ class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations):
     """with --hub: where the noise is put (resid: after the block in the middle)"""
     noise_seeds: px.flags.Count = 5
     """with --hub: draws of the noise"""
-    quantiles: Annotated[int, Ge(2)] = 4
-    """parts by confidence"""
-    min_problems: Annotated[int, Ge(2)] = 20
-    """a stratum with fewer problems has no verdict"""
+    quantiles: Annotated[int, Ge(2)] | None = None
+    """parts by confidence; by default 4 with tiny models, 2 with others"""
+    min_problems: Annotated[int, Ge(2)] | None = None
+    """a stratum with fewer problems has no verdict; by default 20 with tiny models, 10 with others"""
+
+    @property
+    def wanted(self) -> int:
+        """--n_heads or its default."""
+        return self.n_heads or (1 if self.tiny else 4)
+
+    @property
+    def n_runs(self) -> int:
+        """Runs with an intervention."""
+        return 1 + self.random_sets if self.hub is None else self.noise_seeds
+
+    @property
+    def n_parts(self) -> int:
+        """--quantiles or its default."""
+        return self.quantiles or (4 if self.tiny else 2)
+
+    @property
+    def least(self) -> int:
+        """--min_problems or its default."""
+        return self.min_problems or (20 if self.tiny else 10)
 
     def check_flags(self) -> None:
         super().check_flags()
@@ -88,34 +112,30 @@ class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations):
 
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/stratify_difficulty", config.source, *config.models)
-    problems = px.reasoning.find_problems(config)
-    if len(problems) < 2:
-        raise ValueError("there is one problem, and an interval needs two; give more.")
-
-    runs = config.noise_seeds if config.hub is not None else 1 + config.random_sets
-    what = f"{runs} runs with {'heads ablated' if config.hub is None else 'noise'} on {len(problems)} problems"
-    seconds = px.reasoning.estimate(config, problems, run.unfinished, partial(seconds_of, config, runs))
-    if not run.announce(what, seconds, n=len(problems)):
-        return
+    flags = px.reasoning.of_both_steps(config, N_PLAIN)
+    problems = px.reasoning.find_problems(flags)
+    px.reasoning.check_number(problems)
+    what = f"{px.io.counted(config.n_runs, 'run')} with {'heads ablated' if config.hub is None else 'noise'} on "
+    what += px.io.counted(len(problems), "problem")
+    loader = partial(load, flags, problems, run.unfinished)
+    shorter = {"random_sets": config.random_sets} if config.hub is None else {"noise_seeds": config.noise_seeds}
 
     # Each model solves the problems with and without the intervention; its drop in every stratum.
     rows: list[Row] = []
     tests: list[Row] = []
     tables: dict[str, list[Row]] = {}
     facts: Row = {}
-    for number, name in enumerate(config.models):
-        if config.hub is None:
-            found = with_heads_ablated(config, name, number, problems, run.unfinished)
-        else:
-            found = with_noise_at(config.hub, config, name, problems, run.unfinished)
-        strata, edges = px.methods.difficulty_strata(found.first, problems, config.quantiles)
+    for loaded in px.runs.each_model(run, loader, what, seconds_of, len(problems), shorter):
+        found = effects(config, loaded)
+        del loaded  # two models need not fit in memory together
+        strata, edges = px.methods.difficulty_strata(found.first, problems, config.n_parts)
         here = {split: [names[which] for which in found.which] for split, names in strata.items()}
         for split in px.methods.SPLITS:
-            some, test = px.methods.split_by(found, split, here[split], config.min_problems, config.seed)
+            some, test = px.methods.split_by(found, split, here[split], config.least, config.seed)
             rows, tests = rows + some, [*tests, test]
         tables[found.name] = each_problem(found, problems, here)
         facts[found.name] = {**found.facts, "intervention": found.what, "edges": edges}
-    if not px.is_main_process():
+    if config.dry_run or not px.is_main_process():
         return
 
     # Whether drops differ between strata, over the splits of all models.
@@ -141,23 +161,37 @@ def main(config: Config) -> None:
             run.figure(f"{model}_both", px.figures.crossed_strata(title, mine))
 
 
-def seconds_of(config: Config, runs: int, asked: Asked) -> float:
-    """How long a model's runs take at most; heads are ablated while all is written."""
-    return runs * (asked.seconds() if config.hub is None else asked.seconds_a_condition())
-
-
 # -- interventions -----------------------------------------------------------------------------------------------------
 
 
-def with_heads_ablated(
-    config: Config, name: str, number: int, problems: Sequence[Problem], unfinished: Path
-) -> ProblemEffects:
+def load(config: Config, problems: Sequence[Problem], unfinished: Path, number: int) -> Asked | Loaded:
+    """One model, with the heads that are named or ranked by a file."""
+    if config.hub is not None:
+        return px.reasoning.load(config, problems, unfinished, None, number)
+    heads: Row = {"wanted": config.wanted, "by": config.by, "named": config.heads, "rankings": config.rankings}
+    return px.runs.ablated.load(config, problems, unfinished, number, **heads)
+
+
+def seconds_of(config: Config, loaded: Asked | Loaded, n: int) -> float:
+    """How long a model's runs take at most: heads are ablated while all is written, noise is put before the rest of it."""
+    if isinstance(loaded, px.runs.ablated.Loaded):
+        return (config.n_runs + (1 if loaded.heads else 2)) * loaded.solver.seconds(n)
+    return loaded.seconds(n) + config.n_runs * loaded.seconds_a_condition(n)
+
+
+def effects(config: Config, loaded: Asked | Loaded) -> ProblemEffects:
+    """What the intervention does to each problem."""
+    if isinstance(loaded, px.runs.ablated.Loaded):
+        return with_heads_ablated(config, loaded)
+    assert config.hub is not None
+    return with_noise_at(config.hub, config, loaded.reason())
+
+
+def with_heads_ablated(config: Config, loaded: Loaded) -> ProblemEffects:
     """The model solves all problems without some heads."""
-    wanted, by, named, ranking = config.n_heads, config.by, config.heads, config.ranking_of(number)
-    loaded = px.runs.ablated.load(
-        config, name, problems, unfinished, wanted=wanted, by=by, named=named, ranking=ranking
+    solver, _, heads, controls = px.runs.ablated.choose(
+        loaded, wanted=config.wanted, by=config.by, random_sets=config.random_sets
     )
-    solver, _, heads, controls = px.runs.ablated.choose(loaded, wanted=wanted, by=by, random_sets=config.random_sets)
     sets = list({frozenset(some): some for some in controls}.values())
     reference = solver.transcripts(config.kind, [heads, *sets], config.donors)
     runs = [
@@ -169,18 +203,19 @@ def with_heads_ablated(
         name=solver.name,
         what=f"{config.kind} ablation of {words} at {px.runs.ablated.SCOPES[config.scope]}",
         first=solver.clean,
-        which=np.arange(len(problems)),
+        which=np.arange(len(solver.questions)),
         clean=solver.clean.correct,
         after=runs[0].correct.astype(np.float64),
         unparsed=(~runs[0].parsed).astype(np.float64),
         random=np.array([run.correct for run in runs[1:]]) if sets else None,
-        facts=px.metadata(solver.model, problems=len(problems), clean=solver.clean.summary(), random_sets=len(sets)),
+        facts=px.metadata(
+            solver.model, problems=len(solver.questions), clean=solver.clean.summary(), random_sets=len(sets)
+        ),
     )
 
 
-def with_noise_at(hub: int, config: Config, name: str, problems: Sequence[Problem], unfinished: Path) -> ProblemEffects:
+def with_noise_at(hub: int, config: Config, setting: Setting) -> ProblemEffects:
     """The model answers after the reasoning it wrote, with noise at one token of that."""
-    setting = px.reasoning.prepare(config, name, problems, unfinished)
     questions, which = setting.at(hub)
     if len(which) < 2:
         raise ValueError(f"--hub {hub}: {len(which)} problems of {setting.name} have a token there in their block.")

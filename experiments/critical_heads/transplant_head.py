@@ -35,28 +35,27 @@ the verdicts. A run that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 from annotated_types import Ge, Gt, Lt
-from tqdm import tqdm
 
 import pyvene_ext as px
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pyvene_ext.runs.reasoning import Setting
+    from pyvene_ext.prompts.problems import Problem
+    from pyvene_ext.runs.reasoning import Asked, Setting
     from pyvene_ext.runs.transplants import Host
 
 Row = dict[str, Any]
 Heads = tuple[tuple[int, int], ...]
+OF_A_LAYER = 0.5  # how much of a layer's time a donor's head takes, which is all of its attention
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ class Config(px.flags.Regeneration, px.flags.Ranking):
     donor_ranking: str | None = None
     """as --rankings, for the donor"""
     n_heads: Annotated[tuple[px.flags.Count, ...], px.io.Ascending()] = ()
-    """how many heads to replace, one number after the other; by default 1 2 4 6, or all that are named"""
+    """how many heads to replace, one number after the other; by default all that are named, else 1 2 4 6 with tiny models, 4 with
+    others"""
     method: Literal["ridge", "procrustes"] = "ridge"
     """how the maps are fitted"""
     alpha: Annotated[float, Gt(0)] | None = None
@@ -79,8 +79,8 @@ class Config(px.flags.Regeneration, px.flags.Ranking):
     """problems with reasoning that maps are fitted and tested on; the others are solved; by default half, at most 100"""
     test_share: Annotated[float, Gt(0), Lt(1)] = 0.25
     """how many of these are for the test"""
-    random_sets: Annotated[int, Ge(0)] = 20
-    """sets of random heads of the donor; 0 for none"""
+    random_sets: Annotated[int, Ge(0)] | None = None
+    """sets of random heads of the donor; 0 for none; by default 20 with tiny models, 10 with others"""
 
     def check_flags(self) -> None:
         super().check_flags()
@@ -101,12 +101,21 @@ class Config(px.flags.Regeneration, px.flags.Ranking):
     def levels(self) -> tuple[int, ...]:
         """How many heads are replaced, one number after the other."""
         chosen = self.heads or self.donor_heads
-        return self.n_heads or ((len(chosen),) if chosen else (1, 2, 4, 6))
+        return self.n_heads or ((len(chosen),) if chosen else (1, 2, 4, 6) if self.tiny else (4,))
 
     @property
-    def for_maps(self) -> int:
-        """How many problems the maps are fitted on, which `main` chooses where the flag is not given."""
-        return self.fit_problems or 0
+    def n_random(self) -> int:
+        """--random_sets or its default."""
+        return self.random_sets if self.random_sets is not None else 20 if self.tiny else 10
+
+    @property
+    def n_conditions(self) -> int:
+        """How many there are at most."""
+        return len(self.levels) * (4 + self.n_random)
+
+    def fitted(self, n: int) -> int:
+        """How many of n problems the maps are fitted on."""
+        return self.fit_problems or min(100, n // 2)
 
     def host_heads(self, number: int, model: PreTrainedModel) -> Heads:
         """As many heads of a host as are replaced at most; none where they are still to be ranked."""
@@ -123,39 +132,34 @@ def main(config: Config) -> None:
     study = f"critical_heads/transplant_head/{Path(config.donor).name}"
     run = px.RunFolder(config, study, config.source, *config.models)
     problems = px.reasoning.find_problems(config)
-    config = run.config = replace(config, fit_problems=config.fit_problems or min(100, len(problems) // 2))
-    px.runs.transplants.check_number(len(problems), config.for_maps)
+    px.runs.transplants.check_number(len(problems), config.fitted(len(problems)))
     donor, tokenizer = config.load(config.donor)
     if not config.given_donor_heads(donor):
         px.methods.check_scores(donor)
-    conditions = len(config.levels) * (4 + config.random_sets)
-    checks = [partial(check_host, config, number, donor) for number in range(len(config.models))]
-    seconds = px.reasoning.estimate(
-        config, problems, run.unfinished, lambda asked: conditions * asked.seconds_a_condition(), checks
-    )
-    what = f"heads of {Path(config.donor).name} in {conditions} conditions on {len(problems)} problems"
-    if not run.announce(what, seconds, n=len(problems)):
-        return
+    loader = partial(load, config, problems, run.unfinished, donor, tokenizer)
+    what = f"heads of {Path(config.donor).name} in {px.io.counted(config.n_conditions, 'condition')} on "
+    what += px.io.counted(len(problems), "problem")
 
     # Each host answers after the reasoning it wrote, with the donor's heads in the place of its own.
     rows: list[Row] = []
     randoms: list[Row] = []
     fits: list[Row] = []
     facts: Row = {}
-    for number, name in enumerate(config.models):
-        setting = px.reasoning.prepare(config, name, problems, run.unfinished, checks[number])
+    every = px.runs.each_model(run, loader, what, seconds_of, len(problems), shorter(config), least=4)
+    for number, asked in enumerate(every):
+        setting = asked.reason()
         host = prepare(config, number, setting, donor, tokenizer)
         found, of_random = transplant(config, host)
         rows, randoms, fits = rows + found, randoms + of_random, fits + host.fits
         facts[setting.name] = px.metadata(setting.model, **setting.facts, **host.facts)
-        del setting, host  # more than two models need not fit in memory together
-    if not px.is_main_process():
+        del asked, setting, host  # more than two models need not fit in memory together
+    if config.dry_run or not px.is_main_process():
         return
 
     # Whether the donor's heads do the work of those that they replace, and more of it than random heads.
     verdicts = verdicts_of(rows)
 
-    print(summary(config, facts, fits, rows, verdicts))
+    print(summary(facts, fits, rows, verdicts))
     shown = [evidence(rows, model) for model in facts]
     with run.writing({"models": facts, "verdicts": verdicts}, shown, replacing=("*.csv",)):
         run.figure("accuracy", px.figures.transplant_curves(rows))
@@ -170,31 +174,52 @@ def main(config: Config) -> None:
 # -- hosts, heads and maps ---------------------------------------------------------------------------------------------
 
 
-def check_host(config: Config, number: int, donor: PreTrainedModel, name: str, host: PreTrainedModel) -> None:
-    """Raise ValueError for heads that the host has not or that cannot be ranked, and for latent steps that the donor lacks."""
-    if not config.host_heads(number, host):
-        px.methods.check_scores(host)
-    px.runs.transplants.check_latents(name, host, config.donor, donor)
+def load(
+    config: Config,
+    problems: Sequence[Problem],
+    unfinished: Path,
+    donor: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+) -> Asked:
+    """A host; ValueError for heads that it has not or that cannot be ranked, and for a donor that is too different."""
+    asked = px.reasoning.load(config, problems, unfinished, None, number)
+    if not config.host_heads(number, asked.model):
+        px.methods.check_scores(asked.model)
+    heads_given = bool(config.given_donor_heads(donor))
+    px.runs.transplants.check_donor(asked, donor, config.donor, tokenizer, heads_given)
+    return asked
+
+
+def seconds_of(config: Config, asked: Asked, n: int) -> float:
+    """How long the texts and all conditions take at most."""
+    solved = n - config.fitted(n)
+    tokens = config.new_tokens if asked.anew else config.answer_tokens
+    # Under hooks, solved examples are not read once for all, and a donor's head reads all tokens again for each new one.
+    reading = (
+        solved * asked.a_pass * (1 + OF_A_LAYER * config.levels[-1] * tokens / px.models.n_layers(asked.model.config))
+    )
+    return asked.seconds(n) + config.n_conditions * (asked.writing.seconds(solved, tokens) + reading)
+
+
+def shorter(config: Config) -> Row:
+    """The flags that make a run shorter."""
+    return {"random_sets": config.n_random, "n_heads": config.levels}
 
 
 def prepare(
     config: Config, number: int, setting: Setting, donor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Host:
     """Which of the donor's heads come into which places, and the maps."""
+    how: Row = {name: getattr(config, name) for name in ("by", "method", "alpha", "test_share")}
+    how |= {
+        "random_sets": config.n_random,
+        "host_heads": config.host_heads(number, setting.model),
+        "donor_heads": config.given_donor_heads(donor),
+    }
+    fitted = config.fitted(len(setting.first))
     return px.runs.transplants.prepare(
-        setting,
-        donor,
-        config.donor,
-        tokenizer,
-        host_heads=config.host_heads(number, setting.model),
-        donor_heads=config.given_donor_heads(donor),
-        wanted=config.levels[-1],
-        by=config.by,
-        random_sets=config.random_sets,
-        fit_problems=config.for_maps,
-        method=config.method,
-        alpha=config.alpha,
-        test_share=config.test_share,
+        setting, donor, config.donor, tokenizer, wanted=config.levels[-1], fit_problems=fitted, **how
     )
 
 
@@ -203,88 +228,32 @@ def prepare(
 
 def transplant(config: Config, host: Host) -> tuple[list[Row], list[Row]]:
     """Every number of heads under every condition, and every random set."""
-    setting = host.setting
-    places, heads = zip(*host.pairs, strict=True)
-    sets, unmapped = host.random, host.same_sizes
     rows: list[Row] = []
     randoms: list[Row] = []
-    total = len(config.levels) * (3 + unmapped + len(sets))
-    with tqdm(total=total, desc=setting.name, unit="set", disable=not px.is_main_process()) as bar:
-
-        def run(*args: Any) -> px.methods.Evaluation:
-            bar.update()
-            return host.run(*args)
-
+    clean, name = host.setting.clean, host.setting.name
+    total = sum(host.n_answers(n) for n in config.levels)
+    with px.io.progress_bar(total, "set", name, shown=px.is_main_process()) as bar:
         for n in config.levels:
-            zero = run("zero", [], places[:n])
-            found = {"zero": zero, "self": run("self", host.own(n))}
-            if unmapped:
-                found["without_maps"] = run("without_maps", host.transplants(heads, n, mapped=False))
-            found["transplant"] = run("transplant", host.transplants(heads, n))
-            others = {some[:n]: run("transplant", host.transplants(some, n)) for some in sets}
+            found: dict[str, px.methods.Evaluation] = {}
+            others: list[px.methods.Evaluation] = []
+            for condition, heads, answers in host.answers(n):
+                bar.update()
+                if condition != "random":
+                    found[condition] = answers
+                    continue
+                others.append(answers)
+                about = {"model": name, "n_heads": n, "donor_heads": " ".join(map(px.stats.head_label, heads))}
+                drop = 100 * (clean.accuracy - answers.accuracy)
+                randoms.append({**about, "drop": drop, "unparsed": int((~answers.parsed).sum())})
+            about = {"model": name, "donor": Path(config.donor).name, "n_heads": n}
+            labels = [[px.stats.head_label(head) for head in pair] for pair in host.pairs[:n]]
+            which = dict(zip(("heads", "donor_heads"), map(" ".join, zip(*labels, strict=True)), strict=True))
             for condition, answers in found.items():
-                controls = list(others.values()) if condition == "transplant" else []
-                rows.append(row_of(config, host, n, condition, answers, zero, controls))
-            for some, answers in others.items():
-                drop = 100 * (setting.clean.accuracy - answers.accuracy)
-                names = " ".join(map(px.stats.head_label, some))
-                about = {"model": setting.name, "n_heads": n, "donor_heads": names, "drop": drop}
-                randoms.append({**about, "unparsed": int((~answers.parsed).sum())})
+                controls = others if condition == "transplant" else []
+                compared = clean, found["zero"], answers, controls
+                row = px.methods.transplant_row(*compared, config.seed, condition, n)
+                rows.append({**about, "condition": condition, **which, **row})
     return rows, randoms
-
-
-def row_of(
-    config: Config,
-    host: Host,
-    n: int,
-    condition: str,
-    answers: px.methods.Evaluation,
-    zero: px.methods.Evaluation,
-    others: Sequence[px.methods.Evaluation],
-) -> Row:
-    """One number of heads under one condition: accuracy in percent, its loss in points."""
-    seed, clean = config.seed, host.setting.clean
-    accuracy = px.stats.percent_correct(answers.correct)
-    drop = px.stats.accuracy_drop(clean.correct, answers.correct, seed, condition, n)
-    gain = px.stats.accuracy_drop(answers.correct, zero.correct, seed, condition, n, "gain")
-    row: Row = {
-        "model": host.setting.name,
-        "donor": Path(config.donor).name,
-        "n_heads": n,
-        "condition": condition,
-        "heads": " ".join(px.stats.head_label(place) for place, _ in host.pairs[:n]),
-        "donor_heads": " ".join(px.stats.head_label(head) for _, head in host.pairs[:n]),
-        "problems": len(answers),
-        "accuracy": accuracy.mean,
-        "low": accuracy.low,
-        "high": accuracy.high,
-        "unparsed": int((~answers.parsed).sum()),
-        "changed": sum(a != b for a, b in zip(answers.ids, clean.ids, strict=True)),
-        "clean_accuracy": 100 * clean.accuracy,
-        **px.stats.interval_columns("drop", drop),
-        "mcnemar_p": px.stats.mcnemar_p(clean.correct, answers.correct),
-        **px.stats.interval_columns("gain", gain),
-        "random_sets": len(others),
-    }
-    names = (
-        "random_accuracy",
-        "random_lowest",
-        "random_highest",
-        "excess",
-        "excess_low",
-        "excess_high",
-        "share_as_good",
-    )
-    row |= dict.fromkeys(names, math.nan)
-    if others:
-        of_random = np.array([100 * other.accuracy for other in others])
-        excess = px.stats.accuracy_drop(
-            answers.correct, np.mean([other.correct for other in others], 0), seed, n, "excess"
-        )
-        share = px.stats.share_as_large(accuracy.mean, of_random)
-        values = (of_random.mean(), of_random.min(), of_random.max(), *excess, share)
-        row |= {name: float(value) for name, value in zip(names, values, strict=True)}
-    return row
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -335,12 +304,13 @@ def evidence(rows: Sequence[Row], model: str) -> px.runs.Evidence:
     )
 
 
-def summary(config: Config, facts: Row, fits: Sequence[Row], rows: Sequence[Row], verdicts: Sequence[str]) -> str:
+def summary(facts: Row, fits: Sequence[Row], rows: Sequence[Row], verdicts: Sequence[str]) -> str:
     """What the terminal shows."""
     lines = []
     for model, found in facts.items():
         lines.append(px.reasoning.counts(model, found))
-        lines.append(f"maps fitted on {config.for_maps} of these; the {found['solved']} others are solved")
+        fitted = found["with_reasoning"] - found["solved"]
+        lines.append(f"maps fitted on {fitted} of these; the {found['solved']} others are solved")
         lines.append(f"heads: {', '.join(found['heads'])}")
         for fit in (fit for fit in fits if fit["model"] == model):
             held = "; fewer tokens than dimensions, so alpha determines it" if fit["short"] else ""

@@ -79,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checks, suite = checkout.try_out(files, [one.test for one in exported])
             text = card_text(checkout, exported, checks)
         else:
-            fixes, files = fixed(checkout, chosen(asked.fixes))
+            texts, files = fixed(checkout, chosen(asked.fixes))
             checkout.check_clean(files)
             _, suite = checkout.try_out(files, [path for path in files if path.startswith("tests/")])
-            text = "\n\n".join(f"{fix.title}\n\n{fix.text.strip()}" for fix in fixes)
+            text = "\n\n".join(f"{title}\n\n{body.strip()}" for title, body in texts)
         _say(checkout, files)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -150,8 +150,13 @@ def card_text(checkout: Checkout, exported: list[Exported], checks: list[list[An
 
 
 def _notes(one: Exported) -> list[str]:
-    """Say what a card lacks, and why."""
+    """Say what a card lacks, and why, and what it changes beside the mappings."""
     notes = []
+    if one.stale:
+        notes.append(
+            f"- {one.card.name}: `create_{one.card.name}` loads by default `{one.card.checkpoint}`, for which the card was made; "
+            f"`{one.stale}` looks stale."
+        )
     for why in dict.fromkeys(one.left_out.values()):
         components = [f"`{component}`" for component, reason in one.left_out.items() if reason == why]
         notes.append(f"- {one.card.name}: left out, as {why}: {', '.join(components)}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fnmatch
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from torch import nn
 from modelcards import Card
 from modelcards.export.behaviour import Behaviour, behaviour
 from modelcards.export.checkout import PACKAGE, REGISTRY, Checkout, Files
+from modelcards.export.source import WIDTHS, Source
 from modelcards.export.widths import Widths, chosen_widths, questions
 from modelcards.template import PREFIX, Mapping
 
-MODULES, WIDTHS = "type_to_module_mapping", "type_to_dimension_mapping"
+MODULES = "type_to_module_mapping"
 UTILITIES = "tests/modelcard_utils.py"
 
 # Classes that transformers 4.55, the oldest that pyvene supports, lacks; they are registered where they exist.
@@ -31,6 +31,9 @@ NEWER = frozenset(
         "Olmo2ForSequenceClassification",
     }
 )
+
+# Checkpoints that upstream loads by default and that look stale, as the families' publishers spell them otherwise.
+STALE = frozenset({"Qwen/Qwen2-7B-beta", "google/gemma2-2b"})
 
 _NAMES = {value: name for name, value in vars(constants).items() if name.startswith(("CONST_", "split_"))}
 
@@ -135,6 +138,7 @@ class Exported:
         left_out: components that pyvene cannot have, and why.
         kept: components that upstream has and plain pyvene cannot run: left as they were, and not tested.
         widths: of the components.
+        stale: the checkpoint that upstream loads by default, if it gives way to the card's.
     """
 
     card: Card
@@ -145,6 +149,7 @@ class Exported:
     left_out: dict[str, str]
     kept: list[str]
     widths: Widths
+    stale: str | None
 
 
 def export(checkout: Checkout, cards: list[Card]) -> tuple[list[Exported], Files]:
@@ -202,9 +207,7 @@ def _names(card: Card) -> dict[type[nn.Module], tuple[str, str]]:
 
 def _source(checkout: Checkout, card: Card) -> Source:
     """The family's file as it is committed, or as a new one begins."""
-    path = f"pyvene/models/{card.name}/modelings_intervenable_{card.name}.py"
-    spelled = fnmatch.filter(checkout.paths, path.replace("modelings", "model*ings"))  # Mistral's: modellings
-    path = spelled[0] if spelled else path
+    path = checkout.mapping_file(card.name)
     (modules, widths), *_ = _names(card).values()
     new = _NEW_FILE.format(
         covered=f"For models with {card.covered}.\n\n" if card.covered else "",
@@ -246,6 +249,7 @@ def _export(checkout: Checkout, card: Card, source: Source, found: Behaviour) ->
             source.insert(source.first_function, section)
         elif entry and entry not in source.lines:
             source.insert(source.last_line_of(own), entry)
+    stale = source.change_default(f"create_{card.name}", "name", STALE, card.checkpoint)
     why = dict.fromkeys(sorted(taps - set(kept)), "no module of transformers outputs them")
     if not found.edits_a_copy:
         why |= dict.fromkeys(
@@ -261,7 +265,7 @@ def _export(checkout: Checkout, card: Card, source: Source, found: Behaviour) ->
     if initial not in checkout.paths:
         files[initial] = ""
     module = path.removeprefix("pyvene/models/").removesuffix(".py").replace("/", ".")
-    return Exported(card, files, names, module, test, why, kept, widths)
+    return Exported(card, files, names, module, test, why, kept, widths, stale)
 
 
 def _register(registry: Source, one: Exported) -> None:
@@ -291,130 +295,6 @@ def _export_create(package: Source, one: Exported) -> None:
 def _reference(model_class: type[nn.Module]) -> str:
     """How the registry names a class of transformers."""
     return f"hf_models.{model_class.__module__.removeprefix('transformers.models.')}.{model_class.__name__}"
-
-
-# -- a file of the checkout, changed line by line ------------------------------------------------------------------------
-
-
-class Source:
-    """A Python file and the edits to be made in it, so that what they do not touch stays as it is, to the letter.
-
-    Args:
-        path: for messages.
-        text: the file's.
-
-    Raises:
-        ValueError: if it is no Python, here; if an edit finds another form than pyvene's, in the methods.
-    """
-
-    def __init__(self, path: str, text: str) -> None:
-        self.path, self.lines = path, text.splitlines(keepends=True)
-        try:
-            self.tree = ast.parse(text)
-        except SyntaxError as error:
-            raise self.unknown(f"line {error.lineno} is no Python") from None
-        self._edits: list[tuple[int, int, str]] = []  # lines [start, end) and what replaces them
-
-    def unknown(self, what: str) -> ValueError:
-        """The error for a file that cannot be edited."""
-        return ValueError(f"{self.path} of the checkout has another form than pyvene's: {what}.")
-
-    @property
-    def star_imports(self) -> dict[str, int]:
-        """Modules that the file imports everything of, relative to its package, and the lines that do."""
-        imports = (node for node in self.tree.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*")
-        return {node.module or "": node.lineno for node in imports}
-
-    @property
-    def assigned(self) -> dict[str, ast.expr]:
-        """Names bound at module level, and to what."""
-        return {
-            target.id: node.value
-            for node in self.tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-
-    @property
-    def first_function(self) -> int:
-        """The line before the first function, or the last."""
-        functions = (node.lineno - 1 for node in self.tree.body if isinstance(node, ast.FunctionDef))
-        return next(functions, len(self.lines))
-
-    def last_line_of(self, name: str) -> int:
-        """The last line of the last statement that uses a name."""
-        using = (
-            node for node in self.tree.body if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
-        )
-        return [node.end_lineno or 0 for node in using][-1]
-
-    def dictionary(self, name: str) -> ast.Dict | None:
-        """The dictionary literal that a name is bound to."""
-        value = self.assigned.get(name)
-        return value if isinstance(value, ast.Dict) else None
-
-    def entries(self, name: str) -> dict[str, tuple[int, int, str]]:
-        """Entries of a dictionary literal: key -> first line, line after the last, normalised value."""
-        found = self.dictionary(name)
-        if found is None:
-            raise self.unknown(f"{name} should be a dictionary")
-        entries, end = {}, found.lineno
-        for key, value in zip(found.keys, found.values, strict=True):
-            if key is None or key.lineno <= end:
-                raise self.unknown(f"line {value.lineno} should hold one entry")
-            end = value.end_lineno or 0
-            text = str(key.value) if isinstance(key, ast.Constant) else ast.unparse(key)
-            entries[text] = (key.lineno - 1, end, ast.unparse(value))
-        return entries
-
-    @property
-    def widths(self) -> Mapping:
-        """The family's dimension mapping, that of its bare class."""
-        name = next(name for name in self.assigned if name.endswith(WIDTHS))
-        return {key: ast.literal_eval(value) for key, (_, _, value) in self.entries(name).items()}
-
-    def fill(self, name: str, entries: dict[str, str], without: list[str] | None = None) -> None:
-        """Make a dictionary literal hold entries, beside its others; new ones go after the last of their kind.
-
-        Args:
-            name: of the dictionary.
-            entries: keys (strings, or dotted names of classes) and values, as text.
-            without: keys to be removed.
-        """
-        there = self.entries(name)
-        for key, (start, end, value) in there.items():
-            if key in (without or ()):
-                self._edits.append((start, end, ""))
-            elif key in entries and value != ast.unparse(ast.parse(entries[key], mode="eval")):
-                self._edits.append((start, end, _line(key, entries[key])))
-        opening = self.dictionary(name)
-        for key, text in entries.items():
-            if key in there:
-                continue
-            same = [end for other, (_, end, _) in there.items() if other.rpartition(".")[0] == key.rpartition(".")[0]]
-            last = (same or [end for _, end, _ in there.values()] or [opening.lineno if opening else 0])[-1]
-            if there and not self.lines[last - 1].split("#")[0].rstrip().endswith(","):
-                raise self.unknown(f"line {last} has no comma")
-            self.insert(last, _line(key, text))
-
-    def insert(self, line: int, text: str) -> None:
-        """Insert text after a line."""
-        if line == len(self.lines) and line and not self.lines[-1].endswith("\n"):
-            text = f"\n{text}"
-        self._edits.append((line, line, text))
-
-    def edited(self) -> str:
-        """The file with all edits."""
-        lines = list(self.lines)
-        # From the end, so that the lines before keep their numbers; at one line what is inserted last is put there first.
-        for start, end, text in sorted(reversed(self._edits), key=lambda edit: (-edit[0], edit[0] == edit[1])):
-            lines[start:end] = [text]
-        return "".join(lines)
-
-
-def _line(key: str, text: str) -> str:
-    return f"    {key}: {text},\n" if "." in key else f'    "{key}": {text},\n'
 
 
 # -- entries -------------------------------------------------------------------------------------------------------------

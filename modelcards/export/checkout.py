@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
 import os
@@ -20,9 +21,12 @@ TESTS = ("tests/unit_tests", "tests/integration_tests")
 
 Files = dict[str, str]  # paths in the checkout and the texts to be written there
 
-# Runs test modules by name; nothing of this project can be imported there.
+# Runs test modules by name; nothing of this project can be imported there. pyvene's tests refuse to run where `pip list` shows an
+# installed pyvene, as it does here; the one they run on is the copy's.
 _RUNNER = """
-import json, sys, unittest
+import json, subprocess, sys, unittest
+run = subprocess.run
+subprocess.run = lambda command, **how: run([sys.executable, "-c", ""] if command == ["pip", "list"] else command, **how)
 sys.modules.update(dict.fromkeys(("modelcards", "pyvene_ext")))
 suite = unittest.defaultTestLoader.loadTestsFromNames(sys.argv[1:])
 result = unittest.TextTestRunner(stream=sys.stderr, verbosity=0).run(suite)
@@ -71,6 +75,12 @@ class Checkout:
     def committed(self, path: str) -> str | None:
         """A file as it was committed; None if it was not."""
         return self._git("show", f"HEAD:{path}") if path in self.paths else None
+
+    def mapping_file(self, family: str) -> str:
+        """The path of a family's mapping file, there or not; `family` as pyvene names it."""
+        path = f"pyvene/models/{family}/modelings_intervenable_{family}.py"
+        spelled = fnmatch.filter(self.paths, path.replace("modelings", "model*ings"))  # Mistral's: modellings
+        return spelled[0] if spelled else path
 
     @property
     def environment(self) -> dict[str, str]:

@@ -1,21 +1,15 @@
-"""Checks of configs, subspaces and sources that pyvene would silently accept, or answer with an error from within torch."""
+"""Checks of places, subspaces and sources that pyvene would silently accept, or answer with an error from within torch."""
 
 from __future__ import annotations
 
-import itertools
-import warnings
 from collections.abc import Mapping, Sequence
-from types import FunctionType
 from typing import Any
 
-import numpy as np
 from pyvene import (
     AdditionIntervention,
     AutoencoderIntervention,
     BoundlessRotatedSpaceIntervention,
     CollectIntervention,
-    IntervenableConfig,
-    Intervention,
     LocalistRepresentationIntervention,
     LowRankRotatedSpaceIntervention,
     NoiseIntervention,
@@ -25,10 +19,9 @@ from pyvene import (
     TrainableIntervention,
     VanillaIntervention,
 )
-from pyvene.models.modeling_utils import getattr_for_torch_module
+from pyvene.models.modeling_utils import output_to_subcomponent
 from torch import Tensor
 
-from modelcards import Card, meant, n_layers
 from pyvene_ext.intervenable.locations import Locations, Representation, as_lists, is_flat
 from pyvene_ext.io.errors import counted
 
@@ -41,163 +34,8 @@ WITHOUT_SUBSPACES = (
 )
 # They take a source of the shape of what they edit, or one vector.
 SWAPS = (VanillaIntervention, AdditionIntervention, SubtractionIntervention)
-
-
-def as_config(config: Any) -> IntervenableConfig:
-    """Turn what a user gives as a config into one.
-
-    Args:
-        config: an `IntervenableConfig`; or a representation, or a list of them, each a `RepresentationConfig`, a dict or a list.
-
-    Returns:
-        The config; itself if it is one already.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if isinstance(config, IntervenableConfig):
-        return config
-    several = isinstance(config, list | tuple) and not isinstance(config, RepresentationConfig)
-    for item in config if several else [config]:
-        if not isinstance(item, RepresentationConfig | dict | list):
-            raise ValueError(
-                f"a config is an IntervenableConfig, a RepresentationConfig or a list of these, and {type(item).__name__} is "
-                "none; ablations, patches and other specs are run by pyvene_ext.run."
-            )
-    return IntervenableConfig(representations=list(config) if several else config)
-
-
-def check_config(config: IntervenableConfig, model: Any, card: Card) -> None:
-    """Refuse components, layers, units and groups that this model does not have or that pyvene would misread.
-
-    Args:
-        config: the interventions.
-        model: the model.
-        card: its family's card.
-
-    Raises:
-        ValueError: says which representation is wrong and what to use instead.
-    """
-    if not config.representations:
-        raise ValueError("the config names no representation: give at least one RepresentationConfig.")
-    if config.mode not in ("parallel", "serial"):
-        raise ValueError(f"mode must be 'parallel' or 'serial', not {config.mode!r}.")
-    layers, kinds = n_layers(model.config), config.intervention_types
-    if isinstance(kinds, list) and len(kinds) != len(config.representations):
-        raise ValueError(
-            f"the config names {counted(len(kinds), 'intervention type')} for "
-            f"{counted(len(config.representations), 'representation')}: give one each."
-        )
-    for number, representation in enumerate(config.representations):
-        kind = kinds[number] if isinstance(kinds, list) else kinds
-        if not isinstance(representation.component, str):
-            raise ValueError(f"a component is a name, not {representation.component!r}.")
-        if "." in representation.component:
-            if representation.component.rpartition(".")[2] not in ("input", "output"):
-                close = meant(representation.component, places=card.mapping(type(model)))
-                raise ValueError(
-                    f"the module path {representation.component!r} must end in .input or .output"
-                    + (f"; or did you mean the component {close!r}?" if close else ".")
-                )
-            _check_path(model, representation.component)
-            _check_intervention(representation, kind, None)
-            continue  # the rest of a raw path is up to the user
-        component = card.component(model, representation.component)
-        if type(representation.layer) is not int and not isinstance(representation.layer, np.integer):
-            raise ValueError(f"the layer of {component.name} must be a whole number, not {representation.layer!r}.")
-        if component.per_layer and not 0 <= representation.layer < layers:
-            raise ValueError(
-                f"layer {representation.layer} of {component.name} is out of range: "
-                f"{type(model).__name__} has layers 0 to {layers - 1}."
-            )
-        if representation.unit not in component.units:
-            raise ValueError(
-                f"unit {representation.unit!r} is wrong for {component.name} ({component.shape}); "
-                f"use {' or '.join(map(repr, component.units))}."
-            )
-        _check_intervention(representation, kind, card.width(model, component.name))
-    groups = [representation.group_key for representation in config.representations]
-    if any(group is not None for group in groups):
-        if None in groups or sorted(set(groups)) != list(range(len(set(groups)))):
-            raise ValueError(f"group keys must be 0 .. n-1 and given on every representation, not {groups}.")
-        if config.mode == "serial" and len(set(groups)) < len(groups):
-            raise ValueError("serial mode takes one representation per group; use mode='parallel' for several.")
-
-
-def _check_path(model: Any, path: str) -> None:
-    try:
-        getattr_for_torch_module(model, path.rpartition(".")[0])
-    except (AttributeError, LookupError, TypeError, ValueError):
-        raise ValueError(
-            f"{type(model).__name__} has no module {path.rpartition('.')[0]!r}; print(model) shows its modules, and a layer is "
-            "written as model.layers[3]."
-        ) from None
-
-
-def _check_intervention(item: RepresentationConfig, kind: Any, width: int | None) -> None:
-    """Raise ValueError for what pyvene cannot make an intervention of, in a component of this width (None: unknown)."""
-    units, rank = item.max_number_of_units, item.low_rank_dimension
-    if item.intervention is not None:
-        if not isinstance(item.intervention, Intervention | FunctionType):
-            raise ValueError(
-                f"the intervention on {item.component} is an instance of an intervention class or a function, not "
-                f"{item.intervention!r}; a class is given as intervention_type."
-            )
-        rotation = getattr(getattr(item.intervention, "rotate_layer", None), "weight", None)
-        if width is not None and rotation is not None and len(rotation) not in (width, width * int(units or 1)):
-            raise ValueError(
-                f"the {type(item.intervention).__name__} has width {len(rotation)}, and {item.component} of this model {width}; "
-                "use the model that it was made for."
-            )
-        return
-    if not isinstance(kind, type) or not issubclass(kind, Intervention):
-        raise ValueError(
-            f"the intervention_type on {item.component} is a class of interventions such as pyvene.VanillaIntervention, not "
-            f"{kind!r}."
-        )
-    if type(units) is not int or units < 1:
-        raise ValueError(f"max_number_of_units on {item.component} must be a whole number of 1 or more, not {units!r}.")
-    full = None if width is None else width * units
-    if issubclass(kind, LowRankRotatedSpaceIntervention) and (
-        type(rank) is not int or rank < 1 or (full is not None and rank > full)
-    ):
-        most = "1 or more" if full is None else f"1 to {full}"
-        raise ValueError(
-            f"{kind.__name__} on {item.component} needs low_rank_dimension, a whole number of {most}, not {rank!r}."
-        )
-    if item.subspace_partition is not None:
-        size = rank or full
-        written = as_lists(item.subspace_partition, "a dimension of subspace_partition")
-        parts = [range(*part) if len(part) == 2 else part for part in written] if all(map(is_flat, written)) else [[]]
-        if not all(len(part) and min(part) >= 0 and (size is None or max(part) < size) for part in parts):
-            raise ValueError(
-                f"the subspace_partition on {item.component} lists its parts, each as [first, one past the last] or as a list of "
-                f"dimensions{'' if size is None else f' from 0 to {size - 1}'}, unlike {item.subspace_partition!r}."
-            )
-        ranges = sorted((part.start, part.stop) for part in parts if isinstance(part, range))
-        if any(stop != start for (_, stop), (start, _) in itertools.pairwise(ranges)):
-            read = " and ".join(f"[{start}, {stop}] as {_dimensions(start, stop)}" for start, stop in ranges[:2])
-            warnings.warn(
-                f"the subspace_partition on {item.component} has parts of two numbers that do not adjoin, and pyvene reads two "
-                f"numbers as a range: {read}; a set of dimensions is several parts of one each, [3, 4] for dimension 3, that are "
-                "chosen together as subspaces.",
-                stacklevel=4,
-            )
-    source = item.source_representation
-    if source is not None and not isinstance(source, Tensor):
-        raise ValueError(
-            f"the source_representation on {item.component} must be a tensor, not {type(source).__name__}."
-        )
-
-
-def _dimensions(start: int, stop: int) -> str:
-    return f"dimension {start}" if stop == start + 1 else f"dimensions {start} to {stop - 1}"
-
-
-def is_collect(representation: RepresentationConfig, kind: Any) -> bool:
-    """Whether a representation only collects activations."""
-    kind = type(representation.intervention) if representation.intervention is not None else kind
-    return isinstance(kind, type) and issubclass(kind, CollectIntervention)
+# What an activation is like for each unit.
+SHAPES = {"pos": "batch pos d", "h": "batch head pos d", "h.pos": "batch head pos d", "t": "batch d"}
 
 
 def check_unit_counts(
@@ -213,7 +51,7 @@ def check_unit_counts(
             continue
         if isinstance(interventions[key], LocalistRepresentationIntervention) or interventions[key].keep_last_dim:
             continue
-        given = len((rows[0] if place.unit == "h.pos" else rows)[0])
+        given = 1 if place.unit == "t" else len((rows[0] if place.unit == "h.pos" else rows)[0])
         if given != (made_for := int(representations[key].max_number_of_units)):
             raise ValueError(
                 f"{place} has {counted(given, 'unit')} for an intervention made for {made_for}: set "
@@ -239,6 +77,25 @@ def check_places_once(
                     f"{'head' if level == 'h' else 'position'} {twice} of {place} is listed twice in example 0, and some "
                     "place in every other example, where the intervention would be applied once: list each place once."
                 )
+
+
+def check_steps(
+    keys: Sequence[str],
+    places: Sequence[Representation],
+    sides: Sequence[Locations | None],
+    interventions: Mapping[str, Any],
+) -> None:
+    """Raise ValueError if steps of a recurrent model are listed otherwise than they pass, in which order pyvene takes them."""
+    for side in sides:
+        for key, place, rows in zip(keys, places, side or [], strict=False):
+            if rows is None or place.unit != "t":
+                continue
+            if unordered := next((row for row in rows if row != sorted(set(row))), None):
+                raise ValueError(
+                    f"the steps {unordered} of {place} must ascend: step by step they are read and edited."
+                )
+            if isinstance(interventions[key], CollectIntervention) and any(row != rows[0] for row in rows):
+                raise ValueError(f"{place} is collected at other steps in other examples: give all of them the same.")
 
 
 def check_subspaces(
@@ -367,3 +224,45 @@ def check_source_shapes(
                 f"source_representations[{key!r}] has shape {shape}, but {representations[key].component} needs {(width,)}"
                 f"{or_each}."
             )
+
+
+def check_activation(
+    activation: Tensor, locations: Any, item: RepresentationConfig, model: Any, width: int | None
+) -> None:
+    """Refuse to read or edit an activation for which the locations, the unit or the width do not fit.
+
+    Args:
+        activation: what the module takes or gives.
+        locations: lists by example of places in it; for the unit h.pos, of heads and of positions; None for all of it.
+        item: what is read or edited.
+        model: a model without a card.
+        width: of the component, as pyvene's mapping has it; None if it has none.
+
+    Raises:
+        ValueError: says what the activation is like.
+    """
+    name = f"{item.component} of {type(model).__name__}"
+    part = output_to_subcomponent(activation, item.component, type(model), model.config)
+    if width is not None and part.shape[-1] != width:
+        raise ValueError(
+            f"{name} has width {part.shape[-1]}, and pyvene's type_to_dimension_mapping says {width}: correct that entry."
+        )
+    if locations is None:
+        if part.shape != activation.shape:
+            raise ValueError(f"{name} is a part of what its module gives: list its places in unit_locations.")
+        return
+    shape = SHAPES[item.unit]
+    if part.ndim != len(shape.split()):
+        raise ValueError(
+            f"unit {item.unit!r} needs an activation [{shape}], and {name} has shape {list(part.shape)}: use another unit, or "
+            "leave unit_locations out to take it whole."
+        )
+    levels = {"t": {}, "h.pos": dict(zip(("h", "pos"), locations, strict=False))}.get(item.unit, {item.unit: locations})
+    for axis, (level, rows) in enumerate(levels.items(), start=1):
+        there = part.shape[axis]
+        wrong = next((number for row in rows for number in row if not 0 <= number < there), None)
+        if wrong is not None or len(rows) != len(part):
+            what = (
+                f"{'head' if level == 'h' else 'position'} {wrong}" if wrong is not None else f"example {len(rows) - 1}"
+            )
+            raise ValueError(f"{what} of {name} is out of range: what is there has shape {list(part.shape)} [{shape}].")

@@ -35,7 +35,7 @@ class Generation:
         """
         self.prompt, self.batch = prompt, batch
         self.on_prompt, self.on_new_tokens, self.rows = on_prompt, on_new_tokens, rows
-        self.total = prompt
+        self.columns = self.total = prompt
         self._prompt_locations: dict[str, Any] = {}
 
     def count(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -43,7 +43,16 @@ class Generation:
         cache = kwargs.get("past_key_values")
         ids = kwargs.get("input_ids")
         ids = kwargs["inputs_embeds"] if ids is None else ids
-        self.total = ids.shape[1] + (int(cache.get_seq_length()) if cache is not None else 0)
+        self.columns = ids.shape[1]
+        self.total = self.columns + (int(cache.get_seq_length()) if cache is not None else 0)
+
+    def check_columns(self, tensor: Tensor, key: str) -> None:
+        """Refuse an activation that does not have a row for each column of this forward pass."""
+        if tensor.ndim != 3 or tensor.shape[1] != self.columns:
+            raise ValueError(
+                f"{key} has shape {list(tensor.shape)} in a pass over {self.columns} tokens, so that generate cannot tell its "
+                "tokens apart: intervene in forward passes."
+            )
 
     def apply(
         self,

@@ -12,8 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from modelcards import COMPONENTS, Card, dimensions, n_positions
+from modelcards import COMPONENTS, Card, Component, dimensions, n_positions
 from pyvene_ext.io.errors import counted
+
+
+class MissingLocations(ValueError, IndexError):
+    """Locations for fewer representations than there are; an IndexError too, which pyvene raises there."""
+
 
 Locations = list[Any]  # per key: [batch n] for one-level units, [[batch n_head], [batch n_pos]] for h.pos
 
@@ -37,12 +42,13 @@ class Inputs:
     mask: list[list[int]] | None
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any], name: str) -> Inputs:
+    def of(cls, inputs: Mapping[str, Any], name: str, card: Card | None) -> Inputs:
         """Read the shape and padding of a batch.
 
         Args:
             inputs: keyword arguments of the model's forward.
             name: what messages call the batch.
+            card: the model's card; without one the batch may be any tensors, of which only the sizes are read.
 
         Returns:
             Its shape and padding.
@@ -50,6 +56,8 @@ class Inputs:
         Raises:
             ValueError: not a tokenised batch, a mask of another shape, or a cache that is not a transformers Cache.
         """
+        if card is None:
+            return cls._of_any(inputs, name)
         tensors: list[Any] = (
             [inputs.get(field) for field in ("input_ids", "inputs_embeds")] if isinstance(inputs, Mapping) else []
         )
@@ -89,18 +97,33 @@ class Inputs:
             rows = mask[:, mask.shape[1] - length :].bool().int().tolist()
         return cls(name, batch, length, past, rows)
 
+    @classmethod
+    def _of_any(cls, inputs: Mapping[str, Any], name: str) -> Inputs:
+        """The sizes of a batch of a model without a card: those of its tokens if it has any, else of its first tensor."""
+        fields = ["input_ids", "inputs_embeds", *inputs] if isinstance(inputs, Mapping) else []
+        tensors = (inputs.get(field) for field in fields)
+        first = next((value for value in tensors if isinstance(value, Tensor) and value.ndim and value.numel()), None)
+        if first is None:
+            raise ValueError(f"{name} must be a dict of the tensors that the model's forward takes, not {inputs!r}.")
+        return cls(name, first.shape[0], first.shape[1] if first.ndim > 1 else 1, 0, None)
 
-def with_position_ids(inputs: Any, card: Card) -> Any:
+
+def with_position_ids(inputs: Any, card: Card | None) -> Any:
     """Add position ids to a batch whose padding the model would count, as transformers' `generate` does.
 
     Args:
         inputs: keyword arguments of the model's forward.
-        card: the card of its family.
+        card: the card of its family; None if there is none.
 
     Returns:
         The inputs, with positions counted from each example's first real token if the family needs them and they are not given.
     """
-    if not card.counts_padding or not isinstance(inputs, Mapping) or inputs.get("position_ids") is not None:
+    if (
+        card is None
+        or not card.counts_padding
+        or not isinstance(inputs, Mapping)
+        or inputs.get("position_ids") is not None
+    ):
         return inputs
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask[:, 0].all():
@@ -145,15 +168,22 @@ class Representation:
 
     Attributes:
         component: pyvene's name of the component, or a raw module path.
-        unit: "pos", "h" or "h.pos".
+        unit: "pos", "h" or "h.pos"; "t", a step in time, for pyvene's recurrent models.
         layer: the layer, or None for a component without layers.
         takes_source: whether the intervention needs a source.
+        has_card: whether the model has a card, so that its components are known and positions are those of tokens.
     """
 
     component: str
     unit: str
     layer: int | None
     takes_source: bool
+    has_card: bool
+
+    @property
+    def entry(self) -> Component | None:
+        """The component in the vocabulary; None for a raw module path, and for a model without a card."""
+        return COMPONENTS.get(self.component) if self.has_card else None
 
     def __str__(self) -> str:
         return self.component if self.layer is None else f"{self.component} at layer {self.layer}"
@@ -161,11 +191,11 @@ class Representation:
 
 def everywhere(place: Representation, config: Any, inputs: Inputs) -> Any:
     """The locations of every position, and of every head if the component has heads; None for a raw module path."""
-    component = COMPONENTS.get(place.component)
-    if component is None:
+    component = place.entry
+    if component is None and place.unit != "t":
         return None
     columns = [list(range(inputs.length + (inputs.past if _over_keys(place) else 0)))] * inputs.batch
-    if component.heads is None:
+    if component is None or component.heads is None:
         return columns
     heads = [list(range(dimensions(config)[component.heads]))] * inputs.batch
     return heads if place.unit == "h" else [heads, columns]
@@ -179,7 +209,12 @@ def edited_shape(place: Representation, locations: Any, inputs: Inputs) -> tuple
 
 
 def resolve_locations(
-    value: Any, key: str, places: Sequence[Representation], config: Any, base: Inputs, sources: Sequence[Inputs | None]
+    value: Any,
+    key: str,
+    places: Sequence[Representation],
+    config: Any,
+    base: Sequence[Inputs | None],
+    sources: Sequence[Inputs | None],
 ) -> tuple[Locations | None, Locations | None]:
     """Convert one entry of pyvene's `unit_locations` into nested lists of absolute columns.
 
@@ -188,7 +223,7 @@ def resolve_locations(
         key: the entry's name: `base`, `sources->base`, or serial mode's `source_0->source_1` and so on.
         places: the representations that the entry is about.
         config: the model's config, for head counts.
-        base: the base batch.
+        base: for each representation the base batch, or None if it is left out.
         sources: for each representation its source batch, or None.
 
     Returns:
@@ -209,14 +244,14 @@ def resolve_locations(
             f"place write {{'sources->base': ({value[0]}, {value[1]})}} with a tuple."
         )
     if key == "base":
-        return None, _side(value, places, config, [base] * len(places), key)
+        return None, _side(value, places, config, base, key)
     if isinstance(value, (tuple, list)) and len(value) == 2 and not (isinstance(value, list) and is_flat(value)):
         source_value, base_value = value
     else:
         source_value = base_value = value
     if base_value is None:
         raise ValueError(f"the base half of {key!r} is None: list the places to intervene on.")
-    base_side = _side(base_value, places, config, [base] * len(places), key)
+    base_side = _side(base_value, places, config, base, key)
     if source_value is None or all(source is None for source in sources):
         return None, base_side
     return _side(source_value, places, config, sources, key), base_side
@@ -238,7 +273,7 @@ def _side(
     else:
         per_place = list(value)
         if len(per_place) != len(places):
-            raise ValueError(
+            raise MissingLocations(
                 f"{key!r} lists locations for {counted(len(per_place), 'representation')}, but there are {len(places)}: give one "
                 "list for each, [representation][example][place]."
             )
@@ -289,7 +324,7 @@ def _one_place(place: Representation, locations: Any, config: Any, inputs: Input
 
 
 def _head(head: int, place: Representation, config: Any) -> int:
-    component = COMPONENTS.get(place.component)
+    component = place.entry
     if component is None or component.heads is None:
         return head
     sizes = dimensions(config)
@@ -308,6 +343,13 @@ def _head(head: int, place: Representation, config: Any) -> int:
 
 def _columns(row: list[int], example: int, place: Representation, inputs: Inputs) -> list[int]:
     """Absolute columns of one example; negative positions count back from its last real token."""
+    if not place.has_card and place.unit != "t":
+        if min(row) < 0:
+            raise ValueError(
+                f"position {min(row)} of {place}: only in a model with a card do negative positions count from the end, as "
+                "others may have rows for more than the tokens; count from 0."
+            )
+        return row  # `check_activation` checks them
     over_keys = _over_keys(place)
     length = inputs.length + (inputs.past if over_keys else 0)
     mask = inputs.mask[example] if inputs.mask is not None and not (over_keys and inputs.past) else None
@@ -330,7 +372,7 @@ def _columns(row: list[int], example: int, place: Representation, inputs: Inputs
 
 def _over_keys(place: Representation) -> bool:
     """Whether this component's positions are those of keys, cached ones included."""
-    return place.component in ("key_rotated", "head_key_rotated")
+    return place.has_card and place.component in ("key_rotated", "head_key_rotated")
 
 
 def as_lists(value: Any, what: str = "a unit location") -> Any:

@@ -11,15 +11,17 @@ Differences from `pyvene.IntervenableModel`:
   would count padding (GPT-2's learned positions), position ids that are not given follow from the mask, as in `generate`.
 * `generate` intervenes on the prompt, on new tokens or on both, by position, the same with and without a cache.
 * Trainable interventions get the component's exact width, whatever the head size.
+
+A model without a card runs as pyvene's mappings describe it (`config`): locations and sources are checked and hooks removed in
+the same way, but nobody has verified what the mappings name.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import copy
-from functools import cached_property, partial, reduce
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +30,16 @@ import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HFValidationError
 from pyvene import CollectIntervention, IntervenableConfig, RepresentationConfig, TrainableIntervention
-from pyvene.models.modeling_utils import HandlerList, LambdaIntervention
+from pyvene.models.modeling_utils import HandlerList
 from torch import Tensor, nn
 
-from modelcards import COMPONENTS, FIELD_NAMES, Card, Taps, card_of, register
-from pyvene_ext.intervenable.checks import (
-    as_config,
-    check_config,
-    check_places_once,
-    check_source_counts,
-    check_source_shapes,
-    check_subspaces,
-    check_unit_counts,
-    is_collect,
-)
+from modelcards import Card, Taps, find_card, register
+from pyvene_ext.intervenable.calls import Calls, by_key
+from pyvene_ext.intervenable.checks import check_activation
+from pyvene_ext.intervenable.config import as_config, check_config, in_pyvenes_names, with_exact_widths
 from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
-from pyvene_ext.intervenable.locations import (
-    Inputs,
-    Representation,
-    check_tokens,
-    edited_shape,
-    everywhere,
-    resolve_locations,
-    with_position_ids,
-)
+from pyvene_ext.intervenable.locations import Inputs, with_position_ids
 from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
-from pyvene_ext.io.errors import counted
 from pyvene_ext.models.hooks import refuse_compiled
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
@@ -64,7 +50,7 @@ EDITED_IN_PLACE = frozenset({"resid_mid"})
 
 
 class IntervenableModel(pyvene.IntervenableModel):
-    """pyvene's IntervenableModel for models with a card, checked and exact."""
+    """pyvene's IntervenableModel, checked, and exact for models with a card."""
 
     intervention_hooks: dict[str, Callable[..., Any]]
 
@@ -74,23 +60,37 @@ class IntervenableModel(pyvene.IntervenableModel):
         Args:
             config: an `IntervenableConfig`, or a representation or list of them as pyvene takes it; components may be called by
                 the names of their sites ("z", "resid_post").
-            model: a transformers model of a class that `modelcards` covers, or a subclass of one.
+            model: a transformers model of a class that `modelcards` covers, or a subclass of one; any other model as far as
+                pyvene's own mappings, or paths of modules, describe it.
             **kwargs: pyvene's. `use_fast` is accepted and has no effect: the general path is as fast and never wrong.
 
         Raises:
             ValueError: `config` has something that this model does not have or that pyvene would misread.
         """
-        card = card_of(model)
-        register(type(model))
-        config = _in_pyvenes_names(as_config(config))
+        card = find_card(model)
+        config = as_config(config)
+        if card is not None:
+            register(type(model))
+            config = in_pyvenes_names(config)
         check_config(config, model, card)
-        taps = Taps(model, card, [(item.component, item.layer) for item in config.representations])
+        places = [(item.component, item.layer) for item in config.representations]
+        taps = nullcontext() if card is None else Taps(model, card, places)
         kwargs.pop("use_fast", None)
         with taps, restoring_flags(model):
-            super().__init__(_with_exact_widths(config, model, card), model, **kwargs)
+            super().__init__(with_exact_widths(config, model, card), model, **kwargs)
         self.config = config
         self.config.model_type = str(type(model))
-        self._card, self._taps = card, taps
+        self._card: Card | None = card
+        self._taps: AbstractContextManager[Any] = taps
+        self._calls = Calls(
+            model,
+            card,
+            self.mode,
+            self.sorted_keys,
+            self._intervention_group,
+            self.representations,
+            self.interventions,
+        )
         self._handles: list[Any] = []
         self._attached: set[tuple[str, str]] = set()
         self._fired: set[tuple[str, str]] = set()
@@ -123,7 +123,8 @@ class IntervenableModel(pyvene.IntervenableModel):
             base: a tokenised batch, the keyword arguments of the model's forward.
             sources: a source batch, or a list with one per group of interventions (None for a group without).
             unit_locations: where to intervene, as pyvene takes it (`locations.resolve_locations`); None: every position and head.
-                An example with fewer places than another lists one of its places again, which is edited once.
+                An example with fewer places than another lists one of its places again, which is edited once. None for an
+                intervention whose source is None leaves it out.
             source_representations: source activations instead of source batches, by key or in the order of the keys.
             subspaces: the subspaces of each intervention, as pyvene takes them: as many dimensions for every example.
             labels: for the model's loss.
@@ -138,20 +139,23 @@ class IntervenableModel(pyvene.IntervenableModel):
         Raises:
             ValueError: a location that does not exist or is ambiguous, a missing source, or an intervention that never fired.
         """
-        inputs = Inputs.of(base, "base")
-        sources = self._checked_sources(sources, source_representations)
-        locations = self._resolved(inputs, sources, unit_locations)
-        self._check_inputs(base, sources, output_original_output, labels)
-        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch, self._widths)
-        self._check_source_representations(source_representations, locations, inputs)
+        call = self._calls.checked(
+            base,
+            sources,
+            source_representations,
+            unit_locations,
+            subspaces,
+            labels=labels,
+            twice=output_original_output,
+        )
         base = with_position_ids(base, self._card)
         # Run here and not by pyvene, so that the original is the user's own model, without taps.
         original = self.model(**base) if output_original_output else None
         with self._running():
             outcome = super().forward(
                 base,
-                sources,
-                locations,
+                call.sources,
+                call.locations,
                 source_representations,
                 subspaces,
                 labels,
@@ -222,24 +226,33 @@ class IntervenableModel(pyvene.IntervenableModel):
             raise ValueError("generate with interventions cannot split the prompt: leave out prefill_chunk_size.")
         if self.as_adaptor or self._intervention_pointers:
             raise ValueError("generate takes no as_adaptor and no intervention_link_key: intervene in forward passes.")
-        if not self.model.can_generate():
+        if not getattr(self.model, "can_generate", bool)():
             raise ValueError(f"{type(self.model).__name__} cannot generate; load the model as a causal language model.")
-        inputs = Inputs.of(base, "base")
+        if self._card is None and (getattr(self.model_config, "is_encoder_decoder", False) or "input_ids" not in base):
+            raise ValueError(
+                f"generate of {type(self.model).__name__} needs a card, which says where its tokens are: intervene in forward "
+                "passes."
+            )
+        inputs = Inputs.of(base, "base", self._card)
         if inputs.mask is not None and not all(row[-1] for row in inputs.mask):
             raise ValueError("base is padded on the right, and new tokens would follow the padding: pad on the left.")
-        sources = self._checked_sources(sources, source_representations)
-        locations = self._resolved(inputs, sources, unit_locations)
-        self._check_inputs(base, sources, output_original_output, None)
-        check_subspaces(subspaces, self.interventions, self.representations, inputs.batch, self._widths)
-        self._check_source_representations(source_representations)
+        call = self._calls.checked(
+            base,
+            sources,
+            source_representations,
+            unit_locations,
+            subspaces,
+            twice=output_original_output,
+            generating=True,
+        )
         self._cleanup_states()
         self.full_intervention_outputs.clear()
         original = self.model.generate(**base, **kwargs) if output_original_output else None
         try:
             with self._running():
                 self._wait_for_forward_with_parallel_intervention(
-                    sources,
-                    self._broadcast_unit_locations(inputs.batch, locations),
+                    call.sources,
+                    self._broadcast_unit_locations(inputs.batch, call.locations),
                     self._broadcast_source_representations(source_representations),
                     self._broadcast_subspaces(inputs.batch, subspaces),
                     intervention_additional_kwargs,
@@ -247,7 +260,7 @@ class IntervenableModel(pyvene.IntervenableModel):
                 self._generation = Generation(
                     inputs.length, inputs.batch, intervene_on_prompt, intervene_on_new_tokens, new_token_rows
                 )
-                self._check_new_token_sources(locations["sources->base"][1])
+                self._check_new_token_sources(call.locations["sources->base"][1])
                 self._handles.append(self.model.register_forward_pre_hook(self._generation.count, with_kwargs=True))
                 intervened = (decode or self.model.generate)(**base, **kwargs)
                 if (
@@ -291,187 +304,6 @@ class IntervenableModel(pyvene.IntervenableModel):
             self._active = False
             self._remove_forward_hooks()
 
-    # -- before a run -----------------------------------------------------------------------------------------------------
-
-    def _needs_source(self, key: str) -> bool:
-        intervention = self.interventions[key]
-        if isinstance(intervention, LambdaIntervention | CollectIntervention):
-            return False
-        return not intervention.is_source_constant
-
-    def _checked_sources(self, sources: Any, representations: Any) -> list[Any]:
-        """One source per group, in a list of our own; every intervention that needs a source has one."""
-        groups = self._intervention_group
-        sources = list(sources) if isinstance(sources, list | tuple) else [sources]
-        if len(sources) == 1:
-            sources = sources * len(groups)
-        if len(sources) != len(groups):
-            raise ValueError(
-                f"{counted(len(sources), 'source')} were given for {counted(len(groups), 'group')} of interventions: give one "
-                "each."
-            )
-        if not isinstance(representations, dict | list | Tensor | None):
-            raise ValueError(
-                f"source_representations are a dict of tensors by key, a list of tensors or one tensor, not "
-                f"{type(representations).__name__}."
-            )
-        if isinstance(representations, list) and len(representations) != len(self.sorted_keys):
-            raise ValueError(
-                f"source_representations lists {counted(len(representations), 'tensor')} for "
-                f"{counted(len(self.sorted_keys), 'intervention')}; "
-                "give one each (None for one that needs none), or a dict."
-            )
-        given = set(self._broadcast_source_representations(representations) or {})
-        if unknown := given - set(self.sorted_keys):
-            raise ValueError(
-                f"source_representations names {', '.join(sorted(unknown))}; the keys are {', '.join(self.sorted_keys)}."
-            )
-        for source, keys in zip(sources, groups.values(), strict=True):
-            for key in keys:
-                if self._needs_source(key) and source is None and key not in given:
-                    raise ValueError(
-                        f"{key} ({self.interventions[key]}) needs a source and has none: give sources, or "
-                        "source_representations for this key."
-                    )
-                if source is not None and isinstance(self.interventions[key], CollectIntervention):
-                    raise ValueError(
-                        f"{key} collects in a group that has a source: give it a group of its own (group_key on every "
-                        "representation) and None as that group's source, as in sources=[source, None]."
-                    )
-                constant = getattr(self.interventions[key], "is_source_constant", False)
-                if constant and key in given and not isinstance(representations, Tensor):
-                    raise ValueError(
-                        f"{key} ({self.interventions[key]}) takes no source, but source_representations has one for it."
-                    )
-                if source is None and self.mode == "serial":
-                    raise ValueError(
-                        f"{key} has no source, and serial mode skips such a group: use mode='parallel', or give it a source."
-                    )
-        if given and any(source is not None for source in sources):
-            raise ValueError("give sources or source_representations, not both: pyvene would ignore the sources.")
-        return [with_position_ids(source, self._card) for source in sources]
-
-    def _check_source_representations(
-        self, representations: Any, locations: Mapping[str, Any] | None = None, inputs: Inputs | None = None
-    ) -> None:
-        """Check the shapes of source representations: in full in a forward pass, only their widths in generation."""
-        given = self._broadcast_source_representations(representations) or {}
-        edited = [] if locations is None else [row for _, base in locations.values() for row in base]
-        shapes = {
-            key: edited_shape(self._place(key), rows, inputs)
-            for key, rows in zip(self.sorted_keys, edited, strict=False)
-            if rows is not None and inputs is not None
-        }
-        check_source_shapes(given, self.representations, self.interventions, shapes)
-
-    def _check_inputs(self, base: Any, sources: list[Any], twice: bool | None, labels: Tensor | None) -> None:
-        """Refuse inputs that would run but give something other than asked for."""
-        caches = [inputs["past_key_values"] for inputs in (base, *sources) if inputs and "past_key_values" in inputs]
-        caches = [id(cache) for cache in caches if cache is not None]
-        if twice and base.get("past_key_values") is not None:
-            raise ValueError(
-                "output_original_output runs base twice, and past_key_values would grow twice: run the original separately, with "
-                "its own copy of the cache."
-            )
-        for name, inputs in (("base", base), *((f"source {number}", inputs) for number, inputs in enumerate(sources))):
-            if inputs is not None:
-                check_tokens(inputs, name, self.model)
-        if len(set(caches)) < len(caches):
-            raise ValueError(
-                "two of the runs (base, sources) share one past_key_values, which each appends to: give each its own copy."
-            )
-        if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
-            raise ValueError(
-                "gradient checkpointing recomputes blocks without the interventions, so the gradients would be wrong: call "
-                "model.activation_checkpointing_disable() or model.eval()."
-            )
-        if any(item.component == "logits" for item in self.representations.values()):
-            if base.get("logits_to_keep"):
-                raise ValueError(
-                    "logits_to_keep drops positions that an intervention on the logits counts: leave it out."
-                )
-            # A tap if the model's own forward soft-caps or scales them.
-            rescaled = card_of(self.model).is_tap(self.model, "logits")
-            if rescaled and (labels is not None or base.get("labels") is not None):
-                raise ValueError(
-                    "the loss of this model is computed before its soft-capped or scaled logits can be edited: leave labels "
-                    "out."
-                )
-
-    @cached_property
-    def _widths(self) -> dict[str, int | None]:
-        """The last axis of what each key edits, where it is known."""
-        components = {key: item.component for key, item in self.representations.items()}
-        return {
-            key: None if "." in component else self._card.width(self.model, component)
-            for key, component in components.items()
-        }
-
-    def _resolved(self, inputs: Inputs, sources: list[Any], unit_locations: Mapping[str, Any] | None) -> dict[str, Any]:
-        groups = list(self._intervention_group.values())
-        source_of_key: dict[str, Inputs | None] = {}
-        for number, (source, keys) in enumerate(zip(sources, groups, strict=True)):
-            known = None if source is None else Inputs.of(source, f"source {number}")
-            if known is not None and known.batch != inputs.batch:
-                raise ValueError(
-                    f"{known.name} has {known.batch} examples and base {inputs.batch}: give as many of each."
-                )
-            source_of_key.update(dict.fromkeys(keys, known))
-        if unit_locations is None:
-            if self.mode == "serial":
-                raise ValueError("serial mode needs unit_locations for every step, such as 'source_0->base'.")
-            if any(known is not None and known.length != inputs.length for known in source_of_key.values()):
-                raise ValueError("without unit_locations everything is swapped, which needs sources as long as base.")
-            # Spelled out, because without locations pyvene would not split the activations by heads.
-            places = [self._place(key) for key in self.sorted_keys]
-            locations = [everywhere(place, self.model_config, inputs) for place in places]
-            has_source = any(known is not None for known in source_of_key.values())
-            return {"sources->base": (locations if has_source else None, locations)}
-        if not isinstance(unit_locations, Mapping) or len(unit_locations) != (
-            1 if self.mode == "parallel" else len(groups)
-        ):
-            raise ValueError(
-                "unit_locations must be a dict with one entry, 'base' or 'sources->base' (in serial mode one entry per step)."
-            )
-        resolved: dict[str, Any] = {}
-        for entry, value in unit_locations.items():
-            keys, after = self.sorted_keys, inputs
-            if self.mode == "serial":
-                number, keys, after = self._serial_step(entry, sources, inputs)
-            elif entry not in ("base", "sources->base"):
-                raise ValueError(f"unit_locations has an entry {entry!r}; use 'base' or 'sources->base'.")
-            places = [self._place(key) for key in keys]
-            own_sources = [source_of_key[key] for key in keys]
-            source_side, base_side = resolve_locations(value, entry, places, self.model_config, after, own_sources)
-            for key, source in zip(keys, own_sources, strict=True):
-                if source is not None and source_side is None:
-                    raise ValueError(
-                        f"{key} has a source run, but only base locations are given: write "
-                        "{'sources->base': (source locations, base locations)}."
-                    )
-            check_source_counts(keys, source_side, base_side, self.interventions)
-            check_unit_counts(keys, places, base_side, self.interventions, self.representations)
-            check_places_once(keys, places, base_side, self.interventions)
-            resolved["sources->base" if entry == "base" else entry] = (source_side, base_side)
-        return resolved
-
-    def _serial_step(self, entry: str, sources: list[Any], base: Inputs) -> tuple[int, list[str], Inputs]:
-        """The group number and keys of a serial entry `source_0->source_1`, and the batch that its right side indexes."""
-        groups = list(self._intervention_group.values())
-        last = len(groups) - 1
-        names = [f"source_{i}->{'base' if i == last else f'source_{i + 1}'}" for i in range(last + 1)]
-        if entry not in names:
-            raise ValueError(f"serial mode needs unit_locations {', '.join(names)}, not {entry!r}.")
-        number = names.index(entry)
-        after = base if number == last else Inputs.of(sources[number + 1], f"source {number + 1}")
-        return number, groups[number], after
-
-    def _place(self, key: str) -> Representation:
-        representation = self.representations[key]
-        component = COMPONENTS.get(representation.component)
-        layer = representation.layer if component is None or component.per_layer else None
-        return Representation(representation.component, representation.unit, layer, self._needs_source(key))
-
     def _check_new_token_sources(self, locations: list[Any]) -> None:
         assert self._generation is not None
         if not self._generation.on_new_tokens:
@@ -496,13 +328,22 @@ class IntervenableModel(pyvene.IntervenableModel):
 
     def _broadcast_source_representations(self, source_representations: Any) -> Any:
         """Return a dict of our own: pyvene empties the caller's after the call."""
-        given = super()._broadcast_source_representations(source_representations)
-        return {key: value for key, value in given.items() if value is not None} if given is not None else None
+        return None if source_representations is None else by_key(source_representations, self.sorted_keys)
 
     def _reconcile_stateful_cached_activations(self, key: str, base: Tensor, locations: Any) -> Any:
         """Return the source in the precision in which the base is edited, if that is wider."""
-        source = super()._reconcile_stateful_cached_activations(key, base, locations)
+        given = self.activations.get(key)
+        one_vector = (
+            isinstance(given, Tensor) and given.ndim == 1
+        )  # pyvene would look for steps of a recurrent model in it
+        source = given if one_vector else super()._reconcile_stateful_cached_activations(key, base, locations)
         return source.to(_widest(source, base)) if isinstance(source, Tensor) else source
+
+    def _scatter_intervention_output(self, output: Any, intervened: Tensor, key: str, unit_locations: Any) -> Tensor:
+        """Write a step of a recurrent model, of which pyvene can do so for one example only, as for several."""
+        if self.representations[key].unit == "t" and unit_locations is not None:
+            intervened = intervened.unsqueeze(1)
+        return super()._scatter_intervention_output(output, intervened, key, unit_locations)
 
     def _remove_forward_hooks(self) -> None:
         """Remove our own hooks only; pyvene's version removes all hooks of the model."""
@@ -511,9 +352,9 @@ class IntervenableModel(pyvene.IntervenableModel):
         self._handles.clear()
 
     def _intervention_getter(self, keys: list[str], unit_locations: Any) -> HandlerList:
-        self._reading = True
+        self._reading, self._live = True, copy_nested(unit_locations[0])
         try:
-            return super()._intervention_getter(keys, [copy_nested(item) for item in unit_locations])
+            return super()._intervention_getter(keys, [self._live])
         finally:
             self._reading = False
 
@@ -535,13 +376,15 @@ class IntervenableModel(pyvene.IntervenableModel):
         def attach(callback: Callable[..., Any], with_kwargs: bool = True) -> Any:
             reads = self._reading or isinstance(intervention, CollectIntervention)
             use = ("get" if self._reading else "set", key)
-            live = None if self._reading else self._live
+            live = self._live
             self._attached.add(use)
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
                 if reads and is_unrolling(self.model):
                     return None
                 tensor, put_back = _first_tensor((args, kwargs) if before_module else output, before_module)
+                if self._card is None and self._generation is not None:
+                    self._generation.check_columns(tensor, key)
                 self._hook_device = tensor.device
                 if reads and self._generation is None:
                     edited = tensor.contiguous()
@@ -555,13 +398,25 @@ class IntervenableModel(pyvene.IntervenableModel):
                 inputs = args or tuple(kwargs.values())[:1]
 
                 def apply(part: Tensor) -> None:
-                    edits = self._intervention_state[key].setter_version()
+                    if self._card is None:
+                        check_activation(part, live, self.representations[key], self.model, self._calls.widths.get(key))
+                    state = self._intervention_state[key]
+                    edits = state.setter_version()
                     callback(module, inputs, kwargs, part)
                     # If the intervention returns None, pyvene's callback makes no edit.
-                    if reads or self._intervention_state[key].setter_version() > edits:
+                    if reads or state.setter_version() > edits:
                         self._fired.add(use)
-                    self._intervention_state[key].reset()
+                    if self.is_model_stateless:
+                        state.reset()
+                    elif use[0] == "set" and state.setter_version() == edits:
+                        state.inc_setter_version()  # which counts steps
 
+                # Of a recurrent model pyvene reads and edits every step.
+                step = self._intervention_state[key].setter_version()
+                passed = [] if self.is_model_stateless or live is None else [step not in row for row in live]
+                if reads and use[0] == "set" and passed and all(passed):
+                    self._intervention_state[key].inc_setter_version()
+                    return None
                 try:
                     if self._generation is None or use[0] == "get":
                         apply(edited)
@@ -573,6 +428,8 @@ class IntervenableModel(pyvene.IntervenableModel):
                     self._hook_device = None
                 if reads:
                     return None
+                if any(passed):
+                    edited[passed] = tensor[passed]
                 if in_place:
                     tensor.copy_(edited)
                     return None
@@ -746,36 +603,3 @@ def _first_tensor(value: Any, before_module: bool) -> tuple[Tensor, Callable[[Te
 def _with_entry(output: dict, name: str, new: Tensor) -> dict:
     output[name] = new  # a model output of this very call, which nothing else refers to yet
     return output
-
-
-def _in_pyvenes_names(config: IntervenableConfig) -> IntervenableConfig:
-    """A config whose representations name components where the user's names sites."""
-    named = copy(config)
-    named.representations = [
-        item._replace(component=FIELD_NAMES.get(str(item.component), item.component)) for item in config.representations
-    ]
-    return config if named.representations == config.representations else named
-
-
-def _with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card) -> IntervenableConfig:
-    """Build the interventions with exact widths, because pyvene can only pass widths that its dimension mapping can express.
-
-    Collecting ones get none: pyvene would truncate what they collect to one unit's width.
-    """
-    types = config.intervention_types
-    representations = []
-    for index, item in enumerate(config.representations):
-        kind = types[index] if isinstance(types, list) else types
-        if item.intervention is None and isinstance(kind, type):
-            width = None if "." in item.component or is_collect(item, kind) else card.width(model, item.component)
-            settings = {**item._asdict(), "embed_dim": width * int(item.max_number_of_units) if width else None}
-            if width is None and issubclass(kind, TrainableIntervention):
-                raise ValueError(
-                    f"{kind.__name__} needs a component of fixed width, which {item.component} is not: use a component of the "
-                    "card other than scores and pattern."
-                )
-            item = item._replace(intervention=kind(**settings), intervention_type=None)
-        elif item.intervention is not None:
-            item = item._replace(intervention_type=None)
-        representations.append(RepresentationConfig(*item))
-    return IntervenableConfig(representations=representations, mode=config.mode, sorted_keys=config.sorted_keys)

@@ -1,7 +1,7 @@
 """Interventions as files: what `save` writes comes back the same, and what could not is refused before anything is written.
 
-The folder is pyvene's: `config.json`, and weights in `intkey_<key>.bin`. pyvene's config does not say what an intervention was
-built with (a rank, a width that was set later, a vector), so it has one more field here, with all of that.
+The folder is pyvene's: `config.json`, and in `intkey_<key>.bin` the weights of what has some. pyvene's config does not say what
+an intervention was built with (a rank, a width that was set later, a vector), so it has one more field here, with all of that.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ class Parts:
         kind: its class, as pyvene writes it.
         arguments: of its constructor.
         attributes: those that are no parameters or buffers.
+        has_weights: whether it has tensors that its constructor does not make of the arguments.
     """
 
     kind: str
     arguments: dict[str, int]
     attributes: dict[str, Any]
+    has_weights: bool = True
 
 
 def save_interventions(
@@ -69,9 +71,10 @@ def save_interventions(
         for (key, intervention), one in zip(interventions.items(), parts, strict=True)
     ]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for key, intervention in interventions.items():
-        with atomic_path(Path(folder) / f"intkey_{key}.bin") as temporary:
-            torch.save(intervention.state_dict(), temporary)
+    for (key, intervention), one in zip(interventions.items(), parts, strict=True):
+        if one.has_weights:
+            with atomic_path(Path(folder) / f"intkey_{key}.bin") as temporary:
+                torch.save(intervention.state_dict(), temporary)
     IntervenableConfig(
         representations=plain,
         intervention_types=[one.kind for one in parts],
@@ -101,9 +104,10 @@ def load_interventions(folder: str | Path) -> IntervenableConfig | None:
         return None
     representations = []
     for item, key, fields in zip(saved.representations, saved.sorted_keys, getattr(saved, FIELD), strict=True):
-        tensors = torch.load(Path(folder) / f"intkey_{key}.bin", map_location="cpu", weights_only=True)
+        parts, weights = Parts(**fields), Path(folder) / f"intkey_{key}.bin"
+        tensors = torch.load(weights, map_location="cpu", weights_only=True) if parts.has_weights else {}
         item = RepresentationConfig(*item)._replace(hidden_source_representation=None)
-        representations.append(item._replace(intervention=_built(Parts(**fields), tensors)))
+        representations.append(item._replace(intervention=_built(parts, tensors)))
     return IntervenableConfig(representations=representations, mode=saved.mode)
 
 
@@ -154,13 +158,13 @@ def _parts(key: str, intervention: nn.Module) -> Parts:
     parts = Parts(str(kind), _arguments(intervention), attributes)
     try:
         with torch.random.fork_rng(devices=[]):  # constructors draw weights
-            again = _built(parts, intervention.state_dict())
+            again, bare = _built(parts, intervention.state_dict()), _built(parts, {})
     except Exception as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{refusal}{kind.__name__}(...) fails with the values it has ({why}){advice}") from error
     if _facts(again) != _facts(intervention):
         raise ValueError(f"{refusal}built again with the values it has it would differ{advice}")
-    return parts
+    return replace(parts, has_weights=_facts(bare) != _facts(intervention))
 
 
 def _arguments(intervention: Any) -> dict[str, int]:
@@ -185,7 +189,8 @@ def _built(parts: Parts, tensors: Mapping[str, Tensor]) -> Any:
         if "." not in name and name not in parameters:  # buffers that came later, or have another shape by now
             vars(intervention).pop(name, None)
             intervention.register_buffer(name, tensor)
-    intervention.load_state_dict(tensors, assign=True)
+    if tensors:
+        intervention.load_state_dict(tensors, assign=True)
     for name, value in parts.attributes.items():
         if name == "interchange_dim" and value is not None:
             intervention.set_interchange_dim(value)

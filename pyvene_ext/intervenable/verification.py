@@ -37,7 +37,7 @@ from pyvene import (
 )
 from torch import Tensor
 
-from modelcards import COMPONENTS, card_of, dimensions, n_layers
+from modelcards import COMPONENTS, dimensions, find_card, n_layers
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.truth import Change, Truth, first_tensor
 from pyvene_ext.io.bars import progress_bar
@@ -149,9 +149,14 @@ def verify_card(
         A `Report`; `.failures` is 0 for a correct card. An error raised by a check counts as a failure.
 
     Raises:
-        ValueError: there is no such layer or site.
+        ValueError: the model has no card, or no such layer or site.
     """
-    card = card_of(model)
+    card = find_card(model)
+    if card is None:
+        raise ValueError(
+            f"{type(model).__name__} has no model card, so that there is nothing to verify: IntervenableModel runs it as "
+            "pyvene's own mappings describe it."
+        )
     report = Report(type(model).__name__, card.family)
     rows: dict[tuple[str, str], Row] = {}
     count = n_layers(model.config)

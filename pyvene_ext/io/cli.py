@@ -74,8 +74,10 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
         return 2
     except KeyboardInterrupt:
         kept = next((folder for folder in UNFINISHED if folder.exists()), None)
-        resumes = "" if kept is None else f"; what is finished is in {kept}, and the same command goes on from there"
-        print(f"interrupted{resumes}", file=sys.stderr)
+        resumes = "nothing was finished that could be kept, and the same command starts from the beginning"
+        if kept is not None:
+            resumes = f"what is finished is in {kept}, and the same command goes on from there"
+        print(f"interrupted; {resumes}", file=sys.stderr)
         return 130
     return outcome if isinstance(outcome, int) else 0
 

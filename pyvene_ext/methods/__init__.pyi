@@ -14,6 +14,9 @@ from .attribution.inputs import InputAttribution as InputAttribution
 from .attribution.inputs import Target as Target
 from .attribution.inputs import check_attributable as check_attributable
 from .attribution.inputs import integrated_gradients as integrated_gradients
+from .attribution.readings import Reading as Reading
+from .attribution.readings import attribute_head as attribute_head
+from .attribution.readings import read_at as read_at
 from .attribution.screen import Screen as Screen
 from .attribution.screen import screened as screened
 from .heads.copying import INPUTS as INPUTS
@@ -106,17 +109,14 @@ from .reasoning.evaluate import condition_of as condition_of
 from .reasoning.evaluate import evaluate as evaluate
 from .reasoning.evaluate import facts_of as facts_of
 from .reasoning.noise import noise_at as noise_at
+from .reasoning.probe_tables import probe_rows as probe_rows
 from .reasoning.probe_targets import ProbeTarget as ProbeTarget
 from .reasoning.probe_targets import find_target as find_target
 from .reasoning.probe_targets import problem_group as problem_group
 from .reasoning.probe_targets import solution_number as solution_number
-from .reasoning.probes import Fit as Fit
-from .reasoning.probes import cross_validated as cross_validated
-from .reasoning.probes import deal_folds as deal_folds
 from .reasoning.probes import places_of as places_of
 from .reasoning.probes import read_residuals as read_residuals
 from .reasoning.probes import seconds_to_fit as seconds_to_fit
-from .reasoning.probes import shuffled as shuffled
 from .reasoning.strata import SPLITS as SPLITS
 from .reasoning.strata import ProblemEffects as ProblemEffects
 from .reasoning.strata import difficulty_strata as difficulty_strata
@@ -129,4 +129,5 @@ from .reasoning.transplant import Transplant as Transplant
 from .reasoning.transplant import fit_maps as fit_maps
 from .reasoning.transplant import pair_texts as pair_texts
 from .reasoning.transplant import transplanted as transplanted
+from .reasoning.transplant_tables import transplant_row as transplant_row
 from .steering import steering_vector as steering_vector

@@ -190,7 +190,8 @@ def _problem(row: Any, where: str) -> Problem:
     fields = [row.get(name) if isinstance(row, dict) else None for name in ("question", "answer")]
     question, solution = (field if isinstance(field, str) else "" for field in fields)
     if not question.strip() or not solution.strip():
-        raise ValueError(f"{where}: a problem needs the texts 'question' and 'answer'.")
+        found = f", and this one has {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else ""
+        raise ValueError(f"{where}: a problem needs the texts 'question' and 'answer'{found}.")
     if MARK not in solution:
         raise ValueError(f"{where}: the answer has no {MARK}; its number must follow one.")
     gold = next(numbers_in(solution.rpartition(MARK)[2]), None)
@@ -463,7 +464,8 @@ def solved_before(questions: Questions, tokenizer: PreTrainedTokenizerBase) -> l
     counts = []
     for problem, ids in zip(questions.problems, questions.prompts.input_ids, strict=True):
         start = as_text(ids, tokenizer).rfind(problem.question)
-        counts.append(tokens_until(start, ids, tokenizer) or 0 if start > 0 else 0)
+        # A token that begins with the space before the problem is the problem's.
+        counts.append((tokens_until(start + 1, ids, tokenizer) or 1) - 1 if start > 0 else 0)
     return counts
 
 

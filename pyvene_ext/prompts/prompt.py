@@ -136,7 +136,8 @@ class Prompt(Record):
             if name not in cls.model_fields and close and close[0] not in data:
                 raise ValueError(f"unknown field {name!r}; did you mean {close[0]!r}?")
         if "text" not in data:
-            raise ValueError("there is no field 'text'; give the text of the prompt.")
+            found = f" among {', '.join(map(str, data))}" if data else ""
+            raise ValueError(f"there is no field 'text'{found}; give the text of the prompt.")
         if isinstance(data.get("positions"), dict):
             data["positions"] = {name: at for name, at in data["positions"].items() if at is not None}
         return data

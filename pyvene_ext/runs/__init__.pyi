@@ -10,9 +10,10 @@ from .attention import look as look
 from .facts import Evidence as Evidence
 from .facts import metadata as metadata
 from .folder import RunFolder as RunFolder
+from .folder import each_model as each_model
 from .plans import seconds_a_pass as seconds_a_pass
 from .plans import seconds_of_logits as seconds_of_logits
-from .plans import seconds_to_write as seconds_to_write
+from .plans import time_writing as time_writing
 from .plotting import plot as plot
 from .sweeps import discard as discard
 from .sweeps import unfinished_in as unfinished_in

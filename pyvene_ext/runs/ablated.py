@@ -35,7 +35,7 @@ from pyvene_ext.models.sizes import n_heads, n_layers
 from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.problems import Problem, Questions, with_reasoning
 from pyvene_ext.runs.flags import Problems
-from pyvene_ext.runs.plans import seconds_to_write
+from pyvene_ext.runs.plans import Writing, time_writing
 from pyvene_ext.runs.reasoning import ask, given_heads, warn
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
@@ -122,10 +122,14 @@ class Solver:
             ),
         )
 
-    def seconds(self) -> float:
-        """How long the model takes at most to solve all problems once."""
-        flags = self.flags
-        return seconds_to_write(self.model, self.questions.prompts, flags.new_tokens, flags.batch_size)
+    @cached_property
+    def writing(self) -> Writing:
+        """How fast the model writes, measured."""
+        return time_writing(self.model, self.questions.prompts, self.flags.batch_size)
+
+    def seconds(self, n: int) -> float:
+        """How long the model takes at most to solve n problems once."""
+        return self.writing.seconds(n, self.flags.new_tokens)
 
     def transcripts(self, kind: Kind, rankings: Iterable[Sequence[Head]], donors: int) -> Transcripts | None:
         """Collect the activations that replace these heads' outputs, from the clean model on the first problems.
@@ -190,26 +194,26 @@ class Prepared(NamedTuple):
 
 def load(
     flags: Problems,
-    name: str,
     problems: Sequence[Problem],
     unfinished: Path,
+    number: int,
     *,
     wanted: int,
     by: Score,
     named: Sequence[str] = (),
-    ranking: str | None = None,
+    rankings: Sequence[str] = (),
 ) -> Loaded:
-    """Load one model, tokenise its problems, and read which heads are named or ranked by a file.
+    """Load one model, tokenise its problems, and read which heads are named or ranked by a file; for `runs.each_model`.
 
     Args:
         flags: flags of the study.
-        name: name of the model.
         problems: problems to solve.
         unfinished: folder of finished work.
+        number: which of the models.
         wanted: number of heads to take from a ranking.
         by: score that will rank the heads, if no ranking is given.
         named: heads as layer.head.
-        ranking: a CSV scores,layer,head.
+        rankings: a CSV scores,layer,head for each model; none if there are none.
 
     Returns:
         The model, and what is known of its heads.
@@ -217,6 +221,7 @@ def load(
     Raises:
         ValueError: a problem does not fit the model, or a head does not exist.
     """
+    name, ranking = flags.models[number], rankings[number] if rankings else None
     model, tokenizer = flags.load(name)
     heads = given_heads(model, name, len(named) or wanted, named, ranking)
     scores: list[tuple[float, int, int]] = []

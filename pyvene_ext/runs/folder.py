@@ -19,10 +19,11 @@ processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +38,7 @@ from pyvene_ext.runs.sweeps import discard
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 DATA = (".json", ".jsonl", ".tsv", ".csv")
 
 
@@ -89,7 +91,14 @@ class RunFolder:
         self._kinds: set[str] = set()
 
     def announce(
-        self, work: str, seconds: float | None = None, *, n: int = 0, limit: str = "limit", fixed: float = 0.0
+        self,
+        work: str,
+        seconds: float | None = None,
+        *,
+        n: int = 0,
+        limit: str = "limit",
+        fixed: float = 0.0,
+        shorter: Sequence[str] | None = None,
     ) -> bool:
         """Say what the study will do and how long it takes, before it starts.
 
@@ -100,6 +109,8 @@ class RunFolder:
             n: the prompts, or whatever `limit` counts.
             limit: the flag that sets how much is done.
             fixed: how many of the seconds do not depend on it.
+            shorter: flags of which each takes no more than ten minutes, such as "--random_sets 5"; by default `limit` with the
+                number that follows from `seconds`, `n` and `fixed`.
 
         Returns:
             Whether the study goes on: False with --dry_run.
@@ -110,10 +121,12 @@ class RunFolder:
         if is_main_process():
             print(work if seconds is None else f"{work}: {duration(seconds)}", flush=True)
         if seconds is not None and seconds > LONGEST and getattr(self.config, limit) is None:
-            fits = int(n * (LONGEST - fixed) / max(seconds - fixed, 1))
-            shorter = f"--{limit} {fits} takes {duration(LONGEST)}, and " if fits > 1 else ""
+            if shorter is None:
+                fits = int(n * (LONGEST - fixed) / max(seconds - fixed, 1))
+                shorter = [f"--{limit} {fits}"] * (fits > 1)
+            less = f"{' or '.join(shorter)} takes {duration(LONGEST)}, and " if shorter else ""
             advice = (
-                f"all {n} take {duration(seconds)} here and nothing has been run: {shorter}--{limit} {n} runs them all."
+                f"all {n} take {duration(seconds)} here and nothing has been run: {less}--{limit} {n} runs them all."
             )
             if not self.config.dry_run:
                 raise ValueError(advice)
@@ -204,3 +217,78 @@ def _short(subject: str) -> str:
     path = Path(subject)
     name = path.name or path.resolve().name
     return name.removesuffix(path.suffix) if path.suffix in DATA else name
+
+
+# -- several models ----------------------------------------------------------------------------------------------------
+
+
+def each_model(
+    run: RunFolder,
+    load: Callable[[int], T],
+    work: str,
+    seconds: Callable[[Any, T, int], float] | None,
+    n: int,
+    shorter: Mapping[str, Any] = {},
+    *,
+    limit: str = "limit",
+    least: int = 2,
+) -> Iterator[T]:
+    """Load and check every model of a study, announce the study (`RunFolder.announce`), and give it one model after the other.
+
+    The first model is loaded last and stays; the others are loaded again when it is their turn, so that two need not fit in
+    memory together, if the study lets go of one before it asks for the next.
+
+    Args:
+        run: the run, with the flags of the study; `models` are its models.
+        load: loads the model at this index of `models`, and raises ValueError if the study cannot be done with it.
+        work: what the study does, for the announcement.
+        seconds: how long a model takes, from flags, the model, and the number of problems; None for models that are quick.
+        n: the number of problems.
+        shorter: flags with their values that make the study shorter if they are smaller (a number) or name less (a tuple). If it
+            is too long, the largest value of each that is short enough is named.
+        limit: the flag that sets the number of problems.
+        least: fewest problems that the study takes.
+
+    Yields:
+        T: each model; none with --dry_run.
+
+    Raises:
+        ValueError: what `load` raises; or the study is too long, as `RunFolder.announce` has it.
+    """
+    flags = run.config
+    first: T | None = None
+    total, of_less = 0.0, dict.fromkeys(_less(shorter, limit, least, n), 0.0)
+    for number in reversed(range(len(flags.models))):
+        first = None
+        first = load(number)
+        if seconds is None:
+            continue
+        total += seconds(flags, first, n)
+        for flag, value in of_less:
+            few, n_few = (flags, value) if flag == limit else (replace(flags, **{flag: value}), n)
+            of_less[flag, value] += seconds(few, first, n_few)
+    fits: dict[str, Any] = {}
+    for (flag, value), taken in of_less.items():
+        if taken <= LONGEST:
+            fits.setdefault(flag, value)
+    words = [
+        f"--{flag} {' '.join(map(str, value if isinstance(value, tuple) else (value,)))}"
+        for flag, value in fits.items()
+    ]
+    if not run.announce(work, None if seconds is None else total, n=n, limit=limit, shorter=words):
+        return
+    for number in range(len(flags.models)):
+        model = load(number) if first is None else first
+        first = None
+        yield model
+        del model
+
+
+def _less(shorter: Mapping[str, Any], limit: str, least: int, n: int) -> list[tuple[str, Any]]:
+    """Flags with smaller values than they have, the largest first."""
+    found = [
+        (flag, value[:end] if isinstance(value, tuple) else end)
+        for flag, value in shorter.items()
+        for end in reversed(range(1, len(value) if isinstance(value, tuple) else value))
+    ]
+    return [*found, *((limit, few) for few in reversed(range(least, n)))]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -39,49 +41,88 @@ def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
     return broadcast_from_main(measured) * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
 
 
-def seconds_to_write(
-    model: PreTrainedModel, prompts: TokenizedPrompts, new_tokens: int, batch_size: int = MEASURED
-) -> float:
-    """Time greedy decoding, token by token, of texts that are as long as they may be.
+@dataclass(frozen=True)
+class Writing:
+    """The measured times of greedy decoding.
+
+    Attributes:
+        reading: seconds for each prompt; what all prompts begin with is read once and takes none.
+        a_step: seconds for a new token in all rows of a batch, however few they are.
+        a_row: seconds more for each row.
+        batch_size: most rows of a batch.
+    """
+
+    reading: float
+    a_step: float
+    a_row: float
+    batch_size: int
+
+    def seconds(self, n: int, new_tokens: int) -> float:
+        """How long it takes to write texts that are as long as they may be.
+
+        Args:
+            n: how many texts.
+            new_tokens: most tokens of each.
+
+        Returns:
+            Seconds; texts that end earlier take less.
+        """
+        steps = (new_tokens - 1) * (math.ceil(n / self.batch_size) * self.a_step + n * self.a_row)
+        return n * self.reading + steps
+
+
+def time_writing(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int = MEASURED) -> Writing:
+    """Time greedy decoding, token by token, on the first few prompts.
 
     Args:
         model: the model of the study.
         prompts: its prompts.
-        new_tokens: most tokens of each text.
         batch_size: prompts a forward pass.
 
     Returns:
-        Seconds, measured on the first few prompts, and on the first tokens of a batch of them; what all prompts begin with counts
-        once, as `evaluate` reads it. Texts that end earlier take less.
+        The times, of new tokens measured with as many rows as a batch has, and with one.
     """
     beginning = common_beginning(prompts.input_ids)
     few = prompts.take(range(min(MEASURED, len(prompts))))
     (batch,) = few.batches(len(few))
-    copies = math.ceil(min(batch_size, len(prompts)) / len(few))
+    rows = min(batch_size, len(prompts))
 
-    def measured() -> float:
+    def measured() -> Writing:
         here = batch.to(input_device(model))
-        inputs, mask, cache = here.inputs(), here.attention_mask, None
-        seconds = []
-        with evaluating(model), torch.no_grad():
-            for _ in range(4):  # the prompts, then new tokens
+        inputs, mask = here.inputs(), here.attention_mask
+        cache: Any = None
+
+        def quickest(passes: int) -> float:
+            nonlocal inputs, mask, cache
+            seconds = []
+            for _ in range(passes):
                 start = time.perf_counter()
-                out = model(
-                    **{**inputs, "attention_mask": mask}, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
+                given = {**inputs, "attention_mask": mask}
+                out = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
                 ids.sum().item()  # waits for a GPU
                 seconds.append(time.perf_counter() - start)
-                places = inputs["position_ids"][:, -1:]
-                if len(seconds) == 1 and copies > 1:
-                    cache.batch_repeat_interleave(copies)
-                    mask, ids, places = (x.repeat_interleave(copies, 0) for x in (mask, ids, places))
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-                inputs = {"input_ids": ids, "position_ids": places + 1}
-        reading = seconds[0] / len(few) * (1 - beginning / max(map(len, few.input_ids)))
-        return reading + (new_tokens - 1) * min(seconds[1:]) / (copies * len(few))
+                inputs = {"input_ids": ids, "position_ids": inputs["position_ids"][:, -1:] + 1}
+            return min(seconds)
 
-    return broadcast_from_main(measured) * len(prompts)
+        def continue_with(which: torch.Tensor) -> None:
+            nonlocal inputs, mask
+            which = which.to(mask.device)
+            cache.batch_select_indices(which)
+            inputs, mask = {name: x[which] for name, x in inputs.items()}, mask[which]
+
+        with evaluating(model), torch.no_grad():
+            reading = quickest(1)
+            continue_with(torch.arange(rows) % len(few))
+            of_all = quickest(3)
+            continue_with(torch.arange(1))
+            of_one = quickest(2)
+        a_row = max(of_all - of_one, 0.0) / (rows - 1) if rows > 1 else 0.0
+        reading *= (1 - beginning / max(map(len, few.input_ids))) / len(few)
+        return Writing(reading, of_all - rows * a_row, a_row, batch_size)
+
+    return broadcast_from_main(measured)
 
 
 def seconds_of_logits(model: PreTrainedModel, rows: int) -> float:

@@ -16,10 +16,12 @@ a model writes its answer right away, which is all that is written again.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -28,9 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pyvene_ext.engine.compile import Compiled
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import note
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
+from pyvene_ext.methods.reasoning.block_scores import BlockScores, block_scores
 from pyvene_ext.methods.reasoning.evaluate import Evaluation, Results, Scope, evaluate, facts_of
 from pyvene_ext.methods.reasoning.forcing import forced_while_writing
 from pyvene_ext.models.devices import is_main_process
@@ -52,7 +56,7 @@ from pyvene_ext.prompts.problems import (
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.runs.flags import Problems, Regeneration
-from pyvene_ext.runs.plans import seconds_to_write
+from pyvene_ext.runs.plans import Writing, seconds_a_pass, time_writing
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.joint import Spec
@@ -60,7 +64,10 @@ from pyvene_ext.stats.controls import Head
 
 TINY, PLAIN = "tiny", "plain"
 N_TINY, N_PLAIN = 400, 32  # problems that a study has by default
-Check = Callable[[str, PreTrainedModel], object]  # of a model and its name, before it is run
+Check = Callable[
+    [int, str, PreTrainedModel], object
+]  # of a model, its place in --models and its name, before it is run
+P = TypeVar("P", bound=Problems)
 VERDICTS = "verdicts (drop above 10 points: causal, below 2: redundant)"
 
 
@@ -158,6 +165,17 @@ class Setting:
                 found.append(block[number] if -len(block) <= number < len(block) else None)
         return found
 
+    def block_scores(self, flow: bool = True) -> BlockScores:
+        """The scores of all heads within the blocks; kept between runs."""
+        return block_scores(
+            self.model,
+            self.questions,
+            flow=flow,
+            batch_size=self.flags.batch_size,
+            results=self.results,
+            progress=is_main_process(),
+        )
+
     def run(self, questions: Questions, spec: Spec, reference: Reference | None = None) -> Evaluation:
         """What is written with a spec in place in the prompt; kept between runs."""
         condition = {
@@ -243,16 +261,25 @@ class Asked:
         """Whether reasoning is written anew under a condition."""
         return isinstance(self.flags, Regeneration) and self.flags.anew and not self.latent
 
-    def seconds(self) -> float:
-        """How long `reason` takes at most: the texts, and the answers given again."""
+    @cached_property
+    def writing(self) -> Writing:
+        """How fast the model writes, measured."""
+        return time_writing(self.model, self.questions.prompts, self.flags.batch_size)
+
+    @cached_property
+    def a_pass(self) -> float:
+        """How long a forward pass over one problem takes, measured."""
+        return seconds_a_pass(self.model, self.questions.prompts) / len(self.questions)
+
+    def seconds(self, n: int) -> float:
+        """How long `reason` takes at most with n problems: the texts, and the answers given again."""
         flags = self.flags
         tokens = flags.answer_tokens if self.latent else flags.new_tokens + flags.answer_tokens
-        return seconds_to_write(self.model, self.questions.prompts, tokens, flags.batch_size)
+        return self.writing.seconds(n, tokens)
 
-    def seconds_a_condition(self) -> float:
-        """How long a run with an intervention takes at most."""
-        tokens = self.flags.new_tokens if self.anew else self.flags.answer_tokens
-        return seconds_to_write(self.model, self.questions.prompts, tokens, self.flags.batch_size)
+    def seconds_a_condition(self, n: int) -> float:
+        """How long a run with an intervention takes at most with n problems."""
+        return self.writing.seconds(n, self.flags.new_tokens if self.anew else self.flags.answer_tokens)
 
     def reason(self) -> Setting:
         """Let the model solve the problems, and give its reasoning again.
@@ -293,54 +320,30 @@ class Asked:
         return self.results.get({"spec": None, "new": new, "prompts": questions.prompts.hash}, write)
 
 
-def load(
-    flags: Problems,
-    name: str,
-    problems: Sequence[Problem],
-    unfinished: Path,
-    check: Check = lambda name, model: None,
-) -> Asked:
-    """Load one model and tokenise its problems.
+def load(flags: Problems, problems: Sequence[Problem], unfinished: Path, check: Check | None, number: int) -> Asked:
+    """Load one model and tokenise its problems; for `runs.each_model`.
 
-    Raises ValueError for problems that it cannot be given; and whatever `check` raises, which is called with the model.
+    Args:
+        flags: of the study.
+        problems: the problems.
+        unfinished: where finished work is kept.
+        check: raises ValueError for a model that the study cannot be done with.
+        number: which of the models.
+
+    Returns:
+        The model with the problems.
+
+    Raises:
+        ValueError: what `check` raises, and problems that the model cannot be given.
     """
-    model, tokenizer = flags.load(name)
-    check(Path(name).name, model)
+    name = Path(flags.models[number]).name
+    model, tokenizer = flags.load(flags.models[number])
+    if check is not None:
+        check(number, name, model)
     tokens = flags.answer_tokens + (0 if format_of(model) is not None else flags.new_tokens)
     questions = ask(flags, model, tokenizer, problems, tokens)
     results = Results(unfinished, facts_of(model, questions, tokens, flags.rule))
-    return Asked(Path(name).name, model, tokenizer, questions, results, flags)
-
-
-def estimate(
-    flags: Problems,
-    problems: Sequence[Problem],
-    unfinished: Path,
-    of_conditions: Callable[[Asked], float],
-    check: Check | Sequence[Check] = lambda name, model: None,
-) -> float:
-    """How many seconds all models need at most to reason, and then for their conditions.
-
-    Every model is loaded and checked, as `load` does, so that nothing is run if the last one cannot be.
-    """
-    seconds = 0.0
-    checks = [check] * len(flags.models) if callable(check) else check
-    for name, of_model in zip(flags.models, checks, strict=True):
-        asked = load(flags, name, problems, unfinished, of_model)
-        seconds += asked.seconds() + of_conditions(asked)
-        del asked  # two models need not fit in memory together
-    return seconds
-
-
-def prepare(
-    flags: Problems,
-    name: str,
-    problems: Sequence[Problem],
-    unfinished: Path,
-    check: Check = lambda name, model: None,
-) -> Setting:
-    """Load one model and let it reason: `load`, and `Asked.reason`."""
-    return load(flags, name, problems, unfinished, check).reason()
+    return Asked(name, model, tokenizer, questions, results, flags)
 
 
 def ask(
@@ -353,16 +356,59 @@ def ask(
     """The problems as this model is to be given them, with room for what it writes; with latent steps if it thinks in them."""
     context, form = prompt_budget(model, new_tokens), format_of(model)
     if form is None:
-        template = CHAT_TEMPLATE if flags.chat else TEMPLATE
         examples = find_examples(flags)
-        return tokenize_problems(
-            problems, tokenizer, template, context, examples=examples, shots=flags.n_shots, chat=flags.chat
-        )
+
+        def with_shots(shots: int, room: int | None) -> Questions:
+            template, few = CHAT_TEMPLATE if flags.chat else TEMPLATE, examples[: shots + 1]
+            return tokenize_problems(problems, tokenizer, template, room, examples=few, shots=shots, chat=flags.chat)
+
+        try:
+            return with_shots(flags.n_shots, context)
+        except ValueError:
+            with_shots(flags.n_shots, None)  # raises the same if it is not for the length
+            fits = _most(flags.n_shots, lambda shots: with_shots(shots, context))
+            if fits is None:
+                raise
+            raise ValueError(
+                f"--shots {flags.n_shots}: a problem behind so many solved ones is longer than the {context} tokens for which "
+                f"there is room before {new_tokens} new ones; give --shots {fits} or fewer."
+            ) from None
     if flags.shots or flags.chat:
         raise ValueError(
             "a model of continuous thoughts is asked as it was trained to be; leave out --shots and --chat."
         )
     return with_latents(tokenize_problems(problems, tokenizer, form.template, context - len(form.tokens)), model)
+
+
+def _most(number: int, action: Callable[[int], object]) -> int | None:
+    """The largest number below this one for which an action raises no ValueError; None if it does for 0, too."""
+
+    def fails(few: int) -> bool:
+        try:
+            action(few)
+        except ValueError:
+            return True
+        return False
+
+    return bisect.bisect_left(range(number), True, key=fails) - 1 if not fails(0) else None
+
+
+def of_both_steps(flags: P, plain: int, tiny: int | None = None) -> P:
+    """Flags with other problems where none are asked for: so many tiny ones, or so many plain ones of one and two steps.
+
+    Args:
+        flags: of the study.
+        plain: how many plain problems.
+        tiny: how many tiny ones; None for the usual number.
+
+    Returns:
+        The flags with --limit and --problem_steps, unless these are given or the problems are from elsewhere.
+    """
+    if flags.limit is None and flags.source == TINY and tiny is not None:
+        return replace(flags, limit=tiny)
+    if flags.limit is None and flags.source == PLAIN:
+        return replace(flags, limit=plain, problem_steps=flags.problem_steps or (1, 2))
+    return flags
 
 
 def find_problems(flags: Problems) -> tuple[Problem, ...]:
@@ -389,6 +435,11 @@ def find_examples(flags: Problems) -> tuple[Problem, ...]:
         few = tiny_problems(flags.n_shots + 1, draw_examples, held_out=False)
     else:
         every = with_steps(flags, load_problems(_file(source, "train"), split="train"), source)
+        if flags.n_shots >= len(every):
+            raise ValueError(
+                f"--shots {flags.n_shots}: {source} has {counted(len(every), 'solved problem')}, and one may be the one that is "
+                f"asked; give --shots 0 to {len(every) - 1}."
+            )
         few = tuple(every[i] for i in draw_examples.permutation(len(every))[: flags.n_shots + 1])
     if flags.keeps_calculations:
         return few
@@ -408,6 +459,17 @@ def with_steps(flags: Problems, problems: Sequence[Problem], source: str) -> tup
 def _file(source: str, split: str) -> str | Path:
     """The file of a shipped set of problems; what else --problems takes as it is."""
     return PROMPTS / f"{PLAIN}_{split}.jsonl" if source == PLAIN else source
+
+
+def check_number(problems: Sequence[Problem], least: int = 2) -> None:
+    """Raise ValueError for fewer problems than --min_problems asks for, or an interval."""
+    n = len(problems)
+    if n < 2:
+        raise ValueError("there is one problem, and an interval needs two; give more.")
+    if n < least:
+        raise ValueError(
+            f"--min_problems {least}: there are only {n} problems; give a larger --limit, or --min_problems {n} or less."
+        )
 
 
 def positions_of(setting: Setting, least: int, places: int | None = None) -> list[int]:

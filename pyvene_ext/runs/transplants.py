@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pyvene_ext.models.identity import identity_of
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import n_heads, n_positions
 from pyvene_ext.prompts.problems import Questions, as_text
-from pyvene_ext.runs.reasoning import Setting, top_heads
+from pyvene_ext.runs.reasoning import Asked, Setting, top_heads
 from pyvene_ext.stats.controls import Head, head_label, random_heads_in_place
 
 
@@ -73,16 +73,11 @@ class Host:
         sizes = [dimensions(model.config) for model in (self.setting.model, self.donor)]
         return all(sizes[0][name] == sizes[1][name] for name in ("d_model", "d_head"))
 
-    def own(self, n: int) -> list[Transplant]:
-        """The host's own heads in the first n places, without maps."""
-        return [Transplant(place, self.setting.model, place) for place, _ in self.pairs[:n]]
-
-    def transplants(self, heads: Sequence[Head], n: int, mapped: bool = True) -> list[Transplant]:
-        """Put donor heads in the first n places.
+    def transplants(self, heads: Sequence[Head], mapped: bool = True) -> list[Transplant]:
+        """Put donor heads in the first places.
 
         Args:
             heads: (layer, head) of the donor, one a place.
-            n: number of places.
             mapped: whether to use the fitted maps.
 
         Returns:
@@ -90,8 +85,32 @@ class Host:
         """
         return [
             Transplant(place, self.donor, head, self.maps[place[0], head[0]] if mapped else None)
-            for (place, _), head in zip(self.pairs[:n], heads[:n], strict=True)
+            for (place, _), head in zip(self.pairs, heads, strict=False)
         ]
+
+    def answers(self, n: int) -> Iterator[tuple[str, tuple[Head, ...], Evaluation]]:
+        """Answer the problems with the first n heads replaced, under every condition.
+
+        Args:
+            n: number of heads.
+
+        Yields:
+            tuple[str, tuple[Head, ...], Evaluation]: the condition, the donor's heads in it, and the answers. First "zero",
+                nothing in their place; then "self", "without_maps" where the sizes are the same, "transplant", and "random" for
+                each random set.
+        """
+        places, heads = zip(*self.pairs[:n], strict=True)
+        yield "zero", (), self.run("zero", [], places)
+        yield "self", (), self.run("self", [Transplant(place, self.setting.model, place) for place in places])
+        if self.same_sizes:
+            yield "without_maps", heads, self.run("without_maps", self.transplants(heads, mapped=False))
+        yield "transplant", heads, self.run("transplant", self.transplants(heads))
+        for some in dict.fromkeys(some[:n] for some in self.random):
+            yield "random", some, self.run("transplant", self.transplants(some))
+
+    def n_answers(self, n: int) -> int:
+        """How many `answers` there are."""
+        return 3 + self.same_sizes + len({some[:n] for some in self.random})
 
     def run(self, condition: str, transplants: Sequence[Transplant], without: Sequence[Head] = ()) -> Evaluation:
         """Answer the problems under a condition; results are kept for resuming.
@@ -138,13 +157,35 @@ def check_number(problems: int, fit_problems: int) -> None:
         )
 
 
-def check_latents(name: str, host: PreTrainedModel, donor_name: str, donor: PreTrainedModel) -> None:
-    """Raise ValueError if the host thinks in latent steps and the donor not in the same."""
-    form = format_of(host)
+def check_donor(
+    asked: Asked, donor: PreTrainedModel, donor_name: str, tokenizer: PreTrainedTokenizerBase, heads_given: bool
+) -> None:
+    """Check that a host can take a donor's heads, before anything is run.
+
+    Args:
+        asked: the host and its problems.
+        donor: the donor.
+        donor_name: the value of --donor.
+        tokenizer: the donor's.
+        heads_given: whether the donor's heads are named or ranked by a file.
+
+    Raises:
+        ValueError: the host thinks in latent steps and the donor not in the same, or the donor cuts texts into other tokens, or
+            has other ids for them and its heads are to be ranked.
+    """
+    form = format_of(asked.model)
     if form is not None and format_of(donor) != form:
         raise ValueError(
-            f"{name} thinks in latent steps that {Path(donor_name).name} does not know; use a donor with the same ones."
+            f"{asked.name} thinks in latent steps that {Path(donor_name).name} does not know; use a donor with the same ones."
         )
+    if tokenizer.get_vocab() == asked.tokenizer.get_vocab():
+        return
+    if not heads_given:
+        raise ValueError(
+            f"{donor_name} has another vocabulary than {asked.name}, so that its heads cannot be ranked on the same tokens; "
+            "name --donor_heads or a --donor_ranking."
+        )
+    pair_texts([as_text(ids, asked.tokenizer) for ids in asked.questions.prompts.input_ids], asked.tokenizer, tokenizer)
 
 
 def prepare(
@@ -183,9 +224,6 @@ def prepare(
     Returns:
         The host, on the remaining problems.
 
-    Returns:
-        The model with its questions, heads and control sets, ready to run.
-
     Raises:
         ValueError: too few problems, prompts too long for the donor, heads that cannot be ranked on the donor's tokens, or
             too few other heads for the controls.
@@ -204,11 +242,6 @@ def prepare(
             "smaller --max_new_tokens."
         )
     places = host_heads or rank(setting.model, everything, by, wanted, batch_size)
-    if not donor_heads and not same:
-        raise ValueError(
-            f"{donor_name} has another vocabulary than {setting.name}, so that its heads cannot be ranked on the same tokens; "
-            "name --donor_heads or a --donor_ranking."
-        )
     pairs = tuple(zip(places, donor_heads or rank(donor, everything, by, wanted, batch_size), strict=True))
     draw = rng(seed, "random donor heads")
     try:

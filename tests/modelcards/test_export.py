@@ -21,13 +21,17 @@ from pyvene.models import constants
 from pyvene.models.modeling_utils import get_dimension_by_component
 
 from modelcards import CARDS, COMPONENTS, Card, dimensions
-from modelcards.export.__main__ import main
+from modelcards.export.__main__ import card_text, main
 from modelcards.export.cards import NEWER, export
 from modelcards.export.checkout import PACKAGE, REGISTRY, Checkout
+from modelcards.export.edits import BASE, RESOLVER
 from modelcards.export.fixes import FIXES, chosen, fixed
+from modelcards.export.source import Source
+from tests import upstream_suite
 
 FAMILIES = ("gpt2", "llama3_1", "phi3", "cohere")  # two that upstream has, two that it has not
-DEFECTS = {1, 2, 3, 7, 9, 11, 12, 15, 22}  # 22: the tokenizer of create_llama
+DEFECTS = {1, 2, 3, 7, 9, 11, 12, 15, 22, 23}  # 22: the tokenizer of create_llama; 23: a field that a config lacks
+ONLY_MAIN = {23}
 
 # Imports what is slow once, then in each folder runs the tests whose files match, in a process of its own that has the pyvene of
 # that folder and nothing of this project.
@@ -81,6 +85,29 @@ answer = {
 """
 
 
+# What main's resolver can do that 0.1.8's cannot, in our own words: products of fields. A proposal that names a field which the
+# config lacks is an error there; a fix would pass it over.
+PRODUCTS = """
+def _resolve(config, proposal):
+    numerator, _, denominator = proposal.partition("/")
+    size = 1
+    for factor in numerator.split("*"):
+        size *= int(factor) if factor.isnumeric() else getattr_for_torch_module(config, factor)
+    return size // (_resolve(config, denominator) if denominator else 1)
+
+
+def get_dimension_by_component(model_type, model_config, component) -> int:
+    if component not in type_to_dimension_mapping[model_type]:
+        return None
+    for proposal in type_to_dimension_mapping[model_type][component]:
+        try:
+            return _resolve(model_config, proposal)
+        except PASSED_OVER:
+            pass
+    assert False
+"""
+
+
 def git(folder: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
     done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True)
@@ -115,15 +142,59 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 
 @pytest.fixture(scope="module")
-def trees(make: Callable[[], Path]) -> dict[str, Path]:
-    """The clean tree, each fix alone, and all fixes with cards on top."""
-    trees = {"before": make()}
+def make_main(make: Callable[[], Path]) -> Callable[[], Path]:
+    """Makes stand-ins for pyvene's main: products are spelled, second proposals listed, and other lines stand around defects."""
+    first = make()
+    utilities = Source("utilities", (first / RESOLVER).read_text(encoding="utf-8"))
+    resolve = utilities.function("get_dimension_by_component")
+    utilities.replace(resolve.lineno - 1, resolve.end_lineno or 0, PRODUCTS.replace("PASSED_OVER", "()"))
+    (first / RESOLVER).write_text(utilities.edited(), encoding="utf-8")
+    fallback = '( "head_dim", "hidden_size/num_attention_heads" )'
+    for family in ("qwen2", "gemma", "gemma2", "llama", "mistral", "gpt2"):
+        (path,) = (first / "pyvene/models" / family).glob("model*ings_intervenable_*.py")
+        text = (
+            path.read_text(encoding="utf-8")
+            .replace('("hidden_size",)', '( "hidden_size", )')
+            .replace('eager"', 'eager"  # !')
+        )
+        path.write_text(text.replace('("head_dim",)', fallback) if family == "qwen2" else text, encoding="utf-8")
+    base = (first / BASE).read_text(encoding="utf-8")
+    base = base.replace(
+        "module_hook = self.intervention_hooks[key]\n", "module_hook = self.intervention_hooks[key]  # hook\n"
+    )
+    base = base.replace(
+        "self._key_setter_call_counter = dict.fromkeys(", "self._key_setter_call_counter = dict.fromkeys( ", 1
+    )
+    (first / BASE).write_text(
+        base.replace(
+            "            for k, v in self._intervention_state", "\n            for k, v in self._intervention_state"
+        ),
+        encoding="utf-8",
+    )
+    commit(first)
+
+    def copy() -> Path:
+        folder = make()
+        shutil.copytree(first, folder, dirs_exist_ok=True)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def trees(make: Callable[[], Path], make_main: Callable[[], Path]) -> dict[str, Path]:
+    """Clean trees, each fix alone, and all fixes with cards on top."""
+    trees = {"before": make(), "main before": make_main()}
     for fix in FIXES:
-        git(trees["before"], "apply", "--include=tests/*", str(fix.path))
+        for tree in ("before", "main before"):
+            git(trees[tree], "apply", "--include=tests/*", str(fix.path))
         name = str(fix.numbers)
-        trees[name] = make()
+        trees[name] = make_main() if set(fix.numbers) & ONLY_MAIN else make()
         checkout = Checkout(trees[name])
         checkout.write(fixed(checkout, [fix])[1])
+    trees["main"] = make_main()
+    checkout = Checkout(trees["main"])
+    checkout.write(fixed(checkout, list(FIXES))[1])
     trees["all"] = make()
     checkout = Checkout(trees["all"])
     checkout.write(fixed(checkout, list(FIXES))[1])
@@ -242,29 +313,6 @@ def test_no_width_that_is_right_upstream_is_dropped(family: str, outcomes: dict[
                 assert right(model_class, component, after[model_class.__name__].get(component, [])), component
 
 
-# What main's resolver can do that 0.1.8's cannot, in our own words: products of fields. A proposal that names a field which the
-# config lacks is an error there; a fix would pass it over.
-PRODUCTS = """
-def _resolve(config, proposal):
-    numerator, _, denominator = proposal.partition("/")
-    size = 1
-    for factor in numerator.split("*"):
-        size *= int(factor) if factor.isnumeric() else getattr_for_torch_module(config, factor)
-    return size // (_resolve(config, denominator) if denominator else 1)
-
-
-def get_dimension_by_component(model_type, model_config, component) -> int:
-    if component not in type_to_dimension_mapping[model_type]:
-        return None
-    for proposal in type_to_dimension_mapping[model_type][component]:
-        try:
-            return _resolve(model_config, proposal)
-        except PASSED_OVER:
-            pass
-    assert False
-"""
-
-
 @pytest.mark.parametrize("passed_over", ["()", "AttributeError"])
 def test_widths_are_spelled_as_far_as_the_checkout_can(passed_over: str, make: Callable[[], Path]) -> None:
     """A stand-in for pyvene's main, without and with a fix."""
@@ -374,20 +422,49 @@ def test_there_is_a_fix_for_every_defect_that_belongs_upstream() -> None:
     for fix in FIXES:
         assert re.match(r"\[Bug Fix\] \S.{,60}$", fix.title)
         assert "## Description" in fix.text and "## Testing Done" in fix.text
-        assert fix.tests and fix.tests != fix.paths
+        assert fix.tests and (fix.tests != fix.paths or fix.edit is not None)
 
 
 @pytest.mark.parametrize("fix", FIXES, ids=lambda fix: fix.path.stem)
 def test_a_fix_alone_mends_what_its_test_shows(fix: Any, outcomes: dict[str, Any]) -> None:
     alone = outcomes[str(fix.numbers)]
     (case,) = (Path(path).stem for path in fix.tests)
-    assert case in outcomes["before"]["failed"]
+    assert case in outcomes["main before" if set(fix.numbers) & ONLY_MAIN else "before"]["failed"]
     assert alone["failed"] == [] and alone["run"] > 0, alone["said"]
+
+
+def test_fixes_are_found_by_structure_in_another_version(
+    outcomes: dict[str, Any], make_main: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = {Path(path).stem for fix in FIXES for path in fix.tests}
+    assert set(outcomes["main before"]["failed"]) == cases, "every defect is there"
+    assert outcomes["main"]["failed"] == [], outcomes["main"]["said"]
+    texts, files = fixed(Checkout(make_main()), list(FIXES))
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"fix 1 does not apply to .*: .* falls back on .* already, which fix 23 lets work\.", said)
+    assert [title for title, _ in texts] == [fix.title for fix in FIXES if fix.numbers != [1]]
+    assert (
+        files[RESOLVER].count("except (AttributeError, TypeError)") == 1 and "evaluate_dimension" not in files[RESOLVER]
+    )
+    assert not any("{change}" in text or "evaluates products" in text for _, text in texts)
+
+
+def test_a_fix_that_is_not_needed_or_not_found_is_not_written(make: Callable[[], Path], untried: None) -> None:
+    folder = make()
+    refused(folder, "--fixes", "23", saying=r"fix 23 is not needed by .*: its cards list no field")
+    change(
+        folder, RESOLVER, "for proposal in dimension_proposals:", "while proposal := next(iter(dimension_proposals)):"
+    )
+    refused(
+        folder, "--fixes", "2", saying=r"fix 2 and 3 does not apply to .*should go through the proposals in one loop"
+    )
+    change(folder, "pyvene/models/gpt2/modelings_intervenable_gpt2.py", '= "eager"', '= "lazy"')
+    refused(folder, "--fixes", "7", saying=r"fix 7 does not apply to .*create_gpt2 should choose eager attention")
 
 
 def test_all_fixes_and_cards_live_together(outcomes: dict[str, Any], trees: dict[str, Path]) -> None:
     assert outcomes["all"]["failed"] == [], outcomes["all"]["said"]
-    assert outcomes["all"]["run"] >= 5 * len(FAMILIES) + len(FIXES)
+    assert outcomes["all"]["run"] >= 5 * len(FAMILIES) + len(FIXES) - len(ONLY_MAIN)
     there = outcomes["all"]["extra"]
     assert there["widths"]["LlamaForCausalLM"]["query_output"] == ["num_attention_heads*head_dim", "hidden_size"]
     assert set(there["places"]["LlamaForCausalLM"]) <= set(there["widths"]["LlamaForCausalLM"]) | {"logits"}
@@ -399,11 +476,10 @@ def test_the_command_writes_fixes_and_says_what_for(make: Callable[[], Path]) ->
     folder = make()
     code, printed, said = called("--to", str(folder), "--fixes", "3", "11")
     assert code == 0, said
-    fixes = chosen([3, 11])
-    assert changed(folder) == {path for fix in fixes for path in fix.paths}
-    assert (
-        all(fix.title in printed and fix.text.strip() in printed for fix in fixes) and printed.count("[Bug Fix]") == 2
-    )
+    files = fixed(Checkout(make()), fixes := chosen([3, 11]))[1]
+    assert changed(folder) == set(files) >= {path for fix in fixes for path in fix.tests}
+    assert all(fix.title in printed for fix in fixes) and printed.count("[Bug Fix]") == 2
+    assert "`get_dimension_by_component` evaluates products" in printed and "{change}" not in printed
     before = snapshot(folder)
     commit(folder)
     code, _, said = called("--to", str(folder), "--fixes", "2", "3", "11")
@@ -487,6 +563,25 @@ def test_files_not_as_known_are_refused(
     refused(folder, "--family", "llama3_1", saying=saying)
 
 
+def test_stale_defaults_give_way_to_the_checkpoint_that_the_card_is_for(make: Callable[[], Path]) -> None:
+    checkout = Checkout(make())
+    exported, files = export(
+        checkout, cards := [card_of(family) for family in ("qwen2_5", "gemma2", "llama3_1", "phi3")]
+    )
+    stale = [one.stale for one in exported]
+    assert stale == ["Qwen/Qwen2-7B-beta", "google/gemma2-2b", None, None]
+    for card, name in zip(cards[:2], stale, strict=False):
+        path = checkout.mapping_file(card.name)
+        before, after = checkout.committed(path), files[path]
+        assert f'name="{name}", cache_dir' in (before or "") and name not in after
+        assert f'name="{card.checkpoint}", cache_dir' in after
+    checks = [[cls.__name__, "c", "pos", "zero", 0.0] for one in exported for cls in one.names]
+    text = card_text(checkout, exported, checks)
+    assert text.count("looks stale") == 2 and "- qwen2: `create_qwen2` loads by default `Qwen/Qwen2.5-3B`" in text
+    path = checkout.mapping_file("llama")
+    assert 'name="sharpbai/alpaca-7b-merged"' in files[path], "what nobody doubts stays"
+
+
 def test_what_upstream_has_beside_the_mappings_stays(make: Callable) -> None:
     folder = make()
     mine = "import torch  # mine\nllama_lm_type_to_module_mapping = {'gate': 0}\nif torch.cuda.is_available():\n    print('fast')"
@@ -506,7 +601,7 @@ def test_fixes_that_do_not_apply_are_named_and_the_others_written(
     refused(folder, "--fixes", "11", saying=r"fix 11, made for pyvene 0\.1\.8, does not apply to .*patch failed")
     code, printed, said = called("--to", str(folder), "--fixes", "9", "11")
     assert (code, printed.count("[Bug Fix]")) == (0, 1) and "fix 11, made for pyvene 0.1.8, does not apply" in said
-    refused(folder, "--fixes", "8", saying="there is no fix 8; there are 1, 2, 3, 7, 9, 11, 12, 15, 22")
+    refused(folder, "--fixes", "8", saying="there is no fix 8; there are 1, 2, 3, 7, 9, 11, 12, 15, 22, 23")
     refused(folder, "--family", "gpt5", saying="there is no card of gpt5; there are qwen2_5")
 
 
@@ -516,6 +611,38 @@ def test_cards_that_are_not_exact_there_are_refused(make: Callable) -> None:
         folder, "pyvene/models/constants.py", "torch.chunk(x, 2, dim=-1)[selct_index]", "torch.chunk(x, 2, dim=-1)[0]"
     )
     refused(folder, "--family", "phi3", saying=r"Phi3ModelCardTestCase.* fails with the pyvene of .*mlp_up")
+
+
+# -- pyvene's own tests through our class ------------------------------------------------------------------------------
+
+
+def test_the_suite_tells_what_fails_with_our_class_only(
+    make: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make()
+    (folder / "tests/unit_tests/OwnTestCase.py").write_text(
+        """
+import subprocess, unittest
+if "pyvene" in subprocess.run(["pip", "list"], stdout=subprocess.PIPE, text=True).stdout:
+    raise RuntimeError("pyvene is installed")
+import pyvene
+from pyvene.models.intervenable_base import IntervenableModel
+
+class OwnTestCase(unittest.TestCase):
+    def test_either(self):
+        self.assertIs(IntervenableModel, pyvene.IntervenableModel)
+
+    def test_theirs(self):
+        self.assertEqual(IntervenableModel.__module__, "pyvene.models.intervenable_base")
+
+    def test_neither(self):
+        self.fail()
+"""
+    )
+    assert upstream_suite.main(str(folder)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["theirs: 3 run, 1 fail", "ours: 3 run, 2 fail"]
+    assert lines[2].startswith("fails with ours only: tests.unit_tests.OwnTestCase.OwnTestCase.test_theirs: Assert")
 
 
 # -- the oldest transformers -------------------------------------------------------------------------------------------

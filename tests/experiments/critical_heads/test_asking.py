@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from critical_heads import rank_heads
+from critical_heads import rank_heads, run_all
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.methods.reasoning.evaluate import Evaluation
@@ -167,7 +167,11 @@ def test_texts_of_little_use_are_said_with_what_to_change(
             "plain has problems of 1, 2 steps, and none of those asked for",
         ),
         (("--shots", "-1"), "--shots must be 0 or more, not -1"),
-        (("--shots", "40"), "ask for fewer solved examples"),
+        (("--shots", "40"), "--shots 40: a problem behind so many solved ones is longer than the 216 tokens"),
+        (
+            ("--problems", "plain", "--shots", "100"),
+            "--shots 100: plain has 50 solved problems, .*; give --shots 0 to 49",
+        ),
         (("--shots", "1", "--shots_from", "no.jsonl"), "there is no file of problems no.jsonl"),
         (("--chat",), "no chat template"),
     ],
@@ -177,22 +181,38 @@ def test_what_cannot_be_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_study(rank_heads.main, rank_heads.Config, ["--limit", "2", *flags]) == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert re.search(message, capsys.readouterr().err) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("study", ["rank_heads", "ablate_heads", "probe_layers", "attribute_inputs"])
+@pytest.mark.parametrize("study", run_all.STUDIES)
 def test_a_dry_run_says_what_would_be_done_and_generates_and_writes_nothing(
     study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And it loads each model once."""
     module: Any = importlib.import_module(f"critical_heads.{study}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reasoning.Asked, "reason", None)
     monkeypatch.setattr(ablated, "choose", None)
-    flags = ["--models", "tiny-qwen2.5", "tiny-llama3.1", "--dry_run", "--limit", "6"]
-    assert run_study(module.main, module.Config, flags) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert [line.partition(": ")[0] for line in said] == ["tiny-qwen2.5", "tiny-llama3.1"] and "6 " in said[0]
-    assert not list(tmp_path.iterdir())
+    own, loaded = Problems.load, []
+    monkeypatch.setattr(Problems, "load", lambda flags, name: loaded.append(name) or own(flags, name))
+    models = ["tiny-qwen2.5", "tiny-llama3.1"]
+    donor = ["--donor", "tiny-gemma2"] if study == "transplant_head" else []
+    assert run_study(module.main, module.Config, ["--models", *models, "--dry_run", "--limit", "60", *donor]) == 0
+    (said,) = capsys.readouterr().out.splitlines()
+    assert re.search("60 (text|problem)s", said) and not list(tmp_path.iterdir())
+    assert sorted(loaded) == sorted([*models, *donor[1:]])
+
+
+@pytest.mark.parametrize("study", ["patch_hub", "force_attention", "probe_layers"])
+def test_too_few_problems_are_refused_before_anything_is_run(
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module: Any = importlib.import_module(f"critical_heads.{study}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Problems, "load", None)
+    assert run_study(module.main, module.Config, ["--limit", "12", "--min_problems", "13"]) == 2
+    message = "--min_problems 13: there are only 12 problems; give a larger --limit, or --min_problems 12 or less."
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_the_time_of_writing_is_that_of_the_prompt_and_of_each_new_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +228,12 @@ def test_the_time_of_writing_is_that_of_the_prompt_and_of_each_new_token(monkeyp
     monkeypatch.setattr(type(model), "forward", counted)
     monkeypatch.setattr(plans.time, "perf_counter", lambda: now[0])
     prompts = random_prompts((9,) * 20)
-    assert plans.seconds_to_write(model, prompts, 5, batch_size=16) == 20 * (9 + 4)
-    assert widths == [(8, 9), (16, 1), (16, 1), (16, 1)], "few prompts, and new tokens of a whole batch"
+    assert plans.time_writing(model, prompts, batch_size=16).seconds(20, 5) == 20 * (9 + 4)
+    assert widths == [(8, 9), *[(16, 1)] * 3, *[(1, 1)] * 2], (
+        "few prompts, and new tokens of a whole batch and of one row"
+    )
     same = replace(prompts, input_ids=tuple((1, 2, 3, *ids[3:-1], at) for at, ids in enumerate(prompts.input_ids)))
-    assert plans.seconds_to_write(model, same, 5, batch_size=16) == pytest.approx(20 * (6 + 4))
+    assert plans.time_writing(model, same, batch_size=16).seconds(20, 5) == pytest.approx(20 * (6 + 4))
+    # A step that takes as long whatever its rows are: fewer texts take as long, up to a whole batch.
+    step = plans.Writing(reading=0.5, a_step=2.0, a_row=0.25, batch_size=16)
+    assert [step.seconds(n, 5) for n in (1, 16, 17)] == [0.5 + 4 * 2.25, 8 + 4 * 6, 8.5 + 4 * (4 + 17 / 4)]

@@ -15,9 +15,11 @@ from critical_heads import attribute_inputs as study
 import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.files import write_csv
+from pyvene_ext.methods.attribution import readings
 from pyvene_ext.methods.attribution.by_tag import AttributedHead, head_rows, tag_rows
 from pyvene_ext.methods.attribution.inputs import InputAttribution, Target
 from pyvene_ext.prompts.token_tags import tag_tokens
+from pyvene_ext.runs import reasoning
 from pyvene_ext.runs.figures.inputs import tag_shares
 from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
@@ -215,6 +217,17 @@ def test_what_is_attributable_is_said_plainly() -> None:
     assert "is not established as the tokens' doing" in line and "no tag has more than its share" in line
 
 
+def test_the_evidence_says_in_how_many_problems_the_random_heads_are_complete() -> None:
+    tags = [["number", "other", "other", "other"]] * 12
+    controls = {(0, 1): of(*[[2.0, 1.0, 1.0, 0.0]] * 12, missed=(3,)), (0, 2): of(*[[1.0, 1.0, 1.0, 0.0]] * 12)}
+    found = one(of(*[[6.0, 1.0, 1.0, 0.0]] * 12), controls, tags)
+    said = study.evidence_of(found, tag_rows(found, 0))
+    assert said.sample == "12 of 12 problems complete" and said.interval == pytest.approx((0.5, 0.5, 0.5))
+    assert said.control.startswith("0.34 [") and said.control.endswith(
+        "more than with 2 random heads of the layer (complete: 11, 12 problems)"
+    )
+
+
 def test_heads_and_hubs_come_from_the_ranking_made_here(folder: Path) -> None:
     kept = []
     own = px.methods.block_scores
@@ -224,7 +237,7 @@ def test_heads_and_hubs_come_from_the_ranking_made_here(folder: Path) -> None:
         return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(px.methods, "block_scores", keeps)
+        patch.setattr(reasoning, "block_scores", keeps)
         assert command("--out", "x", "--random_heads", 0, "--n_heads", 2, "--sample", 3) == 0
     (scores,) = kept
     best = np.argsort(-scores.of("hub"), axis=None, kind="stable")[:2]
@@ -254,7 +267,7 @@ def test_the_same_command_gives_the_same_and_goes_on_where_it_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--out", "x", "--heads", "1.3", "2.1", "--hub", 2, "--random_heads", 1)
-    made = stop_at(monkeypatch, 3, px.methods, "integrated_gradients")
+    made = stop_at(monkeypatch, 3, readings, "integrated_gradients")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0

@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("attribute_inputs", ("--by", "flow")),
         ("transplant_head", ("--fit_problems", "2")),
         ("transplant_head", ("--models", "tiny-qwen2.5", "--donor", MODEL, "--heads", "0.1", "--fit_problems", "2")),
-        ("probe_layers", ("--mid",)),
+        ("probe_layers", ("--mid", "--limit", "10", "--min_problems", "10")),
     ],
 )
 def test_what_a_family_cannot_be_asked_is_said_before_problems_are_solved(
@@ -63,7 +63,7 @@ def test_what_a_family_cannot_be_asked_is_said_before_problems_are_solved(
         (transplant_head, ("--heads", "0.1", "--donor_heads", "0.2", "--fit_problems", "2")),
         (attribute_inputs, ()),
         (attribute_inputs, ("--heads", "0.1")),
-        (patch_hub, ()),
+        (patch_hub, ("--min_problems", "2")),
     ],
 )
 def test_what_it_can_be_asked_goes_on_to_the_problems(

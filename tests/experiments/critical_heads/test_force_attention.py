@@ -114,7 +114,7 @@ def written_anew(
 @pytest.mark.parametrize(("shape", "hard"), [("hub", False), ("hub", True), ("uniform", True), ("sequential", False)])
 def test_reasoning_written_anew_is_forced_token_by_token(folder: Path, shape: str, hard: bool) -> None:
     config = study.Config(models=(MODEL,), limit=N, hub=3, regenerate="reasoning", max_new_tokens=18)
-    setting = reasoning.prepare(config, MODEL, reasoning.find_problems(config), folder / "kept")
+    setting = reasoning.load(config, reasoning.find_problems(config), folder / "kept", None, 0).reason()
     assert setting.anew and setting.clean.ids == setting.first.ids and setting.clean.accuracy == 1
     heads = {0: [1, 6], 2: [0, 3, 7], 3: list(range(8))}
     hubs = study.hubs_of(setting, config, shape)  # type: ignore[arg-type]
@@ -141,11 +141,14 @@ def test_what_is_written_anew_is_in_the_tables(folder: Path, capsys: pytest.Capt
     assert len({row["position"] for row in by_hand.table(folder / "x/hubs.csv")}) == 2
     assert json.loads((folder / "x/summary.json").read_text())["models"][MODEL]["regenerated"] == "reasoning"
     assert "evidence: " in capsys.readouterr().out
-    assert command(*flags, "--hub", -1) == 2 and "of a block that is not written yet" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reasoning.Asked, "reason", None)  # before anything is run
+        assert command(*flags, "--min_problems", 2, "--hub", -1) == 2
+    assert "of a block that is not written yet" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("--out", "x", "--dry_run") == 0
+    assert command("--out", "x", "--dry_run", "--min_problems", 2) == 0
     assert capsys.readouterr().out.strip().endswith("on 6 problems, and a sweep of the hub: under a minute")
     assert not (folder / "x").exists()
 
@@ -270,7 +273,7 @@ def test_an_interval_of_no_change_has_a_width() -> None:
         (("--hub", "99"), "--hub 99: 0 problems have a token there"),
         (("--random_sets", "-1"), "--random_sets must be 0 or more"),
         (("--min_problems", "1"), "--min_problems must be 2 or more"),
-        (("--min_problems", "9"), "6 problems with reasoning, and --min_problems asks for 9"),
+        (("--min_problems", "9"), "--min_problems 9: there are only 6 problems"),
         (("--limit", "0"), "--limit must be 1 or more"),
         (("--models", "tiny-gemma2", "tiny-gemma2"), "--models names one or more, each once, not tiny-"),
         (("--max_new_tokens", "4"), "none of the 6 texts has reasoning and then ####"),
@@ -280,8 +283,9 @@ def test_an_interval_of_no_change_has_a_width() -> None:
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
 ) -> None:
+    enough = () if "--min_problems" in flags else ("--min_problems", "2")
     try:
-        code = command("--out", "x", *flags)
+        code = command("--out", "x", *enough, *flags)
     except SystemExit as stopped:  # tyro's own
         code = stopped.code
     assert code == 2

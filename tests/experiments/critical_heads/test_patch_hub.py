@@ -182,7 +182,10 @@ def test_a_start_is_the_middle_layer_and_all_tokens() -> None:
         (("--seeds", "0"), "--seeds must be 1 or more"),
         (("--places", "0"), "--places must be 1 or more"),
         (("--min_problems", "1"), "--min_problems must be 2 or more"),
-        (("--min_problems", "9"), "6 problems with reasoning, and --min_problems asks for 9"),
+        (
+            ("--min_problems", "9"),
+            "--min_problems 9: there are only 6 problems; give a larger --limit, or --min_problems 6 or less.",
+        ),
         (("--batch_size", "0"), "--batch_size must be 1 or more"),
         (("--answer_tokens", "300"), "generate fewer"),
     ],

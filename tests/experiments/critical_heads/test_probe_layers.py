@@ -17,8 +17,10 @@ from critical_heads import probe_layers as study
 import pyvene_ext as px
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning import probe_tables
+from pyvene_ext.methods.reasoning.probe_tables import probe_rows
 from pyvene_ext.methods.reasoning.probe_targets import ProbeTarget, problem_group, solution_number
-from pyvene_ext.methods.reasoning.probes import ALPHAS, deal_folds
+from pyvene_ext.methods.reasoning.probes import ALPHAS, Residuals, deal_folds
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.prompts.tiny_tasks import NAMES_EN, draw
 from pyvene_ext.runs import reasoning
@@ -36,7 +38,7 @@ FEW = ("--limit", N, "--models", MODEL, "--min_problems", 10, "--folds", 3, "--s
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study, "RESAMPLES", 100)
+    monkeypatch.setattr(probe_tables, "RESAMPLES", 100)
     return tmp_path
 
 
@@ -155,13 +157,12 @@ def test_the_terminal_shows_the_best_place_of_each_target(folder: Path, capsys: 
     assert all(float(row["r2_low"]) <= float(row["r2"]) <= float(row["r2_high"]) for row in rows)
     assert len(shown) < 24 and max(len(line) for line in shown if not line.startswith("evidence")) < 170
     (said,) = [line for line in shown if line.startswith("evidence: ")]
-    top = max(rows, key=lambda row: float(row["r2"]))
-    assert (
-        f"R^2 of {top['target']} at {top['position']}, {top['place']}, the largest of 4 x 7, {float(top['r2']):.3g} ["
-        in said
-    )
+    best = {(row["position"], row["target"]): row for row in sorted(rows, key=lambda row: float(row["r2"]))}
+    top = max(best.values(), key=lambda row: float(row["gain"]))
+    assert f"R^2 of {top['target']} at {top['position']}, {top['place']}, beyond the question's mean" in said
+    assert f"the largest of 4 gains, {float(top['gain']):.3g} [" in said
     (kept,) = json.loads((folder / "x/summary.json").read_text())["evidence"]
-    assert kept["interval"] == pytest.approx([float(top[name]) for name in ("r2", "r2_low", "r2_high")])
+    assert kept["interval"] == pytest.approx([float(top[name]) for name in ("gain", "gain_low", "gain_high")])
 
 
 def test_problems_with_the_same_numbers_are_not_told_from_one_another(folder: Path) -> None:
@@ -191,13 +192,17 @@ def test_the_p_of_the_best_place_counts_shuffles_whose_best_place_is_as_good(fol
     generator = np.random.default_rng(0)
     noise = generator.standard_normal((40, 60, 3)).astype(np.float32)
     y = generator.standard_normal((60, 1))
-    config = study.Config(shuffles=30, folds=3)
     target = ProbeTarget("answer", np.arange(60), y[:, 0], y)
-    rows = study.of_targets(noise, noise, [target], np.arange(60), config, study.tqdm(disable=True))
+
+    def rows_of() -> list[Any]:
+        residuals = Residuals(tuple(map(str, range(40))), {"mark": noise}, noise.copy())
+        return probe_rows(residuals, {"mark": [target]}, np.arange(60), folds=3, shuffles=30, seed=0)
+
+    rows = rows_of()
     assert min(row["p"] for row in rows) < 0.1 < rows[0]["p_best"] and len({row["p_best"] for row in rows}) == 1
     assert all(row["gain"] == pytest.approx(0, abs=1e-12) for row in rows)
     noise[7, :, 0] = 5 * y[:, 0]
-    (row, *_) = study.of_targets(noise, noise, [target], np.arange(60), config, study.tqdm(disable=True))
+    (row, *_) = rows_of()
     assert row["p_best"] == pytest.approx(1 / 31)
 
 

@@ -415,7 +415,7 @@ WRONG_CONFIGS: list[tuple[str, list[RepresentationConfig], dict[str, Any], str]]
     ("no component", [zero()._replace(component=None)], {}, "a component is a name"),
     ("a raw path's side", [zero("model.layers[0].mlp")], {}, "must end in .input or .output"),
     ("a mode", [zero()], {"mode": "banana"}, "mode must be 'parallel' or 'serial'"),
-    ("no fixed width", [zero("attention_pattern", "h")._replace(intervention_type=RotatedSpaceIntervention)], {}, "fixed width"),
+    ("no fixed width", [zero("attention_pattern", "h")._replace(intervention_type=RotatedSpaceIntervention)], {}, "known width"),
     ("serial group of two", [swap()._replace(group_key=0), swap(layer=2)._replace(group_key=0)], {"mode": "serial"}, "serial"),
 ]  # fmt: skip
 

@@ -85,6 +85,13 @@ def test_what_is_saved_acts_the_same_when_loaded_and_saved_again(what: str, tmp_
     assert trained == loaded
 
 
+@pytest.mark.parametrize(("kind", "files"), [(VanillaIntervention, 0), (classes.RotatedSpaceIntervention, 2)])
+def test_only_what_has_weights_has_a_file_of_them(kind: type, files: int, tmp_path: Path) -> None:
+    both = [item(intervention_type=kind), item(intervention_type=kind)]
+    IntervenableModel(IntervenableConfig(both), random_model("llama3_1")).save(str(tmp_path))
+    assert len(list(tmp_path.glob("*.bin"))) == files
+
+
 class Own(VanillaIntervention):
     """A class that no one else has."""
 

@@ -165,7 +165,8 @@ def test_an_answer_that_no_token_can_be_is_refused_by_name(prompt: Prompt, optio
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "there is no field 'text'"),
+        ({}, "there is no field 'text'; give the text of the prompt"),
+        ({"prompt": "a", "answer": "b"}, "there is no field 'text' among prompt, answer; give the text of the prompt"),
         ({"text": 3}, "text: [37] should be a text, or a list of chat messages"),
         ({"text": FRANCE, "answer": []}, r"answer: \[\] should be a text or several, none of them empty"),
         ({"text": FRANCE, "answer": 5}, "answer: 5 should be a text or several"),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -14,14 +15,18 @@ from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts import problems as module
 from pyvene_ext.prompts.problems import (
     Problem,
+    Questions,
     load_problems,
     number_at,
     numbers_in,
     prompt_budget,
+    solved_before,
+    tiny_problems,
     tokenize_problems,
     tokens_until,
     with_reasoning,
 )
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
 SOLUTION = "Lisa has 7+5=<<7+5=12>>12 apples.\nSo 1,212-3=$<<1212-3=1,209>>1,209.\n#### 1,209"
 STORY = "Lisa has 7 apples. David gives Lisa 5 apples. How many apples does Lisa have?"
@@ -164,6 +169,8 @@ def test_gsm8k_is_read_from_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) 
             "line 2: there is no number",
         ),
         ('{"question": "a"}', "line 1: a problem needs the texts"),
+        ('{"q": "a", "a": "b"}', "line 1: a problem needs the texts 'question' and 'answer', and this one has q, a."),
+        ("{}", "line 1: a problem needs the texts 'question' and 'answer', and this one has none."),
         ('{"question": " ", "answer": "#### 1"}', "line 1: a problem needs the texts"),
         ('{"question": 3, "answer": "#### 1"}', "line 1: a problem needs the texts"),
         ("[1]", "line 1: a problem needs the texts"),
@@ -280,3 +287,17 @@ def test_a_mark_of_several_tokens_ends_the_block_before_its_first() -> None:
     assert [tokens_until(n, [0, 1, 2], pieces) for n in (1, 2, 3, 4, 7, 8)] == [1, 1, 2, 2, 3, None]
     assert module._before_mark([0, 1, 2], pieces) == 1
     assert module._before_mark([0, 3, 4, 5], pieces) == 2
+
+
+def test_a_problem_begins_with_the_token_that_holds_its_first_letter() -> None:
+    """Whether or not the space before it is part of that token."""
+    pieces: Any = Pieces("Question:", " Is", " it?", " ", "Is", "\nAnswer:", "")
+    (problem,) = tiny_problems(1, np.random.default_rng(0), held_out=True)
+    problem = problem.model_copy(update={"question": "Is it?"})
+
+    def before(*ids: int) -> list[int]:
+        prompts = TokenizedPrompts((ids,))
+        return solved_before(Questions((problem,), prompts, (len(ids),), (range(0),), (0,)), pieces)
+
+    assert before(0, 1, 2, 5, 0, 1, 2, 5) == [5] and before(0, 3, 4, 2, 5) == [2]
+    assert before(6, 6, 0, 1, 2) == [3] and before(4, 2) == [0] and before(0, 5) == [0]

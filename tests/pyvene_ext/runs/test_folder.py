@@ -59,10 +59,10 @@ def test_ctrl_c_says_where_what_is_finished_lies(begun: bool, capsys: pytest.Cap
         raise KeyboardInterrupt
 
     assert cli.run(study, Config, []) == 130
-    where = (
-        "; what is finished is in outputs/lens/a/unfinished, and the same command goes on from there" if begun else ""
-    )
-    assert capsys.readouterr().err == f"interrupted{where}\n"
+    where = "nothing was finished that could be kept, and the same command starts from the beginning"
+    if begun:
+        where = "what is finished is in outputs/lens/a/unfinished, and the same command goes on from there"
+    assert capsys.readouterr().err == f"interrupted; {where}\n"
 
 
 def test_everything_is_written_and_the_summary_comes_last(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
