@@ -194,6 +194,7 @@ def settings(
         "positions": list(positions),
         "answers": config.answers,
         "seed": config.seed,
+        "helps_if_negative": ["change"] if config.direction == "noise" else [],
     }
 
 

@@ -184,6 +184,7 @@ def settings(
         "steps": config.steps,
         "answers": config.answers,
         "seed": config.seed,
+        "helps_if_negative": ["exact", "atp", "qk_fix", *config.edges] if config.direction == "denoise" else [],
     }
 
 
@@ -285,13 +286,14 @@ def drawn(
 ) -> dict[str, Figure]:
     """By name: a map for every score and site of heads, every estimate against the exact values, and the edges."""
     figures = {}
+    helpful: Any = "positive" if config.direction == "noise" else "negative"  # of base - patched
     for name in scores:
         kind = "size" if name == UNSIGNED else "signed"
         mean, quantity = means(scores, name, kind), f"mean {'|delta|' if kind == 'size' else 'delta'} ({config.metric})"
         for site in ("q", "k") if name == "qk_fix" else ("z", "q", "k", "v"):
             heads, title = site_matrix(site, patches, mean), f"{LABELS[name]}, {site}: {of}"
             figures[f"{name}_{site}"] = px.figures.head_heatmap(
-                heads, title, quantity, diverging=kind == "signed", missing="not patched"
+                heads, title, quantity, diverging=kind == "signed", helpful=helpful, missing="not patched"
             )
         if name != "exact":
             estimated, exact = (site_matrix("all", patches, x) for x in (mean, means(scores, "exact", kind)))
@@ -307,7 +309,9 @@ def drawn(
     for method, found in edges.items():
         title, label = f"Edges by {method}: {of}", f"mean estimate of delta ({config.metric})"
         nodes = found.senders, found.receivers
-        figures[method] = px.figures.edge_matrix(found.matrix, *nodes, title, label, cell=CELL)
+        figures[method] = px.figures.edge_matrix(found.matrix, *nodes, title, label, cell=CELL, helpful=helpful)
+        look: dict[str, Any] = {"nodes": nodes[0], "helpful": helpful}
+        figures[f"{method}_edges"] = px.figures.edge_graph(dict(found.ranked()), title, label, **look)
     return figures
 
 

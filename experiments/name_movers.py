@@ -139,6 +139,7 @@ def main(config: Config) -> None:
         does_the_task=clean.low > 0,
         **role_facts(heads, whole),
         shown=[px.stats.head_label(head) for head in shown],
+        helps_if_negative=["attribution_s"],
     )
 
     figures = px.figures.figures_of_name_movers(

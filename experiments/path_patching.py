@@ -139,7 +139,7 @@ def main(config: Config) -> None:
         run.array("matrix" if config.pairs else "heads", matrix.astype(np.float32))
         for name, values in arrays(result).items():
             run.array(name, values)
-        for name, figure in drawn(config, run.of, senders, receivers, paths, matrix).items():
+        for name, figure in drawn(config, run.of, senders, receivers, paths, effect.mean, matrix).items():
             run.figure(name, figure)
 
 
@@ -188,6 +188,7 @@ def settings(
         "subspace": config.subspace,
         "answers": config.answers,
         "seed": config.seed,
+        "helps_if_negative": ["effect", "change"],
     }
 
 
@@ -279,6 +280,7 @@ def drawn(
     senders: list[px.specs.Node],
     receivers: list[px.specs.Node],
     paths: list[px.PathPatch],
+    effects: Float[np.ndarray, " path"],
     matrix: Float[np.ndarray, "row column"],
 ) -> dict[str, Figure]:
     """The figure by name: mean effects of heads, or of senders on receivers."""
@@ -286,9 +288,15 @@ def drawn(
     label = f"mean effect (% of the clean {config.metric})"
     if config.pairs:
         title = f"Path patching, sender to receiver, {how}"
-        return {"pairs": px.figures.edge_matrix(matrix, senders, receivers, title, label)}
+        strong = {path.name: float(value) for path, value in zip(paths, effects, strict=True)}
+        return {
+            "pairs": px.figures.edge_matrix(matrix, senders, receivers, title, label, helpful="negative"),
+            "edges": px.figures.edge_graph(strong, title, label, nodes=senders, helpful="negative"),
+        }
     title = f"Path patching, heads to {'+'.join(paths[0].receivers)}, {how}"
-    return {"heads": px.figures.head_heatmap(matrix, title, label, diverging=True, missing="no path")}
+    return {
+        "heads": px.figures.head_heatmap(matrix, title, label, diverging=True, helpful="negative", missing="no path")
+    }
 
 
 def summary(config: Config, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -228,7 +228,7 @@ def main(config: Config) -> None:
             px.methods.write_head_scores(run.path / f"heads/{config.name}_induction_scores.csv", matrix)
         for setting, found in curves.items():
             names, of_layers = (config.stem, config.name), heads[setting[1]]
-            px.runs.lag.write_setting(run, names, setting, config.head_type, of_layers, found, tables[setting])
+            px.runs.lag.write_setting(run, names, setting, config.head_type, of_layers, found, clean, tables[setting])
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------

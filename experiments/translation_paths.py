@@ -103,6 +103,7 @@ def main(config: Config) -> None:
         **setting.facts,
         heads=labels(heads),
         minus=list(config.minus),
+        helps_if_negative=list(relative),
         attention_and_loss={what: coefficient(of) for what, of in with_attention.items()},
         without_direction={
             name: labels(np.argwhere(np.isnan(of.mean.reshape(shape))))
@@ -206,7 +207,7 @@ def drawn(name: str, relative: Float[np.ndarray, "layer head"], of: str) -> Figu
     what, variant = name.split("_")
     title = f"{VARIANTS[variant]}, X- by {what}: {of}"
     return px.figures.head_heatmap(
-        100 * relative, title, "change of the logit (%)", diverging=True, missing="no direction"
+        100 * relative, title, "change of the logit (%)", diverging=True, helpful="negative", missing="no direction"
     )
 
 

@@ -1,14 +1,16 @@
-"""Write one HTML page for one or several runs: provenance, findings, heads to hover over, figures. It works offline.
+"""Write one HTML page for one or several runs: findings, heads and paths to hover over, attention, figures. It works offline.
 
     python -m pyvene_ext.report outputs/activation_frequencies_ifr/tiny-qwen2.5_ioi_en
     python -m pyvene_ext.report outputs/english outputs/chinese --out outputs/both.html
 
-A run is the folder that a study has written: config.yaml, JSON files of facts, CSV tables, figures. The page has command, model,
-data, hashes, versions and flags; the study's verdicts; for every table with the columns layer and head, a map of one column at a
-time and the top heads with their intervals; the effect of each head prompt by prompt, if the run has kept it (deltas.npy,
-prompts.json); attention patterns (attention.json); routes to a prediction (routes.json); the figures, with links to their PDFs;
-sortable tables; and links to all files. If tables of two runs have the same column for the same heads, their rank correlation
-(Spearman).
+A run is the folder that a study has written: config.yaml, JSON files of facts, CSV tables, figures. The page opens with
+findings: the study's question, its strongest effects with intervals and controls, its verdicts. Then, for every table with the
+columns layer and head, a map of one column at a time and the top heads with their intervals; for every table of edges (a column
+"edge", or "sender" and "receivers"), such as paths or a circuit, a map of senders by receivers and a drawing by layer; the
+effect of each head prompt by prompt (deltas.npy, prompts.json); where every head looks (attention.json); routes to a prediction
+(routes.json); the figures, with links to their PDFs; sortable tables and links to all files; command, hashes, versions and
+flags. If tables of two runs of one model have the same column for the same heads: both maps, their difference, a scatter plot
+of heads, and correlations with 95% intervals.
 """
 
 from __future__ import annotations

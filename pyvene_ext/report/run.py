@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from pydantic import ValidationError
 
+from pyvene_ext.io.errors import one_sentence
 from pyvene_ext.io.files import parse_json, read_csv, read_npy, read_yaml
 from pyvene_ext.report.routes import Routes
 from pyvene_ext.runs.attention import FILE as ATTENTION
 from pyvene_ext.runs.attention import View, read_views
+from pyvene_ext.runs.facts import Evidence
 
 Row = dict[str, str]
 Head = tuple[int, int]
 ROUTES, PROMPTS, DELTAS = "routes.json", "prompts.json", "deltas.npy"
+HEAD = re.compile(r"z\.([0-9]{1,6})\.([0-9]{1,6})", re.ASCII)
+PLACES = ("layer", "head", "row")  # columns of numbers that measure nothing
 GROUPS = 12  # the most maps of one table, which has one for each value of a text column (a language pair, a site)
 ENDS = {"low": "high", "lowest": "highest"}
 
@@ -113,7 +119,7 @@ class Run:
             config,
             facts,
             {
-                path.relative_to(folder).as_posix(): read_csv(path)
+                path.relative_to(folder).as_posix(): with_heads(read_csv(path))
                 for path in files(folder, "*.csv") or files(folder, "tables/*.csv")
             },
             read_views(folder / ATTENTION) if (folder / ATTENTION).is_file() else [],
@@ -128,8 +134,34 @@ class Run:
     @property
     def verdicts(self) -> list[str]:
         """The study's verdicts on what it found, one sentence each."""
-        found = [facts.get("verdicts") for facts in self.facts.values() if isinstance(facts, dict)]
-        return [str(line) for lines in found if isinstance(lines, list) for line in lines]
+        return [str(line) for lines in self._stated("verdicts", list) for line in lines]
+
+    @property
+    def questions(self) -> list[str]:
+        """What the study asked."""
+        return [str(question) for question in dict.fromkeys(self._stated("question", str))]
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """The main effects, as the study states them.
+
+        Raises:
+            ValueError: what the summary states is not evidence.
+        """
+        try:
+            return [Evidence.of(facts) for every in self._stated("evidence", list) for facts in every]
+        except ValidationError as error:
+            raise ValueError(f"{self.folder} states evidence that is none: {one_sentence(error)}") from None
+
+    @property
+    def negative(self) -> frozenset[str]:
+        """The columns in which a negative number helps the answer."""
+        return frozenset(str(name) for names in self._stated("helps_if_negative", list) for name in names)
+
+    def _stated(self, name: str, kind: type) -> list[Any]:
+        """What the JSON files of the run state under a name."""
+        every = [facts.get(name) for facts in self.facts.values() if isinstance(facts, dict)]
+        return [value for value in every if isinstance(value, kind)]
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -175,6 +207,17 @@ class Run:
         return [str(text) for text in texts], deltas
 
 
+def with_heads(rows: list[Row]) -> list[Row]:
+    """Add layer and head to a table of paths from many senders to the same receivers; other tables stay as they are."""
+    if not rows or not {"sender", "receivers"} <= rows[0].keys() or len({row["receivers"] for row in rows}) > 1:
+        return rows
+    heads = [HEAD.fullmatch(row["sender"]) for row in rows]
+    return [
+        {"layer": head[1] if head else "", "head": head[2] if head else ""} | row
+        for row, head in zip(rows, heads, strict=True)
+    ]
+
+
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Group a table's columns: each with its interval or standard error.
 
@@ -188,7 +231,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Its columns, without ends and errors.
     """
     names = list(rows[0]) if rows else []
-    numeric = [name for name in names if name not in ("layer", "head") and is_numeric(rows, name)]
+    numeric = [name for name in names if name not in PLACES and is_numeric(rows, name)]
     ends: dict[str, tuple[str, str]] = {}
     for before, low, high in zip(["", *names], names, names[1:], strict=False):
         stem, _, end = low.rpartition("_")

@@ -6,10 +6,12 @@ import math
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import BaseModel
 from torch import nn
 
 from pyvene_ext.io.packages import version_of
@@ -47,6 +49,17 @@ def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:
     }
 
 
+class _Facts(BaseModel):
+    """Evidence as a summary file has it."""
+
+    sample: str
+    effect: str
+    interval: tuple[float | None, float | None, float | None] | None
+    control: str
+    sharpen: str
+    null: float | None = 0.0
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The main effect of a study, and what stands behind it: the line that every study ends with.
@@ -67,18 +80,39 @@ class Evidence:
     sharpen: str
     null: float | None = 0.0
 
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Evidence:
+        """Read what `facts` gave.
+
+        Args:
+            facts: of a summary file.
+
+        Returns:
+            The evidence.
+
+        Raises:
+            ValueError: the facts are not those of evidence.
+        """
+        read = _Facts.model_validate(facts)
+        ends = read.interval and Interval(*(math.nan if value is None else value for value in read.interval))
+        return cls(read.sample, read.effect, ends, read.control, read.sharpen, read.null)
+
+    @property
+    def measured(self) -> str:
+        """The effect with its interval, in words."""
+        if self.interval is None:
+            return self.effect
+        mean, low, high = map(float, self.interval)
+        known = math.isfinite(low) and math.isfinite(high)
+        effect = f"{self.effect} {mean:.3g}"
+        effect += f" [{low:.3g}, {high:.3g}]" if known else ", without an interval, which proves nothing"
+        if known and self.null is not None and low <= self.null <= high:
+            effect += f", not told apart from {self.null:g}"
+        return effect
+
     def __str__(self) -> str:
         """One line for the terminal."""
-        effect = self.effect
-        if self.interval is not None:
-            mean, low, high = map(float, self.interval)
-            known = math.isfinite(low) and math.isfinite(high)
-            effect += f" {mean:.3g}" + (
-                f" [{low:.3g}, {high:.3g}]" if known else ", without an interval, which proves nothing"
-            )
-            if known and self.null is not None and low <= self.null <= high:
-                effect += f", not told apart from {self.null:g}"
-        return f"evidence: {self.sample}; {effect}; control: {self.control}; to sharpen it: {self.sharpen}"
+        return f"evidence: {self.sample}; {self.measured}; control: {self.control}; to sharpen it: {self.sharpen}"
 
     @property
     def facts(self) -> dict[str, Any]:

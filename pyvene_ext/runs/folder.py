@@ -10,15 +10,17 @@
         run.table("heads", rows)
         run.figure("lens_rank", figure)
 
-The summary of an earlier run is removed first, and that of this run is written last, so that a folder with a summary is complete
-and holds the files of one run. Until then `unfinished` keeps the work of an interrupted run. Only the main process writes; the
-study returns before this point in the other processes.
+The summary begins with the study's question, the first line of its docstring. The summary of an earlier run is removed first, and
+that of this run is written last, so that a folder with a summary is complete and holds the files of one run. Until then
+`unfinished` keeps the work of an interrupted run. Only the main process writes; the study returns before this point in the other
+processes.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -95,6 +97,9 @@ class RunFolder:
         self._given = config
         self.fill_in(config, summary=summary, config_file=config_file)
         self._beside = tuple(beside)
+        self._question = (
+            (getattr(sys.modules.get(type(config).__module__), "__doc__", None) or "").strip().partition("\n")[0]
+        )
         self._kinds: set[str] = set()
 
     def fill_in(self, config: Any, *, summary: str | Path = "summary.json", config_file: str = "config.yaml") -> None:
@@ -220,7 +225,8 @@ class RunFolder:
         yield
         write_config(self._config_file, self.config)
         size = {"shortened": {key: shortened[key] for key in ("flag", "value", "of")}} if shortened else {}
-        write_json(self._summary, {**facts, **size, "evidence": [one.facts for one in evidence]})
+        asked = {"question": self._question} if self._question else {}
+        write_json(self._summary, {**asked, **facts, **size, "evidence": [one.facts for one in evidence]})
         remove_leftovers(self._summary, *self._beside, *self.path.rglob("*"))
         discard(self.unfinished)
         self._kept_size.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from pyvene_ext.methods.heads.lag import LagCurves, Layers, Mode, RankedHeads, plus_one_bias
 from pyvene_ext.methods.heads.lag_tables import lag_table
@@ -27,6 +28,7 @@ def write_setting(
     head_type: Type,
     heads: RankedHeads,
     found: Sequence[LagCurves],
+    clean: Float[np.ndarray, "permutation lag"],
     table: list[dict[str, Any]],
 ) -> None:
     """Write tables, arrays, heads and figures of one setting.
@@ -38,6 +40,7 @@ def write_setting(
         head_type: what is ablated: the heads with the highest scores beside random ones, or those alone.
         heads: the rankings.
         found: the curves, by number of heads.
+        clean: the curves of the untouched model.
         table: the rows of the summary.
     """
     (stem, model), (mode, layers) = names, setting
@@ -57,8 +60,8 @@ def write_setting(
             run.array(f"arrays/{name(kind, at.n)}", own.astype(np.float32))
             record = {"head_type": kind, "layer_abl": layers, "mode": mode, "heads": chosen[kind]}
             run.json(f"heads/{name(kind, at.n)}", record)
-        run.figure(name(head_type, at.n), lag_curves([at], at.random, title))
-    run.figure(name(head_type), lag_curves(found, found[-1].random, title))
+        run.figure(name(head_type, at.n), lag_curves([at], at.random, title, clean))
+    run.figure(name(head_type), lag_curves(found, found[-1].random, title, clean))
     run.table(f"tables/{name(head_type)}_summary", filled(table))  # no heads have no random ones
 
 

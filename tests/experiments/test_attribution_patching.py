@@ -31,7 +31,10 @@ ARRAYS = {f"{name}.npy" for name in ("exact", "atp", "qk_fix", "atp_star", "eap"
 TABLES = {"nodes.csv", "edges.csv", "agreement.csv", "config.yaml", "summary.json"}
 FIGURES = {
     *(f"figures/{score}_{site}.png" for score in ("exact", "atp", "atp_star") for site in "zqkv"),
-    *(f"figures/{name}.png" for name in ("qk_fix_q", "qk_fix_k", "eap", "eap_ig_inputs")),
+    *(
+        f"figures/{name}.png"
+        for name in ("qk_fix_q", "qk_fix_k", "eap", "eap_ig_inputs", "eap_edges", "eap_ig_inputs_edges")
+    ),
     *(f"figures/{score}_against_exact.png" for score in ("atp", "qk_fix", "atp_star")),
 }
 

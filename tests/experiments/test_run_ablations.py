@@ -596,7 +596,7 @@ def test_a_figure_has_a_line_for_each_level_the_random_band_and_a_line_at_0() ->
         assert band[band[:, 0] == 1][:, 1].max() == pytest.approx(random.mean(1)[1, 31])
         assert band[band[:, 0] == 1][:, 1].min() == pytest.approx(random.mean(1)[0, 31])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["5 random heads: mean and range (3 sets)", "0 ablated", "1 ablated", "5 ablated"]
+    assert labels == ["5 random heads: mean and range (3 sets)", "none ablated", "1 ablated", "5 ablated"]
     none = px.figures.lag_curves(found, np.empty((0, 5, 60)), "no control")
     assert len(none.axes[0].collections) == len(found)
     short = px.figures.lag_curves(

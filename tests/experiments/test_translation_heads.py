@@ -116,8 +116,8 @@ def test_chosen_heads_on_chosen_sentences_are_looked_at(folder: Path) -> None:
     assert command(*flags, "--show_sentences", 6) == 0
     page = (folder / "run/figures/en-fr_attention.html").read_text(encoding="utf-8")
     assert "en-fr, sentence 6" in page and "sentence 0" not in page
-    assert [(view.name, list(view.patterns)) for view in read_views(folder / "run/attention.json")] == [
-        ("en-fr, sentence 6", ["4.5", "0.1"])
+    assert [(view.name, list(view.first)) for view in read_views(folder / "run/attention.json")] == [
+        ("en-fr, sentence 6", [(4, 5), (0, 1)])
     ]
     assert not (folder / "run/overlaps.csv").exists()
 

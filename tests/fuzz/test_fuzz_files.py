@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import gzip
 import io
 import json
 import math
@@ -369,7 +371,13 @@ def test_arrays_are_read_or_named(reader: str, content: bytes, tmp_path: Path) -
 
 # -- folders of runs ---------------------------------------------------------------------------------------------------
 
-FACTS = {"verdicts": ["causal"], "command": "python x.py", "nested": [{"command": "python y.py"}]}
+FACTS: dict[str, Any] = {"verdicts": ["causal"], "command": "python x.py", "nested": [{"command": "python y.py"}]}
+FACTS |= {"question": "Which?", "helps_if_negative": ["delta"]}
+FACTS |= {
+    "evidence": [
+        {"sample": "2 prompts", "effect": "0.0", "interval": [0.5, None, None], "control": "none", "sharpen": "more"}
+    ]
+}
 TABLE = "layer,head,delta,note\n0,0,0.5,a\n0,1,,b\n1,0,-1e-3,c\n"
 
 
@@ -379,7 +387,10 @@ def deltas() -> bytes:
     return buffer.getvalue()
 
 
-ATTENTION = {"prompts": [{"name": "one", "tokens": ["a", "b"], "heads": {"0.1": [[1.0], [0.25, 0.75]]}}]}
+LAYER = base64.b64encode(gzip.compress(bytes([255, 64, 191]), mtime=0)).decode()  # one head on two tokens
+ATTENTION = {
+    "prompts": [{"name": "one", "tokens": ["a", "b"], "first": ["0.0"], "left_out": "", "layers": {"0": LAYER}}]
+}
 EDGE = {"source": "resid_pre.0@0", "target": "resid_mid.0@1", "via": "0.1", "importance": 0.5}
 ROUTES = {"prompt": 0, "tokens": ["a", "b"], "tau": 0.04, "renormalised": False, "edges": [EDGE]}
 

@@ -25,6 +25,7 @@ from .name_movers import attention_against_projection as attention_against_proje
 from .name_movers import copies_and_effects as copies_and_effects
 from .name_movers import figures_of_name_movers as figures_of_name_movers
 from .name_movers import where_heads_look as where_heads_look
+from .patching import edge_graph as edge_graph
 from .patching import edge_matrix as edge_matrix
 from .patching import effect_bars as effect_bars
 from .patching import site_maps as site_maps

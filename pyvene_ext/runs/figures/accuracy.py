@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pyvene_ext.runs.figures.style import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, styled
+from pyvene_ext.runs.figures.style import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, legend_below, styled
 
 Rows = Sequence[Mapping[str, Any]]
 OF_MODELS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY)
@@ -60,7 +60,7 @@ def ablation_curves(rows: Rows, title: str) -> Figure:
     axes.set(xlabel="heads ablated", ylabel="accuracy (%, 95% interval)", ylim=(-3, 103))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 

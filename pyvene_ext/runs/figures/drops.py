@@ -6,7 +6,6 @@ Rows are those of the studies' tables: "model", "drop" in points, and what is na
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from pyvene_ext.runs.figures.style import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SEQUENTIAL, SKY, styled
+from pyvene_ext.runs.figures.style import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SEQUENTIAL, SKY, over_all, styled
 
 Rows = Sequence[Mapping[str, Any]]
 OF_SITES = (GREY, ORANGE, BLUE, GREEN, PINK, SKY, AMBER)
@@ -95,7 +94,7 @@ def drops_by_stratum(title: str, rows: Rows) -> Figure:
     sides = [[row for row in rows if row["split"] == split] for split in ("confidence", "steps")]
     widths = [max(len(side), 2) for side in sides]
     figure = Figure(figsize=(2.6 + 0.75 * sum(widths), 3.6))
-    figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())), fontsize=10)
+    over_all(figure, title)
     panels = figure.subplots(1, 2, sharey=True, width_ratios=widths)
     for axes, side, xlabel in zip(
         panels, sides, ("confidence, from low to high", "steps of the solution"), strict=True
@@ -112,8 +111,9 @@ def drops_by_stratum(title: str, rows: Rows) -> Figure:
         axes.set(xlabel=xlabel, xlim=(-0.6, max(len(side), 2) - 0.4))
         axes.grid(axis="y")
     panels[0].set_ylabel("drop in accuracy (points, 95% interval)")
-    handles: list[Any] = [Patch(color=BLUE, label="intervention")]
-    if any(math.isnan(row["drop_low"]) for side in sides for row in side):
+    few_of = [math.isnan(row["drop_low"]) for side in sides for row in side]
+    handles: list[Any] = [] if all(few_of) else [Patch(color=BLUE, label="intervention")]
+    if any(few_of):
         handles.append(Patch(color=FEW, label="few problems"))
     if not all(math.isnan(row["random_drop"]) for row in rows):
         handles.append(Line2D([], [], color=ORANGE, marker="D", ls="", label="random heads of the same layers"))
@@ -141,7 +141,7 @@ def crossed_strata(title: str, rows: Rows) -> Figure:
         if row is not None and row["verdict"]:
             shown[i, j] = row["drop"]
     figure = Figure(figsize=(2.6 + 1.0 * max(len(steps), 2), 1.7 + 0.62 * max(len(parts), 2)))
-    figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())), fontsize=10)
+    over_all(figure, title)
     axes = figure.add_subplot()
     axes.set_facecolor("#ececec")
     image = axes.imshow(np.ma.masked_invalid(shown), cmap=SEQUENTIAL, vmin=0, vmax=100, aspect="auto")

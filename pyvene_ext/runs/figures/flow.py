@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pyvene_ext.methods.heads.flow import FlowEdge, StreamState
-from pyvene_ext.runs.figures.style import BLUE, LIGHT, ORANGE, drawable, styled
+from pyvene_ext.runs.figures.style import BLUE, LIGHT, ORANGE, drawable, styled, titled
 
 NAMED = 60  # lines of attention between tokens that are named in a drawing, if there are no more
 
@@ -69,7 +68,7 @@ def routes(edges: Sequence[FlowEdge], tokens: Sequence[str], layers: int, title:
     # Sorted: the order of a set changes from process to process, and with it the bytes of the PDF.
     x, y = zip(*map(_place, sorted(nodes | {prediction})), strict=True)
     axes.scatter(x, y, s=9, color="black", zorder=4)
-    axes.set_title(textwrap.fill(title, int(11 * figure.get_figwidth())))
+    titled(axes, title, figure.get_figwidth())
     axes.set_xlabel("token")
     axes.set_ylabel("residual stream after layer")
     shown = [label if drawable(label) else f"({number})" for number, label in enumerate(labels)]

@@ -27,9 +27,11 @@ from pyvene_ext.runs.figures.style import (
     PINK,
     SEQUENTIAL,
     SKY,
-    STYLE,
+    Helpful,
     caption,
     log_axis,
+    over_all,
+    signed_map,
     styled,
     whole_numbers,
 )
@@ -45,6 +47,7 @@ def head_heatmap(
     *,
     diverging: bool = False,
     limits: tuple[float, float] | None = None,
+    helpful: Helpful = "positive",
     first_layer: int = 0,
     missing: str = "not finite",
 ) -> Figure:
@@ -55,6 +58,7 @@ def head_heatmap(
         title: above the figure.
         label: what the colour means, with its unit.
         diverging: blue - white - red with white at 0, for signed values.
+        helpful: for those, the sign of numbers that help the answer, which are red.
         limits: the ends of the colour scale; the finite values' range by default. For `diverging` the farther end counts.
         first_layer: the number of the matrix's first row.
         missing: what the legend calls cells that are not finite.
@@ -75,7 +79,7 @@ def head_heatmap(
     width, height = _map_size(n_layers, n_heads)
     figure = Figure(figsize=(width + 1.7, height + 1.0))
     axes = figure.add_subplot()
-    image = _draw_heads(axes, matrix, low, high, diverging, first_layer)
+    image = _draw_heads(axes, matrix, low, high, signed_map(helpful) if diverging else SEQUENTIAL, first_layer)
     caption(figure, axes, title, "head", "layer")
     bar = figure.colorbar(image, ax=axes, label=label, fraction=0.16 / width, aspect=height / 0.14, pad=0.02)
     bar.outline.set_visible(False)
@@ -116,12 +120,12 @@ def compared_heads(
     farthest = max(map(abs, _range(a - b)))
     width, height = _map_size(*a.shape)
     figure = Figure(figsize=(3 * width + 2.8, height + 1.3))
-    figure.suptitle(textwrap.fill(title, int(11 * (3 * width + 2.8))), fontsize=STYLE["axes.titlesize"])
+    over_all(figure, title)
     panels = figure.subplots(1, 3)
     for axes, name, matrix in zip(panels, (*names, "Difference"), (a, b, a - b), strict=True):
         difference = matrix is not a and matrix is not b
         ends = (-farthest, farthest) if difference else (low, high)
-        image = _draw_heads(axes, matrix, *ends, difference, 0)
+        image = _draw_heads(axes, matrix, *ends, DIVERGING if difference else SEQUENTIAL, 0)
         axes.set(title=name, xlabel="head", ylabel="layer")
         if matrix is not a:  # the scale of the first two stands once, behind the second
             words = f"{label}: difference" if difference else label
@@ -221,7 +225,10 @@ def histogram_abs_delta(
         above = f"tau = {tau:g}: {(size > tau).mean():.0%} above"
         axes.axvline(tau, color=ORANGE, linewidth=1.2, linestyle="--", label=above)
     if shown.size < size.size:
-        axes.plot([], [], " ", label=f"not shown: {1 - shown.size / size.size:.1%} at or near 0")
+        share = 1 - shown.size / size.size
+        axes.plot(
+            [], [], " ", label=f"not shown: {share:.1%} at or near 0" if share >= 0.0005 else "not shown: under 0.1%"
+        )
     if tau is not None or shown.size < size.size:
         figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -379,7 +386,7 @@ def _map_size(n_layers: int, n_heads: int) -> tuple[float, float]:
 
 
 def _draw_heads(
-    axes: Axes, matrix: Float[np.ndarray, "layer head"], low: float, high: float, diverging: bool, first_layer: int
+    axes: Axes, matrix: Float[np.ndarray, "layer head"], low: float, high: float, cmap: str, first_layer: int
 ) -> AxesImage:
     """One coloured cell a head; layer 0 on top."""
     n_layers, n_heads = matrix.shape
@@ -388,7 +395,7 @@ def _draw_heads(
     axes.patch.set_hatch("//////")
     image = axes.imshow(
         np.ma.masked_invalid(matrix),
-        cmap=DIVERGING if diverging else SEQUENTIAL,
+        cmap=cmap,
         vmin=low,
         vmax=high,
         aspect="auto",

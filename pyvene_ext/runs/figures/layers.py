@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pyvene_ext.runs.figures.style import BLUE, DIVERGING, GREY, ORANGE, styled
+from pyvene_ext.runs.figures.style import BLUE, DIVERGING, GREY, ORANGE, styled, titled
 from pyvene_ext.stats.intervals import Interval
 
 
@@ -38,9 +38,8 @@ def depth_curve(curve: Interval, title: str, label: str, scale: str = "linear") 
         axes.axhline(0, color=GREY, linewidth=0.8)
     axes.fill_between(depths, curve.low, curve.high, color=BLUE, alpha=0.25, linewidth=0, label="95% interval")
     axes.plot(depths, curve.mean, "o-", color=BLUE, linewidth=1.4, markersize=3.5, label="mean over prompts")
-    axes.set(
-        title=textwrap.fill(title, 60), xlabel="depth (blocks passed; 0: the embedding)", ylabel=label, yscale=scale
-    )
+    titled(axes, title, figure.get_figwidth())
+    axes.set(xlabel="depth (blocks passed; 0: the embedding)", ylabel=label, yscale=scale)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if scale == "log":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the style has no formulas
@@ -79,7 +78,7 @@ def layer_map(
         aspect="auto",
         interpolation="nearest",
     )
-    axes.set_title(textwrap.fill(title, int(11 * (width + 1.9))))
+    titled(axes, title, width + 1.9)
     axes.set(xlabel=xlabel, ylabel="layer")
     axes.set_xticks(range(len(columns)), labels=columns)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from pyvene_ext.methods.heads.name_movers import Names
 from pyvene_ext.methods.heads.name_roles import NameMeasures
 from pyvene_ext.runs.figures.heads import head_heatmap
-from pyvene_ext.runs.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SEQUENTIAL, styled
+from pyvene_ext.runs.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SEQUENTIAL, name_points, over_all, styled
 from pyvene_ext.stats.controls import Head, head_label
 from pyvene_ext.stats.correlations import Correlation
 
@@ -121,14 +120,13 @@ def copies_and_effects(heads: Sequence[Mapping[str, Any]], of: str) -> Figure:
         x, y = ([row[column] for row in heads] for column in (measure, "attribution"))
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.scatter(x, y, s=16, alpha=0.75, color=BLUE, linewidths=0)
-        for row in heads[:LABELLED]:
-            if row[measure] < max(row["copy_own"], row["copy_own_negative"]):
-                continue  # in the other panel
-            name, at = head_label((row["layer"], row["head"])), (row[measure], row["attribution"])
-            axes.annotate(name, at, (3, 2), textcoords="offset points", size=7)
         axes.set(xlabel=label, xlim=(-0.04, 1.08))
         axes.grid()
-    left.set(ylabel="attribution to logit(IO) - logit(S)", title=textwrap.fill(f"Copying and direct effect: {of}", 44))
+    left.set_ylabel("attribution to logit(IO) - logit(S)")
+    over_all(figure, f"Copying and direct effect: {of}", x=0.01, ha="left")
+    for axes, measure in ((left, "copy_own"), (right, "copy_own_negative")):
+        here = [row for row in heads[:LABELLED] if row[measure] == max(row["copy_own"], row["copy_own_negative"])]
+        name_points(axes, {head_label((row["layer"], row["head"])): (row[measure], row["attribution"]) for row in here})
     return figure
 
 
@@ -156,6 +154,6 @@ def where_heads_look(
         axes.set(title=f"from {query}", xlabel="looked at")
         axes.spines[:].set_visible(False)
     panels[0].set_ylabel("head")
-    figure.suptitle(textwrap.fill(f"Where heads look: {of}", 60), x=0.01, ha="left", fontsize=10)
+    over_all(figure, f"Where heads look: {of}", x=0.01, ha="left")
     figure.colorbar(image, ax=panels, label="mean attention", fraction=0.05, pad=0.02).outline.set_visible(False)
     return figure

@@ -75,11 +75,12 @@ def test_scores_are_those_of_the_reasoning_that_the_model_writes(
     # The first heads are looked at on the first problems, as the model was given them.
     views = read_views(folder / "out/attention.json")
     assert [view.name for view in views] == [
-        f"{name}, problem {i}" for name in (MODEL, "tiny-llama3.1") for i in range(5)
+        f"{name}, problem {i}" for name in (MODEL, "tiny-llama3.1") for i in range(N)
     ]
-    assert [len(view.tokens) for view in views[:5]] == [len(ids) for ids, _, _ in problems][:5]
+    assert [len(view.tokens) for view in views[:N]] == [len(ids) for ids, _, _ in problems]
     composite = read_head_scores(folder / f"out/heads/{MODEL}_composite.csv", model.config)
-    assert list(views[0].patterns) == [f"{layer}.{head}" for _, layer, head in composite[:5]]
+    assert list(views[0].first) == [(layer, head) for _, layer, head in composite[:5]]
+    assert {pattern.shape[0] for pattern in views[0].patterns.values()} == {model.config.num_attention_heads}
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,17 @@ from pyvene_ext.io.files import write_csv, write_json, write_yaml
 from pyvene_ext.report import Run, write_report
 from pyvene_ext.report.__main__ import Config as ReportConfig
 from pyvene_ext.report.__main__ import main
+from pyvene_ext.report.colours import AGAINST, HELPS
+from pyvene_ext.report.compare import RESAMPLES, compared, shared
+from pyvene_ext.report.edges import edge_graph, edge_map, edges_of
+from pyvene_ext.report.findings import strongest
 from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
 from pyvene_ext.report.routes import Routes, draw_routes
 from pyvene_ext.report.run import by_group, columns
 from pyvene_ext.runs import figures
 from pyvene_ext.runs.attention import View, write_views
-from pyvene_ext.stats import spearman
+from pyvene_ext.runs.facts import Evidence
+from pyvene_ext.stats import correlate_heads
 from tests.browser import in_browser, needs_browser
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -80,6 +85,14 @@ ROUTES: dict[str, Any] = {
     "tau": 0.04,
     "renormalised": False,
     "edges": [dict(zip(("source", "target", "via", "importance"), edge, strict=True)) for edge in EDGES],
+}
+EVIDENCE: dict[str, Any] = {
+    "sample": "9 prompts",
+    "effect": "the effect of 0.1, the largest of 6 heads,",
+    "interval": [3.0, 2.5, 3.5],
+    "control": "random heads, p = 0.02",
+    "sharpen": "a larger --limit",
+    "null": 0.0,
 }
 
 
@@ -144,8 +157,10 @@ def test_in_a_browser_maps_are_drawn_menus_choose_tables_sort_and_nothing_goes_w
 def test_in_a_browser_attention_routes_and_prompts_are_there(tmp_path: Path) -> None:
     _run(tmp_path / "a")
     _run(tmp_path / "b")
-    for name, weight in (("a", 0.25), ("b", 0.125)):
-        write_views(tmp_path / name, [View("p", ["x", "y"], {"0.1": np.array([[1, 0], [1 - weight, weight]])})])
+    for name, weight in (("a", 51), ("b", 102)):
+        write_views(
+            tmp_path / name, [View("p", ["x", "y"], {0: np.array([[[255, 0], [255 - weight, weight]]], np.uint8)})]
+        )
     write_json(tmp_path / "b/routes.json", ROUTES)
     np.save(tmp_path / "b/deltas.npy", np.arange(-3, 9, dtype=np.float32).reshape(2, 3, 2))
     write_json(tmp_path / "b/prompts.json", ["first", "second & last"])
@@ -164,7 +179,7 @@ def test_in_a_browser_attention_routes_and_prompts_are_there(tmp_path: Path) -> 
     """
     said, wrong = in_browser(_page(tmp_path / "a", tmp_path / "b"), script, tmp_path)
     assert wrong == []
-    assert said["weights"] == ["y (1) → y (1)attention 0.250", "y (1) → y (1)attention 0.125"]
+    assert said["weights"] == ["y (1) → y (1)attention 0.200", "y (1) → y (1)attention 0.400"]
     head, residual, node = said["edges"][1:]
     assert head == "head 1.4<bos> → cresid_post.0@0 → resid_mid.1@2importance 0.500"
     assert residual == "residualc → cresid_mid.1@2 → resid_post.1@2importance 0.750" and node == "resid_post.0@0<bos>"
@@ -173,11 +188,11 @@ def test_in_a_browser_attention_routes_and_prompts_are_there(tmp_path: Path) -> 
     assert said["before"] == "head 1.2delta: 7" and said["after"] == ["head 1.2delta: 8", "second &amp; last"]
 
 
-def test_what_was_run_stands_on_top(tmp_path: Path) -> None:
+def test_what_was_run_stands_at_the_end(tmp_path: Path) -> None:
     _run(tmp_path / "a")
     page = _page(tmp_path / "a")
     block = re.search(r'<dl class="run">(.*?)</dl>', page)
-    assert block and page.index(block[0]) < page.index("heads matter")
+    assert block and page.index("heads matter") < page.index("heads.csv (6 rows)") < page.index(block[0])
     lines = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", block[1]))
     assert list(lines) == ["command", "model", "run on", "hashes", "versions", "found", "flags"]
     assert lines["command"] == "<code>python x.py --tau 0.1</code>" and lines["model"] == "tiny, qwen2, abc"
@@ -196,10 +211,15 @@ def test_what_was_run_stands_on_top(tmp_path: Path) -> None:
 def test_the_page_needs_no_network_and_shows_nothing_as_code(tmp_path: Path) -> None:
     _run(tmp_path / "a")
     (tmp_path / "a/<x>.csv").write_bytes((tmp_path / "a/heads.csv").read_bytes())
-    write_views(tmp_path / "a", [View(HOSTILE, [HOSTILE], {"0.1": np.eye(1)})])
+    write_views(tmp_path / "a", [View(HOSTILE, [HOSTILE], {0: np.full((1, 1, 1), 255, np.uint8)}, left_out=HOSTILE)])
     write_json(tmp_path / "a/routes.json", ROUTES | {"tokens": [HOSTILE] * 3})
     np.save(tmp_path / "a/deltas.npy", np.ones((2, 3, 1)))
     write_json(tmp_path / "a/prompts.json", [HOSTILE])
+    write_json(
+        tmp_path / "a/summary.json",
+        RECORD | {"question": HOSTILE, "verdicts": [HOSTILE], "evidence": [EVIDENCE | {"effect": HOSTILE}]},
+    )
+    write_csv(tmp_path / "a/edges.csv", [{"edge": f"z.0.{head}->logits", HOSTILE: head} for head in range(3)])
     page = _page(tmp_path / "a")
     ours = page.replace(get_plotlyjs(), "")
     assert len(ours) < 200_000 and not re.search(r'(src|href)="(https?:)?//', ours)
@@ -221,9 +241,18 @@ def test_every_effect_is_shown_prompt_by_prompt(tmp_path: Path) -> None:
     write_json(tmp_path / "a/prompts.json", ["first", HOSTILE])
     page = _page(tmp_path / "a")
     assert "[[1.0,3.0,5.0],[7.0,9.0,null]]" in page and "prompt " in page and HOSTILE not in page
-    first, second = prompt_by_prompt(["first", "second"], deltas).data
+    figure = prompt_by_prompt(["first", "second"], deltas)
+    first, second = figure.data
     assert first.visible and not second.visible
-    assert (first.zmin, first.zmax) == (second.zmin, second.zmax) == (-10, 10)
+    # One scale for all prompts, which one outlier does not make pale, and which says where it ends.
+    limit = float(np.quantile(np.abs(deltas[np.isfinite(deltas)]), 0.98))
+    for one in (first, second):
+        np.testing.assert_allclose((one.zmin, one.zmax), (-limit, limit))
+        assert (
+            one.colorbar.ticktext[0] == f"≤ −{limit:.2g}"
+            and one.colorbar.ticktext[-1] == f"≥ {limit:.2g}<br>(up to 10)"
+        )
+        assert (one.colorbar.tickvals[0], one.colorbar.tickvals[-1]) == (one.zmin, one.zmax)
     for wrong in (deltas[0], deltas[..., :1], deltas.astype(object)):
         np.save(tmp_path / "a/deltas.npy", wrong)
         with pytest.raises(ValueError, match=r"deltas.npy (must be|is not a complete)"):
@@ -243,6 +272,194 @@ def test_colours_and_their_direction_are_those_of_the_static_figures() -> None:
     assert figure.data[0].colorscale[-1][1] == "rgb(103,0,31)"
     colours = {trace.line.color for trace in draw_routes(Routes(**ROUTES)).data if trace.mode == "lines"}
     assert colours == {figures.LIGHT, figures.ORANGE, figures.BLUE}
+
+
+def test_what_helps_is_red_whatever_its_sign() -> None:
+    """Ablations and scores are positive where they help, paths negative."""
+    rows = [
+        {
+            "layer": "0",
+            "head": str(i),
+            "helps": str(v),
+            "helps_low": "-9",
+            "helps_high": "9",
+            "hurts": str(-v),
+            "hurts_low": "-9",
+        }
+        | {"hurts_high": "9", "lost": str(-i - 1), "lost_low": "-9", "lost_high": "9"}
+        for i, v in enumerate([2, -1, 0.5])
+    ]
+    negative = {"hurts", "lost"}
+    maps = [button.args[0] for button in head_maps(rows, negative).layout.updatemenus[0].buttons]
+    assert len(maps) == 3
+    for look, sign in zip(maps, (1, -1, -1), strict=True):
+        (scale,), (low,), (high,) = look["colorscale"], look["zmin"], look["zmax"]
+        assert low == -high and scale[-1 if sign == 1 else 0][1] == "rgb(103,0,31)"
+    bars = first_heads(rows, negative).data
+    assert [tuple(bar.marker.color) for bar in bars] == [(HELPS, AGAINST, HELPS)] * 2 + [(HELPS, HELPS, HELPS)]
+    of_paths = [
+        {"path": f"z.0.{i}->q.1.{i}", "sender": f"z.0.{i}", "receivers": f"q.1.{i}", "hurts": f"{-v}"}
+        for i, v in enumerate([2, -1])
+    ]
+    (button,) = edge_map(edges_of(of_paths), negative).layout.updatemenus[0].buttons
+    assert button.args[0]["colorscale"][0][0][1] == "rgb(103,0,31)"
+    lines = [trace.line.color for trace in edge_graph(edges_of(of_paths), negative).data if trace.mode == "lines"]
+    assert lines == [HELPS, AGAINST]
+    assert [trace.line.color for trace in edge_graph(edges_of(of_paths)).data if trace.mode == "lines"] == [
+        AGAINST,
+        HELPS,
+    ]
+    reds = [
+        to_rgb(matplotlib.colors.to_hex([int(x) / 255 for x in re.findall(r"\d+", colour)]))
+        for colour in (HELPS, AGAINST)
+    ]
+    assert reds[0][0] > 2 * reds[0][2] and reds[1][2] > 2 * reds[1][0]
+
+
+# -- findings ----------------------------------------------------------------------------------------------------------
+
+
+def test_findings_are_the_stated_effect_and_the_next_of_its_table(tmp_path: Path) -> None:
+    _run(tmp_path / "a")
+    effects = [(-4.0, -5.0, -3.0), (3.0, 2.5, 3.5), (0.2, -0.1, 0.5), (0.1, 0.05, 0.15)]
+    heads = [
+        {"layer": 0, "head": i, "other": 9 - i, "effect": e[0], "low": e[1], "high": e[2]}
+        for i, e in enumerate(effects)
+    ]
+    write_csv(tmp_path / "a/heads.csv", heads)
+    write_json(
+        tmp_path / "a/summary.json", RECORD | {"dataset": "ioi", "question": "Which heads?", "evidence": [EVIDENCE]}
+    )
+    first, more = strongest(Run.read(tmp_path / "a"))
+    assert first == [
+        "The effect of 0.1, the largest of 6 heads, 3 [2.5, 3.5] (9 prompts). Control: random heads, p = 0.02. "
+        "To sharpen it: a larger --limit.",
+        "0.0: effect -4.0 [-5.0, -3.0].",
+        "0.2: effect 0.2 [-0.1, 0.5], not told apart from 0. Of all 4 the median |effect| is 1.6.",
+    ]
+    assert more == []
+    page = _page(tmp_path / "a")
+    assert "<b>Which heads?</b> tiny on ioi (n = 100)" in page
+    assert page.index("Which heads?") < page.index(first[0]) < page.index(first[2]) < page.index('id="run0-heads"')
+    # The map shows the column of the finding first.
+    assert (
+        head_maps(Run.read(tmp_path / "a").tables["heads.csv"], first="effect").data[0].colorbar.title.text == "effect"
+    )
+    # Of more than three that the study states, the others are folded away; without numbers in a table there are no others.
+    several = [EVIDENCE | {"effect": f"effect {i}", "interval": [i, None, None]} for i in range(5)]
+    write_json(tmp_path / "a/summary.json", RECORD | {"evidence": several})
+    first, more = strongest(Run.read(tmp_path / "a"))
+    assert len(first) == 3 and len(more) == 2 and "0, without an interval, which proves nothing" in first[0]
+    write_json(tmp_path / "a/summary.json", RECORD | {"evidence": several[:1]})
+    assert len(strongest(Run.read(tmp_path / "a"))[0]) == 1
+
+
+def test_evidence_is_read_as_it_was_written_or_refused(tmp_path: Path) -> None:
+    _run(tmp_path / "a")
+    told = Evidence("9 prompts", "x", None, "none", "more", None)
+    assert Evidence.of(told.facts) == told and Evidence.of(EVIDENCE).facts == EVIDENCE
+    write_json(tmp_path / "a/summary.json", RECORD | {"evidence": [EVIDENCE | {"interval": "wide"}]})
+    with pytest.raises(ValueError, match="states evidence that is none: interval must be") as caught:
+        _page(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_several_runs_have_their_findings_first_and_links_to_all_parts(tmp_path: Path) -> None:
+    for name in "ab":
+        _run(tmp_path / name)
+        write_json(tmp_path / name / "summary.json", RECORD | {"question": f"What of {name}?"})
+    page = _page(tmp_path / "a", tmp_path / "b").replace(get_plotlyjs(), "")
+    places = [page.index(word) for word in ("What of a?", "What of b?", 'id="side-by-side"', 'id="run0"', 'id="run1"')]
+    assert places == sorted(places)
+    links = re.findall(r'<a href="#([^"]+)"', page[page.index("<nav>") : page.index("</nav>")])
+    assert {"side-by-side", "run0", "run1", "run0-heads", "run1-provenance"} <= {*links}
+    assert all(f'id="{link}"' in page for link in links)
+
+
+# -- paths and circuits ------------------------------------------------------------------------------------------------
+
+
+def test_paths_are_a_map_of_senders_by_receivers_and_the_strongest_are_drawn() -> None:
+    effects = {
+        ("embed", "v.0.1"): -3.0,
+        ("z.0.1", "logits"): 2.0,
+        ("z.0.1", "q.1.0"): -0.5,
+        ("mlp_out.0", "logits"): 0.25,
+    }
+    rows = [
+        {
+            "path": f"{a}->{b}",
+            "sender": a,
+            "receivers": b,
+            "effect": str(v),
+            "low": str(v - 1),
+            "high": str(v + 1),
+            "row": str(i),
+        }
+        for i, ((a, b), v) in enumerate(effects.items())
+    ]
+    edges = edges_of(rows)
+    (trace,) = edge_map(edges).data
+    assert list(trace.y) == ["embed", "z.0.1", "mlp_out.0"] and list(trace.x) == [
+        "v.0.1",
+        "q.1.0",
+        "logits",
+    ]  # in their order
+    for i, sender in enumerate(trace.y):
+        for j, receiver in enumerate(trace.x):
+            assert trace.z[i][j] == effects.get((sender, receiver))
+    assert trace.text[1][2] == "2.0 [1.0, 3.0]"
+    graph = edge_graph(edges)
+    lines = [trace for trace in graph.data if trace.mode == "lines"]
+    assert [line.text.partition("<br>")[0] for line in lines] == [
+        "embed → v.0.1", "z.0.1 → logits", "z.0.1 → q.1.0", "mlp_out.0 → logits",
+    ]  # fmt: skip
+    widths = [line.line.width for line in lines]
+    assert widths == sorted(widths, reverse=True) and "effect [low, high]: -3.0 [-4.0, -2.0]" in lines[0].text
+    heights = {line.text.partition("<br>")[0]: (line.y[0], line.y[-1]) for line in lines}
+    assert all(low < high for low, high in heights.values())  # layers upwards
+    (names,) = (trace for trace in graph.data if trace.mode == "markers+text")
+    assert {*names.text} == {"embed", "v.0.1", "z.0.1", "logits", "q.1.0", "mlp_out.0"}
+    at = dict(zip(names.text, zip(names.x, names.y, strict=True), strict=True))
+    assert (lines[1].x[0], lines[1].y[0]) == at["z.0.1"] and (lines[1].x[-1], lines[1].y[-1]) == at["logits"]
+
+
+def test_a_slider_leaves_only_the_strongest_edges_and_their_nodes() -> None:
+    rows = [{"edge": f"z.{i // 4}.{i % 4}->logits", "eap": str(30 - i)} for i in range(30)]
+    figure = edge_graph(edges_of(rows))
+    steps = figure.layout.sliders[0].steps
+    assert [step.label for step in steps] == ["10", "20", "30"]
+    shown = [figure.data[i] for i, visible in enumerate(steps[0].args[0]["visible"]) if visible]
+    assert (
+        len(shown) == 11 and len(shown[-1].text) == 11 and "z.2.1" in shown[-1].text and "z.2.2" not in shown[-1].text
+    )
+    assert [trace.visible for trace in figure.data] == steps[1].args[0]["visible"]
+
+
+def test_a_circuit_without_numbers_is_drawn_and_other_tables_are_not() -> None:
+    figure = edge_graph(edges_of([{"edge": "embed->mlp_in.0"}, {"edge": "mlp_out.0->logits"}]))
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert len({line.line.width for line in lines}) == 1 and {line.line.color for line in lines} == {figures.GREY}
+    for rows in (
+        [{"layer": "0"}],
+        [{"edge": "a->b"}],
+        [{"edge": "z.1.0->q.0.0"}],
+        [{"sender": "embed", "receivers": "x"}],
+        [],
+    ):
+        assert edges_of(rows) == []
+    joint = edges_of([{"sender": "embed", "receivers": "q.1.0+logits", "effect": "1"}])
+    assert [str(edge.receiver) for edge in joint] == ["q.1.0", "logits"]
+
+
+def test_a_table_of_paths_to_the_same_receivers_is_a_map_of_heads_too(tmp_path: Path) -> None:
+    _run(tmp_path / "a")
+    rows = [
+        {"path": "x", "sender": sender, "receivers": "logits", "effect": i}
+        for i, sender in enumerate(["z.0.1", "embed", "z.1.0"])
+    ]
+    write_csv(tmp_path / "a/paths.csv", rows)
+    assert Run.read(tmp_path / "a").by_head()["paths.csv", "effect"] == {(0, 1): 0, (1, 0): 2}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -315,10 +532,46 @@ def test_a_table_with_more_than_one_row_a_head_has_a_map_for_each_thing(tmp_path
 def test_of_several_runs_the_same_heads_are_correlated(tmp_path: Path) -> None:
     a, b = _run(tmp_path / "a", 0), _run(tmp_path / "b", 1)
     page = _page(tmp_path / "a", tmp_path / "b")
-    rho, p = spearman(a, b)
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index("Side by side") :])
-    assert cells[:7] == ["a", "b", "heads.csv", "effect", "6", f"{float(f'{rho:.3f}'):.4g}", f"{float(f'{p:.2g}'):.4g}"]
-    assert cells[7:11] == ["a", "b", "heads.csv", "score"]  # not the ends of an interval
+    found = correlate_heads(a.reshape(2, 3), b.reshape(2, 3), n_resamples=RESAMPLES)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index('id="side-by-side"') :])
+    assert cells[:5] == ["a", "b", "heads.csv", "effect", "6"]
+    assert float(cells[5].split()[0]) == pytest.approx(found.spearman.r, abs=1e-3)
+    assert cells[8:12] == ["a", "b", "heads.csv", "score"]  # not the ends of an interval
+
+
+def test_two_runs_are_two_maps_a_difference_and_a_scatter_of_heads() -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 4))
+    b[2, 3] = np.nan
+    heads = list(np.ndindex(3, 4))
+    of_a, of_b = (
+        {("t.csv", "x: effect"): {head: float(of[head]) for head in heads if of[head] == of[head]}} for of in (a, b)
+    )
+    columns = shared(of_a, of_b)
+    figure = compared([*columns, *columns], ("one", "<b>"), frozenset({"effect"}))
+    first, second, difference, scatter, *hidden = figure.data
+    assert len(hidden) == 4 and not any(trace.visible for trace in hidden)
+    a[2, 3] = np.nan  # a head that one run lacks is in neither map
+    for trace, wanted in ((first, a), (second, b), (difference, a - b)):
+        np.testing.assert_allclose(np.array(trace.z, float), wanted, rtol=1e-3)
+    assert first.zmin == second.zmin == -first.zmax == -max(np.nanmax(np.abs(a)), np.nanmax(np.abs(b)))
+    assert difference.zmax == np.nanmax(np.abs(a - b))
+    # Negative effects help, and are red in every map.
+    assert {trace.colorscale[0][1] for trace in (first, second, difference)} == {"rgb(103,0,31)"}
+    np.testing.assert_allclose(
+        [scatter.x, scatter.y], [a[:2].ravel().tolist() + a[2, :3].tolist(), b.ravel()[:-1]], rtol=1e-3
+    )
+    assert scatter.hovertext[5] == "head 1.1" and f"{a[1, 1]:.4g}" == f"{scatter.x[5]:.4g}"
+    named = {text for text in scatter.text if text}
+    farthest = heads[
+        int(np.nanargmax(np.maximum(*(np.abs(x - np.nanmedian(x)) / np.ptp(x[np.isfinite(x)]) for x in (a, b)))))
+    ]
+    assert f"{farthest[0]}.{farthest[1]}" in named and named <= {f"{layer}.{head}" for layer, head in heads}
+    rank = columns[0].correlation.spearman
+    assert columns[0].correlation.n == 11
+    assert f"Spearman {rank.r:.2f} [{rank.low:.2f}, {rank.high:.2f}]" in figure.layout.title.text
+    assert [note.text for note in figure.layout.annotations][:3] == ["one", "&lt;b&gt;", "one − &lt;b&gt;"]
+    change, _ = figure.layout.updatemenus[0].buttons[1].args
+    assert change["visible"] == [False] * 4 + [True] * 4
 
 
 def test_heads_of_different_weights_are_not_correlated(tmp_path: Path) -> None:
@@ -327,14 +580,14 @@ def test_heads_of_different_weights_are_not_correlated(tmp_path: Path) -> None:
         facts = {"command": "python x.py"} | ({"weight_hash": weights} if weights else {})
         write_json(tmp_path / name / "summary.json", facts)
     page = _page(*(tmp_path / name for name in "abcd"))
-    page = page[page.index("Side by side") :]
+    page = page[page.index('id="side-by-side"') :]
     cells = re.findall(r"<tr><td[^>]*>([a-d])</td><td[^>]*>([a-d])</td>", page)
     assert set(cells) == {("a", "b"), ("a", "d"), ("b", "d"), ("c", "d")}, (
         "where a run does not say, it may be the same model"
     )
     assert "Not correlated, because the weights differ" in page and ": a and c; b and c.</p>" in page
     alone = _page(tmp_path / "a", tmp_path / "c")
-    assert "<p>Not correlated" in alone and "Spearman" not in alone[alone.index("Side by side") :]
+    assert "<p>Not correlated" in alone and "Spearman" not in alone[alone.index('id="side-by-side"') :]
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from pyvene_ext import stats
+from pyvene_ext.methods.heads.lag import LagCurves
 from pyvene_ext.runs import figures
+from pyvene_ext.specs.graph import Node
 
 STUDIES = tuple((Path(__file__).resolve().parents[3] / "experiments").rglob("*.py"))
 RNG = np.random.default_rng(0)
@@ -358,6 +360,115 @@ def test_layer_lines_fit_any_depth(n_layers):
 
 def test_long_names_are_broken_into_lines_that_fit():
     assert not sticks_out(scatter(A, B, name_a=LONG, name_b=LONG, title=f"{LONG} against {LONG}"))
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "Meta-Llama-3.1-8B-Instruct-abliterated-GGUF"])
+def test_no_title_breaks_a_name(name):
+    for figure in (
+        figures.head_heatmap(A[:, :3], f"Activation patching (denoise), resid_pre: {name}, ioi_en", "score"),
+        figures.layer_map(
+            A[:, :2], ["io", "s"], f"Activation patching, resid_pre: {name}, ioi_en", "score", "position"
+        ),
+        figures.depth_curve(CURVE, f"Logit lens at last: {name}, ioi_en", "rank"),
+        figures.compared_heads(A, B, names=("a", "b"), title=f"Translation heads: {name}, en-fr", label="l"),
+        figures.edge_graph({"z.0.1->logits": 1.0}, f"Edges: {name}, ioi_en"),
+    ):
+        titles = [
+            text.get_text() for text in (figure.axes[0].title, figure.axes[0]._left_title, figure._suptitle) if text
+        ]
+        assert any(name in title for title in titles), titles
+        assert not sticks_out(figure)
+
+
+def test_names_of_points_that_lie_together_do_not_collide():
+    heads = [
+        {"layer": 4, "head": i, "copy_own": 0.0, "copy_own_negative": 0.97 + 0.01 * i, "attribution": 1.5 + 0.01 * i}
+        for i in range(4)
+    ]
+    heads += [{"layer": 0, "head": 0, "copy_own": 0.5, "copy_own_negative": 0.0, "attribution": -0.5}]
+    figure = figures.copies_and_effects(heads, "smollm2-135m-instruct, ioi_en")
+    figure.draw_without_rendering()
+    texts = [text for axes in figure.axes for text in axes.texts]
+    assert [sorted(text.get_text() for text in axes.texts) for axes in figure.axes] == [
+        [],
+        ["4.0", "4.1", "4.2", "4.3"],
+    ]
+    boxes = [matplotlib.text.Text.get_window_extent(text) for text in texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not sticks_out(figure)
+    for text in texts:  # beside its own point
+        assert text.xy in [(row["copy_own_negative"], row["attribution"]) for row in heads]
+
+
+def lag_curves(n, draw):
+    return LagCurves(n, draw.random((3, 20)), draw.random((2, 3, 20)))
+
+
+def test_lag_curves_have_the_untouched_model_the_found_heads_and_the_random_ones():
+    draw = np.random.default_rng(0)
+    found, untouched = [lag_curves(n, draw) for n in (1, 2, 3, 4)], draw.random((3, 20))
+    figure = figures.lag_curves(found[1:2], found[1].random, "title", untouched)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert (
+        np.allclose(lines["none ablated"].get_ydata(), untouched.mean(0))
+        and lines["none ablated"].get_color() == "black"
+    )
+    assert np.allclose(lines["2 ablated"].get_ydata(), found[1].own.mean(0))
+    assert lines["2 ablated"].get_color() != "black"
+    assert np.allclose(lines["2 random heads: mean and range (2 sets)"].get_ydata(), found[1].random.mean((0, 1)))
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {
+        "none ablated", "2 ablated", "2 random heads: mean and range (2 sets)"
+    }  # fmt: skip
+    every = figures.lag_curves(found, found[-1].random, "title", untouched)
+    every.draw_without_rendering()
+    box = every.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= every.bbox.width and not sticks_out(every)
+    none = figures.lag_curves([LagCurves(0, untouched, found[0].random)], found[0].random, "title")
+    assert [text.get_text() for text in none.legends[0].get_texts()] == ["none ablated"]  # no heads have no random ones
+
+
+def test_what_helps_is_red_in_maps_of_heads_of_edges_and_in_graphs():
+    red = matplotlib.colormaps[figures.DIVERGING](1.0)
+    for helpful, end in (("positive", 1.0), ("negative", 0.0)):
+        nodes = [Node.parse("embed")], [Node.parse("logits")]
+        for figure in (
+            figures.head_heatmap(A - B, "t", "l", diverging=True, helpful=helpful),
+            figures.edge_matrix(np.array([[1.0]]), *nodes, "t", "l", helpful=helpful),
+        ):
+            assert figure.axes[0].images[0].cmap(end) == red
+        graph = figures.edge_graph({"z.0.1->logits": 2.0, "embed->q.0.0": -1.0}, "t", "l", helpful=helpful)
+        weak, strong = (matplotlib.colors.to_rgb(line.get_color()) for line in graph.axes[0].lines)
+        assert (strong[0] > strong[2]) == (helpful == "positive") and (weak[0] > weak[2]) == (helpful == "negative")
+
+
+def test_a_graph_of_edges_has_layers_upwards_and_lines_as_wide_as_they_are_strong():
+    edges = {"embed->q.0.1": 0.5, "z.0.1->k.1.0": -4.0, "z.1.0->logits": 2.0}
+    axes = figures.edge_graph(edges, "t", "effect").axes[0]
+    lines = axes.lines[::-1]
+    widths = [line.get_linewidth() for line in lines]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
+    assert all(line.get_ydata()[0] < line.get_ydata()[1] for line in lines)
+    assert {text.get_text() for text in axes.texts} == {"embed", "q.0.1", "z.0.1", "k.1.0", "z.1.0", "logits"}
+    circuit = figures.edge_graph(edges.keys(), "t")
+    assert len({line.get_linewidth() for line in circuit.axes[0].lines}) == 1 and not circuit.legends
+    many = figures.edge_graph({f"z.{i // 8}.{i % 8}->logits": float(i) for i in range(60)}, "t", "l")
+    assert len(many.axes[0].lines) == 40
+    with pytest.raises(ValueError, match="is no edge"):
+        figures.edge_graph(["z.0.1"], "t")
+
+
+def test_the_legend_of_strata_has_nothing_that_is_not_drawn():
+    row = {
+        "problems": 3,
+        "clean_accuracy": 100.0,
+        "drop": 10.0,
+        "random_drop": math.nan,
+        "drop_low": math.nan,
+        "drop_high": math.nan,
+    }
+    rows = [row | {"split": split, "stratum": name} for split in ("confidence", "steps") for name in "ab"]
+    (legend,) = figures.drops_by_stratum("t", rows).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["few problems"]
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path):

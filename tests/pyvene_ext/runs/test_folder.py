@@ -78,14 +78,15 @@ def test_everything_is_written_and_the_summary_comes_last(here: Path, capsys: py
         run.table("tables/heads", [{"layer": 0, "score": float("nan")}])
         run.figure("map", figures.head_heatmap(np.eye(2), "a map", "score"))
         run.json("routes", [1, 2])
-        run.views([View("prompt 0", ["a"], {"0.1": np.ones((1, 1))})])
+        run.views([View("prompt 0", ["a"], {0: np.full((2, 1, 1), 255, np.uint8)})])
         assert not {"summary.json", "config.yaml"} & files(run.path) and run.unfinished.exists()
     assert files(run.path) == {
         "ranks.npy", "tables/heads.csv", "figures/map.png", "figures/map.pdf", "routes.json", FILE, "config.yaml", "summary.json",
     }  # fmt: skip
     assert np.array_equal(np.load(run.path / "ranks.npy"), np.arange(3))
     assert (run.path / "tables/heads.csv").read_text() == "layer,score\n0,\n"
-    assert json.loads((run.path / "summary.json").read_text()) == {"n": 1, "evidence": []}
+    question = (__doc__ or "").splitlines()[0]
+    assert json.loads((run.path / "summary.json").read_text()) == {"question": question, "n": 1, "evidence": []}
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == {"limit": 3, "out": None, "dry_run": False}
     assert capsys.readouterr().out == f"\nwritten:\n  {run.path}/ (summary, config, arrays, tables, figures)\n"
 
@@ -109,7 +110,7 @@ def test_files_of_an_earlier_run_go_if_they_are_named_and_those_of_others_stay(h
     with run.writing({}, []):
         run.array("z_io", np.arange(3))
         run.table("heads", [{"layer": 0}])
-        run.views([View("prompt 0", ["a"], {"0.1": np.ones((1, 1))})])
+        run.views([View("prompt 0", ["a"], {0: np.full((2, 1, 1), 255, np.uint8)})])
     (run.path / "notes.txt").touch()
     with run.writing({}, [], replacing=("*.npy", "figures/*")):
         run.array("z_s1", np.arange(3))
