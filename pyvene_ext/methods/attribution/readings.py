@@ -1,8 +1,7 @@
 """What of a head is attributed to the tokens of word problems (`inputs`): which number of it, read where.
 
-    attention    what it pays to a hub, a token of the block
-    projection   what it adds to the residual stream, along its own direction in that very problem, or along the unembedding
-                 of the token that the model writes after `####`, without the final norm
+`attention` is what it pays to a hub, a token of the block. `projection` is what it adds to the residual stream, along its own
+direction in that very problem, or along the unembedding of the token that the model writes after `####`, without the final norm.
 """
 
 from __future__ import annotations
