@@ -209,7 +209,7 @@ def test_at_all_tokens_the_residual_stream_restores_everything(
     np.testing.assert_allclose(np.load("x/resid_pre.npy"), 1, atol=1e-3)
     assert np.load("x/patched.npy").shape == (12, 2), "of three pairs one is left out"
     shown = capsys.readouterr().out
-    assert f"1 pairs left out, whose texts differ in number of tokens: {UNEQUAL}" in shown
+    assert f"1 pair left out, whose texts differ in number of tokens: {UNEQUAL}" in shown
     assert "score: 0 is the corrupt run, 1 the clean run" in shown
 
 

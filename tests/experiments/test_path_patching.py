@@ -248,7 +248,7 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
     assert 0 < facts["base_low"] <= facts["mean_base"] <= facts["base_high"] <= 1
     shown = capsys.readouterr().out
     assert "->q.2.0+q.2.2" in shown and "effect: mean change in % of the clean run's mean" in shown
-    assert f"1 pairs left out, whose texts differ in number of tokens: {UNEQUAL}" in shown
+    assert f"1 pair left out, whose texts differ in number of tokens: {UNEQUAL}" in shown
     assert str(out.relative_to(folder)) in shown
     with (out / "paths.csv").open(encoding="utf-8") as file:
         first, *others = csv.DictReader(file)
