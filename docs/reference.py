@@ -74,7 +74,7 @@ PAGES: Mapping[str, Page] = {
     "reasoning": Page(
         "Reasoning",
         "Word problems solved under an intervention: ablation, noise, forced attention, transplants, probes, difficulty.",
-        ("pyvene_ext.methods.reasoning",),
+        ("pyvene_ext.methods.solving", "pyvene_ext.methods.reasoning"),
     ),
     "statistics": Page(
         "Statistics",

@@ -91,8 +91,8 @@ def test_of_a_large_model_some_edges_and_nodes_are_patched_and_the_rest_is_said(
     assert f"above that of EAP {ahead:.3g} [" in shown and ahead > 0.05
 
     monkeypatch.setattr(study, "cost", lambda *_: (7000.0, 100.0))
-    assert command(*flags) == 2  # --exact 75: (600 - 100) / 7000 of 1055
-    assert "--exact 75 takes about 10 minutes, and --exact 1055 runs them all" in capsys.readouterr().err
+    assert command(*flags) == 0  # (600 - 100) / 7000 of 1055 are 75, of which three binary digits are kept
+    assert "to keep within ten minutes 64 of 1055 are taken" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "bench_sweep",
+    "bench_generate", "bench_sweep",
 }  # fmt: skip
 
 
@@ -81,9 +81,10 @@ WITHOUT_DRY_RUN = {
     "planted_circuits",
     "train_tiny_models",
     "train_tiny_thought",
+    "bench_generate",
     "bench_sweep",
 }
-SMALL = {"critical_heads": ("--limit", "4"), "translation_ablation": ("--limit", "4")}
+SMALL = {"critical_heads": ("--limit", "60"), "translation_ablation": ("--limit", "4")}
 
 
 @pytest.mark.parametrize(
