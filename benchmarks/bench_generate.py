@@ -7,9 +7,9 @@
 Method. One model, of random weights unless --model names one, and prompts of random tokens, of which the first --common are
 the same in all, as solved examples are. Sets of random heads have their z zeroed at every new token. (1) Hooks: a loop over
 the sets; each calls transformers' `generate` on the batch of all prompts, with one plain hook a layer. (2) pyvene-ext:
-`evaluate` with the list of all sets. No text ends early, and the share of texts on which both agree is given. Time holds everything
-from the first prompt to the last token; the runs take turns, and medians are given. Tokens per second count the new tokens of
-all sets and prompts.
+`evaluate` with the list of all sets. No text ends early, and the share of texts on which both agree is given. Time holds
+everything from the first prompt to the last token; the runs take turns, and medians are given. Tokens per second count the new
+tokens of all sets and prompts.
 
 Two bounds stand beside. Weights: every step reads all weights once, however few rows it has: the time of a step with one
 row, times the steps, and one pass over the prompts. Arithmetic: each new token of each row costs what a token costs in a pass
