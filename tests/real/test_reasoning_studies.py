@@ -51,7 +51,7 @@ def study(module: Any, out: Path, flags: str) -> tuple[dict[str, Any], list[dict
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder, "discard", lambda _: None)
         assert run_study(module.main, module.Config, flags.split()) == 0
-    kept = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "unfinished").iterdir()]
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "unfinished").glob("*.json")]
     return json.loads((out / "summary.json").read_text(encoding="utf-8")), kept
 
 
