@@ -177,7 +177,11 @@ def run_folder(config: Config) -> tuple[px.RunFolder, Path]:
     if out.suffix != ".npy":
         raise ValueError(f"--out {out} must end in .npy.")
     meta = config.meta or out.with_suffix(".json")
-    places: dict[str, Any] = {"path": out.with_suffix(""), "summary": meta.absolute(), "beside": (out, meta)}
+    places: dict[str, Any] = {
+        "path": out.with_suffix(""),
+        "summary": meta.absolute(),
+        "beside": {"out": out, "meta": meta},
+    }
     return px.RunFolder(config, "activation_frequencies_ifr", config.model, config.dataset, **places), out
 
 
