@@ -146,7 +146,7 @@ def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFi
           for ending in ("png", "pdf")),
     }  # fmt: skip
     shown = capsys.readouterr().out
-    assert "IO above S on" in shown and str(out) in shown
+    assert "IO above S on" in shown and "right above" not in shown and str(out) in shown
 
     # The written config alone repeats the run.
     config = yaml.safe_load((tmp_path / "f/config.yaml").read_text(encoding="utf-8"))
@@ -587,3 +587,15 @@ def test_the_shipped_models_give_the_published_file_format(tmp_path: Path) -> No
     config = AutoConfig.from_pretrained(TINY_FOLDER / "tiny-qwen2.5")
     assert frequency.shape == (config.num_hidden_layers, config.num_attention_heads)
     assert ((frequency >= 0) & (frequency <= 1)).all()
+
+
+def test_answers_that_are_no_names_are_called_right_and_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = json.loads((PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][:4]
+    rows = [{"text": pair["clean"], "answer": pair["io_name"], "wrong": pair["s_name"]} for pair in pairs]
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    assert command("--dataset", file, "--out", tmp_path / "f.npy") == 0
+    shown = capsys.readouterr().out
+    assert "right above wrong on " in shown and "IO" not in shown
