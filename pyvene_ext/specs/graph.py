@@ -57,8 +57,8 @@ class Node(NamedTuple):
         if not known or not all(number.isascii() and number.isdecimal() for number in numbers):
             raise ValueError(
                 f"there is no node {text!r}; {_guess(text)}senders are embed, z.LAYER.HEAD and mlp_out.LAYER, receivers are "
-                "q.LAYER.HEAD, k.LAYER.KV_HEAD, v.LAYER.KV_HEAD, mlp_in.LAYER, resid_pre.LAYER, resid_mid.LAYER, resid_post.LAYER and "
-                "logits."
+                "q.LAYER.HEAD, k.LAYER.KV_HEAD, v.LAYER.KV_HEAD, mlp_in.LAYER, resid_pre.LAYER, resid_mid.LAYER, "
+                "resid_post.LAYER and logits."
             )
         return cls(site, *map(int, numbers))
 
