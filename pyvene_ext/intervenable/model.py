@@ -39,7 +39,7 @@ from pyvene_ext.intervenable.checks import check_activation
 from pyvene_ext.intervenable.config import as_config, check_config, in_pyvenes_names, with_exact_widths
 from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
 from pyvene_ext.intervenable.locations import Inputs, with_position_ids
-from pyvene_ext.intervenable.saving import intervention_class, load_interventions, save_interventions
+from pyvene_ext.intervenable.saving import intervention_class, load_interventions, read_weights, save_interventions
 from pyvene_ext.models.hooks import refuse_compiled
 from pyvene_ext.models.latent_steps import is_unrolling
 from pyvene_ext.models.modes import restoring_flags
@@ -538,7 +538,7 @@ class IntervenableModel(pyvene.IntervenableModel):
         loaded = _load_pyvenes(load_directory, model) if config is None else IntervenableModel(config, model)
         if include_model:
             weights = Path(load_directory) / "pytorch_model.bin"
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
+            model.load_state_dict(read_weights(weights), strict=False)
         return loaded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IntervenableModel:
@@ -571,7 +571,7 @@ def _load_pyvenes(folder: str | Path, model: nn.Module) -> IntervenableModel:
         weights = Path(folder) / f"intkey_{key}.bin"
         if not weights.exists():
             continue
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = read_weights(weights)
         if "source_representation" in state:
             vars(intervention).pop("source_representation", None)  # None, in whose place pyvene registers no buffer
             intervention.set_source_representation(state.pop("source_representation"))

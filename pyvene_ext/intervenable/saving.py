@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def load_interventions(folder: str | Path) -> IntervenableConfig | None:
     representations = []
     for item, key, fields in zip(saved.representations, saved.sorted_keys, getattr(saved, FIELD), strict=True):
         parts, weights = Parts(**fields), Path(folder) / f"intkey_{key}.bin"
-        tensors = torch.load(weights, map_location="cpu", weights_only=True) if parts.has_weights else {}
+        tensors = read_weights(weights) if parts.has_weights else {}
         item = RepresentationConfig(*item)._replace(hidden_source_representation=None)
         representations.append(item._replace(intervention=_built(parts, tensors)))
     return IntervenableConfig(representations=representations, mode=saved.mode)
@@ -216,3 +217,23 @@ def _listed(value: Any) -> Any:
     if hasattr(value, "tolist"):  # tensors and arrays
         return value.tolist()
     raise TypeError
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read tensors that were saved.
+
+    Args:
+        path: a file of torch.
+
+    Returns:
+        The tensors by name, on the CPU.
+
+    Raises:
+        ValueError: it holds more than weights, and is not loaded, because that could run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than weights, and is not loaded, because that could run code; save the interventions again."
+        ) from None

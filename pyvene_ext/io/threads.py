@@ -27,8 +27,8 @@ def spare_the_machine() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if any(name in os.environ for name in SET_BY_USER):
         return
-    cores = available_cores()
-    threads = free_threads(cores, busy_cores())
+    cores, own = available_cores(), len(affinity())
+    threads = min(cores, free_threads(own, busy_cores()))  # a quota says nothing about how busy the cores are
     os.environ["OMP_NUM_THREADS"] = str(threads)
     said = f"{threads} of {cores} cores free" if threads < cores else f"{cores} cores free"
     note(f"{said}: torch takes {threads} thread{'s' * (threads > 1)} (OMP_NUM_THREADS=N takes another number)")
@@ -49,8 +49,7 @@ def free_threads(cores: int, busy: float) -> int:
 
 def available_cores() -> int:
     """The cores that this process may use: those of its affinity, or of its control group's quota if that is smaller."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota()
+    cores, quota = len(affinity()), _quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
@@ -59,8 +58,12 @@ def busy_cores() -> float:
     import psutil
 
     shares = psutil.cpu_percent(SAMPLE, percpu=True)
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
-    return sum(share for core, share in enumerate(shares) if core in own) / 100
+    return sum(share for core, share in enumerate(shares) if core in affinity()) / 100
+
+
+def affinity() -> set[int]:
+    """The cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _quota() -> float | None:

@@ -95,6 +95,12 @@ def free_memory(device: torch.device) -> int | None:
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
+def empty_cache() -> None:
+    """Release what a failed call has left in a GPU's cache."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def no_gradients(model: nn.Module) -> AbstractContextManager[Any]:
     """A context without autograd that leaves no trace on the model.
 

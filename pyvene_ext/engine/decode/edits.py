@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions
 from modelcards.template import at_layer
 from pyvene_ext.engine.decode.past import RowPast
+from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import HookFn, on_input, on_output
 from pyvene_ext.specs.joint import OneSpec
 
@@ -61,16 +62,19 @@ class _Entries(NamedTuple):
         """Edit `row *head d` in place: all entries, or those of the rows that are true in `which`."""
         _, rows, heads, values = self
         if which is not None:
-            wanted = which[rows]
+            wanted = which.to(rows.device)[rows]
             rows = rows[wanted]
             heads = None if heads is None else heads[wanted]
             values = None if values is None else values[wanted]
         if not len(rows):
             return
         if values is not None:
-            values = values[:, 0] if values.shape[1] == 1 else values[torch.arange(len(rows)), written[rows]]
+            steps = written.to(rows.device)[rows]
+            values = (
+                values[:, 0] if values.shape[1] == 1 else values[torch.arange(len(rows), device=rows.device), steps]
+            )
             values = values.to(x.device)
-        index = (rows,) if heads is None else (rows, heads)
+        index = tuple(part.to(x.device) for part in (rows, heads) if part is not None)
         x[index] = self.spec.apply(x[index], values)
 
 
@@ -97,7 +101,7 @@ class RowEdits:
                 if values is not None:
                     batch.values += list(values) if heads else [values]
                 earlier[where] += 1
-        device, card = model.device, card_of(model)
+        device, card = input_device(model), card_of(model)
         mapping, sizes = card.mapping(type(model)), dimensions(model.config)
         self._scores: dict[int, list[_Entries]] = {}
         self._hooks: list[tuple[Any, str, HookFn]] = []

@@ -118,8 +118,8 @@ class RowPast:
         self._columns = int(self.written.max()) + 1
 
     def stepped(self) -> None:
-        """Count the token that every row has taken."""
-        self.written += 1
+        """Count the token that every row has taken; rows that have ended may stay, and write over their last."""
+        self.written = (self.written + 1).clamp(max=self.new - 1)
 
     # -- what a transformers model asks of its cache -----------------------------------------------------------------------
 
@@ -244,16 +244,17 @@ def attend(
     keys, values = (x.to(query.device) for x in past.prompts[layer])
     rows, heads, _one, width = query.shape
     scaling = width**-0.5 if scaling is None else scaling
-    query = query.reshape(rows, key.shape[1], -1, width) * scaling
-    to_prompt = past.by_row(past.by_prompt(query) @ keys.transpose(2, 3))
-    scores = torch.cat([to_prompt, query @ key.transpose(2, 3)], -1)
+    # In float32, as in transformers' sdpa; half precision would round scores that differ little to the same number.
+    query = query.float().reshape(rows, key.shape[1], -1, width) * scaling
+    to_prompt = past.by_row(past.by_prompt(query) @ keys.float().transpose(2, 3))
+    scores = torch.cat([to_prompt, query @ key.float().transpose(2, 3)], -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = past.visible(layer, query.device)
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     if layer in past.edit_scores:
         past.edit_scores[layer](scores.view(rows, heads, -1))
-    pattern = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
+    pattern = torch.softmax(scores, -1).to(value.dtype)
     to_prompt, to_own = pattern.split([keys.shape[2], key.shape[2]], -1)
     mixed = past.by_row(past.by_prompt(to_prompt) @ values) + to_own @ value
     return mixed.reshape(rows, 1, heads, width), None

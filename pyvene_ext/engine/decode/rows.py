@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import dimensions, n_layers
+from modelcards import dimensions, n_heads, n_layers
 from pyvene_ext.engine.decode.edits import RowEdits, TokenEdit
 from pyvene_ext.engine.decode.past import KeysValues, RowPast, row_attention
-from pyvene_ext.models.devices import input_device, weights_on_a_device
+from pyvene_ext.models.devices import empty_cache, input_device, weights_on_a_device
 from pyvene_ext.models.replay import Replay
 
 MIB = 2**20
@@ -48,7 +48,6 @@ class Text(Protocol):
         ...
 
 
-T = TypeVar("T", bound=Text)
 Advance = Callable[[int, int], object]
 
 
@@ -64,7 +63,7 @@ class Read(NamedTuple):
     logits: Float[Tensor, "prompt vocab"]
 
 
-class Program(Protocol[T]):
+class Program(Protocol):
     """What rows do: specs and prompts are numbered."""
 
     @property
@@ -85,12 +84,12 @@ class Program(Protocol[T]):
         """The edits of new tokens, for each prompt."""
         ...
 
-    def text(self, spec: int, prompt: int) -> T:
+    def text(self, spec: int, prompt: int) -> Text:
         """Begin the text of a row."""
         ...
 
     @property
-    def finish(self) -> Callable[[int, int, T], None]:
+    def finish(self) -> Callable[[int, int, Any], None]:
         """Receives the text of a spec and a prompt that has ended, or has as many tokens as it may."""
         ...
 
@@ -108,7 +107,7 @@ class _Row:
 def write_rows(
     model: PreTrainedModel,
     jobs: Iterable[tuple[int, int]],
-    program: Program[Any],
+    program: Program,
     *,
     new: int,
     memory: int | None = None,
@@ -137,6 +136,7 @@ def write_rows(
             writer.admit(waiting)
             if writer.rows:
                 writer.step()
+            continue
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -146,8 +146,9 @@ def write_rows(
                     f"one text of {program.lengths[started[0][1]]} and {new} new tokens does not fit in memory; use shorter "
                     "prompts, fewer new tokens, a smaller dtype or another device."
                 ) from error
-            waiting.extendleft(reversed(started))
-            writer.memory //= 2
+        waiting.extendleft(reversed(started))
+        writer.memory //= 2
+        empty_cache()  # here, because the error holds on to the tensors of the step
 
 
 class _Writer:
@@ -156,7 +157,7 @@ class _Writer:
     def __init__(
         self,
         model: PreTrainedModel,
-        program: Program[Any],
+        program: Program,
         new: int,
         memory: int,
         suppressed: Sequence[int],
@@ -170,40 +171,44 @@ class _Writer:
         sizes = dimensions(model.config)
         layers = n_layers(model.config)
         self.token_bytes = 2 * layers * sizes["n_kv_head"] * sizes["d_head"] * model.dtype.itemsize
-        # In one layer: the hidden state, the MLP's activations, and scores; and a share of the logits.
+        # In one layer: the hidden state, projected and summed, and the MLP's activations.
         self.step_bytes = (8 * sizes["d_model"] + 4 * sizes["d_mlp"]) * 4
 
     # -- entering and leaving ----------------------------------------------------------------------------------------------
 
     def admit(self, waiting: deque[tuple[int, int]]) -> None:
-        """Let waiting rows enter, if so many fit that it is worth while."""
-        if not waiting or (self.rows and not self._has_room(waiting)):
+        """Let waiting rows enter, once a quarter of the memory is free for them."""
+        if not waiting or (self.rows and self._held() > self.memory * (1 - 1 / FREE)):
             return
-        while waiting and ((not self.rows and not self.entering) or self._fits(waiting[0])):
+        prompts, longest = self._prompts()
+        count = len(self.rows)
+        while waiting:
+            _, prompt = waiting[0]
+            prompts.add(prompt)
+            longest, count = max(longest, self.program.lengths[prompt]), count + 1
+            if count > 1 and self._bytes(len(prompts), longest, count) > self.memory:
+                break
             self.entering.append(waiting.popleft())
-        self._enter(self.entering)
+        if self.entering:
+            self._enter(self.entering)
         self.entering = []
 
-    def _has_room(self, waiting: deque[tuple[int, int]]) -> bool:
-        row = self._row_bytes(self.program.lengths[waiting[0][1]])
-        return self.memory - self._held() > self.memory // FREE + row
+    def _prompts(self) -> tuple[set[int], int]:
+        """The prompts of the rows, and the length of the longest."""
+        prompts = {row.prompt for row in self.rows}
+        return prompts, max((self.program.lengths[prompt] for prompt in prompts), default=0)
 
-    def _row_bytes(self, length: int) -> int:
-        own = (
-            self.new * self.token_bytes
-            + self.step_bytes
-            + 2 * self.replay.model.config.num_attention_heads * 4 * (length + self.new)
+    def _held(self) -> int:
+        prompts, longest = self._prompts()
+        return self._bytes(len(prompts), longest, len(self.rows))
+
+    def _bytes(self, prompts: int, longest: int, rows: int) -> int:
+        """What so many rows of so many prompts hold: keys and values, and the activations of one layer."""
+        read_by_itself = rows if self.program.edits_prompts else prompts
+        scores = 2 * 4 * n_heads(self.model.config) * (longest + self.new)
+        return read_by_itself * longest * self.token_bytes + rows * (
+            self.new * self.token_bytes + self.step_bytes + scores
         )
-        return own + (length * self.token_bytes if self.program.edits_prompts else 0)
-
-    def _held(self, more: Sequence[tuple[int, int]] = ()) -> int:
-        jobs = [(row.spec, row.prompt) for row in self.rows] + [*self.entering, *more]
-        longest = max((self.program.lengths[prompt] for _, prompt in jobs), default=0)
-        prompts = 0 if self.program.edits_prompts else len({prompt for _, prompt in jobs})
-        return prompts * longest * self.token_bytes + len(jobs) * self._row_bytes(longest)
-
-    def _fits(self, job: tuple[int, int]) -> bool:
-        return self._held([job]) <= self.memory
 
     def _enter(self, jobs: Sequence[tuple[int, int]]) -> None:
         program = self.program
@@ -247,8 +252,6 @@ class _Writer:
         started = [(row.spec, row.prompt) for row in self.rows if not self._is_done(row)]
         started = list(dict.fromkeys([*started, *self.entering]))
         self.rows, self.entering, self.past = [], [], RowPast(self.model, self.new)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return started
 
     # -- writing -----------------------------------------------------------------------------------------------------------
@@ -298,17 +301,3 @@ def _best(logits: Float[Tensor, "row vocab"], suppressed: Sequence[int]) -> tupl
         logits[:, suppressed] = -torch.inf
     best, tokens = logits.max(-1)
     return tokens.tolist(), (best - logits.logsumexp(-1)).tolist()
-
-
-def first_columns(x: Float[Tensor, "prompt n_kv_head pos d"], columns: Int[Tensor, "prompt pos"]) -> Tensor:
-    """Bring each prompt's tokens to the first columns.
-
-    Args:
-        x: keys or values of a padded batch.
-        columns: the column of each token, by prompt; beyond a prompt's length any.
-
-    Returns:
-        `prompt n_kv_head pos d`.
-    """
-    index = columns.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index)

@@ -30,7 +30,7 @@ from pyvene_ext.engine.sweep.layout import (
     wave_groups,
 )
 from pyvene_ext.engine.sweep.plan import METRIC_COPIES, ActivationSizes, Plan
-from pyvene_ext.models.devices import input_device
+from pyvene_ext.models.devices import empty_cache, input_device
 from pyvene_ext.models.replay import Past, Replay
 from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.joint import Spec, spec_name
@@ -648,12 +648,6 @@ class GroupState:
             for head, some, at in zip(which, change.split(counts.tolist()), target.split(counts.tolist()), strict=True):
                 flat.index_add_(0, at, some @ by_head[head])
         return output
-
-
-def empty_cache() -> None:
-    """Release what a failed call has left in a GPU's cache."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class _NotFiniteError(Exception):

@@ -72,8 +72,7 @@ def default_budget(model: PreTrainedModel, memory: int | None, columns: int = 1)
     Raises:
         ValueError: `memory` is not a positive whole number.
     """
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Integral) or memory <= 0):
-        raise ValueError(f"memory must be a whole number of bytes above 0, not {memory!r}.")
+    check_memory(memory)
     if memory is None:
         reading = 2 * METRIC_COPIES * ActivationSizes(model).logits(columns)
         memory = max(256 * MIB, weights_on_a_device(model) // 2, reading)
@@ -81,6 +80,19 @@ def default_budget(model: PreTrainedModel, memory: int | None, columns: int = 1)
         return Budget(int(memory), 65536)
     # In a small model the overhead of calls dominates: more tokens in each, as long as the MLP's activations stay in cache.
     return Budget(int(memory), max(2048, 2 * MIB // (dimensions(model.config)["d_mlp"] * model.dtype.itemsize)))
+
+
+def check_memory(memory: int | None) -> None:
+    """Refuse a memory that is no whole number of bytes.
+
+    Args:
+        memory: bytes, or None for a default.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Integral) or memory <= 0):
+        raise ValueError(f"memory must be a whole number of bytes above 0, not {memory!r}.")
 
 
 @dataclass(frozen=True)

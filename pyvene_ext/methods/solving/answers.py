@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from pyvene_ext.prompts.problems import MARK, FoundNumber, number_at, numbers_in
 
@@ -35,6 +35,21 @@ Rule = Literal["flexible-extract", "strict-match", "last-of-line"]
 _AFTER_MARK = re.compile(rf"{MARK}(?:\s|[:=*~(\[$€£¥]|\\[(\[$]|\\boxed\{{)*")
 _UNFINISHED = re.compile(r"[.,/eE]?[-+]?\Z")  # a number may go on behind these
 _BOX = r"\boxed{"
+
+
+def check_rule(rule: str) -> None:
+    """Refuse an unknown rule.
+
+    Args:
+        rule: its name.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if rule not in get_args(Rule):
+        raise ValueError(
+            f"there is no rule {rule!r} by which answers are read; choose among {', '.join(get_args(Rule))}."
+        )
 
 
 def find_answer(text: str, rule: Rule = "flexible-extract", cut: bool = False) -> FoundNumber | None:

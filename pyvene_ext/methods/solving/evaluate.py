@@ -22,6 +22,9 @@ rounding). Its `scope` says at which ones:
 A text ends with an end token, with the line of the answer behind `####`, or where the model goes on to another question (`STOPS`,
 which is cut off); otherwise it is cut at the most tokens. Answers are read by a rule of `answers`.
 
+In float32 a list gives the texts of one spec at a time, token for token. In half precision two likely tokens can change places by
+rounding, as they do between batches of different sizes.
+
 The first new token depends on edits of the prompt alone. At new tokens a spec's heads apply and its positions do not; there,
 ablations by zero (also of attention scores), by the mean over tokens and by resampling are defined.
 """
@@ -29,9 +32,8 @@ ablations by zero (also of attention scores), by the mean over tokens and by res
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -40,17 +42,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyvene_ext.engine.decode.rows import write_rows
 from pyvene_ext.engine.resolve import Resolved
+from pyvene_ext.engine.sweep.plan import check_memory
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import progress_bar
-from pyvene_ext.methods.solving.answers import Rule
+from pyvene_ext.methods.solving.answers import Rule, check_rule
 from pyvene_ext.methods.solving.decoding import BatchDecoding, read_beginning
 from pyvene_ext.methods.solving.evaluation import Evaluation, collect
-from pyvene_ext.methods.solving.many import ProblemRows, runs_together
+from pyvene_ext.methods.solving.many import Job, ProblemRows, runs_together
 from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, check, compile_for
 from pyvene_ext.methods.solving.results import Texts
 from pyvene_ext.methods.solving.texts import Ends, Solution
-from pyvene_ext.models.devices import all_gather, input_device, no_gradients, processes
+from pyvene_ext.models.devices import all_gather, input_device, no_gradients, on_all_ranks, processes
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.problems import Questions
@@ -131,8 +134,8 @@ def evaluate(
             edited there. Not for a model with hooks of one's own that depend on rows or columns.
         memory: for a list, bytes for keys, values and logits besides the weights; by default as much as the weights take, at
             least 1 GiB. As many texts are written at once as fit.
-        store: for a list, a folder in which each text is kept as soon as it has ended. The same call resumes there after an
-            interruption; texts of another model, spec or question are never taken.
+        store: a folder in which each text is kept as soon as it has ended. The same call resumes there after an interruption;
+            texts of another model, spec or question are never taken.
         progress: show a bar; or a bar of a longer run, advanced by one per problem (and spec).
 
     Returns:
@@ -140,132 +143,118 @@ def evaluate(
 
     Raises:
         ValueError: before anything is generated: no problems, a prompt too long for the new tokens, a spec that does not fit the
-            model, the prompts or the scope, or a missing reference.
+            model, the prompts or the scope, a missing reference, an unknown rule; a store that is a file; or processes of a
+            launch that were given different arguments.
     """
     specs: list[Any] = list(spec) if isinstance(spec, list) else [spec]
     if not specs:
         raise ValueError("there are no specs; give at least one, or None for the untouched model.")
+    check_memory(memory)
+    check_rule(rule)
     resolved = [check(model, questions, one, scope, max_new_tokens, reference) for one in specs]
-    job = _Job(model, tokenizer, questions, scope, max_new_tokens, batch_size, reference, read_once)
-    latent = format_of(model) is not None
-    with evaluating(model), no_gradients(model):
-        if isinstance(spec, list) and runs_together(model, specs, scope):
-            solutions = job.together(specs, resolved, memory=memory, store=store, progress=progress)
-        else:
-            unit, total = ("problem", len(questions)) if len(specs) == 1 else ("text", len(questions) * len(specs))
-            bar = progress if isinstance(progress, tqdm) else progress_bar(total, unit, shown=progress)
-            try:
-                solutions = [job.alone(one, of_one, bar.update) for one, of_one in zip(specs, resolved, strict=True)]
-            finally:
-                if bar is not progress:
-                    bar.close()
-    found = [collect(questions, tokenizer, of_spec, rule, latent) for of_spec in solutions]
-    return found if isinstance(spec, list) else found[0]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is common to all specs of one call."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    questions: Questions
-    scope: Scope
-    new: int
-    batch_size: int
-    reference: Reference | Transcripts | None
-    read_once: bool
-
-    @cached_property
-    def ends(self) -> Ends:
-        return Ends(self.model, self.tokenizer)
-
-    def alone(
-        self, spec: Spec | Compile | None, resolved: Resolved | None, advance: Callable[[int], object]
-    ) -> list[Solution]:
-        """Solve the problems under one spec, batch by batch."""
-        model, questions, scope = self.model, self.questions, self.scope
+    questions.prompts.batches(batch_size)  # refuses a size that is none
+    job = Job(model, Ends(model, tokenizer), questions, scope, max_new_tokens, batch_size, reference, read_once)
+    if isinstance(spec, list) or store is not None:
+        solutions = _of_all(job, specs, resolved, memory=memory, store=store, progress=progress)
+    else:
+        bar = progress if isinstance(progress, tqdm) else progress_bar(len(questions), "problem", shown=progress)
         found: dict[int, Solution] = {}
-        for batch in questions.prompts.batches(self.batch_size):
-            batch = batch.to(input_device(model))
-            solutions = [Solution(self.ends, questions.given(i)) for i in batch.index]
-            decoding = BatchDecoding(model, self.ends, solutions, self.new)
-            if self.read_once:
-                decoding.beginning = read_beginning(model, batch, scope, spec, resolved, self.new)
-            if spec is None:
-                decoding.run(**batch.inputs())
-            else:
-                compiled = compile_for(spec, scope, batch, questions, resolved, self.reference, self.new)
-                iv = IntervenableModel(compiled.config, model)
-                iv.generate(
-                    batch.inputs(),
-                    unit_locations=compiled.unit_locations,
-                    source_representations=compiled.source_representations(iv.sorted_keys),
-                    intervene_on_prompt=scope in ("prompt", "both"),
-                    intervene_on_new_tokens=scope != "prompt",
-                    new_token_rows=decoding.is_reasoning if scope == "reasoning" else None,
-                    decode=decoding.run,
-                )
-            found |= dict(zip(batch.index, solutions, strict=True))
-            advance(len(batch.index))
-        return [found[i] for i in range(len(questions))]
+        try:
+            with evaluating(model), no_gradients(model):
+                _one_by_one(job, spec, resolved[0], range(len(questions)), found.__setitem__, bar.update)
+        finally:
+            if bar is not progress:
+                bar.close()
+        solutions = [[found[problem] for problem in range(len(questions))]]
+    latent = format_of(model) is not None
+    evaluations = [collect(questions, tokenizer, of_spec, rule, latent) for of_spec in solutions]
+    return evaluations if isinstance(spec, list) else evaluations[0]
 
-    def together(
-        self,
-        specs: Sequence[Spec | Compile | None],
-        resolved: Sequence[Resolved | None],
-        *,
-        memory: int | None,
-        store: str | Path | None,
-        progress: bool | tqdm,
-    ) -> list[list[Solution]]:
-        """Solve the problems under all specs at once; the processes of a launch share the problems."""
-        group, questions = processes(), self.questions
-        mine = range(group.process_index, len(questions), group.num_processes)
-        texts = (
-            None if store is None else Texts(store, self.model, questions, specs, self.scope, self.new, self.reference)
+
+def _of_all(
+    job: Job,
+    specs: Sequence[Spec | Compile | None],
+    resolved: Sequence[Resolved | None],
+    *,
+    memory: int | None,
+    store: str | Path | None,
+    progress: bool | tqdm,
+) -> list[list[Solution]]:
+    """Solve the problems under all specs; the processes of a launch share the problems."""
+    group, questions = processes(), job.questions
+    texts = None if store is None else Texts(store, job, specs)
+    given = on_all_ranks(lambda: job.hash(specs))
+    if len(set(all_gather(given))) > 1:
+        raise ValueError(
+            "the processes of this launch were given different specs, questions or options; give all the same."
         )
-        found = {} if texts is None else texts.known(self.ends)
-        jobs = [(spec, problem) for problem in mine for spec in range(len(specs)) if (spec, problem) not in found]
-        shown = progress is True and group.is_main_process
-        with ExitStack() as stack:
-            if texts is not None:
-                stack.enter_context(texts)
-            bar = progress if isinstance(progress, tqdm) else None
-            tokens = stack.enter_context(progress_bar(len(jobs) * self.new, "token", shown=shown, unit_scale=True))
+    found = {} if texts is None else texts.known()
+    mine = range(group.process_index, len(questions), group.num_processes)
+    jobs = [(spec, problem) for problem in mine for spec in range(len(specs)) if (spec, problem) not in found]
+    bar = progress if isinstance(progress, tqdm) else None
+    if bar is not None:
+        bar.update(len(mine) * len(specs) - len(jobs))
 
-            def finish(spec: int, problem: int, text: Solution) -> None:
-                found[spec, problem] = text
-                if texts is not None:
-                    texts.add(spec, problem, text)
-                if bar is not None:
-                    bar.update()
+    def finish(spec: int, problem: int, text: Solution) -> None:
+        found[spec, problem] = text
+        if texts is not None:
+            texts.add(spec, problem, text)
+        if bar is not None:
+            bar.update()
 
-            def advance(written: int, spared: int) -> None:
-                tokens.total = (tokens.total or 0) - spared
-                tokens.update(written)
+    shown = progress is True and group.is_main_process
+    tokens = progress_bar(len(jobs) * job.new, "token", shown=shown, unit_scale=True)
 
-            rows = ProblemRows(
-                self.model,
-                self.ends,
-                questions,
-                specs,
-                resolved,
-                self.scope,
-                self.new,
-                self.batch_size,
-                self.reference,
-                self.read_once,
-                finish,
+    def advance(written: int, spared: int) -> None:
+        tokens.total = (tokens.total or 0) - spared
+        tokens.update(written)
+
+    def write() -> None:
+        if runs_together(job.model, specs, job.scope):
+            rows = ProblemRows(job, specs, resolved, finish)
+            write_rows(job.model, jobs, rows, new=job.new, memory=memory, suppressed=job.ends.never, advance=advance)
+            return
+        for number, (spec, of_spec) in enumerate(zip(specs, resolved, strict=True)):
+            problems = [problem for its, problem in jobs if its == number]
+            _one_by_one(job, spec, of_spec, problems, partial(finish, number), lambda n: advance(n * job.new, 0))
+
+    with tokens, texts or nullcontext(), evaluating(job.model), no_gradients(job.model):
+        on_all_ranks(write)
+    everything = dict(item for of_one in all_gather(list(found.items())) for item in of_one)
+    return [[everything[spec, problem] for problem in range(len(questions))] for spec in range(len(specs))]
+
+
+def _one_by_one(
+    job: Job,
+    spec: Spec | Compile | None,
+    resolved: Resolved | None,
+    problems: Sequence[int],
+    finish: Callable[[int, Solution], object],
+    advance: Callable[[int], object],
+) -> None:
+    """Solve some of the problems under one spec, batch by batch, by the model's own forward and cache."""
+    model, questions, scope = job.model, job.questions, job.scope
+    order = sorted(problems, key=lambda problem: len(questions.prompts.input_ids[problem]))
+    for start in range(0, len(order), job.batch_size):
+        batch = questions.prompts.batch(order[start : start + job.batch_size]).to(input_device(model))
+        solutions = [Solution(job.ends, questions.given(i)) for i in batch.index]
+        decoding = BatchDecoding(model, job.ends, solutions, job.new)
+        if job.read_once:
+            decoding.beginning = read_beginning(model, batch, scope, spec, resolved, job.new)
+        if spec is None:
+            decoding.run(**batch.inputs())
+        else:
+            compiled = compile_for(spec, scope, batch, questions, resolved, job.reference, job.new)
+            iv = IntervenableModel(compiled.config, model)
+            iv.generate(
+                batch.inputs(),
+                unit_locations=compiled.unit_locations,
+                source_representations=compiled.source_representations(iv.sorted_keys),
+                intervene_on_prompt=scope in ("prompt", "both"),
+                intervene_on_new_tokens=scope != "prompt",
+                new_token_rows=decoding.is_reasoning if scope == "reasoning" else None,
+                decode=decoding.run,
             )
-            write_rows(
-                self.model,
-                jobs,
-                rows,
-                new=self.new,
-                memory=memory,
-                suppressed=self.ends.never,
-                advance=advance,
-            )
-        everything = dict(item for of_one in all_gather(list(found.items())) for item in of_one)
-        return [[everything[spec, problem] for problem in range(len(questions))] for spec in range(len(specs))]
+        for problem, solution in zip(batch.index, solutions, strict=True):
+            finish(problem, solution)
+        advance(len(batch.index))

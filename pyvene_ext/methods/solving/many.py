@@ -14,10 +14,11 @@ from transformers import DynamicCache, PreTrainedModel
 from pyvene_ext.engine.compile import Compiled
 from pyvene_ext.engine.decode.edits import TokenEdit
 from pyvene_ext.engine.decode.past import is_understood
-from pyvene_ext.engine.decode.rows import Read, first_columns
+from pyvene_ext.engine.decode.rows import Read
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.methods.solving.decoding import read_beginning
 from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, compile_for
 from pyvene_ext.methods.solving.texts import Ends, Solution
@@ -25,7 +26,8 @@ from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.prompts.tokenized import Batch
-from pyvene_ext.specs.joint import Spec, members
+from pyvene_ext.specs.files import to_plain
+from pyvene_ext.specs.joint import Spec, members, needs
 
 
 def runs_together(model: PreTrainedModel, specs: Sequence[Spec | Compile | None], scope: Scope) -> bool:
@@ -41,54 +43,87 @@ def runs_together(model: PreTrainedModel, specs: Sequence[Spec | Compile | None]
 
 
 @dataclass(frozen=True)
-class ProblemRows:
-    """Rows that solve problems under specs, a `Program` of `engine.decode`.
+class Job:
+    """What is common to all specs of one evaluation.
 
     Attributes:
         model: the model.
         ends: of the model.
         questions: the problems.
-        specs: the specs; None leaves the model untouched.
-        resolved: each spec on the prompts; None if there is none, or a function.
-        scope: where the specs apply.
+        scope: where specs apply.
         new: most tokens of a text.
         batch_size: prompts per forward pass that reads them.
         reference: what replacements are computed from.
         read_once: as for `evaluate`.
-        finish: receives each finished text.
     """
 
     model: PreTrainedModel
     ends: Ends
     questions: Questions
-    specs: Sequence[Spec | Compile | None]
-    resolved: Sequence[Resolved | None]
     scope: Scope
     new: int
     batch_size: int
     reference: Reference | Transcripts | None
     read_once: bool
+
+    def hash_of(self, spec: Spec | Compile | None) -> str:
+        """Hash of everything but the model that the texts of one spec depend on; of a function, nothing is known.
+
+        Args:
+            spec: the spec.
+
+        Returns:
+            The hash.
+        """
+        facts = [self.ends.hash, self.questions.hash, self.new]
+        if spec is None or callable(spec):
+            return data_hash([*facts, None if spec is None else "function"])
+        reference = self.reference
+        used = None
+        if reference is not None and needs([spec]).places:
+            used = reference.hash if isinstance(reference, Transcripts) else reference.prompts.hash
+        return data_hash([*facts, to_plain([spec]), self.scope, used])
+
+    def hash(self, specs: Sequence[Spec | Compile | None]) -> str:
+        """Hash of an evaluation of several specs."""
+        return data_hash([self.hash_of(spec) for spec in specs])
+
+
+@dataclass(frozen=True)
+class ProblemRows:
+    """Rows that solve problems under specs, a `Program` of `engine.decode`.
+
+    Attributes:
+        job: what is common to all specs.
+        specs: the specs; None leaves the model untouched.
+        resolved: each spec on the prompts; None if there is none, or a function.
+        finish: receives each finished text.
+    """
+
+    job: Job
+    specs: Sequence[Spec | Compile | None]
+    resolved: Sequence[Resolved | None]
     finish: Callable[[int, int, Solution], None]
 
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each prompt."""
-        return [len(ids) for ids in self.questions.prompts.input_ids]
+        return [len(ids) for ids in self.job.questions.prompts.input_ids]
 
     @property
     def edits_prompts(self) -> bool:
         """Whether specs edit the prompts."""
-        return self.scope in ("prompt", "both")
+        return self.job.scope in ("prompt", "both")
 
     def text(self, spec: int, prompt: int) -> Solution:
         """Begin the text of a row."""
-        only = self.scope == "reasoning" and self.specs[spec] is not None
-        return Solution(self.ends, self.questions.given(prompt), reasoning_only=only)
+        only = self.job.scope == "reasoning" and self.specs[spec] is not None
+        return Solution(self.job.ends, self.job.questions.given(prompt), reasoning_only=only)
 
     def edits(self, spec: int, prompts: Sequence[int]) -> list[tuple[TokenEdit, ...]]:
         """The edits of new tokens, for each prompt."""
         edited = self.specs[spec]
-        if edited is None or callable(edited) or self.scope == "prompt":
+        if edited is None or callable(edited) or self.job.scope == "prompt":
             return [()] * len(prompts)
         (batch,) = self._batches(prompts, len(prompts))
         compiled = self._compiled(spec, batch, "new")
@@ -105,7 +140,7 @@ class ProblemRows:
 
     def read(self, spec: int, prompts: Sequence[int]) -> Read:
         """Let the model read prompts under a spec."""
-        reads = [self._read(spec, batch) for batch in self._batches(prompts, self.batch_size)]
+        reads = [self._read(spec, batch) for batch in self._batches(prompts, self.job.batch_size)]
         longest = max(self.lengths[prompt] for prompt in prompts)
         layers = [
             tuple(torch.cat([_widened(read.keys_values[layer][part], longest) for read in reads]) for part in (0, 1))
@@ -121,21 +156,23 @@ class ProblemRows:
             "past_key_values": DynamicCache(),
         }  # without a config no layer drops what left a window
         shared = 0
-        if self.read_once:
+        if self.job.read_once:
             resolved = self.resolved[spec] if edited is not None else None
-            if (beginning := read_beginning(self.model, batch, self.scope, edited, resolved, self.new)) is not None:
+            if (
+                beginning := read_beginning(self.job.model, batch, self.job.scope, edited, resolved, self.job.new)
+            ) is not None:
                 inputs = {**beginning.rest, "past_key_values": beginning.past}
                 shared = beginning.length
         outputs: list[Any] = []
 
         def run(**_: Tensor) -> None:
-            outputs.append(self.model(**inputs, use_cache=True, logits_to_keep=1))
+            outputs.append(self.job.model(**inputs, use_cache=True, logits_to_keep=1))
 
         if edited is None:
             run()
         else:
             compiled = edited(batch) if callable(edited) else self._compiled(spec, batch, "prompt")
-            iv = IntervenableModel(compiled.config, self.model)
+            iv = IntervenableModel(compiled.config, self.job.model)
             iv.generate(
                 batch.inputs(),
                 unit_locations=compiled.unit_locations,
@@ -148,18 +185,26 @@ class ProblemRows:
         padding = width - torch.tensor(lengths)[:, None]
         columns = torch.where(token < shared, token, (token + padding).clamp(max=width - 1))
         cache = outputs[0].past_key_values
-        layers = [(first_columns(x.keys, columns), first_columns(x.values, columns)) for x in cache.layers]
+        layers = [(_first_columns(x.keys, columns), _first_columns(x.values, columns)) for x in cache.layers]
         return Read(layers, outputs[0].logits[:, -1])
 
     def _compiled(self, spec: int, batch: Batch, scope: Scope) -> Compiled:
         edited = self.specs[spec]
         assert edited is not None
-        return compile_for(edited, scope, batch, self.questions, self.resolved[spec], self.reference, self.new)
+        return compile_for(
+            edited, scope, batch, self.job.questions, self.resolved[spec], self.job.reference, self.job.new
+        )
 
     def _batches(self, prompts: Sequence[int], size: int) -> Iterator[Batch]:
         for start in range(0, len(prompts), size):
-            yield self.questions.prompts.batch(list(prompts[start : start + size])).to(input_device(self.model))
+            yield self.job.questions.prompts.batch(list(prompts[start : start + size])).to(input_device(self.job.model))
 
 
 def _widened(x: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, columns - x.shape[2]))
+
+
+def _first_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Bring each prompt's tokens, whose columns are given by prompt, to the first columns of `prompt n_kv_head pos d`."""
+    index = columns.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index)

@@ -9,13 +9,13 @@ from typing import IO, Any, Protocol, Self, TypeVar
 
 from transformers import PreTrainedModel
 
-from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.files import parse_json, write_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.methods.solving.answers import Rule
 from pyvene_ext.methods.solving.evaluation import Evaluation
+from pyvene_ext.methods.solving.many import Job
 from pyvene_ext.methods.solving.replacing import Scope, Transcripts
-from pyvene_ext.methods.solving.texts import Ends, Solution
+from pyvene_ext.methods.solving.texts import Solution
 from pyvene_ext.models.devices import processes
 from pyvene_ext.models.identity import model_facts
 from pyvene_ext.prompts.problems import Questions
@@ -124,6 +124,7 @@ def facts_of(
     return {
         **model_facts(model),
         "questions": questions.hash,
+        "ends": [getattr(model.generation_config, name, None) for name in ("eos_token_id", "suppress_tokens")],
         "max_new_tokens": max_new_tokens,
         "rule": rule,
     }
@@ -151,71 +152,44 @@ def condition_of(spec: Spec | None, scope: Scope, reference: Transcripts | None 
 
 
 class Texts:
-    """Finished texts kept in a folder, a line each, so that an interrupted evaluation of many specs goes on where it was.
+    """Finished texts kept in a folder, a line each, so that an interrupted evaluation goes on where it was.
 
-    Every process of a launch adds to a file of its own. A line that a kill has cut is dropped, and lines of other models, specs
-    or questions are never taken.
+    There is a folder for each model, and in it a file for each process of a launch. A line that a kill has cut is dropped, and
+    texts of other models, specs or questions are never taken.
 
     Args:
         folder: created with the first text.
-        model: the model.
-        questions: the questions.
-        specs: the specs.
-        scope: where they apply.
-        new: most tokens of a text.
-        reference: what replacements are computed from.
+        job: what is evaluated.
+        specs: under which specs.
 
     Raises:
-        ValueError: a spec is a function, which cannot be told from another.
+        ValueError: a spec is a function, which cannot be told from another; or the folder is a file.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        model: PreTrainedModel,
-        questions: Questions,
-        specs: Sequence[Any],
-        scope: Scope,
-        new: int,
-        reference: Reference | Transcripts | None,
-    ) -> None:
+    def __init__(self, folder: str | Path, job: Job, specs: Sequence[Any]) -> None:
         if any(callable(spec) for spec in specs):
             raise ValueError("texts under a function cannot be told from another function's: leave store out.")
-        self.folder = Path(folder)
-        self.path = self.folder / f"texts-{processes().process_index}.jsonl"
-        facts = [model_facts(model), questions.hash, new]
-        used = (
-            reference.hash
-            if isinstance(reference, Transcripts)
-            else None
-            if reference is None
-            else reference.prompts.hash
-        )
-        self._keys = [data_hash([facts, condition_of(spec, scope), used]) for spec in specs]
+        if Path(folder).is_file():
+            raise ValueError(f"{folder} is a file; name a folder in which texts are kept.")
+        self.folder = Path(folder) / data_hash(model_facts(job.model))[:16]
+        self._ends = job.ends
+        self._keys = [job.hash_of(spec) for spec in specs]
         self._file: IO[str] | None = None
 
-    def known(self, ends: Ends) -> dict[tuple[int, int], Solution]:
-        """Read the texts that are kept.
-
-        Args:
-            ends: of the model.
-
-        Returns:
-            By spec and problem.
-        """
-        numbers = {key: number for number, key in enumerate(self._keys)}
+    def known(self) -> dict[tuple[int, int], Solution]:
+        """Read the texts that are kept, by spec and problem."""
         found = {}
         for path in sorted(self.folder.glob("texts-*.jsonl")):
-            for line in path.read_bytes().splitlines():
+            for line in path.read_bytes().splitlines() if path.is_file() else ():
                 try:
                     check, (key, problem, ids, log_probabilities, ended) = parse_json(line)
                     whole = check == data_hash([key, problem, ids, log_probabilities, ended])
                 except (ValueError, TypeError):
                     continue
-                if whole and key in numbers:
-                    solution = Solution(ends)
-                    solution.ids, solution.log_probabilities, solution.ended = ids, log_probabilities, ended
-                    found[numbers[key], problem] = solution
+                for number, own in enumerate(self._keys):
+                    if whole and key == own:
+                        solution = found[number, problem] = Solution(self._ends)
+                        solution.ids, solution.log_probabilities, solution.ended = ids, log_probabilities, ended
         return found
 
     def add(self, spec: int, problem: int, solution: Solution) -> None:
@@ -228,7 +202,8 @@ class Texts:
         """
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            path = self.folder / f"texts-{processes().process_index}.jsonl"
+            self._file = path.open("a", encoding="utf-8")
             self._file.write("\n")  # after a line that a kill has cut
         row = [self._keys[spec], problem, solution.ids, solution.log_probabilities, solution.ended]
         self._file.write(json.dumps([data_hash(row), row]) + "\n")

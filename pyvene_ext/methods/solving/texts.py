@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.methods.solving.answers import find_answer
 from pyvene_ext.prompts.problems import MARK, STOPS, as_text
 
@@ -31,6 +32,7 @@ class Ends:
         self.stops = {
             at for token, at in vocabulary.items() if any(stop[-1] in token for stop in STOPS)
         }  # may complete one
+        self.hash = data_hash([sorted(self.ends), sorted(self.never), sorted(vocabulary.items())])
 
     def text(self, *ids: Sequence[int]) -> str:
         """Decode the concatenation of several sequences of tokens."""

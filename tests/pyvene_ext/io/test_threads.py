@@ -19,6 +19,7 @@ from pyvene_ext.io import threads
 from pyvene_ext.io.cli import run
 threads.busy_cores = lambda: 1.0
 threads.available_cores = lambda: 2
+threads.affinity = lambda: {{0, 1}}
 @dataclass(frozen=True)
 class Config:
     n: int = 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
+import io
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from tqdm import tqdm
 
 from pyvene_ext.engine.compile import Compiled, compile_spec
 from pyvene_ext.engine.decode import rows as rows_module
@@ -21,10 +25,12 @@ from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.methods.solving.many import ProblemRows
 from pyvene_ext.methods.solving.replacing import Scope
 from pyvene_ext.methods.solving.texts import Solution
+from pyvene_ext.models.devices import processes
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.base import ModelShape
 from pyvene_ext.specs.joint import members
+from tests.pretended_devices import PretendedDevices, spread
 from tests.pyvene_ext.engine.sweep.test_processes import Launch
 from tests.pyvene_ext.methods.solving.test_evaluate import (
     END,
@@ -116,21 +122,41 @@ def test_means_other_texts_activations_and_vectors_reach_their_rows(family: str)
 
 
 @pytest.mark.parametrize("scope", ["new", "both"])
-@pytest.mark.parametrize(("family", "memory"), [("llama3_1", 40_000), ("gemma2", 20_000)])
-def test_rows_that_end_leave_and_waiting_ones_enter(
-    family: str, memory: int, scope: Scope, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["llama3_1", "gemma2", "gpt2"])
+def test_rows_that_end_leave_and_others_enter_whatever_the_memory(
+    family: str, scope: Scope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, specs = model_of(family), [None, *SPECS.values()]
     words = tokenizer(*mark_and_end(model))
-    whole = evaluate(model, words, asked(), specs, scope, max_new_tokens=NEW)
-    sizes: list[int] = []
+    lengths = (54, 3, 30, 54, 10, 44, 9, 6)
+    questions = asked((0,) * len(lengths), lengths)
+    whole = evaluate(model, words, questions, specs, scope, max_new_tokens=NEW)
+    sizes: list[list[int]] = []
     step = rows_module._Writer.step
-    monkeypatch.setattr(rows_module._Writer, "step", lambda self: (sizes.append(len(self.rows)), step(self))[1])
-    few = evaluate(model, words, asked(), specs, scope, max_new_tokens=NEW, memory=memory)
-    assert all(map(same, whole, few)) and max(sizes) < len(specs) * len(LENGTHS)
-    rises = sum(later > earlier for earlier, later in itertools.pairwise(sizes))
-    falls = sum(later < earlier for earlier, later in itertools.pairwise(sizes))
-    assert rises and falls, "some enter and some leave while others write"
+    monkeypatch.setattr(rows_module._Writer, "step", lambda self: (sizes[-1].append(len(self.rows)), step(self))[1])
+    for memory in (1, 20_000, 60_000, 120_000, 200_000, 400_000):
+        sizes.append([])
+        few = evaluate(model, words, questions, specs, scope, max_new_tokens=NEW, memory=memory)
+        assert all(map(same, whole, few)), memory
+    changes = [np.sign(np.diff(some)) for some in sizes]
+    assert any({1, -1} <= {*some.tolist()} for some in changes), "some enter and some leave while others write"
+    assert max(sizes[0]) == 1 and max(sizes[1]) < max(sizes[-1])
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
+@pytest.mark.parametrize("place", ["spread", "offloaded"])
+def test_a_model_on_several_devices_or_offloaded(place: str, kind: str) -> None:
+    model = model_of("llama3_1")
+    spec: Any = tuple(edit.model_copy(update={"kind": kind}) for edit in JOINT)
+    questions, given, _ = transcripts(model, spec if kind != "zero" else JOINT[0].model_copy(update={"kind": "mean"}))
+    options: dict[str, Any] = {"max_new_tokens": 6, "reference": given if kind != "zero" else None}
+    listed = [None, spec]
+    expected = evaluate(model, tokenizer(), questions, listed, "both", **options)
+    model = copy.deepcopy(model)
+    with PretendedDevices() if place == "spread" else nullcontext():
+        moved = spread(model) if place == "spread" else cpu_offload(model, torch.device("cpu"))
+        found = evaluate(moved, tokenizer(), questions, listed, "both", **options)
+    assert all(map(same, expected, found)) and found[0].ids != found[1].ids
 
 
 def test_prompts_are_read_once_for_all_specs_that_leave_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +237,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_texts_that_are_there(
         evaluate(model, words, asked(), specs, "new", **options)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
-    (file,) = (tmp_path / "texts").iterdir()
+    (file,) = (tmp_path / "texts").glob("*/*.jsonl")
     kept = len(file.read_text().splitlines()) - 1
     assert 0 < kept < len(specs) * len(LENGTHS)
     file.write_text(file.read_text() + '["cut by a k')
@@ -259,9 +285,54 @@ def test_functions_run_together_on_the_prompt_and_one_by_one_elsewhere() -> None
         evaluate(model, tokenizer(), questions, [noise], "prompt", max_new_tokens=4, store="nowhere")
 
 
-def test_an_empty_list_is_refused() -> None:
-    with pytest.raises(ValueError, match="there are no specs; give at least one"):
-        evaluate(model_of("gpt2"), tokenizer(), asked(), [], max_new_tokens=4)
+def test_another_end_of_texts_is_another_text_in_the_store(tmp_path: Path) -> None:
+    model, specs = model_of("llama3_1"), [None, JOINT]
+    options: dict[str, Any] = {"max_new_tokens": NEW, "store": tmp_path}
+    evaluate(model, tokenizer(end=None), asked(), specs, "new", **options)
+    ending = tokenizer(*mark_and_end(model))
+    expected = evaluate(model, ending, asked(), specs, "new", max_new_tokens=NEW)
+    assert all(map(same, expected, evaluate(model, ending, asked(), specs, "new", **options)))
+    model.generation_config.suppress_tokens = [expected[0].ids[0][0]]
+    assert evaluate(model, ending, asked(), specs, "new", **options)[0].ids != expected[0].ids
+    model.generation_config.suppress_tokens = None
+
+
+@pytest.mark.parametrize("family", ["bloom", "mistral"])
+def test_the_store_serves_one_spec_and_models_whose_specs_run_one_by_one(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    options: dict[str, Any] = {"max_new_tokens": 4, "store": tmp_path}
+    expected = evaluate(model, tokenizer(end=None), asked(), [None, JOINT, JOINT], "new", max_new_tokens=4)
+    assert same(evaluate(model, tokenizer(end=None), asked(), JOINT, "new", **options), expected[1])
+    written: list[Solution] = []
+    own = Solution.add
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Solution, "add", lambda self, *args: (written.append(self), own(self, *args))[1])
+        found = evaluate(model, tokenizer(end=None), asked(), [None, JOINT, JOINT], "new", **options)
+    assert all(map(same, found, expected)) and len(written) == 4 * len(LENGTHS), "only those of the untouched model"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"spec": []}, "there are no specs; give at least one"),
+        ({"memory": 0}, "memory must be a whole number of bytes above 0, not 0"),
+        ({"memory": True}, "memory must be a whole number of bytes above 0, not True"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"rule": "exact"}, "there is no rule 'exact' by which answers are read; choose among flexible-extract"),
+        ({"store": __file__}, "is a file; name a folder in which texts are kept"),
+    ],
+)
+def test_bad_input_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(model_of("gpt2"), tokenizer(), asked(), **{"spec": [None], "max_new_tokens": 4, **given})
+
+
+def test_a_bar_of_a_longer_run_counts_every_text(tmp_path: Path) -> None:
+    model = model_of("gpt2")
+    for _ in range(2):  # the second time all texts are there
+        with tqdm(total=2 * len(LENGTHS), disable=False, file=io.StringIO()) as bar:
+            evaluate(model, tokenizer(), asked(), [None, JOINT], "new", max_new_tokens=4, store=tmp_path, progress=bar)
+            assert bar.n == 2 * len(LENGTHS)
 
 
 # -- several processes ---------------------------------------------------------------------------------------------------
@@ -280,5 +351,22 @@ def test_processes_share_the_problems_and_all_have_the_whole(tmp_path: Path) -> 
     for number, store in enumerate((None, tmp_path / "texts")):
         for found in Launch(tmp_path / str(number), solved, store).both:
             assert all((found[name] == ids).all() for name, ids in expected.items())
-    lines = [len(path.read_text().splitlines()) - 1 for path in sorted((tmp_path / "texts").iterdir())]
+    lines = [len(path.read_text().splitlines()) - 1 for path in sorted((tmp_path / "texts").glob("*/*"))]
     assert lines == [4, 4], "each process kept its half"
+
+
+def differently(rank: int) -> dict[str, np.ndarray]:
+    """Processes that were given different specs."""
+    specs = [SPECS["joint"] if processes().process_index else SPECS["one layer"]]
+    return {
+        "ids": np.array(
+            evaluate(model_of("llama3_1"), tokenizer(end=None), asked(), specs, "new", max_new_tokens=4)[0].ids
+        )
+    }
+
+
+@pytest.mark.processes
+def test_processes_with_different_specs_are_refused(tmp_path: Path) -> None:
+    launch = Launch(tmp_path / "launch", differently, 0)
+    assert not launch.results and len(launch.sentences) == 2
+    assert all("were given different specs" in sentence for sentence in launch.sentences)
