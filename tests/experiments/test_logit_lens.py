@@ -238,12 +238,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 
 
 def test_answers_that_are_no_names_are_called_right_and_wrong(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, own_pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = json.loads((PROMPTS / "ioi_en.json").read_text(encoding="utf-8"))["pairs"][:4]
-    rows = [{"text": pair["clean"], "answer": pair["io_name"], "wrong": pair["s_name"]} for pair in pairs]
-    file = tmp_path / "own.json"
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    assert command("--dataset", file, "--out", tmp_path / "f") == 0
+    assert command("--dataset", own_pairs, "--out", tmp_path / "f") == 0
     shown = capsys.readouterr().out
     assert "right above wrong on " in shown and "IO" not in shown
