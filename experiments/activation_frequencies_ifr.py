@@ -12,12 +12,12 @@ The name is that of the published directory, which calls this activation frequen
     python experiments/activation_frequencies_ifr.py --tau 1 --width 0.2
     accelerate launch experiments/activation_frequencies_ifr.py
 
-Method. Each prompt has two answers, IO and S; LD = logit(IO) - logit(S) at its last token. Every head's output z (the input of
-the output projection) is ablated by itself, and delta = LD_clean - LD_ablated. A head's effect is its mean delta, with the 95%
-bootstrap interval over prompts. It is active on a prompt if |delta| > tau (`--no_abs`: delta > tau); its activation frequency is
-the share of prompts, with its 95% Wilson interval. The sizes of deltas differ from model to model, so that tau is by default
-chosen from them: a tenth of heads x prompts are active (published runs: `--tau 0.03`). One tau says little, so all deltas are
-kept, and the whole curve of frequency against tau is written beside the frequencies.
+Method. Each prompt has two answers, right (IO) and wrong (S); LD = logit(IO) - logit(S) at its last token. Every head's output
+z (the input of the output projection) is ablated by itself, and delta = LD_clean - LD_ablated. A head's effect is its mean
+delta, with the 95% bootstrap interval over prompts. It is active on a prompt if |delta| > tau (`--no_abs`: delta > tau); its
+activation frequency is the share of prompts, with its 95% Wilson interval. The sizes of deltas differ from model to model, so
+that tau is by default chosen from them: a tenth of heads x prompts are active (published runs: `--tau 0.03`). One tau says
+little, so all deltas are kept, and the whole curve of frequency against tau is written beside the frequencies.
 
 Sooner, with less, at a given tau. `--screen atp` ablates only heads whose effect attribution patching (Nanda 2023) estimates
 above `--margin` x tau on some prompt, and a random `--check` of the others, which tell what share of the active heads the screen
@@ -66,7 +66,7 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Sweep):
     tau: Annotated[float, Ge(0)] | None = None
     """threshold on the change of the logit difference; by default that which a tenth of heads x prompts exceed"""
     abs: bool = True
-    """compare |delta| with tau; with --no_abs delta itself (active = the head helped IO)"""
+    """compare |delta| with tau; with --no_abs delta itself (active = the head helped the right answer)"""
     kind: Literal["zero", "mean", "resample", "noise"] = "zero"
     """what comes in place of z"""
     mean: Literal["over_tokens", "per_position"] = "over_tokens"
@@ -150,7 +150,7 @@ def main(config: Config) -> None:
         share_active=float((size > tau)[was_run].mean()),
     )
 
-    print(summary(config, tau, rows, deltas, clean, found))
+    print(summary(config, px.runs.answer_names(prompt_set), tau, rows, deltas, clean, found))
     with run.writing(facts, [evidence(rows, clean)], replacing=("estimates.npy", "figures/*")):
         run.table("heads", rows)
         run.table("frequency_vs_tau", px.stats.threshold_table(taus, curve))
@@ -177,7 +177,11 @@ def run_folder(config: Config) -> tuple[px.RunFolder, Path]:
     if out.suffix != ".npy":
         raise ValueError(f"--out {out} must end in .npy.")
     meta = config.meta or out.with_suffix(".json")
-    places: dict[str, Any] = {"path": out.with_suffix(""), "summary": meta.absolute(), "beside": (out, meta)}
+    places: dict[str, Any] = {
+        "path": out.with_suffix(""),
+        "summary": meta.absolute(),
+        "beside": {"out": out, "meta": meta},
+    }
     return px.RunFolder(config, "activation_frequencies_ifr", config.model, config.dataset, **places), out
 
 
@@ -305,6 +309,7 @@ def drawn(
 
 def summary(
     config: Config,
+    answers: tuple[str, str],
     tau: float,
     rows: list[dict[str, float]],
     deltas: Deltas,
@@ -314,6 +319,7 @@ def summary(
     """What the terminal shows: the clean run, the heads with the largest effects, and how many are active how often."""
     was_run: Bool[np.ndarray, "layer head prompt"] = np.isfinite(deltas)
     active = ((np.abs(deltas) if config.abs else deltas) > tau)[was_run]
+    right, wrong = answers
     n_prompts, clean = len(clean), clean[np.isfinite(clean)]
     quantiles = np.quantile(np.abs(deltas[was_run]), SHARES)
     kind = f"mean ({config.mean})" if config.kind == "mean" else config.kind
@@ -321,7 +327,7 @@ def summary(
     prompts = f"{len(clean)} of {n_prompts} prompts" if len(clean) < n_prompts else f"{n_prompts} prompts"
     lines = [
         f"{config.model} on {config.dataset}: {prompts}, {kind} ablation of z, positions: {config.positions}",
-        f"clean: mean logit difference {clean.mean():.2f}, IO above S on {(clean > 0).mean():.1%} of prompts",
+        f"clean: mean logit difference {clean.mean():.2f}, {right} above {wrong} on {(clean > 0).mean():.1%} of prompts",
         "delta: how much the ablation lowers it; largest mean delta first",
         "\n  head  mean delta   95% interval  median |delta|  frequency  95% interval",
     ]

@@ -131,9 +131,14 @@ def check_weights(config: Config) -> None:
         )
 
 
+def files_about(path: Path) -> tuple[Path, ...]:
+    """The files that may say what a matrix was measured on."""
+    return path.with_suffix(".json"), path.parent / "summary.json", path.parent.with_suffix(".json")
+
+
 def weights_of(path: Path) -> str | None:
     """The hash of the weights that a matrix was measured on, by what the file beside it says; None if none does."""
-    for beside in (path.with_suffix(".json"), path.parent / "summary.json", path.parent.with_suffix(".json")):
+    for beside in files_about(path):
         if beside.is_file():
             facts = px.io.parse_json(beside.read_bytes())
             if isinstance(facts, dict) and isinstance(facts.get("weight_hash"), str):
@@ -150,7 +155,7 @@ def names(config: Config) -> tuple[str, str]:
 
 
 def files_of(config: Config, name: str) -> Files:
-    """Where everything goes; ValueError for names that are no figures or come twice."""
+    """Where everything goes; ValueError for names that are no figures, come twice, or are what the study reads."""
     folder = Path("outputs/crosslingual_head_corr") / re.sub(r"[^\w.+-]+", "_", name)
     json = config.out_json or folder / "correlation.json"
     scatter, layers = config.scatter_png or folder / "scatter.png", config.layer_png or folder / "layers.png"
@@ -160,7 +165,15 @@ def files_of(config: Config, name: str) -> Files:
         px.figures.check_path(figure)
     if config.layerwise and scatter.with_suffix("") == layers.with_suffix(""):
         raise ValueError(f"--scatter_png and --layer_png are both {scatter.with_suffix('')}; give two names.")
+    outputs = [("out_json", json), *figure_files("scatter_png", scatter), *figure_files("layer_png", layers)]
+    also = [(flag, path) for flag, of in (("a", config.a), ("b", config.b)) for path in files_about(of)]
+    px.io.refuse_inputs(config, outputs, config_file=json.with_suffix(".yaml"), also=also)
     return Files(json, json.with_suffix(".yaml"), scatter, layers)
+
+
+def figure_files(flag: str, path: Path) -> list[tuple[str, Path]]:
+    """The files of a figure with their flag: beside a .png its .pdf."""
+    return [(flag, path), *([(flag, path.with_suffix(".pdf"))] if path.suffix.lower() == ".png" else [])]
 
 
 def layer_range(text: str, n_layers: int) -> range:

@@ -5,10 +5,10 @@
     python experiments/logit_lens.py --model path/to/folder --dataset pairs.json --out outputs/my_lens
     python experiments/logit_lens.py --position s2
 
-Method. Each prompt has two answers, IO and S. The logit lens (nostalgebraist 2020) reads the residual stream at `--position`
-with the model's own final norm and unembedding (soft-cap and scale included): LD = logit(IO) - logit(S), and probability and rank
-of IO in the whole vocabulary. Depth 0 is what enters the first block, depth k the stream after k blocks; at the last token the
-last depth is what the model says.
+Method. Each prompt has two answers, right (IO) and wrong (S). The logit lens (nostalgebraist 2020) reads the residual stream at
+`--position` with the model's own final norm and unembedding (soft-cap and scale included): LD = logit(IO) - logit(S), and
+probability and rank of IO in the whole vocabulary. Depth 0 is what enters the first block, depth k the stream after k blocks;
+at the last token the last depth is what the model says.
 
 Direct logit attribution (Elhage et al. 2021; Wang et al. 2022, section 3.1) splits LD, and logit(IO) alone, at the last token
 into what every head, every MLP, the embedding and the biases add, with the scales of the final norm and of post-norms frozen at
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
         depth_ahead=depth_ahead(depths),
     )
 
-    print(summary(config, facts, depths, heads))
+    print(summary(config, px.runs.answer_names(prompt_set), facts, depths, heads))
     with run.writing(facts, [evidence(len(prompts), heads[0])]):
         run.table("depths", depths)
         run.table("heads", heads)
@@ -208,22 +208,30 @@ def drawn(position: str, of: str, depths: Rows, found: px.methods.Attribution) -
     return figures
 
 
-def summary(config: Config, facts: dict[str, Any], depths: list[dict[str, Any]], heads: list[dict[str, Any]]) -> str:
+def summary(
+    config: Config,
+    answers: tuple[str, str],
+    facts: dict[str, Any],
+    depths: list[dict[str, Any]],
+    heads: list[dict[str, Any]],
+) -> str:
     """What the terminal shows: the lens by depth, what each kind of part contributes, and the heads with the largest."""
     ahead = facts["depth_ahead"]
+    right, wrong = answers
+    on_top = f"{right} on top"
     lines = [
         f"{config.model} on {config.dataset}: {px.io.counted(facts['n'], 'prompt')}; mean logit difference "
-        f"{facts['clean_logit_diff']:.2f}, IO above S on {facts['clean_io_over_s']:.1%}",
+        f"{facts['clean_logit_diff']:.2f}, {right} above {wrong} on {facts['clean_io_over_s']:.1%}",
         f"\nlogit lens at {config.position}: the logit difference is "
         + ("not above 0 at the last depth" if ahead is None else f"above 0 from depth {ahead} on")
         + " (95% interval)",
-        "\n  depth  logit diff    95% interval  probability   mean rank  IO on top",
+        f"\n  depth  logit diff    95% interval  probability   mean rank  {on_top}",
     ]
     for row in depths:
         interval = f"[{row['logit_diff_low']:.2f}, {row['logit_diff_high']:.2f}]"
         lines.append(
             f"{row['depth']:>7} {row['logit_diff']:11.2f} {interval:>15} {row['probability']:12.3f} {row['rank']:11.1f} "
-            f"{row['top']:10.1%}"
+            f"{row['top']:{1 + len(on_top)}.1%}"
         )
     lines += [
         f"\nattribution of the logit difference before any soft-cap, {facts['logit_diff_before_cap']:.2f}: "

@@ -95,6 +95,9 @@ def component_named(name: Any, among: Collection[str] | None = None, what: str =
     known = [one.site for one in COMPONENTS.values()] if among is None else among
     close = meant(name, known)
     hint = f"did you mean {close!r}?" if close else f"choose among {', '.join(known)}."
+    here = meant(name) if not close and "hook_" in str(name) else None
+    if here:  # a name of TransformerLens that cannot be chosen here
+        hint = f"that is {here!r}, and there are only {', '.join(known)}."
     raise ValueError(f"no {what} of {name!r}; {hint}")
 
 

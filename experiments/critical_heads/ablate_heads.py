@@ -257,8 +257,10 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
         if row["n_heads"] != config.levels[-1]:
             continue
         drop = px.stats.interval_in(row, "drop")
+        scope, tokens = row["scope"], px.runs.ablated.SCOPES[row["scope"]]
+        at = scope if scope == tokens else f"{scope} ({tokens})"
         line = (
-            f"{row['model']}, {row['kind']}, {px.runs.ablated.SCOPES[row['scope']]}: the first {row['n_heads']} heads "
+            f"{row['model']}, {row['kind']}, {at}: the first {row['n_heads']} heads "
             f"({ranking}) cost {px.stats.in_points(drop)} (p = {row['mcnemar_p']:.2g}): {px.stats.verdict(drop)}"
         )
         if row["random_sets"]:

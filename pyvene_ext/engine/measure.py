@@ -179,7 +179,16 @@ class Metric:
         Raises:
             ValueError: as when called with logits of the whole vocabulary.
         """
-        values = self.function(logits, batch)
+        try:
+            values = self.function(logits, batch)
+        except IndexError as error:
+            read = "[batch pos vocab] at every token" if self.of_tokens else "[batch vocab] at each prompt's last token"
+            read = read if self.ids is None else f"{read}, with columns for `ids` only in place of the vocabulary"
+            more = "" if self.of_tokens else "; Metric(..., of_tokens=True) is given those at every token"
+            raise ValueError(
+                f"metric {self.label!r} indexes logits that are not there ({error}): they are "
+                f"{tuple(logits.shape)}, {read}{more}."
+            ) from error
         shape = tuple(batch.input_ids.shape) if self.per_token else (len(batch.index),)
         if not isinstance(values, Tensor) or values.shape != shape:
             returned = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"

@@ -29,6 +29,7 @@ from .files import write_json as write_json
 from .files import write_npy as write_npy
 from .files import write_yaml as write_yaml
 from .hashes import data_hash as data_hash
+from .inputs import refuse_inputs as refuse_inputs
 from .packages import need as need
 from .records import Record as Record
 from .seeds import rng as rng

@@ -37,6 +37,8 @@ from pyvene_ext.io.threads import spare_the_machine
 Config = TypeVar("Config")
 UNFINISHED: list[Path] = []
 """Folders from which the study that is running would resume, if they exist."""
+CONFIG_FILES: list[Path] = []
+"""The file of --config of the study that is running, if it was given."""
 
 
 class TooLong(ValueError):
@@ -74,6 +76,7 @@ def run(study: Callable[[Config], object], config: type[Config], args: Sequence[
         The exit code: what `study` returns if that is a number, else 0; 2 for an error; 130 for Ctrl-C, as in a shell.
     """
     UNFINISHED.clear()
+    CONFIG_FILES.clear()
     title, _, manual = (inspect.getdoc(inspect.getmodule(study)) or "").partition("\n")
     try:
         flags, default = _from_file(config, list(sys.argv[1:] if args is None else args))
@@ -178,6 +181,7 @@ def _from_file(config: type[Config], args: list[str]) -> tuple[list[str], Config
     if not equals:
         name = next(iter(args[place + 1 :]), "")
     values = read_yaml(name)
+    CONFIG_FILES.append(Path(name))
     if not isinstance(values, dict):
         raise ValueError(f"{name} must hold one flag per line, as 'name: value'.")
     return args[:place] + rest, config_from(config, values, name)

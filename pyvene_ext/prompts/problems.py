@@ -12,7 +12,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_positions
+from pyvene_ext.io.errors import with_article
 from pyvene_ext.io.files import parse_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.models.latent_steps import format_of
@@ -266,19 +267,19 @@ class Questions:
 
 
 def tokenize_problems(
-    problems: Sequence[Problem],
+    problems: Sequence[Problem | Mapping[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     template: str = TEMPLATE,
     context: int | None = None,
     *,
-    examples: Sequence[Problem] = (),
+    examples: Sequence[Problem | Mapping[str, str]] = (),
     shots: int = 0,
     chat: bool = False,
 ) -> Questions:
     """Tokenise every question in its template.
 
     Args:
-        problems: the problems.
+        problems: the problems, or dicts with their `question` and `answer`, as `load_problems` reads them.
         tokenizer: the model's tokenizer.
         template: a text with `{question}` in it once.
         context: the most tokens that a prompt may have (`prompt_budget`).
@@ -292,11 +293,12 @@ def tokenize_problems(
         One prompt per problem, without a reasoning block.
 
     Raises:
-        ValueError: no problems, a template without `{question}`, words that the tokenizer does not know, a prompt longer than
-            `context`, too few examples, or no chat template.
+        ValueError: no problems, something else than problems, a template without `{question}`, words that the tokenizer does not
+            know, a prompt longer than `context`, too few examples, or no chat template.
     """
     if not problems:
         raise ValueError("there are no problems; give at least one.")
+    problems, examples = _as_problems(problems, "problem"), _as_problems(examples, "solved example")
     if template.count("{question}") != 1:
         raise ValueError("the template must hold {question} exactly once.")
     rows = []
@@ -328,6 +330,21 @@ def tokenize_problems(
     return Questions(
         tuple(problems), prompts, tuple(map(len, rows)), (range(0),) * len(rows), tuple(range(len(problems)))
     )
+
+
+def _as_problems(given: Any, what: str) -> tuple[Problem, ...]:
+    """Problems as they are, and dicts made into some; ValueError for anything else."""
+    if isinstance(given, str | Mapping | Problem):
+        raise ValueError(f"give a list of {what}s, not {with_article(type(given).__name__)}.")
+    found = []
+    for number, one in enumerate(given):
+        if not isinstance(one, Problem | Mapping):
+            raise ValueError(
+                f"{what} {number} is {with_article(type(one).__name__)}; give problems of load_problems, or dicts with "
+                f"'question' and 'answer', the solution with its number after {MARK}."
+            )
+        found.append(one if isinstance(one, Problem) else _problem(dict(one), f"{what} {number}"))
+    return tuple(found)
 
 
 def prompt_budget(model: PreTrainedModel, max_new_tokens: int) -> int:

@@ -24,7 +24,8 @@ def find_prompts(dataset: str, suffix: str = ".json") -> str | Path:
     """
     shipped = {path.stem: path for path in sorted(PROMPTS.glob(f"*{suffix}"))}
     if dataset not in shipped and re.fullmatch(r"[\w-]+", dataset) and not Path(dataset).exists():
-        close = difflib.get_close_matches(dataset, shipped, n=1)
+        begun = [name for name in (f"{dataset}_en", *shipped) if name in shipped and name.startswith(f"{dataset}_")]
+        close = begun or difflib.get_close_matches(dataset, shipped, n=1)
         hint = f"did you mean {close[0]!r}? Shipped are" if close else "shipped are"
         raise ValueError(
             f"there is no prompt set {dataset!r}; {hint} {', '.join(shipped)}; a file needs its suffix, and a data set of the "

@@ -249,6 +249,8 @@ def check_tokenized(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
             how = "call .tokenize(tokenizer) on the set"
             if isinstance(some, str | list | tuple | Prompt):
                 how = "PromptSet([...]).tokenize(tokenizer) makes them"
+            elif hasattr(some, "input_ids") or hasattr(some, "shape"):  # what a tokenizer returns, tensors and arrays
+                how = "TokenizedPrompts.of(ids, attention_mask) takes tokens"
             first = some[0] if isinstance(some, list | tuple) and some else some
             if isinstance(first, Record) and not isinstance(first, Prompt):  # a spec
                 how = "the arguments are swapped, which are (model, specs, prompts)"

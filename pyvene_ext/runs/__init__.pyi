@@ -9,6 +9,7 @@ from .attention import HEADS as HEADS
 from .attention import View as View
 from .attention import look as look
 from .facts import Evidence as Evidence
+from .facts import answer_names as answer_names
 from .facts import metadata as metadata
 from .folder import RunFolder as RunFolder
 from .folder import discard as discard

@@ -17,9 +17,23 @@ from torch import nn
 from pyvene_ext.io.packages import version_of
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.identity import active_adapters, weight_hash
+from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.stats.intervals import Interval
 
 REPORTED_PACKAGES = ("pyvene-ext", "pyvene", "torch", "transformers", "numpy", "scipy", "datasets")
+
+
+def answer_names(prompts: PromptSet) -> tuple[str, str]:
+    """What a study calls the two answers of its prompts.
+
+    Args:
+        prompts: the prompts.
+
+    Returns:
+        "IO" and "S" if these are the answers of every prompt, else "right" and "wrong".
+    """
+    of_ioi = all(one.io_name and one.s_name and not (one.answer or one.wrong) for one in prompts.prompts)
+    return ("IO", "S") if of_ioi else ("right", "wrong")
 
 
 def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:

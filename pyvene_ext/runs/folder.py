@@ -37,6 +37,7 @@ from pyvene_ext.engine.sweep.run import open_shared_store, store_facts, sweep
 from pyvene_ext.io.cli import UNFINISHED, TooLong, plain_config, write_config
 from pyvene_ext.io.files import output_path, parse_json, remove_leftovers, write_csv, write_json, write_npy
 from pyvene_ext.io.hashes import data_hash
+from pyvene_ext.io.inputs import refuse_inputs
 from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.attention import View, write_views
@@ -71,7 +72,7 @@ class RunFolder:
         summary: str | Path = "summary.json",
         config_file: str = "config.yaml",
         path: Path | None = None,
-        beside: Sequence[Path] = (),
+        beside: Mapping[str, Path] = {},
     ) -> None:
         """Choose the folder: the flag's, or outputs/STUDY/SUBJECT_SUBJECT, and check that it can be written.
 
@@ -83,10 +84,11 @@ class RunFolder:
             summary: file that is written last.
             config_file: file of the flags; a study that keeps several runs in one folder names each.
             path: the folder, if the flag names something else.
-            beside: files of the run outside the folder, which the study writes itself; those of an earlier run are removed first.
+            beside: files of the run outside the folder, by the flags that name them, which the study writes itself; those of an
+                earlier run are removed first.
 
         Raises:
-            ValueError: the folder cannot be written.
+            ValueError: the folder cannot be written, or a file that the flags name as an input would be overwritten.
         """
         names = [_short(subject) for subject in subjects]
         self.path = output_path(path or getattr(config, flag), Path("outputs") / study / "_".join(names), f"--{flag}")
@@ -96,7 +98,9 @@ class RunFolder:
         UNFINISHED.append(self.unfinished)
         self._given = config
         self.fill_in(config, summary=summary, config_file=config_file)
-        self._beside = tuple(beside)
+        self._beside = tuple(beside.values())
+        written = [*beside.items(), *((flag, place) for place in (self._summary,) if place not in self._beside)]
+        refuse_inputs(config, written, folder=(flag, self.path), config_file=self._config_file)
         self._question = (
             (getattr(sys.modules.get(type(config).__module__), "__doc__", None) or "").strip().partition("\n")[0]
         )

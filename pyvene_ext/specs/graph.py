@@ -8,10 +8,11 @@ many query heads read it.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from modelcards import n_heads, n_kv_heads, n_layers
-from modelcards.names import NAMES
+from modelcards.names import NAMES, meant
 
 SENDERS = ("embed", "z", "mlp_out")
 RECEIVERS = ("q", "k", "v", "mlp_in", "resid_pre", "resid_mid", "resid_post", "logits")
@@ -55,8 +56,9 @@ class Node(NamedTuple):
         known = site in (*SENDERS, *RECEIVERS) and len(numbers) == wanted
         if not known or not all(number.isascii() and number.isdecimal() for number in numbers):
             raise ValueError(
-                f"there is no node {text!r}; senders are embed, z.LAYER.HEAD and mlp_out.LAYER, receivers are q.LAYER.HEAD, "
-                "k.LAYER.KV_HEAD, v.LAYER.KV_HEAD, mlp_in.LAYER, resid_pre.LAYER, resid_mid.LAYER, resid_post.LAYER and logits."
+                f"there is no node {text!r}; {_guess(text)}senders are embed, z.LAYER.HEAD and mlp_out.LAYER, receivers are "
+                "q.LAYER.HEAD, k.LAYER.KV_HEAD, v.LAYER.KV_HEAD, mlp_in.LAYER, resid_pre.LAYER, resid_mid.LAYER, "
+                "resid_post.LAYER and logits."
             )
         return cls(site, *map(int, numbers))
 
@@ -79,6 +81,16 @@ class Node(NamedTuple):
                 else "query heads"
             )
             raise ValueError(f"{self}: head {self.head} is out of range; {self.site} counts {of}, 0 to {heads - 1}.")
+
+
+def _guess(text: str) -> str:
+    """The node at a hook of TransformerLens, as a question; empty for other names."""
+    site = meant(text, (*SENDERS, *RECEIVERS)) if "hook_" in text else None
+    if site is None:
+        return ""
+    layer = re.search(r"blocks\.(\d+)\.", text)
+    parts = [site] if site in ("embed", "logits") else [site, layer[1] if layer else "LAYER"]
+    return f"did you mean {'.'.join([*parts, *(['HEAD'] if site in ('z', 'q', 'k', 'v') else [])])}? "
 
 
 def reaches(sender: Node, receiver: Node) -> bool:

@@ -146,7 +146,7 @@ def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFi
           for ending in ("png", "pdf")),
     }  # fmt: skip
     shown = capsys.readouterr().out
-    assert "IO above S on" in shown and str(out) in shown
+    assert "IO above S on" in shown and "right above" not in shown and str(out) in shown
 
     # The written config alone repeats the run.
     config = yaml.safe_load((tmp_path / "f/config.yaml").read_text(encoding="utf-8"))
@@ -488,6 +488,39 @@ def test_bad_flags_are_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--out", "mine.npy"], "mine.json is what --dataset reads, and would be overwritten"),
+        (["--meta", "mine.json"], "give another --meta"),
+        (["--meta", "linked.json"], "give another --meta"),
+        (["--meta", "flags.yaml", "--config", "flags.yaml"], "flags.yaml is what --config reads"),
+    ],
+)
+def test_an_output_that_is_an_input_is_refused_and_the_input_kept(
+    flags: list[str],
+    expected: str,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_bytes(dataset.read_bytes())
+    Path("linked.json").symlink_to("mine.json")
+    Path("flags.yaml").write_text("tau: 0.5\n", encoding="utf-8")
+    assert command("--dataset", "mine.json", *flags) == 2
+    assert expected in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "linked.json", "flags.yaml"}
+    assert Path("mine.json").read_bytes() == dataset.read_bytes()
+    assert Path("flags.yaml").read_text(encoding="utf-8") == "tau: 0.5\n"
+
+
+def test_the_config_of_an_earlier_run_may_be_given_and_is_replaced(dataset: Path, tmp_path: Path) -> None:
+    assert command("--dataset", dataset, "--out", tmp_path / "f.npy") == 0
+    assert command("--config", tmp_path / "f/config.yaml") == 0
+
+
 def test_an_unsupported_model_type_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = CodeGenConfig(vocab_size=50, n_embd=16, n_layer=1, n_head=4, rotary_dim=2, bos_token_id=1, eos_token_id=2)
     CodeGenForCausalLM(config).save_pretrained(tmp_path / "other")
@@ -554,3 +587,11 @@ def test_the_shipped_models_give_the_published_file_format(tmp_path: Path) -> No
     config = AutoConfig.from_pretrained(TINY_FOLDER / "tiny-qwen2.5")
     assert frequency.shape == (config.num_hidden_layers, config.num_attention_heads)
     assert ((frequency >= 0) & (frequency <= 1)).all()
+
+
+def test_answers_that_are_no_names_are_called_right_and_wrong(
+    tmp_path: Path, own_pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--dataset", own_pairs, "--out", tmp_path / "f.npy") == 0
+    shown = capsys.readouterr().out
+    assert "right above wrong on " in shown and "IO" not in shown

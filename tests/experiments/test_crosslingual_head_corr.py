@@ -286,6 +286,30 @@ def test_flags_that_cannot_be_met_are_refused_before_anything_is_written(capsys,
     assert message in refused(capsys, *flags)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--out_json", "data/en.npy"),
+        ("--out_json", "data/../data/zh.npy"),
+        ("--out_json", "data/en.json"),  # what says which weights the matrix was measured on
+        ("--scatter_png", "data/c.png"),
+        ("--scatter_png", "data/c.pdf"),
+        ("--layer_png", "data/c.png"),
+        ("--layer_png", "data/c.svg"),
+    ],
+)
+def test_an_output_that_is_an_input_is_refused_and_the_input_kept(capsys, flags):
+    np.save("data/c.png", B)
+    Path("data/c.png.npy").rename("data/c.png")
+    for other in ("data/c.pdf", "data/c.svg"):
+        Path(other).hardlink_to("data/c.png")
+    Path("data/en.json").write_text("{}", encoding="utf-8")
+    before = {path: path.read_bytes() for path in Path("data").iterdir()}
+    given = ("--b", "data/c.png") if "c." in flags[1] else ()
+    assert f"nothing was run: give another {flags[0]}." in refused(capsys, *given, *flags)
+    assert {path: path.read_bytes() for path in Path("data").iterdir()} == before
+
+
 @pytest.mark.parametrize("flags", [("--threshold", "1"), ("--seed", "one")])
 def test_unknown_or_malformed_flags_exit_with_2(capsys, flags):
     with pytest.raises(SystemExit) as exit_:

@@ -235,3 +235,11 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     error = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and told in error[0] and captured.out == ""
     assert sorted(folder.rglob("*")) == before
+
+
+def test_answers_that_are_no_names_are_called_right_and_wrong(
+    tmp_path: Path, own_pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--dataset", own_pairs, "--out", tmp_path / "f") == 0
+    shown = capsys.readouterr().out
+    assert "right above wrong on " in shown and "IO" not in shown

@@ -79,6 +79,10 @@ def test_statistics_are_of_places_in_either_vocabulary() -> None:
     assert by_component.places == by_site.places
     assert torch.equal(by_component.mean(("z", 1)), by_site.mean(("head_attention_value_output", 1)))
     by_site.require([("head_attention_value_output", 1)], (), ())
+    with pytest.raises(
+        ValueError, match=r"no x of 'mlp.hook_post'; that is 'mlp_neurons', and there are only z, mlp_out\."
+    ):
+        component_named("mlp.hook_post", ("z", "mlp_out"), "x")
     with pytest.raises(ValueError, match="no activation of 'hook_z'; did you mean 'z'"):
         Reference.compute(model, PROMPTS, [("hook_z", 1)])
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from pyvene_ext.models.loading import names
+from pyvene_ext.models.loading.fetch import PUBLISHED
 from pyvene_ext.models.loading.names import listed
 
 
@@ -37,7 +38,10 @@ def explained(error: Exception, name: str, revision: str | None, otherwise: str)
         """The first line of the first cause of these kinds."""
         return next((first_line(cause) for cause in causes if isinstance(cause, kinds)), "")
 
-    instead = f"use a local folder or a shipped model ({listed(names.TINY_MODELS)})"
+    instead = (
+        f"use a local folder, a shipped model ({listed(names.TINY_MODELS)}), or one that "
+        f"`python -m pyvene_ext.models fetch NAME` gets ({listed(PUBLISHED)})"
+    )
     if caused_by(GatedRepoError):
         return PermissionError(
             f"{name} is a gated model: accept its licence at https://huggingface.co/{name}, then set HF_TOKEN or run `hf auth "

@@ -217,7 +217,10 @@ def test_what_random_heads_do_as_well_is_not_specific() -> None:
             "few": {"random_sets": 18, "share_as_large": 1 / 19},
         }.items()
     }
-    assert "m, zero, reasoning and answer: the first 4 heads (flow) cost 30.0 points [20.0, 40.0]" in said["specific"]
+    assert (
+        "m, zero, new (reasoning and answer): the first 4 heads (flow) cost 30.0 points [20.0, 40.0]"
+        in said["specific"]
+    )
     assert ": causal, specific to these heads: 19 random sets" in said["specific"]
     assert "0 of them as much" in said["specific"] and said["specific"].endswith("3 of 50 answers unparsed")
     assert ": causal, not specific" in said["one as much"] and "1 of them as much" in said["one as much"]

@@ -305,6 +305,13 @@ def _nan_for_prompt_4(logits: Tensor, prompts: Batch) -> Tensor:
         (_nan_for_prompt_4, "metric '_nan_for_prompt_4' is nan for prompt 4; it must return finite numbers"),
         (lambda x, _: x[:, 0] / 0, "is -?inf for prompt"),
         (lambda x, _: x[:, 0] * 1j, "metric '<lambda>' returned complex numbers; return real ones"),
+        (
+            lambda x, _: x[:, -1, 5],
+            rf"'<lambda>' indexes logits that are not there \(.*\): they are \(\d, {VOCAB}\), \[batch vocab\] at each "
+            r"prompt's last token; Metric\(\.\.\., of_tokens=True\) is given those at every token\.$",
+        ),
+        (Metric(lambda x, _: x[:, 9], ids=[5]), r"at each prompt's last token, with columns for `ids` only"),
+        (Metric(lambda x, _: x[..., 10**6], of_tokens=True), r"\[batch pos vocab\] at every token\.$"),
         (lambda *of: px.metrics.kl(*of), r'ask for them by Metric\(..., needs=\("clean",\)\)'),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import BatchEncoding
 
 import pyvene_ext as px
 from modelcards import COMPONENTS, FIELD_NAMES, card_of, n_layers
@@ -297,6 +298,8 @@ def test_activations_beyond_the_free_memory_are_refused_before_the_model_runs(mo
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"prompts": PROMPTS.take([])}, "give at least one prompt"),
         ({"prompts": "text"}, "prompts must be tokenised, not a str"),
+        ({"prompts": torch.tensor([[5]])}, r"not a Tensor: TokenizedPrompts.of\(ids, attention_mask\) takes tokens"),
+        ({"prompts": BatchEncoding({"input_ids": [[5]]})}, r"not a BatchEncoding: TokenizedPrompts.of"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence_before_the_model_runs(asked: dict[str, Any], message: str) -> None:

@@ -305,7 +305,11 @@ HUB_ERRORS = {
     ),
     "revision": (http_error(RevisionNotFoundError), ValueError, "org/model has no revision 'v9'"),
     "server": (http_error(HfHubHTTPError, 503), OSError, r"the hub refused org/model \(503 Client Error\); try again"),
-    "no network": (LocalEntryNotFoundError("no"), ConnectionError, "hub cannot be reached; .*tiny-llama3.1"),
+    "no network": (
+        LocalEntryNotFoundError("no"),
+        ConnectionError,
+        "hub cannot be reached; .*tiny-llama3.1.*smollm2-135m-instruct",
+    ),
     "offline": (OfflineModeIsEnabled("no"), ConnectionError, "unset HF_HUB_OFFLINE"),
     "other": (RuntimeError("boo.\nmore"), ValueError, r"org/model has no config.json that can be read \(boo\)"),
 }

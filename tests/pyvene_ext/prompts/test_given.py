@@ -95,7 +95,7 @@ def test_what_is_no_list_of_prompts_is_refused(given: Any, kind: type[Exception]
         (
             "ioi",
             ValueError,
-            "there is no prompt set 'ioi'; .*hipped are agreement_en, .*, ioi_zh, .*; a file needs",
+            "there is no prompt set 'ioi'; did you mean 'ioi_en'. Shipped are agreement_en, .*, ioi_zh, .*; a file needs",
         ),
         ("ioi-en", ValueError, "no prompt set 'ioi-en'; did you mean 'ioi_en'"),
         ("imdb", ValueError, "no prompt set 'imdb'; shipped are agreement_en, "),

@@ -67,6 +67,34 @@ def test_solved_examples_stand_before_the_question_that_is_never_one_of_them(tok
         tokenize_problems([problem()], tokenizer, context=60, examples=others, shots=2)
 
 
+def test_dicts_are_problems_and_what_is_none_is_refused(tokenizer: Any) -> None:
+    row, other = (
+        {"question": text, "answer": "7+5=<<7+5=12>>12\n#### 12"} for text in (STORY, STORY.replace("7", "8"))
+    )
+    questions = tokenize_problems([row, problem()], tokenizer, examples=[other], shots=1)
+    made = Problem(question=other["question"], solution=other["answer"], answer=12, steps=1)
+    assert questions.problems == (made.model_copy(update={"question": STORY}), problem())
+    same = tokenize_problems(questions.problems, tokenizer, examples=[made], shots=1)
+    assert questions.prompts.input_ids == same.prompts.input_ids
+    texts: Any
+    for texts, message in (
+        (["2+2?"], "^problem 0 is a str; give problems of load_problems, or dicts with 'question' and 'answer'"),
+        ([problem(), 4], "^problem 1 is an int; give"),
+        (STORY, "^give a list of problems, not a str.$"),
+        (row, "^give a list of problems, not a dict.$"),
+        (
+            [{"question": STORY}],
+            "^problem 0: a problem needs the texts 'question' and 'answer', and this one has question",
+        ),
+        ([{"question": STORY, "answer": "4"}], "^problem 0: the answer has no ####"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenize_problems(texts, tokenizer)
+    examples: Any = ["2+2?"]
+    with pytest.raises(ValueError, match=r"^solved example 0 is a str"):
+        tokenize_problems([problem()], tokenizer, examples=examples, shots=1)
+
+
 def test_a_chat_is_in_the_words_of_the_tokenizers_template(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="no chat template"):
         tokenize_problems([problem()], tokenizer, chat=True)

@@ -128,7 +128,7 @@ def test_several_runs_may_share_a_folder(here: Path) -> None:
 
 def test_files_beside_the_folder_go_first_and_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     beside, summary = Path("f.npy"), here / "f.json"
-    run = RunFolder(Config(out=beside), "lens", "a", path=Path("f"), summary=summary, beside=(beside,))
+    run = RunFolder(Config(out=beside), "lens", "a", path=Path("f"), summary=summary, beside={"out": beside})
     for n in range(2):
         with run.writing({"n": n}, []):
             assert not beside.exists() and not summary.exists()
@@ -136,6 +136,29 @@ def test_files_beside_the_folder_go_first_and_are_named(here: Path, capsys: pyte
             Path(".f-abcdefgh.npy").touch()  # of a process that was killed
     assert files(here) == {"f.npy", "f.json", "f/config.yaml"}
     assert capsys.readouterr().out.endswith("\nwritten:\n  f.npy\n  f/ (summary, config)\n")
+
+
+@dataclass(frozen=True)
+class Reads(Config):
+    problems: str = "x/problems.json"
+    rankings: tuple[str, ...] = ()
+    settings: Path | None = None
+
+
+def test_a_file_that_the_run_reads_is_not_overwritten() -> None:
+    Path("x/heads").mkdir(parents=True)
+    for name in ("x/problems.json", "x/a.csv", "x/config.yaml", "x/heads/a.csv", "x/problems.jsonl"):
+        Path(name).touch()
+    inside = "^x/problems.json, which --problems reads, lies in the folder x, whose files are replaced; nothing was run: give "
+    with pytest.raises(ValueError, match=inside + "another --out.$"):
+        RunFolder(Reads(out=Path("x")), "lens", "a")
+    with pytest.raises(ValueError, match=r"^x/a.csv, which --rankings reads"):
+        RunFolder(Reads(out=Path("x/../x"), problems="tiny", rankings=("tiny", "x/a.csv")), "lens", "a")
+    with pytest.raises(ValueError, match=r"^x/config.yaml is what --settings reads, and would be overwritten"):
+        RunFolder(Reads(out=Path("x"), problems="tiny", settings=Path("x/config.yaml")), "lens", "a")
+    # What the run leaves alone: a deeper folder, files of kinds that no study writes, and another folder.
+    RunFolder(Reads(out=Path("x"), problems="x/problems.jsonl", rankings=("x/heads/a.csv",)), "lens", "a")
+    RunFolder(Reads(out=Path("y"), problems="x" * 5000), "lens", "a")
 
 
 def test_the_plan_is_said_and_a_dry_run_ends_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,20 @@ def test_a_name_of_no_node_is_refused_with_the_names_there_are(name: str) -> Non
         Node.parse(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [
+        ("blocks.2.attn.hook_z", "z.2.HEAD"),
+        ("hook_z", "z.LAYER.HEAD"),
+        ("blocks.11.hook_mlp_out", "mlp_out.11"),
+        ("hook_embed", "embed"),
+    ],
+)
+def test_for_a_hook_of_transformer_lens_its_node_is_named(name: str, guess: str) -> None:
+    with pytest.raises(ValueError, match=f"there is no node '{name}'; did you mean {guess}[?] senders are embed"):
+        Node.parse(name)
+
+
 def test_a_node_that_the_model_lacks_is_refused_with_what_it_has() -> None:
     config = tiny_config("llama3_1")  # 3 layers, 6 query heads, 3 K/V heads
     for name in ("z.2.5", "q.2.5", "k.2.2", "v.0.2", "mlp_out.2", "embed", "logits"):
