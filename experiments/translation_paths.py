@@ -66,7 +66,7 @@ class Config(px.flags.TranslationHeads):
 def main(config: Config) -> None:
     # Everything that can be wrong is found before the first forward pass.
     run = px.RunFolder(config, "translation_paths", config.model, config.pair)
-    setting = px.translation.prepare(config, config.heads)
+    setting = px.translation.prepare(config, config.heads, scores=True)
 
     size = px.models.n_layers(setting.model.config) * px.models.n_heads(setting.model.config)
     n, kinds = px.io.counted(len(setting.asked.plus), "prompt"), px.io.counted(len(config.minus), "kind")

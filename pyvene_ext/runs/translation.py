@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.io.errors import counted
-from pyvene_ext.methods.heads.patterns import check_prompts
+from pyvene_ext.methods.heads.patterns import check_patterns, check_prompts
 from pyvene_ext.methods.heads.published import KNOWN, read_known
 from pyvene_ext.methods.heads.translation import found_heads, of_swaps, translation_scores
 from pyvene_ext.models.devices import input_device, is_main_process
@@ -394,12 +394,13 @@ class Setting:
         return "\n".join(lines)
 
 
-def prepare(flags: TranslatedWords, heads: Sequence[str] = ()) -> Setting:
+def prepare(flags: TranslatedWords, heads: Sequence[str] = (), *, scores: bool = False) -> Setting:
     """Load model and sentences and make the prompts for --words; the only pass is the one that finds the strongest rivals.
 
     Args:
         flags: of the study.
         heads: as `head_label` writes them; none for those found by their attention.
+        scores: whether all heads are scored by their attention even if some are given.
 
     Returns:
         The model, its sentences and the prompts of each word.
@@ -417,6 +418,8 @@ def prepare(flags: TranslatedWords, heads: Sequence[str] = ()) -> Setting:
     check_words(flags.words, raw, flags.pair)
     model, tokenizer = flags.load_model()
     given = heads_of(heads, flags.model, model)
+    if scores:
+        check_patterns(model)
     sentences = sentences_of(flags.pair, raw, model, tokenizer, flags)
     check_words(flags.words, sentences.kept, flags.pair)
     options: dict[str, Any] = {"template": flags.template, "max_length": n_positions(model.config)}

@@ -109,6 +109,10 @@ def check(
     """
     if scope not in get_args(Scope):
         raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(Scope))}.")
+    if not isinstance(questions, Questions):
+        raise ValueError(
+            f"questions must be Questions, not {type(questions).__name__}; make them with tokenize_problems(problems, tokenizer)."
+        )
     if not len(questions):
         raise ValueError("there are no problems to solve; give at least one.")
     if max_new_tokens < 1:

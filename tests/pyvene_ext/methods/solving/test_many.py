@@ -315,6 +315,7 @@ def test_the_store_serves_one_spec_and_models_whose_specs_run_one_by_one(family:
     ("given", "message"),
     [
         ({"spec": []}, "there are no specs; give at least one"),
+        ({"questions": ["2+2?"]}, "questions must be Questions, not list; make them with tokenize_problems"),
         ({"memory": 0}, "memory must be a whole number of bytes above 0, not 0"),
         ({"memory": True}, "memory must be a whole number of bytes above 0, not True"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
@@ -324,7 +325,7 @@ def test_the_store_serves_one_spec_and_models_whose_specs_run_one_by_one(family:
 )
 def test_bad_input_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate(model_of("gpt2"), tokenizer(), asked(), **{"spec": [None], "max_new_tokens": 4, **given})
+        evaluate(model_of("gpt2"), tokenizer(), **{"questions": asked(), "spec": [None], "max_new_tokens": 4, **given})
 
 
 def test_a_bar_of_a_longer_run_counts_every_text(tmp_path: Path) -> None:
