@@ -44,7 +44,7 @@ from pyvene_ext.specs.forced_attention import ForcedAttention
 from tests.ground_truth.ablations import statistics
 from tests.ground_truth.continuous_thought import At, thought, written
 from tests.ground_truth.forced_attention import Forced
-from tests.pyvene_ext.methods.reasoning.test_evaluate import tokenizer
+from tests.pyvene_ext.methods.solving.test_evaluate import tokenizer
 from tests.random_prompts import random_prompts
 from tests.saved_models import save_random_model
 from tests.tiny_random import VOCAB, random_model

@@ -26,7 +26,7 @@ from pyvene_ext.models import modes
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.replay import Replay
 from pyvene_ext.specs.ablation import all_heads
-from tests.pyvene_ext.methods.reasoning.test_evaluate import asked, tokenizer
+from tests.pyvene_ext.methods.solving.test_evaluate import asked, tokenizer
 from tests.random_prompts import random_prompts
 from tests.tiny_random import CORE_FAMILIES, MORE_FAMILIES, random_model
 from tests.traces import traces
