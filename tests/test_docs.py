@@ -20,9 +20,12 @@ import pyvene_ext as px
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(
-    path for path in DOCS.rglob("*.md") if not {"generated", "_build"} & {*path.relative_to(DOCS).parts}
-) + sorted(DOCS.rglob("*.ipynb"))
+PAGES = [
+    path
+    for ending in ("md", "ipynb")
+    for path in sorted(DOCS.rglob(f"*.{ending}"))
+    if not {"generated", "_build"} & {*path.relative_to(DOCS).parts}
+]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *sorted((ROOT / "modelcards").glob("*/README.md"))]
 
 
