@@ -229,7 +229,7 @@ def lower_bounds(config: Config, model: PreTrainedModel, prompts: TokenizedPromp
         step, read = (np.median([timed(way)[0] for _ in range(3 + config.repeats)]) for way in (one_step, reading))
     read_tokens = sum(map(len, prompts.input_ids))
     unembedded = model.config.vocab_size * model.config.hidden_size
-    body = sum(weight.numel() for weight in model.parameters()) - model.config.vocab_size * model.config.hidden_size
+    body = sum(weight.numel() for weight in model.base_model.parameters()) - unembedded  # without the embedding
     of_token = read / read_tokens * (body + unembedded) / body  # reading computes no logits but the last
     return {
         "weights": float(read + config.new * step),

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from pyvene_ext.io.bars import note
+from pyvene_ext.io.errors import counted
 
-SAMPLE = 0.3  # seconds for which the use of the cores is watched
+SAMPLE = 0.1  # seconds for which the use of the cores is watched
 SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -31,7 +32,7 @@ def spare_the_machine() -> None:
     threads = min(cores, free_threads(own, busy_cores()))  # a quota says nothing about how busy the cores are
     os.environ["OMP_NUM_THREADS"] = str(threads)
     said = f"{threads} of {cores} cores free" if threads < cores else f"{cores} cores free"
-    note(f"{said}: torch takes {threads} thread{'s' * (threads > 1)} (OMP_NUM_THREADS=N takes another number)")
+    note(f"{said}: torch takes {counted(threads, 'thread')} (OMP_NUM_THREADS=N takes another number)")
 
 
 def free_threads(cores: int, busy: float) -> int:
@@ -57,8 +58,8 @@ def busy_cores() -> float:
     """How many of the cores that this process may use are busy, watched for a moment."""
     import psutil
 
-    shares = psutil.cpu_percent(SAMPLE, percpu=True)
-    return sum(share for core, share in enumerate(shares) if core in affinity()) / 100
+    shares, own = psutil.cpu_percent(SAMPLE, percpu=True), affinity()
+    return sum(share for core, share in enumerate(shares) if core in own) / 100
 
 
 def affinity() -> set[int]:

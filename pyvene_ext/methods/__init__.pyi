@@ -133,7 +133,7 @@ from .solving.answers import find_answer as find_answer
 from .solving.evaluate import evaluate as evaluate
 from .solving.evaluation import Evaluation as Evaluation
 from .solving.replacing import Transcripts as Transcripts
+from .solving.replacing import condition_of as condition_of
 from .solving.results import Results as Results
-from .solving.results import condition_of as condition_of
 from .solving.results import facts_of as facts_of
 from .steering import steering_vector as steering_vector

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modelcards import card_of, dimensions, n_layers
-from modelcards.attention_taps import output_weight
+from modelcards.attention_taps import MASKS_UNDERSTOOD, output_weight
 
 Where = tuple[str, int]  # a component and its layer
 # For each head-wise site, the component that holds all heads side by side: a slice of a tensor is not part of the graph.
@@ -185,6 +185,19 @@ def record_call(model: PreTrainedModel, layer: int, calls: dict[int, tuple[tuple
 
     attention = card_of(model).module(model, "attention_input", layer)
     hooks.callback(attention.register_forward_pre_hook(keep, with_kwargs=True).remove)
+
+
+def attention_can_be_seen(model: PreTrainedModel) -> bool:
+    """Whether a model's attention goes through transformers' AttentionInterface, so that its scores can be read and replaced.
+
+    Args:
+        model: a model with a card.
+
+    Returns:
+        True if the family's card exposes the scores and the implementation is eager or sdpa.
+    """
+    mapped = "attention_scores" in card_of(model).mapping(type(model))
+    return mapped and model.config._attn_implementation in MASKS_UNDERSTOOD
 
 
 def split_heads(x: Tensor, component: str, model: PreTrainedModel) -> Tensor:

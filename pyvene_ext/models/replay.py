@@ -23,12 +23,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from modelcards import card_of, dimensions, n_layers
-from modelcards.attention_taps import MASKS_UNDERSTOOD, Taps, output_weight
+from modelcards.attention_taps import Taps, output_weight
 from modelcards.template import at_layer
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
     HookFn,
     StopForward,
+    attention_can_be_seen,
     on_input,
     on_output,
     replace_forward,
@@ -194,7 +195,7 @@ class Replay:
                     mlp_module = self.module("mlp_output", layer)
                     stack.enter_context(replace_forward(mlp_module, _partly(mlp_module.forward, mlp)))
             if past.shared is not None:
-                if inside or not self._is_shared_past_understood:
+                if inside or not attention_can_be_seen(self.model):
                     past.expand(len(hidden) - (0 if attention is None else len(attention)))
                 else:
                     stack.enter_context(shared_past(attention_module, *past.shared))
@@ -399,12 +400,6 @@ class Replay:
 
     def _is_tap(self, component: str) -> bool:
         return self.card.is_tap(self.model, component)
-
-    @property
-    def _is_shared_past_understood(self) -> bool:
-        # `shared_past` needs attention that goes through transformers' AttentionInterface.
-        by_interface = "attention_scores" in self.card.mapping(type(self.model))
-        return by_interface and self.model.config._attn_implementation in MASKS_UNDERSTOOD
 
     def _attention_adder(self, layer: int) -> nn.Module:
         """The module whose output attention adds to the residual stream."""

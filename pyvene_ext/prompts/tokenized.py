@@ -165,12 +165,15 @@ class TokenizedPrompts:
             positions=tuple(self.positions[i] for i in given),
         )
 
-    def batches(self, batch_size: int, padding_side: PaddingSide = "left") -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, padding_side: PaddingSide = "left", which: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
         """Iterate over padded batches, shortest prompts first (equal lengths in the order of the set).
 
         Args:
             batch_size: prompts per batch; the last batch may have fewer.
             padding_side: "left" or "right".
+            which: indices of the prompts that are wanted; by default all.
 
         Returns:
             The batches, each padded to its longest prompt. Only positions that every prompt of the set has are kept.
@@ -182,10 +185,10 @@ class TokenizedPrompts:
             raise ValueError(f"batch_size must be at least 1, not {batch_size!r}.")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}.")
-        return self._batches(batch_size, padding_side)
+        return self._batches(batch_size, padding_side, range(len(self)) if which is None else which)
 
-    def _batches(self, batch_size: int, padding_side: PaddingSide) -> Iterator[Batch]:
-        order = sorted(range(len(self)), key=lambda i: len(self.input_ids[i]))
+    def _batches(self, batch_size: int, padding_side: PaddingSide, which: Sequence[int]) -> Iterator[Batch]:
+        order = sorted(which, key=lambda i: len(self.input_ids[i]))
         for start in range(0, len(order), batch_size):
             yield self.batch(order[start : start + batch_size], padding_side)
 

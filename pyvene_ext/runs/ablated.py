@@ -24,8 +24,8 @@ from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check
 from pyvene_ext.methods.solving.evaluate import evaluate
 from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.methods.solving.replacing import Scope as ScopeOfSpec
-from pyvene_ext.methods.solving.replacing import Transcripts
-from pyvene_ext.methods.solving.results import Results, condition_of, facts_of
+from pyvene_ext.methods.solving.replacing import Transcripts, condition_of
+from pyvene_ext.methods.solving.results import Results, facts_of
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import n_heads, n_layers
 from pyvene_ext.prompts.positions import Positions

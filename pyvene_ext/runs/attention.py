@@ -29,7 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelcards import n_heads, n_layers
 from pyvene_ext.io.files import atomic_path, read_as
-from pyvene_ext.methods.heads.patterns import can_be_seen, read_patterns
+from pyvene_ext.methods.heads.patterns import read_patterns
+from pyvene_ext.models.hooks import attention_can_be_seen
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.stats.controls import Head, head_label
 
@@ -84,7 +85,7 @@ def look(
     """
     heads = list(dict.fromkeys(heads))
     wanted = list(range(min(PROMPTS, len(prompts))) if which is None else which)
-    if not heads or not wanted or not can_be_seen(model):
+    if not heads or not wanted or not attention_can_be_seen(model):
         return []
     layers, chosen = _that_fit(model, {prompt: len(prompts[prompt]) for prompt in wanted}, heads)
     if not chosen:

@@ -23,20 +23,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from modelcards import card_of, n_layers, window
-from modelcards.attention_taps import MASKS_UNDERSTOOD, redirect
+from modelcards.attention_taps import redirect
 
 IMPLEMENTATION = "pyvene_rows"
 KeysValues = tuple[Float[Tensor, "prompt n_kv_head pos d_head"], Float[Tensor, "prompt n_kv_head pos d_head"]]
 EditScores = Callable[[Float[Tensor, "row n_head key"]], None]  # in place; keys that a row does not see are -inf
-
-
-def is_understood(model: PreTrainedModel) -> bool:
-    """Whether rows of this model can share the keys of a prompt: its attention goes through transformers' AttentionInterface."""
-    return (
-        "attention_scores" in card_of(model).mapping(type(model))
-        and model.config._attn_implementation in MASKS_UNDERSTOOD
-        and not getattr(model.config, "alibi", False)
-    )
 
 
 class RowPast:
@@ -204,7 +195,7 @@ def row_attention(past: RowPast) -> Iterator[None]:
     """Inside the block, let the model's attention run over the rows of `past`.
 
     Args:
-        past: the cache of a model that `is_understood`.
+        past: the cache of a model whose `attention_can_be_seen`.
     """
     with ExitStack() as stack:
         for layer, attention in enumerate(past.attentions):

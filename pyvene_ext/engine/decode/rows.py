@@ -24,7 +24,7 @@ from pyvene_ext.models.devices import empty_cache, input_device, weights_on_a_de
 from pyvene_ext.models.replay import Replay
 
 MIB = 2**20
-LOGIT_COPIES = 3  # of the logits of a step: as computed, as float32, and their exponentials
+LOGIT_COPIES = 3  # of the logits of a step: as computed, as float32, and as log-probabilities
 FREE = 4  # rows enter, and those that have ended leave, once they are a quarter of the batch: both copy keys and values
 
 
@@ -117,7 +117,7 @@ def write_rows(
     """Write the texts of all rows.
 
     Args:
-        model: a model that `is_understood`, in eval mode and without gradients.
+        model: a model whose `attention_can_be_seen`, in eval mode and without gradients.
         jobs: (spec, prompt) of each row.
         program: what the rows do.
         new: most tokens of a text.
@@ -167,7 +167,7 @@ class _Writer:
         self.suppressed, self.advance = list(suppressed), advance
         self.replay, self.past, self.rows = Replay(model), RowPast(model, new), list[_Row]()
         self.entering: list[tuple[int, int]] = []
-        self._edits: RowEdits | None = None
+        self._edits: RowEdits | None = None  # made when it is used: rows that leave and those that enter change it
         sizes = dimensions(model.config)
         layers = n_layers(model.config)
         self.token_bytes = 2 * layers * sizes["n_kv_head"] * sizes["d_head"] * model.dtype.itemsize
@@ -222,7 +222,7 @@ class _Writer:
         for prompts, of_spec in groups:
             (first, *_) = of_spec
             read = program.read(first, prompts)
-            best = _best(read.logits, self.suppressed)
+            best = most_likely(read.logits, self.suppressed)
             at = {prompt: number for number, prompt in enumerate(prompts)}
             rows: list[_Row] = []
             for spec, its in of_spec.items():
@@ -232,12 +232,12 @@ class _Writer:
                     rows.append(row)
             going = sorted((row for row in rows if not self._is_done(row)), key=lambda row: at[row.prompt])
             if going:
-                used = list(dict.fromkeys(row.prompt for row in going))
+                used = {prompt: number for number, prompt in enumerate(dict.fromkeys(row.prompt for row in going))}
                 kept = [tuple(x[[at[prompt] for prompt in used]] for x in pair) for pair in read.keys_values]
-                of_row = [used.index(row.prompt) for row in going]
+                of_row = [used[row.prompt] for row in going]
                 self.past.enter(kept, [program.lengths[prompt] for prompt in used], of_row)  # type: ignore[arg-type]
                 self.rows += going
-        self._edits = RowEdits(self.model, [row.edits for row in self.rows])
+        self._edits = None
 
     def _keep(self, which: Sequence[int]) -> None:
         self.rows = [self.rows[number] for number in which]
@@ -245,7 +245,7 @@ class _Writer:
             self.past.keep(which)
         else:
             self.past = RowPast(self.model, self.new)
-        self._edits = RowEdits(self.model, [row.edits for row in self.rows])
+        self._edits = None
 
     def abandon(self) -> list[tuple[int, int]]:
         """Give up all rows, which are to begin again; returns them."""
@@ -261,7 +261,8 @@ class _Writer:
         past, device = self.past, input_device(self.model)
         edited = [row.text.is_edited for row in self.rows]
         which = None if all(edited) else torch.tensor(edited, device=device)
-        assert self._edits is not None
+        if self._edits is None:
+            self._edits = RowEdits(self.model, [row.edits for row in self.rows])
         past.step()
         with row_attention(past), self._edits.hooked(past, which):
             hidden = self.replay.bare(
@@ -273,7 +274,7 @@ class _Writer:
             ).last_hidden_state[:, -1]
         past.stepped()
         at_once = max(1, self.memory // 4 // (LOGIT_COPIES * 4 * self.model.config.vocab_size))
-        found = [_best(self.replay.unembed(some), self.suppressed) for some in hidden.split(at_once)]
+        found = [most_likely(self.replay.unembed(some), self.suppressed) for some in hidden.split(at_once)]
         tokens, log_probabilities = ([x for some in found for x in some[which]] for which in (0, 1))
         for row, token, log_probability in zip(self.rows, tokens, log_probabilities, strict=True):
             if not self._is_done(row):
@@ -293,11 +294,17 @@ class _Writer:
         return row.text.ended or row.count == self.new
 
 
-def _best(logits: Float[Tensor, "row vocab"], suppressed: Sequence[int]) -> tuple[list[int], list[float]]:
-    """The most likely token of each row and its log-probability."""
+def most_likely(logits: Float[Tensor, "row vocab"], suppressed: Sequence[int]) -> tuple[list[int], list[float]]:
+    """Choose the next token of each row.
+
+    Args:
+        logits: at the rows' last tokens; changed.
+        suppressed: tokens that are never chosen.
+
+    Returns:
+        The most likely tokens and their log-probabilities.
+    """
     logits = logits.float()
-    if suppressed:
-        logits = logits.clone()
-        logits[:, suppressed] = -torch.inf
-    best, tokens = logits.max(-1)
-    return tokens.tolist(), (best - logits.logsumexp(-1)).tolist()
+    logits[:, suppressed] = -torch.inf
+    best, tokens = logits.log_softmax(-1).max(-1)
+    return tokens.tolist(), best.tolist()

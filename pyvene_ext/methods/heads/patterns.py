@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import Taps, card_of, n_layers
-from modelcards.attention_taps import MASKS_UNDERSTOOD
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.models.devices import input_device, no_gradients
 from pyvene_ext.models.hooks import hook_component, split_heads
@@ -84,19 +83,6 @@ def read_patterns(
             running[:] = [batch]
             model.base_model(**batch.inputs(input_device(model)), use_cache=False)
             bar.update(len(batch.index))
-
-
-def can_be_seen(model: PreTrainedModel) -> bool:
-    """Whether `read_patterns` can read the model's attention patterns.
-
-    Args:
-        model: a model with a card.
-
-    Returns:
-        True if the family's card exposes the pattern and the implementation is eager or sdpa.
-    """
-    mapped = "attention_pattern" in card_of(model).mapping(type(model))
-    return mapped and model.config._attn_implementation in MASKS_UNDERSTOOD
 
 
 def check_prompts(model: PreTrainedModel, prompts: TokenizedPrompts) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import n_layers, window
+from pyvene_ext.engine.decode.rows import most_likely
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.methods.solving.replacing import Compile, Scope
 from pyvene_ext.methods.solving.texts import Ends, Solution
@@ -114,14 +115,12 @@ class BatchDecoding:
         Returns:
             The tokens, " batch".
         """
-        logits = logits.float()
-        logits[:, self.ends.never] = -torch.inf
-        best, tokens = logits.log_softmax(-1).max(-1)
-        for solution, token, log_probability in zip(self.solutions, tokens.tolist(), best.tolist(), strict=True):
+        tokens, log_probabilities = most_likely(logits, self.ends.never)
+        for solution, token, log_probability in zip(self.solutions, tokens, log_probabilities, strict=True):
             if not solution.ended:
                 solution.add(token, log_probability)
         self.reasoning.append(torch.tensor([solution.is_reasoning for solution in self.solutions]))
-        return tokens
+        return torch.tensor(tokens, device=logits.device)
 
     def is_reasoning(self, new: int) -> Bool[Tensor, " batch"]:
         """The rows whose `new`-th token is part of the reasoning."""

@@ -50,7 +50,7 @@ from pyvene_ext.methods.solving.answers import Rule, check_rule
 from pyvene_ext.methods.solving.decoding import BatchDecoding, read_beginning
 from pyvene_ext.methods.solving.evaluation import Evaluation, collect
 from pyvene_ext.methods.solving.many import Job, ProblemRows, runs_together
-from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, check, compile_for
+from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, check_questions, compile_for, resolve_spec
 from pyvene_ext.methods.solving.results import Texts
 from pyvene_ext.methods.solving.texts import Ends, Solution
 from pyvene_ext.models.devices import all_gather, input_device, no_gradients, on_all_ranks, processes
@@ -151,7 +151,8 @@ def evaluate(
         raise ValueError("there are no specs; give at least one, or None for the untouched model.")
     check_memory(memory)
     check_rule(rule)
-    resolved = [check(model, questions, one, scope, max_new_tokens, reference) for one in specs]
+    check_questions(model, questions, scope, max_new_tokens)
+    resolved = [resolve_spec(model, questions, one, scope, max_new_tokens, reference) for one in specs]
     questions.prompts.batches(batch_size)  # refuses a size that is none
     job = Job(model, Ends(model, tokenizer), questions, scope, max_new_tokens, batch_size, reference, read_once)
     if isinstance(spec, list) or store is not None:
@@ -183,8 +184,7 @@ def _of_all(
     """Solve the problems under all specs; the processes of a launch share the problems."""
     group, questions = processes(), job.questions
     texts = None if store is None else Texts(store, job, specs)
-    given = on_all_ranks(lambda: job.hash(specs))
-    if len(set(all_gather(given))) > 1:
+    if group.num_processes > 1 and len(set(all_gather(job.hash(specs)))) > 1:
         raise ValueError(
             "the processes of this launch were given different specs, questions or options; give all the same."
         )
@@ -234,9 +234,8 @@ def _one_by_one(
 ) -> None:
     """Solve some of the problems under one spec, batch by batch, by the model's own forward and cache."""
     model, questions, scope = job.model, job.questions, job.scope
-    order = sorted(problems, key=lambda problem: len(questions.prompts.input_ids[problem]))
-    for start in range(0, len(order), job.batch_size):
-        batch = questions.prompts.batch(order[start : start + job.batch_size]).to(input_device(model))
+    for batch in questions.prompts.batches(job.batch_size, which=problems):
+        batch = batch.to(input_device(model))
         solutions = [Solution(job.ends, questions.given(i)) for i in batch.index]
         decoding = BatchDecoding(model, job.ends, solutions, job.new)
         if job.read_once:

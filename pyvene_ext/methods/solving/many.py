@@ -13,21 +13,20 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pyvene_ext.engine.compile import Compiled
 from pyvene_ext.engine.decode.edits import TokenEdit
-from pyvene_ext.engine.decode.past import is_understood
 from pyvene_ext.engine.decode.rows import Read
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.methods.solving.decoding import read_beginning
-from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, compile_for
+from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, compile_for, condition_of
 from pyvene_ext.methods.solving.texts import Ends, Solution
 from pyvene_ext.models.devices import input_device
+from pyvene_ext.models.hooks import attention_can_be_seen
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.prompts.tokenized import Batch
-from pyvene_ext.specs.files import to_plain
-from pyvene_ext.specs.joint import Spec, members, needs
+from pyvene_ext.specs.joint import Spec, members
 
 
 def runs_together(model: PreTrainedModel, specs: Sequence[Spec | Compile | None], scope: Scope) -> bool:
@@ -39,7 +38,7 @@ def runs_together(model: PreTrainedModel, specs: Sequence[Spec | Compile | None]
         scope: where they apply.
     """
     own = any(callable(spec) for spec in specs) and scope != "prompt"
-    return is_understood(model) and format_of(model) is None and not own
+    return attention_can_be_seen(model) and format_of(model) is None and not own
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,8 @@ class Job:
         Returns:
             The hash.
         """
-        facts = [self.ends.hash, self.questions.hash, self.new]
-        if spec is None or callable(spec):
-            return data_hash([*facts, None if spec is None else "function"])
-        reference = self.reference
-        used = None
-        if reference is not None and needs([spec]).places:
-            used = reference.hash if isinstance(reference, Transcripts) else reference.prompts.hash
-        return data_hash([*facts, to_plain([spec]), self.scope, used])
+        condition = "function" if callable(spec) else condition_of(spec, self.scope, self.reference)
+        return data_hash([self.ends.hash, self.questions.hash, self.new, condition])
 
     def hash(self, specs: Sequence[Spec | Compile | None]) -> str:
         """Hash of an evaluation of several specs."""
@@ -149,30 +142,25 @@ class ProblemRows:
         return Read(layers, torch.cat([read.logits for read in reads]))  # type: ignore[arg-type]
 
     def _read(self, spec: int, batch: Batch) -> Read:
-        edited = self.specs[spec] if self.edits_prompts else None
-        width, lengths = batch.input_ids.shape[1], batch.lengths
-        inputs = {
-            **batch.inputs(),
-            "past_key_values": DynamicCache(),
-        }  # without a config no layer drops what left a window
-        shared = 0
+        model, edited = self.job.model, self.specs[spec] if self.edits_prompts else None
+        resolved = None if edited is None else self.resolved[spec]
+        beginning = None
         if self.job.read_once:
-            resolved = self.resolved[spec] if edited is not None else None
-            if (
-                beginning := read_beginning(self.job.model, batch, self.job.scope, edited, resolved, self.job.new)
-            ) is not None:
-                inputs = {**beginning.rest, "past_key_values": beginning.past}
-                shared = beginning.length
+            beginning = read_beginning(model, batch, self.job.scope, edited, resolved, self.job.new)
+        # A cache without a config, so that no layer drops what has left a sliding window.
+        inputs, past, shared = batch.inputs(), DynamicCache(), 0
+        if beginning is not None:
+            inputs, past, shared = beginning.rest, beginning.past, beginning.length
         outputs: list[Any] = []
 
         def run(**_: Tensor) -> None:
-            outputs.append(self.job.model(**inputs, use_cache=True, logits_to_keep=1))
+            outputs.append(model(**inputs, past_key_values=past, use_cache=True, logits_to_keep=1))
 
         if edited is None:
             run()
         else:
-            compiled = edited(batch) if callable(edited) else self._compiled(spec, batch, "prompt")
-            iv = IntervenableModel(compiled.config, self.job.model)
+            compiled = self._compiled(spec, batch, "prompt")
+            iv = IntervenableModel(compiled.config, model)
             iv.generate(
                 batch.inputs(),
                 unit_locations=compiled.unit_locations,
@@ -181,8 +169,8 @@ class ProblemRows:
                 intervene_on_new_tokens=False,
                 decode=run,
             )
-        token = torch.arange(width)
-        padding = width - torch.tensor(lengths)[:, None]
+        width = batch.input_ids.shape[1]
+        token, padding = torch.arange(width), width - torch.tensor(batch.lengths)[:, None]
         columns = torch.where(token < shared, token, (token + padding).clamp(max=width - 1))
         cache = outputs[0].past_key_values
         layers = [(_first_columns(x.keys, columns), _first_columns(x.values, columns)) for x in cache.layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.ablation import donors
+from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import OneSpec, Spec, as_specs, members, needs
 
 Scope = Literal["prompt", "new", "reasoning", "both"]
@@ -83,15 +84,65 @@ class Transcripts:
         return self.reference.prompts.hash
 
 
-def check(
+def condition_of(spec: Spec | None, scope: Scope, reference: Reference | Transcripts | None = None) -> dict[str, Any]:
+    """What a single evaluation depends on besides the model, the questions and the new tokens, as JSON-able data.
+
+    Args:
+        spec: as for `evaluate`.
+        scope: as for `evaluate`.
+        reference: as for `evaluate`.
+
+    Returns:
+        The condition for `Results.get`.
+    """
+    if spec is None:
+        return {"spec": None}
+    used = reference if needs([spec]).places else None
+    held = used.reference if isinstance(used, Transcripts) else used
+    return {"spec": to_plain([spec]), "scope": scope, "reference": None if held is None else held.prompts.hash}
+
+
+def check_questions(model: PreTrainedModel, questions: Questions, scope: Scope, max_new_tokens: int) -> None:
+    """Check everything that `evaluate` is given but the specs; nothing is run.
+
+    Args:
+        model: as for `evaluate`.
+        questions: as for `evaluate`.
+        scope: as for `evaluate`.
+        max_new_tokens: as for `evaluate`.
+
+    Raises:
+        ValueError: for whatever `evaluate` refuses.
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(Scope))}.")
+    if not isinstance(questions, Questions):
+        raise ValueError(
+            f"questions must be Questions, not {type(questions).__name__}; make them with tokenize_problems(problems, tokenizer)."
+        )
+    if not len(questions):
+        raise ValueError("there are no problems to solve; give at least one.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
+    context = n_positions(model.config)
+    for number, ids in enumerate(questions.prompts.input_ids):
+        if len(ids) + max_new_tokens > context:
+            raise ValueError(
+                f"problem {number} has {len(ids)} tokens, which with {max_new_tokens} new ones are more than the {context} "
+                "that the model takes; leave it out, or generate fewer."
+            )
+    check_tokenized(model, questions.prompts)
+
+
+def resolve_spec(
     model: PreTrainedModel,
     questions: Questions,
-    spec: Spec | Callable[[Batch], Compiled] | None,
+    spec: Spec | Compile | None,
     scope: Scope,
     max_new_tokens: int,
     reference: Reference | Transcripts | None = None,
 ) -> Resolved | None:
-    """Check the arguments of `evaluate` and resolve its spec; nothing is run.
+    """Check a spec of `evaluate` and resolve it on questions that have been checked; nothing is run.
 
     Args:
         model: as for `evaluate`.
@@ -107,28 +158,10 @@ def check(
     Raises:
         ValueError: for whatever `evaluate` refuses.
     """
-    if scope not in get_args(Scope):
-        raise ValueError(f"unknown scope {scope!r}; choose among {', '.join(get_args(Scope))}.")
-    if not isinstance(questions, Questions):
-        raise ValueError(
-            f"questions must be Questions, not {type(questions).__name__}; make them with tokenize_problems(problems, tokenizer)."
-        )
-    if not len(questions):
-        raise ValueError("there are no problems to solve; give at least one.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}.")
     if max_new_tokens == 1 and spec is not None and scope in ("new", "reasoning"):
         raise ValueError(
             "the only new token depends on edits of the prompt alone; generate more tokens, or choose the scope prompt."
         )
-    context = n_positions(model.config)
-    for number, ids in enumerate(questions.prompts.input_ids):
-        if len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"problem {number} has {len(ids)} tokens, which with {max_new_tokens} new ones are more than the {context} "
-                "that the model takes; leave it out, or generate fewer."
-            )
-    check_tokenized(model, questions.prompts)
     if spec is None or callable(spec):
         return None
     (spec,) = as_specs([spec])

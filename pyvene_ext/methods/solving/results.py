@@ -14,13 +14,10 @@ from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.methods.solving.answers import Rule
 from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.methods.solving.many import Job
-from pyvene_ext.methods.solving.replacing import Scope, Transcripts
 from pyvene_ext.methods.solving.texts import Solution
 from pyvene_ext.models.devices import processes
 from pyvene_ext.models.identity import model_facts
 from pyvene_ext.prompts.problems import Questions
-from pyvene_ext.specs.files import to_plain
-from pyvene_ext.specs.joint import Spec, needs
 
 FORMAT = 2  # of the files of results
 
@@ -127,27 +124,6 @@ def facts_of(
         "ends": [getattr(model.generation_config, name, None) for name in ("eos_token_id", "suppress_tokens")],
         "max_new_tokens": max_new_tokens,
         "rule": rule,
-    }
-
-
-def condition_of(spec: Spec | None, scope: Scope, reference: Transcripts | None = None) -> dict[str, Any]:
-    """What a single evaluation depends on besides `facts_of`, as JSON-able data for `Results`.
-
-    Args:
-        spec: as for `evaluate`.
-        scope: as for `evaluate`.
-        reference: as for `evaluate`.
-
-    Returns:
-        The condition for `Results.get`.
-    """
-    if spec is None:
-        return {"spec": None}
-    used = reference is not None and bool(needs([spec]).places)
-    return {
-        "spec": to_plain([spec]),
-        "scope": scope,
-        "reference": reference.hash if reference is not None and used else None,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +33,11 @@ class Ends:
         self.stops = {
             at for token, at in vocabulary.items() if any(stop[-1] in token for stop in STOPS)
         }  # may complete one
-        self.hash = data_hash([sorted(self.ends), sorted(self.never), sorted(vocabulary.items())])
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of what a text depends on: the tokens that end it, those that are never written, and the vocabulary."""
+        return data_hash([sorted(self.ends), sorted(self.never), sorted(self.tokenizer.get_vocab().items())])
 
     def text(self, *ids: Sequence[int]) -> str:
         """Decode the concatenation of several sequences of tokens."""

@@ -26,8 +26,8 @@ from pyvene_ext.methods.solving import decoding
 from pyvene_ext.methods.solving import evaluate as module
 from pyvene_ext.methods.solving.evaluate import evaluate
 from pyvene_ext.methods.solving.evaluation import Evaluation
-from pyvene_ext.methods.solving.replacing import Scope, Transcripts
-from pyvene_ext.methods.solving.results import Results, condition_of, facts_of
+from pyvene_ext.methods.solving.replacing import Scope, Transcripts, condition_of
+from pyvene_ext.methods.solving.results import Results, facts_of
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.problems import (
     Problem,

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from pyvene_ext.engine.compile import Compiled, compile_spec
 from pyvene_ext.engine.decode import rows as rows_module
-from pyvene_ext.engine.decode.past import is_understood
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.solving import decoding
@@ -26,6 +25,7 @@ from pyvene_ext.methods.solving.many import ProblemRows
 from pyvene_ext.methods.solving.replacing import Scope
 from pyvene_ext.methods.solving.texts import Solution
 from pyvene_ext.models.devices import processes
+from pyvene_ext.models.hooks import attention_can_be_seen
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.addition import Addition
 from pyvene_ext.specs.base import ModelShape
@@ -77,7 +77,7 @@ def same(some: Evaluation, other: Evaluation) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_list_of_specs_writes_what_plain_hooks_write(family: str, scope: Scope) -> None:
     model, specs = model_of(family), [SPECS["joint"], None, SPECS["one layer"]]
-    assert is_understood(model), "so that they run together"
+    assert attention_can_be_seen(model), "so that they run together"
     mark, end = marks_and_ends(model, zeros(SPECS["joint"]), scope)
     found = evaluate(model, tokenizer(mark, end), asked(), specs, scope, max_new_tokens=NEW, batch_size=3)
     options: dict[str, Any] = {"mark": mark, "end": end}
@@ -184,8 +184,10 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_logits_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = model_of("gemma2"), []
-    own = rows_module._best
-    monkeypatch.setattr(rows_module, "_best", lambda logits, never: (read.append(len(logits)), own(logits, never))[1])
+    own = rows_module.most_likely
+    monkeypatch.setattr(
+        rows_module, "most_likely", lambda logits, never: (read.append(len(logits)), own(logits, never))[1]
+    )
     specs = [None, *SPECS.values()]
     evaluate(model, tokenizer(end=None), asked(), specs, "new", max_new_tokens=3, memory=2**20)
     assert max(read) == len(specs) * len(LENGTHS)
