@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
+from transformers import LlamaConfig, Qwen2Config
+
 from modelcards.export.behaviour import Behaviour, Question
 from modelcards.export.source import Source
 
@@ -81,30 +83,20 @@ _SILENT = """            for k in self._hooked_keys - self._reached_keys:
 """
 
 
-def questions() -> list[Question]:
-    """What is asked of a checkout."""
-    return [_PRODUCT, _FALLBACK]
+_SIZES = (("hidden_size", 24), ("num_attention_heads", 4))
+_PRODUCT = Question(LlamaConfig, (*_SIZES, ("head_dim", 10)), ("num_attention_heads*head_dim",))
+_FALLBACK = Question(Qwen2Config, _SIZES, ("head_dim", _HEAD))
+QUESTIONS = [_PRODUCT, _FALLBACK]
+"""What is asked of a checkout."""
 
 
-def _asked() -> tuple[Question, Question]:
-    from transformers import LlamaConfig, Qwen2Config
-
-    sizes = (("hidden_size", 24), ("num_attention_heads", 4))
-    product = Question(LlamaConfig, (*sizes, ("head_dim", 10)), ("num_attention_heads*head_dim",))
-    return product, Question(Qwen2Config, sizes, ("head_dim", _HEAD))
-
-
-_PRODUCT, _FALLBACK = _asked()
+class NotNeeded(ValueError):
+    """A checkout does not need a fix; says why."""
 
 
 def spells_products(found: Behaviour) -> bool:
     """Whether the checkout's pyvene reads a product of two fields of a config."""
     return found.widths[_PRODUCT] == 40
-
-
-def needs_fallback(found: Behaviour) -> bool:
-    """Whether it spells what a second proposal is for, and stops at a field that the config lacks before it comes to that."""
-    return spells_products(found) and found.widths[_FALLBACK] != 6
 
 
 def head_size(open_file: Open, found: Behaviour) -> str:
@@ -140,6 +132,9 @@ def projection_widths(open_file: Open, found: Behaviour) -> str:
 
 def missing_fields(open_file: Open, found: Behaviour) -> str:
     """Defect 23: a proposal of which the config lacks a field ends in an AttributeError."""
+    # Needed where what a second proposal is for can be spelled, and the resolver stops at a missing field before it comes to it.
+    if not spells_products(found) or found.widths[_FALLBACK] == 6:
+        raise NotNeeded("its cards list no field that a config lacks")
     source = open_file(RESOLVER)
     body = _loop(source, source.function("get_dimension_by_component")).body
     start, end = body[0].lineno - 1, body[-1].end_lineno or 0

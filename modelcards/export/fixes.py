@@ -144,17 +144,16 @@ def fixed(checkout: Checkout, fixes: list[Fix]) -> tuple[list[tuple[str, str]], 
     """
     there = [fix for fix in fixes if checkout.paths.issuperset(fix.tests)]
     fixes = [fix for fix in fixes if fix not in there]
-    found = behaviour(checkout, edits.questions()) if any(fix.edit for fix in fixes) else None
+    found = behaviour(checkout, edits.QUESTIONS) if any(fix.edit for fix in fixes) else None
     texts, refused = [(fix.title, fix.said()) for fix in there], []
     files: Files = {}
     with checkout.copy() as folder:
         for fix in fixes:
             name = f"fix {' and '.join(map(str, fix.numbers))}"
-            if found is not None and fix.numbers == [23] and not edits.needs_fallback(found):
-                refused.append(f"{name} is not needed by {checkout.root}: its cards list no field that a config lacks.")
-                continue
             try:
                 changed, text = fix.apply(folder, checkout, found)
+            except edits.NotNeeded as reason:
+                refused.append(f"{name} is not needed by {checkout.root}: {reason}.")
             except ValueError as error:
                 made = "" if fix.edit else ", made for pyvene 0.1.8,"
                 refused.append(f"{name}{made} does not apply to {checkout.root}: {str(error).rstrip('.')}.")

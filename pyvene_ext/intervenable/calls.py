@@ -137,7 +137,10 @@ class Calls:
         Raises:
             ValueError: says what is wrong, and how to mend it.
         """
-        inputs, given = Inputs.of(base, "base", self.card), by_key(representations, self.keys)
+        inputs = Inputs.of(base, "base", self.card)
+        if generating and inputs.mask is not None and not all(row[-1] for row in inputs.mask):
+            raise ValueError("base is padded on the right, and new tokens would follow the padding: pad on the left.")
+        given = by_key(representations, self.keys)
         clean_run = bool(twice) and not generating and sources is None and not given and unit_locations is None
         left_out = self._left_out(sources, given, unit_locations, clean_run)
         sources = self._with_sources(sources, given, left_out, isinstance(representations, Tensor))

@@ -121,7 +121,7 @@ def check_mapped(item: RepresentationConfig, model: nn.Module) -> None:
         raise ValueError(
             f"unit {item.unit!r} of {item.component} is wrong for {name}; use {' or '.join(map(repr, units))}."
         )
-    if not is_mapped(item, model):
+    if item.component not in places:
         if "." in item.component:
             return
         known = f"only {', '.join(places)}" if places else "nothing"
@@ -262,12 +262,6 @@ def _dimensions(start: int, stop: int) -> str:
     return f"dimension {start}" if stop == start + 1 else f"dimensions {start} to {stop - 1}"
 
 
-def is_collect(representation: RepresentationConfig, kind: Any) -> bool:
-    """Whether a representation only collects activations."""
-    kind = type(representation.intervention) if representation.intervention is not None else kind
-    return isinstance(kind, type) and issubclass(kind, CollectIntervention)
-
-
 def in_pyvenes_names(config: IntervenableConfig) -> IntervenableConfig:
     """A config whose representations name components where the user's names sites."""
     named = copy(config)
@@ -295,7 +289,7 @@ def with_exact_widths(config: IntervenableConfig, model: nn.Module, card: Card |
     for index, item in enumerate(config.representations):
         kind = types[index] if isinstance(types, list) else types
         if item.intervention is None and isinstance(kind, type):
-            whole = is_collect(item, kind) or (card is None and kind in TAKE_ALL)
+            whole = issubclass(kind, CollectIntervention) or (card is None and kind in TAKE_ALL)
             width = None if whole else width_of(item.component, model, card)
             settings = {**item._asdict(), "embed_dim": width * int(item.max_number_of_units) if width else None}
             if width is None and issubclass(kind, TrainableIntervention):

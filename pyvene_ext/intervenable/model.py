@@ -38,7 +38,7 @@ from pyvene_ext.intervenable.calls import Calls, by_key
 from pyvene_ext.intervenable.checks import check_activation
 from pyvene_ext.intervenable.config import as_config, check_config, in_pyvenes_names, with_exact_widths
 from pyvene_ext.intervenable.generation import Generation, copy_nested, n_source_positions
-from pyvene_ext.intervenable.locations import Inputs, with_position_ids
+from pyvene_ext.intervenable.locations import with_position_ids
 from pyvene_ext.intervenable.saving import intervention_class, load_interventions, read_weights, save_interventions
 from pyvene_ext.models.hooks import refuse_compiled
 from pyvene_ext.models.latent_steps import is_unrolling
@@ -233,9 +233,6 @@ class IntervenableModel(pyvene.IntervenableModel):
                 f"generate of {type(self.model).__name__} needs a card, which says where its tokens are: intervene in forward "
                 "passes."
             )
-        inputs = Inputs.of(base, "base", self._card)
-        if inputs.mask is not None and not all(row[-1] for row in inputs.mask):
-            raise ValueError("base is padded on the right, and new tokens would follow the padding: pad on the left.")
         call = self._calls.checked(
             base,
             sources,
@@ -245,6 +242,7 @@ class IntervenableModel(pyvene.IntervenableModel):
             twice=output_original_output,
             generating=True,
         )
+        inputs = call.inputs
         self._cleanup_states()
         self.full_intervention_outputs.clear()
         original = self.model.generate(**base, **kwargs) if output_original_output else None

@@ -163,9 +163,10 @@ def _parts(key: str, intervention: nn.Module) -> Parts:
     except Exception as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{refusal}{kind.__name__}(...) fails with the values it has ({why}){advice}") from error
-    if _facts(again) != _facts(intervention):
+    facts = _facts(intervention)
+    if _facts(again) != facts:
         raise ValueError(f"{refusal}built again with the values it has it would differ{advice}")
-    return replace(parts, has_weights=_facts(bare) != _facts(intervention))
+    return replace(parts, has_weights=_facts(bare) != facts)
 
 
 def _arguments(intervention: Any) -> dict[str, int]:

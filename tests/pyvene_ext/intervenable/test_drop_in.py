@@ -293,15 +293,11 @@ def test_a_vector_goes_into_a_step_and_a_rotation_trains(gru: Any) -> None:
 # -- families that pyvene, or a user, maps -------------------------------------------------------------------------------
 
 
+SIZES = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}
+
+
 def esm() -> EsmModel:
-    sizes = {
-        "vocab_size": 30,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 20,
-    }
-    return EsmModel(EsmConfig(**sizes, pad_token_id=1, mask_token_id=2, position_embedding_type="rotary"))
+    return EsmModel(EsmConfig(**SIZES, pad_token_id=1, mask_token_id=2, position_embedding_type="rotary"))
 
 
 def gpt_neo() -> GPTNeoForCausalLM:
@@ -312,14 +308,7 @@ def gpt_neo() -> GPTNeoForCausalLM:
 
 
 def olmo() -> OlmoForCausalLM:
-    sizes = {
-        "vocab_size": 30,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 20,
-    }
-    return OlmoForCausalLM(OlmoConfig(**sizes, num_key_value_heads=2, pad_token_id=1))
+    return OlmoForCausalLM(OlmoConfig(**SIZES, num_key_value_heads=2, pad_token_id=1))
 
 
 def t5() -> T5ForConditionalGeneration:
