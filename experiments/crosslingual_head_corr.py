@@ -165,15 +165,12 @@ def files_of(config: Config, name: str) -> Files:
         px.figures.check_path(figure)
     if config.layerwise and scatter.with_suffix("") == layers.with_suffix(""):
         raise ValueError(f"--scatter_png and --layer_png are both {scatter.with_suffix('')}; give two names.")
-    outputs = [("out_json", json), *figure_files("scatter_png", scatter), *figure_files("layer_png", layers)]
+    outputs = [("out_json", json)]
+    for flag, figure in (("scatter_png", scatter), ("layer_png", layers)):
+        outputs += [(flag, path) for path in px.figures.files_of(figure)]
     also = [(flag, path) for flag, of in (("a", config.a), ("b", config.b)) for path in files_about(of)]
     px.io.refuse_inputs(config, outputs, config_file=json.with_suffix(".yaml"), also=also)
     return Files(json, json.with_suffix(".yaml"), scatter, layers)
-
-
-def figure_files(flag: str, path: Path) -> list[tuple[str, Path]]:
-    """The files of a figure with their flag: beside a .png its .pdf."""
-    return [(flag, path), *([(flag, path.with_suffix(".pdf"))] if path.suffix.lower() == ".png" else [])]
 
 
 def layer_range(text: str, n_layers: int) -> range:

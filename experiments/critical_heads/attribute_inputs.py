@@ -203,12 +203,9 @@ def heads_and_hubs(setting: Setting, config: Config, number: int) -> dict[Head, 
 
 def seconds_of(n_problems: int, config: Config, asked: Asked, n: int) -> float:
     """How long texts and attributions take at most, if all are complete with --steps."""
-    prompts = asked.questions.prompts
-    given = sum(px.prompts.solved_before(asked.questions, asked.tokenizer)) if config.n_shots else 0
-    own = 1 - given / sum(map(len, prompts.input_ids))  # share of the tokens that is read at every step
     # Forward and backward, on average through two thirds of the layers.
     points = config.steps * n * config.wanted * (1 + config.random_heads)
-    return asked.seconds(n_problems) + 2 * points * own * asked.a_pass
+    return asked.seconds(n_problems) + 2 * points * asked.own_share * asked.a_pass
 
 
 def shorter(config: Config) -> Row:

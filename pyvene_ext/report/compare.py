@@ -17,6 +17,7 @@ from pyvene_ext.report.findings import leading
 from pyvene_ext.report.plots import GAPS, axis, menu, plain
 from pyvene_ext.report.run import Head, Row, Run
 from pyvene_ext.report.tables import table
+from pyvene_ext.stats.controls import head_label
 from pyvene_ext.stats.correlations import Coefficient, Correlation, correlate_heads
 
 AT_LEAST = 5  # heads for a correlation
@@ -66,7 +67,8 @@ def side_by_side(runs: Sequence[Run], drawn: Any) -> Iterator[str]:
         yield '<h2 id="side-by-side">Side by side</h2>'
     for a, b, columns in pairs[: DRAWN if len(pairs) <= DRAWN else 0]:
         yield f"<h3>{html.escape(a.name)} and {html.escape(b.name)}</h3>"
-        first = sorted(columns, key=lambda column: column.name != leading(a))
+        leader = leading(a)
+        first = sorted(columns, key=lambda column: column.name != leader)
         yield drawn(compared(first[:COLUMNS], (a.name, b.name), a.negative))
     if pairs:
         yield table([_in_words(a, b, one) for a, b, columns in pairs for one in columns])
@@ -156,7 +158,7 @@ def _traces(column: Shared, names: tuple[str, str], negative: frozenset[str]) ->
     heads = [(int(layer), int(head)) for layer, head in np.argwhere(np.isfinite(a + b))]
     x, y = ([float(values[head]) for head in heads] for values in (a, b))
     texts = _labels(heads, x, y)
-    words = [f"head {layer}.{head}" for layer, head in heads]
+    words = [f"head {head_label(head)}" for head in heads]
     hover = f"%{{hovertext}}<br>{escaped(names[0])}: %{{x:.4g}}<br>{escaped(names[1])}: %{{y:.4g}}<extra></extra>"
     yield plotly.Scatter(
         x=plain(x),

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from pyvene_ext.report.attention import escaped
 from pyvene_ext.report.colours import colour, colours, robust_limit
 from pyvene_ext.report.run import Column, Head, Row, by_group, column_label, columns, number
+from pyvene_ext.stats.controls import head_label
 
 BARS = 20  # heads drawn with their intervals
 LINES = 12  # lines of a hover text
@@ -83,7 +84,7 @@ def first_heads(rows: Sequence[Row], negative: Collection[str] = (), first: str 
             reach = {"array": plain(high - value), "arrayminus": plain(value - low), "color": "#444", "width": 3}
             traces.append(
                 plotly.Bar(
-                    x=[f"{layer}.{head}" for (layer, head), _ in top],
+                    x=[head_label(head) for head, _ in top],
                     y=value.tolist(),
                     error_y=reach,
                     text=[in_words(every, head, row) for head, row in top],

@@ -185,8 +185,9 @@ class Run:
                 head: value for head, row in heads.items() if math.isfinite(value := number(row[column.name]))
             }
             for name, rows in self.tables.items()
+            for columns in [measures(rows)]
             for group, heads in by_group(rows).items()
-            for column in measures(rows)
+            for column in columns
         }
 
     def by_prompt(self) -> tuple[list[str], Float[np.ndarray, "layer head prompt"]] | None:

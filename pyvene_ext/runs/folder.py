@@ -18,9 +18,9 @@ processes.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,9 +101,7 @@ class RunFolder:
         self._beside = tuple(beside.values())
         written = [*beside.items(), *((flag, place) for place in (self._summary,) if place not in self._beside)]
         refuse_inputs(config, written, folder=(flag, self.path), config_file=self._config_file)
-        self._question = (
-            (getattr(sys.modules.get(type(config).__module__), "__doc__", None) or "").strip().partition("\n")[0]
-        )
+        self._question = (inspect.getdoc(inspect.getmodule(type(config))) or "").partition("\n")[0]
         self._kinds: set[str] = set()
 
     def fill_in(self, config: Any, *, summary: str | Path = "summary.json", config_file: str = "config.yaml") -> None:
@@ -125,7 +123,7 @@ class RunFolder:
         n: int = 0,
         limit: str = "limit",
         fixed: float = 0.0,
-        shorter: Sequence[str] | None = None,
+        shorter: Mapping[str, Any] | None = None,
     ) -> bool:
         """Say what the study will do and how long it takes, before it starts.
 
@@ -140,8 +138,8 @@ class RunFolder:
             n: the prompts, or whatever `limit` counts.
             limit: the flag that sets how much is done.
             fixed: how many of the seconds do not depend on it.
-            shorter: flags of which each takes no more than ten minutes, such as "--random_sets 5"; by default `limit` with the
-                number that follows from `seconds`, `n` and `fixed`.
+            shorter: flags with values of which each takes no more than ten minutes; by default `limit` with the number that
+                follows from `seconds`, `n` and `fixed`.
 
         Returns:
             Whether the study goes on: False with --dry_run.
@@ -155,9 +153,9 @@ class RunFolder:
             before = self._shortened()
             fewer = before["value"] if before else n
             if not before and seconds > LONGEST:
-                fewer = that_fit(n, seconds, fixed) if shorter is None else _named(shorter, limit)
+                fewer = that_fit(n, seconds, fixed) if shorter is None else round_down(shorter.get(limit, 0))
             if fewer < n:
-                self._shorten(limit, fewer, n, seconds, fixed, shorter or ())
+                self._shorten(limit, fewer, n, seconds, fixed, [_as_flag(*one) for one in (shorter or {}).items()])
         return not self._given.dry_run
 
     def _shorten(self, limit: str, fewer: int, n: int, seconds: float, fixed: float, shorter: Sequence[str]) -> None:
@@ -350,10 +348,9 @@ def discard(folder: str | Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _named(shorter: Sequence[str], limit: str) -> int:
-    """The value that a flag has among some, rounded down as `plans.that_fit` does; 0 if it is not among them."""
-    given = [int(words.split()[1]) for words in shorter if words.split()[0] == f"--{limit}"]
-    return round_down(given[0]) if given else 0
+def _as_flag(flag: str, value: Any) -> str:
+    """A flag with its value, or its values, as they are written on the command line."""
+    return f"--{flag} {' '.join(map(str, value if isinstance(value, tuple) else (value,)))}"
 
 
 def _short(subject: str) -> str:
@@ -415,11 +412,7 @@ def each_model(
     for (flag, value), taken in of_less.items():
         if taken <= LONGEST:
             fits.setdefault(flag, value)
-    words = [
-        f"--{flag} {' '.join(map(str, value if isinstance(value, tuple) else (value,)))}"
-        for flag, value in fits.items()
-    ]
-    if not run.announce(work, None if seconds is None else total, n=n, limit=limit, shorter=words):
+    if not run.announce(work, None if seconds is None else total, n=n, limit=limit, shorter=fits):
         return
     for number in range(len(flags.models)):
         model = load(number) if first is None else first

@@ -51,6 +51,7 @@ from pyvene_ext.prompts.problems import (
     Questions,
     load_problems,
     prompt_budget,
+    solved_before,
     tiny_problems,
     tokenize_problems,
     with_latents,
@@ -273,6 +274,12 @@ class Asked:
     def a_pass(self) -> float:
         """How long a forward pass over one problem takes, measured."""
         return seconds_a_pass(self.model, self.questions.prompts) / len(self.questions)
+
+    @cached_property
+    def own_share(self) -> float:
+        """The share of the prompts' tokens that do not belong to solved examples."""
+        given = sum(solved_before(self.questions, self.tokenizer)) if self.flags.n_shots else 0
+        return 1 - given / sum(map(len, self.questions.prompts.input_ids))
 
     def seconds(self, n: int) -> float:
         """How long `reason` takes at most with n problems: the texts, and the answers given again."""

@@ -43,6 +43,7 @@ from .style import SKY as SKY
 from .style import STYLE as STYLE
 from .style import check_path as check_path
 from .style import drawable as drawable
+from .style import files_of as files_of
 from .style import save as save
 from .translation import ablated_sets as ablated_sets
 from .translation import word_probabilities as word_probabilities

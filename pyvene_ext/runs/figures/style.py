@@ -123,7 +123,7 @@ def save(figure: Figure, path: str | Path, dpi: int = 200) -> list[Path]:
     with matplotlib.rc_context({"figure.constrained_layout.use": False}), atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=dpi, metadata=UNDATED.get(ending))
         if ending != ".png":
-            return [path]
+            return files_of(path)
         # Inside, so that where the PNG is, the PDF is; and laid out as it is, because every drawing moves things a little.
         pdf, engine = path.with_suffix(".pdf"), figure.get_layout_engine()
         with atomic_path(pdf) as beside, ExitStack() as after:
@@ -131,7 +131,12 @@ def save(figure: Figure, path: str | Path, dpi: int = 200) -> list[Path]:
                 figure.set_layout_engine("none")
                 after.callback(figure.set_layout_engine, engine)
             figure.savefig(beside, metadata=UNDATED[".pdf"])
-    return [pdf, path]
+    return files_of(path)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that `save` writes for a path: beside a .png its .pdf."""
+    return [path.with_suffix(".pdf"), path] if path.suffix.lower() == ".png" else [path]
 
 
 # What would say when a file was written.
