@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 FAMILIES = [card.family for card in modelcards.CARDS]
 PUBLIC = {name.home: name.path for name in public_names()}
 HOMES = {name.path: name.home for name in public_names()}
+KNOWN = {path: path for path in HOMES} | PUBLIC  # any path of a public name, and its public one
 MODULES = {name.module for name in public_names()}  # their docstrings stand in the reference
 
 project = "pyvene-ext"
@@ -130,7 +131,10 @@ def full_name(word: str, scope: str) -> str | None:
     """The public name of the function, class or module that a docstring calls `word`; None if the reference has none."""
     if not re.fullmatch(r"[A-Za-z][\w.]*", word):
         return None
-    for start in (*reversed([f"{outer}." for outer in accumulate(home_of(scope).split("."), "{}.{}".format)]), ""):
+    for start in (
+        *reversed([f"{outer}." for outer in accumulate((renamed(scope, HOMES) or scope).split("."), "{}.{}".format)]),
+        "",
+    ):
         try:
             found = pydoc.locate(start + word)
         except pydoc.ErrorDuringImport:
@@ -140,7 +144,7 @@ def full_name(word: str, scope: str) -> str | None:
         if found is None or inspect.ismodule(found):
             continue
         for candidate in (start + word, f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"):
-            if public := public_name(candidate):
+            if public := renamed(candidate, KNOWN):
                 return public if found.__doc__ else None
         if getattr(found, "__module__", None) != "builtins":
             return None
@@ -148,26 +152,15 @@ def full_name(word: str, scope: str) -> str | None:
     return word if re.match(r"(pyvene_ext|modelcards)\.", word) and pydoc.locate(word) is None else None
 
 
-def public_name(path: str) -> str | None:
-    """The public path of a name or of a member, from the path of its definition or any public one."""
+def renamed(path: str, names: Mapping[str, str]) -> str | None:
+    """A path with another name for its innermost owner among `names`, or for itself; None if there is none."""
     owner, member = path, ""
     while owner:
-        if owner in PUBLIC or owner in HOMES:
-            return PUBLIC.get(owner, owner) + member
+        if owner in names:
+            return names[owner] + member
         owner, _, last = owner.rpartition(".")
         member = f".{last}{member}"
     return None
-
-
-def home_of(path: str) -> str:
-    """Where a public name or a member of it is defined."""
-    owner, member = path, ""
-    while owner:
-        if owner in HOMES:
-            return HOMES[owner] + member
-        owner, _, last = owner.rpartition(".")
-        member = f".{last}{member}"
-    return path
 
 
 def check_reference(_app: Sphinx, env: Any) -> None:

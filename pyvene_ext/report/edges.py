@@ -12,7 +12,7 @@ from pyvene_ext.report.attention import escaped
 from pyvene_ext.report.colours import colour, colours, robust_limit
 from pyvene_ext.report.plots import menu, only, plain
 from pyvene_ext.report.run import Row, columns, number
-from pyvene_ext.runs.figures.patching import CLIPPED, ends, places
+from pyvene_ext.runs.figures.patching import CLIPPED, ends, first_of_layers, places
 from pyvene_ext.specs.graph import Node, reaches
 
 SHOWN = (10, 20, 40, 80)  # strongest edges, by the slider
@@ -194,9 +194,7 @@ def _order(node: Node) -> tuple[float, int, int]:
 
 def _ticks(nodes: Sequence[Node]) -> dict[str, Any]:
     """An axis of named nodes, with a tick where a layer begins and at those that belong to none."""
-    first: dict[str, int] = {}
-    for place, node in enumerate(nodes):
-        first.setdefault(node.site if node.layer is None else f"layer {node.layer}", place)
+    first = first_of_layers(nodes, "layer {}")
     return {
         "type": "category",
         "tickmode": "array",

@@ -161,10 +161,16 @@ def _name_nodes(axis: Axis, nodes: Sequence[Node]) -> None:
     if len(nodes) <= NAMED:
         axis.set_ticks(range(len(nodes)), labels=list(map(str, nodes)))
         return
+    first = first_of_layers(nodes)
+    axis.set_ticks(list(first.values()), labels=list(first))
+
+
+def first_of_layers(nodes: Sequence[Node], of_layer: str = "{}") -> dict[str, int]:
+    """Where each layer begins, by its number in `of_layer`, and each node that belongs to none, by its site."""
     first: dict[str, int] = {}
     for place, node in enumerate(nodes):
-        first.setdefault(node.site if node.layer is None else str(node.layer), place)
-    axis.set_ticks(list(first.values()), labels=list(first))
+        first.setdefault(node.site if node.layer is None else of_layer.format(node.layer), place)
+    return first
 
 
 # -- edges drawn by layer ----------------------------------------------------------------------------------------------
