@@ -131,10 +131,8 @@ def full_name(word: str, scope: str) -> str | None:
     """The public name of the function, class or module that a docstring calls `word`; None if the reference has none."""
     if not re.fullmatch(r"[A-Za-z][\w.]*", word):
         return None
-    for start in (
-        *reversed([f"{outer}." for outer in accumulate((renamed(scope, HOMES) or scope).split("."), "{}.{}".format)]),
-        "",
-    ):
+    parts = (renamed(scope, HOMES) or scope).split(".")
+    for start in (*reversed([f"{outer}." for outer in accumulate(parts, "{}.{}".format)]), ""):
         try:
             found = pydoc.locate(start + word)
         except pydoc.ErrorDuringImport:
