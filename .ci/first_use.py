@@ -21,9 +21,10 @@ from pyvene_ext.io.files import write_csv, write_yaml
 from pyvene_ext.io.packages import EXTRAS, MissingExtra
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.atp import atp
-from pyvene_ext.methods.attribution.circuits import faithfulness, top_edges
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.attribution.inputs import Target, integrated_gradients
+from pyvene_ext.methods.circuits.choosing import top_edges
+from pyvene_ext.methods.circuits.running import faithfulness
 from pyvene_ext.report import write_report
 from pyvene_ext.runs.figures import head_heatmap, save
 from pyvene_ext.stats.intervals import paired_bootstrap

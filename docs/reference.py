@@ -62,9 +62,14 @@ PAGES: Mapping[str, Page] = {
         ("pyvene_ext.methods.patching",),
     ),
     "attribution": Page(
-        "Attribution and circuits",
-        "Gradient-based estimates for nodes, edges and input tokens; circuits and how faithful they are.",
+        "Attribution",
+        "Gradient-based estimates for nodes, edges and input tokens.",
         ("pyvene_ext.methods.attribution",),
+    ),
+    "circuits": Page(
+        "Circuits",
+        "Circuits from scores of edges or nodes, run on their own, and how faithful they are.",
+        ("pyvene_ext.methods.circuits",),
     ),
     "heads": Page(
         "What heads do",

@@ -1,21 +1,25 @@
-"""Short name of `pyvene_ext.methods.attribution.circuits`: its public names."""
+"""Short name of `pyvene_ext.methods.circuits`: its public names."""
 
-from pyvene_ext.methods.attribution.circuits import (
-    Circuit,
+from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
+from pyvene_ext.methods.circuits.circuit import Circuit
+from pyvene_ext.methods.circuits.running import (
+    MIB_SHARES,
     completeness,
     faithfulness,
     faithfulness_curve,
-    random_circuits,
+    run_circuit,
     run_circuits,
-    top_edges,
 )
 
 __all__ = [
+    "MIB_SHARES",
     "Circuit",
     "completeness",
     "faithfulness",
     "faithfulness_curve",
     "random_circuits",
+    "run_circuit",
     "run_circuits",
     "top_edges",
+    "top_nodes",
 ]

@@ -285,11 +285,45 @@ class Replay:
         Returns:
             The projection of all heads, side by side.
         """
-        component = PROJECTIONS[site]
+        return self._own_part(site, self._projection(site, layer)(normed))
+
+    def projected_by_head(
+        self, site: str, layer: int, normed: Float[Tensor, "row head pos d_model"]
+    ) -> Float[Tensor, "row pos head d_head"]:
+        """Compute q, k or v before rotation, where every head reads an input of its own.
+
+        Args:
+            site: "q", "k" or "v".
+            layer: the block.
+            normed: as `attention_input` returns it, for each query head or K/V head.
+
+        Returns:
+            The projection of each head.
+        """
+        module: Any = self._projection(site, layer)
+        weight = output_weight(module)
+        heads = normed.shape[1]
+        if weight is None or module._forward_hooks or module._forward_pre_hooks:  # such as adapters: no weight to split
+            of_all = [self.projected(site, layer, normed[:, head].contiguous()) for head in range(heads)]
+            return torch.stack([x.unflatten(-1, (heads, -1))[:, :, head] for head, x in enumerate(of_all)], 2)
+        # Columns of the weight, and the bias, are split as the activations are.
+        by_head = self._own_part(site, weight[None]).unflatten(-1, (heads, -1))[0]
+        found = torch.einsum("rhpd,dhe->rphe", normed.to(weight.device), by_head)
+        if module.bias is not None:
+            found = found + self._own_part(site, module.bias[None, None]).unflatten(-1, (heads, -1))
+        return found
+
+    def _projection(self, site: str, layer: int) -> nn.Module:
+        """The module that computes q, k or v, maybe with others."""
+        return self._fused(layer) if self.card.fused is not None else self.module(PROJECTIONS[site], layer)
+
+    def _own_part(self, site: str, x: Float[Tensor, "row pos d_out"]) -> Float[Tensor, "row pos d"]:
+        """The part of a projection's output that is q, k or v, heads side by side."""
         if self.card.fused is not None:
-            return self._out_of_fused(site, self._fused(layer)(normed)).flatten(2)
-        x = self.module(component, layer)(normed)
-        for split, which in self.card.mapping(type(self.model))[component][2:]:  # GPT-2 projects all three at once
+            return self._out_of_fused(site, x).flatten(2)
+        for split, which in self.card.mapping(type(self.model))[PROJECTIONS[site]][
+            2:
+        ]:  # GPT-2 projects all three at once
             x = split(x, which)
         return x
 

@@ -22,8 +22,8 @@ from pyvene_ext.engine.results import Place, Result, Shown, count, strongest
 from pyvene_ext.engine.sweep.sequential import Sequential
 from pyvene_ext.io.bars import in_notebook
 from pyvene_ext.methods.attribution.edges import EdgeScores
-from pyvene_ext.methods.attribution.faithfulness import CircuitRuns, Curve
 from pyvene_ext.methods.attribution.screen import Screen
+from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
 from pyvene_ext.methods.heads.flow import Flow
 from pyvene_ext.methods.heads.lens import Attribution, Lens, Parts
 from pyvene_ext.methods.heads.scores import HeadScores

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from modelcards import n_heads, n_kv_heads, n_layers, window
 from pyvene_ext.io.cli import run as run_study
-from pyvene_ext.methods.attribution.circuits import exists
+from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.prompts.problems import Questions, with_reasoning
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import ablated, figures, reasoning

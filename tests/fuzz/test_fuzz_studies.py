@@ -17,12 +17,9 @@ from hypothesis.extra import numpy as hnp
 
 from pyvene_ext import stats
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.attribution.circuits import (
-    Circuit,
-    exists,
-    run_circuits,
-    top_edges,
-)
+from pyvene_ext.methods.circuits.choosing import top_edges
+from pyvene_ext.methods.circuits.circuit import Circuit, exists
+from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.methods.heads.scores import read_head_scores, write_head_scores
 from pyvene_ext.methods.reasoning.probes import cross_validated, deal_folds, shuffled
 from pyvene_ext.methods.reasoning.transplant import Paired, fit_maps

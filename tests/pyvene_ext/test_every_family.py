@@ -21,8 +21,9 @@ from pyvene_ext.engine.plain import reference_for
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.intervenable.truth import Truth
 from pyvene_ext.methods.attribution.atp import atp, atp_star
-from pyvene_ext.methods.attribution.circuits import Circuit, exists, run_circuits
 from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.circuits.circuit import Circuit, exists
+from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.methods.heads.flow import flow_routes
 from pyvene_ext.methods.heads.lens import direct_logit_attribution, logit_lens
 from pyvene_ext.prompts.tokenized import AnswerTokens

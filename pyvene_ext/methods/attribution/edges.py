@@ -404,13 +404,16 @@ def check_edges(
     check_differentiable(check_metric(model, base, metric), model.dtype, first_order=method == "eap" or steps == 1)
 
 
-def check_pairs(model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts) -> None:
+def check_pairs(
+    model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts | None, *, aligned: bool = True
+) -> None:
     """Check that edges can be read in a model and on pairs of prompts.
 
     Args:
         model: as for `edge_attribution`.
         base: as for `edge_attribution`.
-        source: as for `edge_attribution`.
+        source: as for `edge_attribution`; None if nothing is taken from it.
+        aligned: whether source must be paired with base, token by token.
 
     Raises:
         ValueError: for whatever `edge_attribution` refuses, except of metric and method.
@@ -418,17 +421,23 @@ def check_pairs(model: PreTrainedModel, base: TokenizedPrompts, source: Tokenize
     card = card_of(model)
     for name in (*_STREAM.values(), *_READS.values()):
         card.component(model, name)
-    check_tokenized(model, base, source)
-    refuse_latent_steps(model, (*base.input_ids, *source.input_ids))
-    if not len(base) or len(base) != len(source):
+    for name, prompts in (("base", base), ("source", source)):
+        if prompts is not None:
+            check_tokenized(model, prompts)
+            refuse_latent_steps(model, prompts.input_ids)
+            if not len(prompts) or not all(prompts.input_ids):
+                raise ValueError(f"the {name} prompts are none, or one has no tokens; give one or more with tokens.")
+    check_projections(model)
+    if source is None or not aligned:
+        return
+    if len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base prompts and {len(source)} source prompts; give each base prompt its source."
         )
     for pair, (ids, of_source) in enumerate(zip(base.input_ids, source.input_ids, strict=True)):
-        if not ids or len(ids) != len(of_source):
+        if len(ids) != len(of_source):
             raise ValueError(
                 f"the base prompt of pair {pair} has {len(ids)} tokens and its source {len(of_source)}, so that their tokens do "
                 "not correspond; leave the pair out."
             )
     check_pairs_differ(base, source)
-    check_projections(model)

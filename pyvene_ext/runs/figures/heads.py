@@ -338,7 +338,7 @@ def faithfulness_curves(
 
     Args:
         curves: by name, up to four: sizes in ascending order and the faithfulness of each (`Curve.sizes` and
-            `Curve.runs.interval()` of `pyvene_ext.methods.attribution.circuits`).
+            `Curve.runs.interval()` of `pyvene_ext.circuits`).
         random: by name, up to two: a size, or several, and the faithfulness of random circuits of each, drawn as dashes.
         title: above the figure.
 

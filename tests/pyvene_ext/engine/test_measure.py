@@ -19,9 +19,10 @@ from pyvene_ext.engine.sweep import plan_sweep, sweep
 from pyvene_ext.engine.sweep.execute import Executor
 from pyvene_ext.engine.sweep.sequential import frequencies
 from pyvene_ext.methods.attribution.atp import atp, atp_star
-from pyvene_ext.methods.attribution.circuits import Circuit, run_circuits
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.attribution.screen import estimate, screened
+from pyvene_ext.methods.circuits.circuit import Circuit
+from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.methods.patching.patch import all_patches, all_paths, patch
 from pyvene_ext.prompts.tokenized import AnswerTokens, Batch, answer_pairs
 from pyvene_ext.specs.ablation import Ablation, all_heads

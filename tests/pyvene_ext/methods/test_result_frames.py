@@ -12,8 +12,8 @@ import pytest
 from pyvene_ext.engine.results import Result, Shown
 from pyvene_ext.engine.sweep.sequential import Sequential
 from pyvene_ext.methods.attribution.edges import EdgeScores
-from pyvene_ext.methods.attribution.faithfulness import CircuitRuns, Curve
 from pyvene_ext.methods.attribution.screen import Screen
+from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
 from pyvene_ext.methods.heads.flow import Flow
 from pyvene_ext.methods.heads.lens import Attribution, Lens, Parts
 from pyvene_ext.methods.heads.scores import HeadScores
@@ -84,7 +84,7 @@ def runs() -> CircuitRuns:
 
 
 def curve() -> Curve:
-    return Curve(np.array([1, 4, 9]), np.array([1, 3, 9]), runs(), drawn(3, 2, PROMPTS, seed=3))
+    return Curve(np.array([1, 4, 9]), np.array([1, 3, 9]), np.array([0.1, 0.4, 0.9]), runs(), drawn(3, 2, PROMPTS, seed=3))
 
 
 MADE: dict[str, Callable[[], Shown]] = {
@@ -173,12 +173,12 @@ def test_a_table_of_edges_has_those_that_exist() -> None:
     assert f"  {found.ranked()[0][0]} " in repr(found)
 
 
-def test_tables_of_circuits_have_clean_source_and_random_ones() -> None:
+def test_tables_of_circuits_have_clean_empty_and_random_ones() -> None:
     frame, found = runs().to_frame(), runs()
     for row in frame.itertuples():
-        assert (row.clean, row.source, row.value) == (
+        assert (row.clean, row.empty, row.value) == (
             found.clean[row.prompt],
-            found.source[row.prompt],
+            found.empty[row.prompt],
             found.circuits[row.circuit, row.prompt],
         )
     by_size = curve()
@@ -186,7 +186,7 @@ def test_tables_of_circuits_have_clean_source_and_random_ones() -> None:
     assert frame["value"][4, "chosen", 1] == by_size.runs.circuits[1, 1]
     assert by_size.random is not None and frame["value"][9, "random 1", 0] == by_size.random[2, 1, 0]
     assert frame["n_edges"][4, "random 0", 0] == 3 and len(frame) == 3 * 3 * PROMPTS
-    clean, source = by_size.runs.clean.mean(), by_size.runs.source.mean()
+    clean, source = by_size.runs.clean.mean(), by_size.runs.empty.mean()
     expected = (by_size.random[1, 0].mean() - source) / (clean - source)
     np.testing.assert_allclose(by_size.random_values[1, 0], expected, rtol=1e-5)
 

@@ -17,9 +17,10 @@ from pyvene_ext import ActivationPatch, PathPatch, patch, run
 from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.engine.sweep import sweep
 from pyvene_ext.methods.attribution.atp import atp
-from pyvene_ext.methods.attribution.circuits import Circuit, run_circuits
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.attribution.screen import estimate
+from pyvene_ext.methods.circuits.circuit import Circuit
+from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.methods.heads.lens import direct_logit_attribution, logit_lens
 from pyvene_ext.methods.solving.evaluate import evaluate
 from pyvene_ext.models import modes

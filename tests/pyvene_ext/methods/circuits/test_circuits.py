@@ -19,20 +19,17 @@ from transformers import Gemma2ForCausalLM
 
 from pyvene_ext.engine.measure import METRICS
 from pyvene_ext.engine.plain import run
-from pyvene_ext.methods.attribution.circuits import (
-    Circuit,
-    CircuitRuns,
-    Curve,
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges
+from pyvene_ext.methods.circuits.circuit import Circuit, exists
+from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
+from pyvene_ext.methods.circuits.running import (
     completeness,
-    exists,
     faithfulness,
     faithfulness_curve,
-    random_circuits,
     run_circuit,
     run_circuits,
-    top_edges,
 )
-from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.graph import Node
@@ -240,8 +237,8 @@ def test_the_full_graph_is_the_model_on_base_and_the_empty_one_the_model_on_sour
     of_source = run(model, nothing, replace(SOURCE, answers=BASE.answers), progress=False).baseline
     assert np.array_equal(runs.circuits[0], runs.clean)
     close(runs.clean, of_base)
-    close(runs.circuits[1], runs.source)
-    close(runs.source, of_source)
+    close(runs.circuits[1], runs.empty)
+    close(runs.empty, of_source)
     assert abs(of_base - of_source).min() > 1e-2
 
 
@@ -255,7 +252,7 @@ def test_every_metric_is_read_from_the_circuits_logits_with_the_answers_of_base(
     batch = replace(next(pairs[0].batches(3)), clean_logits=clean)
     for metric in (name for name, it in METRICS.items() if not (it.per_token or it.of_answers)):
         runs = runs_of(model, [Circuit(edges)], *pairs, metric)
-        for logits, found in ((clean, runs.clean), (of_source, runs.source), (by_circuit, runs.circuits[0])):
+        for logits, found in ((clean, runs.clean), (of_source, runs.empty), (by_circuit, runs.circuits[0])):
             close(found, METRICS[metric].function(logits, batch).numpy())
 
 
@@ -288,7 +285,7 @@ def test_in_bfloat16_full_and_empty_graphs_are_still_the_two_runs(family: str) -
     model = random_model(family).to(torch.bfloat16)
     runs = runs_of(model, [Circuit.full(model.config), Circuit(frozenset())], BASE, SOURCE)
     assert np.array_equal(runs.circuits[0], runs.clean)
-    np.testing.assert_allclose(runs.circuits[1], runs.source, atol=0.1)
+    np.testing.assert_allclose(runs.circuits[1], runs.empty, atol=0.1)
 
 
 @every_family
@@ -298,7 +295,7 @@ def test_a_model_spread_over_devices_gives_the_same_numbers(family: str) -> None
     with PretendedDevices():
         found = runs_of(spread(random_model(family)), [edges], BASE, SOURCE)
     close(found.circuits, expected.circuits)
-    close(found.source, expected.source)
+    close(found.empty, expected.empty)
 
 
 def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
@@ -372,7 +369,7 @@ def test_what_is_pruned_makes_no_difference_without_a_norm_over_all_heads(family
     assert all(0 < len(small) < len(large) for small, large in zip(pruned, circuits, strict=True))
     runs = runs_of(model, [*circuits, *pruned], BASE, SOURCE)
     close(runs.circuits[4:], runs.circuits[:4])
-    assert abs(runs.circuits[:4] - runs.source).max() > 1e-2
+    assert abs(runs.circuits[:4] - runs.empty).max() > 1e-2
 
 
 def test_the_top_edges_are_those_with_the_largest_scores_by_size_less_dead_ends() -> None:
@@ -539,7 +536,7 @@ def test_the_interval_of_faithfulness_is_that_of_prompts_drawn_again() -> None:
     np.testing.assert_allclose(mean, runs.faithfulness, rtol=1e-6)
     ends = np.quantile([some.faithfulness for some in again], (0.025, 0.975), axis=0)
     np.testing.assert_allclose([low, high], ends, atol=0.006)
-    assert np.isnan(replace(runs, source=clean).interval()).all()
+    assert np.isnan(replace(runs, empty=clean).interval()).all()
 
 
 def test_faithfulness_is_a_ratio_of_means_and_the_area_their_mean_along_either_axis() -> None:
@@ -547,7 +544,7 @@ def test_faithfulness_is_a_ratio_of_means_and_the_area_their_mean_along_either_a
     circuits = np.array([[0.0, 0.0], [1.0, 3.0], [6.0, 4.0]], np.float32)
     runs = CircuitRuns("logit_diff", clean, source, circuits)
     assert runs.faithfulness.tolist() == [0.0, 0.5, 1.25]  # clean 4, source 0
-    curve = Curve(np.array([1, 4, 16]), np.array([1, 4, 16]), runs)
+    curve = Curve(np.array([1, 4, 16]), np.array([1, 4, 16]), np.array([0.0625, 0.25, 1.0]), runs)
     assert curve.values.tolist() == [0.0, 0.5, 1.25]
     assert curve.area() == pytest.approx((0.25 + 0.875) / 2)
     assert curve.area("linear") == pytest.approx((3 * 0.25 + 12 * 0.875) / 15)

@@ -28,25 +28,26 @@ class CircuitRuns(Shown):
     Attributes:
         metric: its name.
         clean: on the base prompts, which is the full circuit.
-        source: on the source prompts, which is the empty circuit; read with the base prompts' answers.
+        empty: under the empty circuit, all of whose edges are ablated; by patching, on the source prompts, read with the base
+            prompts' answers.
         circuits: under each circuit.
     """
 
     metric: str
     clean: Float32[np.ndarray, " prompt"]
-    source: Float32[np.ndarray, " prompt"]
+    empty: Float32[np.ndarray, " prompt"]
     circuits: Float32[np.ndarray, "circuit prompt"]
 
     @property
     def faithfulness(self) -> Float[np.ndarray, " circuit"]:
-        """(mean of circuit - mean of source) / (mean of clean - mean of source): 0 is the empty circuit, 1 the full one.
+        """(mean of circuit - mean of empty) / (mean of clean - mean of empty): 0 is the empty circuit, 1 the full one.
 
-        Values below 0 and above 1 are possible. NaN if clean and source have the same mean. Marks et al. 2024.
+        Values below 0 and above 1 are possible. NaN if clean and empty have the same mean. Marks et al. 2024.
         """
-        clean, source, circuits = (x.mean(-1, dtype=np.float64) for x in (self.clean, self.source, self.circuits))
-        if clean == source:
+        clean, empty, circuits = (x.mean(-1, dtype=np.float64) for x in (self.clean, self.empty, self.circuits))
+        if clean == empty:
             return np.full_like(circuits, np.nan)
-        return (circuits - source) / (clean - source)
+        return (circuits - empty) / (clean - empty)
 
     def interval(self, seed: int = 0, n_resamples: int = 2000) -> Interval:
         """Compute faithfulness with percentile bootstrap 95% intervals over prompts.
@@ -61,20 +62,20 @@ class CircuitRuns(Shown):
         Returns:
             Arrays " circuit".
         """
-        if self.clean.mean(dtype=np.float64) == self.source.mean(dtype=np.float64):
+        if self.clean.mean(dtype=np.float64) == self.empty.mean(dtype=np.float64):
             return Interval(*np.full((3, len(self.circuits)), np.nan))
-        clean, source, circuits = (x.astype(np.float64) for x in (self.clean, self.source, self.circuits))
-        return ratio_of_means(circuits - source, clean - source, rng(seed, "faithfulness"), n_resamples)
+        clean, empty, circuits = (x.astype(np.float64) for x in (self.clean, self.empty, self.circuits))
+        return ratio_of_means(circuits - empty, clean - empty, rng(seed, "faithfulness"), n_resamples)
 
     def to_frame(self) -> pd.DataFrame:
         """Convert to a table with one row per circuit and prompt.
 
         Returns:
-            A table with the columns circuit (its number, from 0), prompt, clean, source, and value: the metric under the circuit.
+            A table with the columns circuit (its number, from 0), prompt, clean, empty, and value: the metric under the circuit.
         """
-        clean, source = (np.broadcast_to(values, self.circuits.shape) for values in (self.clean, self.source))
+        clean, empty = (np.broadcast_to(values, self.circuits.shape) for values in (self.clean, self.empty))
         axes = dict(zip(("circuit", "prompt"), map(range, self.circuits.shape), strict=True))
-        return table(axes, {"clean": clean, "source": source, "value": self.circuits})
+        return table(axes, {"clean": clean, "empty": empty, "value": self.circuits})
 
     def summarise(self) -> Summary:
         """Faithfulness of the first circuits, with bootstrap 95% intervals over prompts."""
@@ -97,7 +98,7 @@ class CircuitRuns(Shown):
     @property
     def size(self) -> str:
         """How many prompts, and the means between which faithfulness runs from 0 to 1."""
-        means = f"clean {three_digits(finite_mean(self.clean))}, source {three_digits(finite_mean(self.source))}"
+        means = f"clean {three_digits(finite_mean(self.clean))}, empty circuit {three_digits(finite_mean(self.empty))}"
         return f"{count(len(self.clean), 'prompt')}; mean {self.metric}: {means}"
 
 
@@ -106,14 +107,16 @@ class Curve(Shown):
     """Faithfulness by size of the circuit.
 
     Attributes:
-        sizes: numbers of edges before pruning, ascending.
+        sizes: numbers of edges (or nodes) before pruning, ascending.
         n_edges: numbers of edges after pruning, which were run.
+        shares: the sizes as shares of all edges (or nodes) of the model.
         runs: the metric of every prompt under the circuit of each size.
         random: the metric under random circuits of each size; none by default.
     """
 
     sizes: Int[np.ndarray, " size"]
     n_edges: Int[np.ndarray, " size"]
+    shares: Float[np.ndarray, " size"]
     runs: CircuitRuns
     random: Float32[np.ndarray, "size circuit prompt"] | None = None
 
@@ -141,9 +144,9 @@ class Curve(Shown):
         if self.random is not None:
             values = np.concatenate([values, self.random], 1)
         names = ["chosen", *(f"random {number}" for number in range(values.shape[1] - 1))]
-        clean, source = (np.broadcast_to(those, values.shape) for those in (self.runs.clean, self.runs.source))
+        clean, empty = (np.broadcast_to(those, values.shape) for those in (self.runs.clean, self.runs.empty))
         axes: dict[str, Any] = {"size": self.sizes, "circuit": names, "prompt": range(values.shape[2])}
-        found = table(axes, {"clean": clean, "source": source, "value": values})
+        found = table(axes, {"clean": clean, "empty": empty, "value": values})
         found.insert(1, "n_edges", self.n_edges.repeat(values[0].size))
         return found
 
@@ -162,7 +165,7 @@ class Curve(Shown):
         """Area under the curve by the trapezoidal rule, divided by the width of its range.
 
         It is the mean faithfulness along the axis: 1 for circuits as faithful as the model at every size. On the linear axis
-        large circuits dominate (Mueller et al. 2025, CPR); on the logarithmic one each doubling counts the same.
+        large circuits dominate, as in `cpr`; on the logarithmic one each doubling counts the same.
 
         Args:
             scale: integrate over log(size) or over size.
@@ -181,3 +184,60 @@ class Curve(Shown):
             raise ValueError("size 0 has no place on a logarithmic scale; leave it out, or use scale='linear'.")
         x = np.log(self.sizes) if scale == "log" else self.sizes.astype(float)
         return float(np.trapezoid(self.values, x) / (x[-1] - x[0]))
+
+    def cpr(self) -> float:
+        """Compute the integrated circuit performance ratio: the area under faithfulness over the share of the edges kept.
+
+        Mueller et al. (2025), section 3.2, by the trapezoidal rule between the smallest and the largest share, as in their code.
+        Higher is better. Where it has MIB's shares, 0.1% to 100%, a circuit that is as faithful as the model at every size has
+        0.999; above that are circuits that do the task better than the model.
+
+        Returns:
+            The area; NaN if clean and empty circuit have the same mean.
+
+        Raises:
+            ValueError: there are fewer than two sizes.
+        """
+        return self._area(self.values)
+
+    def cmd(self) -> float:
+        """Compute the integrated circuit-model distance: the area between faithfulness and 1 over the share of the edges kept.
+
+        Mueller et al. (2025), section 3.2, by the trapezoidal rule on |1 - faithfulness|, as in their code. 0 is best.
+
+        Returns:
+            The area; NaN if clean and empty circuit have the same mean.
+
+        Raises:
+            ValueError: there are fewer than two sizes.
+        """
+        return self._area(np.abs(1 - self.values))
+
+    def areas(self, seed: int = 0, n_resamples: int = 2000) -> dict[str, Interval]:
+        """Compute CPR and CMD with percentile bootstrap 95% intervals over prompts.
+
+        Args:
+            seed: of the resampling.
+            n_resamples: number of resamples.
+
+        Returns:
+            "cpr" and "cmd", of 0-dimensional arrays. The interval of CMD is biased upwards where circuits are as faithful as the
+            model, as distances cannot be negative.
+        """
+        n = len(self.runs.clean)
+        drawn = rng(seed, "areas").multinomial(n, np.full(n, 1 / n), n_resamples) / n
+        of = {name: drawn @ getattr(self.runs, name).astype(np.float64).T for name in ("clean", "empty", "circuits")}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = (of["circuits"] - of["empty"][:, None]) / (of["clean"] - of["empty"])[:, None]
+        found = {}
+        for name, mean, drawn_areas in (
+            ("cpr", self.cpr(), self._area(values)),
+            ("cmd", self.cmd(), self._area(np.abs(1 - values))),
+        ):
+            found[name] = Interval(np.array(mean), *np.quantile(drawn_areas, (0.025, 0.975)))
+        return found
+
+    def _area(self, values: Float[np.ndarray, "*draw size"]) -> Any:
+        if len(self.sizes) < 2:
+            raise ValueError("an area needs two sizes or more.")
+        return np.trapezoid(values, self.shares, axis=-1)

@@ -1,0 +1,192 @@
+"""Circuits from scores: the edges or nodes with the highest, and random ones of the same layers and kinds as controls."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from pyvene_ext.io.bounds import whole_number
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.circuits.circuit import Circuit, edge_name, entry_receivers, exists, on_paths
+from pyvene_ext.specs.graph import receivers, senders
+
+Within = Literal["layers", "anywhere"]
+By = Literal["magnitude", "value"]
+Scores = Float[np.ndarray, "sender *receiver"]
+
+
+def top_edges(scores: Float[np.ndarray, "sender receiver"], n: int, config: Any, by: By = "magnitude") -> Circuit:
+    """Make the circuit of the `n` edges with the largest scores, pruned to paths from the embedding to the logits.
+
+    Args:
+        scores: by `graph.senders` and `graph.receivers`, as `EdgeScores.matrix`; entries where there is no edge are ignored. Of
+            equal scores the first in this order is taken.
+        n: number of edges before pruning.
+        config: the model's config.
+        by: magnitude: edges that hinder count as much as those that help, for a circuit that does what the model does. value: the
+            highest scores, so that edges that help come first, for one that does the task as well as it can. Mueller et al.
+            (2025) compute CMD from the first and CPR from the second.
+
+    Returns:
+        The pruned circuit.
+
+    Raises:
+        ValueError: the scores have another shape or an edge whose score is NaN, `n` is not between 0 and the number of edges, or
+            `by` is unknown.
+    """
+    return _pruned(_chosen(checked_scores(scores, config, 2, by), n, config), config)
+
+
+def top_nodes(scores: Float[np.ndarray, " sender"], n: int, config: Any, by: By = "magnitude") -> Circuit:
+    """Make the circuit of the `n` heads and MLPs with the largest scores, pruned: all edges among them, embedding and logits.
+
+    An edge into a K/V head is in if one of the query heads that it serves is.
+
+    Args:
+        scores: by `graph.senders`; that of the embedding, which is always in, is ignored.
+        n: number of nodes before pruning, without embedding and logits.
+        config: the model's config.
+        by: as for `top_edges`.
+
+    Returns:
+        The pruned circuit.
+
+    Raises:
+        ValueError: as for `top_edges`.
+    """
+    return _pruned(_chosen(checked_scores(scores, config, 1, by), n, config), config)
+
+
+def choose(scores: Scores, n: int, config: Any, by: By = "magnitude") -> Circuit:
+    """Choose by `top_edges` or, if there is one score per sender, by `top_nodes`.
+
+    Args:
+        scores: of edges or nodes.
+        n: how many before pruning.
+        config: the model's config.
+        by: as for `top_edges`.
+
+    Returns:
+        The pruned circuit.
+    """
+    return (top_nodes if np.ndim(scores) == 1 else top_edges)(scores, n, config, by)
+
+
+def random_circuits(
+    scores: Scores | Circuit,
+    n: int,
+    config: Any,
+    count: int,
+    *,
+    within: Within = "layers",
+    by: By = "magnitude",
+    seed: int = 0,
+) -> list[Circuit]:
+    """Make the circuits that `choose` would make of randomly permuted scores, as controls for the one that the scores chose.
+
+    They are pruned too, and usually lose more edges than the chosen circuit does: compare `len`.
+
+    Args:
+        scores: as for `top_edges` or `top_nodes`; or the chosen circuit itself, however it was found.
+        n: as for `top_edges` or `top_nodes`; of a circuit, its number of edges.
+        config: the model's config.
+        count: how many circuits.
+        within: layers: keep the number of chosen edges from each kind of sender in each layer (all heads of layer 3, say) to each
+            kind of receiver in each layer (all keys of layer 5), so that only the choice among these is random; of nodes, the
+            number of heads in each layer, and the MLPs. anywhere: any `n` edges or nodes of the model.
+        by: as for `top_edges`.
+        seed: of the draws; the first circuits of a larger `count` are those of a smaller one.
+
+    Returns:
+        The pruned circuits.
+
+    Raises:
+        ValueError: for what `choose` refuses, an unknown `within`, and a `count` below 1.
+    """
+    if within not in ("layers", "anywhere"):
+        raise ValueError(f"within must be 'layers' or 'anywhere', not {within!r}.")
+    count = whole_number("count", count, 1)
+    if isinstance(scores, Circuit):
+        if n != len(scores):
+            raise ValueError(f"the circuit has {len(scores)} edges, so that random ones have as many, not {n!r}.")
+        scores = scores.matrix(config)
+    sizes = checked_scores(scores, config, np.ndim(scores), by)
+    chosen, there = _chosen(sizes, n, config), np.isfinite(sizes)
+    group = np.zeros(there.shape, int)
+    if within == "layers":
+        of_axes = [
+            np.unique([f"{node.site}.{node.layer}" for node in nodes], return_inverse=True)[1]
+            for nodes in (senders(config), receivers(config))[: there.ndim]
+        ]
+        group = of_axes[0] if there.ndim == 1 else of_axes[0][:, None] * (of_axes[1].max() + 1) + of_axes[1]
+    group, kept = group[there], chosen[there]
+    by_group = np.argsort(group, kind="stable")
+    found = []
+    for number in range(count):
+        permuted, drawn = np.zeros_like(kept), np.zeros_like(there)
+        # Both orders go through the groups one after the other; this one is random within each group.
+        permuted[np.lexsort((rng(seed, "random circuits", number).random(len(group)), group))] = kept[by_group]
+        drawn[there] = permuted
+        found.append(_pruned(drawn, config))
+    return found
+
+
+def checked_scores(scores: Any, config: Any, axes: int, by: By) -> Scores:
+    """Check scores.
+
+    Args:
+        scores: of edges or nodes.
+        config: the model's config.
+        axes: 2 for edges, 1 for nodes.
+        by: as for `top_edges`.
+
+    Returns:
+        What they are chosen by; -inf where there is nothing to choose.
+
+    Raises:
+        ValueError: they have another shape, one is missing, or `by` is unknown.
+    """
+    if by not in ("magnitude", "value"):
+        raise ValueError(f"by must be 'magnitude' or 'value', not {by!r}.")
+    values, there = np.asarray(scores, np.float64), exists(config)
+    if axes == 1:
+        there = np.array([sender.site != "embed" for sender in senders(config)])
+    if values.shape != there.shape:
+        wanted = f"a matrix of the model's {there.shape[0]} senders and {there.shape[-1]} receivers"
+        wanted = f"one for each of the model's {there.shape[0]} senders" if axes == 1 else wanted
+        raise ValueError(f"scores must be {wanted}, not of shape {values.shape}; take the mean over prompts first.")
+    if (missing := np.argwhere(there & np.isnan(values))).size:
+        nodes = senders(config)[missing[0][0]], receivers(config)[missing[0][-1]]
+        what = f"{edge_name(*nodes)}" if axes == 2 else f"{nodes[0]}"
+        raise ValueError(
+            f"the score of {what} is NaN; score every {'edge' if axes == 2 else 'node'}, or give 0 to those to leave out."
+        )
+    return np.where(there, np.abs(values) if by == "magnitude" else values, -np.inf)
+
+
+def _chosen(sizes: Scores, n: int, config: Any) -> Bool[np.ndarray, sender * receiver]:
+    """Select the `n` largest."""
+    n_all = int(np.isfinite(sizes).sum())
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 <= n <= n_all:
+        raise ValueError(
+            f"a circuit of this model has 0 to {n_all} {'edges' if sizes.ndim == 2 else 'nodes'}, not {n!r}."
+        )
+    kept = np.zeros(sizes.size, bool)
+    kept[np.argsort(-sizes.ravel(), kind="stable")[:n]] = True
+    return kept.reshape(sizes.shape)
+
+
+def _pruned(chosen: Bool[np.ndarray, sender * receiver], config: Any) -> Circuit:
+    """The pruned circuit of the chosen edges, or of all edges among the chosen nodes."""
+    if chosen.ndim == 1:
+        entered = np.zeros(len(receivers(config)), bool)
+        entered[-1] = True  # the logits
+        for sender, columns in entry_receivers(config).items():
+            if chosen[senders(config).index(sender)]:
+                entered[columns] = True
+        within = chosen.copy()
+        within[0] = True  # the embedding
+        chosen = exists(config) & within[:, None] & entered
+    return Circuit.of(on_paths(chosen, config), config)

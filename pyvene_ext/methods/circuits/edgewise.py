@@ -1,0 +1,342 @@
+"""A model in which every receiver reads a residual stream of its own.
+
+    stream that a receiver reads = sum over senders that reach it of
+        what the sender adds in this run     if the edge is kept
+        the edge's ablated value             if not
+
+computed for each receiver in the order in which they read, so that an ablated edge affects everything downstream. The receiver's
+own norm and projection, attention and MLPs are the model's code.
+
+What a sender adds: for embed, what enters the first block; for a head, z_h W_O; for an MLP, its output with its bias. If a norm
+follows attention's output projection or the MLP (Gemma 2), what comes out of that norm: a head's share is scaled as the norm
+scales the whole attention output in the same run. Biases of attention's output projection belong to no sender and are those of
+the current run.
+
+Only what a circuit can change is computed. Where a layer's heads (or its MLP) send nothing that is kept, or read nothing that is
+kept while ablated edges carry what another run adds, their output is known from that run. Receivers are given their streams from
+the senders they keep or from those they miss, whichever are fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modelcards import Taps, head_shares, n_heads
+from pyvene_ext.engine.measure import Metric
+from pyvene_ext.methods.circuits.circuit import exists
+from pyvene_ext.models.hooks import hook_component
+from pyvene_ext.models.replay import Past, Replay
+from pyvene_ext.prompts.tokenized import Batch
+from pyvene_ext.specs.graph import receivers
+
+Ids = Int[Tensor, "batch pos"]
+Added = Float[Tensor, "batch sender pos d_model"]
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """A run without ablated edges.
+
+    Attributes:
+        added: what each sender adds, in float32.
+        hidden: what enters each block, then what leaves the last.
+        attention: the output of each attention module.
+        mlp: the output of each MLP.
+    """
+
+    added: Added
+    hidden: list[Float[Tensor, "batch pos d_model"]]
+    attention: list[Float[Tensor, "batch pos d_model"]]
+    mlp: list[Float[Tensor, "batch pos d_model"]]
+
+    @property
+    def last(self) -> Float[Tensor, "batch d_model"]:
+        """The last block's output at the last token."""
+        return self.hidden[-1][:, -1]
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """What ablated edges carry.
+
+    Attributes:
+        values: what each sender is taken to add; batch and pos may be 1 if it is the same everywhere.
+        known: a run on the same prompts, whose activations stand where a circuit cannot change them or does not use them.
+        is_run: whether the values are what the senders add in that run.
+    """
+
+    values: Float[Tensor, "#batch sender #pos d_model"]
+    known: PlainRun
+    is_run: bool
+
+    @classmethod
+    def by_run(cls, source: PlainRun) -> Ablated:
+        """Take the values of another run, as activation patching does."""
+        return cls(source.added, source, is_run=True)
+
+
+class EdgewiseModel:
+    """Runs circuits of a model on prompts of one length."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take a model; `evaluating` is the caller's."""
+        self.replay, self.config = Replay(model), model.config
+        self.exists = exists(model.config)
+        self.heads = n_heads(model.config)
+        self.readers: dict[tuple[str, int | None], slice] = {}
+        first = 0
+        for key, nodes in groupby(receivers(model.config), lambda node: (node.site, node.layer)):
+            self.readers[key] = slice(first, first := first + len(list(nodes)))
+
+    def senders_of(self, layer: int) -> tuple[slice, slice]:
+        """Where the senders of a layer are: its heads, its MLP."""
+        first = 1 + layer * (self.heads + 1)
+        return slice(first, first + self.heads), slice(first + self.heads, first + self.heads + 1)
+
+    def plain(self, ids: Ids) -> PlainRun:
+        """Run prompts as the model does.
+
+        Args:
+            ids: the prompts, all of one length.
+
+        Returns:
+            The run.
+        """
+        hidden = self.replay.embed(ids.to(self.replay.device))
+        added = hidden.new_empty(len(hidden), len(self.exists), *hidden.shape[1:], dtype=torch.float32)
+        added[:, 0] = hidden
+        run = PlainRun(added, [hidden], [], [])
+        for layer in range(self.replay.n_layers):
+            seen: dict[str, Tensor] = {}
+            edits = {"mlp_out": _keep(seen, "mlp_contribution")}
+            hidden = self.replay.block(layer, hidden, (0, ids.shape[1]), Past(), edits=edits, seen=seen)
+            heads, mlp = self.senders_of(layer)
+            added[:, heads], added[:, mlp] = self._shares(layer, seen), seen["mlp_contribution"][:, None]
+            run.hidden.append(hidden)
+            run.attention.append(seen["attention"])
+            run.mlp.append(seen["mlp"])
+        return run
+
+    def circuits(
+        self,
+        ids: Ids,
+        kept: Float[Tensor, "circuit sender receiver"] | Bool[np.ndarray, "circuit sender receiver"],
+        ablated: Ablated,
+        clean: PlainRun | None = None,
+        start: int = 0,
+    ) -> Float[Tensor, "circuit batch d_model"]:
+        """Run prompts through circuits side by side.
+
+        Args:
+            ids: the prompts, all of one length.
+            kept: True for the edges of each circuit. Or a share from 0 to 1 of each edge: as much of what the sender adds in this
+                run, the rest being the ablated value; gradients with respect to it can be taken.
+            ablated: what other edges carry.
+            clean: the plain run on these prompts; needed if `start` is not 0.
+            start: the first block whose receivers miss edges; blocks before it are not run again.
+
+        Returns:
+            The stream that the logits read, at the last token, before the final norm.
+        """
+        state = _State(self, ids, kept, ablated)
+        if start:
+            assert clean is not None
+            hidden = state.repeat(clean.hidden[start])
+            state.write(state.repeat(clean.added[:, : self.senders_of(start)[0].start]))
+        else:
+            hidden = state.repeat(self.replay.embed(ids.to(self.replay.device)))
+            state.write(hidden[:, None])
+        for layer in range(start, self.replay.n_layers):
+            hidden = self._block(layer, hidden, state)
+        stream = state.streams(hidden[:, -1:], self.readers["logits", None])
+        last = hidden[:, -1] if stream is None else stream[:, 0, 0]
+        return last.unflatten(0, (-1, len(ids)))
+
+    def read(self, last: Float[Tensor, "batch d_model"], batch: Batch, metric: Metric) -> Float[Tensor, " batch"]:
+        """Compute a metric from the stream that the logits read at the last token; only the logits that it reads are computed.
+
+        Args:
+            last: as `circuits` returns it for one circuit.
+            batch: the prompts.
+            metric: one number per prompt.
+
+        Returns:
+            The metric.
+        """
+        ids, narrowed = metric.narrowed(batch)
+        if ids is None or batch.clean_logits is not None:
+            return metric(self.replay.logits(last), batch)
+        return metric.of_columns(self.replay.logits(last, ids), narrowed)
+
+    def _block(self, layer: int, hidden: Float[Tensor, "row pos d_model"], state: _State) -> Tensor:
+        """One block: queries, keys, values and the MLP's input from separate streams; the rest is the model's code."""
+        heads, mlp = self.senders_of(layer)
+        into_heads = slice(self.readers["q", layer].start, self.readers["v", layer].stop)
+        attends, thinks = state.is_live(heads, into_heads), state.is_live(mlp, self.readers["mlp_in", layer])
+        known = state.ablated.known
+        if not attends and not thinks:
+            state.write_known(slice(heads.start, mlp.stop))
+            return hidden + state.repeat((known.hidden[layer + 1] - known.hidden[layer]).to(hidden.device))
+        seen: dict[str, Tensor] = {}
+        edits: dict[str, Callable[[Tensor], Any]] = {}
+        given: dict[str, Tensor] = {}
+        if attends:
+            edits |= self._projections(layer, hidden, into_heads, state)
+        else:
+            given["attention"] = state.repeat(known.attention[layer].to(hidden.device))
+        if thinks:
+            edits["mlp_out"] = _keep(seen, "mlp_contribution")
+        else:
+            given["mlp"] = state.repeat(known.mlp[layer].to(hidden.device))
+
+        def read_by_mlp(stream: Tensor) -> Tensor:
+            if attends:
+                state.write(self._shares(layer, seen))
+            else:
+                state.write_known(heads)
+            own = state.streams(stream, self.readers["mlp_in", layer]) if thinks else None
+            return stream if own is None else own[:, 0]
+
+        at, card = ("resid_mid", layer), self.replay.card
+        watched = seen if attends else None
+        with Taps(self.replay.model, card, [at]), ExitStack() as hooks:
+            hook_component(self.replay.model, at, read_by_mlp, hooks)
+            columns = (0, hidden.shape[1])
+            hidden = self.replay.block(layer, hidden, columns, Past(), edits=edits, seen=watched, **given)
+        if thinks:
+            state.write(seen["mlp_contribution"][:, None])
+        else:
+            state.write_known(mlp)
+        return hidden
+
+    def _projections(
+        self, layer: int, hidden: Float[Tensor, "row pos d_model"], readers: slice, state: _State
+    ) -> dict[str, Callable[[Tensor], Any]]:
+        """Edits that replace each head's q, k and v by those of its own stream; none if all edges into the heads are kept."""
+        streams = state.streams(hidden, readers)
+        if streams is None:
+            return {}
+        normed = self.replay.attention_input(layer, streams.flatten(0, 1), (0, hidden.shape[1]))
+        by_reader = normed.unflatten(0, streams.shape[:2])
+        edits: dict[str, Callable[[Tensor], Any]] = {}
+        for site in ("q", "k", "v"):
+            own = self.readers[site, layer]
+            heads = by_reader[:, own.start - readers.start : own.stop - readers.start]
+            edits[site] = partial(_put, self.replay.projected_by_head(site, layer, heads).flatten(2))
+        return edits
+
+    def _shares(self, layer: int, seen: dict[str, Tensor]) -> Float[Tensor, "batch head pos d_model"]:
+        """What each head adds to the stream, in float32."""
+        projection = self.replay.module("attention_value_output", layer)
+        shares = head_shares(seen["z"].float(), projection, self.heads)
+        scale = self.replay.card.post_norm_scale
+        if scale is not None:
+            norm = self.replay.module("attention_contribution", layer)
+            shares = shares * scale(norm, seen["attention"].float())[:, :, None]
+        return self.replay.card.residual_scale(self.config) * shares.transpose(1, 2)
+
+
+class _State:
+    """What senders have added so far in a run of circuits, and what that makes each receiver read.
+
+    A row is a prompt in a circuit; those of the first circuit come first.
+    """
+
+    def __init__(self, model: EdgewiseModel, ids: Ids, kept: Any, ablated: Ablated) -> None:
+        self.ablated, self.copies = ablated, len(kept)
+        device = ablated.values.device
+        self.soft = isinstance(kept, Tensor) and kept.requires_grad
+        self.kept = torch.as_tensor(kept, dtype=torch.float32, device=device).repeat_interleave(len(ids), 0)
+        hard: Any = np.asarray(kept.detach().cpu() if isinstance(kept, Tensor) else kept)
+        self.used: Any = (hard > 0).any(0)  # by a circuit
+        self.missed: Any = (hard < 1).any(0) & model.exists
+        self.values = self.repeat(ablated.values) if len(ablated.values) > 1 else ablated.values
+        # What each sender adds minus its ablated value, and the sum over senders. In a run whose gradient is taken, as written.
+        self.changes: list[Tensor] = []
+        self.count = 0
+        self.total: Any = 0.0
+        self.shape = (len(ids) * self.copies, len(model.exists), ids.shape[1], ablated.values.shape[-1])
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """Give every circuit a copy of what belongs to the prompts."""
+        return x if self.copies == 1 else x.repeat(self.copies, *[1] * (x.ndim - 1))
+
+    def is_live(self, senders: slice, readers: slice) -> bool:
+        """Whether what these senders add must be computed: it is used, and differs from that of the known run."""
+        if self.soft:
+            return True
+        return bool(self.used[senders].any() and (not self.ablated.is_run or self.used[:, readers].any()))
+
+    def write(self, added: Float[Tensor, "row some pos d_model"]) -> None:
+        """Add what the next senders write."""
+        those = slice(self.count, self.count + added.shape[1])
+        change = added.to(self.values) - self.values[:, those]
+        self.total = self.total + change.sum(1)
+        self.count = those.stop
+        if self.soft:
+            self.changes.append(change)
+            return
+        if not self.changes:
+            self.changes.append(change.new_zeros(self.shape))
+        self.changes[0][:, those] = change
+
+    def write_known(self, senders: slice) -> None:
+        """Add what the next senders write in the known run."""
+        if self.ablated.is_run and self.changes:
+            self.count = senders.stop  # a change of 0
+        else:
+            self.write(self.repeat(self.ablated.known.added[:, senders]))
+
+    def streams(
+        self, stream: Float[Tensor, "row pos d_model"], readers: slice
+    ) -> Float[Tensor, "row receiver pos d_model"] | None:
+        """The stream as each receiver reads it; None if it reads the stream as it is.
+
+        Args:
+            stream: the sum of everything added so far.
+            readers: the receivers.
+        """
+        weights = self.kept[:, : self.count, readers].transpose(1, 2)
+        used, missed = (x[: self.count, readers].any(1) for x in (self.used, self.missed))
+        if not missed.any() and not self.soft:
+            return None
+        last = -stream.shape[1]
+        base, sign = stream.float().to(self.values.device), 1.0
+        if self.soft or used.sum() <= missed.sum():
+            base, some = base - self.total[:, last:], used
+        else:
+            weights, sign, some = 1 - weights, -1.0, missed
+        own = base[:, None]
+        if self.soft:
+            for change, of_part in zip(self.changes, weights.split([x.shape[1] for x in self.changes], 2), strict=True):
+                own = own + _weighted(of_part, change[:, :, last:])
+        elif some.any():
+            index = torch.from_numpy(np.flatnonzero(some)).to(weights.device)
+            own = own + sign * _weighted(weights[:, :, index], self.changes[0][:, index, last:])
+        return own.expand(-1, weights.shape[1], -1, -1).to(stream.dtype).to(stream.device)
+
+
+def _weighted(
+    weights: Float[Tensor, "row receiver sender"], changes: Float[Tensor, "row sender pos d_model"]
+) -> Float[Tensor, "row receiver pos d_model"]:
+    return (weights @ changes.flatten(2)).unflatten(2, changes.shape[2:])
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
+    """An edit that only reads."""
+    return lambda x: seen.__setitem__(name, x.clone())
+
+
+def _put(new: Tensor, x: Tensor) -> None:
+    x.copy_(new)

@@ -1,0 +1,345 @@
+"""Running circuits, and how much of the model's behaviour they explain on their own.
+
+    scores = edge_attribution(model, clean, corrupt).matrix           # or any other [sender receiver]
+    circuit = top_edges(scores, 100, model.config)
+    faithfulness(model, circuit, base=clean, source=corrupt)          # 1: the circuit does what the model does
+    curve = faithfulness_curve(model, scores, clean, corrupt)         # curve.sizes, curve.values, curve.area()
+    curve = faithfulness_curve(model, scores, clean, corrupt, shares=MIB_SHARES)    # curve.cpr(), curve.cmd()
+    chance = random_circuits(scores, 100, model.config, count=20)     # controls
+
+To run a circuit is to run the base prompts with every edge outside of it ablated (Conmy et al. 2023; Hanna et al. 2024), as
+`methods.circuits.edgewise` computes it. What an ablated edge carries:
+
+    patching   what the sender adds in the run on the source prompts, which are paired with the base prompts token by token
+    mean       the mean of what the sender adds over all tokens of the source prompts, which may be any prompts
+    zero       nothing
+
+With the full circuit every receiver reads what it reads in the run on the base prompts, with the empty one nothing but ablated
+values: by patching, what it reads in the run on the source prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
+from pyvene_ext.engine.sweep.plan import check_memory
+from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.bounds import whole_number
+from pyvene_ext.methods.attribution.edges import check_pairs
+from pyvene_ext.methods.circuits.choosing import By, choose, random_circuits
+from pyvene_ext.methods.circuits.circuit import Circuit, Edges, checked_matrix, exists
+from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel
+from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
+from pyvene_ext.models.devices import no_gradients
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+
+AblationKind = Literal["patching", "mean", "zero"]
+MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def run_circuit(
+    model: PreTrainedModel,
+    circuit: Circuit | Edges,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    metric: MetricLike = "logit_diff",
+    **options: Any,
+) -> Float32[np.ndarray, " prompt"]:
+    """Run one circuit, as `run_circuits` does.
+
+    Args:
+        model: as for `run_circuits`.
+        circuit: a `Circuit` or a boolean matrix.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        The metric of every base prompt.
+    """
+    return run_circuits(model, [circuit], base, source, metric, **options).circuits[0]
+
+
+def run_circuits(
+    model: PreTrainedModel,
+    circuits: Iterable[Circuit | Edges],
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    metric: MetricLike = "logit_diff",
+    *,
+    ablation: AblationKind = "patching",
+    batch_size: int = 8,
+    memory: int | None = None,
+    progress: bool = True,
+) -> CircuitRuns:
+    """Run the base prompts through circuits.
+
+    This takes one forward pass of base and of source, and at most one per circuit; less where a circuit leaves layers alone, and
+    none for a circuit that occurs twice, the full one, and, by patching, the empty one. Sums over senders are in float32 whatever
+    the model's dtype; the contributions of all senders are held twice, senders x tokens x d_model per prompt.
+
+    Args:
+        model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
+        circuits: each a `Circuit` or a boolean matrix by `graph.senders` and `graph.receivers`; they are not pruned.
+        base: the prompts that are run; the metric is read with their answers.
+        source: what ablated edges are set to: for patching, prompts paired with `base` by order and of equal length; for mean,
+            the prompts over whose tokens the mean is taken; for zero, None.
+        metric: as for `run`, one number per prompt; kl is to the clean run.
+        ablation: what ablated edges carry, as the module's docstring defines it.
+        batch_size: prompts per forward pass, all of one length.
+        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights.
+        progress: show a bar.
+
+    Returns:
+        The metric of base, of the empty circuit, and of each circuit.
+
+    Raises:
+        ValueError: before the model runs, for an edge that the model lacks, an unknown metric or ablation, prompts that are not
+            pairs, a pair of unequal lengths (naming it), answers outside of the vocabulary, or output projections that cannot be
+            split by heads.
+    """
+    config = model.config
+    matrices = [
+        circuit.matrix(config) if isinstance(circuit, Circuit) else checked_matrix(circuit, config)
+        for circuit in circuits
+    ]
+    check_ablation(model, base, source, ablation)
+    metric = check_metric(model, base, metric)
+    base.batches(batch_size)  # refuses a wrong size
+    check_memory(memory)
+    if not matrices:
+        raise ValueError("nothing to run: give at least one circuit.")
+    there = exists(config)
+    run = {matrix.tobytes(): matrix for matrix in (np.zeros_like(there), *matrices)}
+    found = {key: np.empty(len(base), np.float32) for key in run}
+    edgewise = EdgewiseModel(model)
+    bar = progress_bar(len(run) * len(base), "prompt", "circuits", shown=progress)
+    with bar, evaluating(model), no_gradients(model):
+        constant = None if ablation == "patching" else constant_values(edgewise, source, ablation, batch_size)
+        for index in of_one_length(base, batch_size if memory is None else _fitting(model, base, memory, batch_size)):
+            batch = base.batch(index)
+            plain = edgewise.plain(batch.input_ids)
+            batch = metric.with_clean(batch, edgewise.replay.logits(plain.last))
+            if constant is None:
+                assert source is not None
+                ablated = Ablated.by_run(edgewise.plain(source.batch(index).input_ids))
+            else:
+                ablated = Ablated(constant, plain, is_run=False)
+            for key, matrix in run.items():
+                if np.array_equal(matrix, there):
+                    last = plain.last
+                elif ablated.is_run and not matrix.any():
+                    last = ablated.known.last
+                else:
+                    last = edgewise.circuits(batch.input_ids, matrix[None], ablated)[0]
+                found[key][index] = as_array(edgewise.read(last, batch, metric))
+                bar.update(len(index))
+            clean_values = as_array(edgewise.read(plain.last, batch, metric))
+            found.setdefault(there.tobytes(), np.empty(len(base), np.float32))[index] = clean_values
+    of = [found[matrix.tobytes()] for matrix in (there, np.zeros_like(there), *matrices)]
+    return CircuitRuns(metric.label, of[0], of[1], np.stack(of[2:]))
+
+
+def constant_values(
+    edgewise: EdgewiseModel, source: TokenizedPrompts | None, ablation: AblationKind, batch_size: int
+) -> Float[Tensor, "1 sender 1 d_model"]:
+    """What ablated edges carry by mean and zero ablation.
+
+    Args:
+        edgewise: the model.
+        source: the prompts over whose tokens the mean is taken.
+        ablation: mean or zero.
+        batch_size: prompts per forward pass.
+
+    Returns:
+        One value per sender.
+    """
+    width = edgewise.replay.embed(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+    total = torch.zeros(len(edgewise.exists), width, dtype=torch.float64, device=edgewise.replay.device)
+    if ablation == "mean":
+        assert source is not None
+        for index in of_one_length(source, batch_size):
+            total += edgewise.plain(source.batch(index).input_ids).added.double().sum((0, 2))
+        total /= sum(map(len, source.input_ids))
+    return total.float()[None, :, None]
+
+
+def check_ablation(
+    model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts | None, ablation: str
+) -> None:
+    """Check that circuits of a model can be run on these prompts.
+
+    Args:
+        model: as for `run_circuits`.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        ablation: as for `run_circuits`.
+
+    Raises:
+        ValueError: for whatever `run_circuits` refuses of these.
+    """
+    if ablation not in get_args(AblationKind):
+        raise ValueError(f"unknown ablation {ablation!r}; choose among {', '.join(get_args(AblationKind))}.")
+    if ablation == "zero":
+        check_pairs(model, base, None)
+    elif source is None:
+        raise ValueError(f"ablation {ablation!r} takes its values from source prompts; give them.")
+    else:
+        check_pairs(model, base, source, aligned=ablation == "patching")
+
+
+def _fitting(model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int) -> int:
+    """How many prompts fit: contributions of all senders twice, and the streams and activations of a layer's receivers."""
+    per_layer = len(exists(model.config)) // model.config.get_text_config().num_hidden_layers
+    tensors = 2 * len(exists(model.config)) + 12 * per_layer + 3 * model.config.get_text_config().num_hidden_layers
+    each = 4 * tensors * max(map(len, prompts.input_ids)) * model.config.get_text_config().hidden_size
+    if each > memory:
+        raise ValueError(
+            f"{memory / 2**20:.0f} MiB do not hold the contributions of all senders to one prompt; allow at least "
+            f"{each / 2**20:.0f} MiB."
+        )
+    return min(most, memory // each)
+
+
+def faithfulness(
+    model: PreTrainedModel,
+    circuit: Circuit | Edges,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    metric: MetricLike = "logit_diff",
+    **options: Any,
+) -> float:
+    """Faithfulness of a circuit: the share of the difference between base and source that it recovers (Marks et al. 2024).
+
+    Args:
+        model: as for `run_circuits`.
+        circuit: a `Circuit` or a boolean matrix.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        `CircuitRuns.faithfulness` of the circuit.
+    """
+    return float(run_circuits(model, [circuit], base, source, metric, **options).faithfulness[0])
+
+
+def completeness(
+    model: PreTrainedModel,
+    circuit: Circuit | Edges,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    metric: MetricLike = "logit_diff",
+    **options: Any,
+) -> float:
+    """Completeness of a circuit: the faithfulness of its complement, near 0 if the circuit misses nothing (Marks et al. 2024).
+
+    Args:
+        model: as for `run_circuits`.
+        circuit: a `Circuit` or a boolean matrix.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        `CircuitRuns.faithfulness` of all edges outside of the circuit.
+    """
+    config = model.config
+    matrix = circuit.matrix(config) if isinstance(circuit, Circuit) else checked_matrix(circuit, config)
+    return faithfulness(model, exists(config) & ~matrix, base, source, metric, **options)
+
+
+def faithfulness_curve(
+    model: PreTrainedModel,
+    scores: Float[np.ndarray, sender * receiver],
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    sizes: Collection[int] | None = None,
+    metric: MetricLike = "logit_diff",
+    *,
+    shares: Collection[float] | None = None,
+    by: By = "magnitude",
+    complement: bool = False,
+    random: int = 0,
+    seed: int = 0,
+    **options: Any,
+) -> Curve:
+    """Measure the faithfulness of the circuits that `top_edges` or `top_nodes` makes, by their size.
+
+    Args:
+        model: as for `run_circuits`.
+        scores: of edges, as for `top_edges`; or of nodes, one per sender, as for `top_nodes`.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        sizes: numbers of edges (or nodes) before pruning; by default 1, 2, 4, ... and all.
+        metric: as for `run_circuits`.
+        shares: the sizes as shares of all edges (or nodes), above 0 and up to 1, rounded down; `MIB_SHARES` are those of Mueller
+            et al. 2025. In place of `sizes`.
+        by: whether scores are chosen by their magnitude, or the highest first, as for `top_edges`.
+        complement: run each circuit's complement instead, so that the values are completeness.
+        random: how many `random_circuits` of each size are run too, as controls.
+        seed: of their draws.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        The curve.
+
+    Raises:
+        ValueError: for what `top_edges`, `top_nodes` and `run_circuits` refuse, for no size, for a size given twice, and for
+            both sizes and shares.
+    """
+    config, random = model.config, whole_number("random", random, 0)
+    scores = np.asarray(scores)
+    n_all = len(exists(config)) - 1 if scores.ndim == 1 else int(exists(config).sum())
+    if shares is not None:
+        if sizes is not None:
+            raise ValueError("give sizes or shares, not both.")
+        if not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"shares must be above 0 and at most 1, not {list(shares)}.")
+        given = sorted(shares)
+        ascending = [int(share * n_all) for share in given]
+    else:
+        if sizes is None:
+            sizes = [*(2**power for power in range((n_all - 1).bit_length())), n_all]
+        ascending = sorted(sizes)
+        given = [n / n_all for n in ascending]
+    if not given or len(set(given)) < len(given):
+        raise ValueError(f"give one or more sizes, each once, not {list(shares or sizes or ())}.")
+    kept = [choose(scores, n, config, by).matrix(config) for n in ascending]
+    n_edges = np.array([int(matrix.sum()) for matrix in kept])
+    for n in ascending if random else ():
+        kept += [one.matrix(config) for one in random_circuits(scores, n, config, random, by=by, seed=seed)]
+    run = [exists(config) & ~matrix for matrix in kept] if complement else kept
+    runs = run_circuits(model, run, base, source, metric, **options)
+    own, others = np.split(runs.circuits, [len(ascending)])
+    of_random = others.reshape(len(ascending), random, len(base))
+    return Curve(np.array(ascending), n_edges, np.array(given), replace(runs, circuits=own), of_random)
+
+
+def of_one_length(prompts: TokenizedPrompts, batch_size: int) -> Iterator[list[int]]:
+    """The prompts of each length, `batch_size` at a time.
+
+    Args:
+        prompts: prompts of any lengths.
+        batch_size: the most at a time.
+
+    Yields:
+        The numbers of some prompts of one length.
+    """
+    lengths = [len(ids) for ids in prompts.input_ids]
+    for length in sorted(set(lengths)):
+        those = [prompt for prompt, own in enumerate(lengths) if own == length]
+        yield from (those[start : start + batch_size] for start in range(0, len(those), batch_size))
