@@ -404,32 +404,40 @@ def check_edges(
     check_differentiable(check_metric(model, base, metric), model.dtype, first_order=method == "eap" or steps == 1)
 
 
-def check_pairs(
-    model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts | None, *, aligned: bool = True
-) -> None:
+def check_edges_of(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
+    """Check that edges can be read in a model and on prompts.
+
+    Args:
+        model: as for `edge_attribution`.
+        *prompts: tokenised prompt sets.
+
+    Raises:
+        ValueError: the model lacks a component that edges lead through, its output projections cannot be split by heads, or
+            prompts are missing, not tokenised or not this model's.
+    """
+    card = card_of(model)
+    for name in (*_STREAM.values(), *_READS.values()):
+        card.component(model, name)
+    check_tokenized(model, *prompts)
+    for some in prompts:
+        refuse_latent_steps(model, some.input_ids)
+        if not len(some):
+            raise ValueError("there are no prompts to read edges on; give one or more.")
+    check_projections(model)
+
+
+def check_pairs(model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts) -> None:
     """Check that edges can be read in a model and on pairs of prompts.
 
     Args:
         model: as for `edge_attribution`.
         base: as for `edge_attribution`.
-        source: as for `edge_attribution`; None if nothing is taken from it.
-        aligned: whether source must be paired with base, token by token.
+        source: as for `edge_attribution`.
 
     Raises:
         ValueError: for whatever `edge_attribution` refuses, except of metric and method.
     """
-    card = card_of(model)
-    for name in (*_STREAM.values(), *_READS.values()):
-        card.component(model, name)
-    for name, prompts in (("base", base), ("source", source)):
-        if prompts is not None:
-            check_tokenized(model, prompts)
-            refuse_latent_steps(model, prompts.input_ids)
-            if not len(prompts) or not all(prompts.input_ids):
-                raise ValueError(f"the {name} prompts are none, or one has no tokens; give one or more with tokens.")
-    check_projections(model)
-    if source is None or not aligned:
-        return
+    check_edges_of(model, base, source)
     if len(base) != len(source):
         raise ValueError(
             f"there are {len(base)} base prompts and {len(source)} source prompts; give each base prompt its source."

@@ -34,7 +34,7 @@ from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
 from pyvene_ext.engine.sweep.plan import check_memory
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
-from pyvene_ext.methods.attribution.edges import check_pairs
+from pyvene_ext.methods.attribution.edges import check_edges_of, check_pairs
 from pyvene_ext.methods.circuits.choosing import By, choose, random_circuits
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, checked_matrix, exists
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel
@@ -192,11 +192,13 @@ def check_ablation(
     if ablation not in get_args(AblationKind):
         raise ValueError(f"unknown ablation {ablation!r}; choose among {', '.join(get_args(AblationKind))}.")
     if ablation == "zero":
-        check_pairs(model, base, None)
+        check_edges_of(model, base)
     elif source is None:
         raise ValueError(f"ablation {ablation!r} takes its values from source prompts; give them.")
+    elif ablation == "mean":
+        check_edges_of(model, base, source)
     else:
-        check_pairs(model, base, source, aligned=ablation == "patching")
+        check_pairs(model, base, source)
 
 
 def _fitting(model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int) -> int:

@@ -84,7 +84,9 @@ def runs() -> CircuitRuns:
 
 
 def curve() -> Curve:
-    return Curve(np.array([1, 4, 9]), np.array([1, 3, 9]), np.array([0.1, 0.4, 0.9]), runs(), drawn(3, 2, PROMPTS, seed=3))
+    return Curve(
+        np.array([1, 4, 9]), np.array([1, 3, 9]), np.array([0.1, 0.4, 0.9]), runs(), drawn(3, 2, PROMPTS, seed=3)
+    )
 
 
 MADE: dict[str, Callable[[], Shown]] = {

@@ -123,13 +123,19 @@ def test_scale_and_soft_cap_are_applied_to_float32_logits(family: str, dtype: to
     torch.testing.assert_close(replayed, expected[:, -1], atol=1e-5, rtol=1e-5)
 
 
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.sqrt(np.square(one - other).mean()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_both_engines_give_the_same_deltas_which_are_no_steps_of_the_dtype(family: str, dtype: torch.dtype) -> None:
     model = half_model(family, dtype)
     specs = all_heads(model.config)
     plain, fast = (engine(model, specs, PROMPTS, progress=False) for engine in (run, sweep))
-    np.testing.assert_allclose(fast.delta, plain.delta, atol=1e-3)
+    # To rounding: on some CPUs a row of a product in half precision depends on how many rows there are.
+    rounding = distance(plain.delta, run(model.float(), specs, PROMPTS, progress=False).delta)
+    assert distance(fast.delta, plain.delta) < 2 * rounding
     for result in (plain, fast):
         changed = torch.from_numpy(result.delta[np.abs(result.delta) > 1e-6])
         assert (changed.to(dtype).float() == changed).float().mean() < 0.1
@@ -153,11 +159,11 @@ def test_gradients_pass_through_the_weights_in_float32(family: str, monkeypatch:
 
 def test_an_offloaded_unembedding_is_loaded_and_gives_the_same_logits() -> None:
     model, specs = half_model("llama3_1"), all_heads(random_model("llama3_1").config)[::5]
-    expected = run(model, specs, PROMPTS, "kl", progress=False)
     away = cpu_offload(half_model("llama3_1"), execution_device=torch.device("cpu"))
     before = traces(away)
     for engine in (run, sweep):
-        np.testing.assert_allclose(engine(away, specs, PROMPTS, "kl", progress=False).delta, expected.delta, atol=1e-3)
+        expected, found = (engine(one, specs, PROMPTS, "kl", progress=False).delta for one in (model, away))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     assert traces(away) == before
 
 
