@@ -6,9 +6,10 @@ code, which keeps the dtype that it is given.
 
 What remains is the rounding of hidden states, which depends on the order of sums, and so on the shapes of tensors. Where `sweep`
 computes every column of a prompt (all tokens are edited, and none are shared by all prompts), it has the states of `run`, to the
-bit on CPUs whose products in half precision do not depend on how many rows there are. Where it computes fewer, some states round the other way. In bfloat16 the deltas of the two engines then differ by
-0.002 to 0.02 on average on the tests' and the shipped models, whose largest deltas are 1 to 35, which is about half of what
-rounding does to either: both are 0.006 to 0.03 away from float32. Where the choice of an expert is close, more.
+bit on CPUs whose products in half precision do not depend on how many rows there are. Where it computes fewer, some states round
+the other way. In bfloat16 the deltas of the two engines then differ by 0.002 to 0.02 on average on the tests' and the shipped
+models, whose largest deltas are 1 to 35, which is about half of what rounding does to either: both are 0.006 to 0.03 away from
+float32. Where the choice of an expert is close, more.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ many query heads read it.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -110,9 +111,21 @@ def reaches(sender: Node, receiver: Node) -> bool:
         raise ValueError(
             f"{sender}->{receiver} is not an edge; senders are {', '.join(SENDERS)}, receivers are {', '.join(RECEIVERS)}."
         )
-    if receiver.site == "logits":
-        return True
-    return 2 * (sender.layer or 0) + _WRITES[sender.site] <= 2 * (receiver.layer or 0) + _READS[receiver.site]
+    return depth(sender) <= depth(receiver)
+
+
+def depth(node: Node) -> float:
+    """When a node writes to the residual stream or reads from it.
+
+    Args:
+        node: a sender or a receiver.
+
+    Returns:
+        Half blocks, from the input of the first block: after how many a sender has written, or a receiver reads.
+    """
+    if node.site == "logits":
+        return math.inf
+    return 2 * (node.layer or 0) + (_WRITES if node.site in SENDERS else _READS)[node.site]
 
 
 def senders(config: Any) -> list[Node]:

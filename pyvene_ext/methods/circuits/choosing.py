@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -9,12 +10,13 @@ from jaxtyping import Bool, Float
 
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.circuits.circuit import Circuit, edge_name, entry_receivers, exists, on_paths
+from pyvene_ext.methods.circuits.circuit import Circuit, Edges, edge_name, entry_receivers, exists, on_paths
 from pyvene_ext.specs.graph import receivers, senders
 
 Within = Literal["layers", "anywhere"]
 By = Literal["magnitude", "value"]
-Scores = Float[np.ndarray, "sender *receiver"]
+Scores = Float[np.ndarray, "sender *receiver"]  # of edges, or of nodes
+Chosen = Bool[np.ndarray, "sender *receiver"]
 
 
 def top_edges(scores: Float[np.ndarray, "sender receiver"], n: int, config: Any, by: By = "magnitude") -> Circuit:
@@ -36,7 +38,7 @@ def top_edges(scores: Float[np.ndarray, "sender receiver"], n: int, config: Any,
         ValueError: the scores have another shape or an edge whose score is NaN, `n` is not between 0 and the number of edges, or
             `by` is unknown.
     """
-    return _pruned(_chosen(checked_scores(scores, config, 2, by), n, config), config)
+    return Circuit.of(chosen_edges(_of_axes(scores, 2), n, config, by), config)
 
 
 def top_nodes(scores: Float[np.ndarray, " sender"], n: int, config: Any, by: By = "magnitude") -> Circuit:
@@ -56,11 +58,11 @@ def top_nodes(scores: Float[np.ndarray, " sender"], n: int, config: Any, by: By 
     Raises:
         ValueError: as for `top_edges`.
     """
-    return _pruned(_chosen(checked_scores(scores, config, 1, by), n, config), config)
+    return Circuit.of(chosen_edges(_of_axes(scores, 1), n, config, by), config)
 
 
-def choose(scores: Scores, n: int, config: Any, by: By = "magnitude") -> Circuit:
-    """Choose by `top_edges` or, if there is one score per sender, by `top_nodes`.
+def chosen_edges(scores: Scores, n: int, config: Any, by: By = "magnitude") -> Edges:
+    """Choose as `top_edges` does or, if there is one score per sender, as `top_nodes` does.
 
     Args:
         scores: of edges or nodes.
@@ -71,7 +73,7 @@ def choose(scores: Scores, n: int, config: Any, by: By = "magnitude") -> Circuit
     Returns:
         The pruned circuit.
     """
-    return (top_nodes if np.ndim(scores) == 1 else top_edges)(scores, n, config, by)
+    return _pruned(_chosen(checked_scores(scores, config, by), n), config)
 
 
 def random_circuits(
@@ -105,6 +107,37 @@ def random_circuits(
     Raises:
         ValueError: for what `choose` refuses, an unknown `within`, and a `count` below 1.
     """
+    drawn = random_edges(scores, n, config, count, within=within, by=by, seed=seed)
+    return [Circuit.of(matrix, config) for matrix in drawn]
+
+
+def random_edges(
+    scores: Scores | Circuit,
+    n: int,
+    config: Any,
+    count: int,
+    *,
+    within: Within = "layers",
+    by: By = "magnitude",
+    seed: int = 0,
+) -> Iterator[Edges]:
+    """Make `random_circuits` as matrices.
+
+    Args:
+        scores: as for `random_circuits`.
+        n: as for `random_circuits`.
+        config: the model's config.
+        count: how many circuits.
+        within: as for `random_circuits`.
+        by: as for `random_circuits`.
+        seed: of the draws.
+
+    Yields:
+        The pruned circuits.
+
+    Raises:
+        ValueError: as for `random_circuits`.
+    """
     if within not in ("layers", "anywhere"):
         raise ValueError(f"within must be 'layers' or 'anywhere', not {within!r}.")
     count = whole_number("count", count, 1)
@@ -112,8 +145,8 @@ def random_circuits(
         if n != len(scores):
             raise ValueError(f"the circuit has {len(scores)} edges, so that random ones have as many, not {n!r}.")
         scores = scores.matrix(config)
-    sizes = checked_scores(scores, config, np.ndim(scores), by)
-    chosen, there = _chosen(sizes, n, config), np.isfinite(sizes)
+    sizes = checked_scores(scores, config, by)
+    chosen, there = _chosen(sizes, n), np.isfinite(sizes)
     group = np.zeros(there.shape, int)
     if within == "layers":
         of_axes = [
@@ -123,23 +156,31 @@ def random_circuits(
         group = of_axes[0] if there.ndim == 1 else of_axes[0][:, None] * (of_axes[1].max() + 1) + of_axes[1]
     group, kept = group[there], chosen[there]
     by_group = np.argsort(group, kind="stable")
-    found = []
     for number in range(count):
         permuted, drawn = np.zeros_like(kept), np.zeros_like(there)
         # Both orders go through the groups one after the other; this one is random within each group.
         permuted[np.lexsort((rng(seed, "random circuits", number).random(len(group)), group))] = kept[by_group]
         drawn[there] = permuted
-        found.append(_pruned(drawn, config))
-    return found
+        yield _pruned(drawn, config)
 
 
-def checked_scores(scores: Any, config: Any, axes: int, by: By) -> Scores:
+def _of_axes(scores: Any, axes: int) -> Scores:
+    """Refuse scores of edges where those of nodes belong, and the reverse."""
+    scores = np.asarray(scores)
+    if scores.ndim != axes:
+        raise ValueError(
+            "top_edges takes a matrix of scores [sender, receiver] and top_nodes one score per sender, not shape "
+            f"{scores.shape}; take the mean over prompts first."
+        )
+    return scores
+
+
+def checked_scores(scores: Any, config: Any, by: By) -> Scores:
     """Check scores.
 
     Args:
         scores: of edges or nodes.
         config: the model's config.
-        axes: 2 for edges, 1 for nodes.
         by: as for `top_edges`.
 
     Returns:
@@ -151,22 +192,22 @@ def checked_scores(scores: Any, config: Any, axes: int, by: By) -> Scores:
     if by not in ("magnitude", "value"):
         raise ValueError(f"by must be 'magnitude' or 'value', not {by!r}.")
     values, there = np.asarray(scores, np.float64), exists(config)
-    if axes == 1:
+    if of_nodes := values.ndim == 1:
         there = np.array([sender.site != "embed" for sender in senders(config)])
     if values.shape != there.shape:
         wanted = f"a matrix of the model's {there.shape[0]} senders and {there.shape[-1]} receivers"
-        wanted = f"one for each of the model's {there.shape[0]} senders" if axes == 1 else wanted
+        wanted = f"one for each of the model's {there.shape[0]} senders" if of_nodes else wanted
         raise ValueError(f"scores must be {wanted}, not of shape {values.shape}; take the mean over prompts first.")
     if (missing := np.argwhere(there & np.isnan(values))).size:
         nodes = senders(config)[missing[0][0]], receivers(config)[missing[0][-1]]
-        what = f"{edge_name(*nodes)}" if axes == 2 else f"{nodes[0]}"
+        what = f"node {nodes[0]}" if of_nodes else f"edge {edge_name(*nodes)}"
         raise ValueError(
-            f"the score of {what} is NaN; score every {'edge' if axes == 2 else 'node'}, or give 0 to those to leave out."
+            f"the score of {what} is NaN; score every {what.partition(' ')[0]}, or give 0 to those to leave out."
         )
     return np.where(there, np.abs(values) if by == "magnitude" else values, -np.inf)
 
 
-def _chosen(sizes: Scores, n: int, config: Any) -> Bool[np.ndarray, sender * receiver]:
+def _chosen(sizes: Scores, n: int) -> Chosen:
     """Select the `n` largest."""
     n_all = int(np.isfinite(sizes).sum())
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 <= n <= n_all:
@@ -178,7 +219,7 @@ def _chosen(sizes: Scores, n: int, config: Any) -> Bool[np.ndarray, sender * rec
     return kept.reshape(sizes.shape)
 
 
-def _pruned(chosen: Bool[np.ndarray, sender * receiver], config: Any) -> Circuit:
+def _pruned(chosen: Chosen, config: Any) -> Edges:
     """The pruned circuit of the chosen edges, or of all edges among the chosen nodes."""
     if chosen.ndim == 1:
         entered = np.zeros(len(receivers(config)), bool)
@@ -189,4 +230,4 @@ def _pruned(chosen: Bool[np.ndarray, sender * receiver], config: Any) -> Circuit
         within = chosen.copy()
         within[0] = True  # the embedding
         chosen = exists(config) & within[:, None] & entered
-    return Circuit.of(on_paths(chosen, config), config)
+    return on_paths(chosen, config)

@@ -7,13 +7,12 @@ head's q, each K/V head's k and v, each MLP and the logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from pyvene_ext.specs.graph import SENDERS, Node, query_heads, reaches, receivers, senders
+from pyvene_ext.specs.graph import SENDERS, Node, depth, query_heads, reaches, receivers, senders
 
 Edges = Bool[np.ndarray, "sender receiver"]
 
@@ -90,9 +89,9 @@ class Circuit:
         """Keep the edges that lie on some path of the circuit from the embedding to the logits.
 
         A path enters a head through its q, or through the k or v of its K/V head, and an MLP through its input. Edges that do
-        not lead to the logits can be dropped without effect; so can those that do not come from the embedding, whose sender adds
-        what it adds in the run on the source prompts (except that, through a post-norm over all heads, one head changes the
-        shares of the others).
+        not lead to the logits can be dropped without effect; so can, by patching, those that do not come from the embedding,
+        whose sender adds what it adds in the run on the source prompts (except that, through a post-norm over all heads, one head
+        changes the shares of the others). By mean and zero ablation such a sender computes from ablated inputs.
 
         Args:
             config: the model's config.
@@ -112,12 +111,8 @@ def exists(config: Any) -> Edges:
     Returns:
         A boolean matrix by `graph.senders` and `graph.receivers`.
     """
-    writing = senders(config)
-    columns = []
-    for _, nodes in groupby(receivers(config), lambda node: (node.site, node.layer)):
-        first, *others = nodes  # all heads of a layer read the same stream
-        columns += [[reaches(sender, first) for sender in writing]] * (1 + len(others))
-    return np.array(columns).T
+    written, read = (np.array([depth(node) for node in nodes(config)]) for nodes in (senders, receivers))
+    return written[:, None] <= read
 
 
 def parse_edge(edge: str) -> tuple[Node, Node]:

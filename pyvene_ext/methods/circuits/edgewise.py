@@ -94,6 +94,10 @@ class EdgewiseModel:
         self.replay, self.config = Replay(model), model.config
         self.exists = exists(model.config)
         self.heads = n_heads(model.config)
+        outputs: list[Any] = [
+            self.replay.module("attention_value_output", layer) for layer in range(self.replay.n_layers)
+        ]
+        self.biased = any(output.bias is not None for output in outputs)  # these biases belong to no sender
         self.readers: dict[tuple[str, int | None], slice] = {}
         first = 0
         for key, nodes in groupby(receivers(model.config), lambda node: (node.site, node.layer)):
@@ -262,10 +266,12 @@ class _State:
         self.used: Any = (hard > 0).any(0)  # by a circuit
         self.missed: Any = (hard < 1).any(0) & model.exists
         self.values = self.repeat(ablated.values) if len(ablated.values) > 1 else ablated.values
-        # What each sender adds minus its ablated value, and the sum over senders. In a run whose gradient is taken, as written.
+        # What each sender adds minus its ablated value; in a run whose gradient is taken, as written.
         self.changes: list[Tensor] = []
         self.count = 0
-        self.total: Any = 0.0
+        # Sums over senders of ablated values, and of what was added if the stream holds more than that.
+        self.sum_of_values: Any = 0.0
+        self.sum_added: Any = 0.0 if model.biased else None
         self.shape = (len(ids) * self.copies, len(model.exists), ids.shape[1], ablated.values.shape[-1])
 
     def repeat(self, x: Tensor) -> Tensor:
@@ -281,8 +287,11 @@ class _State:
     def write(self, added: Float[Tensor, "row some pos d_model"]) -> None:
         """Add what the next senders write."""
         those = slice(self.count, self.count + added.shape[1])
-        change = added.to(self.values) - self.values[:, those]
-        self.total = self.total + change.sum(1)
+        added = added.to(self.values)
+        change = added - self.values[:, those]
+        self.sum_of_values = self.sum_of_values + self.values[:, those].sum(1)
+        if self.sum_added is not None:
+            self.sum_added = self.sum_added + added.sum(1)
         self.count = those.stop
         if self.soft:
             self.changes.append(change)
@@ -293,10 +302,7 @@ class _State:
 
     def write_known(self, senders: slice) -> None:
         """Add what the next senders write in the known run."""
-        if self.ablated.is_run and self.changes:
-            self.count = senders.stop  # a change of 0
-        else:
-            self.write(self.repeat(self.ablated.known.added[:, senders]))
+        self.write(self.repeat(self.ablated.known.added[:, senders]))
 
     def streams(
         self, stream: Float[Tensor, "row pos d_model"], readers: slice
@@ -314,7 +320,11 @@ class _State:
         last = -stream.shape[1]
         base, sign = stream.float().to(self.values.device), 1.0
         if self.soft or used.sum() <= missed.sum():
-            base, some = base - self.total[:, last:], used
+            # Summed from its parts: a receiver without an edge reads its ablated value and no rounding error, which a norm would
+            # make large where that value is 0.
+            parts = self.sum_of_values[:, last:] + (0.0 if self.sum_added is None else base - self.sum_added[:, last:])
+            base = parts.expand(stream.shape)
+            some = used
         else:
             weights, sign, some = 1 - weights, -1.0, missed
         own = base[:, None]
@@ -322,8 +332,11 @@ class _State:
             for change, of_part in zip(self.changes, weights.split([x.shape[1] for x in self.changes], 2), strict=True):
                 own = own + _weighted(of_part, change[:, :, last:])
         elif some.any():
-            index = torch.from_numpy(np.flatnonzero(some)).to(weights.device)
-            own = own + sign * _weighted(weights[:, :, index], self.changes[0][:, index, last:])
+            changes = self.changes[0][:, : self.count, last:]
+            if 4 * some.sum() < len(some):  # a copy of few is cheaper than a product with many zeros
+                index = torch.from_numpy(np.flatnonzero(some)).to(weights.device)
+                weights, changes = weights[:, :, index], changes[:, index]
+            own = torch.add(own, _weighted(weights, changes), alpha=sign)
         return own.expand(-1, weights.shape[1], -1, -1).to(stream.dtype).to(stream.device)
 
 

@@ -35,7 +35,7 @@ from pyvene_ext.engine.sweep.plan import check_memory
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.edges import check_edges_of, check_pairs
-from pyvene_ext.methods.circuits.choosing import By, choose, random_circuits
+from pyvene_ext.methods.circuits.choosing import By, chosen_edges, random_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, checked_matrix, exists
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
@@ -320,10 +320,10 @@ def faithfulness_curve(
         given = [n / n_all for n in ascending]
     if not given or len(set(given)) < len(given):
         raise ValueError(f"give one or more sizes, each once, not {list(shares or sizes or ())}.")
-    kept = [choose(scores, n, config, by).matrix(config) for n in ascending]
+    kept = [chosen_edges(scores, n, config, by) for n in ascending]
     n_edges = np.array([int(matrix.sum()) for matrix in kept])
     for n in ascending if random else ():
-        kept += [one.matrix(config) for one in random_circuits(scores, n, config, random, by=by, seed=seed)]
+        kept += random_edges(scores, n, config, random, by=by, seed=seed)
     run = [exists(config) & ~matrix for matrix in kept] if complement else kept
     runs = run_circuits(model, run, base, source, metric, **options)
     own, others = np.split(runs.circuits, [len(ascending)])

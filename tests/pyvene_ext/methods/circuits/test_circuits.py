@@ -20,10 +20,11 @@ from transformers import Gemma2ForCausalLM
 from pyvene_ext.engine.measure import METRICS
 from pyvene_ext.engine.plain import run
 from pyvene_ext.methods.attribution.edges import edge_attribution
-from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges
+from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit, exists
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
 from pyvene_ext.methods.circuits.running import (
+    MIB_SHARES,
     completeness,
     faithfulness,
     faithfulness_curve,
@@ -311,6 +312,52 @@ def test_the_model_is_left_as_it_was_also_after_an_error() -> None:
     assert [(p.requires_grad, p.grad) for p in model.parameters()] == before and model.training
     assert [module.forward for module in model.modules()] == forwards
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# -- what ablated edges carry ------------------------------------------------------------------------------------------
+
+
+def constant_circuit_by_hooks(model: Any, edges: Collection[str], base: Tensor, values: dict[str, Tensor]) -> Tensor:
+    """As `circuit_by_hooks`, but ablated edges carry one value per sender; the stream is summed from its parts."""
+    put: dict[str, Tensor] = {}
+    for receiver in receivers(model):
+        now = contributions(model, base, put)
+        stream, all_added = torch.zeros_like(now["embed"]), torch.zeros_like(now["embed"])
+        for sender in (s for s in senders(model) if precedes(s, receiver)):
+            stream = stream + (now[sender] if f"{sender}->{receiver}" in edges else values[sender])
+            all_added = all_added + now[sender]
+
+        def read(_: Any, args: tuple, stream: Tensor = stream, all_added: Tensor = all_added) -> tuple:
+            biases = args[0] - all_added if hasattr(model, "transformer") else 0.0
+            return (stream + biases, *args[1:])
+
+        handle = norm_in_front(model, receiver).register_forward_pre_hook(read)
+        try:
+            logits, seen = run_by_hooks(model, base, put=put, read=() if receiver == "logits" else (receiver,))
+        finally:
+            handle.remove()
+        put[receiver] = logits if receiver == "logits" else seen[receiver]
+    return put["logits"]
+
+
+@pytest.mark.parametrize(("family", "ablation"), [("qwen2_5", "zero"), ("gemma2", "mean"), ("gpt2", "mean")])
+@pytest.mark.parametrize("share", [0.15, pytest.param(0.6, marks=pytest.mark.slow)])
+def test_mean_and_zero_ablation_are_what_hooks_give_without_pairs_of_prompts(
+    family: str, ablation: str, share: float
+) -> None:
+    model = random_model(family)
+    edges = some_edges(model, share)
+    source = random_prompts((5, 8), seed=3)  # no pairs
+    of_source = [contributions(model, torch.tensor([ids])) for ids in source.input_ids]
+    weight = 0.0 if ablation == "zero" else 1 / 13
+    values = {name: weight * sum(x[name].sum((0, 1)) for x in of_source) for name in senders(model)}
+    given = None if ablation == "zero" else source
+    runs = runs_of(model, [Circuit(edges)], BASE, given, ablation=ablation, batch_size=2)
+    for length in (6, 7):
+        index, base, _ = of_length(length)
+        for kept, found in ((edges, runs.circuits[0]), ((), runs.empty)):
+            logits = constant_circuit_by_hooks(model, kept, base, values)
+            close(found[index], logit_diff(logits, chosen(BASE, index).answer_ids))
 
 
 # -- pruning and choosing ----------------------------------------------------------------------------------------------
@@ -608,10 +655,72 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_before_the_model_runs() -> 
         ("not 2.5", scores, [2.5]),
         ("each once", scores, [3, 3]),
         ("one or more sizes", scores, []),
-        ("the score of embed->q.0.0 is NaN", with_nan, [1]),
+        ("the score of edge embed->q.0.0 is NaN", with_nan, [1]),
         ("take the mean over prompts first", scores[..., None], [1]),
     ):
         with pytest.raises(ValueError, match=told):
             curve_of(model, some, BASE, SOURCE, sizes)
     with pytest.raises(ValueError, match="at least one circuit"):
         runs_of(model, [], BASE, SOURCE)
+
+
+def test_a_circuit_of_nodes_has_every_edge_among_them_the_embedding_and_the_logits() -> None:
+    config = tiny_config("llama3_1")
+    names = [str(node) for node in sender_nodes(config)]
+    scores = np.zeros(len(names))
+    chosen_nodes = ["z.0.1", "mlp_out.0", "z.1.3"]
+    scores[[names.index(name) for name in chosen_nodes]] = (-3.0, 2.0, 1.0)
+    scores[0] = np.nan  # the embedding is always in
+    group = config.num_attention_heads // config.num_key_value_heads
+    owners: dict[str, Collection[str]] = {}
+    for node in receiver_nodes(config):
+        heads = [node.head] if node.site == "q" else range((node.head or 0) * group, ((node.head or 0) + 1) * group)
+        owners[str(node)] = [f"z.{node.layer}.{head}" for head in heads] if node.head is not None else []
+        if node.site == "mlp_in":
+            owners[str(node)] = [f"mlp_out.{node.layer}"]
+
+    def by_hand_of(kept: Collection[str]) -> set[str]:
+        return {
+            f"{s}->{r}"
+            for s in ["embed", *kept]
+            for r in map(str, receiver_nodes(config))
+            if (r == "logits" or set(owners[r]) & set(kept)) and precedes(s, r)
+        }
+
+    assert top_nodes(scores, 3, config).edges == on_some_path(by_hand_of(chosen_nodes), group)
+    assert top_nodes(scores, 2, config, by="value").edges == on_some_path(by_hand_of(chosen_nodes[1:]), group)
+    assert top_nodes(scores, 0, config).edges == {"embed->logits"}
+    assert top_nodes(scores, len(names) - 1, config) == Circuit.full(config)
+    with pytest.raises(ValueError, match=f"0 to {len(names) - 1} nodes"):
+        top_nodes(scores, len(names), config)
+    for one in random_circuits(scores, 3, config, 5):
+        nodes = {edge.split("->")[0] for edge in one.edges} - {"embed"}
+        assert Counter(node.rsplit(".", 1)[0] for node in nodes if node[0] == "z") <= Counter(["z.0", "z.1"])
+
+
+def test_cpr_and_cmd_are_areas_by_the_trapezoidal_rule_over_the_shares_of_edges() -> None:
+    clean, empty = np.array([4.0, 6.0], np.float32), np.array([0.0, 2.0], np.float32)  # 4 apart
+    faithful = np.array([-0.5, 0.5, 1.5, 1.0], np.float32)
+    runs = CircuitRuns("logit_diff", clean, empty, empty + 4 * faithful[:, None])
+    curve = Curve(np.array([0, 1, 5, 10]), np.array([0, 1, 5, 10]), np.array([0.001, 0.1, 0.5, 1.0]), runs)
+    assert curve.cpr() == pytest.approx(0.099 * 0.0 + 0.4 * 1.0 + 0.5 * 1.25)
+    assert curve.cmd() == pytest.approx(0.099 * 1.0 + 0.4 * 0.5 + 0.5 * 0.25)
+    areas = curve.areas(n_resamples=50)
+    assert areas["cpr"].mean == pytest.approx(curve.cpr()) and areas["cmd"].mean == pytest.approx(curve.cmd())
+    # Every prompt has the same faithfulness, so that resampling changes nothing.
+    assert areas["cpr"].low == pytest.approx(curve.cpr()) and areas["cmd"].high == pytest.approx(curve.cmd())
+
+
+def test_sizes_given_as_shares_are_rounded_down_and_a_size_may_occur_twice() -> None:
+    model = random_model("mistral")
+    scores = np.random.default_rng(0).normal(size=exists(model.config).shape)
+    n_all = int(exists(model.config).sum())
+    curve = curve_of(model, scores, BASE, SOURCE, shares=MIB_SHARES, by="value", batch_size=6)
+    assert curve.sizes.tolist() == [int(share * n_all) for share in MIB_SHARES] and curve.sizes[0] == curve.sizes[1]
+    assert curve.values[-1] == 1 and curve.shares.tolist() == list(MIB_SHARES)
+    best = top_edges(scores, int(curve.sizes[-3]), model.config, by="value")
+    close(curve.runs.circuits[-3], run_circuit(model, best, BASE, SOURCE, progress=False))
+    with pytest.raises(ValueError, match="sizes or shares, not both"):
+        curve_of(model, scores, BASE, SOURCE, sizes=[1], shares=[0.5])
+    with pytest.raises(ValueError, match="at most 1"):
+        curve_of(model, scores, BASE, SOURCE, shares=[0.5, 1.5])
