@@ -2,6 +2,9 @@
 
 from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit
+from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
+from pyvene_ext.methods.circuits.judging import Judgement, check_defined, judge
+from pyvene_ext.methods.circuits.overlap import Overlap, jaccard, overlap
 from pyvene_ext.methods.circuits.running import (
     MIB_SHARES,
     completeness,
@@ -10,16 +13,28 @@ from pyvene_ext.methods.circuits.running import (
     run_circuit,
     run_circuits,
 )
+from pyvene_ext.methods.circuits.scoring import METHODS, score
 
 __all__ = [
+    "METHODS",
     "MIB_SHARES",
     "Circuit",
+    "Judgement",
+    "Overlap",
+    "check_defined",
     "completeness",
     "faithfulness",
     "faithfulness_curve",
+    "jaccard",
+    "judge",
+    "load_circuit",
+    "overlap",
     "random_circuits",
     "run_circuit",
     "run_circuits",
+    "save_circuit",
+    "save_dot",
+    "score",
     "top_edges",
     "top_nodes",
 ]

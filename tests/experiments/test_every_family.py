@@ -105,6 +105,11 @@ STUDIES: dict[str, Study] = {
             "edges.csv": (lambda of: of.edges, "eap"),
         },
     ),
+    "circuit_localization": Study(
+        "--dataset few.json --out x --methods eap flow --removed 2 --random_circuits 2 --model",
+        {},
+        {"methods.csv": (lambda of: 2, "cpr cmd faithfulness completeness")},
+    ),
     "information_flow_routes": Study("--dataset few.json --out x --model", {"importance.npy": by_head}),
     "logit_lens": Study(
         "--dataset few.json --out x --model",
@@ -217,6 +222,7 @@ LOOKING = (
 BETWEEN = (
     "path_patching, pairs",
     "attribution_patching",
+    "circuit_localization",
     "information_flow_routes",
     "critical_heads.rank_heads",
 )

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, edge_name, entry_receivers, exists, on_paths
-from pyvene_ext.specs.graph import receivers, senders
+from pyvene_ext.specs.graph import Node, receivers, senders
 
 Within = Literal["layers", "anywhere"]
 By = Literal["magnitude", "value"]
@@ -149,11 +149,7 @@ def random_edges(
     chosen, there = _chosen(sizes, n), np.isfinite(sizes)
     group = np.zeros(there.shape, int)
     if within == "layers":
-        of_axes = [
-            np.unique([f"{node.site}.{node.layer}" for node in nodes], return_inverse=True)[1]
-            for nodes in (senders(config), receivers(config))[: there.ndim]
-        ]
-        group = of_axes[0] if there.ndim == 1 else of_axes[0][:, None] * (of_axes[1].max() + 1) + of_axes[1]
+        group = edge_groups(config) if there.ndim == 2 else _kinds(senders(config))
     group, kept = group[there], chosen[there]
     by_group = np.argsort(group, kind="stable")
     for number in range(count):
@@ -162,6 +158,23 @@ def random_edges(
         permuted[np.lexsort((rng(seed, "random circuits", number).random(len(group)), group))] = kept[by_group]
         drawn[there] = permuted
         yield _pruned(drawn, config)
+
+
+def edge_groups(config: Any) -> Int[np.ndarray, "sender receiver"]:
+    """Number the edges by the layers and kinds that they connect: all heads of layer 3 to all keys of layer 5, say.
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        The number of each edge's group, by `graph.senders` and `graph.receivers`.
+    """
+    rows, columns = (_kinds(nodes(config)) for nodes in (senders, receivers))
+    return rows[:, None] * (columns.max() + 1) + columns
+
+
+def _kinds(nodes: list[Node]) -> Int[np.ndarray, " node"]:
+    return np.unique([f"{node.site}.{node.layer}" for node in nodes], return_inverse=True)[1]
 
 
 def _of_axes(scores: Any, axes: int) -> Scores:

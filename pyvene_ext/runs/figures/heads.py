@@ -333,6 +333,7 @@ def faithfulness_curves(
     random: Mapping[str, tuple[int | Int[np.ndarray, " size"], Float[np.ndarray, "*size circuit"]]] | None = None,
     *,
     title: str = "Faithfulness by size",
+    axis: str = "edges allowed",
 ) -> Figure:
     """Faithfulness of circuits by the number of edges they were allowed, with 95% intervals, and of random ones beside them.
 
@@ -341,6 +342,7 @@ def faithfulness_curves(
             `Curve.runs.interval()` of `pyvene_ext.circuits`).
         random: by name, up to two: a size, or several, and the faithfulness of random circuits of each, drawn as dashes.
         title: above the figure.
+        axis: what the sizes count.
 
     Returns:
         The figure.
@@ -373,7 +375,7 @@ def faithfulness_curves(
         axes.plot(at.ravel(), values.ravel(), "_", color=colour, markersize=12, label=label)
     if all(sizes[0] > 0 for sizes, _ in curves.values()):
         log_axis(axes)
-    caption(figure, axes, title, "edges allowed", "faithfulness (1: the whole model)")
+    caption(figure, axes, title, axis, "faithfulness (1: the whole model)")
     axes.grid()
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -1,0 +1,352 @@
+"""Which circuit does a task, and how faithful is it? Circuits by several methods, with MIB's CPR and CMD on held-out prompts.
+
+    python experiments/circuit_localization.py
+    python experiments/circuit_localization.py --model gemma-3-270m --dataset ioi_zh --answers first_difference
+    python experiments/circuit_localization.py --level node --methods atp activation_patching random
+    python experiments/circuit_localization.py --ablation mean --metric probability --share 0.05
+
+Method. Pairs of a clean and a corrupt prompt, of equally many tokens; others are skipped and reported. Half of them, drawn at
+random, score every edge (or node); the circuits that the scores choose are judged on the other half. To run a circuit is to
+ablate every edge outside of it (`pyvene_ext.methods.circuits.running`): by patching, with its value on the corrupt prompt.
+Faithfulness is (M(circuit) - M(empty circuit)) / (M(model) - M(empty circuit)) in means over prompts (Marks et al. 2024).
+
+Scores (`pyvene_ext.methods.circuits.scoring`) are those of patching, whatever `--ablation` says. Edges: eap (Syed et al. 2023),
+eap_ig_inputs, eap_ig_activations (Hanna et al. 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), random.
+Nodes: atp (Nanda 2023), activation_patching (exact, a run each), random.
+
+Following MIB, the Mechanistic Interpretability Benchmark (Mueller et al. 2025), circuits have 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50
+and 100% of the edges (or nodes), before edges are dropped that lie on no path from the embedding to the logits. CPR is the area
+under faithfulness over these shares, the highest scores being taken first: 0.999 is the model. CMD is the area between
+faithfulness and 1, scores of the largest magnitude being taken first: 0 is best. Both have percentile bootstrap 95% intervals
+over held-out prompts. Here grouped K/V heads are one receiver each; MIB's graphs have one a query head.
+
+Of each method the circuit of `--share` of the edges is written, with its faithfulness; that of random circuits with as many edges
+between the same layers and kinds; its completeness, the faithfulness of all other edges together, near 0 if the circuit misses
+nothing; and minimality, the share of `--removed` of its edges without which faithfulness changes by 0.01 or more.
+
+Written to the folder OUT: methods.csv, one row a method; curves.csv, faithfulness by share; scores_METHOD.npy, [sender receiver]
+or [sender]; circuit_METHOD.json, which `pyvene_ext.circuits.load_circuit` reads, and circuit_METHOD.dot; figures; config.yaml
+(running it again gives the same); and summary.json, what was run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from annotated_types import Gt, Le
+
+import pyvene_ext as px
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pyvene_ext.methods.circuits.choosing import Scores
+    from pyvene_ext.methods.circuits.faithfulness import Curve
+
+    Value = TypeVar("Value")
+    ByMethod = Mapping[Any, Value]
+
+Method = Literal[
+    "eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "random", "atp", "activation_patching"
+]
+Rows = list[dict[str, Any]]
+DRAWN = 60  # edges in a figure
+
+
+@dataclass(frozen=True)
+class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
+    out: px.flags.Out = None
+    batch_size: px.flags.BatchSize = 8
+    level: Literal["edge", "node"] = "edge"
+    """what circuits are made of: edges, or heads and MLPs with all edges among them"""
+    methods: px.flags.EachOnce[Method] = ()
+    """how edges or nodes are scored; by default eap, eap_ig_inputs, flow and random, or atp and random"""
+    ablation: Literal["patching", "mean", "zero"] = "patching"
+    """what edges outside of a circuit carry: their value on the corrupt prompt, their mean over corrupt prompts, or nothing"""
+    metric: Literal["logit_diff", "probability", "kl"] = "logit_diff"
+    """what is read at the last token"""
+    steps: px.flags.Count = 5
+    """of integrated gradients"""
+    share: Annotated[float, Gt(0), Le(1)] = 0.01
+    """share of the edges or nodes in the circuit that is written"""
+    random_circuits: px.flags.Count = 10
+    """random circuits beside it"""
+    removed: px.flags.Count = 20
+    """of its edges are removed, one at a time, for minimality"""
+
+    def check_flags(self) -> None:
+        from pyvene_ext.methods.circuits.scoring import METHODS
+
+        unknown = [method for method in self.methods if method not in METHODS[self.level]]
+        if unknown:
+            raise ValueError(
+                f"--methods {unknown[0]} does not score {self.level}s; choose among {', '.join(METHODS[self.level])}."
+            )
+        if self.metric == "kl" and set(self.chosen) & {"eap", "atp"}:
+            raise ValueError(
+                "--metric kl has no first-order term at the clean run: leave eap and atp out of --methods."
+            )
+
+    @property
+    def chosen(self) -> tuple[Method, ...]:
+        """--methods or its default."""
+        return self.methods or (
+            ("eap", "eap_ig_inputs", "flow", "random") if self.level == "edge" else ("atp", "random")
+        )
+
+
+def main(config: Config) -> None:
+    if not px.is_main_process():
+        return  # on one device
+    from pyvene_ext.circuits import check_defined, judge, score
+
+    # Everything that can be wrong is found before the scores are.
+    run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
+    prompt_set = config.load_prompts()
+    model, tokenizer = config.load_model()
+    pairs = config.tokenize_pairs(prompt_set, model, tokenizer)
+    base, source, _, dropped = px.methods.patchable(*pairs, (), config.dataset, "all")
+    scored, judged = halves(len(base), config.seed)
+    work = f"{len(scored)} pairs score, {len(judged)} judge: {', '.join(config.chosen)}"
+    each = passes_a_pair(config, model)
+    if not run.announce(work, each * px.runs.seconds_a_pass(model, base), n=len(prompt_set)):
+        return
+    on_scored, on_judged = ((base.take(some), source.take(some)) for some in (scored, judged))
+    means = check_defined(model, *on_judged, seed=config.seed, **options(config))
+
+    # Every edge is scored on one half; circuits of ten sizes are judged on the other.
+    how: dict[str, Any] = {
+        "level": config.level,
+        "steps": config.steps,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+    }
+    scores = {method: score(model, *on_scored, method, config.metric, **how) for method in config.chosen}
+    curves = {method: curves_of(config, model, scores[method], on_judged) for method in config.chosen}
+    # One circuit of each method: is it more than its layers, does it miss anything, does it need all it has?
+    circuits = {method: circuit_of(config, model, scores[method]) for method in config.chosen}
+    of_circuits = {"random": config.random_circuits, "removed": config.removed, "seed": config.seed, **options(config)}
+    judged_as = {
+        method: judge(
+            model, circuits[method], *on_judged, scores=scores[method], n=n_kept(config, model), **of_circuits
+        )
+        for method in config.chosen
+    }
+    rows = [{"method": one, **areas_of(config, *curves[one]), **judged_as[one].row()} for one in config.chosen]
+
+    facts = px.metadata(
+        model,
+        **settings(config, base, source, dropped),
+        scored=scored,
+        judged=judged,
+        n_all=n_all(config, model),
+        mean_clean=means[0],
+        mean_empty=means[1],
+        methods=[{name: px.stats.finite(x) if isinstance(x, float) else x for name, x in row.items()} for row in rows],
+    )
+    print(summary(config, facts, rows, curves))
+    with run.writing(facts, [evidence(config, facts, rows)], replacing=("*.npy", "*.csv", "circuit_*", "figures/*")):
+        run.table("methods", rows)
+        run.table("curves", curve_rows(curves))
+        for method in config.chosen:
+            run.array(f"scores_{method}", scores[method])
+            write_circuit(run, config, model, scores[method], circuits[method], method)
+        draw(run, config, curves, scores, circuits, model)
+
+
+# -- what is run -------------------------------------------------------------------------------------------------------
+
+
+def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
+    """Which pairs score edges, and which judge circuits."""
+    if n < 4:
+        raise ValueError(
+            f"{n} pairs of equally many tokens are too few to score edges on some and judge on others; give 4."
+        )
+    order = px.rng(seed, "halves").permutation(n).tolist()
+    return sorted(order[: n // 2]), sorted(order[n // 2 :])
+
+
+def n_all(config: Config, model: PreTrainedModel) -> int:
+    """Edges or nodes of the model."""
+    from pyvene_ext.methods.circuits.circuit import exists
+
+    there = exists(model.config)
+    return int(there.sum()) if config.level == "edge" else len(there) - 1
+
+
+def n_kept(config: Config, model: PreTrainedModel) -> int:
+    """How many of them the written circuit keeps, before pruning."""
+    return max(1, int(config.share * n_all(config, model)))
+
+
+def passes_a_pair(config: Config, model: PreTrainedModel) -> float:
+    """About how many forward passes a pair takes, scoring and judging together."""
+    layers = px.models.n_layers(model.config)
+    exact = n_all(config, model) / 2
+    of_method = {
+        "eap": 10.0,
+        "eap_ig_inputs": 4 + 7 * config.steps,
+        "eap_ig_activations": 4 + 7 * config.steps * (2 * layers + 1),
+        "path_patching": exact,
+        "activation_patching": exact,
+        "atp": 8.0,
+        "flow": 6.0,
+    }
+    judging = 1.7 * (2 * 8 + config.random_circuits + config.removed)  # of two times ten sizes some are cheap
+    return sum((of_method.get(method, 0.0) + judging) / 2 for method in config.chosen)
+
+
+def options(config: Config) -> dict[str, Any]:
+    """What all runs of circuits share."""
+    how: dict[str, Any] = {"metric": config.metric, "ablation": config.ablation, "batch_size": config.batch_size}
+    return how | {"memory": config.memory_bytes}
+
+
+def curves_of(config: Config, model: PreTrainedModel, scores: Scores, pairs: tuple[Any, Any]) -> tuple[Curve, Curve]:
+    """Faithfulness at MIB's sizes, with the highest scores first and with those of the largest magnitude first."""
+    from pyvene_ext.circuits import MIB_SHARES, faithfulness_curve
+
+    by_value, by_magnitude = (
+        faithfulness_curve(model, scores, *pairs, shares=MIB_SHARES, by=by, **options(config))
+        for by in ("value", "magnitude")
+    )
+    return by_value, by_magnitude
+
+
+def circuit_of(config: Config, model: PreTrainedModel, scores: Scores) -> Any:
+    """The circuit of --share of the edges or nodes."""
+    from pyvene_ext.circuits import top_edges, top_nodes
+
+    return (top_edges if config.level == "edge" else top_nodes)(scores, n_kept(config, model), model.config)
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def areas_of(config: Config, by_value: Curve, by_magnitude: Curve) -> dict[str, float]:
+    """CPR and CMD with their intervals."""
+    cpr, cmd = by_value.areas(config.seed)["cpr"], by_magnitude.areas(config.seed)["cmd"]
+    return {
+        f"{name}{end}": float(value)
+        for name, interval in (("cpr", cpr), ("cmd", cmd))
+        for end, value in zip(("", "_low", "_high"), interval, strict=True)
+    }
+
+
+def curve_rows(curves: ByMethod[tuple[Curve, Curve]]) -> Rows:
+    """Faithfulness by method, ranking and share."""
+    return [
+        {"method": method, "ranking": ranking, "share": float(share), "n": int(n), "n_edges": int(edges)}
+        | {"faithfulness": float(mean), "low": float(low), "high": float(high)}
+        for method, both in curves.items()
+        for ranking, curve in zip(("value", "magnitude"), both, strict=True)
+        for share, n, edges, mean, low, high in zip(
+            curve.shares, curve.sizes, curve.n_edges, *curve.runs.interval(), strict=True
+        )
+    ]
+
+
+def settings(
+    config: Config, base: px.TokenizedPrompts, source: px.TokenizedPrompts, dropped: list[int]
+) -> dict[str, Any]:
+    """What was run, for the summary."""
+    return {
+        "model": config.model,
+        "dataset": config.dataset,
+        "base_hash": base.hash,
+        "source_hash": source.hash,
+        "n": len(base),
+        "dropped": dropped,
+        "level": config.level,
+        "ablation": config.ablation,
+        "metric": config.metric,
+        "share": config.share,
+        "answers": config.answers,
+        "seed": config.seed,
+    }
+
+
+# -- what is written and shown -----------------------------------------------------------------------------------------
+
+
+def write_circuit(
+    run: px.RunFolder, config: Config, model: PreTrainedModel, scores: Scores, circuit: Any, method: str
+) -> None:
+    """The circuit of a method as JSON and DOT."""
+    from pyvene_ext.circuits import save_circuit, save_dot
+
+    facts = {"method": method, "level": config.level, "metric": config.metric, "dataset": config.dataset}
+    save_circuit(circuit, run.path / f"circuit_{method}.json", model, **facts)
+    save_dot(circuit, run.path / f"circuit_{method}.dot", weights_of(scores, circuit, model))
+
+
+def weights_of(scores: Scores, circuit: Any, model: PreTrainedModel) -> dict[str, float]:
+    """The score of each edge of a circuit by its name; none of circuits of nodes."""
+    if scores.ndim == 1:
+        return {}
+    rows, columns = np.nonzero(circuit.matrix(model.config))
+    writing, reading = px.specs.senders(model.config), px.specs.receivers(model.config)
+    return {f"{writing[r]}->{reading[c]}": float(scores[r, c]) for r, c in zip(rows, columns, strict=True)}
+
+
+def draw(
+    run: px.RunFolder,
+    config: Config,
+    curves: ByMethod[tuple[Curve, Curve]],
+    scores: ByMethod[Scores],
+    circuits: ByMethod[Any],
+    model: PreTrainedModel,
+) -> None:
+    """Faithfulness by size, and the strongest edges of the first method's circuit."""
+    shown = list(curves)[:4]
+    of = {method: (100 * curves[method][1].shares, curves[method][1].runs.interval()) for method in shown}
+    title = f"Faithfulness by size, {config.ablation}: {run.of}"
+    run.figure("faithfulness", px.figures.faithfulness_curves(of, title=title, axis=f"% of {config.level}s allowed"))
+    first = config.chosen[0]
+    weights = weights_of(scores[first], circuits[first], model)
+    if weights:
+        strongest = dict(sorted(weights.items(), key=lambda item: -abs(item[1]))[:DRAWN])
+        title = f"Circuit by {first}, strongest edges: {run.of}"
+        run.figure("circuit", px.figures.edge_graph(strongest, title, "score", nodes=px.specs.senders(model.config)))
+
+
+def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[tuple[Curve, Curve]]) -> str:
+    """What the terminal shows: one table over methods."""
+    n_scored, n_judged = len(facts["scored"]), len(facts["judged"])
+    lines = [
+        f"{config.model} on {config.dataset}: {facts['n_all']} {config.level}s, scored on {n_scored} pairs, judged on {n_judged}",
+        f"mean {config.metric}: model {facts['mean_clean']:.3f}, empty circuit ({config.ablation}) {facts['mean_empty']:.3f}",
+    ]
+    left_out = f"{px.io.counted(len(facts['dropped']), 'pair')} left out, whose texts differ in number of tokens"
+    lines += [
+        left_out if facts["dropped"] else "",
+        f"{'':20} CPR (higher is better)  CMD (lower is better)   {f'circuit of {100 * config.share:g}%: faithfulness':36}"
+        "  random  complete  minimal",
+    ]
+    for row in rows:
+        cpr, cmd = (f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for name in ("cpr", "cmd"))
+        own = f"{row['n_edges']} edges, {row['faithfulness']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        lines.append(
+            f"{row['method']:20} {cpr:22}  {cmd:22}  {own:36} {row['random_mean']:7.2f} {row['completeness']:9.2f} "
+            f"{row['minimality']:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def evidence(config: Config, facts: dict[str, Any], rows: Rows) -> px.runs.Evidence:
+    """The faithfulness of the first method's circuit, beside random circuits."""
+    row, n = rows[0], config.random_circuits
+    effect = f"{100 * config.share:g}% of the {config.level}s by {row['method']} have a faithfulness of"
+    control = f"{n} random circuits of the same layers and kinds, p = {row['p']:.2g}"
+    interval = px.Interval(row["faithfulness"], row["low"], row["high"])
+    sharpen = "a larger --limit or --random_circuits"
+    return px.runs.Evidence(f"{len(facts['judged'])} held-out pairs", effect, interval, control, sharpen)
+
+
+if __name__ == "__main__":
+    sys.exit(px.io.run(main, Config))

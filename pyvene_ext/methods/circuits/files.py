@@ -1,0 +1,113 @@
+"""Circuits as files: JSON that names the model they belong to, and DOT for drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from transformers import PreTrainedModel
+
+from modelcards import n_heads, n_kv_heads, n_layers
+from pyvene_ext.io.files import atomic_path, read_as, write_json
+from pyvene_ext.methods.circuits.circuit import Circuit, parse_edge
+from pyvene_ext.models.identity import weight_hash
+
+
+class CircuitFile(BaseModel):
+    """A circuit with what it is a circuit of.
+
+    Attributes:
+        model_type: of the model's config.
+        weight_hash: of the model's weights.
+        n_layers: number of layers.
+        n_heads: query heads of a layer.
+        n_kv_heads: K/V heads of a layer.
+        facts: how it was found, such as prompts, method and metric.
+        edges: the names of its edges.
+    """
+
+    model_type: str
+    weight_hash: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    facts: dict[str, Any] = {}
+    edges: list[str]
+
+
+def save_circuit(circuit: Circuit, path: str | Path, model: PreTrainedModel, **facts: Any) -> None:
+    """Write a circuit to a JSON file.
+
+    Args:
+        circuit: the circuit.
+        path: the file.
+        model: the model that it is a circuit of.
+        **facts: plain data to write with it: prompts, method, metric.
+
+    Raises:
+        ValueError: the model lacks one of the edges.
+    """
+    circuit.matrix(model.config)
+    write_json(path, CircuitFile(**_identity(model), facts=facts, edges=sorted(circuit.edges)).model_dump())
+
+
+def load_circuit(path: str | Path, model: PreTrainedModel, *, other_weights: bool = False) -> Circuit:
+    """Read a circuit that `save_circuit` wrote.
+
+    Args:
+        path: the file.
+        model: the model that it will be run in.
+        other_weights: allow a model of the same layers and heads with other weights, such as a later checkpoint.
+
+    Returns:
+        The circuit.
+
+    Raises:
+        ValueError: the file is no circuit, or that of another model.
+    """
+    found, own = read_as(CircuitFile, path), _identity(model)
+    differing = [name for name, value in own.items() if getattr(found, name) != value]
+    if other_weights:
+        differing = [name for name in differing if name not in ("weight_hash", "model_type")]
+    if differing:
+        name = differing[0]
+        advice = "; other_weights=True allows that" if differing == ["weight_hash"] else ""
+        raise ValueError(
+            f"{path} is a circuit of another model: its {name} is {getattr(found, name)}, this model's {own[name]}{advice}."
+        )
+    circuit = Circuit(frozenset(found.edges))
+    circuit.matrix(model.config)
+    return circuit
+
+
+def save_dot(circuit: Circuit, path: str | Path, weights: Mapping[str, float] | None = None) -> None:
+    """Write a circuit in the DOT language, for `dot -Tsvg`. A query head is one node, as sender and receiver, and so is an MLP.
+
+    Args:
+        circuit: the circuit.
+        path: the file.
+        weights: scores of edges by name; the widths of the lines are in proportion to their magnitude.
+    """
+    weights = weights or {}
+    largest = max((abs(weights.get(edge, 0.0)) for edge in circuit.edges), default=0.0) or 1.0
+    lines = ["digraph circuit {", '  rankdir="BT"; node [shape="box", fontname="sans-serif"];']
+    for edge in sorted(circuit.edges):
+        sender, receiver = parse_edge(edge)
+        head = "" if receiver.head is None else f".{receiver.head}"
+        # A K/V head serves a group of query heads, so that it is a node of its own.
+        target = {"q": f"z.{receiver.layer}{head}", "mlp_in": f"mlp_out.{receiver.layer}"}.get(
+            receiver.site, str(receiver)
+        )
+        width = 0.5 + 3.5 * abs(weights.get(edge, 0.0)) / largest
+        label = f' label="{receiver.site}",' if receiver.site == "q" else ""
+        lines.append(f'  "{sender}" -> "{target}" [{label} penwidth={width:.2f}];')
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")
+
+
+def _identity(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config
+    sizes = {"n_layers": n_layers(config), "n_heads": n_heads(config), "n_kv_heads": n_kv_heads(config)}
+    return {"model_type": str(config.model_type), "weight_hash": weight_hash(model), **sizes}

@@ -1,0 +1,153 @@
+"""What one circuit is worth: more than its layers, with nothing missed, and nothing to spare?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from transformers import PreTrainedModel
+
+from pyvene_ext.engine.measure import MetricLike
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.circuits.choosing import Scores, random_circuits
+from pyvene_ext.methods.circuits.circuit import Circuit
+from pyvene_ext.methods.circuits.running import run_circuits
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.stats.controls import share_as_large
+from pyvene_ext.stats.intervals import Interval, bootstrap_mean
+
+CHANGED = 0.01  # of faithfulness, from which on an edge counts as needed
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A circuit beside random ones, its complement, and itself without single edges.
+
+    Attributes:
+        n_edges: its number of edges.
+        faithfulness: with its 95% interval over prompts.
+        random: faithfulness of random circuits of the same layers and kinds.
+        completeness: faithfulness of all other edges together, near 0 if the circuit misses nothing (Marks et al. 2024).
+        without: faithfulness without single edges, drawn at random.
+    """
+
+    n_edges: int
+    faithfulness: Interval
+    random: Float[np.ndarray, " circuit"]
+    completeness: float
+    without: Float[np.ndarray, " edge"]
+
+    @property
+    def p(self) -> float:
+        """(1 + random circuits that are at least as faithful) / (1 + random circuits)."""
+        return share_as_large(float(self.faithfulness.mean), self.random)
+
+    @property
+    def minimality(self) -> float:
+        """The share of edges without which faithfulness changes by `CHANGED` or more; NaN if none was removed."""
+        changes = np.abs(float(self.faithfulness.mean) - self.without)
+        return float((changes >= CHANGED).mean()) if len(changes) else float("nan")
+
+    def row(self) -> dict[str, float]:
+        """The numbers as a row of a table."""
+        mean, low, high = map(float, self.faithfulness)
+        return {
+            "n_edges": self.n_edges,
+            "faithfulness": mean,
+            "low": low,
+            "high": high,
+            "random_mean": float(self.random.mean()),
+            "random_highest": float(self.random.max()),
+            "p": self.p,
+            "completeness": self.completeness,
+            "minimality": self.minimality,
+        }
+
+
+def judge(
+    model: PreTrainedModel,
+    circuit: Circuit,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    metric: MetricLike = "logit_diff",
+    *,
+    scores: Scores | None = None,
+    n: int | None = None,
+    random: int = 10,
+    removed: int = 20,
+    seed: int = 0,
+    **options: Any,
+) -> Judgement:
+    """Judge a circuit on prompts other than those that chose it.
+
+    Args:
+        model: as for `run_circuits`.
+        circuit: the circuit.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        scores: what chose the circuit, so that random circuits are those of permuted scores; by default they have as many edges
+            as the circuit between the same layers and kinds, and are then pruned.
+        n: how many edges or nodes of the highest scores the circuit has, before it was pruned; needed with `scores`.
+        random: number of random circuits.
+        removed: number of its edges that are removed, one at a time.
+        seed: of random circuits and of the edges that are removed.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        The judgement.
+
+    Raises:
+        ValueError: for what `run_circuits` and `random_circuits` refuse.
+    """
+    edges = sorted(circuit.edges)
+    chosen_by, n = (circuit, len(circuit)) if scores is None or n is None else (scores, n)
+    chance = random_circuits(chosen_by, n, model.config, random, seed=seed)
+    drawn = rng(seed, "removed").permutation(len(edges))[:removed]
+    without = [Circuit(circuit.edges - {edges[number]}) for number in drawn]
+    run = [circuit, circuit.complement(model.config), *chance, *without]
+    found = run_circuits(model, run, base, source, metric, **options)
+    mean, low, high = found.interval(seed)
+    first = 2 + len(chance)
+    return Judgement(len(circuit), Interval(mean[0], low[0], high[0]), mean[2:first], float(mean[1]), mean[first:])
+
+
+def check_defined(
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    metric: MetricLike = "logit_diff",
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[float, float]:
+    """Check that a metric tells the model from the empty circuit, as faithfulness divides by the difference.
+
+    Args:
+        model: as for `run_circuits`.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        seed: of the bootstrap.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        The means of the metric over prompts, of the model and of the empty circuit.
+
+    Raises:
+        ValueError: the 95% interval of their mean difference includes 0, or there is one prompt only.
+    """
+    if len(base) < 2:
+        raise ValueError("one pair of prompts has no interval; give two or more pairs.")
+    found = run_circuits(model, [Circuit(frozenset())], base, source, metric, progress=False, **options)
+    apart = bootstrap_mean(found.clean - found.empty, rng(seed, "apart"))
+    clean, empty = float(found.clean.mean()), float(found.empty.mean())
+    if not (apart.low > 0 or apart.high < 0):
+        raise ValueError(
+            f"{found.metric} does not tell the model (mean {clean:.3g}) from the empty circuit (mean {empty:.3g}): the 95% "
+            f"interval of their difference, [{apart.low:.3g}, {apart.high:.3g}], includes 0, so that faithfulness, CPR and CMD "
+            "are undefined; take another metric, more pairs, or a task that the model can do."
+        )
+    return clean, empty

@@ -1,0 +1,173 @@
+"""Scores of every edge or node by one of several methods, with one signature: what circuits are chosen from.
+
+Edges, `[sender receiver]`:
+    eap, eap_ig_inputs, eap_ig_activations   estimates from gradients (`methods.attribution.edges`)
+    path_patching                            exact: each edge's contribution taken from source, MLPs between its ends frozen
+                                             (Goldowsky-Dill et al. 2023), a run each
+    flow                                     how near what a sender adds is to what a receiver reads (Ferrando & Voita 2024)
+    random                                   draws from a normal distribution
+
+Nodes, `[sender]`:
+    atp                                      estimates from gradients (Nanda 2023)
+    activation_patching                      exact, a run each
+    random
+
+Scores estimate delta = M(base) - M(base, patched from source), which is positive where the edge or node helps. flow and random
+have no sign.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pyvene_ext.engine.measure import MetricLike
+from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.attribution.atp import atp
+from pyvene_ext.methods.attribution.edges import check_edges_of, edge_attribution
+from pyvene_ext.methods.circuits.choosing import Scores
+from pyvene_ext.methods.circuits.circuit import exists
+from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
+from pyvene_ext.methods.circuits.running import of_one_length
+from pyvene_ext.methods.heads.flow import proximity
+from pyvene_ext.methods.patching.patch import patch
+from pyvene_ext.models.devices import no_gradients
+from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.graph import receivers, senders
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
+
+Level = Literal["edge", "node"]
+OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "random"]
+OfNodes = Literal["atp", "activation_patching", "random"]
+METHODS: dict[Level, tuple[str, ...]] = {"edge": get_args(OfEdges), "node": get_args(OfNodes)}
+
+
+def score(
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts,
+    method: OfEdges | OfNodes,
+    metric: MetricLike = "logit_diff",
+    *,
+    level: Level = "edge",
+    steps: int = 5,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Scores:
+    """Score every edge or node of a model.
+
+    Args:
+        model: a causal language model with a card; used in eval mode and restored afterwards.
+        base: the prompts on which the model does its task.
+        source: the prompts that activations are taken from, paired with `base` by order and of equal length.
+        method: one of `METHODS[level]`, as the module's docstring lists them.
+        metric: as for `run`, one number per prompt; not read by flow and random.
+        level: edge or node.
+        steps: of integrated gradients.
+        seed: of random scores.
+        batch_size: prompts per forward pass.
+        progress: show a bar.
+
+    Returns:
+        The mean over prompts, `[sender receiver]` of edges (0 where there is none) or `[sender]` of nodes (0 for the embedding),
+        as `top_edges`, `top_nodes` and `faithfulness_curve` take them.
+
+    Raises:
+        ValueError: the level has no such method, or for what the method refuses.
+    """
+    if level not in METHODS:
+        raise ValueError(f"level must be 'edge' or 'node', not {level!r}.")
+    if method not in METHODS[level]:
+        raise ValueError(f"no method {method!r} scores {level}s; choose among {', '.join(METHODS[level])}.")
+    there = exists(model.config)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    if method == "random":
+        shape = there.shape if level == "edge" else there.shape[:1]
+        return rng(seed, "random scores").normal(size=shape)
+    if level == "node":
+        patches = [ActivationPatch(site=node.site, layer=node.layer, heads=_heads(node.head)) for node in _nodes(model)]
+        delta = (
+            atp(model, patches, base, source, metric, **options)
+            if method == "atp"
+            else patch(model, patches, base, source, metric, **options).delta
+        )
+        return np.concatenate([[0.0], delta.mean(1, dtype=np.float64)])
+    if method == "flow":
+        return flow_scores(model, base, batch_size)
+    if method == "path_patching":
+        reading, writing = receivers(model.config), senders(model.config)
+        places = np.argwhere(there)
+        paths = [
+            PathPatch(sender=str(writing[row]), receivers=(str(reading[column]),), freeze_mlps=True)
+            for row, column in places
+        ]
+        found = np.zeros(there.shape)
+        found[there] = patch(model, paths, base, source, metric, **options).delta.mean(1, dtype=np.float64)
+        return found
+    edges = edge_attribution(model, base, source, metric, method, steps=steps, **options)  # type: ignore[arg-type]
+    return np.where(there, edges.per_prompt.mean(-1, dtype=np.float64), 0.0)
+
+
+def flow_scores(
+    model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: int = 8
+) -> Float[np.ndarray, "sender receiver"]:
+    """Score every edge by information flow: the proximity of what the sender adds to the stream that the receiver reads.
+
+    Proximity (Ferrando & Voita 2024) is max(0, |stream| - |stream - added|) in the 1-norm, here divided by its sum over the
+    stream's senders, and averaged over tokens, of the logits' stream over the last token. It does not know of the receiver's own
+    weights, so that all heads of a layer read alike; Mueller et al. (2025) use it as a baseline.
+
+    Args:
+        model: as for `score`.
+        prompts: the prompts.
+        batch_size: prompts per forward pass.
+
+    Returns:
+        Shares from 0 to 1; 0 where there is no edge.
+    """
+    check_edges_of(model, prompts)
+    edgewise = EdgewiseModel(model)
+    total = np.zeros(edgewise.exists.shape)
+    with evaluating(model), no_gradients(model):
+        for index in of_one_length(prompts, batch_size):
+            run = edgewise.plain(prompts.batch(index).input_ids)
+            for (site, layer), readers in edgewise.readers.items():
+                stream, n_added = _stream_read(edgewise, run, site, layer)
+                shares = _shares_of(run.added[:, :n_added, -stream.shape[1] :], stream.float())
+                total[:n_added, readers] += shares.sum(0).cpu().numpy()[:, None]
+    return total / len(prompts)
+
+
+def _stream_read(
+    edgewise: EdgewiseModel, run: PlainRun, site: str, layer: int | None
+) -> tuple[Float[Tensor, "batch pos d_model"], int]:
+    """What receivers of a kind read, and how many senders have written by then."""
+    if layer is None:
+        return run.hidden[-1][:, -1:], len(edgewise.exists)
+    heads, mlp = edgewise.senders_of(layer)
+    if site == "mlp_in":
+        return run.hidden[layer + 1] - run.added[:, mlp.start].to(run.hidden[layer]), mlp.start
+    return run.hidden[layer], heads.start
+
+
+def _shares_of(
+    added: Float[Tensor, "batch sender pos d_model"], stream: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch sender"]:
+    near = torch.stack([proximity(added[:, sender], stream) for sender in range(added.shape[1])], 1)
+    return (near / near.sum(1, keepdim=True).clamp(min=1e-12)).mean(-1)
+
+
+def _nodes(model: PreTrainedModel) -> list[Any]:
+    return senders(model.config)[1:]
+
+
+def _heads(head: int | None) -> tuple[int, ...] | None:
+    return None if head is None else (head,)

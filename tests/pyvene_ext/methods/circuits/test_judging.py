@@ -1,0 +1,107 @@
+"""Circuits as data: judged beside random ones, compared, written and read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyvene_ext.methods.circuits.choosing import edge_groups, random_circuits, top_edges
+from pyvene_ext.methods.circuits.circuit import Circuit, exists, parse_edge
+from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
+from pyvene_ext.methods.circuits.judging import check_defined, judge
+from pyvene_ext.methods.circuits.overlap import jaccard, overlap
+from pyvene_ext.methods.circuits.running import completeness, faithfulness
+from pyvene_ext.specs.graph import receivers, senders
+from tests.pyvene_ext.methods.circuits.test_circuits import BASE, SOURCE, chosen, close, some_edges
+from tests.tiny_random import random_model
+
+
+def scores_of(model: torch.nn.Module) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=exists(model.config).shape)
+
+
+def test_a_judgement_holds_what_each_run_by_itself_gives() -> None:
+    model, options = random_model("qwen2_5"), {"progress": False}
+    scores = scores_of(model)
+    circuit, pairs = top_edges(scores, 60, model.config), [chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE)]
+    found = judge(model, circuit, *pairs, scores=scores, n=60, random=3, removed=len(circuit), **options)
+    close(found.faithfulness.mean, faithfulness(model, circuit, *pairs, **options))
+    close(found.completeness, completeness(model, circuit, *pairs, **options))
+    chance = random_circuits(scores, 60, model.config, 3)
+    close(found.random, [faithfulness(model, one, *pairs, **options) for one in chance])
+    assert 2 < len(circuit) < 40
+    without = sorted(faithfulness(model, Circuit(circuit.edges - {e}), *pairs, **options) for e in circuit.edges)
+    close(np.sort(found.without), without)
+    changed = [abs(float(found.faithfulness.mean) - value) >= 0.01 for value in without]
+    assert found.minimality == pytest.approx(np.mean(changed)) and 0 < found.minimality <= 1
+    at_least = sum(value >= found.faithfulness.mean for value in found.random)
+    assert found.p == (1 + at_least) / 4
+    assert found.row()["n_edges"] == len(circuit)
+
+
+def test_a_metric_that_cannot_tell_the_model_from_the_empty_circuit_is_refused() -> None:
+    model = random_model("llama3_1")
+    twice = [chosen(prompts, [2, 2]) for prompts in (BASE, SOURCE)]
+    clean, empty = check_defined(model, *twice)
+    assert abs(clean - empty) > 1e-3
+    with pytest.raises(ValueError, match="two or more pairs"):
+        check_defined(model, *(chosen(prompts, [2]) for prompts in (BASE, SOURCE)))
+    right, wrong = twice[0].answer_ids[0]
+    flipped = twice[0].with_answer_ids([(right, wrong), (wrong, right)])  # the same difference, once with either sign
+    with pytest.raises(ValueError, match="includes 0, so that faithfulness, CPR and CMD are undefined"):
+        check_defined(model, flipped, twice[1])
+
+
+def test_overlap_is_beside_circuits_with_as_many_edges_between_the_same_layers_and_kinds() -> None:
+    config = random_model("mistral").config
+    one, other = (Circuit(some_edges(random_model("mistral"), 0.2, seed=seed)) for seed in (1, 2))
+    found = overlap(one, other, config, draws=200)
+    assert found.jaccard == jaccard(one, other) == len(one.edges & other.edges) / len(one.edges | other.edges)
+    assert found.core.edges == one.edges & other.edges and 0.05 < found.p <= 1
+    assert abs(found.chance.mean() - found.jaccard) < 0.1
+    same = overlap(one, one, config, draws=99)
+    assert same.jaccard == 1 and same.p == 0.01 and same.chance.max() < 1
+    # Where a group is full in both, chance shares it too.
+    groups, names = edge_groups(config), np.array([[f"{s}->{r}" for r in receivers(config)] for s in senders(config)])
+    there = exists(config)
+    largest, _ = Counter(groups[there].tolist()).most_common(1)[0]
+    full = Circuit(frozenset(names[there & (groups == largest)].tolist()))
+    assert overlap(full, full, config, draws=9).chance.tolist() == [1.0] * 9
+    assert np.isnan(jaccard(Circuit(frozenset()), Circuit(frozenset())))
+    for group in np.unique(groups[there]):
+        kinds = {
+            tuple((node.site, node.layer) for node in parse_edge(name)) for name in names[there & (groups == group)]
+        }
+        assert len(kinds) == 1
+
+
+def test_a_file_gives_the_circuit_back_to_its_model_only(tmp_path: Path) -> None:
+    model, path = random_model("qwen2_5"), tmp_path / "circuit.json"
+    circuit = Circuit(some_edges(model, 0.1))
+    save_circuit(circuit, path, model, method="eap", dataset="ioi_en")
+    assert load_circuit(path, model) == circuit
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    with pytest.raises(ValueError, match=r"a circuit of another model: its weight_hash is .*other_weights=True allows"):
+        load_circuit(path, model)
+    assert load_circuit(path, model, other_weights=True) == circuit
+    with pytest.raises(ValueError, match="a circuit of another model: its model_type is qwen2, this model's gpt2"):
+        load_circuit(path, random_model("gpt2"))
+    for bad, match in (("{", "JSON"), ('{"edges": []}', "model_type"), ("[]", "")):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=match):
+            load_circuit(path, model)
+
+
+def test_dot_names_every_edge_and_is_as_wide_as_its_score(tmp_path: Path) -> None:
+    save_dot(Circuit(frozenset({"embed->q.0.1", "z.0.1->k.1.0", "mlp_out.0->logits"})), tmp_path / "x.dot")
+    text = (tmp_path / "x.dot").read_text()
+    for line in ('"embed" -> "z.0.1"', '"z.0.1" -> "k.1.0"', '"mlp_out.0" -> "logits"'):
+        assert line in text
+    save_dot(Circuit(frozenset({"embed->logits", "embed->mlp_in.0"})), tmp_path / "x.dot", {"embed->logits": -2.0})
+    text = (tmp_path / "x.dot").read_text()
+    assert '"logits" [ penwidth=4.00]' in text and '"mlp_out.0" [ penwidth=0.50]' in text

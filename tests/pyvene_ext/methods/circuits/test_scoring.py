@@ -1,0 +1,98 @@
+"""Scores of edges and nodes by each method, against the engines that they come from and against hand computation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny.planted_circuits import planted
+
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.circuits.circuit import exists
+from pyvene_ext.methods.circuits.scoring import METHODS, score
+from pyvene_ext.methods.patching.patch import patch
+from pyvene_ext.specs.graph import receivers, senders
+from pyvene_ext.specs.patch import ActivationPatch
+from pyvene_ext.specs.path import PathPatch
+from pyvene_ext.stats.rankings import auroc
+from tests.ground_truth.paths import precedes
+from tests.pyvene_ext.methods.circuits.test_circuits import BASE, close, contributions, norm_in_front
+from tests.pyvene_ext.methods.circuits.test_circuits import SOURCE as OTHER
+from tests.tiny_random import random_model
+
+SOURCE = replace(OTHER, answers=BASE.answers)
+
+
+def test_scores_are_means_over_prompts_in_the_order_of_the_graph() -> None:
+    model = random_model("llama3_1")
+    names = [[str(node) for node in nodes(model.config)] for nodes in (senders, receivers)]
+    options = {"batch_size": 3, "progress": False}
+    exact = score(model, BASE, SOURCE, "path_patching", batch_size=3, progress=False)
+    for edge in ("embed->k.0.1", "z.0.2->mlp_in.1", "mlp_out.0->logits"):
+        sender, receiver = edge.split("->")
+        path = PathPatch(sender=sender, receivers=(receiver,), freeze_mlps=True)
+        close(
+            exact[names[0].index(sender), names[1].index(receiver)],
+            patch(model, [path], BASE, SOURCE, **options).delta.mean(),  # type: ignore[arg-type]
+        )
+    estimated = score(model, BASE, SOURCE, "eap", batch_size=3, progress=False)
+    close(estimated, np.nan_to_num(edge_attribution(model, BASE, SOURCE, progress=False).matrix))
+    nodes = score(model, BASE, SOURCE, "activation_patching", level="node", batch_size=3, progress=False)
+    spec = ActivationPatch(site="z", layer=1, heads=(3,))
+    close(nodes[names[0].index("z.1.3")], patch(model, [spec], BASE, SOURCE, progress=False).delta.mean())
+    assert nodes.shape == (len(names[0]),) and nodes[0] == 0
+    for level, methods in METHODS.items():
+        shape = exists(model.config).shape[: 2 if level == "edge" else 1]
+        for method in set(methods) - {"path_patching", "activation_patching", "eap_ig_activations"}:
+            found = score(model, BASE, SOURCE, method, level=level, steps=1, progress=False)  # type: ignore[arg-type]
+            assert found.shape == shape and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_flow_is_the_proximity_of_what_is_added_to_the_stream_in_front_of_the_receivers_norm(family: str) -> None:
+    model = random_model(family)
+    found = score(model, BASE, SOURCE, "flow", batch_size=2)
+    names = [[str(node) for node in nodes(model.config)] for nodes in (senders, receivers)]
+    expected = {receiver: np.zeros(len(names[0])) for receiver in ("q.1.0", "mlp_in.0", "logits")}
+    for ids in BASE.input_ids:
+        tokens = torch.tensor([ids])
+        added = contributions(model, tokens)
+        for receiver, sums in expected.items():
+            streams: list[torch.Tensor] = []
+            handle = norm_in_front(model, receiver).register_forward_pre_hook(
+                lambda _, args, s=streams: s.append(args[0])
+            )
+            with torch.no_grad():
+                model(tokens)
+            handle.remove()
+            stream = streams[0][:, -1:] if receiver == "logits" else streams[0]
+            near = {}
+            for sender in (s for s in names[0] if precedes(s, receiver)):
+                part = added[sender][:, -stream.shape[1] :]
+                near[sender] = (stream.abs().sum(-1) - (stream - part).abs().sum(-1)).clamp(min=0)
+            total = sum(near.values())
+            for sender, value in near.items():
+                sums[names[0].index(sender)] += float((value / total).mean())
+    for receiver, sums in expected.items():
+        np.testing.assert_allclose(found[:, names[1].index(receiver)], sums / len(BASE), atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["eap", "path_patching"])
+def test_a_planted_circuit_has_the_highest_scores(method: str) -> None:
+    case = planted("v_composition", "llama", n_prompts=3)
+    found = np.abs(score(case.model, case.clean, case.corrupt, method, progress=False))  # type: ignore[arg-type]
+    there = exists(case.model.config)
+    names = np.array([[f"{s}->{r}" for r in receivers(case.model.config)] for s in senders(case.model.config)])
+    assert auroc(found[there], np.isin(names[there], list(case.edges))) == 1
+
+
+def test_a_method_of_the_other_level_is_refused() -> None:
+    model = random_model("llama3_1")
+    with pytest.raises(ValueError, match="no method 'atp' scores edges; choose among eap, "):
+        score(model, BASE, SOURCE, "atp", progress=False)
+    with pytest.raises(ValueError, match="no method 'flow' scores nodes; choose among atp, "):
+        score(model, BASE, SOURCE, "flow", level="node", progress=False)
+    with pytest.raises(ValueError, match="level must be"):
+        score(model, BASE, SOURCE, "eap", level="neuron", progress=False)  # type: ignore[arg-type]
