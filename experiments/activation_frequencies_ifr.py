@@ -46,7 +46,6 @@ from jaxtyping import Bool, Float
 import pyvene_ext as px
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
     Found = px.methods.Screen | px.Sequential | None
@@ -162,7 +161,9 @@ def main(config: Config) -> None:
             run.array("estimates", found.estimates.reshape(deltas.shape))
         largest = [(int(row["layer"]), int(row["head"])) for row in rows[: px.runs.HEADS]]
         run.views(px.runs.look(model, tokenizer, prompts.input_ids, largest))
-        for name, figure in drawn(config, tau, run.of, frequency.mean, deltas, (taus, curve)).items():
+        shown: dict[str, Any] = {"tau": tau, "signed": not config.abs, "of": run.of}
+        maps = deltas, mean_deltas(deltas), frequency.mean
+        for name, figure in px.figures.figures_of_effects(*maps, (taus, curve), **shown).items():
             run.figure(name, figure)
         px.io.write_npy(out, frequency.mean.astype(np.float32))
 
@@ -273,38 +274,6 @@ def clean_means(clean: Float[np.ndarray, " prompt"]) -> dict[str, float]:
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
-
-
-def drawn(
-    config: Config,
-    tau: float,
-    of: str,
-    frequency: Float[np.ndarray, "layer head"],
-    deltas: Deltas,
-    against_tau: tuple[Float[np.ndarray, " tau"], Float[np.ndarray, "tau layer head"]],
-) -> dict[str, Figure]:
-    """The figures by name: maps of heads, and if anything has an effect, how the frequency depends on tau."""
-    label = f"share of prompts with {config.compared} > {tau:.3g}"
-    figures = {
-        "frequency": px.figures.head_heatmap(
-            frequency, f"Activation frequency: {of}", label, limits=(0, 1), missing="not run"
-        ),
-        "mean_delta": px.figures.head_heatmap(
-            mean_deltas(deltas),
-            f"Mean effect: {of}",
-            "mean delta (logit difference)",
-            diverging=True,
-            missing="not run",
-        ),
-    }
-    if np.nanmax(np.abs(deltas) if config.abs else deltas) > 0:
-        title = f"Activation frequency against the threshold: {of}"
-        threshold = f"threshold tau on {config.compared} (logit difference)"
-        figures["frequency_vs_tau"] = px.figures.frequency_curve(
-            *against_tau, tau=tau, title=title, threshold=threshold
-        )
-        figures["abs_delta"] = px.figures.histogram_abs_delta(deltas, tau=tau)
-    return figures
 
 
 def summary(

@@ -90,20 +90,11 @@ def main(config: Config) -> None:
         return
 
     # The effect of patches, exactly, and as gradients estimate it; the effect of every edge, as they estimate it.
-    result = px.patch(
-        model,
-        nodes,
-        base,
-        source,
-        config.metric,
-        memory=config.memory_bytes,
-        store=run.unfinished,
-        batch_size=config.batch_size,
-        progress=px.is_main_process(),
-    )
+    common: dict[str, Any] = {"metric": config.metric, "batch_size": config.batch_size}
+    sweep: dict[str, Any] = {"memory": config.memory_bytes, "store": run.unfinished, "progress": px.is_main_process()}
+    result = px.patch(model, nodes, base, source, **common, **sweep)
     if not px.is_main_process():
         return
-    common: dict[str, Any] = {"metric": config.metric, "batch_size": config.batch_size}
     exact = np.full((len(patches), len(base)), np.nan, np.float32)
     exact[checked] = result.delta
     scores = {

@@ -255,13 +255,11 @@ def drawn(
     against_tau: tuple[Float[np.ndarray, " tau"], Float[np.ndarray, "tau layer head"]],
 ) -> dict[str, Figure]:
     """The figures of all prompts by name: maps of heads, and the frequency against the threshold."""
-    title, label = (
-        f"Activation frequency by information flow: {of}",
-        f"share of prompts with an edge above {tau:.3g}",
-    )
+    title = f"Activation frequency by information flow: {of}"
+    label = f"share of prompts with an edge above {tau:.3g} on a route"
     importance = np.mean([one.importance for one in flow], 0)
     return {
-        "frequency": px.figures.head_heatmap(frequency, title, f"{label} on a route", limits=(0, 1)),
+        "frequency": px.figures.head_heatmap(frequency, title, label, limits=(0, 1)),
         "importance": px.figures.head_heatmap(
             importance, f"Mean importance: {of}", "share of resid_mid (mean over tokens)"
         ),

@@ -142,15 +142,13 @@ def main(config: Config) -> None:
         helps_if_negative=["attribution_s"],
     )
 
-    figures = px.figures.figures_of_name_movers(
-        found, names, heads, pooled, places, of=run.of, fold_norm=config.fold_norm
-    )
-
+    measured = found, names, heads, pooled, places
+    figures = px.figures.figures_of_name_movers(*measured, of=run.of, fold_norm=config.fold_norm)
     print(summary(facts, heads, shown, pooled, found))
     with run.writing(facts, [evidence(facts, heads)], replacing=("path_effect.npy", "figures/scatter_*")):
-        for measured, array in vars(found).items():
+        for name, array in vars(found).items():
             if array is not None:
-                run.array(measured, array)
+                run.array(name, array)
         run.table("heads", heads)
         run.table("correlations", correlation_table(correlations))
         run.table("looks", looks_table(found, places))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from pyvene.models.intervenable_modelcard import type_to_dimension_mapping, type_to_module_mapping
 
-from tests.tiny_random import CORE_FAMILIES, MORE_FAMILIES
+from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES, UNLIKE
 
 TESTS = Path(__file__).parent
+EVERY_FAMILY = {*FAMILIES, *MORE_FAMILIES}
 BEYOND = set(MORE_FAMILIES) - set(CORE_FAMILIES)
 # Tests that are known by their place.
 PLACES = {
@@ -26,6 +27,16 @@ PLACES = {
     "test_readme.py": "docs",
     "test_site.py": "docs",
 }
+# They see a model through cards and engines, which are held on CORE_FAMILIES: `make test` takes the UNLIKE ones alone.
+BUILT_ON_OTHERS = (
+    "pyvene_ext/engine/test_reading.py",
+    "pyvene_ext/methods",
+    "pyvene_ext/models/test_continuous_thought.py",
+    "pyvene_ext/models/test_devices.py",
+    "pyvene_ext/report",
+    "pyvene_ext/specs/test_addition.py",
+    "experiments",
+)
 INTERRUPTED = re.compile(r"_(kill|kills|killed|interrupted|goes_on|stops_while)(_|$)")
 
 # Taken before anything imports modelcards and registers ours.
@@ -35,23 +46,39 @@ PLAIN_DIMENSIONS = dict(type_to_dimension_mapping)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks each test with what it is; `make test` leaves out what CONTRIBUTING's "Checks" gives to `make test-all`."""
+    unlike = {function_of(item) for item in items if families(item).intersection(UNLIKE)}
     for item in items:
         for kind in kinds(item):
             item.add_marker(kind)
+        built = any(place(item).is_relative_to(where) for where in BUILT_ON_OTHERS)
+        if built and families(item).difference(UNLIKE) and function_of(item) in unlike:
+            item.add_marker("families")
 
 
 def kinds(item: pytest.Item) -> Iterator[str]:
     """The markers of a test by its place, its fixtures, its name and the families it is called with."""
-    place = item.path.relative_to(TESTS)
-    yield from (kind for where, kind in PLACES.items() if place.is_relative_to(where))
+    yield from (kind for where, kind in PLACES.items() if place(item).is_relative_to(where))
     if "launch" in getattr(item, "fixturenames", ()):
         yield "processes"
     if INTERRUPTED.search(item.name.partition("[")[0]):
         yield "kills"
+    if families(item) & BEYOND:
+        yield "families"
+
+
+def place(item: pytest.Item) -> Path:
+    return item.path.relative_to(TESTS)
+
+
+def function_of(item: pytest.Item) -> tuple[Path, str]:
+    return item.path, item.name.partition("[")[0]
+
+
+def families(item: pytest.Item) -> set[str]:
+    """The families among what a test is called with; `FAMILY/IMPLEMENTATION` counts too."""
     callspec = getattr(item, "callspec", None)
     values = callspec.params.values() if callspec else ()
-    if any(str(getattr(value, "family", value)).partition("/")[0] in BEYOND for value in values):
-        yield "families"
+    return {str(getattr(value, "family", value)).partition("/")[0] for value in values} & EVERY_FAMILY
 
 
 @pytest.fixture(autouse=True, scope="session")

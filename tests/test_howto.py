@@ -274,6 +274,7 @@ def test_a_page_gives_what_plain_hooks_give(check: Callable[[Names], None], tmp_
     check(run_cells(sections(page, titles), tmp_path))
 
 
+@pytest.mark.slow
 def test_a_trained_intervention_gives_the_same_logits_in_another_process(tmp_path: Path) -> None:
     names = run_cells(sections("das"), tmp_path)
     check_das_elsewhere(names, "tiny-qwen2.5")
@@ -287,6 +288,7 @@ def test_the_parts_of_the_residual_stream_sum_to_it(tmp_path: Path) -> None:
     torch.testing.assert_close(sum(parts.values()), acts["resid_post", 3], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_study_takes_prompts_of_ones_own(tmp_path: Path) -> None:
     check_study(run_cells(sections("own_prompts"), tmp_path), "tiny-gemma2")
 

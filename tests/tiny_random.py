@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import (
@@ -174,6 +175,10 @@ _OWN_CLASSES = {"gemma3": {"causal_lm": "Gemma3ForCausalLM", "classifier": "Gemm
 MORE_FAMILIES = tuple(_MORE)
 # Attention and MLP side by side, experts, attention written out, learned positions with an offset.
 CORE_FAMILIES = (*FAMILIES, "cohere", "mixtral", "bloom", "opt")
+# Two that share least: norms before and after a block or before it only, gates, biases, heads in groups or fused.
+UNLIKE = ("gemma2", "gpt2")
+# For what does not depend on the family, or what another test holds on each: two in `make test`, the others with the rest.
+FEWER = [pytest.param(family, marks=() if family in UNLIKE else pytest.mark.slow) for family in FAMILIES]
 for _family, (_bare, _) in _MORE.items():
     _named = {
         cls: _bare.removesuffix("Model") + end

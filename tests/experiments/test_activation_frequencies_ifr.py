@@ -130,6 +130,7 @@ def test_signed_frequencies_and_other_batches(random_folder: Any, dataset: Path,
     assert np.allclose(np.load(tmp_path / "one/deltas.npy"), np.load(tmp_path / "many/deltas.npy"), atol=1e-5)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "f.npy"
     assert command("--dataset", dataset, "--out", out, "--meta", tmp_path / "meta.json") == 0

@@ -234,6 +234,7 @@ def test_numerator_and_denominator_are_drawn_together() -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--dataset", "equal.json", "--positions", "s2", "--direction", "noise") == 0
     out = folder / "outputs/activation_patching/tiny-qwen2.5_equal"

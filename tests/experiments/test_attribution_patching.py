@@ -205,6 +205,7 @@ def test_on_a_shipped_model_it_writes_every_figure_and_nothing_stays_of_an_earli
     assert written(folder) == ARRAYS | TABLES | FIGURES | {name.replace(".png", ".pdf") for name in FIGURES}
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same(dataset: Path, tmp_path: Path, no_figures: set[str]) -> None:
     flags = ("--metric", "probability", "--edges", "eap_ig_activations", "--steps", 1, "--model", "tiny-llama3.1")
     assert command("--dataset", dataset, "--out", tmp_path / "a", *flags) == 0

@@ -138,7 +138,9 @@ def expected_values(case: bench.Case, spec: Ablation) -> np.ndarray:
     return np.array(values)
 
 
-@pytest.mark.parametrize("size", FAMILIES)
+@pytest.mark.parametrize(
+    "size", ["default", *(pytest.param(size, marks=pytest.mark.slow) for size in list(FAMILIES)[1:])]
+)
 @pytest.mark.parametrize("letter", "abcd")
 def test_every_engine_here_gives_the_results_of_single_prompts(
     size: str, letter: bench.Letter, quick: None, monkeypatch: pytest.MonkeyPatch

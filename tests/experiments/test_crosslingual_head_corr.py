@@ -65,6 +65,7 @@ def as_plain(correlation):
     return json.loads(json.dumps(correlation.as_dict()))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_defaults_write_numbers_and_figures_and_the_right_numbers(capsys):
     assert correlate() == 0
     out = "outputs/crosslingual_head_corr/en_vs_zh/"
@@ -318,6 +319,7 @@ def test_unknown_or_malformed_flags_exit_with_2(capsys, flags):
     assert flags[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_the_repository_root_and_gives_exit_codes(folder):
     def script(*flags):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

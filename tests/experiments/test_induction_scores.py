@@ -65,6 +65,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("bos", ["auto", "no"])
+@pytest.mark.usefixtures("drawn")
 def test_files_hold_the_scores_by_definition(folder: Path, monkeypatch: pytest.MonkeyPatch, bos: str) -> None:
     seen = scored(monkeypatch)
     assert command(*SMALL, "--output_dir", "x", "--batch_size", 3, "--bos", bos) == 0

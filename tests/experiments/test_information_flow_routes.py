@@ -20,7 +20,7 @@ from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.sets import PromptSet
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.runs import folder as run_folder
-from pyvene_ext.runs.figures.flow import NAMED
+from pyvene_ext.runs.figures.frequencies import NAMED
 from pyvene_ext.stats.correlations import correlate_heads
 from pyvene_ext.stats.intervals import frequency_interval
 from tests.pyvene_ext.methods.heads.test_flow import ARRAYS, by_hand, searched

@@ -140,6 +140,8 @@ def test_the_control_splits_the_answers_of_other_prompts(folder: Path) -> None:
     assert all(rows[key] == pytest.approx(expected.heads[key].mean(), abs=1e-5) for key in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--dataset", "few.json", "--position", "s2") == 0
     out = folder / "outputs/logit_lens/tiny-qwen2.5_few"

@@ -29,16 +29,14 @@ from pyvene_ext.specs.path import PathPatch
 
 N = 6
 NAMED = 40  # prompts on which the shipped models' heads are judged
-DRAW = figures.save
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with the first shipped prompts; figures are made, but drawn only where a test wants it."""
+    """An empty working folder with the first shipped prompts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "RESAMPLES", 100)
     monkeypatch.setattr(study, "SHOWN", 2)
-    monkeypatch.setattr(figures, "save", lambda _, path: (path.parent.mkdir(parents=True, exist_ok=True), path.touch()))
     for name, count in (("few", N), ("ioi", NAMED)):
         save(shipped("ioi_en")[:count], tmp_path / f"{name}.json")
     save(shipped("recent_tiny")[:NAMED], tmp_path / "recent.json")
@@ -125,7 +123,7 @@ def by_hand(pairs: list[dict[str, Any]], head: tuple[int, int]) -> dict[str, np.
     return {name: np.array(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("head", [(4, 0), (2, 5)])
+@pytest.mark.parametrize("head", [(4, 0), pytest.param((2, 5), marks=pytest.mark.slow)])
 def test_arrays_and_tables_equal_a_hand_recomputation(head: tuple[int, int]) -> None:
     wanted = by_hand(shipped("ioi_en")[:N], head)
     assert command("--dataset", "few.json", "--out", "x", "--batch_size", 4, "--top", 3) == 0
@@ -260,6 +258,7 @@ def test_in_the_other_models_heads_with_high_copy_scores_raise_both_names(model:
         assert all(float(row["attention_s"]) > 0.9 and float(row["r_pooled"]) < -0.8 for row in top)
 
 
+@pytest.mark.slow
 def test_a_task_that_the_model_cannot_do_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--dataset", "recent.json", "--out", "x", "--no_path_patching") == 0
     facts = facts_in("x")
@@ -338,12 +337,10 @@ def test_roles_join_copy_scores_and_direct_effects() -> None:
 # -- files and flags ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_and_that_its_config_repeats_the_run(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(figures, "save", DRAW)
-        assert command("--dataset", "few.json", "--heads", "5.1", "0.7") == 0
+@pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
+def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--dataset", "few.json", "--heads", "5.1", "0.7") == 0
     out = folder / "outputs/name_movers/tiny-qwen2.5_few"
     arrays = (
         "attention",
@@ -377,7 +374,7 @@ def test_what_is_written_and_that_its_config_repeats_the_run(
         assert path.read_text() == (folder / "again" / path.name).read_text()
     # Other heads in the same folder: nothing is left of those of before.
     assert command("--dataset", "few.json", "--heads", "1.1", "--no_path_patching") == 0
-    assert [path.name for path in out.glob("figures/scatter*")] == ["scatter_1.1.png"]
+    assert {path.name for path in out.glob("figures/scatter*")} == {"scatter_1.1.png", "scatter_1.1.pdf"}
     assert not (out / "path_effect.npy").exists()
 
 
@@ -407,6 +404,7 @@ def test_names_of_several_tokens_are_kept_and_told(capsys: pytest.CaptureFixture
         assert np.isfinite(projection[..., number]).all()
 
 
+@pytest.mark.slow
 def test_names_that_begin_alike_are_told_apart_by_their_next_token() -> None:
     """What both names begin with belongs to the prompt, as with first_difference."""
     pairs = shipped("ioi_en")[:N]
@@ -459,6 +457,7 @@ def test_the_evidence_is_that_of_the_largest_name_mover() -> None:
         assert evidence.effect == wanted and evidence.control == "copies its own name 0.90, another of the prompt 0.10"
 
 
+@pytest.mark.slow
 def test_a_limit_takes_the_first_prompts() -> None:
     for flags in (
         ("--dataset", "ioi.json", "--limit", N, "--out", "limited"),
@@ -469,6 +468,7 @@ def test_a_limit_takes_the_first_prompts() -> None:
         np.testing.assert_array_equal(np.load(path), np.load(Path("limited") / path.name))
 
 
+@pytest.mark.slow
 def test_prompts_may_name_others(capsys: pytest.CaptureFixture[str]) -> None:
     pairs = shipped("recent_tiny")[:N]
     for pair in pairs:

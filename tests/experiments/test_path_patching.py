@@ -171,7 +171,7 @@ def test_effects_equal_paths_patched_by_hooks(
     assert facts["dropped"] == [UNEQUAL] and facts["n"] == N - 1 and facts["receivers"] == list(receivers)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
 def test_pairs_equal_every_path_patched_by_hooks(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "drawn", lambda *_: {})
     model = save_random_model(family, folder / "model")
@@ -234,6 +234,7 @@ def test_a_sender_at_a_named_position_and_receivers_in_two_layers(folder: Path) 
     is_of("x", base, source, expected)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--dataset", "few.json", "--receivers", "q.2.0", "q.2.2", "--metric", "probability") == 0
     out = folder / "outputs/path_patching/tiny-qwen2.5_few"

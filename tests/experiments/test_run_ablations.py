@@ -25,7 +25,6 @@ from pyvene_ext.methods.heads import lag
 from pyvene_ext.methods.heads.lag import LagCurves
 from pyvene_ext.models import loading
 from pyvene_ext.models.loading import load_model
-from pyvene_ext.runs import figures
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at
 from tests.saved_models import save_random_model
@@ -40,9 +39,8 @@ FEW = ["--permutations", P, "--n_tokens", N, "--output_dir", "out"]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with a list of tokens (a special one too) and scores of a few heads; figures take no time."""
+    """An empty working folder with a list of tokens (a special one too) and scores of a few heads."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "save", lambda _, path: path.parent.mkdir(exist_ok=True) or path.touch())
     (tmp_path / "few.json").write_text(json.dumps(TOKENS[:14]), encoding="utf-8")
     (tmp_path / "tokens.json").write_text(json.dumps([[0, token] for token in TOKENS]), encoding="utf-8")
     rows = [f"{0.9 - 0.1 * i},{layer},{head}" for i, (layer, head) in enumerate(HEADS)]
@@ -473,13 +471,16 @@ def test_the_evidence_is_that_of_the_fewest_heads_with_enough_random_sets() -> N
 # -- files, and runs that stop ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--permutations", P, "--n_tokens", N, "--to_abl", "0-1") == 0
     out = folder / "outputs/ablations/tiny-gemma2"
     stem = f"tiny-gemma2_perm{P}"
     expected = {f"{stem}_zero_induction_full.{ending}" for ending in ("yaml", "json")}
     expected |= {"heads/tiny-gemma2_induction_scores.csv", f"tables/{stem}_zero_induction_full_summary.csv"}
-    expected |= {f"figures/{stem}{n}_zero_induction_full.png" for n in ("", "_abl0", "_abl1")}
+    expected |= {
+        f"figures/{stem}{n}_zero_induction_full.{ending}" for n in ("", "_abl0", "_abl1") for ending in ("png", "pdf")
+    }
     for n in (0, 1):
         for kind in ("induction", "random"):
             name = f"{stem}_abl{n}_zero_{kind}_full"
@@ -502,7 +503,7 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
     assert command("--config", "again.yaml") == 0
     again = files(folder / "again")
     for name, content in files(out).items():
-        assert Path(name).parent == Path(".") or content == again[name], name
+        assert Path(name).parent in (Path("."), Path("figures")) or content == again[name], name
     # The scores that were computed serve as --induction_scores_csv.
     scores = out / "heads/tiny-gemma2_induction_scores.csv"
     assert command("--config", "again.yaml", "--induction_scores_csv", scores, "--output_dir", "third") == 0

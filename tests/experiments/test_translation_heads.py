@@ -58,6 +58,7 @@ def by_hand(model: Any, tokenizer: Any, source: str, target: str, labels: tuple[
     return np.array(diagonals).mean(1)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_study_equals_a_recomputation_from_the_text(folder: Path, capsys: pytest.CaptureFixture) -> None:
     model = save_random_model("llama3_1", folder / "model")
     model.set_attn_implementation("eager")

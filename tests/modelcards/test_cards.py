@@ -123,7 +123,8 @@ class MyLlama(LlamaForCausalLM):
 
 
 def test_subclasses_of_a_covered_class_work() -> None:
-    report = verify_card(MyLlama(random_model("llama3_1").config).eval(), layers=[0], implementations=["sdpa"])
+    model, sites = MyLlama(random_model("llama3_1").config).eval(), ("resid_mid", "z", "pattern", "logits")
+    report = verify_card(model, layers=[0], implementations=["sdpa"], sites=sites)
     assert report.failures == 0, report.table()
 
 
@@ -343,7 +344,7 @@ def test_verify_finds_a_wrong_card(component: str, wrong: tuple, monkeypatch: py
     model = random_model("gemma2")
     monkeypatch.setitem(card_of(model).mappings[Gemma2ForCausalLM], component, wrong)
     try:
-        report = verify_card(model, layers=[1], padding_sides=["left"])
+        report = verify_card(model, layers=[1], padding_sides=["left"], sites=[component, "resid_pre"])
     finally:
         monkeypatch.undo()
         modelcards.register()
@@ -355,7 +356,8 @@ def test_verify_finds_a_wrong_card(component: str, wrong: tuple, monkeypatch: py
 def test_verify_notices_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # What plain pyvene does: freeze the user's model at construction.
     monkeypatch.setattr("pyvene_ext.intervenable.model.restoring_flags", contextlib.nullcontext)
-    report = verify_card(random_model("llama3_1"), layers=[1], implementations=["sdpa"], padding_sides=["left"])
+    only = {"layers": [1], "implementations": ["sdpa"], "padding_sides": ["left"], "sites": ["resid_mid"]}
+    report = verify_card(random_model("llama3_1"), **only)
     assert any("the checks changed the model" in problem for problem in report.problems)
     assert report.failures == 1
 
@@ -370,14 +372,16 @@ def test_verify_does_not_pass_what_it_did_not_check() -> None:
 def test_verify_forgives_what_rounding_explains_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between implementations of attention, a tolerance of 1e-9 is below rounding in float32."""
     model = random_model("llama3_1")
-    report = verify_card(model, layers=[1], implementations=["sdpa"], padding_sides=["left"], tolerance=1e-9)
+    sites = ("resid_pre", "z", "scores", "mlp_neurons")
+    how = {"layers": [1], "implementations": ["sdpa"], "padding_sides": ["left"], "tolerance": 1e-9, "sites": sites}
+    report = verify_card(model, **how)
     assert not report.failures and sum(row.by_rounding for row in report.rows) > report.checks / 4
     assert "due to rounding" in report.table()
     monkeypatch.setattr(verification, "SAFETY", 0.0)
-    assert verify_card(model, layers=[1], implementations=["sdpa"], padding_sides=["left"], tolerance=1e-9).failures
+    assert verify_card(model, **how).failures
     monkeypatch.undo()
     monkeypatch.setattr(ZeroIntervention, "forward", lambda _, base, *__, **___: 1e-3 * base)
-    report = verify_card(model, layers=[1], implementations=["sdpa"], padding_sides=["left"], tolerance=1e-9)
+    report = verify_card(model, **how)
     assert report.failures > report.checks / 4  # a third of them zero
 
 
@@ -416,7 +420,8 @@ def test_verify_checks_every_component_before_any_again_and_says_how_far_it_came
 def test_verify_leaves_train_modes_alone_and_takes_half_precision() -> None:
     model = random_model("llama3_1").bfloat16().train()
     model.model.layers[0].eval()
-    report = verify_card(model, layers=[1], implementations=["eager"], padding_sides=["left"], tolerance=0.2)
+    sites = ("resid_mid", "z", "pattern", "mlp_neurons", "logits")
+    report = verify_card(model, [1], implementations=["eager"], padding_sides=["left"], tolerance=0.2, sites=sites)
     assert not report.problems and report.checks
     assert model.training and model.model.layers[1].training and not model.model.layers[0].training
 

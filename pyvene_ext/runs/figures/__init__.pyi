@@ -5,7 +5,8 @@ from .drops import crossed_strata as crossed_strata
 from .drops import drops_by_hub as drops_by_hub
 from .drops import drops_by_stratum as drops_by_stratum
 from .drops import drops_by_token as drops_by_token
-from .flow import routes as routes
+from .frequencies import figures_of_effects as figures_of_effects
+from .frequencies import routes as routes
 from .heads import compared_heads as compared_heads
 from .heads import faithfulness_curves as faithfulness_curves
 from .heads import frequency_curve as frequency_curve

@@ -93,6 +93,7 @@ def by_gradients(
         (("--query", "block_last", "--target", "projection", "--direction", "answer"), ("projection", "block_last")),
     ],
 )
+@pytest.mark.usefixtures("drawn")
 def test_the_tables_are_made_of_gradients_summed_by_hand(
     folder: Path, flags: tuple[str, ...], of: tuple[str, str]
 ) -> None:

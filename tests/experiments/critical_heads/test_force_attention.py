@@ -153,6 +153,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder: Path, caps
     assert not (folder / "x").exists()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_hub_is_swept_over_the_tokens_that_enough_problems_have(folder: Path) -> None:
     _, _, problems = by_hand.blocks(MODEL, N)
     lengths = sorted(len(block) for _, block, _ in problems)

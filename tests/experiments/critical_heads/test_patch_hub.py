@@ -88,6 +88,7 @@ PLACES: dict[str, list[tuple[str, int | None]]] = {
 }
 
 
+@pytest.mark.usefixtures("drawn")
 def test_drops_are_those_of_noise_by_plain_hooks(folder: Path) -> None:
     assert command("--out", "x", "--seeds", 2, "--layers", 1, "--answer_tokens", 4, "--seed", 3) == 0
     rows = {(row["site"], int(row["position"])): row for row in by_hand.table(folder / "x/positions.csv")}

@@ -84,6 +84,7 @@ def target_by_hand(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("position", ["question_last", "mark", "3"])
+@pytest.mark.usefixtures("drawn")
 def test_every_number_is_that_of_loops_over_places_and_folds(position: str, folder: Path) -> None:
     assert (
         command(*FEW, "--positions", position, "--targets", "answer", "last_digit", "first_operand", "--seed", 4) == 0

@@ -74,6 +74,7 @@ def solved(heads: tuple[tuple[int, int], ...]) -> tuple[list[bool], list[float],
     return right, sure, steps
 
 
+@pytest.mark.usefixtures("drawn")
 def test_every_stratum_is_that_of_each_problem_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*FEW, "--heads", "0.1", "1.2", "--random_sets", 2) == 0
     clean, sure, steps = solved(())

@@ -162,6 +162,7 @@ def test_accuracies_are_those_of_heads_computed_by_hand(
     assert wide[1][f"{HOST}_transplant_acc"] == rows[-1]["accuracy"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_verdicts_follow_the_table_and_the_same_command_gives_the_same(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ from tests.ground_truth import forced_attention
 from tests.pyvene_ext.engine import test_compile as ablations
 from tests.pyvene_ext.engine.sweep.test_run import BEGINNINGS
 from tests.random_prompts import random_prompts
-from tests.tiny_random import FAMILIES, VOCAB, random_model
+from tests.tiny_random import FAMILIES, FEWER, VOCAB, random_model
 
 BOTH = ("answer_logprob", "answer_logprob_diff")
 QUIET: dict[str, Any] = {"progress": False}
@@ -119,7 +119,7 @@ def test_every_ablation_edits_the_prompt_alone_and_the_answers_read_it(family: s
     assert (np.abs(np.array(expected) - clean).max(1) > 1e-3).mean() > 0.9  # and not because nothing is changed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 def test_additions_and_joint_edits_at_the_prompts_last_token(family: str) -> None:
     width = model_of(family).config.hidden_size
     vector = torch.linspace(-1, 1, width)
@@ -139,7 +139,7 @@ def test_additions_and_joint_edits_at_the_prompts_last_token(family: str) -> Non
     engines_give(family, BOTH[1], specs, np.array(expected))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 @pytest.mark.parametrize("hard", [False, True])
 def test_forced_attention_ends_with_the_prompt(family: str, hard: bool) -> None:
     eager = random_model(family, attn_implementation="eager")
@@ -156,7 +156,7 @@ def test_forced_attention_ends_with_the_prompt(family: str, hard: bool) -> None:
     engines_give(family, BOTH[1], specs, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 @pytest.mark.parametrize("metric", BOTH)
 def test_patches_come_from_the_source_prompt_on_either_engine(family: str, metric: str) -> None:
     source = replace(random_prompts((9, 6, 7, 9, 6, 7), seed=8), answers=ANSWERS)
@@ -184,7 +184,7 @@ def test_patches_come_from_the_source_prompt_on_either_engine(family: str, metri
             np.testing.assert_allclose(got, wanted, **CLOSE, err_msg=f"{spec.name}, {engine}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 @pytest.mark.parametrize("metric", BOTH)
 def test_prompts_and_answers_that_begin_alike_are_run_once_with_the_same_numbers(family: str, metric: str) -> None:
     answers = (
@@ -233,7 +233,7 @@ def test_the_log_probability_is_that_with_which_generate_writes_the_answer(famil
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 def test_an_answer_of_one_token_is_read_at_the_last_token_and_costs_no_more(family: str) -> None:
     model, specs = model_of(family), all_heads(model_of(family).config)[::4]
     several = tuple(AnswerTokens(((5,), (7,)), ((i + 8,),)) for i in range(len(PROMPTS)))

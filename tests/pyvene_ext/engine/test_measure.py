@@ -29,7 +29,10 @@ from pyvene_ext.specs.ablation import Ablation, all_heads
 from tests.ground_truth import ablations as slow
 from tests.pretended_devices import PretendedDevices, spread
 from tests.random_prompts import random_prompts
-from tests.tiny_random import FAMILIES, VOCAB, random_model
+from tests.tiny_random import FAMILIES, FEWER, VOCAB, random_model
+
+# How a metric is called does not depend on the family.
+ONE = [pytest.param(family, marks=() if family == "gemma2" else pytest.mark.slow) for family in FAMILIES]
 
 torch.set_num_threads(1)
 
@@ -80,7 +83,7 @@ def by_hand(logits: Tensor, prompts: Any, prompt: int, clean: Tensor) -> dict[st
 OWN: dict[str, Any] = {"months": months, "own_target": own_target, "moved": Metric(moved, needs=("clean",))}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE)
 @pytest.mark.parametrize("name", OWN)
 def test_a_function_of_ones_own_is_read_from_the_logits_of_each_prompt(family: str, name: str) -> None:
     model = model_of(family)
@@ -98,7 +101,7 @@ def test_a_function_of_ones_own_is_read_from_the_logits_of_each_prompt(family: s
     assert np.abs(plain.delta).max() > 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE)
 @pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if not metric.of_tokens])
 def test_by_name_and_by_function_it_is_the_same_metric(family: str, name: str) -> None:
     known = METRICS[name]
@@ -115,7 +118,7 @@ def test_by_name_and_by_function_it_is_the_same_metric(family: str, name: str) -
         np.testing.assert_allclose(by_own.baseline, by_name.baseline, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE)
 def test_a_function_of_some_ids_gives_what_it_gives_with_the_whole_vocabulary(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +155,7 @@ def test_answers_are_columns_for_a_function_that_reads_these_alone() -> None:
     np.testing.assert_allclose(sweep(model, SPECS, right_only, "logit", **QUIET).delta, expected.delta, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE)
 def test_patching_takes_functions(family: str) -> None:
     model = model_of(family)
     specs = [*all_patches(model.config, "z")[::7], *all_paths(model.config, ("logits",))[::6]]
@@ -171,7 +174,7 @@ def test_patching_takes_functions(family: str) -> None:
     np.testing.assert_allclose(target.source, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 def test_attribution_takes_differentiable_functions(family: str) -> None:
     model = model_of(family)
     patches = all_patches(model.config, "z")[::5]
@@ -221,7 +224,7 @@ def test_circuits_screens_and_frequencies_take_functions() -> None:
     assert runs.metric == screen.result.metric == found.result.metric == "own_target"
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
 def test_functions_get_logits_and_prompts_on_one_device(family: str) -> None:
     def own(logits: Tensor, prompts: Batch) -> Tensor:
         assert prompts.clean_logits is not None

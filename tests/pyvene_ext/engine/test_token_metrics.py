@@ -25,7 +25,7 @@ from pyvene_ext.specs.joint import Spec
 from tests.ground_truth import ablations as slow
 from tests.pyvene_ext.engine.sweep.test_processes import Launch, assert_same_bits
 from tests.random_prompts import random_prompts
-from tests.tiny_random import FAMILIES, VOCAB, random_model
+from tests.tiny_random import FEWER, VOCAB, random_model
 
 METRIC = "token_probabilities"
 PLACE = ["intervention", "site", "layer", "head", "position"]
@@ -49,7 +49,7 @@ def model_and_specs(family: str) -> tuple[Any, list[Spec]]:
     return random_model(family), specs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 @pytest.mark.parametrize("memory", [None, MEMORY])
 def test_the_sweep_gives_what_the_plain_engine_gives(family: str, memory: int | None) -> None:
     model, specs = model_and_specs(family)
@@ -62,7 +62,7 @@ def test_the_sweep_gives_what_the_plain_engine_gives(family: str, memory: int | 
     assert (np.abs(plain.delta).max((1, 2)) > 1e-3).sum() >= len(specs) - 2, "something is compared"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 def test_it_is_the_softmax_at_the_last_token_read_at_the_prompts_own_tokens(family: str) -> None:
     model, specs = model_and_specs(family)
     found = run(model, specs[:1], PROMPTS, METRIC, progress=False)
@@ -220,7 +220,7 @@ def by_hand(name: str, logits: Tensor, clean: Tensor, ids: tuple[int, ...]) -> l
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 @pytest.mark.parametrize("name", READ)
 def test_metrics_at_every_token_are_those_of_each_prompt_alone(family: str, name: str) -> None:
     model, specs = model_and_specs(family)

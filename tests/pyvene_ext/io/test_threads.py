@@ -48,11 +48,13 @@ def test_a_command_takes_the_cores_that_are_free_and_says_so() -> None:
     assert "1 of 2 cores free: torch takes 1 thread (OMP_NUM_THREADS=N takes another number)" in said
 
 
+@pytest.mark.slow
 def test_the_users_own_setting_wins() -> None:
     found, said = outcome(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="ACTIVE")
     assert found == ["2", "ACTIVE", "2"] and "cores free" not in said
 
 
+@pytest.mark.slow
 def test_a_process_that_has_torch_is_left_alone() -> None:
     found, said = outcome(before="import torch; torch.set_num_threads(5)")
     assert found == ["None", "None", "5"] and "cores free" not in said

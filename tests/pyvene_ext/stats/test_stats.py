@@ -568,3 +568,8 @@ def test_strata_that_differ_are_told_from_those_that_do_not(monkeypatch: pytest.
     assert stats.strata_test(other, ["all"] * 120, rng(0, "strata"), 99).p == 1
     monkeypatch.setattr(intervals, "AT_ONCE", 240)  # in many small blocks
     assert stats.strata_test(other, strata, rng(0, "strata"), 99).p == 0.01
+
+
+def test_a_standard_error_is_that_of_a_sample() -> None:
+    values = rng(0, "standard error").normal(size=(5, 2))
+    np.testing.assert_allclose(intervals.standard_error(values), scipy_stats.sem(values))

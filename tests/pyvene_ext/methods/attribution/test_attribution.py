@@ -480,6 +480,7 @@ def test_one_step_of_integrated_gradients_is_eap(family: str) -> None:
         np.testing.assert_allclose(one.per_prompt, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "metric"), [("qwen2_5", "logit_diff"), ("gemma2", "kl"), ("gpt2", "probability")])
 def test_with_many_steps_the_edges_of_the_embedding_add_up_to_the_whole_effect(family: str, metric: str) -> None:
     """Completeness (Sundararajan et al. 2017): everything that differs goes out from the embedding."""
@@ -495,6 +496,7 @@ def test_with_many_steps_the_edges_of_the_embedding_add_up_to_the_whole_effect(f
     assert errors[1] < 0.1 * np.abs(exact).max() and errors[1] < errors[0] / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_with_many_steps_the_edges_of_a_stage_add_up_to_its_exact_effect(family: str) -> None:
     model = _model(family)

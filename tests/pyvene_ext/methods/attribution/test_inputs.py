@@ -135,8 +135,19 @@ def test_attributions_are_the_gradients_summed_by_hand(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["attention", "own", "direction"])
-@pytest.mark.parametrize("given", [(4, 2, 6, 3), (3, 0, 0, 1)])
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("attention", (4, 2, 6, 3)),
+        ("own", (3, 0, 0, 1)),
+        *(
+            pytest.param(kind, given, marks=pytest.mark.slow)
+            for kind, given in (
+                ("attention", (3, 0, 0, 1)), ("own", (4, 2, 6, 3)), ("direction", (4, 2, 6, 3)), ("direction", (3, 0, 0, 1))
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_tokens_that_are_given_stay_as_they_are_and_are_read_once(
     family: str, kind: str, given: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

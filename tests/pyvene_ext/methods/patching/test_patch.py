@@ -453,7 +453,7 @@ def test_a_kv_head_of_the_source_changes_exactly_the_query_heads_of_its_group(fa
 # --- Along a concept direction ---
 
 
-@pytest.mark.parametrize("positions", ["all", "s1", ("last", 0)])
+@pytest.mark.parametrize("positions", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("all", "s1")), ("last", 0)])
 @every_family
 def test_patches_along_a_direction_are_those_made_by_hand(family: str, positions: Any) -> None:
     patches = [spec.model_copy(update={"subspace": True}) for spec in _every_patch(_model(family).config, [positions])]
@@ -476,7 +476,7 @@ def test_patches_along_a_direction_are_those_made_by_hand(family: str, positions
 
 
 @pytest.mark.parametrize("how", [{}, {"freeze_mlps": True}, {"direct": True}])
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
 def test_senders_along_a_direction_are_those_made_by_hand(family: str, how: dict[str, bool]) -> None:
     paths = _paths(PATHS[::2] + MANY_PLACES[:2], positions="s1", subspace=True, **how)
     paths += _paths(PATHS[:3], positions="s1", **how)  # the same senders, not along it
@@ -750,7 +750,7 @@ def test_paths_between_prompts_of_unequal_lengths_are_those_made_by_hand(family:
         np.testing.assert_allclose(found, expected, **CLOSE, err_msg=engine)
 
 
-@pytest.mark.parametrize("positions", ["all", "s1", ("last", 0)])
+@pytest.mark.parametrize("positions", ["s1", *(pytest.param(x, marks=pytest.mark.slow) for x in ("all", ("last", 0)))])
 @every_family
 def test_direct_terms_are_those_made_by_hand_with_every_norm_frozen(family: str, positions: Any) -> None:
     paths = _paths(PATHS + MANY_PLACES, positions=positions, direct=True)

@@ -1,4 +1,4 @@
-"""The routes of one prompt as a drawing: tokens from left to right, layers upwards."""
+"""Figures of both activation frequencies: of heads that are ablated one at a time, and of information flow routes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,50 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pyvene_ext.methods.heads.flow import FlowEdge, StreamState
+from pyvene_ext.runs.figures.heads import frequency_curve, head_heatmap, histogram_abs_delta
 from pyvene_ext.runs.figures.style import BLUE, LIGHT, ORANGE, drawable, styled, titled
 
 NAMED = 60  # lines of attention between tokens that are named in a drawing, if there are no more
+
+
+def figures_of_effects(
+    deltas: Float[np.ndarray, "layer head prompt"],
+    mean_delta: Float[np.ndarray, "layer head"],
+    frequency: Float[np.ndarray, "layer head"],
+    against_tau: tuple[Float[np.ndarray, " tau"], Float[np.ndarray, "tau layer head"]],
+    *,
+    tau: float,
+    signed: bool,
+    of: str,
+) -> dict[str, Figure]:
+    """All figures by file name: maps of heads, and if anything has an effect, how the frequency depends on tau.
+
+    Args:
+        deltas: effects, NaN where a head was not run.
+        mean_delta: their means over prompts.
+        frequency: share of prompts with an effect above tau.
+        against_tau: thresholds, and the frequency at each.
+        tau: the threshold.
+        signed: whether an effect is compared with tau, and not its size.
+        of: what was measured, for titles.
+
+    Returns:
+        The figures by their file names.
+    """
+    compared = "delta" if signed else "|delta|"
+    label = f"share of prompts with {compared} > {tau:.3g}"
+    figures = {
+        "frequency": head_heatmap(frequency, f"Activation frequency: {of}", label, limits=(0, 1), missing="not run"),
+        "mean_delta": head_heatmap(
+            mean_delta, f"Mean effect: {of}", "mean delta (logit difference)", diverging=True, missing="not run"
+        ),
+    }
+    if np.nanmax(deltas if signed else np.abs(deltas)) > 0:
+        title = f"Activation frequency against the threshold: {of}"
+        threshold = f"threshold tau on {compared} (logit difference)"
+        figures["frequency_vs_tau"] = frequency_curve(*against_tau, tau=tau, title=title, threshold=threshold)
+        figures["abs_delta"] = histogram_abs_delta(deltas, tau=tau)
+    return figures
 
 
 @styled
