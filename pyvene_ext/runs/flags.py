@@ -336,7 +336,7 @@ class Ablations:
 class Deciding:
     """When a set of heads needs no more problems (`stats.stopping`); by default all sets take all problems."""
 
-    decide: tuple[float, float] | None = None
+    decide: tuple[float, ...] = ()
     """two numbers of points, such as 10 2: once the drop is known to be above the first, or below the second, or it is certain
     that the problems left cannot tell"""
     width: Annotated[float, Gt(0), Lt(200), Unit("points")] | None = None
@@ -345,14 +345,15 @@ class Deciding:
     @property
     def stops(self) -> bool:
         """Whether sets may stop before the last problem."""
-        return self.decide is not None or self.width is not None
+        return bool(self.decide) or self.width is not None
 
     @property
     def thresholds(self) -> tuple[float, float]:
         """Points above which a drop is causal, and below which it is redundant."""
         from pyvene_ext.stats.controls import CAUSAL, REDUNDANT
+        from pyvene_ext.stats.stopping import check_thresholds
 
-        return self.decide or (CAUSAL, REDUNDANT)
+        return check_thresholds(self.decide or (CAUSAL, REDUNDANT), "--decide")
 
     def stopping(self, seed: int) -> Stopping | None:
         """When a set of heads stops.
@@ -365,16 +366,13 @@ class Deciding:
         """
         from pyvene_ext.stats.stopping import Stopping
 
-        return Stopping(self.decide, self.width, seed=seed) if self.stops else None
+        return Stopping(self.thresholds if self.decide else None, self.width, seed=seed) if self.stops else None
 
     def check_deciding(self) -> None:
         """Raise ValueError for thresholds that are none; a study's own `check_flags` must call this."""
-        from pyvene_ext.stats.stopping import check_thresholds
-
-        if self.decide is not None:
-            above, below = check_thresholds(self.decide, "--decide")
-            if above == below:
-                raise ValueError(f"--decide takes two different thresholds, the upper one first, not {above:g} twice.")
+        above, below = self.thresholds
+        if above == below:
+            raise ValueError(f"--decide takes two different thresholds, the upper one first, not {above:g} twice.")
 
 
 @dataclass(frozen=True)
