@@ -41,6 +41,7 @@ def lower_by_hand(values: Any) -> float:
 
 @pytest.mark.parametrize("values", [[1] * 9, [0] * 20, [1, 0, -1, 0.5, 1, 1, 0.25], [-1] * 5, [1]])
 def test_an_interval_ends_where_the_bets_stop_paying(values: list[float]) -> None:
+    assert WEIGHTS.sum() == pytest.approx(1) and STAKES.max() < 1, "so that the bets gain nothing on average"
     interval = anytime_interval(np.array(values))
     assert interval.mean == pytest.approx(np.mean(values))
     assert interval.low == pytest.approx(lower_by_hand(values), abs=2e-3)
@@ -79,7 +80,7 @@ def stop_by_hand(rule: Stopping, clean: list[int], after: list[int]) -> tuple[st
     return ("undecided", len(after)) if len(after) == len(clean) else None
 
 
-@pytest.mark.parametrize("rule", [Stopping(decide=(10, 2)), Stopping(decide=(40, 30)), Stopping((30, 30), width=60)])
+@pytest.mark.parametrize("rule", [Stopping(decide=(10, 2)), Stopping(decide=(90, 40)), Stopping((30, 30), width=60)])
 @pytest.mark.parametrize("kept", [0.0, 0.4, 0.95])
 def test_a_comparison_stops_at_the_first_problem_that_decides_it(rule: Stopping, kept: float) -> None:
     draw = rng(1, "outcomes")
@@ -96,6 +97,14 @@ def test_a_comparison_stops_at_the_first_problem_that_decides_it(rule: Stopping,
         drop = clean[: found.problems] - after[: found.problems]
         assert found.drop.mean == pytest.approx(100 * drop.mean())
         assert Stopped.from_dict(found.as_dict()) == found
+
+
+def test_a_comparison_continues_while_the_best_outcomes_would_decide_it() -> None:
+    rule, clean, after = Stopping(decide=(99, 60)), [1] * 40, [0, 1] * 8 + [1] * 24
+    expected = stop_by_hand(rule, clean, after)
+    found = rule.judge(np.array(clean), np.array(after))
+    assert found is not None and expected == ("below", found.problems) == (found.verdict, found.problems)
+    assert found.problems > FEWEST and rule.judge(np.array(clean), np.array(after[:FEWEST])) is None
 
 
 def test_what_the_thresholds_need_at_least() -> None:
