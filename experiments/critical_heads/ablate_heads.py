@@ -23,6 +23,14 @@ apart; so are texts that do not end. Verdict, for the largest set: a drop above 
 its mean and by its whole interval. It is specific to the heads if the whole interval of the excess is above 0, no random set
 costs as much, and there are 19 sets or more (share_as_large 0.05).
 
+With --decide 10 2 a set takes problems, in a random order, until the 95% interval of its drop is above 10 points or below 2, the
+thresholds of the verdict too, or no outcome of those that are left would bring it there; with --width, until it is that narrow.
+Intervals are then such that may be looked at after every problem (Waudby-Smith and Ramdas 2024), and wider than the bootstrap's.
+A random set stops once its drop is known to be above or below the upper threshold. As sets differ in their problems, drops are
+not averaged or ranked: there is no excess, and no McNemar's p. share_as_large is (1 + random sets above the threshold) / (1 +
+sets) if the heads are above it, else 1; one rule judges all sets. Heads are specific if they are above it, no random set is, and
+there are 19 or more. problems, of and stopped say what a set took, and why no more; correct/MODEL.npy has NaN for the rest.
+
 Written to the folder OUT: accuracy_KIND_SCOPE.csv (n_heads, MODEL_acc); ablations.csv, every number; random_sets.csv, the drop of
 each random set; correct/MODEL.npy, the problems that each of the model's rows of ablations.csv got right, [row problem];
 heads/MODEL.csv, the ranking; figures/accuracy_KIND_SCOPE.png; config.yaml (running it again gives the same); and summary.json,
@@ -40,7 +48,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from annotated_types import Ge
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from pydantic import BeforeValidator
 
 import pyvene_ext as px
@@ -62,7 +70,7 @@ Listed = BeforeValidator(_listed)  # a file of flags may hold one value in place
 
 
 @dataclass(frozen=True)
-class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
+class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations, px.flags.Deciding):
     max_new_tokens: Annotated[int, Ge(2)] | None = None  # the first new token follows from the question alone
     n_heads: Annotated[tuple[px.flags.Count, ...], px.io.Ascending(), Listed] = ()
     """how many heads of the ranking to ablate, one number after the other; by default 1 2 3 4 with tiny models, 4 with others"""
@@ -90,20 +98,31 @@ class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations):
     def check_flags(self) -> None:
         super().check_flags()
         px.flags.check_rankings(self.rankings, self.models)
+        self.check_deciding()
+
+    @property
+    def control_rule(self) -> px.stats.Stopping | None:
+        """With --decide or --width: a random set stops once it is known on which side of the upper threshold its drop is."""
+        above, _ = self.thresholds
+        return px.stats.Stopping((above, above), seed=self.seed) if self.stops else None
 
 
 class Found(NamedTuple):
-    """The outcome with one model: a row a kind, scope and number of heads; a row a random set; what each row got right."""
+    """The outcome with one model: a row a kind, scope and number of heads; a row a random set; what each row got right.
+
+    Where sets stop, what is right is NaN for the problems that a set did not take.
+    """
 
     rows: list[Row]
     randoms: list[Row]
-    correct: list[Bool[np.ndarray, " problem"]]
+    correct: list[Bool[np.ndarray, " problem"] | Float[np.ndarray, " problem"]]
 
 
 def main(config: Config) -> None:
     run = px.RunFolder(config, "critical_heads/ablate_heads", config.source, *config.models)
     problems = px.reasoning.find_problems(config)
     px.reasoning.check_number(problems)
+    px.reasoning.check_deciding(config, len(problems))
     texts = f"{px.io.counted(len(problems), 'text')} of at most {config.new_tokens} tokens"
     work = f"{texts}, untouched and with each of {px.io.counted(config.n_sets, 'set')} of heads ablated"
     heads: Row = {"wanted": config.levels[-1], "by": config.by}
@@ -115,7 +134,7 @@ def main(config: Config) -> None:
     randoms: list[Row] = []
     facts: Row = {}
     rankings: dict[str, list[Row]] = {}
-    correct: dict[str, Bool[np.ndarray, "row problem"]] = {}
+    correct: dict[str, np.ndarray] = {}  # row problem
     for loaded in px.runs.each_model(run, load, work, seconds, len(problems), shorter(config)):
         solver, scores, first, controls = px.runs.ablated.choose(loaded, random_sets=config.random_sets, **heads)
         found = ablate(config, solver, first, controls)
@@ -132,8 +151,8 @@ def main(config: Config) -> None:
     # Whether the largest set is needed, and more than random heads are.
     verdicts = verdicts_of(rows, config)
 
-    print(table(rows, facts))
-    print("\n".join([f"\n{px.reasoning.VERDICTS}", *verdicts]))
+    print(table(rows, facts, config))
+    print("\n".join([f"\n{px.reasoning.verdicts_title(*config.thresholds)}", *verdicts]))
     with run.writing({"models": facts, "verdicts": verdicts}, evidence(rows, config), replacing=("*.csv",)):
         for kind in config.kind:
             for scope in config.scopes:
@@ -174,76 +193,28 @@ def ablate(config: Config, solver: Solver, ranked: tuple[Head, ...], controls: l
     """Every kind, scope and number of heads, with the random sets."""
     controls_of = {n: px.stats.first_of(controls, ranked, n) for n in config.levels}
     sets = [heads for n in config.levels for heads in (ranked[:n], *controls_of[n].sets)]
+    own_rule, rule = config.stopping(config.seed), config.control_rule
+    rules = [one for n in config.levels for one in (own_rule, *[rule] * len(controls_of[n].sets)) if one is not None]
+    seed, clean = config.seed, solver.clean
     found = Found([], [], [])
     for kind in config.kind:
         reference = solver.transcripts(kind, [ranked, *controls], config.donors)
         for scope in config.scopes:
-            found.rows.append({**row_of(solver, kind, scope, 0, solver.clean, []), "control": ""})
-            found.correct.append(solver.clean.correct)
-            solved = iter(solver.ablate(sets, kind, scope, reference))
+            about: Row = {"model": solver.name, "kind": kind, "scope": scope}
+            none = px.methods.drop_row(clean, clean, [], seed, rule)
+            found.rows.append({**about, "n_heads": 0, **none, "control": ""})
+            found.correct.append(clean.correct)
+            solved = iter(solver.ablate(sets, kind, scope, reference, rules or None))
             for n in config.levels:
                 own, *others = islice(solved, 1 + len(controls_of[n].sets))
                 strength = controls_of[n].strength if others else ""
-                found.rows.append({**row_of(solver, kind, scope, n, own, others), "control": strength})
-                found.correct.append(own.correct)
-                about = {"model": solver.name, "kind": kind, "scope": scope, "n_heads": n}
-                pairs = zip(controls_of[n].sets, others, strict=True)
-                found.randoms.extend(random_row(solver, about, *pair) for pair in pairs)
+                about["n_heads"] = n
+                found.rows.append({**about, **px.methods.drop_row(clean, own, others, seed, rule), "control": strength})
+                found.correct.append(own.correct if rule is None else own.spread(own.correct, len(clean)))
+                for heads, other in zip(controls_of[n].sets, others, strict=True):
+                    named = " ".join(map(px.stats.head_label, heads))
+                    found.randoms.append({**about, "heads": named, **px.methods.random_set_row(clean, other)})
     return found
-
-
-# -- statistics --------------------------------------------------------------------------------------------------------
-
-
-def row_of(
-    solver: Solver,
-    kind: Kind,
-    scope: Scope,
-    n: int,
-    own: px.methods.Evaluation,
-    others: Sequence[px.methods.Evaluation],
-) -> Row:
-    """One number of heads: accuracy in percent, its loss in points, and what random sets lose."""
-    seed, clean = solver.flags.seed, solver.clean.correct
-    accuracy = px.stats.percent_correct(own.correct)
-    drop = px.stats.accuracy_drop(clean, own.correct, seed, "drop") if n else px.Interval(0.0, 0.0, 0.0)
-    row: Row = {
-        "model": solver.name,
-        "kind": kind,
-        "scope": scope,
-        "n_heads": n,
-        "problems": len(own),
-        "accuracy": accuracy.mean,
-        "low": accuracy.low,
-        "high": accuracy.high,
-        **px.stats.interval_columns("drop", drop),
-        "relative_drop": drop.mean / clean.mean() if clean.any() else np.nan,
-        "lost": int((clean & ~own.correct).sum()),
-        "won": int((~clean & own.correct).sum()),
-        "mcnemar_p": px.stats.mcnemar_p(clean, own.correct),
-        "unparsed": int((~own.parsed).sum()),
-        "cut": int((~own.ended).sum()),
-        "random_sets": len(others),
-    }
-    names = ("random_drop", "random_lowest", "random_highest", "excess", "excess_low", "excess_high", "share_as_large")
-    row |= dict.fromkeys(names, np.nan)
-    if others:
-        random = np.mean([other.correct for other in others], 0)
-        drops = np.array([100 * (clean.mean() - other.correct.mean()) for other in others])
-        excess = px.stats.accuracy_drop(random, own.correct, seed, "excess")
-        share = px.stats.share_as_large(drop.mean, drops)
-        row |= dict(zip(names, (drops.mean(), drops.min(), drops.max(), *excess, share), strict=True))
-    return {name: float(value) if isinstance(value, float) else value for name, value in row.items()}
-
-
-def random_row(solver: Solver, about: Row, heads: Sequence[Head], solved: px.methods.Evaluation) -> Row:
-    """One random set."""
-    return {
-        **about,
-        "heads": " ".join(map(px.stats.head_label, heads)),
-        "drop": 100 * (solver.clean.accuracy - solved.accuracy),
-        "unparsed": int((~solved.parsed).sum()),
-    }
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -259,11 +230,18 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
         drop = px.stats.interval_in(row, "drop")
         scope, tokens = row["scope"], px.runs.ablated.SCOPES[row["scope"]]
         at = scope if scope == tokens else f"{scope} ({tokens})"
+        sure = f"after {sample(row, config)}" if config.stops else f"(p = {row['mcnemar_p']:.2g})"
         line = (
             f"{row['model']}, {row['kind']}, {at}: the first {row['n_heads']} heads "
-            f"({ranking}) cost {px.stats.in_points(drop)} (p = {row['mcnemar_p']:.2g}): {px.stats.verdict(drop)}"
+            f"({ranking}) cost {px.stats.in_points(drop)} {sure}: {px.stats.verdict(drop, *config.thresholds)}"
         )
-        if row["random_sets"]:
+        if row["random_sets"] and config.stops:
+            specific = "not told apart from random heads"
+            if drop.low > config.thresholds[0] and not row["random_above"]:
+                few = row["share_as_large"] > 0.05
+                specific = "unlike all random sets, too few to call it specific" if few else "specific to these heads"
+            line += f", {specific}: {random_above(row, config)}"
+        elif row["random_sets"]:
             as_much = round(row["share_as_large"] * (1 + row["random_sets"])) - 1
             specific = "not specific to these heads"
             if row["excess_low"] > 0 and not as_much:
@@ -282,6 +260,18 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
     return lines
 
 
+def sample(row: Row, config: Config) -> str:
+    """How many problems a row is of, where sets stop of how many."""
+    return f"{row['problems']} of {row['of']} problems" if config.stops else f"{row['problems']} problems"
+
+
+def random_above(row: Row, config: Config) -> str:
+    """How many random sets are above the upper threshold, where all stop on one side of it."""
+    sets = row["control"].partition(";")[0]
+    above = f"{row['random_above']} of {sets} cost more than {config.thresholds[0]:g} points"
+    return f"{above}, p = {row['share_as_large']:.2g}"
+
+
 def evidence(rows: Sequence[Row], config: Config) -> list[px.runs.Evidence]:
     """A line a model, of the largest set in the first kind and scope."""
     lines = []
@@ -289,36 +279,47 @@ def evidence(rows: Sequence[Row], config: Config) -> list[px.runs.Evidence]:
         if (row["n_heads"], row["kind"], row["scope"]) != (config.levels[-1], config.kind[0], config.scopes[0]):
             continue
         control = "none"
-        if row["random_sets"]:
+        if row["random_sets"] and config.stops:
+            control = random_above(row, config)
+        elif row["random_sets"]:
             spread = f"{row['random_drop']:.3g} [{row['random_lowest']:.3g} to {row['random_highest']:.3g}]"
             control = f"{row['control'].partition(';')[0]} cost {spread}, p = {row['share_as_large']:.2g}"
         effect = f"{row['model']}: accuracy lost in points with {row['n_heads']} heads ablated ({row['kind']}, {row['scope']})"
         drop = px.stats.interval_in(row, "drop")
-        lines.append(px.runs.Evidence(f"{row['problems']} problems", effect, drop, control, "a larger --limit"))
+        decided = row.get("stopped", "undecided") != "undecided"
+        sharpen = "leaving out --decide and --width" if decided else "a larger --limit"
+        lines.append(px.runs.Evidence(sample(row, config), effect, drop, control, sharpen))
     return lines
 
 
-def table(rows: Sequence[Row], facts: Row) -> str:
+def table(rows: Sequence[Row], facts: Row, config: Config) -> str:
     """What the terminal shows."""
     lines = []
     for model, found in facts.items():
         heads = " ".join(map(px.stats.head_label, found["heads"]))
         lines.append(f"{px.reasoning.outcome(model, found['clean'])}; heads {heads}")
+        last, beside = ("problems", "above, problems") if config.stops else ("McNemar p", "drop [range]")
         lines.append(
-            f"{'kind':>9} {'scope':>10} heads accuracy    drop   95% interval  McNemar p unparsed  cut  random sets: drop [range]"
+            f"{'kind':>9} {'scope':>10} heads accuracy    drop   95% interval {last:>10} unparsed  cut  random sets: {beside}"
         )
-        for row in rows:
-            if row["model"] != model:
-                continue
+        mine = [row for row in rows if row["model"] == model]
+        for row in mine:
+            sure = row["problems"] if config.stops else f"{row['mcnemar_p']:.2g}"
             line = (
                 f"{row['kind']:>9} {row['scope']:>10} {row['n_heads']:5d} {row['accuracy']:7.1f}% {row['drop']:7.1f} "
-                f"{'[{:.1f}, {:.1f}]'.format(row['drop_low'], row['drop_high']):>14} {row['mcnemar_p']:10.2g} "
+                f"{'[{:.1f}, {:.1f}]'.format(row['drop_low'], row['drop_high']):>14} {sure:>10} "
                 f"{row['unparsed']:8d} {row['cut']:4d}"
             )
-            if row["random_sets"]:
+            if row["random_sets"] and config.stops:
+                line += f"   {row['random_sets']:2d}: {row['random_above']}, {row['random_problems']}"
+            elif row["random_sets"]:
                 line += f"   {row['random_sets']:2d}: {row['random_drop']:.1f} "
                 line += f"[{row['random_lowest']:.1f}, {row['random_highest']:.1f}]"
             lines.append(line)
+        if config.stops:
+            sets = [row for row in mine if row["n_heads"]]
+            taken = sum(row["problems"] + row["random_problems"] for row in sets)
+            lines.append(f"{taken} of {sum(row['of'] * (1 + row['random_sets']) for row in sets)} texts were needed")
     return "\n".join(lines)
 
 

@@ -27,6 +27,10 @@ models. Of one stratum it is tested likewise whether its drop differs from that 
 split. Verdicts: a drop above 10 points is causal and one below 2 redundant, by the mean and by the whole interval. A stratum of
 fewer than --min_problems problems is shown with its counts and is in no test and no verdict.
 
+With --decide or --width the heads take problems, in a random order, until their drop over all strata is decided, or its interval
+that narrow, as in ablate_heads.py; random sets take the same problems. Strata are of the problems taken, which may be few. All
+intervals are such that hold wherever one stops; the tests hold too, as the strata have no part in where that is.
+
 Written to the folder OUT: drop_by_SPLIT.csv (stratum, MODEL_drop), one a split; strata.csv, every number; tests.csv, the tests;
 problems/MODEL.csv, a row a problem with its strata and what was right; figures/MODEL.png and figures/MODEL_both.png; config.yaml
 (running it again gives the same); and summary.json, what was run, with the edges and the verdicts. A run that was interrupted
@@ -50,7 +54,7 @@ from tqdm import tqdm
 import pyvene_ext as px
 
 if TYPE_CHECKING:
-    from pyvene_ext.methods.reasoning.strata import ProblemEffects, Split
+    from pyvene_ext.methods.reasoning.strata import ProblemEffects
     from pyvene_ext.prompts.problems import Problem
     from pyvene_ext.runs.ablated import Loaded
     from pyvene_ext.runs.reasoning import Asked, Setting
@@ -60,7 +64,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations):
+class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations, px.flags.Deciding):
     limit: px.flags.Limit = None
     """only the first so many problems; by default 400 of the tiny models', 40 of one and two steps of plain, all of others"""
     max_new_tokens: Annotated[int, Ge(2)] | None = None  # the first new token follows from the question alone
@@ -108,6 +112,9 @@ class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations):
         px.flags.check_rankings(self.rankings, self.models)
         if bool(self.heads) + bool(self.rankings) + (self.hub is not None) > 1:
             raise ValueError("--heads, --rankings and --hub are different interventions; give one of them.")
+        self.check_deciding()
+        if self.stops and self.hub is not None:
+            raise ValueError("--decide and --width stop the ablation of heads, not noise: leave them out with --hub.")
 
 
 def main(config: Config) -> None:
@@ -115,6 +122,7 @@ def main(config: Config) -> None:
     flags = px.reasoning.of_both_steps(config, N_PLAIN)
     problems = px.reasoning.find_problems(flags)
     px.reasoning.check_number(problems)
+    px.reasoning.check_deciding(flags, len(problems))
     what = f"{px.io.counted(config.n_runs, 'run')} with {'heads ablated' if config.hub is None else 'noise'} on "
     what += px.io.counted(len(problems), "problem")
     loader = partial(load, flags, problems, run.unfinished)
@@ -133,7 +141,7 @@ def main(config: Config) -> None:
         for split in px.methods.SPLITS:
             some, test = px.methods.split_by(found, split, here[split], config.least, config.seed)
             rows, tests = rows + some, [*tests, test]
-        tables[found.name] = each_problem(found, problems, here)
+        tables[found.name] = px.methods.effect_rows(found, problems, here["both"])
         facts[found.name] = {**found.facts, "intervention": found.what, "edges": edges}
     if config.dry_run or not px.is_main_process():
         return
@@ -144,7 +152,7 @@ def main(config: Config) -> None:
             test[q] = float(value)
     verdicts = verdicts_of(rows, tests, facts)
 
-    print(summary(rows, facts, verdicts))
+    print(summary(rows, facts, verdicts, config))
     shown = [evidence(rows, tests, model, found["intervention"]) for model, found in facts.items()]
     with run.writing({"models": facts, "verdicts": verdicts}, shown, replacing=("*.csv", "*/*.csv", "figures/*")):
         for split in px.methods.SPLITS:
@@ -195,20 +203,32 @@ def with_heads_ablated(config: Config, loaded: Loaded) -> ProblemEffects:
     )
     sets = list({frozenset(some): some for some in controls}.values())
     reference = solver.transcripts(config.kind, [heads, *sets], config.donors)
-    runs = solver.ablate([heads, *sets], config.kind, config.scope, reference)
+    if (rule := config.stopping(config.seed)) is None:
+        own, *others = solver.ablate([heads, *sets], config.kind, config.scope, reference)
+    else:
+        (own,) = solver.ablate([heads], config.kind, config.scope, reference, [rule])
+        same = px.stats.Stopping(most=len(own), seed=config.seed)
+        others = solver.ablate(sets, config.kind, config.scope, reference, [same] * len(sets)) if sets else []
+    clean = own.where_taken(solver.clean)
     words = " ".join(map(px.stats.head_label, heads))
     return px.methods.ProblemEffects(
         name=solver.name,
         what=f"{config.kind} ablation of {words} at {px.runs.ablated.SCOPES[config.scope]}",
         first=solver.clean,
-        which=np.arange(len(solver.questions)),
-        clean=solver.clean.correct,
-        after=runs[0].correct.astype(np.float64),
-        unparsed=(~runs[0].parsed).astype(np.float64),
-        random=np.array([run.correct for run in runs[1:]]) if sets else None,
+        which=np.arange(len(solver.questions)) if own.index is None else np.array(own.index),
+        clean=clean.correct,
+        after=own.correct.astype(np.float64),
+        unparsed=(~own.parsed).astype(np.float64),
+        random=np.array([run.correct for run in others]) if sets else None,
         facts=px.metadata(
-            solver.model, problems=len(solver.questions), clean=solver.clean.summary(), random_sets=len(sets)
+            solver.model,
+            problems=len(solver.questions),
+            clean=solver.clean.summary(),
+            random_sets=len(sets),
+            **({} if own.stopped is None else {"stopped": own.stopped.as_dict()}),
         ),
+        stopped=own.stopped is not None,
+        thresholds=config.thresholds,
     )
 
 
@@ -238,26 +258,6 @@ def with_noise_at(hub: int, config: Config, setting: Setting) -> ProblemEffects:
 
 
 # -- what is written and shown -----------------------------------------------------------------------------------------
-
-
-def each_problem(found: ProblemEffects, problems: Sequence[Problem], strata: dict[Split, list[str]]) -> list[Row]:
-    """A row a problem."""
-    rows = []
-    for i, which in enumerate(found.which.tolist()):
-        row: Row = {
-            "problem": which,
-            "gold": problems[which].answer,
-            "confidence": float(found.first.confidence[which]),
-            "steps": problems[which].steps,
-            "stratum": strata["both"][i],
-            "clean": int(found.clean[i]),
-            "after": float(found.after[i]),
-            "unparsed": float(found.unparsed[i]),
-        }
-        if found.random is not None:
-            row["random"] = float(found.random[:, i].mean())
-        rows.append(row)
-    return rows
 
 
 def verdicts_of(rows: Sequence[Row], tests: Sequence[Row], facts: Row) -> list[str]:
@@ -306,13 +306,15 @@ def evidence(rows: Sequence[Row], tests: Sequence[Row], model: str, what: str) -
     return px.runs.Evidence(f"{row['problems']} problems", effect, drop, random + differ, "a larger --limit")
 
 
-def summary(rows: Sequence[Row], facts: Row, verdicts: Sequence[str]) -> str:
+def summary(rows: Sequence[Row], facts: Row, verdicts: Sequence[str], config: Config) -> str:
     """What the terminal shows."""
     lines = []
     for model, found in facts.items():
         edges = " ".join(f"{edge:.4f}" for edge in found["edges"])
         lines.append(px.reasoning.outcome(model, found.get("first_run", found["clean"])))
-        lines += [f"{model}: {found['intervention']}; edges of confidence {edges}", ""]
+        lines += [f"{model}: {found['intervention']}; edges of confidence {edges}"]
+        lines += [f"stopped: {px.stats.Stopped.from_dict(found['stopped'])}"] if "stopped" in found else []
+        lines.append("")
         lines.append(
             f"{'split':>10} {'stratum':>12} problems  untouched  accuracy   95% interval     drop   95% interval  relative "
             "unparsed  random  excess   95% interval      q  verdict"
@@ -327,7 +329,7 @@ def summary(rows: Sequence[Row], facts: Row, verdicts: Sequence[str]) -> str:
             line += f"{row['q']:6.2g}  {row['verdict'] or 'few problems'}"
             lines.append(line.replace("nan", " - "))
         lines.append("")
-    return "\n".join([*lines, px.reasoning.VERDICTS, *verdicts])
+    return "\n".join([*lines, px.reasoning.verdicts_title(*config.thresholds), *verdicts])
 
 
 def ends(row: Row, low: str, high: str) -> str:

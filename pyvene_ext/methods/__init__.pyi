@@ -107,6 +107,8 @@ from .reasoning.block_scores import BlockScores as BlockScores
 from .reasoning.block_scores import block_scores as block_scores
 from .reasoning.block_scores import check_scores as check_scores
 from .reasoning.block_scores import needs_flow as needs_flow
+from .reasoning.drops import drop_row as drop_row
+from .reasoning.drops import random_set_row as random_set_row
 from .reasoning.noise import noise_at as noise_at
 from .reasoning.probe_tables import probe_rows as probe_rows
 from .reasoning.probe_targets import ProbeTarget as ProbeTarget
@@ -119,6 +121,7 @@ from .reasoning.probes import seconds_to_fit as seconds_to_fit
 from .reasoning.strata import SPLITS as SPLITS
 from .reasoning.strata import ProblemEffects as ProblemEffects
 from .reasoning.strata import difficulty_strata as difficulty_strata
+from .reasoning.strata import effect_rows as effect_rows
 from .reasoning.strata import split_by as split_by
 from .reasoning.strata import stratum_order as stratum_order
 from .reasoning.transplant import Layers as Layers

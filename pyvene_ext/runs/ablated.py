@@ -36,6 +36,7 @@ from pyvene_ext.runs.reasoning import ask, given_heads, warn
 from pyvene_ext.specs.ablation import heads_together
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head, random_rankings
+from pyvene_ext.stats.stopping import Stopping
 
 Kind = Literal["zero", "mean", "resample"]
 Scope = Literal["reasoning", "new", "both"]
@@ -77,7 +78,12 @@ class Solver:
         return tuple(f"latent_{step}" for step in range(form.steps)), "prompt" if scope == "reasoning" else "both"
 
     def ablate(
-        self, sets: Sequence[Sequence[Head]], kind: Kind, scope: Scope, reference: Transcripts | None
+        self,
+        sets: Sequence[Sequence[Head]],
+        kind: Kind,
+        scope: Scope,
+        reference: Transcripts | None,
+        stops: Sequence[Stopping] | None = None,
     ) -> list[Evaluation]:
         """Solve the problems with z of each of these sets of heads ablated, all at once; results are kept for resuming.
 
@@ -86,16 +92,21 @@ class Solver:
             kind: what replaces their output.
             scope: the tokens at which they are ablated.
             reference: replacement activations, from `transcripts`; None for zero ablation.
+            stops: when each set needs no more problems; None: all sets take all.
 
         Returns:
             The solutions, a set each.
         """
         positions, of_spec = self.places(scope)
         specs = [heads_together(heads, kind, positions=positions, seed=self.flags.seed) for heads in sets]
-        return self.run(specs, of_spec, reference)
+        return self.run(specs, of_spec, reference, stops)
 
     def run(
-        self, specs: Sequence[Spec | None], scope: ScopeOfSpec = "both", reference: Transcripts | None = None
+        self,
+        specs: Sequence[Spec | None],
+        scope: ScopeOfSpec = "both",
+        reference: Transcripts | None = None,
+        stops: Sequence[Stopping] | None = None,
     ) -> list[Evaluation]:
         """Solve the problems under each of several specs, all at once; texts and results are kept for resuming.
 
@@ -103,12 +114,16 @@ class Solver:
             specs: the interventions; None for the clean model.
             scope: the tokens at which they apply, as `evaluate` takes them.
             reference: replacement activations, if the specs need them.
+            stops: when each spec needs no more problems; None: all specs take all.
 
         Returns:
             The solutions, a spec each.
         """
+        conditions = [condition_of(spec, scope, reference) for spec in specs]
+        if stops is not None:
+            conditions = [{**one, "stop": stop.as_dict()} for one, stop in zip(conditions, stops, strict=True)]
         return self.results.get_all(
-            [condition_of(spec, scope, reference) for spec in specs],
+            conditions,
             lambda missing: evaluate(
                 self.model,
                 self.tokenizer,
@@ -122,6 +137,8 @@ class Solver:
                 read_once=True,
                 memory=self.flags.memory_bytes,
                 store=self.results.folder / "texts",
+                stop=None if stops is None else [stops[number] for number in missing],
+                baseline=None if stops is None else self.clean,
                 progress=True,
             ),
         )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Unit
+from annotated_types import Ge, Gt, Lt, Unit
 from typing_extensions import Doc
 
 from pyvene_ext.io.bounds import EachOnce, Matches, OneOrMore
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
     from pyvene_ext.prompts.sets import PromptSet
     from pyvene_ext.prompts.tokenized import TokenizedPrompts
+    from pyvene_ext.stats.stopping import Stopping
 
 __all__ = [
     "Ablations",
     "BatchSize",
     "Count",
     "Dataset",
+    "Deciding",
     "EachOnce",
     "Head",
     "Limit",
@@ -328,6 +330,49 @@ class Ablations:
     """random sets of other heads of the same layers; 0 for none"""
     donors: Annotated[int, Ge(2)] = 64
     """number of problems from which mean and resampled activations are taken"""
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """When a set of heads needs no more problems (`stats.stopping`); by default all sets take all problems."""
+
+    decide: tuple[float, ...] = ()
+    """two numbers of points, such as 10 2: once the drop is known to be above the first, or below the second, or it is certain
+    that the problems left cannot tell"""
+    width: Annotated[float, Gt(0), Lt(200), Unit("points")] | None = None
+    """once the interval of the drop is at most so many points wide; may be given with --decide"""
+
+    @property
+    def stops(self) -> bool:
+        """Whether sets may stop before the last problem."""
+        return bool(self.decide) or self.width is not None
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """Points above which a drop is causal, and below which it is redundant."""
+        from pyvene_ext.stats.controls import CAUSAL, REDUNDANT
+        from pyvene_ext.stats.stopping import check_thresholds
+
+        return check_thresholds(self.decide or (CAUSAL, REDUNDANT), "--decide")
+
+    def stopping(self, seed: int) -> Stopping | None:
+        """When a set of heads stops.
+
+        Args:
+            seed: of the order of the problems.
+
+        Returns:
+            The rule; None if sets take all problems.
+        """
+        from pyvene_ext.stats.stopping import Stopping
+
+        return Stopping(self.thresholds if self.decide else None, self.width, seed=seed) if self.stops else None
+
+    def check_deciding(self) -> None:
+        """Raise ValueError for thresholds that are none; a study's own `check_flags` must call this."""
+        above, below = self.thresholds
+        if above == below:
+            raise ValueError(f"--decide takes two different thresholds, the upper one first, not {above:g} twice.")
 
 
 @dataclass(frozen=True)

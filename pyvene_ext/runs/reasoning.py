@@ -59,12 +59,12 @@ from pyvene_ext.prompts.problems import (
 )
 from pyvene_ext.prompts.shipped import PROMPTS
 from pyvene_ext.prompts.tokenized import Batch
-from pyvene_ext.runs.flags import Problems, Regeneration
+from pyvene_ext.runs.flags import Deciding, Problems, Regeneration
 from pyvene_ext.runs.plans import Writing, seconds_a_pass, time_writing
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.joint import Spec
-from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.controls import CAUSAL, REDUNDANT, Head
 
 TINY, PLAIN = "tiny", "plain"
 N_TINY, N_PLAIN = 400, 32  # problems that a study has by default
@@ -72,7 +72,6 @@ Check = Callable[
     [int, str, PreTrainedModel], object
 ]  # of a model, its place in --models and its name, before it is run
 P = TypeVar("P", bound=Problems)
-VERDICTS = "verdicts (drop above 10 points: causal, below 2: redundant)"
 
 
 @dataclass(frozen=True)
@@ -479,6 +478,41 @@ def check_number(problems: Sequence[Problem], least: int = 2) -> None:
     if n < least:
         raise ValueError(
             f"--min_problems {least}: there are only {n} problems; give a larger --limit, or --min_problems {n} or less."
+        )
+
+
+def verdicts_title(above: float = CAUSAL, below: float = REDUNDANT) -> str:
+    """The line above verdicts."""
+    return f"verdicts (drop above {above:g} points: causal, below {below:g}: redundant)"
+
+
+VERDICTS = verdicts_title()
+
+
+def check_deciding(flags: Deciding, n: int) -> None:
+    """Check that n problems can show what --decide asks; says on stderr if they can show the upper threshold alone.
+
+    Args:
+        flags: of the study.
+        n: how many problems it has.
+
+    Raises:
+        ValueError: they can show neither.
+    """
+    rule = flags.stopping(0)
+    if rule is None or rule.decide is None:
+        return
+    (above, below), (lost, same) = rule.decide, rule.least()
+    needs = [f"{least:g}" if least < np.inf else "very many" for least in (lost, same)]
+    if n < min(lost, same):
+        raise ValueError(
+            f"--decide {above:g} {below:g}: a drop above {above:g} points takes {needs[0]} problems at least, all of them lost, "
+            f"and one below {below:g} {needs[1]} of which none changes, and there are {n}; give a larger --limit, or others."
+        )
+    if n < same:
+        note(
+            f"--decide {above:g} {below:g}: {n} problems can show a drop above {above:g} points, but not one below {below:g}, "
+            f"which takes {needs[1]} of which none changes"
         )
 
 

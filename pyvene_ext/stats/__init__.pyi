@@ -35,6 +35,9 @@ from .intervals import student_interval as student_interval
 from .rankings import auroc as auroc
 from .rankings import precision_at_k as precision_at_k
 from .rankings import rank_correlation as rank_correlation
+from .stopping import Stopped as Stopped
+from .stopping import Stopping as Stopping
+from .stopping import anytime_interval as anytime_interval
 from .tables import exceeded_by_a_tenth as exceeded_by_a_tenth
 from .tables import filled as filled
 from .tables import finite as finite

@@ -117,22 +117,24 @@ def share_as_large(value: float, random: Sequence[float] | np.ndarray) -> float:
 CAUSAL, REDUNDANT = 10.0, 2.0  # points of accuracy
 
 
-def verdict(drop: Interval) -> str:
+def verdict(drop: Interval, above: float = CAUSAL, below: float = REDUNDANT) -> str:
     """Say in words what a drop in accuracy shows: causal above 10 points, redundant below 2.
 
     Args:
         drop: mean and 95% interval, in percentage points.
+        above: the points above which a drop is causal.
+        below: the points below which it is redundant.
 
     Returns:
         "causal" or "redundant" if the whole interval agrees with the mean; otherwise also how far the interval reaches.
     """
-    if drop.mean > CAUSAL:
-        if drop.low > CAUSAL:
+    if drop.mean > above:
+        if drop.low > above:
             return "causal"
         goes = "holds 0: not established" if drop.low <= 0 else f"goes down to {drop.low:.1f}"
         return f"causal by its size, but the interval {goes}"
-    if drop.mean < REDUNDANT:
-        if drop.high < REDUNDANT:
+    if drop.mean < below:
+        if drop.high < below:
             return "redundant"
         return f"redundant by its size, but the interval goes up to {drop.high:.1f}: not established"
     return "neither causal nor redundant" + (", and the interval holds 0" if drop.low <= 0 else "")

@@ -12,12 +12,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.reasoning.drops import percent
 from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.stats import accuracy
-from pyvene_ext.stats.controls import strata_test, verdict
+from pyvene_ext.stats.controls import CAUSAL, REDUNDANT, strata_test, verdict
 from pyvene_ext.stats.correlations import q_values
 from pyvene_ext.stats.intervals import Interval
+from pyvene_ext.stats.stopping import anytime_interval
 
 Split = Literal["confidence", "steps", "both"]
 SPLITS: tuple[Split, ...] = ("confidence", "steps", "both")
@@ -39,6 +41,8 @@ class ProblemEffects:
         unparsed: whether there is no answer with it; likewise.
         random: whether solved with each random set of heads ablated; None if there are none.
         facts: metadata of the run.
+        stopped: whether the outcomes have decided how many problems there are; intervals then are such that hold nevertheless.
+        thresholds: points above which a drop is causal, and below which it is redundant.
     """
 
     name: str
@@ -50,6 +54,8 @@ class ProblemEffects:
     unparsed: Float[np.ndarray, " problem"]
     random: Bool[np.ndarray, "set problem"] | None
     facts: Row
+    stopped: bool = False
+    thresholds: tuple[float, float] = (CAUSAL, REDUNDANT)
 
 
 def difficulty_strata(
@@ -147,14 +153,24 @@ def row_of(
     """
     clean, after, names = found.clean[here], found.after[here], (split, stratum)
     before, then = accuracy.percent_correct(clean), mean_of(after, seed, *names)
+    if found.stopped:
+        before, then = (percent(anytime_interval(right, low=0)) for right in (clean, after))
     nothing = Interval(math.nan, math.nan, math.nan)
-    drop = accuracy.accuracy_drop(clean, after, seed, "drop", *names) if enough else nothing
+
+    def lost(right: Float[np.ndarray, " problem"], what: str) -> Interval:
+        """What is lost of a share of solved problems, with an interval where there are enough."""
+        if not enough:
+            return nothing
+        if found.stopped:
+            return percent(anytime_interval(right - after))
+        return accuracy.accuracy_drop(right, after, seed, what, *names)
+
+    drop = lost(clean.astype(np.float64), "drop")
     random, excess = math.nan, nothing
     if found.random is not None:
         by_set = found.random[:, here]
         random = 100 * float(clean.mean() - by_set.mean())
-        if enough:
-            excess = accuracy.accuracy_drop(by_set.mean(0), after, seed, "excess", *names)
+        excess = lost(by_set.mean(0), "excess")
     mean = 100 * float(clean.mean() - after.mean())
     return {
         "model": found.name,
@@ -176,8 +192,37 @@ def row_of(
         "excess": float(excess.mean),
         "excess_low": float(excess.low),
         "excess_high": float(excess.high),
-        "verdict": verdict(drop) if enough else "",
+        "verdict": verdict(drop, *found.thresholds) if enough else "",
     }
+
+
+def effect_rows(found: ProblemEffects, problems: Sequence[Problem], strata: Sequence[str]) -> list[Row]:
+    """Make the table of the problems.
+
+    Args:
+        found: the effects.
+        problems: all problems.
+        strata: the stratum of each problem that is compared.
+
+    Returns:
+        One row a problem that is compared.
+    """
+    rows = []
+    for i, which in enumerate(found.which.tolist()):
+        row: Row = {
+            "problem": which,
+            "gold": problems[which].answer,
+            "confidence": float(found.first.confidence[which]),
+            "steps": problems[which].steps,
+            "stratum": strata[i],
+            "clean": int(found.clean[i]),
+            "after": float(found.after[i]),
+            "unparsed": float(found.unparsed[i]),
+        }
+        if found.random is not None:
+            row["random"] = float(found.random[:, i].mean())
+        rows.append(row)
+    return rows
 
 
 def mean_of(right: Float[np.ndarray, " problem"], seed: int, *names: str) -> Interval:

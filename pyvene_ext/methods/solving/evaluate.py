@@ -52,12 +52,14 @@ from pyvene_ext.methods.solving.evaluation import Evaluation, collect
 from pyvene_ext.methods.solving.many import Job, ProblemRows, runs_together
 from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, check_questions, compile_for, resolve_spec
 from pyvene_ext.methods.solving.results import Texts
+from pyvene_ext.methods.solving.rounds import Jobs, Rounds, UntilDecided, checked_stops
 from pyvene_ext.methods.solving.texts import Ends, Solution
 from pyvene_ext.models.devices import all_gather, input_device, no_gradients, on_all_ranks, processes
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.stopping import Stopping
 
 
 @overload
@@ -75,6 +77,8 @@ def evaluate(
     read_once: bool = ...,
     memory: int | None = ...,
     store: str | Path | None = ...,
+    stop: Stopping | Sequence[Stopping | None] | None = ...,
+    baseline: Evaluation | None = ...,
     progress: bool | tqdm = ...,
 ) -> Evaluation: ...
 
@@ -94,6 +98,8 @@ def evaluate(
     read_once: bool = ...,
     memory: int | None = ...,
     store: str | Path | None = ...,
+    stop: Stopping | Sequence[Stopping | None] | None = ...,
+    baseline: Evaluation | None = ...,
     progress: bool | tqdm = ...,
 ) -> list[Evaluation]: ...
 
@@ -112,6 +118,8 @@ def evaluate(
     read_once: bool = False,
     memory: int | None = None,
     store: str | Path | None = None,
+    stop: Stopping | Sequence[Stopping | None] | None = None,
+    baseline: Evaluation | None = None,
     progress: bool | tqdm = False,
 ) -> Evaluation | list[Evaluation]:
     """Let the model solve problems by greedy decoding, with an intervention in place, or with each of several.
@@ -136,15 +144,21 @@ def evaluate(
             least 1 GiB. As many texts are written at once as fit.
         store: a folder in which each text is kept as soon as it has ended. The same call resumes there after an interruption;
             texts of another model, spec or question are never taken.
+        stop: when a spec needs no more problems, because what it costs is decided: one rule for all specs, or one each (None:
+            never). Problems are taken in the rule's random order, and how many a spec takes depends on their outcomes alone. The
+            untouched model, spec None, solves all.
+        baseline: with `stop`, the untouched model's solutions of all problems; by default those of None, which must then be among
+            the specs.
         progress: show a bar; or a bar of a longer run, advanced by one per problem (and spec).
 
     Returns:
-        The solutions and answers, in the order of the questions; for a list of specs, a list of these.
+        The solutions and answers, in the order of the questions; for a list of specs, a list of these. With `stop`, those of the
+        problems that a spec took (`Evaluation.index`), and where it stopped (`Evaluation.stopped`).
 
     Raises:
         ValueError: before anything is generated: no problems, a prompt too long for the new tokens, a spec that does not fit the
-            model, the prompts or the scope, a missing reference, an unknown rule; a store that is a file; or processes of a
-            launch that were given different arguments.
+            model, the prompts or the scope, a missing reference, an unknown rule; a store that is a file; a rule of stopping
+            without an untouched run; or processes of a launch that were given different arguments.
     """
     specs: list[Any] = list(spec) if isinstance(spec, list) else [spec]
     if not specs:
@@ -155,20 +169,35 @@ def evaluate(
     resolved = [resolve_spec(model, questions, one, scope, max_new_tokens, reference) for one in specs]
     questions.prompts.batches(batch_size)  # refuses a size that is none
     job = Job(model, Ends(model, tokenizer), questions, scope, max_new_tokens, batch_size, reference, read_once)
-    if isinstance(spec, list) or store is not None:
-        solutions = _of_all(job, specs, resolved, memory=memory, store=store, progress=progress)
+    latent = format_of(model) is not None
+    found: dict[tuple[int, int], Solution] = {}
+
+    def judged(number: int, problems: Sequence[int]) -> Evaluation:
+        rows = [found[number, problem] for problem in problems]
+        return collect(questions.take(problems), tokenizer, rows, rule, latent)
+
+    everything = range(len(questions))
+    rounds = Rounds(len(specs), len(questions))
+    if stop is not None:
+        stops = checked_stops(stop, specs, questions, baseline)
+        clean = next((number for number, one in enumerate(specs) if one is None), 0)
+        untouched = (lambda: judged(clean, everything)) if baseline is None else lambda: baseline
+        rounds = UntilDecided(len(specs), len(questions), stops, untouched, judged)
+    if isinstance(spec, list) or store is not None or stop is not None:
+        _of_all(job, specs, resolved, found, rounds, memory=memory, store=store, progress=progress)
     else:
         bar = progress if isinstance(progress, tqdm) else progress_bar(len(questions), "problem", shown=progress)
-        found: dict[int, Solution] = {}
+
+        def finish(problem: int, text: Solution) -> None:
+            found[0, problem] = text
+
         try:
             with evaluating(model), no_gradients(model):
-                _one_by_one(job, spec, resolved[0], range(len(questions)), found.__setitem__, bar.update)
+                _one_by_one(job, spec, resolved[0], everything, finish, bar.update)
         finally:
             if bar is not progress:
                 bar.close()
-        solutions = [[found[problem] for problem in range(len(questions))]]
-    latent = format_of(model) is not None
-    evaluations = [collect(questions, tokenizer, of_spec, rule, latent) for of_spec in solutions]
+    evaluations = [rounds.marked(number, judged(number, rounds.problems(number))) for number in range(len(specs))]
     return evaluations if isinstance(spec, list) else evaluations[0]
 
 
@@ -176,24 +205,24 @@ def _of_all(
     job: Job,
     specs: Sequence[Spec | Compile | None],
     resolved: Sequence[Resolved | None],
+    found: dict[tuple[int, int], Solution],
+    rounds: Rounds,
     *,
     memory: int | None,
     store: str | Path | None,
     progress: bool | tqdm,
-) -> list[list[Solution]]:
-    """Solve the problems under all specs; the processes of a launch share the problems."""
+) -> None:
+    """Solve the problems under all specs, round by round, into `found`; the processes of a launch share the problems."""
     group, questions = processes(), job.questions
     texts = None if store is None else Texts(store, job, specs)
     if group.num_processes > 1 and len(set(all_gather(job.hash(specs)))) > 1:
         raise ValueError(
             "the processes of this launch were given different specs, questions or options; give all the same."
         )
-    found = {} if texts is None else texts.known()
-    mine = range(group.process_index, len(questions), group.num_processes)
-    jobs = [(spec, problem) for problem in mine for spec in range(len(specs)) if (spec, problem) not in found]
+    if texts is not None:
+        found.update(texts.known())
     bar = progress if isinstance(progress, tqdm) else None
-    if bar is not None:
-        bar.update(len(mine) * len(specs) - len(jobs))
+    left = len(range(group.process_index, len(questions), group.num_processes)) * len(specs)
 
     def finish(spec: int, problem: int, text: Solution) -> None:
         found[spec, problem] = text
@@ -203,13 +232,13 @@ def _of_all(
             bar.update()
 
     shown = progress is True and group.is_main_process
-    tokens = progress_bar(len(jobs) * job.new, "token", shown=shown, unit_scale=True)
+    tokens = progress_bar(0, "token", shown=shown, unit_scale=True)
 
     def advance(written: int, spared: int) -> None:
         tokens.total = (tokens.total or 0) - spared
         tokens.update(written)
 
-    def write() -> None:
+    def write(jobs: Jobs) -> None:
         if runs_together(job.model, specs, job.scope):
             rows = ProblemRows(job, specs, resolved, finish)
             write_rows(job.model, jobs, rows, new=job.new, memory=memory, suppressed=job.ends.never, advance=advance)
@@ -219,9 +248,18 @@ def _of_all(
             _one_by_one(job, spec, of_spec, problems, partial(finish, number), lambda n: advance(n * job.new, 0))
 
     with tokens, texts or nullcontext(), evaluating(job.model), no_gradients(job.model):
-        on_all_ranks(write)
-    everything = dict(item for of_one in all_gather(list(found.items())) for item in of_one)
-    return [[everything[spec, problem] for problem in range(len(questions))] for spec in range(len(specs))]
+        for wanted in rounds.jobs():
+            mine = [one for one in wanted if one[1] % group.num_processes == group.process_index]
+            jobs = [one for one in mine if one not in found]
+            tokens.total = (tokens.total or 0) + len(jobs) * job.new
+            left -= len(mine)
+            if bar is not None:
+                bar.update(len(mine) - len(jobs))
+            on_all_ranks(partial(write, jobs))
+            for of_one in all_gather([(one, found[one]) for one in mine]):
+                found.update(of_one)
+    if bar is not None:
+        bar.update(left)
 
 
 def _one_by_one(

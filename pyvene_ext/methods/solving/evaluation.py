@@ -8,12 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from transformers import PreTrainedTokenizerBase
 
 from pyvene_ext.methods.solving.answers import Rule, find_answer
 from pyvene_ext.methods.solving.texts import Solution
 from pyvene_ext.prompts.problems import STOPS, Questions, as_text, tokens_until
+from pyvene_ext.stats.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Evaluation:
             question; the others were cut at `max_new_tokens`.
         confidence: geometric mean probability of the generated tokens that contain the answer's number; NaN if there are none.
         rule: the rule by which answers were read.
+        index: the number of each problem among those that were asked, in ascending order; None: all of them.
+        stopped: where an evaluation of some problems was stopped, and what it found.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -38,6 +41,8 @@ class Evaluation:
     ended: Bool[np.ndarray, " problem"]
     confidence: Float[np.ndarray, " problem"]
     rule: Rule = "flexible-extract"
+    index: tuple[int, ...] | None = None
+    stopped: Stopped | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,8 +59,33 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The share of all problems that were solved correctly."""
+        """The share of its problems that were solved correctly."""
         return float(self.correct.mean())
+
+    def where_taken(self, of: Evaluation) -> Evaluation:
+        """Select from an evaluation of all problems those that this one took, so that the two can be compared.
+
+        Args:
+            of: such as the untouched model's.
+
+        Returns:
+            Its part, in the order of this one.
+        """
+        return of if self.index is None else of.take(self.index)
+
+    def spread(self, values: Num[np.ndarray, " problem"], n: int) -> Float[np.ndarray, " all"]:
+        """Put values of the problems that were taken at the places of all.
+
+        Args:
+            values: one a problem, such as `correct`.
+            n: how many problems were asked.
+
+        Returns:
+            The values, with NaN for problems that were not taken.
+        """
+        everywhere = np.full(n, np.nan)
+        everywhere[list(range(n) if self.index is None else self.index)] = values
+        return everywhere
 
     def summary(self) -> dict[str, float | int | str]:
         """Counts for a table: problems, correct, wrong, unparsed (neither of the two), and of all of them those cut; the rule."""
@@ -71,16 +101,20 @@ class Evaluation:
         }
 
     def take(self, which: Iterable[int]) -> Evaluation:
-        """Select some of the problems, in this order."""
+        """Select some of the problems, in this order, which are then all that it has."""
         which = list(which)
         lists: dict[str, Any] = {
             name: tuple(getattr(self, name)[i] for i in which) for name in ("ids", "texts", "answers", "gold")
         }
-        return replace(self, **lists, ended=self.ended[which], confidence=self.confidence[which])
+        return replace(
+            self, **lists, ended=self.ended[which], confidence=self.confidence[which], index=None, stopped=None
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain data for a JSON file, with None in place of NaN."""
+        some = {} if self.stopped is None else {"index": self.index, "stopped": self.stopped.as_dict()}
         return {
+            **some,
             "ids": self.ids,
             "texts": self.texts,
             "answers": self.answers,
@@ -101,6 +135,8 @@ class Evaluation:
             ended=np.array(record["ended"], bool),
             confidence=np.array([np.nan if value is None else value for value in record["confidence"]]),
             rule=record["rule"],
+            index=tuple(record["index"]) if "index" in record else None,
+            stopped=Stopped.from_dict(record["stopped"]) if "stopped" in record else None,
         )
 
 

@@ -47,7 +47,8 @@ def ablation_curves(rows: Rows, title: str) -> Figure:
         )
         ends = (accuracy - low, high - accuracy)
         axes.errorbar(n, accuracy, ends, color=colour, marker="o", markersize=4, capsize=2, label=model)
-        clean, random = accuracy[0], [row for row in some if row["random_sets"]]
+        # Random sets that stop by themselves take different problems, so that there is no mean of their drops.
+        clean, random = accuracy[0], [row for row in some if row["random_sets"] and np.isfinite(row["random_drop"])]
         if random:
             x = [0, *(row["n_heads"] for row in random)]
             mean, worst, best = (

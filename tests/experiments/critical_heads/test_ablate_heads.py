@@ -22,6 +22,7 @@ from pyvene_ext.runs.figures.accuracy import ablation_curves
 from pyvene_ext.runs.flags import Loading
 from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.controls import mcnemar_p
+from pyvene_ext.stats.stopping import Stopping
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
 from tests.interrupted import stop_at
@@ -171,6 +172,69 @@ def test_the_first_problems_and_what_was_written_for_each_are_the_donors(
         assert text[: len(ids)] == ids and load_model(MODEL)[1].decode(text[len(ids) :]) == f"{gold:.0f}"
 
 
+# -- sets that stop ----------------------------------------------------------------------------------------------------
+
+STOP = ["--limit", 24, "--models", MODEL, "--max_new_tokens", 20, "--rankings", "scores.csv", "--n_heads", 1, 3]
+STOP += ["--random_sets", 2, "--scope", "reasoning", "--seed", 5]
+
+
+def test_sets_that_stop_take_the_first_problems_that_decide_them(folder: Path) -> None:
+    assert command(*STOP, "--out", "whole") == 0 and command(*STOP, "--out", "out", "--decide", 30, 2) == 0
+    whole, kept = (np.load(folder / f"{out}/correct/{MODEL}.npy") for out in ("whole", "out"))
+    rule, order = Stopping(decide=(30, 2), seed=5), rng(5, "order of problems").permutation(24)
+    clean = whole[0][order]
+    rows = by_hand.table(folder / "out/ablations.csv")
+    assert kept[0].tolist() == whole[0].tolist() and rows[0]["stopped"] == "" and rows[0]["problems"] == "24"
+    for row, right, of_all in zip(rows[1:], kept[1:], whole[1:], strict=True):
+        wanted = rule.judge(clean, of_all[order])
+        assert wanted is not None
+        taken = order[: wanted.problems]
+        assert (row["stopped"], int(row["problems"]), row["of"]) == (wanted.verdict, wanted.problems, "24")
+        assert sorted(np.flatnonzero(~np.isnan(right))) == sorted(taken)
+        assert (right[taken] == of_all[taken]).all()
+        assert float(row["accuracy"]) == pytest.approx(100 * of_all[taken].mean())
+        assert float(row["drop"]) == pytest.approx(100 * (whole[0][taken].mean() - of_all[taken].mean()))
+        assert [float(row[name]) for name in ("drop", "drop_low", "drop_high")] == pytest.approx([*wanted.drop])
+        assert float(row["low"]) < float(row["accuracy"]) < float(row["high"]) or float(row["accuracy"]) in (0, 100)
+        assert row["mcnemar_p"] == row["excess"] == row["random_drop"] == "", "of sets with different problems"
+        mine = [r for r in by_hand.table(folder / "out/random_sets.csv") if r["n_heads"] == row["n_heads"]]
+        above = sum(r["stopped"] == "above" for r in mine)
+        assert (int(row["random_above"]), int(row["random_problems"])) == (above, sum(int(r["problems"]) for r in mine))
+        as_one = rule.judge(clean, of_all[order]).verdict == "above"  # type: ignore[union-attr]
+        assert float(row["share_as_large"]) == pytest.approx((1 + above) / 3 if as_one else 1)
+    assert "above" in {row["stopped"] for row in rows} and np.isnan(kept).any()
+
+
+def test_runs_that_stop_sets_are_the_same_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*STOP, "--out", "out", "--width", 100]
+    assert command(*flags) == 0
+    whole = files(folder / "out")
+    (folder / "out").rename(folder / "before")
+    stop_at(monkeypatch, 60, Texts, "add")
+    assert command(*flags) == 130 and command(*flags) == 0
+    again = files(folder / "out")
+    assert set(again) == set(whole)
+    assert all(again[name] == whole[name] for name in whole if name != "summary.json")
+    assert json.loads(again["summary.json"])["verdicts"] == json.loads(whole["summary.json"])["verdicts"]
+    assert any(row["stopped"] == "narrow" for row in by_hand.table(folder / "out/ablations.csv"))
+
+
+def test_what_sets_that_stopped_say(capsys: pytest.CaptureFixture[str]) -> None:
+    config = study.Config(decide=(20, 4))
+    row = {"model": "m", "kind": "zero", "scope": "new", "n_heads": 4, "problems": 12, "of": 50, "unparsed": 0}
+    row |= {"drop": 50.0, "drop_low": 21.0, "drop_high": 80.0, "random_sets": 19, "random_above": 0, "stopped": "above"}
+    row |= {"share_as_large": 0.05, "control": "19 random sets of the same layers; least p 0.05"}
+    (said,) = study.verdicts_of([row], config)
+    assert (
+        "cost 50.0 points [21.0, 80.0] after 12 of 50 problems: causal, specific to these heads: 0 of 19 random" in said
+    )
+    assert said.endswith("sets of the same layers cost more than 20 points, p = 0.05")
+    (other,) = study.verdicts_of([row | {"random_above": 3, "share_as_large": 0.2}], config)
+    assert ": causal, not told apart from random heads: 3 of 19" in other
+    (few,) = study.verdicts_of([row | {"share_as_large": 0.1}], config)
+    assert "unlike all random sets, too few" in few
+
+
 # -- a model that is known ---------------------------------------------------------------------------------------------
 
 
@@ -294,6 +358,19 @@ BEFORE_LOADING: list[tuple[list[Any], str]] = [
     (["--rankings", "scores.csv", "scores.csv"], "--rankings names 2 files for 1 models"),
     (["--max_new_tokens", 1], "--max_new_tokens must be 2 or more"),
     (["--limit", "-1"], "--limit must be 0 or more"),
+    (["--decide", 2, 10], "--decide takes an upper and a lower threshold in points, of at least 0"),
+    (["--decide", 10, 10], "--decide takes two different thresholds, the upper one first, not 10 twice."),
+    (["--decide", 10, "-1"], "less than 100, such as 10 2, not 10 -1."),
+    (["--decide", 101, 2], "less than 100, such as 10 2, not 101 2."),
+    (
+        ["--decide", 10],
+        "--decide takes an upper and a lower threshold in points, of at least 0 and less than 100, such",
+    ),
+    (["--width", 0], "--width must be above 0 and below 200, in points, not 0"),
+    (
+        ["--decide", 10, 2, "--limit", 6],
+        "a drop above 10 points takes 8 problems at least, all of them lost, and one below 2",
+    ),
     (["--limit", 1], "there is one problem, and an interval needs two"),
     (["--problems", "nomark.jsonl"], "nomark.jsonl, line 2: the answer has no ####"),
     (["--problems", "empty.jsonl"], "empty.jsonl holds no problems"),

@@ -123,6 +123,33 @@ def test_every_stratum_is_that_of_each_problem_by_itself(folder: Path, capsys: p
         assert (folder / f"x/figures/{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
+def test_strata_of_heads_that_stop_are_of_the_problems_they_took(folder: Path) -> None:
+    flags = ["--models", MODEL, "--limit", 24, "--max_new_tokens", 20, "--min_problems", 2, "--quantiles", 2]
+    flags += ["--heads", "0.1", "1.2", "--random_sets", 2, "--seed", 3]
+    assert command(*flags, "--out", "whole") == 0 and command(*flags, "--out", "x", "--decide", 30, 20) == 0
+    whole, some = (by_hand.table(folder / f"{out}/problems/{MODEL}.csv") for out in ("whole", "x"))
+    order = rng(3, "order of problems").permutation(24)
+    clean, after = (np.array([float(row[name]) for row in whole])[order] for name in ("clean", "after"))
+    stopped = px.stats.Stopping((30, 20), seed=3).judge(clean == 1, after == 1)
+    assert stopped is not None and 2 < stopped.problems < 24
+    facts = json.loads((folder / "x/summary.json").read_text())["models"][MODEL]
+    assert px.stats.Stopped.from_dict(facts["stopped"]) == stopped and facts["problems"] == 24
+    taken = sorted(order[: stopped.problems])
+    assert some == [whole[number] for number in taken], "the same strata, and random sets on the same problems"
+    for row in by_hand.table(folder / "x/strata.csv"):
+        key = {"confidence": lambda r: r["stratum"].split(", ")[0], "steps": lambda r: r["steps"]}.get(row["split"])
+        here = [r for r in some if (key(r) if key else r["stratum"]) == row["stratum"]]
+        assert int(row["problems"]) == len(here)
+        if len(here) < 2:
+            continue
+        lost = np.array([float(r["clean"]) - float(r["after"]) for r in here])
+        excess = np.array([float(r["random"]) - float(r["after"]) for r in here])
+        for name, values in (("drop", lost), ("excess", excess)):
+            interval = [100 * end for end in px.stats.anytime_interval(values)]
+            assert [float(row[column]) for column in (name, f"{name}_low", f"{name}_high")] == pytest.approx(interval)
+
+
 def test_random_heads_are_of_the_same_layers_and_none_of_the_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +351,8 @@ def test_the_q_of_a_split_counts_the_splits_of_all_models(folder: Path, monkeypa
             ("--heads", "0.1", "--hub", 3),
             "--heads, --rankings and --hub are different interventions; give one of them.",
         ),
+        (("--hub", 3, "--decide", 10, 2), "--decide and --width stop the ablation of heads, not noise"),
+        (("--decide", 2, 10), "--decide takes an upper and a lower threshold"),
         (("--heads", "0.1", "--rankings", "a.csv"), "are different interventions"),
         (("--rankings", "a.csv", "b.csv"), "--rankings names 2 files for 1 models; give one file a model."),
         (("--heads", "layer1"), "--heads names heads as layer.head, such as 2.5, not 'layer1'."),
