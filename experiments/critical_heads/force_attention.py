@@ -34,14 +34,13 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge
 from jaxtyping import Bool
-from tqdm import tqdm
 
 import pyvene_ext as px
 
@@ -96,12 +95,9 @@ def main(config: Config) -> None:
     for asked in px.runs.each_model(run, load, what, seconds_of, n, shorter(config), least=least):
         setting = asked.reason()
         heads, controls, strength = forced_heads(config, setting.name, setting.model)
-        patterns.append(untouched(setting))
-        every = list(itertools.product(config.shapes, (False, True)))
-        for shape, hard in tqdm(every, desc=setting.name, unit="pattern", disable=not px.is_main_process()):
-            patterns.append(one_pattern(setting, config, heads, controls, shape, hard))
-        if config.sweep:
-            hubs += sweep(setting, config, heads)
+        found, swept = measure(setting, config, heads, controls)
+        patterns += [untouched(setting), *found]
+        hubs += swept
         facts[setting.name] = px.metadata(setting.model, **setting.facts, control=strength)
         del asked, setting  # two models need not fit in memory together
     if config.dry_run or not px.is_main_process():
@@ -162,7 +158,8 @@ def seconds_of(config: Config, asked: Asked, n: int) -> float:
     """How long the texts, and then the patterns take at most."""
     sets = 1 + (config.random_sets if config.heads else 0)
     swept = (config.most_places(asked.anew) or config.new_tokens) if config.sweep else 0
-    return asked.seconds(n) + 2 * (len(config.shapes) * sets + swept) * asked.seconds_a_condition(n)
+    conditions = 2 * (len(config.shapes) * sets + swept)
+    return asked.seconds(n) + asked.seconds_of_conditions(n, conditions, 0 if asked.anew else 1)
 
 
 def shorter(config: Config) -> Row:
@@ -186,64 +183,79 @@ def untouched(setting: Setting) -> Row:
     """The untouched run as a row of the table."""
     clean = setting.clean
     row = row_of(setting, "none", False, clean.correct, clean, 0)
-    return {**row, **dict.fromkeys(("drop", "drop_low", "drop_high", "mcnemar_p"), math.nan), **no_control()}
+    return {
+        **row,
+        **dict.fromkeys(("drop", "drop_low", "drop_high", "mcnemar_p"), math.nan),
+        **control_of(0, clean, []),
+    }
 
 
-def one_pattern(setting: Setting, config: Config, heads: Heads, controls: list[Heads], shape: Shape, hard: bool) -> Row:
-    """One pattern on all problems that have its hub."""
-    hubs = hubs_of(setting, config, shape)
-    which = [i for i, hub in enumerate(hubs) if hub is not None]
-    if len(which) < 2:
-        raise ValueError(
-            f"--hub {config.hub}: {len(which)} problems have a token there in their block; choose another."
-        )
-    clean = setting.clean.correct[which]
-    after = forced(setting, force(heads, shape, hard), hubs)
-    row = row_of(setting, shape, hard, clean, after, config.seed)
-    if not controls:
-        return {**row, **no_control()}
-    others = [forced(setting, force(some, shape, hard), hubs).correct.mean() for some in controls]
-    drops = 100 * (clean.mean() - np.array(others))
-    return {**row, "random_drop": float(drops.mean()), "random_p": px.stats.share_as_large(row["drop"], drops)}
+def measure(setting: Setting, config: Config, heads: Heads, controls: Sequence[Heads]) -> tuple[list[Row], list[Row]]:
+    """Every pattern on all problems that have its hub; and the hub at every token of the block that enough problems have."""
+    every = [(shape, hard, hubs_of(setting, config, shape)) for shape in config.shapes for hard in (False, True)]
+    places: Sequence[int] = ()
+    if config.sweep:
+        places = px.reasoning.positions_of(setting, config.min_problems, config.most_places(setting.anew))
+    swept = [
+        (place, hard, [place if place < len(block) else None for block in setting.questions.blocks])
+        for place in places
+        for hard in (False, True)
+    ]
+    asked: list[tuple[tuple[px.ForcedAttention, ...], list[int | None]]] = []
+    for shape, hard, hubs in every:
+        asked += [(force(some, shape, hard), hubs) for some in (heads, *controls)]
+    found = iter(forced(setting, [*asked, *((force(heads, "hub", hard), hubs) for _, hard, hubs in swept)]))
+    patterns, rows = [], []
+    for shape, hard, hubs in every:
+        clean = setting.clean.take(having(hubs))
+        run, *others = itertools.islice(found, 1 + len(controls))
+        row = row_of(setting, shape, hard, clean.correct, run, config.seed)
+        patterns.append({**row, **control_of(row["drop"], clean, others)})
+    for place, hard, hubs in swept:
+        clean = setting.clean.take(having(hubs))
+        row = row_of(setting, "hub", hard, clean.correct, next(found), config.seed, place)
+        rows.append({"position": place, **row})
+    return patterns, rows
+
+
+def control_of(drop: float, clean: px.methods.Evaluation, others: Sequence[px.methods.Evaluation]) -> Row:
+    """What random heads with the same pattern come to, if there are any."""
+    if not others:
+        return {"random_drop": math.nan, "random_p": math.nan}
+    drops = 100 * (clean.accuracy - np.array([run.accuracy for run in others]))
+    return {"random_drop": float(drops.mean()), "random_p": px.stats.share_as_large(drop, drops)}
 
 
 def hubs_of(setting: Setting, config: Config, shape: Shape) -> list[int | None]:
-    """The token of each problem's block that is its hub; None where the block is too short. 0 if the shape has no hub."""
+    """The token of each problem's block that is its hub; None where the block is too short. 0 if the shape has no hub.
+
+    Raises ValueError if fewer than two problems have the token --hub.
+    """
     blocks = setting.questions.blocks
     if shape == "hub":
-        return [config.hub if -len(block) <= config.hub < len(block) else None for block in blocks]
+        hubs = [config.hub if -len(block) <= config.hub < len(block) else None for block in blocks]
+        if (n := len(having(hubs))) < 2:
+            raise ValueError(f"--hub {config.hub}: {n} problems have a token there in their block; choose another.")
+        return hubs
     draw = px.rng(config.seed, "hubs")
     return [int(draw.choice(len(block))) if shape == "random_hub" else 0 for block in blocks]
 
 
-def forced(setting: Setting, spec: tuple[px.ForcedAttention, ...], hubs: Sequence[int | None]) -> px.methods.Evaluation:
-    """What the problems that have a hub come to, with the pattern in the block that is given or written anew."""
-    which = [i for i, hub in enumerate(hubs) if hub is not None]
-    some = [hub for hub in hubs if hub is not None]
+def having(hubs: Sequence[int | None]) -> list[int]:
+    """The problems that have a hub."""
+    return [i for i, hub in enumerate(hubs) if hub is not None]
+
+
+def forced(
+    setting: Setting, asked: Sequence[tuple[tuple[px.ForcedAttention, ...], Sequence[int | None]]]
+) -> list[px.methods.Evaluation]:
+    """What the problems that have a hub come to, with each pattern in the block that is given or written anew."""
+    some = [(spec, having(hubs), [hub for hub in hubs if hub is not None]) for spec, hubs in asked]
     if setting.anew:
-        return setting.force(spec, which, some if spec[0].hub is not None else None)
-    questions = setting.questions.take(which)
-    rows = zip(questions.prompts.input_ids, questions.prompts.positions, questions.blocks, some, strict=True)
-    positions = tuple({**named, "hub": block[hub] - len(ids)} for ids, named, block, hub in rows)
-    return setting.run(replace(questions, prompts=replace(questions.prompts, positions=positions)), spec)
-
-
-def no_control() -> Row:
-    return {"random_drop": math.nan, "random_p": math.nan}
-
-
-def sweep(setting: Setting, config: Config, heads: Heads) -> list[Row]:
-    """The hub at every token of the block that enough problems have."""
-    rows = []
-    positions = px.reasoning.positions_of(setting, config.min_problems, config.most_places(setting.anew))
-    for position in tqdm(positions, desc="hub", unit="token", disable=not px.is_main_process()):
-        hubs = [position if position < len(block) else None for block in setting.questions.blocks]
-        which = [i for i, hub in enumerate(hubs) if hub is not None]
-        for hard in (False, True):
-            after = forced(setting, force(heads, "hub", hard), hubs)
-            row = row_of(setting, "hub", hard, setting.clean.correct[which], after, config.seed, position)
-            rows.append({"position": position, **row})
-    return rows
+        return setting.force(
+            [px.reasoning.Forcing(spec, which, hubs if spec[0].hub is not None else None) for spec, which, hubs in some]
+        )
+    return setting.run([(setting.with_hubs(which, hubs), spec) for spec, which, hubs in some])
 
 
 def row_of(

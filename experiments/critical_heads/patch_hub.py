@@ -31,6 +31,7 @@ the verdicts. A run that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge
-from tqdm import tqdm
 
 import pyvene_ext as px
 
@@ -124,7 +124,8 @@ def seconds_of(config: Config, asked: Asked, n: int) -> float:
     """How long the texts, and then all runs take at most: sites x tokens x seeds."""
     sites = specs_of(config, asked.model, config.seed)
     runs = len(sites) * (config.most_places(asked.anew) or config.new_tokens) * config.n_seeds(asked.anew)
-    return asked.seconds(n) + runs * asked.seconds_a_condition(n)
+    # Where reasoning is written anew, noise is at the last token that is given.
+    return asked.seconds(n) + asked.seconds_of_conditions(n, runs, 0 if asked.anew else 1)
 
 
 def shorter(config: Config) -> dict[str, Any]:
@@ -154,14 +155,18 @@ def measure(setting: Setting, config: Config) -> list[Row]:
         batch_size=config.batch_size,
         progress=False,
     )
-    rows = []
     positions = px.reasoning.positions_of(setting, config.min_problems, config.most_places(setting.anew))
-    for site, of_site in specs.items():
+    having = {position: setting.at(position) for position in positions}
+    every = [(site, position) for site in specs for position in positions]
+    asked = [(having[position][0], spec) for site, position in every for spec in specs[site]]
+    found = iter(setting.run(asked, reference))
+    of_place = {place: list(itertools.islice(found, len(by_seed))) for place in every}
+    rows = []
+    for site in specs:
         some = []
-        for position in tqdm(positions, desc=site, unit="token", disable=not px.is_main_process()):
-            questions, which = setting.at(position)
-            clean = setting.clean.correct[which]
-            runs = [setting.run(questions, spec, reference) for spec in of_site]
+        for position in positions:
+            _, which = having[position]
+            clean, runs = setting.clean.correct[which], of_place[site, position]
             after = np.stack([run.correct for run in runs])
             drop = px.stats.accuracy_drop(clean, after.mean(0), config.seed, site, position)
             some.append(

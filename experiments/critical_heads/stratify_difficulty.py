@@ -49,7 +49,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge
-from tqdm import tqdm
 
 import pyvene_ext as px
 
@@ -185,7 +184,7 @@ def seconds_of(config: Config, loaded: Asked | Loaded, n: int) -> float:
     if isinstance(loaded, px.runs.ablated.Loaded):
         solver, untouched = loaded.solver, 1 if loaded.heads else 2
         return untouched * solver.seconds(n) + solver.seconds(n, config.n_runs, config.scope)
-    return loaded.seconds(n) + config.n_runs * loaded.seconds_a_condition(n)
+    return loaded.seconds(n) + loaded.seconds_of_conditions(n, config.n_runs)
 
 
 def effects(config: Config, loaded: Asked | Loaded) -> ProblemEffects:
@@ -243,7 +242,7 @@ def with_noise_at(hub: int, config: Config, setting: Setting) -> ProblemEffects:
     specs = [of_seed[where] for of_seed in by_seed]
     prompts = setting.questions.prompts
     reference = px.reference_for(setting.model, specs, prompts, batch_size=config.batch_size, progress=False)
-    runs = [setting.run(questions, spec, reference) for spec in tqdm(specs, desc=setting.name, unit="seed")]
+    runs = setting.run([(questions, spec) for spec in specs], reference)
     return px.methods.ProblemEffects(
         name=setting.name,
         what=f"noise at token {hub} of the reasoning, {where}",

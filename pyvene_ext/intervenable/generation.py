@@ -90,6 +90,8 @@ class Generation:
             part = slice(0, min(self.prompt, self.total) - first)
             if sliced:
                 activations[key] = by_position[..., :split, :]
+            if first and (locations is None or unit == "h") and n_source_positions(by_position) >= self.prompt:
+                activations[key] = by_position[..., first : first + part.stop, :]  # a row for each column of the prompt
             self._at(intervene, tensor, part, live, _shifted(locations, unit, first, part.stop), beams)
         if self.on_new_tokens:
             for column in range(max(first, self.prompt), min(self.total, first + tensor.shape[1])):

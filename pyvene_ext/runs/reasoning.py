@@ -21,16 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyvene_ext.engine.compile import Compiled
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import note
 from pyvene_ext.io.errors import counted
+from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
@@ -38,7 +38,7 @@ from pyvene_ext.methods.reasoning.block_scores import BlockScores, block_scores
 from pyvene_ext.methods.reasoning.forcing import forced_while_writing
 from pyvene_ext.methods.solving.evaluate import evaluate
 from pyvene_ext.methods.solving.evaluation import Evaluation
-from pyvene_ext.methods.solving.replacing import Scope
+from pyvene_ext.methods.solving.replacing import Scope, TokenEdits
 from pyvene_ext.methods.solving.results import Results, facts_of
 from pyvene_ext.models.devices import is_main_process
 from pyvene_ext.models.latent_steps import format_of
@@ -58,7 +58,6 @@ from pyvene_ext.prompts.problems import (
     with_reasoning,
 )
 from pyvene_ext.prompts.shipped import PROMPTS
-from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.runs.flags import Deciding, Problems, Regeneration
 from pyvene_ext.runs.plans import Writing, seconds_a_pass, time_writing
 from pyvene_ext.specs.files import to_plain
@@ -72,6 +71,20 @@ Check = Callable[
     [int, str, PreTrainedModel], object
 ]  # of a model, its place in --models and its name, before it is run
 P = TypeVar("P", bound=Problems)
+
+
+class Forcing(NamedTuple):
+    """Attention forced in the reasoning that a model writes anew.
+
+    Attributes:
+        spec: the patterns.
+        which: the problems.
+        hubs: the hub of each, a token of its reasoning by its number; for the shape hub.
+    """
+
+    spec: tuple[ForcedAttention, ...]
+    which: Sequence[int]
+    hubs: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,17 +144,28 @@ class Setting:
         """
         blocks = self.questions.blocks
         which = [i for i, block in enumerate(blocks) if -len(block) <= position < len(block)]
+        if not self.anew:
+            return self.with_hubs(which, [position] * len(which)), which
         some = self.questions.take(which)
         hubs = [block[position] for block in some.blocks]
-        if self.anew:
-            rows = tuple(ids[: hub + 1] for ids, hub in zip(some.prompts.input_ids, hubs, strict=True))
-            named: Any = ({"end": -1, "last": -1, "hub": -1},) * len(some)
-            return replace(some, prompts=replace(some.prompts, input_ids=rows, positions=named)), which
-        named = tuple(
-            {**places, "hub": hub - len(ids)}
-            for ids, places, hub in zip(some.prompts.input_ids, some.prompts.positions, hubs, strict=True)
-        )
-        return replace(some, prompts=replace(some.prompts, positions=named)), which
+        rows = tuple(ids[: hub + 1] for ids, hub in zip(some.prompts.input_ids, hubs, strict=True))
+        named: Any = ({"end": -1, "last": -1, "hub": -1},) * len(some)
+        return replace(some, prompts=replace(some.prompts, input_ids=rows, positions=named)), which
+
+    def with_hubs(self, which: Sequence[int], hubs: Sequence[int]) -> Questions:
+        """Some problems with their reasoning, in which a token is named "hub".
+
+        Args:
+            which: the problems.
+            hubs: the token of each block by its number, negative from its end.
+
+        Returns:
+            The questions.
+        """
+        some = self.questions.take(which)
+        rows = zip(some.prompts.input_ids, some.prompts.positions, some.blocks, hubs, strict=True)
+        named = tuple({**places, "hub": block[hub] - len(ids)} for ids, places, block, hub in rows)
+        return replace(some, prompts=replace(some.prompts, positions=named))
 
     def tokens_at(self, position: str) -> list[int | None]:
         """The token of each problem, counted from its first, that a position names; None where a block is too short.
@@ -179,62 +203,85 @@ class Setting:
             progress=is_main_process(),
         )
 
-    def run(self, questions: Questions, spec: Spec, reference: Reference | None = None) -> Evaluation:
-        """What is written with a spec in place in the prompt; kept between runs."""
-        condition = {
-            "spec": to_plain([spec]),
-            "new": self.new_tokens,
-            "prompts": questions.prompts.hash,
-            "reference": None if reference is None else reference.prompts.hash,
-        }
-        return self._kept(condition, questions, spec, "prompt", reference)
+    def run(self, conditions: Sequence[tuple[Questions, Spec]], reference: Reference | None = None) -> list[Evaluation]:
+        """What is written under each of several conditions, all at once; kept between runs.
 
-    def force(
-        self, spec: tuple[ForcedAttention, ...], which: Sequence[int], hubs: Sequence[int] | None = None
-    ) -> Evaluation:
+        Args:
+            conditions: questions, and the spec that is in place in their prompts.
+            reference: statistics that replacements are computed from.
+
+        Returns:
+            What is written, in the order of the conditions.
+        """
+        facts = [
+            {
+                "spec": to_plain([spec]),
+                "new": self.new_tokens,
+                "prompts": questions.prompts.hash,
+                "reference": None if reference is None else reference.prompts.hash,
+            }
+            for questions, spec in conditions
+        ]
+        return self._kept(facts, conditions, "prompt", reference)
+
+    def force(self, conditions: Sequence[Forcing]) -> list[Evaluation]:
         """Some problems' reasoning and answers written anew with attention forced in the reasoning; kept between runs.
 
         Args:
-            spec: the patterns; their blocks are those that are written.
-            which: the problems.
-            hubs: the hub of each, a token of its reasoning by its number; for the shape hub.
+            conditions: the patterns, whose blocks are those that are written, and the problems.
 
         Returns:
-            What is written.
+            What is written, in the order of the conditions.
         """
-        questions = self.bare.take(which)
-        condition = {
-            "spec": to_plain([spec]),
-            "new": self.new_tokens,
-            "prompts": questions.prompts.hash,
-            "hubs": None if hubs is None else [*hubs],
-        }
-        forced = forced_while_writing(self.model, spec, questions, self.new_tokens, hubs)
-        return self._kept(condition, questions, forced, "reasoning")
+        bare = self.bare
+        asked = [bare.take(which) for _, which, _ in conditions]
+        facts = [
+            {
+                "spec": to_plain([spec]),
+                "new": self.new_tokens,
+                "prompts": questions.prompts.hash,
+                "hubs": None if hubs is None else [*hubs],
+            }
+            for questions, (spec, _, hubs) in zip(asked, conditions, strict=True)
+        ]
+        forced = [
+            forced_while_writing(self.model, spec, questions, self.new_tokens, hubs)
+            for questions, (spec, _, hubs) in zip(asked, conditions, strict=True)
+        ]
+        return self._kept(facts, list(zip(asked, forced, strict=True)), "reasoning")
 
     def _kept(
         self,
-        condition: dict[str, Any],
-        questions: Questions,
-        spec: Spec | Callable[[Batch], Compiled],
+        facts: Sequence[dict[str, Any]],
+        conditions: Sequence[tuple[Questions, Spec | TokenEdits]],
         scope: Scope,
         reference: Reference | None = None,
-    ) -> Evaluation:
-        return self.results.get(
-            condition,
-            lambda: evaluate(
+    ) -> list[Evaluation]:
+        """Solve the problems under all conditions at once; equal ones once."""
+        hashes = [data_hash(some) for some in facts]
+        different = {some: number for number, some in enumerate(hashes)}
+
+        def measure(missing: list[int]) -> list[Evaluation]:
+            numbers = [list(different.values())[number] for number in missing]
+            return evaluate(
                 self.model,
                 self.tokenizer,
-                questions,
-                spec,
+                [conditions[number][0] for number in numbers],
+                [conditions[number][1] for number in numbers],
                 scope,
                 max_new_tokens=self.new_tokens,
                 batch_size=self.flags.batch_size,
                 reference=reference,
                 rule=self.flags.rule,
                 read_once=True,
-            ),
-        )
+                memory=self.flags.memory_bytes,
+                store=self.results.folder / "texts",
+                progress=is_main_process(),
+            )
+
+        found = self.results.get_all([facts[number] for number in different.values()], measure)
+        by_hash = dict(zip(different, found, strict=True))
+        return [by_hash[some] for some in hashes]
 
 
 @dataclass(frozen=True)
@@ -286,9 +333,19 @@ class Asked:
         tokens = flags.answer_tokens if self.latent else flags.new_tokens + flags.answer_tokens
         return self.writing.seconds(n, tokens)
 
-    def seconds_a_condition(self, n: int) -> float:
-        """How long a run with an intervention takes at most with n problems."""
-        return self.writing.seconds(n, self.flags.new_tokens if self.anew else self.flags.answer_tokens)
+    def seconds_of_conditions(self, n: int, conditions: int, reading: float = 1) -> float:
+        """How long runs with interventions take at most, all at once.
+
+        Args:
+            n: problems of each.
+            conditions: how many runs.
+            reading: the share of a prompt that each reads by itself.
+
+        Returns:
+            Seconds.
+        """
+        tokens = self.flags.new_tokens if self.anew else self.flags.answer_tokens
+        return self.writing.seconds(n, tokens, conditions) + reading * conditions * n * self.writing.reading
 
     def reason(self) -> Setting:
         """Let the model solve the problems, and give its reasoning again.

@@ -1,4 +1,9 @@
-"""Hosts that answer after their own reasoning (`runs.reasoning`), with a donor's heads in place of their own."""
+"""Hosts that answer after their own reasoning (`runs.reasoning`), with a donor's heads in place of their own.
+
+Conditions run one after the other, and not all at once as those of other studies do (`solving.evaluate` with a list). A
+transplanted head is no edit of what the host computes at a token: it attends with keys and values of its own, which the donor
+computes from the host's stream at all earlier tokens, and `engine.decode` keeps neither that stream nor a donor's cache.
+"""
 
 from __future__ import annotations
 

@@ -329,12 +329,25 @@ class SiteEdit(Record):
         """
         return None
 
-    def to_columns(self, value: Tensor, start: int) -> Tensor:
+    def first_edited(self, prompts: TokenizedPrompts, prompt: int, tokens: Sequence[int]) -> int:
+        """The first token of a prompt at which the edit changes anything; earlier ones are those of the untouched model.
+
+        Args:
+            prompts: the prompts that are intervened on.
+            prompt: index of the prompt.
+            tokens: its edited tokens, counted from its first.
+
+        Returns:
+            The token, counted likewise; by default the first edited one.
+        """
+        return min(tokens)
+
+    def to_columns(self, value: Tensor, start: int | Tensor) -> Tensor:
         """Convert a replacement from tokens of a prompt to columns of a batch; by default it does not depend on them.
 
         Args:
             value: the replacement, `pos d` or `pos head d`.
-            start: the column at which the prompt begins.
+            start: the column at which the prompt begins; a tensor that can be broadcast to `value` if it differs.
 
         Returns:
             The replacement in the batch.

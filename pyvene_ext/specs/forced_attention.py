@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Literal, Self
 
@@ -116,9 +117,13 @@ class ForcedAttention(SiteEdit):
         ]
         return [of_prompt[:, None].expand(-1, len(self.heads or ()), -1) for of_prompt in rows]
 
-    def to_columns(self, value: Tensor, start: int) -> Tensor:
+    def first_edited(self, prompts: TokenizedPrompts, prompt: int, tokens: Sequence[int]) -> int:
+        """The first token of the block."""
+        return block_tokens(self, prompts, prompt)[0]
+
+    def to_columns(self, value: Tensor, start: int | Tensor) -> Tensor:
         """Convert keys to columns of a batch; the last of the five numbers is not a key."""
-        return value + start * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+        return value + start * value.new_tensor([1.0, 1.0, 1.0, 1.0, 0.0])
 
     def apply(self, old: Tensor, values: Tensor | None) -> Tensor:
         """Replace rows of the attention pattern, `entry key`, by the forced ones."""
@@ -204,5 +209,7 @@ def forced_rows(
         sees_hub = (nearest <= hub) & (hub <= query) & (count > 1)
         peak, rest = torch.where(sees_hub, hub, query), torch.where(sees_hub, 1 - TO_HUB, rest)
     rows = torch.zeros(length, 5)
-    rows[first : last + 1] = torch.stack([0 * query if spec.hard else nearest, nearest, query, peak, rest], -1)
+    # A hard pattern takes the mass of every key, wherever the columns of a batch begin.
+    taken_from = torch.full_like(rest, -math.inf) if spec.hard else nearest
+    rows[first : last + 1] = torch.stack([taken_from, nearest, query, peak, rest], -1)
     return rows

@@ -69,7 +69,7 @@ def test_reasoning_written_with_forced_attention_is_that_of_hooks(smollm2: Real,
         anew=True,
     )
     spec = force(smollm2.model.config, shape="uniform", block=(0, -1), hard=True)
-    found = setting.force(tuple(edit for edit in spec if edit.layer in layers), [0])
+    (found,) = setting.force([reasoning.Forcing(tuple(edit for edit in spec if edit.layer in layers), [0])])
 
     start, out = len(questions.prompts.input_ids[0]), list(questions.prompts.input_ids[0])
     smollm2.model.set_attn_implementation("eager")

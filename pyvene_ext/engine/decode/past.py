@@ -4,7 +4,7 @@ A row is one prompt under one intervention. Inside `with row_attention(past)` ev
 through `attend`, registered once with transformers' AttentionInterface, and the model takes one new token of every row at a time:
 
     past = RowPast(model, new=40)
-    past.enter(keys_values, lengths, prompt_of)      # prompts that the model has read, and the rows that continue them
+    past.enter([keys_values], lengths, prompt_of)     # prompts that the model has read, and the rows that continue them
     with row_attention(past):
         model(ids, position_ids=past.positions[:, None], attention_mask=past.no_mask, past_key_values=past)
     past.keep(rows)                                   # the others leave
@@ -27,7 +27,8 @@ from modelcards.attention_taps import redirect
 
 IMPLEMENTATION = "pyvene_rows"
 KeysValues = tuple[Float[Tensor, "prompt n_kv_head pos d_head"], Float[Tensor, "prompt n_kv_head pos d_head"]]
-EditScores = Callable[[Float[Tensor, "row n_head key"]], None]  # in place; keys that a row does not see are -inf
+# In place. Keys that a row does not see have the score -inf, and 0 in a pattern.
+EditAttention = Callable[[Float[Tensor, "row n_head key"]], None]
 
 
 class RowPast:
@@ -45,12 +46,19 @@ class RowPast:
         self.own: list[KeysValues] = []
         self.device = torch.device("cpu")
         self.lengths = self.prompt_of = self.written = torch.zeros(0, dtype=torch.long)
-        self.edit_scores: dict[int, EditScores] = {}
+        self.copies = 0  # the most rows of a prompt
+        self.edit_scores: dict[int, EditAttention] = {}
+        self.edit_pattern: dict[int, EditAttention] = {}
         card = card_of(model)
         self.attentions: list[Any] = [card.module(model, "attention_input", layer) for layer in range(self.layers)]
 
     def __len__(self) -> int:
         return len(self.prompt_of)
+
+    @property
+    def width(self) -> int:
+        """Columns of the prompts' keys."""
+        return self.prompts[0][0].shape[2] if self.prompts else 0
 
     @property
     def positions(self) -> Int[Tensor, " row"]:
@@ -62,26 +70,36 @@ class RowPast:
         """What keeps a model from making a mask of its own: `attend` knows what a row sees."""
         return torch.zeros(1, 1, 1, 1, device=self.device)
 
-    def enter(self, keys_values: Sequence[KeysValues], lengths: Sequence[int], prompt_of: Sequence[int]) -> None:
+    @property
+    def padding(self) -> Int[Tensor, " row"]:
+        """How many columns come between the keys of each row's prompt and those of its own tokens."""
+        return self.width - self.lengths[self.prompt_of]
+
+    def enter(self, reads: Sequence[list[KeysValues]], lengths: Sequence[int], prompt_of: Sequence[int]) -> None:
         """Add rows.
 
+        One layer after the other is copied, and taken out of `reads`, so that little is held twice.
+
         Args:
-            keys_values: of new prompts, by layer; the tokens of each stand in its first columns.
+            reads: keys and values of new prompts, by layer; the tokens of each prompt stand in its first columns.
             lengths: tokens of each of these prompts.
             prompt_of: the prompt of each new row, as an index into these.
         """
-        self.device = keys_values[0][0].device
+        self.device = reads[0][0][0].device
         held = len(self.lengths)
         added = [torch.tensor(some, dtype=torch.long, device=self.device) for some in (lengths, prompt_of)]
-        blank = [
-            (_blank(keys, len(prompt_of), self.new), _blank(values, len(prompt_of), self.new))
-            for keys, values in keys_values
-        ]
-        if held:
-            self.prompts = [_joined(*pair) for pair in zip(self.prompts, keys_values, strict=True)]
-            self.own = [_joined(*pair) for pair in zip(self.own, blank, strict=True)]
-        else:
-            self.prompts, self.own = list(keys_values), blank
+        for layer in range(self.layers):
+            parts = [read[layer] for read in reads]
+            blank: Any = tuple(_blank(x, len(prompt_of), self.new) for x in parts[0])
+            for read in reads:
+                read[layer] = None  # type: ignore[call-overload]
+            if held:
+                self.prompts[layer] = _joined([self.prompts[layer], *parts])
+                self.own[layer] = _joined([self.own[layer], blank])
+            else:
+                self.prompts.append(_joined(parts))
+                self.own.append(blank)
+            del parts
         self.lengths = torch.cat([self.lengths.to(self.device), added[0]])
         self.prompt_of = torch.cat([self.prompt_of.to(self.device), added[1] + held])
         self.written = torch.cat([self.written.to(self.device), torch.zeros_like(added[1])])
@@ -96,11 +114,13 @@ class RowPast:
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
         used, self.prompt_of = self.prompt_of[index].unique(return_inverse=True)
         self.written = self.written[index]
-        self.own = [_taken(pair, index) for pair in self.own]
-        if len(used) < len(self.lengths):
-            self.lengths = self.lengths[used]
-            longest = int(self.lengths.max()) if len(used) else 0
-            self.prompts = [_taken(pair, used, longest) for pair in self.prompts]
+        fewer = len(used) < len(self.lengths)
+        self.lengths = self.lengths[used]
+        longest = int(self.lengths.max()) if len(used) else 0
+        for layer in range(len(self.own)):  # one after the other, so that little is held twice
+            self.own[layer] = _taken(self.own[layer], index)
+            if fewer:
+                self.prompts[layer] = _taken(self.prompts[layer], used, longest)
         self._arrange()
 
     def step(self) -> None:
@@ -160,7 +180,7 @@ class RowPast:
         """Which keys each row sees in a layer: those of its prompt, then its own."""
         reach = self.windows[layer]
         if reach not in self._visible:
-            columns = torch.arange(self.prompts[layer][0].shape[2], device=self.device)
+            columns = torch.arange(self.width, device=self.device)
             own = torch.arange(self._columns, device=self.device)
             lengths, here = self.lengths[self.prompt_of, None], self.positions[:, None]
             prompt = columns < lengths
@@ -176,13 +196,20 @@ def _blank(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.new_zeros(rows, x.shape[1], columns, x.shape[3])
 
 
-def _joined(held: KeysValues, added: KeysValues) -> KeysValues:
+def _joined(parts: Sequence[KeysValues]) -> KeysValues:
     """Concatenate along the first axis, padded to the same number of columns."""
-    most = max(held[0].shape[2], added[0].shape[2])
-    pairs = zip(held, added, strict=True)
-    return tuple(  # type: ignore[return-value]
-        torch.cat([torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[2])) for x in pair]) for pair in pairs
-    )
+    if len(parts) == 1:
+        return parts[0]
+    rows, most = sum(len(keys) for keys, _ in parts), max(keys.shape[2] for keys, _ in parts)
+    found = []
+    for which, x in enumerate(parts[0]):
+        joined, row = x.new_zeros(rows, x.shape[1], most, x.shape[3]), 0
+        for part in parts:
+            some = part[which]
+            joined[row : row + len(some), :, : some.shape[2]] = some
+            row += len(some)
+        found.append(joined)
+    return found[0], found[1]
 
 
 def _taken(pair: KeysValues, index: Tensor, columns: int | None = None) -> KeysValues:
@@ -246,6 +273,9 @@ def attend(
     if layer in past.edit_scores:
         past.edit_scores[layer](scores.view(rows, heads, -1))
     pattern = torch.softmax(scores, -1).to(value.dtype)
+    if layer in past.edit_pattern:
+        past.edit_pattern[layer](pattern.view(rows, heads, -1))
+        pattern = pattern.masked_fill(~visible[:, None, None], 0.0)
     to_prompt, to_own = pattern.split([keys.shape[2], key.shape[2]], -1)
     mixed = past.by_row(past.by_prompt(to_prompt) @ values) + to_own @ value
     return mixed.reshape(rows, 1, heads, width), None

@@ -1,13 +1,16 @@
-"""Greedy decoding of many rows at once: every row is one prompt under one intervention and writes until its text ends.
+"""Greedy decoding of many rows at once: every row is one problem under one intervention and writes until its text ends.
 
 All rows take one token in the same forward pass, which reads the weights once. A prompt is read once for all the interventions
 that leave it alone. Rows that have ended leave, and waiting ones enter: the batch stays as large as the memory allows.
+
+Of the memory, three quarters are for what rows hold, and a quarter for what comes and goes: prompts that are being read, logits.
+Less than one row, or one prompt, at a time is impossible; otherwise no more than the memory is taken at any moment.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +28,13 @@ from pyvene_ext.models.replay import Replay
 
 MIB = 2**20
 LOGIT_COPIES = 3  # of the logits of a step: as computed, as float32, and as log-probabilities
+SCORE_COPIES = 6  # of a layer's scores: as computed, joined, capped, masked, as a pattern and edited
+TABLE_COPIES = (
+    2  # of scores or patterns in a table, in which every prompt has room for as many rows as the one with most
+)
 FREE = 4  # rows enter, and those that have ended leave, once they are a quarter of the batch: both copy keys and values
+HELD = 3 / 4  # of the memory, for rows
+Job = tuple[int, int]  # the numbers of a spec and of one of its problems
 
 
 class Text(Protocol):
@@ -52,52 +61,60 @@ Advance = Callable[[int, int], object]
 
 
 class Read(NamedTuple):
-    """Prompts that the model has read under one intervention, or under none.
+    """Prompts that the model has read under one intervention, or under none, and the rows that continue them.
 
     Attributes:
+        jobs: the rows.
+        prompt_of: for each row the prompt that it continues.
+        lengths: tokens of each prompt.
         keys_values: by layer; the tokens of each prompt stand in its first columns.
         logits: at the prompts' last tokens.
     """
 
+    jobs: Sequence[Job]
+    prompt_of: Sequence[int]
+    lengths: Sequence[int]
     keys_values: list[KeysValues]
     logits: Float[Tensor, "prompt vocab"]
 
 
 class Program(Protocol):
-    """What rows do: specs and prompts are numbered."""
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each prompt."""
-        ...
+    """What rows do."""
 
     @property
     def edits_prompts(self) -> bool:
-        """Whether specs edit the prompts, so that each reads them by itself."""
+        """Whether specs edit the prompts, so that each row has keys and values of its own."""
         ...
 
-    def read(self, spec: int, prompts: Sequence[int]) -> Read:
-        """Let the model read prompts under a spec (any, if specs leave prompts alone)."""
+    def prompt(self, job: Job) -> tuple[int, int]:
+        """The number of a row's prompt, which is the same for the same tokens, and how many these are."""
         ...
 
-    def edits(self, spec: int, prompts: Sequence[int]) -> list[tuple[TokenEdit, ...]]:
-        """The edits of new tokens, for each prompt."""
+    def reading(self, length: int) -> int:
+        """Bytes that reading a prompt of so many tokens takes besides the keys and values that its rows hold."""
         ...
 
-    def text(self, spec: int, prompt: int) -> Text:
+    def read(self, jobs: Sequence[Job], most: int) -> Iterator[Read]:
+        """Let the model read the prompts of rows, at most so many at once."""
+        ...
+
+    def edits(self, spec: int, problems: Sequence[int]) -> list[tuple[TokenEdit, ...]]:
+        """The edits of new tokens, for each problem."""
+        ...
+
+    def text(self, spec: int, problem: int) -> Text:
         """Begin the text of a row."""
         ...
 
     @property
     def finish(self) -> Callable[[int, int, Any], None]:
-        """Receives the text of a spec and a prompt that has ended, or has as many tokens as it may."""
+        """Receives the text of a spec and a problem that has ended, or has as many tokens as it may."""
         ...
 
 
 @dataclass
 class _Row:
-    spec: int
-    prompt: int
+    job: Job
     text: Text
     edits: tuple[TokenEdit, ...]
     token: int = 0
@@ -106,7 +123,7 @@ class _Row:
 
 def write_rows(
     model: PreTrainedModel,
-    jobs: Iterable[tuple[int, int]],
+    jobs: Iterable[Job],
     program: Program,
     *,
     new: int,
@@ -118,7 +135,7 @@ def write_rows(
 
     Args:
         model: a model whose `attention_can_be_seen`, in eval mode and without gradients.
-        jobs: (spec, prompt) of each row.
+        jobs: (spec, problem) of each row.
         program: what the rows do.
         new: most tokens of a text.
         memory: bytes for keys, values and logits; by default as much as the weights take, at least 1 GiB.
@@ -129,7 +146,8 @@ def write_rows(
         ValueError: a single row does not fit in memory.
     """
     memory = max(1024 * MIB, weights_on_a_device(model)) if memory is None else memory
-    waiting = deque(sorted(jobs, key=lambda job: (-program.lengths[job[1]], job[1], job[0])))
+    prompts = {job: program.prompt(job) for job in jobs}
+    waiting = deque(sorted(prompts, key=lambda job: (-prompts[job][1], prompts[job][0], *job)))
     writer = _Writer(model, program, new, memory, suppressed, advance)
     while waiting or writer.rows:
         try:
@@ -143,7 +161,7 @@ def write_rows(
             started = writer.abandon()
             if len(started) == 1:
                 raise ValueError(
-                    f"one text of {program.lengths[started[0][1]]} and {new} new tokens does not fit in memory; use shorter "
+                    f"one text of {prompts[started[0]][1]} and {new} new tokens does not fit in memory; use shorter "
                     "prompts, fewer new tokens, a smaller dtype or another device."
                 ) from error
         waiting.extendleft(reversed(started))
@@ -166,78 +184,89 @@ class _Writer:
         self.model, self.program, self.new, self.memory = model, program, new, memory
         self.suppressed, self.advance = list(suppressed), advance
         self.replay, self.past, self.rows = Replay(model), RowPast(model, new), list[_Row]()
-        self.entering: list[tuple[int, int]] = []
+        self.entering: list[Job] = []
         self._edits: RowEdits | None = None  # made when it is used: rows that leave and those that enter change it
         sizes = dimensions(model.config)
         layers = n_layers(model.config)
         self.token_bytes = 2 * layers * sizes["n_kv_head"] * sizes["d_head"] * model.dtype.itemsize
+        # One layer is held twice while rows enter or leave, and its keys in float32 while rows attend to them.
+        self.token_bytes += self.token_bytes // layers
         # In one layer: the hidden state, projected and summed, and the MLP's activations.
         self.step_bytes = (8 * sizes["d_model"] + 4 * sizes["d_mlp"]) * 4
 
     # -- entering and leaving ----------------------------------------------------------------------------------------------
 
-    def admit(self, waiting: deque[tuple[int, int]]) -> None:
+    def admit(self, waiting: deque[Job]) -> None:
         """Let waiting rows enter, once a quarter of the memory is free for them."""
-        if not waiting or (self.rows and self._held() > self.memory * (1 - 1 / FREE)):
+        most = self.memory * HELD
+        if not waiting or (self.rows and self._bytes() > most * (1 - 1 / FREE)):
             return
-        prompts, longest = self._prompts()
-        count = len(self.rows)
+        copies: Counter[int] = Counter()  # rows of each prompt; of each row, if it reads its prompt by itself
+        longest = 0
         while waiting:
-            _, prompt = waiting[0]
-            prompts.add(prompt)
-            longest, count = max(longest, self.program.lengths[prompt]), count + 1
-            if count > 1 and self._bytes(len(prompts), longest, count) > self.memory:
+            prompt, length = self.program.prompt(waiting[0])
+            copies[len(copies) if self.program.edits_prompts else prompt] += 1
+            longest, count = max(longest, length), len(self.entering) + 1
+            held = self._bytes(len(copies), longest, count, max(copies.values()))
+            if len(self.rows) + count > 1 and held > most:
                 break
             self.entering.append(waiting.popleft())
         if self.entering:
-            self._enter(self.entering)
+            self._enter(self.entering, longest)
         self.entering = []
 
-    def _prompts(self) -> tuple[set[int], int]:
-        """The prompts of the rows, and the length of the longest."""
-        prompts = {row.prompt for row in self.rows}
-        return prompts, max((self.program.lengths[prompt] for prompt in prompts), default=0)
+    def _bytes(self, prompts: int = 0, longest: int = 0, rows: int = 0, copies: int = 0) -> int:
+        """What the rows hold, together with more: keys and values, and the activations of one layer.
 
-    def _held(self) -> int:
-        prompts, longest = self._prompts()
-        return self._bytes(len(prompts), longest, len(self.rows))
+        Args:
+            prompts: how many more prompts.
+            longest: the tokens of the longest.
+            rows: how many more rows.
+            copies: the most rows of one of these prompts.
 
-    def _bytes(self, prompts: int, longest: int, rows: int) -> int:
-        """What so many rows of so many prompts hold: keys and values, and the activations of one layer."""
-        read_by_itself = rows if self.program.edits_prompts else prompts
-        scores = 2 * 4 * n_heads(self.model.config) * (longest + self.new)
-        return read_by_itself * longest * self.token_bytes + rows * (
-            self.new * self.token_bytes + self.step_bytes + scores
-        )
+        Returns:
+            Bytes.
+        """
+        longest = max(longest, self.past.width)
+        prompts, rows = prompts + len(self.past.lengths), rows + len(self.past)
+        places = prompts * max(copies, self.past.copies)
+        scores = 4 * n_heads(self.model.config) * (longest + self.new)
+        held = prompts * longest * self.token_bytes + rows * (self.new * self.token_bytes + self.step_bytes)
+        return held + scores * (rows * SCORE_COPIES + places * TABLE_COPIES)
 
-    def _enter(self, jobs: Sequence[tuple[int, int]]) -> None:
-        program = self.program
-        specs_of: dict[int, list[int]] = defaultdict(list)
-        for spec, prompt in jobs:
-            specs_of[spec].append(prompt)
-        if program.edits_prompts:
-            groups = [(prompts, {spec: prompts}) for spec, prompts in specs_of.items()]
-        else:
-            groups = [(list(dict.fromkeys(prompt for _, prompt in jobs)), dict(specs_of))]
-        for prompts, of_spec in groups:
-            (first, *_) = of_spec
-            read = program.read(first, prompts)
-            best = most_likely(read.logits, self.suppressed)
-            at = {prompt: number for number, prompt in enumerate(prompts)}
-            rows: list[_Row] = []
-            for spec, its in of_spec.items():
-                for prompt, edits in zip(its, program.edits(spec, its), strict=True):
-                    row = _Row(spec, prompt, program.text(spec, prompt), edits)
-                    self._take(row, *(some[at[prompt]] for some in best))
-                    rows.append(row)
-            going = sorted((row for row in rows if not self._is_done(row)), key=lambda row: at[row.prompt])
-            if going:
-                used = {prompt: number for number, prompt in enumerate(dict.fromkeys(row.prompt for row in going))}
-                kept = [tuple(x[[at[prompt] for prompt in used]] for x in pair) for pair in read.keys_values]
-                of_row = [used[row.prompt] for row in going]
-                self.past.enter(kept, [program.lengths[prompt] for prompt in used], of_row)  # type: ignore[arg-type]
-                self.rows += going
+    def _enter(self, jobs: Sequence[Job], longest: int) -> None:
+        at_once = int(self.memory * (1 - HELD)) // self.program.reading(longest)
+        reads: list[list[KeysValues]] = []
+        lengths: list[int] = []
+        prompt_of: list[int] = []
+        for read in self.program.read(jobs, max(1, at_once)):
+            rows = self._begin(read)
+            going = [number for number, row in enumerate(rows) if not self._is_done(row)]
+            used = sorted({read.prompt_of[number] for number in going})
+            if not going:
+                continue
+            if len(used) < len(read.lengths):
+                for layer, pair in enumerate(read.keys_values):
+                    read.keys_values[layer] = pair[0][used], pair[1][used]
+            prompt_of += [len(lengths) + used.index(read.prompt_of[number]) for number in going]
+            lengths += [read.lengths[prompt] for prompt in used]
+            reads.append(read.keys_values)
+            self.rows += [rows[number] for number in going]
+        if reads:
+            self.past.enter(reads, lengths, prompt_of)
         self._edits = None
+
+    def _begin(self, read: Read) -> list[_Row]:
+        """The rows that continue what has been read, each with its first token."""
+        problems: dict[int, list[int]] = defaultdict(list)
+        for spec, problem in read.jobs:
+            problems[spec].append(problem)
+        edits = {spec: dict(zip(its, self.program.edits(spec, its), strict=True)) for spec, its in problems.items()}
+        rows = [_Row(job, self.program.text(*job), edits[job[0]][job[1]]) for job in read.jobs]
+        best = most_likely(read.logits, self.suppressed)
+        for row, prompt in zip(rows, read.prompt_of, strict=True):
+            self._take(row, *(some[prompt] for some in best))
+        return rows
 
     def _keep(self, which: Sequence[int]) -> None:
         self.rows = [self.rows[number] for number in which]
@@ -247,9 +276,9 @@ class _Writer:
             self.past = RowPast(self.model, self.new)
         self._edits = None
 
-    def abandon(self) -> list[tuple[int, int]]:
+    def abandon(self) -> list[Job]:
         """Give up all rows, which are to begin again; returns them."""
-        started = [(row.spec, row.prompt) for row in self.rows if not self._is_done(row)]
+        started = [row.job for row in self.rows if not self._is_done(row)]
         started = list(dict.fromkeys([*started, *self.entering]))
         self.rows, self.entering, self.past = [], [], RowPast(self.model, self.new)
         return started
@@ -273,7 +302,7 @@ class _Writer:
                 use_cache=True,
             ).last_hidden_state[:, -1]
         past.stepped()
-        at_once = max(1, self.memory // 4 // (LOGIT_COPIES * 4 * self.model.config.vocab_size))
+        at_once = max(1, int(self.memory * (1 - HELD)) // (LOGIT_COPIES * 4 * self.model.config.vocab_size))
         found = [most_likely(self.replay.unembed(some), self.suppressed) for some in hidden.split(at_once)]
         tokens, log_probabilities = ([x for some in found for x in some[which]] for which in (0, 1))
         for row, token, log_probability in zip(self.rows, tokens, log_probabilities, strict=True):
@@ -288,7 +317,7 @@ class _Writer:
         row.text.add(row.token, float(log_probability))
         self.advance(1, self.new - row.count if self._is_done(row) else 0)
         if self._is_done(row):
-            self.program.finish(row.spec, row.prompt, row.text)
+            self.program.finish(*row.job, row.text)
 
     def _is_done(self, row: _Row) -> bool:
         return row.text.ended or row.count == self.new

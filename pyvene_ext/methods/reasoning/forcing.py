@@ -7,18 +7,19 @@ written. What is forced at a token depends on earlier tokens alone, so that it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-import torch
-from pyvene import IntervenableConfig, RepresentationConfig
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import window
-from pyvene_ext.engine.compile import Compiled
-from pyvene_ext.models.devices import input_device
+from pyvene_ext.engine.decode.edits import TokenEdit
+from pyvene_ext.methods.solving.replacing import TokenEdits
 from pyvene_ext.prompts.problems import Questions
-from pyvene_ext.prompts.tokenized import Batch
+from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.forced_attention import ForcedAttention, forced_rows
 
 
@@ -28,8 +29,8 @@ def forced_while_writing(
     questions: Questions,
     new: int,
     hubs: Sequence[int] | None = None,
-) -> Callable[[Batch], Compiled]:
-    """Compile patterns for the tokens that a model will write, for `evaluate` with the scope reasoning.
+) -> TokenEdits:
+    """Make patterns for the tokens that a model will write, for `evaluate` with the scope reasoning.
 
     Args:
         model: the model.
@@ -39,7 +40,7 @@ def forced_while_writing(
         hubs: for each question the token of its reasoning that is the hub, counted from 0; for the shape hub.
 
     Returns:
-        A function from a batch of the questions to its intervention.
+        The edits, for these questions.
 
     Raises:
         ValueError: a pattern that the model cannot be given, no hubs for the shape hub, or a hub that is not written.
@@ -64,24 +65,15 @@ def forced_while_writing(
         hub_name = "hub" if edit.shape == "hub" else None
         edits.append(edit.model_copy(update={"block": ("block_first", "block_last"), "hub": hub_name}))
 
-    def compiled(batch: Batch) -> Compiled:
-        representations, heads, replacements = [], [], []
+    def of_problem(problem: int) -> tuple[TokenEdit, ...]:
+        rows: dict[Any, Float[Tensor, "1 new 5"]] = {}  # the same in most layers
+        found = []
         for edit in edits:
-            mine, reach = list(edit.heads or ()), window(model.config, edit.layer or 0)
-            rows = torch.stack(
-                [
-                    edit.to_columns(forced_rows(edit, written, prompt, reach)[-new:], start)
-                    for prompt, start in zip(batch.index, batch.starts, strict=True)
-                ]
-            )
-            if edit.hard:
-                rows[..., 0] = 0  # mass is taken from all columns before, wherever a batch has its padding
-            replacement = rows[:, None].expand(-1, len(mine), -1, -1)
-            representations.append(
-                RepresentationConfig(edit.layer or 0, edit.component.name, "h", intervention_type=edit.intervention)
-            )
-            heads.append([mine] * len(batch.index))
-            replacements.append(replacement.to(input_device(model)))
-        return Compiled(IntervenableConfig(representations), {"base": heads}, tuple(replacements))
+            reach = window(model.config, edit.layer or 0)
+            key = edit.shape, edit.hard, reach
+            if key not in rows:
+                rows[key] = forced_rows(edit, written, problem, reach)[None, -new:]
+            found.append(TokenEdit(edit, rows[key]))
+        return tuple(found)
 
-    return compiled
+    return TokenEdits(of_problem, {"forced": to_plain([tuple(spec)]), "hubs": None if hubs is None else list(hubs)})

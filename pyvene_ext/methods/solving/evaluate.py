@@ -11,6 +11,9 @@ A list of specs is run as one: every problem is read once, all texts are written
 
     results = evaluate(model, tokenizer, questions, all_heads(model.config), "new", max_new_tokens=256)
 
+Each spec may have questions of its own (a list of them). Of prompts that specs edit, only what may differ is read again: layers
+from a spec's first one on, and tokens from the first that it edits.
+
 An intervention is tied to positions, so that the text is the same with and without a cache and in batches of any size (up to
 rounding). Its `scope` says at which ones:
 
@@ -46,13 +49,22 @@ from pyvene_ext.engine.sweep.plan import check_memory
 from pyvene_ext.intervenable.model import IntervenableModel
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.methods.solving.answers import Rule, check_rule
 from pyvene_ext.methods.solving.decoding import BatchDecoding, read_beginning
 from pyvene_ext.methods.solving.evaluation import Evaluation, collect
 from pyvene_ext.methods.solving.many import Job, ProblemRows, runs_together
-from pyvene_ext.methods.solving.replacing import Compile, Scope, Transcripts, check_questions, compile_for, resolve_spec
+from pyvene_ext.methods.solving.replacing import (
+    Compile,
+    Scope,
+    TokenEdits,
+    Transcripts,
+    check_questions,
+    compile_for,
+    resolve_spec,
+)
 from pyvene_ext.methods.solving.results import Texts
-from pyvene_ext.methods.solving.rounds import Jobs, Rounds, UntilDecided, checked_stops
+from pyvene_ext.methods.solving.rounds import Rounds, Rows, UntilDecided, checked_stops
 from pyvene_ext.methods.solving.texts import Ends, Solution
 from pyvene_ext.models.devices import all_gather, input_device, no_gradients, on_all_ranks, processes
 from pyvene_ext.models.latent_steps import format_of
@@ -67,7 +79,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Questions,
-    spec: Spec | Compile | None = None,
+    spec: Spec | Compile | TokenEdits | None = None,
     scope: Scope = "both",
     *,
     max_new_tokens: int,
@@ -87,7 +99,7 @@ def evaluate(
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Questions,
+    questions: Questions | list[Questions],
     spec: list[Any],
     scope: Scope = "both",
     *,
@@ -107,8 +119,8 @@ def evaluate(
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Questions,
-    spec: Spec | Compile | list[Any] | None = None,
+    questions: Questions | list[Questions],
+    spec: Spec | Compile | TokenEdits | list[Any] | None = None,
     scope: Scope = "both",
     *,
     max_new_tokens: int,
@@ -129,10 +141,10 @@ def evaluate(
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
         tokenizer: the model's.
-        questions: from `problems.tokenize_problems` or `with_reasoning`.
+        questions: from `problems.tokenize_problems` or `with_reasoning`; for a list of specs also a list, with those of each.
         spec: an edit, or a tuple of them (made jointly); None: the untouched model. Or a function from a batch (padded on the
-            left) to its `Compiled` intervention, with replacements as `IntervenableModel.generate` expects them. Or a list of
-            these, whose texts are written at once.
+            left) to its `Compiled` intervention, with replacements as `IntervenableModel.generate` expects them. Or `TokenEdits`.
+            Or a list of these, whose texts are written at once.
         scope: at which positions, as the module's docstring defines.
         max_new_tokens: most tokens per text.
         batch_size: problems per batch; for a list, prompts that are read at once.
@@ -163,37 +175,49 @@ def evaluate(
     specs: list[Any] = list(spec) if isinstance(spec, list) else [spec]
     if not specs:
         raise ValueError("there are no specs; give at least one, or None for the untouched model.")
+    each = isinstance(questions, list) and all(isinstance(some, Questions) for some in questions)
+    asked: list[Any] = list(questions) if each else [questions] * len(specs)  # type: ignore[arg-type]
+    if len(asked) != len(specs):
+        raise ValueError(
+            f"there are {len(asked)} sets of questions and {len(specs)} specs; give each spec its questions."
+        )
     check_memory(memory)
     check_rule(rule)
-    check_questions(model, questions, scope, max_new_tokens)
-    resolved = [resolve_spec(model, questions, one, scope, max_new_tokens, reference) for one in specs]
-    questions.prompts.batches(batch_size)  # refuses a size that is none
-    job = Job(model, Ends(model, tokenizer), questions, scope, max_new_tokens, batch_size, reference, read_once)
+    for some in {id(some): some for some in asked}.values():
+        check_questions(model, some, scope, max_new_tokens)
+    resolved = [
+        resolve_spec(model, some, one, scope, max_new_tokens, reference) for some, one in zip(asked, specs, strict=True)
+    ]
+    asked[0].prompts.batches(batch_size)  # refuses a size that is none
+    ends = Ends(model, tokenizer)
+    jobs = [Job(model, ends, some, scope, max_new_tokens, batch_size, reference, read_once) for some in asked]
     latent = format_of(model) is not None
     found: dict[tuple[int, int], Solution] = {}
 
     def judged(number: int, problems: Sequence[int]) -> Evaluation:
         rows = [found[number, problem] for problem in problems]
-        return collect(questions.take(problems), tokenizer, rows, rule, latent)
+        return collect(asked[number].take(problems), tokenizer, rows, rule, latent)
 
-    everything = range(len(questions))
-    rounds = Rounds(len(specs), len(questions))
+    rounds = Rounds([len(some) for some in asked])
     if stop is not None:
-        stops = checked_stops(stop, specs, questions, baseline)
+        if each:
+            raise ValueError("stop compares problem by problem: give one set of questions for all specs.")
+        stops = checked_stops(stop, specs, asked[0], baseline)
         clean = next((number for number, one in enumerate(specs) if one is None), 0)
-        untouched = (lambda: judged(clean, everything)) if baseline is None else lambda: baseline
-        rounds = UntilDecided(len(specs), len(questions), stops, untouched, judged)
-    if isinstance(spec, list) or store is not None or stop is not None:
-        _of_all(job, specs, resolved, found, rounds, memory=memory, store=store, progress=progress)
+        untouched = (lambda: judged(clean, range(len(asked[0])))) if baseline is None else lambda: baseline
+        rounds = UntilDecided(rounds.sizes, stops, untouched, judged)
+    if isinstance(spec, list | TokenEdits) or store is not None or stop is not None:
+        _of_all(jobs, specs, resolved, found, rounds, memory=memory, store=store, progress=progress)
     else:
-        bar = progress if isinstance(progress, tqdm) else progress_bar(len(questions), "problem", shown=progress)
+        n = len(asked[0])
+        bar = progress if isinstance(progress, tqdm) else progress_bar(n, "problem", shown=progress)
 
         def finish(problem: int, text: Solution) -> None:
             found[0, problem] = text
 
         try:
             with evaluating(model), no_gradients(model):
-                _one_by_one(job, spec, resolved[0], everything, finish, bar.update)
+                _one_by_one(jobs[0], spec, resolved[0], range(n), finish, bar.update)
         finally:
             if bar is not progress:
                 bar.close()
@@ -202,8 +226,8 @@ def evaluate(
 
 
 def _of_all(
-    job: Job,
-    specs: Sequence[Spec | Compile | None],
+    jobs: Sequence[Job],
+    specs: Sequence[Spec | Compile | TokenEdits | None],
     resolved: Sequence[Resolved | None],
     found: dict[tuple[int, int], Solution],
     rounds: Rounds,
@@ -213,16 +237,17 @@ def _of_all(
     progress: bool | tqdm,
 ) -> None:
     """Solve the problems under all specs, round by round, into `found`; the processes of a launch share the problems."""
-    group, questions = processes(), job.questions
-    texts = None if store is None else Texts(store, job, specs)
-    if group.num_processes > 1 and len(set(all_gather(job.hash(specs)))) > 1:
+    group, model, new = processes(), jobs[0].model, jobs[0].new
+    texts = None if store is None else Texts(store, jobs, specs)
+    own_hash = data_hash([job.hash_of(spec) for job, spec in zip(jobs, specs, strict=True)])
+    if group.num_processes > 1 and len(set(all_gather(own_hash))) > 1:
         raise ValueError(
             "the processes of this launch were given different specs, questions or options; give all the same."
         )
     if texts is not None:
         found.update(texts.known())
     bar = progress if isinstance(progress, tqdm) else None
-    left = len(range(group.process_index, len(questions), group.num_processes)) * len(specs)
+    left = sum(len(range(group.process_index, size, group.num_processes)) for size in rounds.sizes)
 
     def finish(spec: int, problem: int, text: Solution) -> None:
         found[spec, problem] = text
@@ -238,24 +263,25 @@ def _of_all(
         tokens.total = (tokens.total or 0) - spared
         tokens.update(written)
 
-    def write(jobs: Jobs) -> None:
-        if runs_together(job.model, specs, job.scope):
-            rows = ProblemRows(job, specs, resolved, finish)
-            write_rows(job.model, jobs, rows, new=job.new, memory=memory, suppressed=job.ends.never, advance=advance)
+    def write(wanted: Rows) -> None:
+        if runs_together(model, specs, jobs[0].scope):
+            rows = ProblemRows(jobs, specs, resolved, finish)
+            write_rows(model, wanted, rows, new=new, memory=memory, suppressed=jobs[0].ends.never, advance=advance)
             return
-        for number, (spec, of_spec) in enumerate(zip(specs, resolved, strict=True)):
-            problems = [problem for its, problem in jobs if its == number]
-            _one_by_one(job, spec, of_spec, problems, partial(finish, number), lambda n: advance(n * job.new, 0))
+        for number, (job, spec, of_spec) in enumerate(zip(jobs, specs, resolved, strict=True)):
+            assert not isinstance(spec, TokenEdits)  # `resolve_spec` has refused them
+            problems = [problem for its, problem in wanted if its == number]
+            _one_by_one(job, spec, of_spec, problems, partial(finish, number), lambda n: advance(n * new, 0))
 
-    with tokens, texts or nullcontext(), evaluating(job.model), no_gradients(job.model):
-        for wanted in rounds.jobs():
-            mine = [one for one in wanted if one[1] % group.num_processes == group.process_index]
-            jobs = [one for one in mine if one not in found]
-            tokens.total = (tokens.total or 0) + len(jobs) * job.new
+    with tokens, texts or nullcontext(), evaluating(model), no_gradients(model):
+        for given in rounds.rows():
+            mine = [one for one in given if one[1] % group.num_processes == group.process_index]
+            wanted = [one for one in mine if one not in found]
+            tokens.total = (tokens.total or 0) + len(wanted) * new
             left -= len(mine)
             if bar is not None:
-                bar.update(len(mine) - len(jobs))
-            on_all_ranks(partial(write, jobs))
+                bar.update(len(mine) - len(wanted))
+            on_all_ranks(partial(write, wanted))
             for of_one in all_gather([(one, found[one]) for one in mine]):
                 found.update(of_one)
     if bar is not None:

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from modelcards import n_positions
 from pyvene_ext.engine.compile import Compiled, compile_spec, extend_to_new_tokens, select_scope
+from pyvene_ext.engine.decode.edits import TokenEdit
 from pyvene_ext.engine.resolve import Resolved, resolve
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.solving.evaluation import Evaluation
+from pyvene_ext.models.hooks import attention_can_be_seen
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.ablation import donors
@@ -24,6 +26,19 @@ from pyvene_ext.specs.joint import OneSpec, Spec, as_specs, members, needs
 
 Scope = Literal["prompt", "new", "reasoning", "both"]
 Compile = Callable[[Batch], Compiled]  # from a batch, padded on the left, to its compiled intervention
+
+
+@dataclass(frozen=True)
+class TokenEdits:
+    """Edits of the tokens that a model writes, which may differ from problem to problem; the prompts are left alone.
+
+    Attributes:
+        of: makes those of a problem, given its index.
+        facts: everything they depend on besides model and questions, as JSON-able data.
+    """
+
+    of: Callable[[int], tuple[TokenEdit, ...]]
+    facts: Any
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,9 @@ class Transcripts:
         return self.reference.prompts.hash
 
 
-def condition_of(spec: Spec | None, scope: Scope, reference: Reference | Transcripts | None = None) -> dict[str, Any]:
+def condition_of(
+    spec: Spec | TokenEdits | None, scope: Scope, reference: Reference | Transcripts | None = None
+) -> dict[str, Any]:
     """What a single evaluation depends on besides the model, the questions and the new tokens, as JSON-able data.
 
     Args:
@@ -97,6 +114,8 @@ def condition_of(spec: Spec | None, scope: Scope, reference: Reference | Transcr
     """
     if spec is None:
         return {"spec": None}
+    if isinstance(spec, TokenEdits):
+        return {"tokens": spec.facts, "scope": scope}
     used = reference if needs([spec]).places else None
     held = used.reference if isinstance(used, Transcripts) else used
     return {"spec": to_plain([spec]), "scope": scope, "reference": None if held is None else held.prompts.hash}
@@ -137,7 +156,7 @@ def check_questions(model: PreTrainedModel, questions: Questions, scope: Scope, 
 def resolve_spec(
     model: PreTrainedModel,
     questions: Questions,
-    spec: Spec | Compile | None,
+    spec: Spec | Compile | TokenEdits | None,
     scope: Scope,
     max_new_tokens: int,
     reference: Reference | Transcripts | None = None,
@@ -153,7 +172,7 @@ def resolve_spec(
         reference: as for `evaluate`.
 
     Returns:
-        The spec on the prompts; None if there is none, or a function.
+        The spec on the prompts; None if there is none, a function, or edits of new tokens.
 
     Raises:
         ValueError: for whatever `evaluate` refuses.
@@ -162,7 +181,14 @@ def resolve_spec(
         raise ValueError(
             "the only new token depends on edits of the prompt alone; generate more tokens, or choose the scope prompt."
         )
-    if spec is None or callable(spec):
+    if isinstance(spec, TokenEdits) and scope not in ("new", "reasoning"):
+        raise ValueError(f"edits of new tokens leave prompts alone: choose the scope new or reasoning, not {scope}.")
+    if isinstance(spec, TokenEdits) and not attention_can_be_seen(model):
+        raise ValueError(
+            f"edits of new tokens need attention that can be seen, which that of {type(model).__name__} cannot, as it is loaded; "
+            "use another family, or attn_implementation='sdpa'."
+        )
+    if spec is None or callable(spec) or isinstance(spec, TokenEdits):
         return None
     (spec,) = as_specs([spec])
     held = reference.reference if isinstance(reference, Transcripts) else reference

@@ -135,21 +135,21 @@ class Texts:
 
     Args:
         folder: created with the first text.
-        job: what is evaluated.
-        specs: under which specs.
+        jobs: what is evaluated under each spec.
+        specs: the specs.
 
     Raises:
         ValueError: a spec is a function, which cannot be told from another; or the folder is a file.
     """
 
-    def __init__(self, folder: str | Path, job: Job, specs: Sequence[Any]) -> None:
+    def __init__(self, folder: str | Path, jobs: Sequence[Job], specs: Sequence[Any]) -> None:
         if any(callable(spec) for spec in specs):
             raise ValueError("texts under a function cannot be told from another function's: leave store out.")
         if Path(folder).is_file():
             raise ValueError(f"{folder} is a file; name a folder in which texts are kept.")
-        self.folder = Path(folder) / data_hash(model_facts(job.model))[:16]
-        self._ends = job.ends
-        self._keys = [job.hash_of(spec) for spec in specs]
+        self.folder = Path(folder) / data_hash(model_facts(jobs[0].model))[:16]
+        self._ends = jobs[0].ends
+        self._keys = [job.hash_of(spec) for job, spec in zip(jobs, specs, strict=True)]
         self._file: IO[str] | None = None
 
     def known(self) -> dict[tuple[int, int], Solution]:

@@ -13,7 +13,7 @@ from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.prompts.problems import Questions
 from pyvene_ext.stats.stopping import FEWEST, Stopped, Stopping
 
-Jobs = list[tuple[int, int]]  # of a spec and a problem each, by their numbers
+Rows = list[tuple[int, int]]  # of a spec and a problem each, by their numbers
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,18 @@ class Rounds:
     """Which problems the specs of an evaluation take: all of them, in one round.
 
     Attributes:
-        n_specs: how many specs there are.
-        n_problems: how many problems.
+        sizes: how many problems each spec has.
     """
 
-    n_specs: int
-    n_problems: int
+    sizes: Sequence[int]
 
-    def jobs(self) -> Iterator[Jobs]:
+    def rows(self) -> Iterator[Rows]:
         """What is written in each round; asked for when the texts of the rounds before are known."""
-        yield [(spec, problem) for problem in range(self.n_problems) for spec in range(self.n_specs)]
+        yield [(spec, problem) for spec, size in enumerate(self.sizes) for problem in range(size)]
 
     def problems(self, spec: int) -> Sequence[int]:
         """The problems that a spec took, in ascending order."""
-        return range(self.n_problems)
+        return range(self.sizes[spec])
 
     def marked(self, spec: int, evaluation: Evaluation) -> Evaluation:
         """An evaluation of these problems, with where the spec stopped."""
@@ -58,14 +56,15 @@ class UntilDecided(Rounds):
     stopped: dict[int, Stopped] = field(default_factory=dict)
 
     @override
-    def jobs(self) -> Iterator[Jobs]:
+    def rows(self) -> Iterator[Rows]:
+        n = self.sizes[0]  # the same for all
         full = [spec for spec, stop in enumerate(self.stops) if stop is None]
         if full:
-            yield [(spec, problem) for problem in range(self.n_problems) for spec in full]
+            yield [(spec, problem) for problem in range(n) for spec in full]
         clean, start = self.untouched().correct, 0
-        going = {spec: (stop, stop.order(self.n_problems)) for spec, stop in enumerate(self.stops) if stop is not None}
+        going = {spec: (stop, stop.order(n)) for spec, stop in enumerate(self.stops) if stop is not None}
         after: dict[int, list[bool]] = {spec: [] for spec in going}
-        for end in round_ends(self.n_problems):
+        for end in round_ends(n):
             if not going:
                 return
             yield [(spec, int(order[place])) for place in range(start, end) for spec, (_, order) in going.items()]
@@ -80,8 +79,8 @@ class UntilDecided(Rounds):
     def problems(self, spec: int) -> Sequence[int]:
         stop = self.stops[spec]
         if stop is None:
-            return range(self.n_problems)
-        return sorted(stop.order(self.n_problems)[: self.stopped[spec].problems].tolist())
+            return range(self.sizes[spec])
+        return sorted(stop.order(self.sizes[spec])[: self.stopped[spec].problems].tolist())
 
     @override
     def marked(self, spec: int, evaluation: Evaluation) -> Evaluation:

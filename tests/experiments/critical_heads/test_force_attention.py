@@ -13,6 +13,7 @@ from critical_heads import force_attention as study
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.solving.results import Texts
 from pyvene_ext.runs import reasoning
 from pyvene_ext.stats import accuracy
 from pyvene_ext.stats.accuracy import accuracy_drop
@@ -119,7 +120,7 @@ def test_reasoning_written_anew_is_forced_token_by_token(folder: Path, shape: st
     heads = {0: [1, 6], 2: [0, 3, 7], 3: list(range(8))}
     hubs = study.hubs_of(setting, config, shape)  # type: ignore[arg-type]
     spec = study.force({layer: tuple(some) for layer, some in heads.items()}, shape, hard)  # type: ignore[arg-type]
-    found = study.forced(setting, spec, hubs)
+    (found,) = study.forced(setting, [(spec, hubs)])
     texts, chances = written_anew(shape, hard, hubs, heads, 18)
     assert list(found.texts) == texts
     compared = [i for i, chance in enumerate(chances) if chance is not None]
@@ -239,11 +240,11 @@ def test_several_models_stand_side_by_side(folder: Path) -> None:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--out", "x", "--shapes", "uniform", "sequential", "--no_sweep")
-    made = stop_at(monkeypatch, 5, reasoning, "evaluate")
+    kept = stop_at(monkeypatch, 16, Texts, "add")
     assert command(*flags) == 130
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["unfinished"]
     assert command(*flags) == 0
-    assert len(made) == 4 + 1 + 2  # two runs of six were left
+    assert len(kept) == 4 * N + 1  # the one that was interrupted is written again
     whole = (folder / "x/patterns.csv").read_bytes()
     assert command(*flags[2:], "--out", "y") == 0
     assert (folder / "y/patterns.csv").read_bytes() == whole

@@ -14,7 +14,7 @@ from critical_heads import patch_hub as study
 
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.runs import reasoning
+from pyvene_ext.methods.solving.results import Texts
 from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import ablations as slow
@@ -156,10 +156,11 @@ def test_the_verdicts_name_the_worst_token_of_every_site(folder: Path, capsys: p
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--sites", "embed", "--seeds", 2, "--places", 2)
-    made = stop_at(monkeypatch, 5, reasoning, "evaluate")
+    kept = stop_at(monkeypatch, 5, Texts, "add")
     assert command("--out", "x", *flags) == 130
     assert command("--out", "x", *flags) == 0
-    assert len(made) == 4 + 1 + 2  # two untouched runs, and four with noise
+    texts = 2 * sum(int(row["problems"]) for row in by_hand.table(folder / "x/positions.csv"))
+    assert len(kept) == texts + 1  # the one that was interrupted is written again
     assert command("--out", "y", *flags) == 0
     assert (folder / "y/positions.csv").read_bytes() == (folder / "x/positions.csv").read_bytes()
     assert not (folder / "x/unfinished").exists()

@@ -18,7 +18,7 @@ from pyvene_ext.engine.compile import Compiled, compile_spec
 from pyvene_ext.engine.decode import rows as rows_module
 from pyvene_ext.engine.resolve import resolve
 from pyvene_ext.intervenable.statistics import Reference
-from pyvene_ext.methods.solving import decoding
+from pyvene_ext.methods.solving import decoding, many
 from pyvene_ext.methods.solving.evaluate import evaluate
 from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.methods.solving.many import ProblemRows
@@ -160,13 +160,14 @@ def test_a_model_on_several_devices_or_offloaded(place: str, kind: str) -> None:
 
 
 def test_prompts_are_read_once_for_all_specs_that_leave_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, read = model_of("llama3_1"), []
-    own = ProblemRows._read
-    monkeypatch.setattr(ProblemRows, "_read", lambda self, spec, batch: (read.append(spec), own(self, spec, batch))[1])
+    model, read = model_of("llama3_1"), list[str]()
+    for name in ("read_untouched", "read_edited"):
+        own = getattr(many, name)
+        monkeypatch.setattr(many, name, lambda *args, n=name, own=own: (read.append(n), own(*args))[1])
     evaluate(model, tokenizer(), asked(), [None, *SPECS.values()], "new", max_new_tokens=4)
-    assert len(read) == 1
+    assert read == ["read_untouched"]
     evaluate(model, tokenizer(), asked(), [None, *SPECS.values()], "both", max_new_tokens=4)
-    assert read[1:] == [0, 1, 2]
+    assert read[1:] == ["read_untouched", "read_edited", "read_edited"]
 
 
 def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
