@@ -24,9 +24,12 @@ Of each method the circuit of `--share` of the edges is written, with its faithf
 between the same layers and kinds; its completeness, the faithfulness of all other edges together, near 0 if the circuit misses
 nothing; and minimality, the share of `--removed` of its edges without which faithfulness changes by 0.01 or more.
 
-Written to the folder OUT: methods.csv, one row a method; curves.csv, faithfulness by share; scores_METHOD.npy, [sender receiver]
-or [sender]; circuit_METHOD.json, which `pyvene_ext.circuits.load_circuit` reads, and circuit_METHOD.dot; figures; config.yaml
-(running it again gives the same); and summary.json, what was run.
+`--compare` counts the edges that the first method's circuit shares with those of other runs, beside pairs of random circuits with
+as many edges between the same layers and kinds.
+
+Written to the folder OUT: methods.csv, one row a method; curves.csv, faithfulness by share; shared.csv, with --compare;
+scores_METHOD.npy, [sender receiver] or [sender]; circuit_METHOD.json, which `pyvene_ext.circuits.load_circuit` reads, and
+circuit_METHOD.dot; figures; config.yaml (running it again gives the same); and summary.json, what was run.
 """
 
 from __future__ import annotations
@@ -36,7 +39,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import numpy as np
 from annotated_types import Gt, Le
 
 import pyvene_ext as px
@@ -44,7 +46,8 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pyvene_ext.methods.circuits.choosing import Scores
+    from pyvene_ext.methods.circuits.choosing import By, Scores
+    from pyvene_ext.methods.circuits.circuit import Circuit
     from pyvene_ext.methods.circuits.faithfulness import Curve
 
     Value = TypeVar("Value")
@@ -54,6 +57,7 @@ Method = Literal[
     "eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "random", "atp", "activation_patching"
 ]
 Rows = list[dict[str, Any]]
+RANKINGS: tuple[By, By] = ("value", "magnitude")
 DRAWN = 60  # edges in a figure
 
 
@@ -77,6 +81,8 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
     """random circuits beside it"""
     removed: px.flags.Count = 20
     """of its edges are removed, one at a time, for minimality"""
+    compare: px.flags.EachOnce[str] = ()
+    """circuit_METHOD.json of other runs of this model, such as of another language: how many edges the first method's shares"""
 
     def check_flags(self) -> None:
         from pyvene_ext.methods.circuits.scoring import METHODS
@@ -102,12 +108,13 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
 def main(config: Config) -> None:
     if not px.is_main_process():
         return  # on one device
-    from pyvene_ext.circuits import check_defined, judge, score
+    from pyvene_ext.circuits import check_defined, judge, load_circuit, overlap, score
 
     # Everything that can be wrong is found before the scores are.
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
     prompt_set = config.load_prompts()
     model, tokenizer = config.load_model()
+    others = {path: load_circuit(path, model) for path in config.compare}
     pairs = config.tokenize_pairs(prompt_set, model, tokenizer)
     base, source, _, dropped = px.methods.patchable(*pairs, (), config.dataset, "all")
     scored, judged = halves(len(base), config.seed)
@@ -136,11 +143,14 @@ def main(config: Config) -> None:
         )
         for method in config.chosen
     }
-    rows = [{"method": one, **areas_of(config, *curves[one]), **judged_as[one].row()} for one in config.chosen]
+    rows = [{"method": one, **areas_of(config, curves[one]), **judged_as[one].row()} for one in config.chosen]
+    own = circuits[config.chosen[0]]
+    shared = [{"circuit": path, **overlap(own, other, model.config).row()} for path, other in others.items()]
 
     facts = px.metadata(
         model,
         **settings(config, base, source, dropped),
+        shared=shared,
         scored=scored,
         judged=judged,
         n_all=n_all(config, model),
@@ -151,7 +161,12 @@ def main(config: Config) -> None:
     print(summary(config, facts, rows, curves))
     with run.writing(facts, [evidence(config, facts, rows)], replacing=("*.npy", "*.csv", "circuit_*", "figures/*")):
         run.table("methods", rows)
-        run.table("curves", curve_rows(curves))
+        if shared:
+            run.table("shared", shared)
+        run.table(
+            "curves",
+            [{"method": m, "by": by, **row} for m in curves for by in curves[m] for row in curves[m][by].table()],
+        )
         for method in config.chosen:
             run.array(f"scores_{method}", scores[method])
             write_circuit(run, config, model, scores[method], circuits[method], method)
@@ -207,15 +222,12 @@ def options(config: Config) -> dict[str, Any]:
     return how | {"memory": config.memory_bytes}
 
 
-def curves_of(config: Config, model: PreTrainedModel, scores: Scores, pairs: tuple[Any, Any]) -> tuple[Curve, Curve]:
+def curves_of(config: Config, model: PreTrainedModel, scores: Scores, pairs: tuple[Any, Any]) -> dict[By, Curve]:
     """Faithfulness at MIB's sizes, with the highest scores first and with those of the largest magnitude first."""
     from pyvene_ext.circuits import MIB_SHARES, faithfulness_curve
 
-    by_value, by_magnitude = (
-        faithfulness_curve(model, scores, *pairs, shares=MIB_SHARES, by=by, **options(config))
-        for by in ("value", "magnitude")
-    )
-    return by_value, by_magnitude
+    how: dict[str, Any] = {"shares": MIB_SHARES, **options(config)}
+    return {by: faithfulness_curve(model, scores, *pairs, by=by, **how) for by in RANKINGS}
 
 
 def circuit_of(config: Config, model: PreTrainedModel, scores: Scores) -> Any:
@@ -228,27 +240,14 @@ def circuit_of(config: Config, model: PreTrainedModel, scores: Scores) -> Any:
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
-def areas_of(config: Config, by_value: Curve, by_magnitude: Curve) -> dict[str, float]:
+def areas_of(config: Config, curves: Mapping[By, Curve]) -> dict[str, float]:
     """CPR and CMD with their intervals."""
-    cpr, cmd = by_value.areas(config.seed)["cpr"], by_magnitude.areas(config.seed)["cmd"]
+    cpr, cmd = curves["value"].areas(config.seed)["cpr"], curves["magnitude"].areas(config.seed)["cmd"]
     return {
         f"{name}{end}": float(value)
         for name, interval in (("cpr", cpr), ("cmd", cmd))
         for end, value in zip(("", "_low", "_high"), interval, strict=True)
     }
-
-
-def curve_rows(curves: ByMethod[tuple[Curve, Curve]]) -> Rows:
-    """Faithfulness by method, ranking and share."""
-    return [
-        {"method": method, "ranking": ranking, "share": float(share), "n": int(n), "n_edges": int(edges)}
-        | {"faithfulness": float(mean), "low": float(low), "high": float(high)}
-        for method, both in curves.items()
-        for ranking, curve in zip(("value", "magnitude"), both, strict=True)
-        for share, n, edges, mean, low, high in zip(
-            curve.shares, curve.sizes, curve.n_edges, *curve.runs.interval(), strict=True
-        )
-    ]
 
 
 def settings(
@@ -275,47 +274,41 @@ def settings(
 
 
 def write_circuit(
-    run: px.RunFolder, config: Config, model: PreTrainedModel, scores: Scores, circuit: Any, method: str
+    run: px.RunFolder, config: Config, model: PreTrainedModel, scores: Scores, circuit: Circuit, method: str
 ) -> None:
     """The circuit of a method as JSON and DOT."""
-    from pyvene_ext.circuits import save_circuit, save_dot
+    from pyvene_ext.circuits import named_scores, save_circuit, save_dot
 
     facts = {"method": method, "level": config.level, "metric": config.metric, "dataset": config.dataset}
     save_circuit(circuit, run.path / f"circuit_{method}.json", model, **facts)
-    save_dot(circuit, run.path / f"circuit_{method}.dot", weights_of(scores, circuit, model))
-
-
-def weights_of(scores: Scores, circuit: Any, model: PreTrainedModel) -> dict[str, float]:
-    """The score of each edge of a circuit by its name; none of circuits of nodes."""
-    if scores.ndim == 1:
-        return {}
-    rows, columns = np.nonzero(circuit.matrix(model.config))
-    writing, reading = px.specs.senders(model.config), px.specs.receivers(model.config)
-    return {f"{writing[r]}->{reading[c]}": float(scores[r, c]) for r, c in zip(rows, columns, strict=True)}
+    weights = named_scores(scores, circuit, model.config) if config.level == "edge" else {}
+    save_dot(circuit, run.path / f"circuit_{method}.dot", weights)
 
 
 def draw(
     run: px.RunFolder,
     config: Config,
-    curves: ByMethod[tuple[Curve, Curve]],
+    curves: ByMethod[dict[By, Curve]],
     scores: ByMethod[Scores],
-    circuits: ByMethod[Any],
+    circuits: ByMethod[Circuit],
     model: PreTrainedModel,
 ) -> None:
     """Faithfulness by size, and the strongest edges of the first method's circuit."""
-    shown = list(curves)[:4]
-    of = {method: (100 * curves[method][1].shares, curves[method][1].runs.interval()) for method in shown}
+    from pyvene_ext.circuits import named_scores
+
+    by_size = {method: curves[method]["magnitude"] for method in list(curves)[:4]}
+    of = {method: (100 * curve.shares, curve.runs.interval()) for method, curve in by_size.items()}
     title = f"Faithfulness by size, {config.ablation}: {run.of}"
     run.figure("faithfulness", px.figures.faithfulness_curves(of, title=title, axis=f"% of {config.level}s allowed"))
     first = config.chosen[0]
-    weights = weights_of(scores[first], circuits[first], model)
-    if weights:
+    if config.level == "edge":
+        weights = named_scores(scores[first], circuits[first], model.config)
         strongest = dict(sorted(weights.items(), key=lambda item: -abs(item[1]))[:DRAWN])
         title = f"Circuit by {first}, strongest edges: {run.of}"
         run.figure("circuit", px.figures.edge_graph(strongest, title, "score", nodes=px.specs.senders(model.config)))
 
 
-def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[tuple[Curve, Curve]]) -> str:
+def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[dict[By, Curve]]) -> str:
     """What the terminal shows: one table over methods."""
     n_scored, n_judged = len(facts["scored"]), len(facts["judged"])
     lines = [
@@ -335,6 +328,11 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[
             f"{row['method']:20} {cpr:22}  {cmd:22}  {own:36} {row['random_mean']:7.2f} {row['completeness']:9.2f} "
             f"{row['minimality']:8.2f}"
         )
+    for row in facts["shared"]:
+        chance = (
+            f"by chance {row['chance']:.2f} [{row['chance_low']:.2f}, {row['chance_high']:.2f}], p = {row['p']:.2g}"
+        )
+        lines.append(f"{row['n_shared']} edges shared with {row['circuit']}: Jaccard {row['jaccard']:.2f}, {chance}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Short name of `pyvene_ext.methods.circuits`: its public names."""
 
 from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
-from pyvene_ext.methods.circuits.circuit import Circuit
+from pyvene_ext.methods.circuits.circuit import Circuit, named_scores
 from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
 from pyvene_ext.methods.circuits.judging import Judgement, check_defined, judge
 from pyvene_ext.methods.circuits.overlap import Overlap, jaccard, overlap
@@ -28,6 +28,7 @@ __all__ = [
     "jaccard",
     "judge",
     "load_circuit",
+    "named_scores",
     "overlap",
     "random_circuits",
     "run_circuit",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from pyvene_ext.specs.graph import SENDERS, Node, depth, query_heads, reaches, receivers, senders
 
@@ -100,6 +100,22 @@ class Circuit:
             The pruned circuit.
         """
         return Circuit.of(on_paths(self.matrix(config), config), config)
+
+
+def named_scores(scores: Float[np.ndarray, "sender receiver"], circuit: Circuit, config: Any) -> dict[str, float]:
+    """Look up the score of each edge of a circuit.
+
+    Args:
+        scores: by `graph.senders` and `graph.receivers`.
+        circuit: the circuit.
+        config: the model's config.
+
+    Returns:
+        Scores by edge.
+    """
+    rows, columns = np.nonzero(circuit.matrix(config))
+    writing, reading = senders(config), receivers(config)
+    return {edge_name(writing[r], reading[c]): float(scores[r, c]) for r, c in zip(rows, columns, strict=True)}
 
 
 def exists(config: Any) -> Edges:

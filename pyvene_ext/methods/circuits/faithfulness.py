@@ -237,6 +237,14 @@ class Curve(Shown):
             found[name] = Interval(np.array(mean), *np.quantile(drawn_areas, (0.025, 0.975)))
         return found
 
+    def table(self) -> list[dict[str, float]]:
+        """List the sizes with faithfulness and its bootstrap 95% interval over prompts, as rows of a table."""
+        columns = (self.shares, self.sizes, self.n_edges, *self.runs.interval())
+        names = ("share", "n", "n_edges", "faithfulness", "low", "high")
+        return [
+            dict(zip(names, (np.asarray(x).item() for x in row), strict=True)) for row in zip(*columns, strict=True)
+        ]
+
     def _area(self, values: Float[np.ndarray, "*draw size"]) -> Any:
         if len(self.sizes) < 2:
             raise ValueError("an area needs two sizes or more.")

@@ -32,6 +32,12 @@ class Overlap:
     chance: Float[np.ndarray, " draw"]
     p: float
 
+    def row(self) -> dict[str, float]:
+        """The numbers as a row of a table; of chance, its mean and the middle 95% of the draws."""
+        low, high = np.quantile(self.chance, (0.025, 0.975))
+        chance = {"chance": float(self.chance.mean()), "chance_low": float(low), "chance_high": float(high)}
+        return {"n_shared": len(self.core), "jaccard": self.jaccard} | chance | {"p": self.p}
+
 
 def jaccard(one: Circuit, other: Circuit) -> float:
     """Compute the Jaccard index of two circuits.
