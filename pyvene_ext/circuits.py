@@ -2,6 +2,7 @@
 
 from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit
+from pyvene_ext.methods.circuits.masks import Mask, learn_mask
 from pyvene_ext.methods.circuits.running import (
     MIB_SHARES,
     completeness,
@@ -14,9 +15,11 @@ from pyvene_ext.methods.circuits.running import (
 __all__ = [
     "MIB_SHARES",
     "Circuit",
+    "Mask",
     "completeness",
     "faithfulness",
     "faithfulness_curve",
+    "learn_mask",
     "random_circuits",
     "run_circuit",
     "run_circuits",
