@@ -11,8 +11,8 @@ ablate every edge outside of it (`pyvene_ext.methods.circuits.running`): by patc
 Faithfulness is (M(circuit) - M(empty circuit)) / (M(model) - M(empty circuit)) in means over prompts (Marks et al. 2024).
 
 Scores (`pyvene_ext.methods.circuits.scoring`) are those of patching, whatever `--ablation` says. Edges: eap (Syed et al. 2023),
-eap_ig_inputs, eap_ig_activations (Hanna et al. 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), random.
-Nodes: atp (Nanda 2023), activation_patching (exact, a run each), random.
+eap_ig_inputs, eap_ig_activations (Hanna et al. 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask (learned), random.
+Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random.
 
 Following MIB, the Mechanistic Interpretability Benchmark (Mueller et al. 2025), circuits have 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50
 and 100% of the edges (or nodes), before edges are dropped that lie on no path from the embedding to the logits. CPR is the area
@@ -54,7 +54,15 @@ if TYPE_CHECKING:
     ByMethod = Mapping[Any, Value]
 
 Method = Literal[
-    "eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "random", "atp", "activation_patching"
+    "eap",
+    "eap_ig_inputs",
+    "eap_ig_activations",
+    "path_patching",
+    "flow",
+    "mask",
+    "random",
+    "atp",
+    "activation_patching",
 ]
 Rows = list[dict[str, Any]]
 RANKINGS: tuple[By, By] = ("value", "magnitude")
@@ -211,6 +219,7 @@ def passes_a_pair(config: Config, model: PreTrainedModel) -> float:
         "activation_patching": exact,
         "atp": 8.0,
         "flow": 6.0,
+        "mask": 3000.0,
     }
     judging = 1.7 * (2 * 8 + config.random_circuits + config.removed)  # of two times ten sizes some are cheap
     return sum((of_method.get(method, 0.0) + judging) / 2 for method in config.chosen)

@@ -4,6 +4,7 @@ from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top
 from pyvene_ext.methods.circuits.circuit import Circuit, named_scores
 from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
 from pyvene_ext.methods.circuits.judging import Judgement, check_defined, judge
+from pyvene_ext.methods.circuits.masks import Mask, learn_mask
 from pyvene_ext.methods.circuits.overlap import Overlap, jaccard, overlap
 from pyvene_ext.methods.circuits.running import (
     MIB_SHARES,
@@ -20,6 +21,7 @@ __all__ = [
     "MIB_SHARES",
     "Circuit",
     "Judgement",
+    "Mask",
     "Overlap",
     "check_defined",
     "completeness",
@@ -27,6 +29,7 @@ __all__ = [
     "faithfulness_curve",
     "jaccard",
     "judge",
+    "learn_mask",
     "load_circuit",
     "named_scores",
     "overlap",

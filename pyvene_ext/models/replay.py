@@ -313,6 +313,26 @@ class Replay:
             found = found + self._own_part(site, module.bias[None, None]).unflatten(-1, (heads, -1))
         return found
 
+    def projection_replaced(
+        self, site: str, layer: int, new: Float[Tensor, "row pos d"]
+    ) -> AbstractContextManager[None]:
+        """Put new q, k or v in the place of a block's own, out of place, so that gradients reach them.
+
+        Args:
+            site: "q", "k" or "v".
+            layer: the block.
+            new: the values before rotation, heads side by side.
+
+        Returns:
+            A context in which the block computes with them.
+        """
+
+        def replaced(x: Tensor) -> Tensor:
+            entries = self._own_part(site, torch.arange(x.shape[-1], device=x.device)[None, None])[0, 0]
+            return x.index_copy(-1, entries, new.to(x))
+
+        return on_output(self._projection(site, layer), replaced)
+
     def _projection(self, site: str, layer: int) -> nn.Module:
         """The module that computes q, k or v, maybe with others."""
         return self._fused(layer) if self.card.fused is not None else self.module(PROJECTIONS[site], layer)

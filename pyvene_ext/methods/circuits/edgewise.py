@@ -145,7 +145,8 @@ class EdgewiseModel:
         Args:
             ids: the prompts, all of one length.
             kept: True for the edges of each circuit. Or a share from 0 to 1 of each edge: as much of what the sender adds in this
-                run, the rest being the ablated value; gradients with respect to it can be taken.
+                run, the rest being the ablated value; gradients with respect to it can be taken. With a further axis,
+                `circuit batch sender receiver`, each prompt has circuits of its own.
             ablated: what other edges carry.
             clean: the plain run on these prompts; needed if `start` is not 0.
             start: the first block whose receivers miss edges; blocks before it are not run again.
@@ -195,8 +196,9 @@ class EdgewiseModel:
         seen: dict[str, Tensor] = {}
         edits: dict[str, Callable[[Tensor], Any]] = {}
         given: dict[str, Tensor] = {}
+        projected: dict[str, Tensor] = {}
         if attends:
-            edits |= self._projections(layer, hidden, into_heads, state)
+            projected = self._projections(layer, hidden, into_heads, state)
         else:
             given["attention"] = state.repeat(known.attention[layer].to(hidden.device))
         if thinks:
@@ -216,6 +218,11 @@ class EdgewiseModel:
         watched = seen if attends else None
         with Taps(self.replay.model, card, [at]), ExitStack() as hooks:
             hook_component(self.replay.model, at, read_by_mlp, hooks)
+            for site, new in projected.items():
+                if state.soft:  # autograd allows no edits in place where one module computes q, k and v
+                    hooks.enter_context(self.replay.projection_replaced(site, layer, new))
+                else:
+                    edits[site] = partial(_put, new)
             columns = (0, hidden.shape[1])
             hidden = self.replay.block(layer, hidden, columns, Past(), edits=edits, seen=watched, **given)
         if thinks:
@@ -226,19 +233,19 @@ class EdgewiseModel:
 
     def _projections(
         self, layer: int, hidden: Float[Tensor, "row pos d_model"], readers: slice, state: _State
-    ) -> dict[str, Callable[[Tensor], Any]]:
-        """Edits that replace each head's q, k and v by those of its own stream; none if all edges into the heads are kept."""
+    ) -> dict[str, Float[Tensor, "row pos d"]]:
+        """q, k and v of all heads, each from its own stream; none if all edges into the heads are kept."""
         streams = state.streams(hidden, readers)
         if streams is None:
             return {}
         normed = self.replay.attention_input(layer, streams.flatten(0, 1), (0, hidden.shape[1]))
         by_reader = normed.unflatten(0, streams.shape[:2])
-        edits: dict[str, Callable[[Tensor], Any]] = {}
+        projected = {}
         for site in ("q", "k", "v"):
             own = self.readers[site, layer]
             heads = by_reader[:, own.start - readers.start : own.stop - readers.start]
-            edits[site] = partial(_put, self.replay.projected_by_head(site, layer, heads).flatten(2))
-        return edits
+            projected[site] = self.replay.projected_by_head(site, layer, heads).flatten(2)
+        return projected
 
     def _shares(self, layer: int, seen: dict[str, Tensor]) -> Float[Tensor, "batch head pos d_model"]:
         """What each head adds to the stream, in float32."""
@@ -261,8 +268,9 @@ class _State:
         self.ablated, self.copies = ablated, len(kept)
         device = ablated.values.device
         self.soft = isinstance(kept, Tensor) and kept.requires_grad
-        self.kept = torch.as_tensor(kept, dtype=torch.float32, device=device).repeat_interleave(len(ids), 0)
-        hard: Any = np.asarray(kept.detach().cpu() if isinstance(kept, Tensor) else kept)
+        shares = torch.as_tensor(kept, dtype=torch.float32, device=device)
+        self.kept = shares.flatten(0, 1) if shares.ndim == 4 else shares.repeat_interleave(len(ids), 0)
+        hard = np.asarray(kept.detach().cpu() if isinstance(kept, Tensor) else kept).reshape(-1, *model.exists.shape)
         self.used: Any = (hard > 0).any(0)  # by a circuit
         self.missed: Any = (hard < 1).any(0) & model.exists
         self.values = self.repeat(ablated.values) if len(ablated.values) > 1 else ablated.values

@@ -127,7 +127,7 @@ def run_circuits(
     bar = progress_bar(len(run) * len(base), "prompt", "circuits", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         constant = None if ablation == "patching" else constant_values(edgewise, source, ablation, batch_size)
-        for index in of_one_length(base, batch_size if memory is None else _fitting(model, base, memory, batch_size)):
+        for index in of_one_length(base, batch_size if memory is None else fitting(model, base, memory, batch_size)):
             batch = base.batch(index)
             plain = edgewise.plain(batch.input_ids)
             batch = metric.with_clean(batch, edgewise.replay.logits(plain.last))
@@ -201,10 +201,29 @@ def check_ablation(
         check_pairs(model, base, source)
 
 
-def _fitting(model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int) -> int:
-    """How many prompts fit: contributions of all senders twice, and the streams and activations of a layer's receivers."""
-    per_layer = len(exists(model.config)) // model.config.get_text_config().num_hidden_layers
-    tensors = 2 * len(exists(model.config)) + 12 * per_layer + 3 * model.config.get_text_config().num_hidden_layers
+def fitting(
+    model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int, *, gradient: bool = False
+) -> int:
+    """Count the prompts that fit: contributions of all senders twice, and the streams and activations of a layer's receivers.
+
+    Args:
+        model: as for `run_circuits`.
+        prompts: the prompts.
+        memory: bytes.
+        most: the largest number of prompts.
+        gradient: the gradient with respect to the edges is taken, for which activations of all receivers are kept.
+
+    Returns:
+        The number of prompts.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    n_senders, n_receivers = exists(model.config).shape
+    tensors = 2 * n_senders + 12 * (n_senders // n_layers) + 3 * n_layers
+    if gradient:
+        tensors += 2 * n_senders + 10 * n_receivers + 24 * n_layers
     each = 4 * tensors * max(map(len, prompts.input_ids)) * model.config.get_text_config().hidden_size
     if each > memory:
         raise ValueError(

@@ -5,15 +5,17 @@ Edges, `[sender receiver]`:
     path_patching                            exact: each edge's contribution taken from source, MLPs between its ends frozen
                                              (Goldowsky-Dill et al. 2023), a run each
     flow                                     how near what a sender adds is to what a receiver reads (Ferrando & Voita 2024)
+    mask                                     how often a learned mask keeps the edge (`methods.circuits.masks`)
     random                                   draws from a normal distribution
 
 Nodes, `[sender]`:
     atp                                      estimates from gradients (Nanda 2023)
     activation_patching                      exact, a run each
+    mask
     random
 
-Scores estimate delta = M(base) - M(base, patched from source), which is positive where the edge or node helps. flow and random
-have no sign.
+Scores estimate delta = M(base) - M(base, patched from source), which is positive where the edge or node helps. flow, mask and
+random have no sign.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pyvene_ext.methods.attribution.edges import check_edges_of, edge_attributio
 from pyvene_ext.methods.circuits.choosing import Scores
 from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
+from pyvene_ext.methods.circuits.masks import learn_mask
 from pyvene_ext.methods.circuits.running import of_one_length
 from pyvene_ext.methods.heads.flow import proximity
 from pyvene_ext.methods.patching.patch import patch
@@ -44,8 +47,8 @@ from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 
 Level = Literal["edge", "node"]
-OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "random"]
-OfNodes = Literal["atp", "activation_patching", "random"]
+OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "mask", "random"]
+OfNodes = Literal["atp", "activation_patching", "mask", "random"]
 METHODS: dict[Level, tuple[str, ...]] = {"edge": get_args(OfEdges), "node": get_args(OfNodes)}
 
 
@@ -72,7 +75,7 @@ def score(
         metric: as for `run`, one number per prompt; not read by flow and random.
         level: edge or node.
         steps: of integrated gradients.
-        seed: of random scores.
+        seed: of random scores and of a mask's draws.
         batch_size: prompts per forward pass.
         progress: show a bar.
 
@@ -92,6 +95,8 @@ def score(
     if method == "random":
         shape = there.shape if level == "edge" else there.shape[:1]
         return rng(seed, "random scores").normal(size=shape)
+    if method == "mask":
+        return learn_mask(model, base, source, metric, level=level, seed=seed, **options).scores
     if level == "node":
         patches = [ActivationPatch(site=node.site, layer=node.layer, heads=_heads(node.head)) for node in _nodes(model)]
         delta = (
