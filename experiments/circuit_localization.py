@@ -11,7 +11,8 @@ ablate every edge outside of it (`pyvene_ext.methods.circuits.running`): by patc
 Faithfulness is (M(circuit) - M(empty circuit)) / (M(model) - M(empty circuit)) in means over prompts (Marks et al. 2024).
 
 Scores (`pyvene_ext.methods.circuits.scoring`) are those of patching, whatever `--ablation` says. Edges: eap (Syed et al. 2023),
-eap_ig_inputs, eap_ig_activations (Hanna et al. 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask (learned), random.
+eap_ig_inputs, eap_ig_activations (Hanna et al. 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask
+(learned, slow), random.
 Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random.
 
 Following MIB, the Mechanistic Interpretability Benchmark (Mueller et al. 2025), circuits have 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50
@@ -263,20 +264,9 @@ def settings(
     config: Config, base: px.TokenizedPrompts, source: px.TokenizedPrompts, dropped: list[int]
 ) -> dict[str, Any]:
     """What was run, for the summary."""
-    return {
-        "model": config.model,
-        "dataset": config.dataset,
-        "base_hash": base.hash,
-        "source_hash": source.hash,
-        "n": len(base),
-        "dropped": dropped,
-        "level": config.level,
-        "ablation": config.ablation,
-        "metric": config.metric,
-        "share": config.share,
-        "answers": config.answers,
-        "seed": config.seed,
-    }
+    flags = ("model", "dataset", "level", "ablation", "metric", "share", "answers", "seed")
+    prompts = {"base_hash": base.hash, "source_hash": source.hash, "n": len(base), "dropped": dropped}
+    return {name: getattr(config, name) for name in flags} | prompts
 
 
 # -- what is written and shown -----------------------------------------------------------------------------------------

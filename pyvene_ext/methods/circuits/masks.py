@@ -35,7 +35,7 @@ from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.gradients import check_differentiable
-from pyvene_ext.methods.circuits.choosing import choose
+from pyvene_ext.methods.circuits.choosing import chosen_edges
 from pyvene_ext.methods.circuits.circuit import Circuit
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel
 from pyvene_ext.methods.circuits.running import (
@@ -208,7 +208,7 @@ def learn_mask(
         "batch_size": batch_size,
     }
     n_open = int((scores[gated.numpy()] > 0.5).sum())
-    circuit = choose(scores, n_open, model.config)
+    circuit = Circuit.of(chosen_edges(scores, n_open, model.config), model.config)
     return Mask(scores, circuit, losses, (shares * n_gates).astype(np.float32), metric.label, settings)
 
 

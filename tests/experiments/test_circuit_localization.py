@@ -1,0 +1,117 @@
+"""circuit_localization.py against the functions that it is made of, by its files and its table."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import circuit_localization as study
+import numpy as np
+import pytest
+
+import pyvene_ext as px
+from pyvene_ext.circuits import (
+    MIB_SHARES,
+    faithfulness_curve,
+    judge,
+    load_circuit,
+    overlap,
+    score,
+    top_edges,
+)
+
+
+def command(*flags: Any) -> int:
+    return px.io.run(study.main, study.Config, [str(flag) for flag in flags])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("circuits") / "en"
+    flags = ["--methods", "eap", "flow", "--share", 0.05, "--removed", 3, "--random_circuits", 2, "--batch_size", 4]
+    assert command("--limit", 8, "--out", out, *flags) == 0
+    return out
+
+
+def test_the_tables_hold_what_the_functions_give_on_either_half(folder: Path) -> None:
+    model, tokenizer = px.load_model("tiny-qwen2.5")
+    facts = json.loads((folder / "summary.json").read_text())
+    assert sorted(facts["scored"] + facts["judged"]) == list(range(8)) and len(facts["scored"]) == 4
+    clean, corrupt = px.methods.both_texts(px.PromptSet.load("ioi_en")[:8], model, tokenizer)
+    on_scored, on_judged = ((clean.take(some), corrupt.take(some)) for some in (facts["scored"], facts["judged"]))
+    assert facts["n_all"] == 1936
+    for row in rows(folder / "methods.csv"):
+        method: Any = row["method"]
+        scores = score(model, *on_scored, method, batch_size=4, progress=False)
+        np.testing.assert_allclose(np.load(folder / f"scores_{method}.npy"), scores, atol=1e-6)
+        circuit = top_edges(scores, 96, model.config)
+        assert load_circuit(folder / f"circuit_{method}.json", model) == circuit
+        how: dict[str, Any] = {"scores": scores, "n": 96, "random": 2, "removed": 3, "progress": False}
+        expected = judge(model, circuit, *on_judged, **how).row()
+        areas = {}
+        for by, name in (("value", "cpr"), ("magnitude", "cmd")):
+            curve = faithfulness_curve(model, scores, *on_judged, shares=MIB_SHARES, by=by, progress=False)  # type: ignore[arg-type]
+            areas[name] = getattr(curve, name)()
+            shown = [r for r in rows(folder / "curves.csv") if (r["method"], r["by"]) == (method, by)]
+            np.testing.assert_allclose([float(r["faithfulness"]) for r in shown], curve.values, atol=1e-4)
+            assert [float(r["share"]) for r in shown] == list(MIB_SHARES)
+        for name, value in (expected | areas).items():
+            found = float(row[name]) if row[name] else np.nan
+            np.testing.assert_allclose(found, value, atol=1e-4, err_msg=f"{method} {name}")
+        assert float(row["cpr_low"]) <= float(row["cpr"]) <= float(row["cpr_high"])
+    assert "digraph" in (folder / "circuit_eap.dot").read_text()
+    assert {path.stem for path in (folder / "figures").glob("*.png")} == {"faithfulness", "circuit"}
+
+
+def test_another_runs_circuit_is_compared_and_nodes_are_judged(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = folder / "circuit_eap.json"
+    flags = [
+        "--level",
+        "node",
+        "--share",
+        0.3,
+        "--removed",
+        2,
+        "--random_circuits",
+        2,
+        "--limit",
+        8,
+        "--compare",
+        other,
+    ]
+    assert command("--out", tmp_path / "nodes", *flags) == 0
+    said = capsys.readouterr().out
+    model, _ = px.load_model("tiny-qwen2.5")
+    own, compared = (load_circuit(path, model) for path in (tmp_path / "nodes/circuit_atp.json", other))
+    (row,) = rows(tmp_path / "nodes" / "shared.csv")
+    assert float(row["jaccard"]) == pytest.approx(overlap(own, compared, model.config).jaccard)
+    assert f"{row['n_shared']} edges shared with {other}: Jaccard" in said
+    assert [r["method"] for r in rows(tmp_path / "nodes/methods.csv")] == ["atp", "random"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--methods", "atp"], "--methods atp does not score edges; choose among eap, "),
+        (["--level", "node", "--methods", "flow"], "--methods flow does not score nodes"),
+        (["--metric", "kl"], "leave eap and atp out of --methods"),
+        (["--share", "1.5"], "--share"),
+        (["--limit", "3"], "too few to score edges on some and judge on others"),
+        (["--compare", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_sentence(
+    flags: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--limit", 8, "--out", tmp_path / "x", *flags) == 2
+    said = capsys.readouterr().err
+    assert told in said and "Traceback" not in said and not (tmp_path / "x").exists()
