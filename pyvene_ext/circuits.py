@@ -1,5 +1,6 @@
 """Short name of `pyvene_ext.methods.circuits`: its public names."""
 
+from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes
 from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit
 from pyvene_ext.methods.circuits.running import (
@@ -14,6 +15,8 @@ from pyvene_ext.methods.circuits.running import (
 __all__ = [
     "MIB_SHARES",
     "Circuit",
+    "acdc",
+    "acdc_passes",
     "completeness",
     "faithfulness",
     "faithfulness_curve",
