@@ -44,14 +44,7 @@ from pyvene_ext.engine.sweep.plan import METRIC_COPIES, MIB, check_memory, defau
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.circuits.acdc_run import AcdcRun
 from pyvene_ext.methods.circuits.choosing import By
-from pyvene_ext.methods.circuits.circuit import (
-    Circuit,
-    Edges,
-    checked_matrix,
-    edge_name,
-    entry_receivers,
-    exists,
-)
+from pyvene_ext.methods.circuits.circuit import Circuit, Edges, checked_matrix, edge_name, entry_receivers, exists
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.running import AblationKind, check_ablation, constant_values, of_one_length
 from pyvene_ext.models.devices import no_gradients
@@ -87,7 +80,7 @@ def acdc_passes(config: Any, start_from: Circuit | Edges | None = None) -> Passe
         start_from: as for `acdc`.
 
     Returns:
-        The bounds. A test of an edge into layer l of L costs 1 - l/L passes over the prompts.
+        The bounds, for patching. A test of an edge into layer l of L costs 1 - l/L passes over the prompts.
     """
     layers = config.get_text_config().num_hidden_layers
     plain = 2.0 if start_from is None else 3.0
@@ -133,14 +126,14 @@ def acdc(
 
     Raises:
         ValueError: before the model runs, for whatever `run_circuits` refuses, a `tau` that is not above 0, a `by` for kl, an
-            unknown `by` or `order`, a `start_from` without edges, and prompts that do not fit `memory`.
+            unknown `by` or `order`, a `start_from` without an edge into the logits, and prompts that do not fit `memory`.
     """
     config, at_first = model.config, _matrix(start_from, model.config)
     check_ablation(model, base, source, ablation)
     metric = check_metric(model, base, metric)
     by = _checked_rule(metric, tau, by, order)
-    if not at_first.any():
-        raise ValueError("start_from has no edges to test; give a circuit that has some.")
+    if not at_first[:, -1].any():
+        raise ValueError("start_from has no edge into the logits, so that nothing can be tested; give one that has.")
     base.batches(batch_size)  # refuses a wrong size
     batch_size, side_by_side = _room(model, base, metric, batch_size, memory)
     with evaluating(model), no_gradients(model):
@@ -247,7 +240,7 @@ class _Search:
     def leading_on(self, columns: list[int], order: Order) -> list[Edge]:
         """The edges into some receivers in the order of their tests; those that lead nowhere are removed."""
         config, edgewise = self.runs.edgewise.config, self.runs.edgewise
-        writes = self.kept.any(1)
+        writes: Any = self.kept.any(1)
         if edgewise.replay.card.post_norm_scale is not None:
             for layer in range(edgewise.replay.n_layers):
                 heads, _ = edgewise.senders_of(layer)
