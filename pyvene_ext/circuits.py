@@ -1,11 +1,11 @@
 """Short name of `pyvene_ext.methods.circuits`: its public names."""
 
+from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes
 from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit, named_scores
 from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
-from pyvene_ext.methods.circuits.judging import Judgement, check_defined, judge
+from pyvene_ext.methods.circuits.judging import Judgement, Overlap, check_defined, jaccard, judge, overlap
 from pyvene_ext.methods.circuits.masks import Mask, learn_mask
-from pyvene_ext.methods.circuits.overlap import Overlap, jaccard, overlap
 from pyvene_ext.methods.circuits.running import (
     MIB_SHARES,
     completeness,
@@ -23,6 +23,8 @@ __all__ = [
     "Judgement",
     "Mask",
     "Overlap",
+    "acdc",
+    "acdc_passes",
     "check_defined",
     "completeness",
     "faithfulness",

@@ -23,6 +23,7 @@ from pyvene_ext.engine.sweep.sequential import Sequential
 from pyvene_ext.io.bars import in_notebook
 from pyvene_ext.methods.attribution.edges import EdgeScores
 from pyvene_ext.methods.attribution.screen import Screen
+from pyvene_ext.methods.circuits.acdc_run import AcdcRun
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
 from pyvene_ext.methods.heads.flow import Flow
 from pyvene_ext.methods.heads.lens import Attribution, Lens, Parts
@@ -45,6 +46,7 @@ def plot(result: Shown, **options: Any) -> Figure:
     - Logit lens: a curve over depth; `of` says of what ("logit_diff", "probability" or "rank").
     - Direct logit attribution and information flow: a map of heads.
     - Edge scores: a matrix of senders and receivers.
+    - ACDC: the same matrix of the effects of removals.
     - Circuits: bars of faithfulness, or a curve over sizes.
 
     Args:
@@ -139,6 +141,13 @@ def _flow(flow: Flow) -> Figure:
 def _edges(found: EdgeScores) -> Figure:
     title = f"{found.method} of {found.metric}, {count(found.per_prompt.shape[-1], 'prompt')}"
     return edge_matrix(found.matrix, found.senders, found.receivers, title, "mean score (estimate of delta)")
+
+
+@_draw.register
+def _acdc(found: AcdcRun) -> Figure:
+    title = f"ACDC on {found.metric}, {count(found.n_prompts, 'prompt')}"
+    label = f"{'rise' if found.metric == 'kl' else 'fall'} of the mean {found.metric} without the edge"
+    return edge_matrix(found.matrix, found.senders, found.receivers, title, label)
 
 
 @_draw.register

@@ -46,13 +46,13 @@ Added = Float[Tensor, "batch sender pos d_model"]
 
 @dataclass(frozen=True)
 class PlainRun:
-    """A run without ablated edges.
+    """A run without ablated edges, or of one circuit.
 
     Attributes:
         added: what each sender adds, in float32.
         hidden: what enters each block, then what leaves the last.
-        attention: the output of each attention module.
-        mlp: the output of each MLP.
+        attention: the output of each attention module; empty for a circuit.
+        mlp: the output of each MLP; empty for a circuit.
     """
 
     added: Added
@@ -98,6 +98,7 @@ class EdgewiseModel:
             self.replay.module("attention_value_output", layer) for layer in range(self.replay.n_layers)
         ]
         self.biased = any(output.bias is not None for output in outputs)  # these biases belong to no sender
+        self.blocks_run = 0  # rows x blocks, of all runs so far
         self.readers: dict[tuple[str, int | None], slice] = {}
         first = 0
         for key, nodes in groupby(receivers(model.config), lambda node: (node.site, node.layer)):
@@ -125,12 +126,31 @@ class EdgewiseModel:
             seen: dict[str, Tensor] = {}
             edits = {"mlp_out": _keep(seen, "mlp_contribution")}
             hidden = self.replay.block(layer, hidden, (0, ids.shape[1]), Past(), edits=edits, seen=seen)
+            self.blocks_run += len(hidden)
             heads, mlp = self.senders_of(layer)
             added[:, heads], added[:, mlp] = self._shares(layer, seen), seen["mlp_contribution"][:, None]
             run.hidden.append(hidden)
             run.attention.append(seen["attention"])
             run.mlp.append(seen["mlp"])
         return run
+
+    def one_circuit(self, ids: Ids, kept: Bool[np.ndarray, "sender receiver"], ablated: Ablated) -> PlainRun:
+        """Run prompts through one circuit, for runs of others that start where they come to differ from it.
+
+        Args:
+            ids: the prompts, all of one length.
+            kept: True for the edges of the circuit.
+            ablated: what other edges carry.
+
+        Returns:
+            The run, with what senders add and what enters blocks.
+        """
+        state = _State(self, ids, kept[None], ablated)
+        hidden = [self.replay.embed(ids.to(self.replay.device))]
+        state.write(hidden[0][:, None])
+        for layer in range(self.replay.n_layers):
+            hidden.append(self._block(layer, hidden[-1], state))
+        return PlainRun(state.values + state.changes[0], hidden, [], [])
 
     def circuits(
         self,
@@ -148,8 +168,10 @@ class EdgewiseModel:
                 run, the rest being the ablated value; gradients with respect to it can be taken. With a further axis,
                 `circuit batch sender receiver`, each prompt has circuits of its own.
             ablated: what other edges carry.
-            clean: the plain run on these prompts; needed if `start` is not 0.
-            start: the first block whose receivers miss edges; blocks before it are not run again.
+            clean: the plain run on these prompts; needed if `start` is not 0. Or the run of a circuit (`one_circuit`) from which
+                these differ at receivers of block `start` and later only.
+            start: the first block whose receivers miss edges, or others than in `clean`; blocks before it are not run again. The
+                number of blocks, if only edges into the logits do.
 
         Returns:
             The stream that the logits read, at the last token, before the final norm.
@@ -193,6 +215,7 @@ class EdgewiseModel:
         if not attends and not thinks:
             state.write_known(slice(heads.start, mlp.stop))
             return hidden + state.repeat((known.hidden[layer + 1] - known.hidden[layer]).to(hidden.device))
+        self.blocks_run += len(hidden)
         seen: dict[str, Tensor] = {}
         edits: dict[str, Callable[[Tensor], Any]] = {}
         given: dict[str, Tensor] = {}

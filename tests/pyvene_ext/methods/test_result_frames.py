@@ -13,6 +13,8 @@ from pyvene_ext.engine.results import Result, Shown
 from pyvene_ext.engine.sweep.sequential import Sequential
 from pyvene_ext.methods.attribution.edges import EdgeScores
 from pyvene_ext.methods.attribution.screen import Screen
+from pyvene_ext.methods.circuits.acdc_run import AcdcRun
+from pyvene_ext.methods.circuits.circuit import Circuit
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
 from pyvene_ext.methods.heads.flow import Flow
 from pyvene_ext.methods.heads.lens import Attribution, Lens, Parts
@@ -89,9 +91,18 @@ def curve() -> Curve:
     )
 
 
+def acdc_run() -> AcdcRun:
+    edges = ("embed->logits", "z.0.1->logits")
+    nodes = tuple(senders(CONFIG)), tuple(receivers(CONFIG))
+    kept, circuit = np.array([True, False]), Circuit(edges[0])
+    return AcdcRun(
+        "kl", 0.1, None, circuit, circuit, edges, drawn(2), drawn(2), kept, 0.0, 0.2, PROMPTS, 3.5, 0.2, *nodes
+    )
+
+
 MADE: dict[str, Callable[[], Shown]] = {
     made.__name__: made
-    for made in (head_result, sequential, screen, head_scores, lens, attribution, flow, edges, runs, curve)
+    for made in (head_result, sequential, screen, head_scores, lens, attribution, flow, edges, acdc_run, runs, curve)
 }
 
 

@@ -12,8 +12,7 @@ import torch
 from pyvene_ext.methods.circuits.choosing import edge_groups, random_circuits, top_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, exists, parse_edge
 from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
-from pyvene_ext.methods.circuits.judging import check_defined, judge
-from pyvene_ext.methods.circuits.overlap import jaccard, overlap
+from pyvene_ext.methods.circuits.judging import check_defined, jaccard, judge, overlap
 from pyvene_ext.methods.circuits.running import completeness, faithfulness
 from pyvene_ext.specs.graph import receivers, senders
 from tests.pyvene_ext.methods.circuits.test_circuits import BASE, SOURCE, chosen, close, some_edges
@@ -91,7 +90,7 @@ def test_a_file_gives_the_circuit_back_to_its_model_only(tmp_path: Path) -> None
     assert load_circuit(path, model, other_weights=True) == circuit
     with pytest.raises(ValueError, match="a circuit of another model: its model_type is qwen2, this model's gpt2"):
         load_circuit(path, random_model("gpt2"))
-    for bad, match in (("{", "JSON"), ('{"edges": []}', "model_type"), ("[]", "")):
+    for bad, match in (("{", "JSON"), ('{"edges": []}', "model_type"), ("[]", "dict of fields")):
         path.write_text(bad)
         with pytest.raises(ValueError, match=match):
             load_circuit(path, model)

@@ -18,7 +18,7 @@ from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.stats.rankings import auroc
 from tests.ground_truth.paths import precedes
-from tests.pyvene_ext.methods.circuits.test_circuits import BASE, close, contributions, norm_in_front
+from tests.pyvene_ext.methods.circuits.test_circuits import BASE, chosen, close, contributions, norm_in_front
 from tests.pyvene_ext.methods.circuits.test_circuits import SOURCE as OTHER
 from tests.tiny_random import random_model
 
@@ -26,27 +26,27 @@ SOURCE = replace(OTHER, answers=BASE.answers)
 
 
 def test_scores_are_means_over_prompts_in_the_order_of_the_graph() -> None:
-    model = random_model("llama3_1")
+    model, base, source = random_model("llama3_1"), *(chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE))
     names = [[str(node) for node in nodes(model.config)] for nodes in (senders, receivers)]
     options = {"batch_size": 3, "progress": False}
-    exact = score(model, BASE, SOURCE, "path_patching", batch_size=3, progress=False)
+    exact = score(model, base, source, "path_patching", batch_size=3, progress=False)
     for edge in ("embed->k.0.1", "z.0.2->mlp_in.1", "mlp_out.0->logits"):
         sender, receiver = edge.split("->")
         path = PathPatch(sender=sender, receivers=(receiver,), freeze_mlps=True)
         close(
             exact[names[0].index(sender), names[1].index(receiver)],
-            patch(model, [path], BASE, SOURCE, **options).delta.mean(),  # type: ignore[arg-type]
+            patch(model, [path], base, source, **options).delta.mean(),  # type: ignore[arg-type]
         )
-    estimated = score(model, BASE, SOURCE, "eap", batch_size=3, progress=False)
-    close(estimated, np.nan_to_num(edge_attribution(model, BASE, SOURCE, progress=False).matrix))
-    nodes = score(model, BASE, SOURCE, "activation_patching", level="node", batch_size=3, progress=False)
+    estimated = score(model, base, source, "eap", batch_size=3, progress=False)
+    close(estimated, np.nan_to_num(edge_attribution(model, base, source, progress=False).matrix))
+    nodes = score(model, base, source, "activation_patching", level="node", batch_size=3, progress=False)
     spec = ActivationPatch(site="z", layer=1, heads=(3,))
-    close(nodes[names[0].index("z.1.3")], patch(model, [spec], BASE, SOURCE, progress=False).delta.mean())
+    close(nodes[names[0].index("z.1.3")], patch(model, [spec], base, source, progress=False).delta.mean())
     assert nodes.shape == (len(names[0]),) and nodes[0] == 0
     for level, methods in METHODS.items():
         shape = exists(model.config).shape[: 2 if level == "edge" else 1]
         for method in set(methods) - {"path_patching", "activation_patching", "eap_ig_activations"}:
-            found = score(model, BASE, SOURCE, method, level=level, steps=1, progress=False)  # type: ignore[arg-type]
+            found = score(model, base, source, method, level=level, steps=1, progress=False)  # type: ignore[arg-type]
             assert found.shape == shape and np.isfinite(found).all()
 
 
