@@ -2,8 +2,7 @@
 
     python experiments/circuit_localization.py
     python experiments/circuit_localization.py --model gemma-3-270m --dataset ioi_zh --answers first_difference
-    python experiments/circuit_localization.py --level node --methods atp activation_patching random
-    python experiments/circuit_localization.py --ablation mean --metric probability --share 0.05
+    python experiments/circuit_localization.py --level node --ablation mean --share 0.05
 
 Method. Pairs of a clean and a corrupt prompt, of equally many tokens; others are skipped and reported. Half of them, drawn at
 random, score every edge (or node); the circuits that the scores choose are judged on the other half. To run a circuit is to
@@ -86,6 +85,8 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
     """of integrated gradients"""
     share: Annotated[float, Gt(0), Le(1)] = 0.01
     """share of the edges or nodes in the circuit that is written"""
+    by: Literal["magnitude", "value"] = "magnitude"
+    """magnitude: it has the strongest edges, be they for or against the answer; value: those that help most"""
     random_circuits: px.flags.Count = 10
     """random circuits beside it"""
     removed: px.flags.Count = 20
@@ -117,7 +118,7 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
 def main(config: Config) -> None:
     if not px.is_main_process():
         return  # on one device
-    from pyvene_ext.circuits import check_defined, judge, load_circuit, overlap, score
+    from pyvene_ext.circuits import check_defined, load_circuit, overlap, score
 
     # Everything that can be wrong is found before the scores are.
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
@@ -128,31 +129,22 @@ def main(config: Config) -> None:
     base, source, _, dropped = px.methods.patchable(*pairs, (), config.dataset, "all")
     scored, judged = halves(len(base), config.seed)
     work = f"{len(scored)} pairs score, {len(judged)} judge: {', '.join(config.chosen)}"
-    each = passes_a_pair(config, model)
-    if not run.announce(work, each * px.runs.seconds_a_pass(model, base), n=len(prompt_set)):
+    seconds = passes_a_pair(config, model) * px.runs.seconds_a_pass(model, base)
+    if not run.announce(work, seconds, n=len(prompt_set)):
         return
     on_scored, on_judged = ((base.take(some), source.take(some)) for some in (scored, judged))
     means = check_defined(model, *on_judged, seed=config.seed, **options(config))
 
     # Every edge is scored on one half; circuits of ten sizes are judged on the other.
-    how: dict[str, Any] = {
-        "level": config.level,
-        "steps": config.steps,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-    }
+    how = {name: getattr(config, name) for name in ("level", "steps", "seed", "batch_size")}
     scores = {method: score(model, *on_scored, method, config.metric, **how) for method in config.chosen}
     curves = {method: curves_of(config, model, scores[method], on_judged) for method in config.chosen}
     # One circuit of each method: is it more than its layers, does it miss anything, does it need all it has?
     circuits = {method: circuit_of(config, model, scores[method]) for method in config.chosen}
-    of_circuits = {"random": config.random_circuits, "removed": config.removed, "seed": config.seed, **options(config)}
-    judged_as = {
-        method: judge(
-            model, circuits[method], *on_judged, scores=scores[method], n=n_kept(config, model), **of_circuits
-        )
-        for method in config.chosen
-    }
-    rows = [{"method": one, **areas_of(config, curves[one]), **judged_as[one].row()} for one in config.chosen]
+    rows = [
+        {"method": one, **areas_of(config, curves[one]), **judged_circuit(config, model, scores[one], on_judged)}
+        for one in config.chosen
+    ]
     own = circuits[config.chosen[0]]
     shared = [{"circuit": path, **overlap(own, other, model.config).row()} for path, other in others.items()]
 
@@ -199,8 +191,7 @@ def n_all(config: Config, model: PreTrainedModel) -> int:
     """Edges or nodes of the model."""
     from pyvene_ext.methods.circuits.circuit import exists
 
-    there = exists(model.config)
-    return int(there.sum()) if config.level == "edge" else len(there) - 1
+    return int(exists(model.config).sum()) if config.level == "edge" else len(exists(model.config)) - 1
 
 
 def n_kept(config: Config, model: PreTrainedModel) -> int:
@@ -228,7 +219,7 @@ def passes_a_pair(config: Config, model: PreTrainedModel) -> float:
 
 def options(config: Config) -> dict[str, Any]:
     """What all runs of circuits share."""
-    how: dict[str, Any] = {"metric": config.metric, "ablation": config.ablation, "batch_size": config.batch_size}
+    how = {name: getattr(config, name) for name in ("metric", "ablation", "batch_size")}
     return how | {"memory": config.memory_bytes}
 
 
@@ -236,7 +227,7 @@ def curves_of(config: Config, model: PreTrainedModel, scores: Scores, pairs: tup
     """Faithfulness at MIB's sizes, with the highest scores first and with those of the largest magnitude first."""
     from pyvene_ext.circuits import MIB_SHARES, faithfulness_curve
 
-    how: dict[str, Any] = {"shares": MIB_SHARES, **options(config)}
+    how = options(config) | {"shares": MIB_SHARES}
     return {by: faithfulness_curve(model, scores, *pairs, by=by, **how) for by in RANKINGS}
 
 
@@ -244,10 +235,20 @@ def circuit_of(config: Config, model: PreTrainedModel, scores: Scores) -> Any:
     """The circuit of --share of the edges or nodes."""
     from pyvene_ext.circuits import top_edges, top_nodes
 
-    return (top_edges if config.level == "edge" else top_nodes)(scores, n_kept(config, model), model.config)
+    return (top_edges if config.level == "edge" else top_nodes)(scores, n_kept(config, model), model.config, config.by)
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def judged_circuit(config: Config, model: PreTrainedModel, scores: Scores, pairs: tuple[Any, Any]) -> dict[str, float]:
+    """What the circuit of --share is worth."""
+    from pyvene_ext.circuits import judge
+
+    how: dict[str, Any] = {"scores": scores, "n": n_kept(config, model), "by": config.by, "seed": config.seed}
+    how |= {"random": config.random_circuits, "removed": config.removed}
+    base, source = pairs
+    return judge(model, circuit_of(config, model, scores), base, source, **how, **options(config)).row()
 
 
 def areas_of(config: Config, curves: Mapping[By, Curve]) -> dict[str, float]:
@@ -264,7 +265,7 @@ def settings(
     config: Config, base: px.TokenizedPrompts, source: px.TokenizedPrompts, dropped: list[int]
 ) -> dict[str, Any]:
     """What was run, for the summary."""
-    flags = ("model", "dataset", "level", "ablation", "metric", "share", "answers", "seed")
+    flags = ("model", "dataset", "level", "ablation", "metric", "share", "by", "answers", "seed")
     prompts = {"base_hash": base.hash, "source_hash": source.hash, "n": len(base), "dropped": dropped}
     return {name: getattr(config, name) for name in flags} | prompts
 
@@ -337,9 +338,9 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[
 
 def evidence(config: Config, facts: dict[str, Any], rows: Rows) -> px.runs.Evidence:
     """The faithfulness of the first method's circuit, beside random circuits."""
-    row, n = rows[0], config.random_circuits
+    row = rows[0]
     effect = f"{100 * config.share:g}% of the {config.level}s by {row['method']} have a faithfulness of"
-    control = f"{n} random circuits of the same layers and kinds, p = {row['p']:.2g}"
+    control = f"{config.random_circuits} random circuits of the same layers and kinds, p = {row['p']:.2g}"
     interval = px.Interval(row["faithfulness"], row["low"], row["high"])
     sharpen = "a larger --limit or --random_circuits"
     return px.runs.Evidence(f"{len(facts['judged'])} held-out pairs", effect, interval, control, sharpen)

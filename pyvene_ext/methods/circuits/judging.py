@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pyvene_ext.engine.measure import MetricLike
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.circuits.choosing import Scores, edge_groups, random_circuits
+from pyvene_ext.methods.circuits.choosing import By, Scores, edge_groups, random_circuits
 from pyvene_ext.methods.circuits.circuit import Circuit, exists
 from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -76,6 +76,7 @@ def judge(
     *,
     scores: Scores | None = None,
     n: int | None = None,
+    by: By = "magnitude",
     random: int = 10,
     removed: int = 20,
     seed: int = 0,
@@ -92,6 +93,7 @@ def judge(
         scores: what chose the circuit, so that random circuits are those of permuted scores; by default they have as many edges
             as the circuit between the same layers and kinds, and are then pruned.
         n: how many edges or nodes of the highest scores the circuit has, before it was pruned; needed with `scores`.
+        by: how scores chose them, as for `top_edges`.
         random: number of random circuits.
         removed: number of its edges that are removed, one at a time.
         seed: of random circuits and of the edges that are removed.
@@ -105,7 +107,7 @@ def judge(
     """
     edges = sorted(circuit.edges)
     chosen_by, n = (circuit, len(circuit)) if scores is None or n is None else (scores, n)
-    chance = random_circuits(chosen_by, n, model.config, random, seed=seed)
+    chance = random_circuits(chosen_by, n, model.config, random, by=by, seed=seed)
     drawn = rng(seed, "removed").permutation(len(edges))[:removed]
     without = [Circuit(circuit.edges - {edges[number]}) for number in drawn]
     run = [circuit, circuit.complement(model.config), *chance, *without]
