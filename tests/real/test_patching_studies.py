@@ -13,6 +13,7 @@ from typing import Any
 import activation_frequencies_ifr
 import activation_patching
 import attribution_patching
+import circuit_localization
 import information_flow_routes
 import known_circuits
 import numpy as np
@@ -257,3 +258,40 @@ def test_attribution_and_known_circuits_of_gemma_are_those_of_gradients_and_hook
     row = next(row for row in summary["trained"] if row["method"] == "AtP")
     assert row["n"] == 12
     assert row["spearman"] == pytest.approx(spearmanr(*(np.abs(x).mean(1) for x in (exact, estimate))).statistic)
+
+
+def test_circuits_of_gemma_are_what_hooks_give_and_the_study_finds_one(gemma3: Real, tmp_path: Path) -> None:
+    model, pairs = gemma3.model, pairs_of(gemma3)
+    clean, corrupt = px.methods.both_texts(px.PromptSet.load("ioi_en")[:2], model, gemma3.tokenizer)
+    missing = {"mlp_out.3->mlp_in.12", "mlp_out.10->logits"}
+    circuit = px.circuits.Circuit(px.circuits.Circuit.full(model.config).edges - missing)
+    found = px.circuits.run_circuit(model, circuit, clean, corrupt, progress=False)
+    norms = {3: model.model.layers[12].pre_feedforward_layernorm, 10: model.model.norm}
+    for value, (base, source, (right, wrong)) in zip(found, pairs, strict=True):
+        added: dict[int, list[Tensor]] = {3: [], 10: []}
+        with ExitStack() as hooks, torch.no_grad():
+            for layer, seen in added.items():
+                module = model.model.layers[layer].post_feedforward_layernorm
+                hooks.callback(module.register_forward_hook(lambda *call, s=seen: s.append(call[-1])).remove)
+            model(base)
+            model(source)
+            for layer, norm in norms.items():
+                change = added[layer][1] - added[layer][0]
+                hooks.callback(norm.register_forward_pre_hook(lambda _, args, c=change: (args[0] + c,)).remove)
+            logits = model(base).logits[0, -1]
+        np.testing.assert_allclose(value, float(logits[right] - logits[wrong]), atol=1e-4)
+
+    flags = ("--model", gemma3.folder, "--methods", "eap", "--removed", 1, "--random_circuits", 1, "--limit", 6)
+    out = ("--out", tmp_path / "c")
+    assert run_study(circuit_localization.main, circuit_localization.Config, [*map(str, (*flags, *out))]) == 0
+    summary = json.loads((tmp_path / "c/summary.json").read_text(encoding="utf-8"))
+    tokenized, _ = px.methods.both_texts(px.PromptSet.load("ioi_en")[:6], model, gemma3.tokenizer)
+    differences = []
+    for number in summary["judged"]:
+        right, wrong = tokenized.answer_ids[number]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenized.input_ids[number]])).logits[0, -1]
+        differences.append(float(logits[right] - logits[wrong]))
+    assert summary["n_all"] == 5644 and summary["mean_clean"] == pytest.approx(np.mean(differences), abs=1e-4)
+    (row,) = summary["methods"]
+    assert row["cmd"] < 0.5 < row["cpr"] + row["cmd"]
