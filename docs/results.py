@@ -174,6 +174,17 @@ READINGS = {
         "The same kinds of head do the work in both languages: 11.3 writes against the name that it looks at, 12.1 moves the "
         "right one. 11.2, which raises both names in English, is a name mover here."
     ),
+    "Which circuit does English IOI? Gemma 3": (
+        "Of the 56 edges whose loss costs most by EAP-IG, 37 lie on a path from the embedding to the logits. On prompts "
+        "that did not choose them, they do the task as well as the whole model, where random edges of the same layers "
+        "do nothing. CPR above 1 says that circuits without the edges that hinder do better than the model. EAP's signs "
+        "fail here: its edges that help most do nothing, though those of largest magnitude do (CMD)."
+    ),
+    "... and Chinese IOI, and do the two share edges?": (
+        "1% of the edges is not enough in Chinese: 5% reach 0.66 and 10% 1.00 (curves.csv). The two circuits of 1% "
+        "share more edges than their layers and kinds explain, about a third: as with single heads, the languages have "
+        "parts in common, and a circuit found in one is not the other's."
+    ),
     "What do induction heads do to memory? SmolLM2": (
         "A list seen once is remembered weakly (p is 0.04), yet when a token of the list follows, it is nearly always the right "
         "one. Five to ten heads carry that; as many random heads of their layers carry none of it."

@@ -118,7 +118,7 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
 def main(config: Config) -> None:
     if not px.is_main_process():
         return  # on one device
-    from pyvene_ext.circuits import check_defined, load_circuit, overlap, score
+    from pyvene_ext.circuits import check_ablation, check_defined, load_circuit, overlap, score
 
     # Everything that can be wrong is found before the scores are.
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
@@ -127,10 +127,10 @@ def main(config: Config) -> None:
     others = {path: load_circuit(path, model) for path in config.compare}
     pairs = config.tokenize_pairs(prompt_set, model, tokenizer)
     base, source, _, dropped = px.methods.patchable(*pairs, (), config.dataset, "all")
+    check_ablation(model, base, source, config.ablation)
     scored, judged = halves(len(base), config.seed)
     work = f"{len(scored)} pairs score, {len(judged)} judge: {', '.join(config.chosen)}"
-    seconds = passes_a_pair(config, model) * px.runs.seconds_a_pass(model, base)
-    if not run.announce(work, seconds, n=len(prompt_set)):
+    if not run.announce(work, passes_a_pair(config, model) * px.runs.seconds_a_pass(model, base), n=len(prompt_set)):
         return
     on_scored, on_judged = ((base.take(some), source.take(some)) for some in (scored, judged))
     means = check_defined(model, *on_judged, seed=config.seed, **options(config))
@@ -179,9 +179,9 @@ def main(config: Config) -> None:
 
 def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
     """Which pairs score edges, and which judge circuits."""
-    if n < 4:
+    if n < 3:
         raise ValueError(
-            f"{n} pairs of equally many tokens are too few to score edges on some and judge on others; give 4."
+            f"{n} pairs of equally many tokens are too few to score edges on some and judge on others; give 3."
         )
     order = px.rng(seed, "halves").permutation(n).tolist()
     return sorted(order[: n // 2]), sorted(order[n // 2 :])

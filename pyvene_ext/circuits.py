@@ -8,6 +8,7 @@ from pyvene_ext.methods.circuits.judging import Judgement, Overlap, check_define
 from pyvene_ext.methods.circuits.masks import Mask, learn_mask
 from pyvene_ext.methods.circuits.running import (
     MIB_SHARES,
+    check_ablation,
     completeness,
     faithfulness,
     faithfulness_curve,
@@ -25,6 +26,7 @@ __all__ = [
     "Overlap",
     "acdc",
     "acdc_passes",
+    "check_ablation",
     "check_defined",
     "completeness",
     "faithfulness",

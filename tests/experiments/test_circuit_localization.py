@@ -105,7 +105,7 @@ def test_another_runs_circuit_is_compared_and_nodes_are_judged(
         (["--level", "node", "--methods", "flow"], "--methods flow does not score nodes"),
         (["--metric", "kl"], "leave eap and atp out of --methods"),
         (["--share", "1.5"], "--share"),
-        (["--limit", "3"], "too few to score edges on some and judge on others"),
+        (["--limit", "2"], "too few to score edges on some and judge on others"),
         (["--compare", "nowhere.json"], "nowhere.json"),
     ],
 )

@@ -106,7 +106,7 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "circuit_localization": Study(
-        "--dataset few.json --out x --methods eap flow --removed 2 --random_circuits 2 --model",
+        "--dataset few.json --out x --methods flow random --metric kl --removed 2 --random_circuits 2 --model",
         {},
         {"methods.csv": (lambda of: 2, "cpr cmd faithfulness completeness")},
     ),
