@@ -296,9 +296,9 @@ def draw(
     """Faithfulness by size, and the strongest edges of the first method's circuit."""
     from pyvene_ext.circuits import named_scores
 
-    by_size = {method: curves[method]["magnitude"] for method in list(curves)[:4]}
+    by_size = {method: curves[method][config.by] for method in list(curves)[:4]}
     of = {method: (100 * curve.shares, curve.runs.interval()) for method, curve in by_size.items()}
-    title = f"Faithfulness by size, {config.ablation}: {run.of}"
+    title = f"Faithfulness by size, edges by {config.by}: {run.of}"
     run.figure("faithfulness", px.figures.faithfulness_curves(of, title=title, axis=f"% of {config.level}s allowed"))
     first = config.chosen[0]
     if config.level == "edge":
