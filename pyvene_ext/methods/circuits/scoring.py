@@ -1,6 +1,7 @@
 """Scores of every edge or node by one of several methods, with one signature: what circuits are chosen from.
 
-Edges, `[sender receiver]`:
+Edges, `[sender receiver]`::
+
     eap, eap_ig_inputs, eap_ig_activations   estimates from gradients (`methods.attribution.edges`)
     path_patching                            exact: each edge's contribution taken from source, MLPs between its ends frozen
                                              (Goldowsky-Dill et al. 2023), a run each
@@ -8,7 +9,8 @@ Edges, `[sender receiver]`:
     mask                                     how often a learned mask keeps the edge (`methods.circuits.masks`)
     random                                   draws from a normal distribution
 
-Nodes, `[sender]`:
+Nodes, `[sender]`::
+
     atp                                      estimates from gradients (Nanda 2023)
     activation_patching                      exact, a run each
     mask
