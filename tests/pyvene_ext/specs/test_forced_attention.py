@@ -126,7 +126,7 @@ def test_logits_and_rows_equal_those_made_by_hand(
             for row, prompt in enumerate(batch.index):
                 logits, patterns = _expected(family, spec, prompt)
                 real, where = batch.attention_mask[row].bool(), f"{spec_name(spec)}, prompt {prompt}"
-                torch.testing.assert_close(output.logits[row][real], logits, atol=1e-5, rtol=1e-5, msg=where)
+                torch.testing.assert_close(output.logits[row][real], logits, atol=3e-5, rtol=1e-5, msg=where)
                 for layer, pattern in patterns.items() if eager else ():
                     got = output.attentions[layer][row][:, real]
                     torch.testing.assert_close(got.sum(-1), torch.ones(got.shape[:-1]), atol=1e-6, rtol=0, msg=where)
