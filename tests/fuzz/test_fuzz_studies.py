@@ -201,7 +201,7 @@ def test_circuits_go_from_nothing_to_the_model(family: str, seed: int, density: 
     found = run_circuits(model, wanted, BASE, SOURCE, progress=False)
     np.testing.assert_allclose(found.faithfulness[:2], [1, 0], atol=1e-4)
     np.testing.assert_allclose(found.circuits[0], found.clean, atol=1e-4)
-    np.testing.assert_allclose(found.circuits[1], found.source, atol=1e-4)
+    np.testing.assert_allclose(found.circuits[1], found.empty, atol=1e-4)
     if family != "gemma2":  # whose post-norm over all heads lets one head change the shares of the others
         np.testing.assert_allclose(found.circuits[2], found.circuits[3], atol=1e-4)
 
