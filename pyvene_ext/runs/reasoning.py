@@ -30,7 +30,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.io.bars import note
 from pyvene_ext.io.errors import counted
-from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.heads.lag import rank_heads
 from pyvene_ext.methods.heads.scores import read_head_scores
@@ -257,17 +256,14 @@ class Setting:
         scope: Scope,
         reference: Reference | None = None,
     ) -> list[Evaluation]:
-        """Solve the problems under all conditions at once; equal ones once."""
-        hashes = [data_hash(some) for some in facts]
-        different = {some: number for number, some in enumerate(hashes)}
-
-        def measure(missing: list[int]) -> list[Evaluation]:
-            numbers = [list(different.values())[number] for number in missing]
-            return evaluate(
+        """Solve the problems under all conditions at once."""
+        return self.results.get_all(
+            facts,
+            lambda missing: evaluate(
                 self.model,
                 self.tokenizer,
-                [conditions[number][0] for number in numbers],
-                [conditions[number][1] for number in numbers],
+                [conditions[number][0] for number in missing],
+                [conditions[number][1] for number in missing],
                 scope,
                 max_new_tokens=self.new_tokens,
                 batch_size=self.flags.batch_size,
@@ -277,11 +273,8 @@ class Setting:
                 memory=self.flags.memory_bytes,
                 store=self.results.folder / "texts",
                 progress=is_main_process(),
-            )
-
-        found = self.results.get_all([facts[number] for number in different.values()], measure)
-        by_hash = dict(zip(different, found, strict=True))
-        return [by_hash[some] for some in hashes]
+            ),
+        )
 
 
 @dataclass(frozen=True)

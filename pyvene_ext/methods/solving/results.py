@@ -74,7 +74,7 @@ class Results:
         """Load the results of several conditions, or compute what is missing at once and save it.
 
         Args:
-            conditions: as for `get`.
+            conditions: as for `get`; of equal ones the first is computed.
             measure: computes the results of the conditions with these numbers; called if any is missing.
             kind: the results' class.
 
@@ -82,14 +82,15 @@ class Results:
             The results, in the order of the conditions.
         """
         facts = [json.loads(json.dumps({"format": FORMAT, **self.facts, **condition})) for condition in conditions]
-        found = {number: result for number, of in enumerate(facts) if (result := self._kept(of)) is not None}
-        if missing := [number for number in range(len(facts)) if number not in found]:
+        paths = [self._path(of) for of in facts]
+        first = {path: number for number, path in reversed(list(enumerate(paths)))}
+        found = {path: result for path, number in first.items() if (result := self._kept(facts[number])) is not None}
+        if missing := sorted(number for path, number in first.items() if path not in found):
             for number, made in zip(missing, measure(missing), strict=True):
                 plain = json.loads(json.dumps(made.as_dict()))
-                record = {"facts": facts[number], "hash": data_hash(plain), "results": plain}
-                write_json(self._path(facts[number]), record)
-                found[number] = plain
-        return [kind.from_dict(found[number]) for number in range(len(facts))]
+                write_json(paths[number], {"facts": facts[number], "hash": data_hash(plain), "results": plain})
+                found[paths[number]] = plain
+        return [kind.from_dict(found[path]) for path in paths]
 
     def _path(self, facts: Mapping[str, Any]) -> Path:
         return self.folder / f"{data_hash(facts)}.json"
