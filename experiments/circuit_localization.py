@@ -118,7 +118,7 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
 def main(config: Config) -> None:
     if not px.is_main_process():
         return  # on one device
-    from pyvene_ext.circuits import check_ablation, check_defined, load_circuit, overlap, score
+    from pyvene_ext.circuits import check_ablation, check_defined, judge, load_circuit, overlap, score
 
     # Everything that can be wrong is found before the scores are.
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
@@ -136,15 +136,14 @@ def main(config: Config) -> None:
     means = check_defined(model, *on_judged, seed=config.seed, **options(config))
 
     # Every edge is scored on one half; circuits of ten sizes are judged on the other.
-    how = {name: getattr(config, name) for name in ("level", "steps", "seed", "batch_size")}
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("level", "steps", "seed", "batch_size")}
     scores = {method: score(model, *on_scored, method, config.metric, **how) for method in config.chosen}
     curves = {method: curves_of(config, model, scores[method], on_judged) for method in config.chosen}
     # One circuit of each method: is it more than its layers, does it miss anything, does it need all it has?
     circuits = {method: circuit_of(config, model, scores[method]) for method in config.chosen}
-    rows = [
-        {"method": one, **areas_of(config, curves[one]), **judged_circuit(config, model, scores[one], on_judged)}
-        for one in config.chosen
-    ]
+    how = judging(config, model)
+    of_circuits = {one: judge(model, circuits[one], *on_judged, scores=scores[one], **how) for one in config.chosen}
+    rows = [{"method": one, **areas_of(config, curves[one]), **of_circuits[one].row()} for one in config.chosen]
     own = circuits[config.chosen[0]]
     shared = [{"circuit": path, **overlap(own, other, model.config).row()} for path, other in others.items()]
 
@@ -241,14 +240,10 @@ def circuit_of(config: Config, model: PreTrainedModel, scores: Scores) -> Any:
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
-def judged_circuit(config: Config, model: PreTrainedModel, scores: Scores, pairs: tuple[Any, Any]) -> dict[str, float]:
-    """What the circuit of --share is worth."""
-    from pyvene_ext.circuits import judge
-
-    how: dict[str, Any] = {"scores": scores, "n": n_kept(config, model), "by": config.by, "seed": config.seed}
-    how |= {"random": config.random_circuits, "removed": config.removed}
-    base, source = pairs
-    return judge(model, circuit_of(config, model, scores), base, source, **how, **options(config)).row()
+def judging(config: Config, model: PreTrainedModel) -> dict[str, Any]:
+    """How the circuits of --share are judged."""
+    how = {"n": n_kept(config, model), "by": config.by, "seed": config.seed}
+    return how | {"random": config.random_circuits, "removed": config.removed} | options(config)
 
 
 def areas_of(config: Config, curves: Mapping[By, Curve]) -> dict[str, float]:

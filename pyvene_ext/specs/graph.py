@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
 
 from modelcards import n_heads, n_kv_heads, n_layers
 from modelcards.names import NAMES, meant
@@ -112,6 +116,20 @@ def reaches(sender: Node, receiver: Node) -> bool:
             f"{sender}->{receiver} is not an edge; senders are {', '.join(SENDERS)}, receivers are {', '.join(RECEIVERS)}."
         )
     return depth(sender) <= depth(receiver)
+
+
+def edge_exists(writing: Iterable[Node], reading: Iterable[Node]) -> Bool[np.ndarray, "sender receiver"]:
+    """Whether `reaches`, of all senders and receivers at once.
+
+    Args:
+        writing: senders.
+        reading: receivers.
+
+    Returns:
+        True where there is an edge.
+    """
+    written, read = (np.array([depth(node) for node in nodes]) for nodes in (writing, reading))
+    return written[:, None] <= read
 
 
 def depth(node: Node) -> float:

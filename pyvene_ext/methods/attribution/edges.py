@@ -46,6 +46,7 @@ from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
 from pyvene_ext.specs.graph import (
     Node,
+    edge_exists,
     reaches,
     receivers,
     senders,
@@ -89,7 +90,7 @@ class EdgeScores(Shown):
     @cached_property
     def exists(self) -> Bool[np.ndarray, "sender receiver"]:
         """Where there is an edge."""
-        return _edge_exists(self.senders, self.receivers)
+        return edge_exists(self.senders, self.receivers)
 
     def to_frame(self) -> pd.DataFrame:
         """Convert to a table with one row per edge and prompt.
@@ -196,7 +197,7 @@ def edge_attribution(
     metric = as_metric(metric)
     check_edges(model, base, source, metric, method, steps)
     nodes = tuple(senders(model.config)), tuple(receivers(model.config))
-    exists = torch.from_numpy(_edge_exists(*nodes))
+    exists = torch.from_numpy(edge_exists(*nodes))
     scores = np.empty((*exists.shape, len(base)), np.float32)
     pairs = zip(base.batches(batch_size, "right"), source.batches(batch_size, "right"), strict=True)
     bar = progress_bar(len(base), "prompt", method, shown=progress)
@@ -369,11 +370,6 @@ def _contributions(
         shares = shares * card.residual_scale(model.config)
         added += [shares.transpose(1, 2), seen["mlp_contribution", layer].float()[:, None]]
     return torch.cat([part.to(device) for part in added], 1), logits
-
-
-def _edge_exists(writing: Iterable[Node], reading: Iterable[Node]) -> Bool[np.ndarray, "sender receiver"]:
-    reading = tuple(reading)
-    return np.array([[reaches(sender, receiver) for receiver in reading] for sender in writing])
 
 
 def check_edges(

@@ -39,14 +39,15 @@ import numpy as np
 from jaxtyping import Bool, Float
 from transformers import PreTrainedModel
 
+from modelcards import dimensions, n_layers
 from pyvene_ext.engine.measure import METRICS, Metric, MetricLike, as_array, check_metric
 from pyvene_ext.engine.sweep.plan import METRIC_COPIES, MIB, check_memory, default_budget
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.circuits.acdc_run import AcdcRun
 from pyvene_ext.methods.circuits.choosing import By
-from pyvene_ext.methods.circuits.circuit import Circuit, Edges, checked_matrix, edge_name, entry_receivers, exists
+from pyvene_ext.methods.circuits.circuit import Circuit, Edges, edge_name, entry_receivers, exists, matrix_of
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
-from pyvene_ext.methods.circuits.running import AblationKind, check_ablation, constant_values, of_one_length
+from pyvene_ext.methods.circuits.running import AblatedValues, AblationKind, check_ablation, of_one_length
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
@@ -82,10 +83,11 @@ def acdc_passes(config: Any, start_from: Circuit | Edges | None = None) -> Passe
     Returns:
         The bounds, for patching. A test of an edge into layer l of L costs 1 - l/L passes over the prompts.
     """
-    layers = config.get_text_config().num_hidden_layers
+    layers = n_layers(config)
     plain = 2.0 if start_from is None else 3.0
     starts = np.array([layers if node.layer is None else node.layer for node in receivers(config)])
-    tests = float((_matrix(start_from, config).sum(0) * (1 - starts / layers)).sum())
+    at_first = exists(config) if start_from is None else matrix_of(start_from, config)
+    tests = float((at_first.sum(0) * (1 - starts / layers)).sum())
     return Passes(plain, plain + tests, plain + 2 * tests)
 
 
@@ -128,7 +130,8 @@ def acdc(
         ValueError: before the model runs, for whatever `run_circuits` refuses, a `tau` that is not above 0, a `by` for kl, an
             unknown `by` or `order`, a `start_from` without an edge into the logits, and prompts that do not fit `memory`.
     """
-    config, at_first = model.config, _matrix(start_from, model.config)
+    config = model.config
+    at_first = exists(config) if start_from is None else matrix_of(start_from, config)
     check_ablation(model, base, source, ablation)
     metric = check_metric(model, base, metric)
     by = _checked_rule(metric, tau, by, order)
@@ -190,19 +193,14 @@ class _Runs:
         first: Edges,
     ) -> None:
         self.edgewise, self.metric, self.n, self.parts = edgewise, metric, len(base), []
-        constant = None if ablation == "patching" else constant_values(edgewise, source, ablation, batch_size)
+        values = AblatedValues(edgewise, source, ablation, batch_size)
         for index in of_one_length(base, batch_size):
             batch = base.batch(index)
             plain = edgewise.plain(batch.input_ids)
-            if constant is None:
-                assert source is not None
-                ablated = Ablated.by_run(edgewise.plain(source.batch(index).input_ids))
-            else:
-                ablated = Ablated(constant, plain, is_run=False)
+            ablated = values.of(index, plain)
             is_full = np.array_equal(first, edgewise.exists)
             before = plain if is_full else edgewise.one_circuit(batch.input_ids, first, ablated)
-            batch = metric.with_clean(batch, edgewise.replay.logits(plain.last))
-            self.parts.append(_Part(batch, ablated, before))
+            self.parts.append(_Part(edgewise.with_clean(batch, plain, metric), ablated, before))
 
     @property
     def overhead(self) -> float:
@@ -307,12 +305,6 @@ def _visits(edgewise: EdgewiseModel) -> list[tuple[int, list[int]]]:
     return [(start, list(range(columns.start, columns.stop))[::-1]) for start, columns in found]
 
 
-def _matrix(start_from: Circuit | Edges | None, config: Any) -> Edges:
-    if start_from is None:
-        return exists(config)
-    return start_from.matrix(config) if isinstance(start_from, Circuit) else checked_matrix(start_from, config)
-
-
 def _checked_rule(metric: Metric, tau: float, by: By | None, order: str) -> By | None:
     if isinstance(tau, bool) or not isinstance(tau, int | float | np.number) or not (0 < tau < math.inf):
         raise ValueError(f"tau must be a finite number above 0, not {tau!r}.")
@@ -332,11 +324,11 @@ def _room(
 ) -> tuple[int, int]:
     """How many prompts to run at once, and through how many circuits side by side."""
     check_memory(memory)
-    config, there = model.config.get_text_config(), exists(model.config)
-    per_layer, layers = len(there) // config.num_hidden_layers, config.num_hidden_layers
+    there, layers, width = exists(model.config), n_layers(model.config), dimensions(model.config)["d_model"]
+    per_layer = len(there) // layers
     lengths = list(map(len, prompts.input_ids))
-    held = 4 * sum(lengths) * config.hidden_size * (2 * len(there) + 4 * layers)
-    row = 4 * max(lengths) * config.hidden_size * (5 * len(there) + 12 * per_layer) + 16 * there.size
+    held = 4 * sum(lengths) * width * (2 * len(there) + 4 * layers)
+    row = 4 * max(lengths) * width * (5 * len(there) + 12 * per_layer) + 16 * there.size
     head: Any = model.get_output_embeddings()
     row += 0 if metric.ids is not None else 4 * METRIC_COPIES * len(head.weight)
     free = ROWS_MEMORY if memory is None else memory - held

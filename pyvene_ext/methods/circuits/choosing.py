@@ -86,7 +86,7 @@ def random_circuits(
     by: By = "magnitude",
     seed: int = 0,
 ) -> list[Circuit]:
-    """Make the circuits that `choose` would make of randomly permuted scores, as controls for the one that the scores chose.
+    """Make the circuits that `top_edges` or `top_nodes` would make of permuted scores, as controls for the one that they chose.
 
     They are pruned too, and usually lose more edges than the chosen circuit does: compare `len`.
 
@@ -105,7 +105,7 @@ def random_circuits(
         The pruned circuits.
 
     Raises:
-        ValueError: for what `choose` refuses, an unknown `within`, and a `count` below 1.
+        ValueError: for what `top_edges` and `top_nodes` refuse, an unknown `within`, and a `count` below 1.
     """
     drawn = random_edges(scores, n, config, count, within=within, by=by, seed=seed)
     return [Circuit.of(matrix, config) for matrix in drawn]
@@ -146,18 +146,33 @@ def random_edges(
             raise ValueError(f"the circuit has {len(scores)} edges, so that random ones have as many, not {n!r}.")
         scores = scores.matrix(config)
     sizes = checked_scores(scores, config, by)
-    chosen, there = _chosen(sizes, n), np.isfinite(sizes)
+    chosen, there = _chosen(sizes, n), sizes > -np.inf
     group = np.zeros(there.shape, int)
     if within == "layers":
         group = edge_groups(config) if there.ndim == 2 else _kinds(senders(config))
-    group, kept = group[there], chosen[there]
-    by_group = np.argsort(group, kind="stable")
     for number in range(count):
-        permuted, drawn = np.zeros_like(kept), np.zeros_like(there)
-        # Both orders go through the groups one after the other; this one is random within each group.
-        permuted[np.lexsort((rng(seed, "random circuits", number).random(len(group)), group))] = kept[by_group]
-        drawn[there] = permuted
+        drawn = np.zeros_like(there)
+        drawn[there] = shuffled_within(group[there], chosen[there], rng(seed, "random circuits", number))
         yield _pruned(drawn, config)
+
+
+def shuffled_within(
+    group: Int[np.ndarray, " item"], kept: Bool[np.ndarray, " item"], generator: np.random.Generator
+) -> Bool[np.ndarray, " item"]:
+    """Choose as many items of each group at random.
+
+    Args:
+        group: the number of each item's group.
+        kept: the items whose numbers are kept to.
+        generator: of the draw.
+
+    Returns:
+        True for the items that are drawn.
+    """
+    drawn = np.zeros_like(kept)
+    # Both orders go through the groups one after the other; the first is random within each group.
+    drawn[np.lexsort((generator.random(len(group)), group))] = kept[np.argsort(group, kind="stable")]
+    return drawn
 
 
 def edge_groups(config: Any) -> Int[np.ndarray, "sender receiver"]:
@@ -222,7 +237,7 @@ def checked_scores(scores: Any, config: Any, by: By) -> Scores:
 
 def _chosen(sizes: Scores, n: int) -> Chosen:
     """Select the `n` largest."""
-    n_all = int(np.isfinite(sizes).sum())
+    n_all = int((sizes > -np.inf).sum())
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 <= n <= n_all:
         raise ValueError(
             f"a circuit of this model has 0 to {n_all} {'edges' if sizes.ndim == 2 else 'nodes'}, not {n!r}."

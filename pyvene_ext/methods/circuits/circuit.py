@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pyvene_ext.specs.graph import SENDERS, Node, depth, query_heads, reaches, receivers, senders
+from pyvene_ext.specs.graph import SENDERS, Node, edge_exists, query_heads, reaches, receivers, senders
 
 Edges = Bool[np.ndarray, "sender receiver"]
 
@@ -118,6 +118,22 @@ def named_scores(scores: Float[np.ndarray, "sender receiver"], circuit: Circuit,
     return {edge_name(writing[r], reading[c]): float(scores[r, c]) for r, c in zip(rows, columns, strict=True)}
 
 
+def matrix_of(circuit: Circuit | Edges, config: Any) -> Edges:
+    """Convert a circuit to its matrix, and check it.
+
+    Args:
+        circuit: a circuit, or already its matrix.
+        config: the model's config.
+
+    Returns:
+        True for the circuit's edges, by `graph.senders` and `graph.receivers`.
+
+    Raises:
+        ValueError: as for `Circuit.matrix` and `checked_matrix`.
+    """
+    return circuit.matrix(config) if isinstance(circuit, Circuit) else checked_matrix(circuit, config)
+
+
 def exists(config: Any) -> Edges:
     """Where a model has an edge, because the sender writes before the receiver reads.
 
@@ -127,8 +143,7 @@ def exists(config: Any) -> Edges:
     Returns:
         A boolean matrix by `graph.senders` and `graph.receivers`.
     """
-    written, read = (np.array([depth(node) for node in nodes(config)]) for nodes in (senders, receivers))
-    return written[:, None] <= read
+    return edge_exists(senders(config), receivers(config))
 
 
 def parse_edge(edge: str) -> tuple[Node, Node]:

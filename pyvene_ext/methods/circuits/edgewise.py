@@ -190,6 +190,19 @@ class EdgewiseModel:
         last = hidden[:, -1] if stream is None else stream[:, 0, 0]
         return last.unflatten(0, (-1, len(ids)))
 
+    def with_clean(self, batch: Batch, plain: PlainRun, metric: Metric) -> Batch:
+        """Give a batch the logits of its plain run, if a metric reads them; otherwise they are not computed.
+
+        Args:
+            batch: the prompts.
+            plain: their plain run.
+            metric: one number per prompt.
+
+        Returns:
+            The batch.
+        """
+        return metric.with_clean(batch, self.replay.logits(plain.last) if "clean" in metric.needs else None)
+
     def read(self, last: Float[Tensor, "batch d_model"], batch: Batch, metric: Metric) -> Float[Tensor, " batch"]:
         """Compute a metric from the stream that the logits read at the last token; only the logits that it reads are computed.
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from pyvene_ext.engine.measure import MetricLike
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.circuits.choosing import By, Scores, edge_groups, random_circuits
-from pyvene_ext.methods.circuits.circuit import Circuit, exists
+from pyvene_ext.methods.circuits.choosing import By, Scores, edge_groups, random_edges, shuffled_within
+from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists
 from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.stats.controls import share_as_large
@@ -107,10 +107,11 @@ def judge(
     """
     edges = sorted(circuit.edges)
     chosen_by, n = (circuit, len(circuit)) if scores is None or n is None else (scores, n)
-    chance = random_circuits(chosen_by, n, model.config, random, by=by, seed=seed)
+    chance = list(random_edges(chosen_by, n, model.config, random, by=by, seed=seed))
     drawn = rng(seed, "removed").permutation(len(edges))[:removed]
     without = [Circuit(circuit.edges - {edges[number]}) for number in drawn]
-    run = [circuit, circuit.complement(model.config), *chance, *without]
+    others = exists(model.config) & ~circuit.matrix(model.config)
+    run: list[Circuit | Edges] = [circuit, others, *chance, *without]
     found = run_circuits(model, run, base, source, metric, **options)
     mean, low, high = found.interval(seed)
     first = 2 + len(chance)
@@ -218,16 +219,11 @@ def overlap(one: Circuit, other: Circuit, config: Any, draws: int = 1000, seed: 
     group = edge_groups(config)[there]
     matrices = [circuit.matrix(config)[there] for circuit in (one, other)]
     generator = rng(seed, "overlap")
-    order = np.argsort(group, kind="stable")
     sizes = sum(int(x.sum()) for x in matrices)
     chance = np.empty(draws)
     for draw in range(draws):
-        drawn = []
-        for matrix in matrices:
-            permuted = np.zeros_like(matrix)
-            permuted[np.lexsort((generator.random(len(group)), group))] = matrix[order]
-            drawn.append(permuted)
-        shared = int((drawn[0] & drawn[1]).sum())
+        first, second = (shuffled_within(group, matrix, generator) for matrix in matrices)
+        shared = int((first & second).sum())
         chance[draw] = shared / (sizes - shared) if sizes else np.nan
     found = jaccard(one, other)
     return Overlap(found, Circuit(one.edges & other.edges), chance, share_as_large(found, chance))

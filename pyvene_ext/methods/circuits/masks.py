@@ -37,11 +37,11 @@ from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.gradients import check_differentiable
 from pyvene_ext.methods.circuits.choosing import chosen_edges
 from pyvene_ext.methods.circuits.circuit import Circuit
-from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel
+from pyvene_ext.methods.circuits.edgewise import EdgewiseModel
 from pyvene_ext.methods.circuits.running import (
+    AblatedValues,
     AblationKind,
     check_ablation,
-    constant_values,
     fitting,
     of_one_length,
 )
@@ -165,18 +165,14 @@ def learn_mask(
     bar = progress_bar(steps, "step", "mask", shown=progress)
     with bar, evaluating(model), torch.inference_mode(False), torch.no_grad():
         model.requires_grad_(False)
-        constant = None if ablation == "patching" else constant_values(edgewise, source, ablation, batch_size)
+        values = AblatedValues(edgewise, source, ablation, batch_size)
         theta = torch.zeros(n_gates, dtype=torch.float64, requires_grad=True)
         adam = torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95))
         for step, (index, weight) in enumerate(islice(_batches(base, batch_size, seed), steps)):
             theta += _shift(theta, float(shares[step]))
             batch = base.batch(index)
             plain = edgewise.plain(batch.input_ids)
-            ablated = Ablated(constant, plain, is_run=False) if constant is not None else None
-            if ablated is None:
-                assert source is not None
-                ablated = Ablated.by_run(edgewise.plain(source.batch(index).input_ids))
-            batch = metric.with_clean(batch, edgewise.replay.logits(plain.last))
+            batch, ablated = edgewise.with_clean(batch, plain, metric), values.of(index, plain)
             clean = edgewise.read(plain.last, batch, metric)
             uniform = torch.rand(len(index), n_gates, generator=draws, dtype=torch.float64)
             with torch.enable_grad():

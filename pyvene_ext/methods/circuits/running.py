@@ -20,7 +20,7 @@ values: by patching, what it reads in the run on the source prompts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -30,14 +30,15 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modelcards import dimensions, n_layers
 from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
 from pyvene_ext.engine.sweep.plan import check_memory
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.edges import check_edges_of, check_pairs
 from pyvene_ext.methods.circuits.choosing import By, chosen_edges, random_edges
-from pyvene_ext.methods.circuits.circuit import Circuit, Edges, checked_matrix, exists
-from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel
+from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists, matrix_of
+from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.modes import evaluating
@@ -110,10 +111,7 @@ def run_circuits(
             split by heads.
     """
     config = model.config
-    matrices = [
-        circuit.matrix(config) if isinstance(circuit, Circuit) else checked_matrix(circuit, config)
-        for circuit in circuits
-    ]
+    matrices = [matrix_of(circuit, config) for circuit in circuits]
     check_ablation(model, base, source, ablation)
     metric = check_metric(model, base, metric)
     base.batches(batch_size)  # refuses a wrong size
@@ -126,16 +124,11 @@ def run_circuits(
     edgewise = EdgewiseModel(model)
     bar = progress_bar(len(run) * len(base), "prompt", "circuits", shown=progress)
     with bar, evaluating(model), no_gradients(model):
-        constant = None if ablation == "patching" else constant_values(edgewise, source, ablation, batch_size)
+        values = AblatedValues(edgewise, source, ablation, batch_size)
         for index in of_one_length(base, batch_size if memory is None else fitting(model, base, memory, batch_size)):
             batch = base.batch(index)
             plain = edgewise.plain(batch.input_ids)
-            batch = metric.with_clean(batch, edgewise.replay.logits(plain.last))
-            if constant is None:
-                assert source is not None
-                ablated = Ablated.by_run(edgewise.plain(source.batch(index).input_ids))
-            else:
-                ablated = Ablated(constant, plain, is_run=False)
+            batch, ablated = edgewise.with_clean(batch, plain, metric), values.of(index, plain)
             for key, matrix in run.items():
                 if np.array_equal(matrix, there):
                     last = plain.last
@@ -151,28 +144,47 @@ def run_circuits(
     return CircuitRuns(metric.label, of[0], of[1], np.stack(of[2:]))
 
 
-def constant_values(
-    edgewise: EdgewiseModel, source: TokenizedPrompts | None, ablation: AblationKind, batch_size: int
-) -> Float[Tensor, "1 sender 1 d_model"]:
-    """What ablated edges carry by mean and zero ablation.
+class AblatedValues:
+    """What ablated edges carry in the runs of some prompts, whatever the kind of ablation."""
 
-    Args:
-        edgewise: the model.
-        source: the prompts over whose tokens the mean is taken.
-        ablation: mean or zero.
-        batch_size: prompts per forward pass.
+    def __init__(
+        self, edgewise: EdgewiseModel, source: TokenizedPrompts | None, ablation: AblationKind, batch_size: int
+    ) -> None:
+        """Take a model, and for mean ablation run the source prompts.
 
-    Returns:
-        One value per sender.
-    """
-    width = edgewise.replay.embed(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
-    total = torch.zeros(len(edgewise.exists), width, dtype=torch.float64, device=edgewise.replay.device)
-    if ablation == "mean":
-        assert source is not None
-        for index in of_one_length(source, batch_size):
-            total += edgewise.plain(source.batch(index).input_ids).added.double().sum((0, 2))
-        total /= sum(map(len, source.input_ids))
-    return total.float()[None, :, None]
+        Args:
+            edgewise: the model.
+            source: as for `run_circuits`.
+            ablation: as for `run_circuits`.
+            batch_size: prompts per forward pass.
+        """
+        self._edgewise, self._source = edgewise, source
+        self._constant: Float[Tensor, "1 sender 1 d_model"] | None = None
+        if ablation == "patching":
+            return
+        shape = len(edgewise.exists), dimensions(edgewise.config)["d_model"]
+        total = torch.zeros(shape, dtype=torch.float64, device=edgewise.replay.device)
+        if ablation == "mean":
+            assert source is not None
+            for index in of_one_length(source, batch_size):
+                total += edgewise.plain(source.batch(index).input_ids).added.double().sum((0, 2))
+            total /= sum(map(len, source.input_ids))
+        self._constant = total.float()[None, :, None]
+
+    def of(self, index: Sequence[int], plain: PlainRun) -> Ablated:
+        """Give the values for some prompts.
+
+        Args:
+            index: the numbers of the prompts, all of one length.
+            plain: their plain run.
+
+        Returns:
+            The values.
+        """
+        if self._constant is not None:
+            return Ablated(self._constant, plain, is_run=False)
+        assert self._source is not None
+        return Ablated.by_run(self._edgewise.plain(self._source.batch(index).input_ids))
 
 
 def check_ablation(
@@ -219,12 +231,11 @@ def fitting(
     Raises:
         ValueError: not even one fits.
     """
-    n_layers = model.config.get_text_config().num_hidden_layers
-    n_senders, n_receivers = exists(model.config).shape
-    tensors = 2 * n_senders + 12 * (n_senders // n_layers) + 3 * n_layers
+    layers, (n_senders, n_receivers) = n_layers(model.config), exists(model.config).shape
+    tensors = 2 * n_senders + 12 * (n_senders // layers) + 3 * layers
     if gradient:
-        tensors += 2 * n_senders + 10 * n_receivers + 24 * n_layers
-    each = 4 * tensors * max(map(len, prompts.input_ids)) * model.config.get_text_config().hidden_size
+        tensors += 2 * n_senders + 10 * n_receivers + 24 * layers
+    each = 4 * tensors * max(map(len, prompts.input_ids)) * dimensions(model.config)["d_model"]
     if each > memory:
         raise ValueError(
             f"{memory / 2**20:.0f} MiB do not hold the contributions of all senders to one prompt; allow at least "
@@ -278,9 +289,8 @@ def completeness(
     Returns:
         `CircuitRuns.faithfulness` of all edges outside of the circuit.
     """
-    config = model.config
-    matrix = circuit.matrix(config) if isinstance(circuit, Circuit) else checked_matrix(circuit, config)
-    return faithfulness(model, exists(config) & ~matrix, base, source, metric, **options)
+    others = exists(model.config) & ~matrix_of(circuit, model.config)
+    return faithfulness(model, others, base, source, metric, **options)
 
 
 def faithfulness_curve(

@@ -100,7 +100,10 @@ def score(
     if method == "mask":
         return learn_mask(model, base, source, metric, level=level, seed=seed, **options).scores
     if level == "node":
-        patches = [ActivationPatch(site=node.site, layer=node.layer, heads=_heads(node.head)) for node in _nodes(model)]
+        patches = [
+            ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
+            for node in senders(model.config)[1:]
+        ]
         delta = (
             atp(model, patches, base, source, metric, **options)
             if method == "atp"
@@ -170,11 +173,3 @@ def _shares_of(
 ) -> Float[Tensor, "batch sender"]:
     near = torch.stack([proximity(added[:, sender], stream) for sender in range(added.shape[1])], 1)
     return (near / near.sum(1, keepdim=True).clamp(min=1e-12)).mean(-1)
-
-
-def _nodes(model: PreTrainedModel) -> list[Any]:
-    return senders(model.config)[1:]
-
-
-def _heads(head: int | None) -> tuple[int, ...] | None:
-    return None if head is None else (head,)

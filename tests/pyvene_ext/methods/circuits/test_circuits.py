@@ -724,3 +724,11 @@ def test_sizes_given_as_shares_are_rounded_down_and_a_size_may_occur_twice() -> 
         curve_of(model, scores, BASE, SOURCE, sizes=[1], shares=[0.5])
     with pytest.raises(ValueError, match="at most 1"):
         curve_of(model, scores, BASE, SOURCE, shares=[0.5, 1.5])
+
+
+def test_an_infinite_score_is_chosen_first_and_counts_as_an_edge() -> None:
+    config = tiny_config("llama3_1")
+    scores = np.random.default_rng(0).normal(size=exists(config).shape)
+    scores[0, -1] = np.inf
+    assert top_edges(scores, 1, config).edges == {"embed->logits"}
+    assert top_edges(scores, int(exists(config).sum()), config) == Circuit.full(config)
