@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     prompt_set = config.load_prompts()
     model, tokenizer = config.load_model()
     clean, corrupt = config.tokenize_pairs(prompt_set, model, tokenizer)
-    kept = pairs_of_equal_length(clean, corrupt, config.dataset)
+    kept = px.methods.pairs_of_equal_length(clean, corrupt, config.dataset)
     clean, corrupt = clean.take(kept), corrupt.take(kept)
     base, source = (clean, corrupt) if config.direction == "noise" else (corrupt, clean)
     patches = [spec for site in SITES for spec in px.all_patches(model.config, site)]
@@ -132,14 +132,6 @@ def main(config: Config) -> None:
 
 
 # -- what is run -------------------------------------------------------------------------------------------------------
-
-
-def pairs_of_equal_length(clean: px.TokenizedPrompts, corrupt: px.TokenizedPrompts, dataset: str) -> list[int]:
-    """Which pairs correspond token by token; ValueError if none does."""
-    kept = [pair for pair, ids in enumerate(clean.input_ids) if len(ids) == len(corrupt.input_ids[pair])]
-    if not kept:
-        raise ValueError(f"no pair of {dataset} has prompts of equal length in tokens; edges need such pairs.")
-    return kept
 
 
 def sampled(patches: list[px.ActivationPatch], n: int, seed: int) -> list[int]:

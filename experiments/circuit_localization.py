@@ -126,7 +126,9 @@ def main(config: Config) -> None:
     model, tokenizer = config.load_model()
     others = {path: load_circuit(path, model) for path in config.compare}
     pairs = config.tokenize_pairs(prompt_set, model, tokenizer)
-    base, source, _, dropped = px.methods.patchable(*pairs, (), config.dataset, "all")
+    kept = px.methods.pairs_of_equal_length(*pairs, config.dataset)
+    dropped = sorted(set(range(len(prompt_set))) - set(kept))
+    base, source = (texts.take(kept) for texts in pairs)
     check_ablation(model, base, source, config.ablation)
     scored, judged = halves(len(base), config.seed)
     work = f"{len(scored)} pairs score, {len(judged)} judge: {', '.join(config.chosen)}"

@@ -95,6 +95,7 @@ from .heads.translation import replaced_heads as replaced_heads
 from .heads.translation import source_tokens as source_tokens
 from .heads.translation import translation_scores as translation_scores
 from .patching.pairs import both_texts as both_texts
+from .patching.pairs import pairs_of_equal_length as pairs_of_equal_length
 from .patching.pairs import patchable as patchable
 from .patching.patch import Patched as Patched
 from .patching.patch import all_patches as all_patches

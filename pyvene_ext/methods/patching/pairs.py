@@ -35,6 +35,26 @@ def both_texts(
     return clean, corrupt
 
 
+def pairs_of_equal_length(clean: TokenizedPrompts, corrupt: TokenizedPrompts, dataset: str) -> list[int]:
+    """Select the pairs whose texts correspond token by token, as edges need them.
+
+    Args:
+        clean: the clean text of every pair.
+        corrupt: the corrupt text of every pair.
+        dataset: the flag that chose the pairs, for errors.
+
+    Returns:
+        Their indices.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kept = [pair for pair, ids in enumerate(clean.input_ids) if len(ids) == len(corrupt.input_ids[pair])]
+    if not kept:
+        raise ValueError(f"no pair of {dataset} has prompts of equal length in tokens; edges need such pairs.")
+    return kept
+
+
 def patchable(
     clean: TokenizedPrompts, corrupt: TokenizedPrompts, names: Sequence[str], dataset: str, positions: str
 ) -> tuple[TokenizedPrompts, TokenizedPrompts, list[int], list[int]]:
