@@ -1,20 +1,12 @@
 """Scores of every edge or node by one of several methods, with one signature: what circuits are chosen from.
 
-Edges, `[sender receiver]`::
+Of edges, `[sender receiver]`: eap, eap_ig_inputs and eap_ig_activations are estimates from gradients (`edge_attribution`).
+path_patching is exact and takes a run each: the edge's contribution is taken from source, MLPs between its ends are frozen
+(Goldowsky-Dill et al. 2023). flow is how near what a sender adds is to what a receiver reads (`flow_scores`), mask how often a
+learned mask keeps the edge (`learn_mask`), random a draw from a normal distribution.
 
-    eap, eap_ig_inputs, eap_ig_activations   estimates from gradients (`methods.attribution.edges`)
-    path_patching                            exact: each edge's contribution taken from source, MLPs between its ends frozen
-                                             (Goldowsky-Dill et al. 2023), a run each
-    flow                                     how near what a sender adds is to what a receiver reads (Ferrando & Voita 2024)
-    mask                                     how often a learned mask keeps the edge (`methods.circuits.masks`)
-    random                                   draws from a normal distribution
-
-Nodes, `[sender]`::
-
-    atp                                      estimates from gradients (Nanda 2023)
-    activation_patching                      exact, a run each
-    mask
-    random
+Of nodes, `[sender]`: atp is an estimate from gradients (Nanda 2023), activation_patching is exact and takes a run each; mask and
+random are as for edges.
 
 Scores estimate delta = M(base) - M(base, patched from source), which is positive where the edge or node helps. flow, mask and
 random have no sign.
