@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,14 +30,15 @@ PLACES = {
     "test_readme.py": "docs",
     "test_site.py": "docs",
 }
-# They see a model through cards and engines, which are held on CORE_FAMILIES: `make test` takes the UNLIKE ones alone.
+# They see a model through cards and engines, which are held on CORE_FAMILIES: `make test` takes one of UNLIKE.
 BUILT_ON_OTHERS = (
     "pyvene_ext/engine/test_reading.py",
     "pyvene_ext/methods",
     "pyvene_ext/models/test_continuous_thought.py",
     "pyvene_ext/models/test_devices.py",
     "pyvene_ext/report",
-    "pyvene_ext/specs/test_addition.py",
+    "pyvene_ext/specs",
+    "pyvene_ext/test_every_family.py",
     "experiments",
 )
 INTERRUPTED = re.compile(r"_(kill|kills|killed|interrupted|goes_on|stops_while)(_|$)")
@@ -44,14 +48,28 @@ PLAIN_MODULES = dict(type_to_module_mapping)
 PLAIN_DIMENSIONS = dict(type_to_dimension_mapping)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fewer: of these families `make test` takes one")
+
+
+def pytest_collection_finish() -> None:
+    """Libraries make a million objects, which no garbage collection need look at again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks each test with what it is; `make test` leaves out what CONTRIBUTING's "Checks" gives to `make test-all`."""
-    unlike = {function_of(item) for item in items if families(item).intersection(UNLIKE)}
+    tested = defaultdict(set)
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            tested[function_of(item)] |= families(item)
     for item in items:
         for kind in kinds(item):
             item.add_marker(kind)
-        built = any(place(item).is_relative_to(where) for where in BUILT_ON_OTHERS)
-        if built and families(item).difference(UNLIKE) and function_of(item) in unlike:
+        built = any(place(item).is_relative_to(where) for where in BUILT_ON_OTHERS) or item.get_closest_marker("fewer")
+        unlike = sorted(tested[function_of(item)].intersection(UNLIKE))
+        if built and unlike and families(item) and not families(item) & {by_turns(unlike, item)}:
             item.add_marker("families")
 
 
@@ -72,6 +90,11 @@ def place(item: pytest.Item) -> Path:
 
 def function_of(item: pytest.Item) -> tuple[Path, str]:
     return item.path, item.name.partition("[")[0]
+
+
+def by_turns(some: list[str], item: pytest.Item) -> str:
+    """One family for all calls of a test; half of the tests take one of two, half the other."""
+    return some[zlib.crc32(function_of(item)[1].encode()) % len(some)]
 
 
 def families(item: pytest.Item) -> set[str]:

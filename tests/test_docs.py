@@ -93,6 +93,7 @@ def exported(path: str, module: ModuleType) -> Iterator[str]:
             yield f"{path}.{name}"
 
 
+@pytest.mark.docs
 def test_the_reference_has_every_public_name_once_and_no_other(reference: ModuleType) -> None:
     text = "\n".join(reference.written_pages().values())
     entries = re.findall(r"^\.\. auto(?:class|function):: (\S+)$", text, re.MULTILINE)

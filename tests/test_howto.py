@@ -293,6 +293,7 @@ def test_a_study_takes_prompts_of_ones_own(tmp_path: Path) -> None:
     check_study(run_cells(sections("own_prompts"), tmp_path), "tiny-gemma2")
 
 
+@pytest.mark.slow
 def test_pyvene_is_wrong_without_an_error_where_the_page_says_so_and_we_are_not() -> None:
     """In a process of its own, because `import pyvene_ext` replaces pyvene's cards."""
     cells = re.findall(r"```\{code-cell\} ipython3\n(?::tags: [^\n]*\n)?(.*?)```", sections("pyvene_errors"), re.S)

@@ -177,8 +177,8 @@ MORE_FAMILIES = tuple(_MORE)
 CORE_FAMILIES = (*FAMILIES, "cohere", "mixtral", "bloom", "opt")
 # Two that share least: norms before and after a block or before it only, gates, biases, heads in groups or fused.
 UNLIKE = ("gemma2", "gpt2")
-# For what does not depend on the family, or what another test holds on each: two in `make test`, the others with the rest.
-FEWER = [pytest.param(family, marks=() if family in UNLIKE else pytest.mark.slow) for family in FAMILIES]
+# For what does not depend on the family, or what another test holds on each: `make test` takes one of UNLIKE.
+FEWER = [pytest.param(family, marks=pytest.mark.fewer) for family in FAMILIES]
 for _family, (_bare, _) in _MORE.items():
     _named = {
         cls: _bare.removesuffix("Model") + end

@@ -117,6 +117,7 @@ def test_frequencies_equal_a_hand_recomputation(family: str, random_folder: Any,
     assert np.array_equal(frequency, (np.abs(expected) > tau).mean(-1).astype(np.float32))
 
 
+@pytest.mark.slow
 def test_signed_frequencies_and_other_batches(random_folder: Any, dataset: Path, tmp_path: Path) -> None:
     folder = random_folder("llama3_1")
     for name, flags in {"signed": ["--no_abs"], "one": ["--memory", 0.0005], "many": ["--memory", 2]}.items():
@@ -130,6 +131,7 @@ def test_signed_frequencies_and_other_batches(random_folder: Any, dataset: Path,
     assert np.allclose(np.load(tmp_path / "one/deltas.npy"), np.load(tmp_path / "many/deltas.npy"), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_what_is_written(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "f.npy"
@@ -388,6 +390,7 @@ def test_kills_at_random_moments_end_in_the_same_files(mode: str, kills: int, tm
         assert written(out) == expected
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_elsewhere_is_left_alone(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -408,6 +411,7 @@ def test_a_run_in_progress_elsewhere_is_left_alone(
     assert not (tmp_path / "f.npy").exists()
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_prints_and_writes(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -517,6 +521,7 @@ def test_an_output_that_is_an_input_is_refused_and_the_input_kept(
     assert Path("flags.yaml").read_text(encoding="utf-8") == "tau: 0.5\n"
 
 
+@pytest.mark.slow
 def test_the_config_of_an_earlier_run_may_be_given_and_is_replaced(dataset: Path, tmp_path: Path) -> None:
     assert command("--dataset", dataset, "--out", tmp_path / "f.npy") == 0
     assert command("--config", tmp_path / "f/config.yaml") == 0
@@ -581,6 +586,7 @@ def test_the_most_active_heads_are_the_ones_ioi_needs(name: str, tmp_path: Path)
     assert left[1:].min() >= 0.75 and np.median(left[1:]) >= 0.9
 
 
+@pytest.mark.slow
 def test_the_shipped_models_give_the_published_file_format(tmp_path: Path) -> None:
     out = tmp_path / "zh.npy"
     assert command("--dataset", "ioi_zh", "--out", out) == 0
@@ -590,6 +596,7 @@ def test_the_shipped_models_give_the_published_file_format(tmp_path: Path) -> No
     assert ((frequency >= 0) & (frequency <= 1)).all()
 
 
+@pytest.mark.slow
 def test_answers_that_are_no_names_are_called_right_and_wrong(
     tmp_path: Path, own_pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

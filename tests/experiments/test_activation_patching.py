@@ -169,6 +169,7 @@ def test_scores_equal_a_hand_recomputation(
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_is_every_named_position_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--dataset", "equal.json", "--site", "head_key_output", "resid_pre"]  # which is k
     assert command(*flags, "--out", "each") == 0
@@ -234,6 +235,7 @@ def test_numerator_and_denominator_are_drawn_together() -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--dataset", "equal.json", "--positions", "s2", "--direction", "noise") == 0

@@ -162,6 +162,7 @@ def test_what_is_written_equals_the_plain_engine_and_the_library(
     assert "3 pairs, 1 left out" in shown and f"{found['atp', 'signed', 'q']:.3f}" in shown and str(tmp_path) in shown
 
 
+@pytest.mark.slow
 def test_a_sample_of_nodes_is_patched_exactly_and_agreement_is_of_these(
     dataset: Path, random_models: dict[str, Path], tmp_path: Path, no_figures: set[str], capsys: pytest.CaptureFixture
 ) -> None:

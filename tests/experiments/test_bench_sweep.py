@@ -268,6 +268,7 @@ def test_a_pretrained_model_is_measured_with_its_own_weights(tmp_path: Path, qui
     assert "float32, tiny-llama3.1; 2 prompts" in (tmp_path / "bench/table.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_config_yaml_runs_the_same_again(tmp_path: Path, quick: None) -> None:
     assert command(*SMALL, *FEW, "--workload", "a", "d", "--budget_minutes", 1, "--out", tmp_path / "one") == 0
     again = ("--config", tmp_path / "one/config.yaml", "--out", tmp_path / "two")
@@ -307,6 +308,7 @@ def test_an_engine_that_fails_is_noted_and_the_rest_goes_on(
     assert "broken failed: does not work here" in (tmp_path / "bench/table.md").read_text()
 
 
+@pytest.mark.slow
 def test_growth_is_measured_against_prompts_heads_and_lengths(tmp_path: Path, quick: None) -> None:
     flags = (*SMALL, "--prompts", 8, "--tokens", 4, "--threads", 1, "--growth")
     assert command(*flags, "--out", tmp_path / "growth") == 0

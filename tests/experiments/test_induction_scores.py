@@ -22,6 +22,7 @@ from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.models.loading import TINY_FOLDER, load_model
 from pyvene_ext.runs import folder as run_folder
 from tests.pyvene_ext.tokenizers_for_tests import word_tokenizer
+from tests.tiers import first_only
 from tests.tiny_random import random_model
 
 KINDS = ("induction", "previous_token", "duplicate_token", "copying")
@@ -64,7 +65,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("bos", ["auto", "no"])
+@pytest.mark.parametrize("bos", first_only(["auto", "no"]))
 @pytest.mark.usefixtures("drawn")
 def test_files_hold_the_scores_by_definition(folder: Path, monkeypatch: pytest.MonkeyPatch, bos: str) -> None:
     seen = scored(monkeypatch)

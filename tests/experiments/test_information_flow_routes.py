@@ -143,6 +143,7 @@ def test_without_an_argument_it_runs_on_a_shipped_model_and_says_what_it_wrote(
     assert evidence["interval"][0] == frequency.max() and evidence["null"] == active.mean()
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_renormalised_routes(dataset: Path, tmp_path: Path) -> None:
     assert command("--dataset", dataset, "--out", tmp_path / "a", "--tau", 0.02, "--renormalise") == 0
     assert command("--config", tmp_path / "a/config.yaml", "--out", tmp_path / "b") == 0

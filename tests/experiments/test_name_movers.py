@@ -175,6 +175,7 @@ def test_arrays_and_tables_equal_a_hand_recomputation(head: tuple[int, int]) -> 
             assert float(line["s2"]) == pytest.approx(wanted["s2"].mean(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_direct_effects_are_attribution_and_path_patching() -> None:
     assert command("--dataset", "few.json", "--out", "x") == 0
     model, tokenizer = load_model("tiny-qwen2.5")
@@ -198,6 +199,7 @@ def test_direct_effects_are_attribution_and_path_patching() -> None:
     assert sizes == sorted(sizes, reverse=True) and len(sizes) == 48
 
 
+@pytest.mark.slow
 def test_the_final_norm_can_be_folded_in() -> None:
     flags = ["--dataset", "few.json", "--model", "tiny-gemma2", "--no_path_patching"]
     assert command(*flags, "--out", "plain") == 0 and command(*flags, "--fold_norm", "--out", "folded") == 0

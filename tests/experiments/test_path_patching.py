@@ -111,6 +111,7 @@ def is_of(name: str, base: np.ndarray, source: np.ndarray, expected: dict[str, n
     return rows
 
 
+@pytest.mark.slow
 def test_direct_terms_and_the_concept_direction_are_passed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "drawn", lambda *_: {})
     model = save_random_model("gemma2", folder / "model")
@@ -171,7 +172,8 @@ def test_effects_equal_paths_patched_by_hooks(
     assert facts["dropped"] == [UNEQUAL] and facts["n"] == N - 1 and facts["receivers"] == list(receivers)
 
 
-@pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_pairs_equal_every_path_patched_by_hooks(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "drawn", lambda *_: {})
     model = save_random_model(family, folder / "model")
@@ -206,6 +208,7 @@ def test_pairs_equal_every_path_patched_by_hooks(family: str, folder: Path, monk
     assert not (folder / "x/matrix.npy").exists() and (folder / "x/heads.npy").exists()
 
 
+@pytest.mark.slow
 def test_a_sender_at_a_named_position_and_receivers_in_two_layers(folder: Path) -> None:
     """The corrupt text has no S: its token in the same place is S2's."""
     model = save_random_model("llama3_1", folder / "model")
@@ -234,6 +237,7 @@ def test_a_sender_at_a_named_position_and_receivers_in_two_layers(folder: Path) 
     is_of("x", base, source, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--dataset", "few.json", "--receivers", "q.2.0", "q.2.2", "--metric", "probability") == 0

@@ -23,12 +23,14 @@ from tests.ground_truth.paths import (
     run_by_hooks,
     senders,
 )
+from tests.tiers import first_only
 from tests.tiny_random import FAMILIES, VOCAB, random_model
 
 every_circuit = pytest.mark.parametrize(
-    ("name", "architecture"), [(name, architecture) for name in CASES for architecture in ARCHITECTURES]
+    ("name", "architecture"),
+    [case for name in CASES for case in first_only((name, architecture) for architecture in ARCHITECTURES)],
 )
-both_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+both_architectures = pytest.mark.parametrize("architecture", first_only(ARCHITECTURES))
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -230,6 +230,7 @@ def test_in_tiny_llama_the_strongest_heads_of_the_layer_count_more_than_the_rest
 # -- choices -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_grid_gives_what_its_settings_give_alone(folder: Path) -> None:
     grid = {
         "model_name": "tiny-gemma2",
@@ -310,6 +311,7 @@ def test_without_a_list_ordinary_tokens_of_the_tokenizer_are_drawn(
     assert {i for row in seen["prompts"].input_ids for i in row[1:]} == set(TOKENS[:N])
 
 
+@pytest.mark.slow
 def test_heads_are_ranked_and_lists_are_read_with_the_same_start_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +362,7 @@ def test_published_defaults(folder: Path) -> None:
     assert grid["to_abl"] == lag.TO_ABL and grid["layer_abl"] == ["full", "top", "bottom"]
 
 
+@pytest.mark.slow
 def test_sizes_are_what_the_model_allows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Published on a GPU from a billion parameters on; else short lists, few permutations of a model that takes seconds."""
 
@@ -392,6 +395,7 @@ def test_sizes_are_what_the_model_allows(folder: Path, monkeypatch: pytest.Monke
     assert sizes("--model_name", "model", *csv)[2] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_run_of_more_than_ten_minutes_takes_fewer_permutations_or_says_what_to_give(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -471,6 +475,7 @@ def test_the_evidence_is_that_of_the_fewest_heads_with_enough_random_sets() -> N
 # -- files, and runs that stop ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--permutations", P, "--n_tokens", N, "--to_abl", "0-1") == 0
@@ -548,6 +553,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_grid_is_tried_out_as_its_file_says(folder: Path) -> None:
     grid = Path(study.__file__).with_name("run_ablations_grid.yaml")
     tried = ["--model_name", "tiny-gemma2", "--to_abl", "0-1-2-3", "--n_tokens", 20]

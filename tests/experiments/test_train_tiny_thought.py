@@ -51,6 +51,7 @@ def test_the_loss_is_that_of_the_numbers_at_latent_steps_and_of_the_answer(
     assert recipe.loss_of(model, tokenizer, EXAMPLES).requires_grad
 
 
+@pytest.mark.slow
 def test_training_makes_the_loss_smaller_and_bad_flags_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,7 @@ def test_published_lists_are_those_of_the_literature() -> None:
         assert all(0 <= layer < layers and 0 <= head < heads for layer, head in places)
 
 
+@pytest.mark.slow
 def test_check_known_prints_precision_and_recall(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert command("--dataset", "few.tsv", "--pairs", "en-fr", "--out", "run", "--threshold", 0.16) == 0
     found = json.loads((folder / "run/found.json").read_text(encoding="utf-8"))["en-fr"]

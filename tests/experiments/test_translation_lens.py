@@ -16,6 +16,7 @@ from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.models.loading import load_model
 from pyvene_ext.prompts.parallel import load_pairs, word_prompts
 from tests.saved_models import save_random_model
+from tests.tiers import first_only
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("pair", ["en-fr", "fr-en"])
+@pytest.mark.parametrize("pair", first_only(["en-fr", "fr-en"]))
 def test_the_lens_shows_the_word_and_what_heads_look_at_is_its_source(folder: Path, pair: str) -> None:
     assert command("--out", "run", "--pair", pair, "--limit", 20, "--words", 2) == 0
     facts = json.loads((folder / "run/summary.json").read_text(encoding="utf-8"))

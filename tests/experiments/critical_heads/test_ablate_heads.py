@@ -102,6 +102,7 @@ def correct_by_hand(heads: list[tuple[int, int]], scope: str, kind: str = "zero"
     return right
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_each_problem_by_itself(folder: Path) -> None:
     flags = ["--rankings", "scores.csv", "--n_heads", 1, 3, "--random_sets", 2, "--scope", "reasoning", "both"]
     assert command(*FEW, *flags) == 0
@@ -156,6 +157,7 @@ def test_means_are_of_the_untouched_models_own_texts(folder: Path) -> None:
     assert not (folder / "out/random_sets.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_first_problems_and_what_was_written_for_each_are_the_donors(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +319,7 @@ def test_what_was_interrupted_goes_on_and_gives_the_same(folder: Path, monkeypat
     assert all(third[name] == whole[name] for name in same if name != "config.yaml")
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side_and_what_the_terminal_shows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--limit", 4, "--max_new_tokens", 20, "--n_heads", 1, "--random_sets", 1, "--scope", "new", "--out", "out"]
     assert command("--models", MODEL, "tiny-llama3.1", "--by", "composite", *flags) == 0
@@ -409,6 +412,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_layer_with_too_few_other_heads_has_a_weaker_control_or_none(folder: Path) -> None:
     write_ranking(folder / "layer.csv", [(0, head) for head in range(5)])
     flags = ["--rankings", "layer.csv", "--n_heads", 5, "--limit", 2, "--scope", "new", "--out", "out"]

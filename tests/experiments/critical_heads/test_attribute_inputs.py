@@ -24,6 +24,7 @@ from pyvene_ext.runs.figures.inputs import tag_shares
 from pyvene_ext.stats import accuracy
 from tests.experiments.critical_heads import by_hand
 from tests.interrupted import stop_at
+from tests.tiers import first_only
 
 N = 4
 MODEL = "tiny-llama3.1"
@@ -87,11 +88,16 @@ def by_gradients(
 
 @pytest.mark.parametrize(
     ("flags", "of"),
-    [
-        ((), ("attention", "block_mean")),
-        (("--query", "end"), ("attention", "end")),
-        (("--query", "block_last", "--target", "projection", "--direction", "answer"), ("projection", "block_last")),
-    ],
+    first_only(
+        [
+            ((), ("attention", "block_mean")),
+            (("--query", "end"), ("attention", "end")),
+            (
+                ("--query", "block_last", "--target", "projection", "--direction", "answer"),
+                ("projection", "block_last"),
+            ),
+        ]
+    ),
 )
 @pytest.mark.usefixtures("drawn")
 def test_the_tables_are_made_of_gradients_summed_by_hand(
@@ -147,6 +153,7 @@ def test_the_tables_are_made_of_gradients_summed_by_hand(
     assert (folder / f"x/figures/{MODEL}_1.3.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_random_heads_are_of_the_same_layer_and_asked_the_same(folder: Path) -> None:
     assert command("--out", "x", "--heads", "2.1", "2.4", "--hub", 2, "--random_heads", 2) == 0
     rows = by_hand.table(folder / "x/problems.csv")
@@ -257,6 +264,7 @@ def test_heads_and_hubs_come_from_the_ranking_made_here(folder: Path) -> None:
     assert by_hand.table(folder / "x/tags.csv")[0]["random_share"] == ""
 
 
+@pytest.mark.slow
 def test_rankings_name_the_heads(folder: Path) -> None:
     rows = [{"scores": -i, "layer": i // 8, "head": (i + 3) % 8} for i in range(32)]
     write_csv(folder / "heads.csv", rows)

@@ -21,6 +21,7 @@ from pyvene_ext.stats.intervals import Interval
 from tests.experiments.critical_heads import by_hand
 from tests.ground_truth import forced_attention as slow
 from tests.interrupted import stop_at
+from tests.tiers import first_only
 
 N = 6
 MODEL = "tiny-llama3.1"
@@ -51,6 +52,7 @@ def correct_by_hand(
     return right
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_patterns_made_by_hand(folder: Path) -> None:
     everything = {layer: list(range(8)) for layer in range(4)}
     assert command("--out", "x", "--hub", 5, "--no_sweep", "--answer_tokens", 4) == 0
@@ -112,7 +114,9 @@ def written_anew(
     return texts, chances
 
 
-@pytest.mark.parametrize(("shape", "hard"), [("hub", False), ("hub", True), ("uniform", True), ("sequential", False)])
+@pytest.mark.parametrize(
+    ("shape", "hard"), first_only([("hub", False), ("hub", True), ("uniform", True), ("sequential", False)])
+)
 def test_reasoning_written_anew_is_forced_token_by_token(folder: Path, shape: str, hard: bool) -> None:
     config = study.Config(models=(MODEL,), limit=N, hub=3, regenerate="reasoning", max_new_tokens=18)
     setting = reasoning.load(config, reasoning.find_problems(config), folder / "kept", None, 0).reason()
@@ -130,6 +134,7 @@ def test_reasoning_written_anew_is_forced_token_by_token(folder: Path, shape: st
     assert changed.any() or any(a != b for a, b in zip(found.ids, setting.clean.ids, strict=True))
 
 
+@pytest.mark.slow
 def test_what_is_written_anew_is_in_the_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--out", "x", "--regenerate", "reasoning", "--shapes", "uniform", "hub", "--max_new_tokens", 18)
     assert command(*flags, "--min_problems", 2, "--places", 2) == 0
@@ -154,6 +159,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(folder: Path, caps
     assert not (folder / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_the_hub_is_swept_over_the_tokens_that_enough_problems_have(folder: Path) -> None:
     _, _, problems = by_hand.blocks(MODEL, N)
@@ -174,6 +180,7 @@ def test_the_hub_is_swept_over_the_tokens_that_enough_problems_have(folder: Path
     assert (folder / "x/figures/hub_sweep.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_one_place_of_the_sweep_is_made_by_hand(folder: Path) -> None:
     """Of all heads, where it matters; at a token that only the longer blocks have."""
     assert command("--out", "x", "--shapes", "uniform", "--min_problems", 2, "--answer_tokens", 4) == 0
@@ -187,6 +194,7 @@ def test_one_place_of_the_sweep_is_made_by_hand(folder: Path) -> None:
     assert int(row["problems"]) == len(longer)
 
 
+@pytest.mark.slow
 def test_chosen_heads_have_random_heads_of_their_layers_beside_them(folder: Path) -> None:
     flags = ("--out", "x", "--shapes", "sequential", "--no_sweep", "--heads", "0.3", "1.2", "1.5", "--random_sets", 3)
     flags += ("--answer_tokens", 4)

@@ -138,6 +138,7 @@ def zero(_: torch.Tensor) -> torch.Tensor:
     return torch.zeros(HEADS, 12)
 
 
+@pytest.mark.slow
 def test_ablated_heads(made: Path, folder: Path) -> None:
     (folder / "heads.csv").write_text("scores,layer,head\n0.9,1,2\n0.8,0,1\n0.7,1,5\n")
     flags = ("--rankings", "heads.csv", "--n_heads", 1, 3, "--random_sets", 0, "--max_new_tokens", 2)
@@ -173,6 +174,7 @@ def test_the_scopes_of_ablations_are_latent_steps_those_and_new_tokens_and_all(m
     )
 
 
+@pytest.mark.slow
 def test_noise_at_a_latent_step(made: Path, folder: Path) -> None:
     flags = ("--sites", "embed", "resid", "--layers", 1, "--seeds", 1, "--min_problems", 2, "--answer_tokens", 2)
     assert command(patch_hub, made, *flags) == 0
@@ -202,6 +204,7 @@ def test_noise_at_a_latent_step(made: Path, folder: Path) -> None:
             assert float(rows[name, str(step)]["accuracy"]) == pytest.approx(100 * found.mean()), (name, step)
 
 
+@pytest.mark.slow
 def test_attention_forced_among_latent_steps(made: Path, folder: Path) -> None:
     flags = ("--shapes", "hub", "sequential", "--hub", -1, "--min_problems", 2, "--answer_tokens", 2)
     assert command(force_attention, made, *flags) == 0

@@ -88,6 +88,7 @@ PLACES: dict[str, list[tuple[str, int | None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_drops_are_those_of_noise_by_plain_hooks(folder: Path) -> None:
     assert command("--out", "x", "--seeds", 2, "--layers", 1, "--answer_tokens", 4, "--seed", 3) == 0
@@ -114,6 +115,7 @@ def test_drops_are_those_of_noise_by_plain_hooks(folder: Path) -> None:
     assert (folder / "x/figures/drop_by_position.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_what_follows_the_noise_is_written_anew(folder: Path) -> None:
     flags = ("--regenerate", "reasoning", "--layers", 1, "--max_new_tokens", 18, "--places", 3, "--seed", 3)
     assert command("--out", "x", *flags) == 0

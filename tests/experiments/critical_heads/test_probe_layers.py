@@ -83,6 +83,7 @@ def target_by_hand(name: str) -> np.ndarray:
     return np.array([[float(digit == kind) for kind in sorted(set(digits))] for digit in digits])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", ["question_last", "mark", "3"])
 @pytest.mark.usefixtures("drawn")
 def test_every_number_is_that_of_loops_over_places_and_folds(position: str, folder: Path) -> None:
@@ -166,6 +167,7 @@ def test_the_terminal_shows_the_best_place_of_each_target(folder: Path, capsys: 
     assert kept["interval"] == pytest.approx([float(top[name]) for name in ("gain", "gain_low", "gain_high")])
 
 
+@pytest.mark.slow
 def test_problems_with_the_same_numbers_are_not_told_from_one_another(folder: Path) -> None:
     """Each problem twice, with other names: a probe that has seen the twin knows the answer, unless both are in one fold."""
     lines = []
@@ -390,6 +392,7 @@ def test_problems_that_do_not_suffice_are_one_sentence_and_nothing_is_written(
     assert not [path for path in (folder / "x").rglob("*") if path.is_file() and "unfinished" not in path.parts]
 
 
+@pytest.mark.slow
 def test_a_figure_of_one_panel_holds_its_title_and_its_legend(folder: Path) -> None:
     assert command(*FEW, "--positions", "mark", "--targets", "answer") == 0
     rows = [

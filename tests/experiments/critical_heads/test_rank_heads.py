@@ -32,6 +32,7 @@ def command(*flags: Any) -> int:
     return run_study(study.main, study.Config, ["--limit", str(N), "--max_new_tokens", "20", *map(str, flags)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_scores_are_those_of_the_reasoning_that_the_model_writes(
     folder: Path, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,7 @@ from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.io.files import write_json
 from pyvene_ext.stats import accuracy
+from tests.tiers import first_only
 
 FEW = {
     "ablate_heads": {"n_heads": [1], "scope": ["reasoning"], "random_sets": 1},
@@ -188,7 +189,7 @@ def test_problems_that_cannot_be_read_are_said_once_before_anything_runs(pretend
     assert "--top must be 1 or more, not 0." in capsys.readouterr().err and not pretended
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"facts": 1}', '{"done": 3, "facts": "x"}', "[" * 9999])
+@pytest.mark.parametrize("text", first_only(['{"done": 3, "facts": "x"}', '{"facts": 1}', "", "{", "[1]", "[" * 9999]))
 def test_what_is_left_of_a_run_may_be_damaged(pretended, text):
     Path("out").mkdir()
     Path("out/unfinished.json").write_text(text)

@@ -74,6 +74,7 @@ def solved(heads: tuple[tuple[int, int], ...]) -> tuple[list[bool], list[float],
     return right, sure, steps
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_every_stratum_is_that_of_each_problem_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*FEW, "--heads", "0.1", "1.2", "--random_sets", 2) == 0
@@ -180,6 +181,7 @@ def test_the_first_heads_of_a_ranking_are_ablated(folder: Path) -> None:
     assert facts["intervention"] == "zero ablation of 1.2 0.1 at reasoning"
 
 
+@pytest.mark.slow
 def test_noise_at_a_token_of_the_reasoning_is_that_of_patch_hub(folder: Path) -> None:
     """Only problems with two steps have a token 12; the edges of confidence are of all problems."""
     flags = ("--hub", 12, "--noise_seeds", 2, "--seed", 3)
@@ -327,6 +329,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
         assert (folder / "y" / name).read_bytes() == (folder / "x" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_q_of_a_split_counts_the_splits_of_all_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = iter((0.01, 0.04, 0.5, 0.02, 0.03, np.nan))
 

@@ -91,6 +91,7 @@ def correct_by_hand(moves: list[slow.Move]) -> list[bool]:
     return [right(ids, gold) for ids, _, gold in problems[FITTED:]]
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_heads_computed_by_hand(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_accuracies_are_those_of_heads_computed_by_hand(
     assert wide[1][f"{HOST}_transplant_acc"] == rows[-1]["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawn")
 def test_the_verdicts_follow_the_table_and_the_same_command_gives_the_same(
     folder: Path, capsys: pytest.CaptureFixture[str]
@@ -254,6 +256,7 @@ def test_within_a_model_there_is_a_transplant_without_maps(folder: Path) -> None
     assert rows[3]["share_as_good"] == "" and not (folder / "x/random_sets.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_donor_of_another_vocabulary_needs_equal_pieces(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without them it is refused, and its heads cannot be ranked on the host's tokens."""
     save_random_model("gpt2", folder / "other")

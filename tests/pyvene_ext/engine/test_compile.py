@@ -199,7 +199,7 @@ def kv_specs(family: str) -> list[Spec]:
     ]
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(("family", "padding_side"), PADDED)
 def test_keys_and_values_equal_hooks_on_single_prompts(family: str, padding_side: PaddingSide, every: int) -> None:
     _compare(family, "unequal", kv_specs(family)[FAMILIES.index(family) % every :: every], padding_side)
@@ -221,6 +221,7 @@ def test_stock_pyvene_runs_the_compiled_configs_where_it_is_right() -> None:
     _compare("llama3_1", "unequal", specs, "right", pyvene.IntervenableModel)
 
 
+@pytest.mark.slow
 def test_each_ablation_changes_the_logits() -> None:
     """Otherwise the comparisons above would compare nothing."""
     model = _model("llama3_1")

@@ -224,7 +224,8 @@ def test_circuits_screens_and_frequencies_take_functions() -> None:
     assert runs.metric == screen.result.metric == found.result.metric == "own_target"
 
 
-@pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_functions_get_logits_and_prompts_on_one_device(family: str) -> None:
     def own(logits: Tensor, prompts: Batch) -> Tensor:
         assert prompts.clean_logits is not None

@@ -139,6 +139,7 @@ def swept(store: Path) -> dict[str, np.ndarray]:
     return {"clean": result.baseline, "intervened": result.intervened}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
     expected = swept(tmp_path / "alone")
     for found in Launch(tmp_path / "launch", swept, tmp_path / "store").both:

@@ -42,6 +42,7 @@ def outcome(before: str = "", **environment: str) -> tuple[list[str], str]:
     return done.stdout.split(), done.stderr
 
 
+@pytest.mark.slow
 def test_a_command_takes_the_cores_that_are_free_and_says_so() -> None:
     found, said = outcome()
     assert found == ["1", "PASSIVE", "1"]

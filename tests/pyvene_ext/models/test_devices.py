@@ -35,6 +35,7 @@ from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
 from tests.pretended_devices import PretendedDevices, spread
 from tests.random_prompts import random_prompts
+from tests.tiers import first_only
 from tests.tiny_random import FAMILIES, random_model
 from tests.traces import traces
 
@@ -90,7 +91,7 @@ def in_memory(family: str) -> tuple[PreTrainedModel, list[Spec], Any, Result]:
 # -- offloaded ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", OFFLOADS)
+@pytest.mark.parametrize("how", first_only(OFFLOADS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_offloaded_model_has_the_hash_and_gives_the_numbers_of_one_in_memory(
     family: str, how: str, tmp_path: Path
@@ -230,7 +231,7 @@ def test_a_model_that_every_process_would_spread_over_all_gpus_is_refused(monkey
 # -- spread over devices -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["logit_diff", "kl"])
+@pytest.mark.parametrize("metric", first_only(["kl", "logit_diff"]))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_spread_over_gpus_never_brings_tensors_of_two_of_them_together(family: str, metric: str) -> None:
     original, specs, reference, _ = in_memory(family)

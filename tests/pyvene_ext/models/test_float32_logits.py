@@ -29,6 +29,7 @@ from pyvene_ext.models.replay import Replay
 from pyvene_ext.specs.ablation import all_heads
 from tests.pyvene_ext.methods.solving.test_evaluate import asked, tokenizer
 from tests.random_prompts import random_prompts
+from tests.tiers import first_only
 from tests.tiny_random import CORE_FAMILIES, MORE_FAMILIES, random_model
 from tests.traces import traces
 
@@ -127,7 +128,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.sqrt(np.square(one - other).mean()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", first_only([torch.bfloat16, torch.float16]))
 @pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_both_engines_give_the_same_deltas_which_are_no_steps_of_the_dtype(family: str, dtype: torch.dtype) -> None:
     model = half_model(family, dtype)

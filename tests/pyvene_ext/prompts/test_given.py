@@ -117,6 +117,7 @@ def test_a_source_without_prompts_is_refused_before_a_hub_is_asked(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_sets_of_python_and_shipped_ones_need_neither_pandas_nor_datasets() -> None:
     code = (
         "import sys, pyvene_ext as px; px.PromptSet.load('ioi_en'); px.PromptSet(['a']); px.PromptSet.load(['a'])\n"

@@ -17,6 +17,7 @@ from pyvene_ext import stats
 from pyvene_ext.methods.heads.lag import LagCurves
 from pyvene_ext.runs import figures
 from pyvene_ext.specs.graph import Node
+from tests.tiers import first_only
 
 STUDIES = tuple((Path(__file__).resolve().parents[3] / "experiments").rglob("*.py"))
 RNG = np.random.default_rng(0)
@@ -70,6 +71,7 @@ def test_every_axis_is_labelled():
                 assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer"), figure
 
 
+@pytest.mark.slow
 def test_importing_making_and_saving_changes_no_global_style_and_opens_no_pyplot_figure(tmp_path):
     before = dict(matplotlib.rcParams)
     importlib.reload(figures)
@@ -92,6 +94,7 @@ def test_save_writes_the_path_asked_and_beside_a_png_its_pdf(tmp_path, name, mag
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == {*written} == expected and len(written) == len(expected)
 
 
+@pytest.mark.slow
 def test_equal_figures_are_equal_files_whenever_they_are_drawn(tmp_path, monkeypatch):
     for number, moment in enumerate((0, 10**9)):
         monkeypatch.setattr(time, "time", lambda moment=moment: moment)  # of what the files could say
@@ -104,6 +107,7 @@ def test_equal_figures_are_equal_files_whenever_they_are_drawn(tmp_path, monkeyp
     assert not any(b"Date" in content for content in first.values())
 
 
+@pytest.mark.slow
 def test_the_pdf_is_laid_out_as_the_png_and_the_figure_is_left_as_it_was(tmp_path):
     (alone,), (figure,) = ([f for f in every_figure(np.random.default_rng(1))][1:2] for _ in range(2))
     with matplotlib.rc_context(figures.STYLE):
@@ -362,7 +366,7 @@ def test_long_names_are_broken_into_lines_that_fit():
     assert not sticks_out(scatter(A, B, name_a=LONG, name_b=LONG, title=f"{LONG} against {LONG}"))
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "Meta-Llama-3.1-8B-Instruct-abliterated-GGUF"])
+@pytest.mark.parametrize("name", first_only(["Meta-Llama-3.1-8B-Instruct-abliterated-GGUF", "smollm2-135m-instruct"]))
 def test_no_title_breaks_a_name(name):
     for figure in (
         figures.head_heatmap(A[:, :3], f"Activation patching (denoise), resid_pre: {name}, ioi_en", "score"),

@@ -151,6 +151,7 @@ def test_what_cannot_be_drawn_is_refused(draw: Any, told: str) -> None:
         draw()
 
 
+@pytest.mark.slow
 def test_results_are_shown_without_loading_figures() -> None:
     program = (
         "import sys, numpy as np; from pyvene_ext.engine.results import Result\n"

@@ -17,6 +17,7 @@ from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec, spec_name
 from pyvene_ext.stats.intervals import frequency_interval
 from tests.random_prompts import random_prompts
+from tests.tiers import first_only
 from tests.tiny_random import random_model
 
 torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def _frequencies(delta: np.ndarray, **settings) -> Sequential:
     return frequencies(model, specs, prompts, sweep=engine, progress=False, **settings)
 
 
-@pytest.mark.parametrize("engine", [_sliced, None])
+@pytest.mark.parametrize("engine", first_only([_sliced, None]))
 def test_each_spec_has_the_numbers_of_the_whole_run_on_the_prompts_it_used(engine) -> None:
     model = random_model("qwen2_5")
     specs = _specs(model)
@@ -133,7 +134,9 @@ def _coverage(frequency: float, width: float, block: int) -> float:
     return float(covered)
 
 
-@pytest.mark.parametrize(("frequency", "width"), [(0.05, 0.2), (0.3, 0.2), (0.5, 0.3), (0.8, 0.2), (0.95, 0.3)])
+@pytest.mark.parametrize(
+    ("frequency", "width"), first_only([(0.05, 0.2), (0.3, 0.2), (0.5, 0.3), (0.8, 0.2), (0.95, 0.3)])
+)
 def test_intervals_cover_in_simulation_as_often_as_the_recursion_says(frequency: float, width: float) -> None:
     draws = np.random.default_rng(0).random((4000, 160)) < frequency
     found = _frequencies(draws, tau=0.5, width=width)

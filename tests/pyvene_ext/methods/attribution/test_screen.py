@@ -125,6 +125,7 @@ def test_estimates_under_eager_attention_equal_autograd(family: str) -> None:
     _compare(f"{family}/eager", "unequal", [s for s in _specs() if isinstance(s, tuple) or s.site in ("z", "scores")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_estimate_depends_neither_on_the_other_specs_nor_on_the_batch(family: str) -> None:
     model = _model(family)

@@ -48,6 +48,7 @@ from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 from tests.ground_truth.paths import every_path_by_hooks, path_patch_by_hooks
 from tests.random_prompts import random_prompts
+from tests.tiers import first_only
 from tests.tiny_random import FAMILIES, random_model
 from tests.traces import traces
 
@@ -415,7 +416,7 @@ def test_joint_patches_are_what_hooks_do_together_on_either_engine(family: str) 
 
 
 @pytest.mark.parametrize(
-    "metric", [name for name, metric in METRICS.items() if not (metric.per_token or metric.of_answers)]
+    "metric", first_only(name for name, metric in METRICS.items() if not (metric.per_token or metric.of_answers))
 )
 @pytest.mark.parametrize("family", ["gemma2"])
 def test_every_metric_is_read_as_by_hand_with_little_memory_too(family: str, metric: str) -> None:
@@ -475,7 +476,7 @@ def test_patches_along_a_direction_are_those_made_by_hand(family: str, positions
     assert np.abs(whole).max() > 1e-4
 
 
-@pytest.mark.parametrize("how", [{}, {"freeze_mlps": True}, {"direct": True}])
+@pytest.mark.parametrize("how", first_only([{}, {"freeze_mlps": True}, {"direct": True}]))
 @pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
 def test_senders_along_a_direction_are_those_made_by_hand(family: str, how: dict[str, bool]) -> None:
     paths = _paths(PATHS[::2] + MANY_PLACES[:2], positions="s1", subspace=True, **how)
@@ -963,7 +964,7 @@ def test_without_a_final_norm_the_direct_paths_of_all_senders_add_up_to_the_whol
 # --- Planted circuits ---
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", first_only(ARCHITECTURES))
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_planted_edges_stand_out_of_all_paths(name: str, architecture: Architecture) -> None:
     case = planted(name, architecture, n_prompts=4)
