@@ -21,6 +21,9 @@ and its answers are swapped.
 Capitals (capitals_en): "The capital of France is", Paris against the capital of another country, which the corrupt prompt asks
 for. The position country is the last token of the country, whatever it is called in the two texts.
 
+The task of tiny-circuit (tiny_circuit, see `tiny/train_tiny_circuit.py`): "d a c b 2 3 =", c against the corrupt prompt's answer.
+Each edge of the model's circuit alone, patched from the corrupt prompt, changes the answer.
+
 Parallel text (en_fr): English sentences and their French translations, both held out from the training of the tiny models.
 
 Word problems in plain English (plain_test, plain_train), in GSM8K's form: of one step and of two in turn, with numbers from 2 to
@@ -49,6 +52,7 @@ from prompt_words import (
     STORIES,
     Story,
 )
+from tiny import train_tiny_circuit
 
 import pyvene_ext as px
 from pyvene_ext.prompts.shipped import PROMPTS
@@ -143,6 +147,15 @@ def capitals(generator: np.random.Generator, number: int) -> Pair:
     }
 
 
+def tiny_circuit(generator: np.random.Generator, _: int) -> Pair:
+    clean, corrupt = (ids[0] for ids in train_tiny_circuit.pairs(1, generator))
+    texts = [" ".join(train_tiny_circuit.WORDS[token] for token in ids[1:]) for ids in (clean, corrupt)]
+    right, wrong = (
+        train_tiny_circuit.WORDS[train_tiny_circuit.causal(ids[None])["answer"][0]] for ids in (clean, corrupt)
+    )
+    return {"clean": texts[0], "corrupt": texts[1], "answer": right, "wrong": wrong}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the pairs of a set are drawn: a function of a generator and of how many there are, None to draw again."""
@@ -174,6 +187,11 @@ RECIPES["capitals_en"] = Recipe(
     "Capitals of countries, clean/corrupt pairs, seed {}; the wrong answer is the capital of the corrupt text's country",
     capitals,
     ("capitals_en",),
+)
+RECIPES["tiny_circuit"] = Recipe(
+    "The letter that the larger of two digits counts to, clean/corrupt pairs, seed {}; the wrong answer is the corrupt text's",
+    tiny_circuit,
+    ("tiny_circuit",),
 )
 EN_FR = "en_fr"
 PLAIN = {"plain_test": True, "plain_train": False}  # word problems, and whether they are held out

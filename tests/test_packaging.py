@@ -86,7 +86,7 @@ def test_the_wheel_holds_both_packages_whole_and_nothing_else(tree: Path, wheel:
     there = {f"{package}/{name}" for package in PACKAGES for name in files(tree / package)}
     assert packed == there
     assert {f"{package}/py.typed" for package in PACKAGES} <= packed
-    assert {f"pyvene_ext/tiny/{name}/model.safetensors" for name in pyvene_ext.TINY_MODELS} <= packed
+    assert {f"pyvene_ext/tiny/{name}/model.safetensors" for name in (*pyvene_ext.TINY_MODELS, "tiny-circuit")} <= packed
 
 
 def test_the_metadata_say_what_it_is(wheel: Path) -> None:

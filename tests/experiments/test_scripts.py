@@ -91,6 +91,7 @@ WITHOUT_DRY_RUN = {
     "crosslingual_head_corr",
     "make_prompts",
     "planted_circuits",
+    "train_tiny_circuit",
     "train_tiny_models",
     "train_tiny_thought",
     "bench_generate",

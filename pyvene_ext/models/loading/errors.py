@@ -39,7 +39,7 @@ def explained(error: Exception, name: str, revision: str | None, otherwise: str)
         return next((first_line(cause) for cause in causes if isinstance(cause, kinds)), "")
 
     instead = (
-        f"use a local folder, a shipped model ({listed(names.TINY_MODELS)}), or one that "
+        f"use a local folder, a shipped model ({listed(names.SHIPPED_MODELS)}), or one that "
         f"`python -m pyvene_ext.models fetch NAME` gets ({listed(PUBLISHED)})"
     )
     if caused_by(GatedRepoError):

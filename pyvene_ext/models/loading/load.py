@@ -67,8 +67,8 @@ def load_model(
     stays on disk). A tokenizer without a padding token gets its end token as one; the model's config is left alone.
 
     Args:
-        name_or_path: one of `TINY_MODELS`, or of the models that `python -m pyvene_ext.models` fetches, else a local folder, a
-            GGUF file (or a folder with one, or hub-id:file.gguf), else a repository on the hub.
+        name_or_path: one of `TINY_MODELS`, "tiny-circuit", one of the models that `python -m pyvene_ext.models` fetches, else a
+            local folder, a GGUF file (or a folder with one, or hub-id:file.gguf), else a repository on the hub.
         dtype: one of `DTYPES`, or torch's; "auto" keeps the checkpoint's, and is float32 for a GGUF file.
         device: where the model goes, such as "cuda"; default the CPU. "auto" spreads a model that is larger than one GPU over all
             of them, then over the CPU's memory, and leaves the rest on disk.

@@ -37,7 +37,7 @@ def source_of(name_or_path: str | Path, dtype: str = "auto", revision: str | Non
         OSError: an error of the hub.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if name in names.TINY_MODELS:
+    if name in names.SHIPPED_MODELS:
         return str(names.TINY_FOLDER / name)
     if name in PUBLISHED:
         return str(dequantised(fetched(name), name, dtype, PUBLISHED[name].sha256))
@@ -53,11 +53,11 @@ def source_of(name_or_path: str | Path, dtype: str = "auto", revision: str | Non
         return str(dequantised(path, name, dtype))
     if path.exists():
         raise ValueError(f"{name} is a file; give the folder of a saved transformers model, or a .gguf file.")
-    close = difflib.get_close_matches(name, [*names.TINY_MODELS, *PUBLISHED], n=1)
+    close = difflib.get_close_matches(name, [*names.SHIPPED_MODELS, *PUBLISHED], n=1)
     if "/" not in name and (close or name.startswith("tiny-")):
         guess = f"; perhaps {close[0]} is meant" if close else ""
         raise FileNotFoundError(
-            f"no shipped model is called {name!r}{guess} (there are {listed(names.TINY_MODELS)}, and to fetch "
+            f"no shipped model is called {name!r}{guess} (there are {listed(names.SHIPPED_MODELS)}, and to fetch "
             f"{listed(PUBLISHED)})."
         )
     if not re.fullmatch(HUB_ID, name):

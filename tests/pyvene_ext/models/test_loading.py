@@ -61,7 +61,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, saved: dict[str, Path], tmp_path: Path
     for name in ("tiny-llama3.1", "tiny-qwen2.5"):
         shutil.copytree(saved["llama3_1"], tmp_path / "tiny" / name)
     monkeypatch.setattr(names, "TINY_FOLDER", tmp_path / "tiny")
-    monkeypatch.setattr(names, "TINY_MODELS", ("tiny-llama3.1", "tiny-qwen2.5"))
+    monkeypatch.setattr(names, "SHIPPED_MODELS", ("tiny-llama3.1", "tiny-qwen2.5"))
 
 
 def refusal(kind: type[Exception], *arguments: Any, **options: Any) -> str:
@@ -151,7 +151,9 @@ def test_a_shipped_name_comes_before_a_folder_of_that_name(
 
 
 def test_the_shipped_models_are_the_folders_beside_the_code() -> None:
-    assert set(names.TINY_MODELS) == {path.parent.name for path in names.TINY_FOLDER.glob("*/config.json")}
+    assert {*names.TINY_MODELS, "tiny-circuit"} == {
+        path.parent.name for path in names.TINY_FOLDER.glob("*/config.json")
+    }
     assert Path(names.__file__).parents[2] / "tiny" == names.TINY_FOLDER
 
 
