@@ -57,6 +57,7 @@ SHIPPED = [
     Section("Activation patching", [
         "experiments/activation_patching.py", "--site", "z", "--limit", "20", "--out", f"{OUT}/patching",
     ]),
+    Section("Which method finds a known circuit", ["experiments/known_circuits.py", "--out", f"{OUT}/known_circuits"]),
     Section("Name movers", ["experiments/name_movers.py", "--out", f"{OUT}/name_movers"]),
     Section("Induction heads", ["experiments/induction_scores.py", "--output_dir", f"{OUT}/induction"]),
     Section("Memory by lag without induction heads", ["experiments/run_ablations.py", "--output_dir", f"{OUT}/lag"]),
@@ -154,6 +155,13 @@ REAL_MODELS = [
 
 # What to see in a section, by its title.
 READINGS = {
+    "Which method finds a known circuit": (
+        "Path patching finds every circuit; so do EAP-IG and masks, but for one edge of the backup. EAP, which is linear, misses "
+        "edges into a saturated softmax, of tiny-circuit as of the planted ones, and into a backup that waits. ACDC drops that "
+        "backup's silent output first, and what enters it is then never tested. Flow does not know what receivers read. known is "
+        "the circuit as a score of 1 or 0; CPR above its comes of leaving out what hinders. Random orders differ; their AUROC is "
+        "0.5 on average."
+    ),
     "Which heads does English IOI need? SmolLM2": (
         "Three heads carry much of the answer (23.3, 29.1, 20.0), and two work against it (24.4, 29.0). `tests/real` holds 23.3 "
         "and 20.0 against plain hooks."

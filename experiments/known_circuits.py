@@ -1,29 +1,38 @@
-"""Which method finds a circuit that is known? Path patching and attribution on planted circuits, and on the shipped models.
+"""Which method finds a circuit that is known? Methods on planted and trained circuits, and approximations on other models.
 
     python experiments/known_circuits.py
-    python experiments/known_circuits.py --models tiny-qwen2.5 tiny-llama3.1 --limit 16 --steps 20
+    python experiments/known_circuits.py --methods path_patching eap eap_ig_inputs --planted_prompts 16
     python experiments/known_circuits.py --models smollm2-135m-instruct --exact 1000
 
-Method. Planted models (`tiny/planted_circuits.py`) have weights set by hand, so that their edges are known. Every edge is scored
-by its mean |effect| on the logit difference, corrupt into clean: exactly, by path patching with MLPs frozen, and to first order
-by EAP (Syed et al. 2023) and EAP-IG of inputs and of activations (Hanna et al. 2024). A score is as good as its ranking: AUROC,
-the chance that a planted edge ranks above another, and precision at k, the share of planted edges among the k highest, k being
-their number. Where a softmax is saturated or a backup waits, a linear method must fail.
+Method. Two kinds of models have a known circuit: planted ones, whose weights are set by hand (`tiny/planted_circuits.py`), and
+tiny-circuit, which was trained to have it (`tiny/train_tiny_circuit.py`; SIIT, Gupta et al. 2024). Every method of
+`pyvene_ext.methods.circuits.scoring` scores all of their edges on pairs of prompts, corrupt into clean, by the logit difference;
+acdc is how much the metric moves when ACDC (Conmy et al. 2023) tests the edge, 0 where it needs no test. Each is judged by
 
-No circuit of a trained model is known to this study, whichever `--models` names. They have the rank correlation (Spearman) of
-each method with the exact value, over edges by path patching, and over nodes (z, q, k, v of heads, MLPs) by activation patching,
-with AtP (Nanda 2023) and AtP* (Kramar et al. 2024): over all of them, or `--exact` at random, as each takes a run.
+    AUROC       the chance that an edge of the circuit has a larger |score| than another
+    precision   the share of the circuit's edges among the k largest |scores|, k being their number
+    CPR, CMD    areas under faithfulness by size (Mueller et al. 2025; `circuit_localization.py`), on as many other pairs, with
+                bootstrap 95% intervals; undefined where the model's mean logit difference is that of the empty circuit
 
-Written to the folder OUT: planted.csv, trained.csv, config.yaml (running it again gives the same), and summary.json.
+"known" is the circuit itself as a score, 1 or 0. CPR can be above its: circuits without the edges that hinder, such as those of a
+negative head, do better than the model. Where a softmax is saturated or a backup waits, a linear method must fail.
+
+No circuit of other trained models is known to this study, whichever `--models` names. They have the rank correlation (Spearman)
+of approximations with the exact mean |effect|, over edges by path patching with EAP (Syed et al. 2023) and EAP-IG (Hanna et al.
+2024), and over nodes (z, q, k, v of heads, MLPs) by activation patching with AtP (Nanda 2023) and AtP* (Kramar et al. 2024): over
+all of them, or `--exact` at random, as each takes a run.
+
+Written to the folder OUT: known.csv and trained.csv, the figure known, config.yaml (running it again gives the same), and
+summary.json.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -34,11 +43,17 @@ import pyvene_ext as px
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    Pairs = tuple[px.TokenizedPrompts, px.TokenizedPrompts]
+
+Method = Literal["path_patching", "eap", "eap_ig_inputs", "eap_ig_activations", "flow", "mask", "acdc", "random"]
 Scores = Float[np.ndarray, "item prompt"]
 Methods = Mapping[str, Callable[..., Scores]]
 Rows = list[dict[str, Any]]
 MANY = 200  # edges from which on a bar is shown
 RESAMPLES = 2000
+TAU = 0.1  # of ACDC, in logits
+ALL: tuple[Method, ...] = get_args(Method)
+MEASURES = {"auroc": "AUROC", "cpr": "CPR", "cmd": "CMD"}
 
 
 @dataclass(frozen=True)
@@ -50,13 +65,29 @@ class Config(px.flags.Loading, px.flags.Prompts):
     limit: px.flags.Limit = 4
     """pairs of prompts of the trained models"""
     batch_size: px.flags.BatchSize = 8
-    planted_prompts: px.flags.Count = 4
-    """pairs of prompts of each planted circuit"""
+    methods: px.flags.EachOnce[Method] = ALL
+    """how edges of known circuits are scored, two or more; the evidence compares the first two"""
+    planted_prompts: px.flags.Count = 8
+    """pairs of prompts that score the edges of each known circuit, up to 50; as many others judge"""
     steps: px.flags.Count = 5
     """of the integrated gradients"""
     out: px.flags.Out = None
     seed: px.flags.Seed = 0
-    """of the planted models' distractors and prompts"""
+    """of the planted models' distractors and prompts, of random scores and masks"""
+
+    def check_flags(self) -> None:
+        if len(self.methods) < 2:
+            raise ValueError("--methods takes two or more, as methods are compared.")
+
+
+class Known(NamedTuple):
+    """A model whose circuit is known, with pairs of prompts that show it."""
+
+    circuit: str
+    architecture: str
+    model: PreTrainedModel
+    pairs: Pairs
+    edges: frozenset[str]
 
 
 def main(config: Config) -> None:
@@ -75,13 +106,15 @@ def main(config: Config) -> None:
     most = max(len(all_edges(model)) for model, _ in trained.values())
     edges, nodes = (sum(len(of_model[over]) for of_model in items.values()) for over in ("edges", "nodes"))
     costs = [cost(config, model, items[name], *pairs[name]) for name, (model, _) in trained.items()]
+    known = list(known_circuits(config))
+    costs.append((0.0, len(known) * sum(8.0 if method == "mask" else 0.4 for method in config.methods)))
     each, once = map(sum, zip(*costs, strict=True))
-    work = f"planted circuits, then {edges} edges and {nodes} nodes of {', '.join(trained)} patched exactly"
+    work = f"{len(known)} known circuits, then {edges} edges and {nodes} nodes of {', '.join(trained)} patched exactly"
     if not run.announce(work, each + once, n=most, limit="exact", fixed=once):
         return
 
-    # Planted circuits: does the ranking of edges find them?
-    on_planted = planted_table(of_edges, config.planted_prompts, config.seed)
+    # Known circuits: does the ranking of edges find them?
+    on_known = [row for case in tqdm(known, desc="known circuits", unit="circuit") for row in judged(config, case)]
 
     # Trained models: does an approximation rank edges and nodes as the exact values do?
     on_trained: Rows = []
@@ -94,10 +127,12 @@ def main(config: Config) -> None:
 
     model, _ = trained[config.models[0]]
     facts = px.metadata(model, models=list(config.models), seed=config.seed)
-    print(summary(on_planted, on_trained, list(of_edges)))
-    with run.writing(facts | {"planted": on_planted, "trained": on_trained}, [evidence(config, on_planted)]):
-        run.table("planted", on_planted)
+    print(summary(on_known, on_trained))
+    with run.writing(facts | {"known": on_known, "trained": on_trained}, [evidence(config, on_known)]):
+        run.table("known", on_known)
         run.table("trained", on_trained)
+        cases, names, measures = tables(on_known)
+        run.figure("known", px.figures.method_maps(measures, cases, names, "Methods on known circuits", lower=["CMD"]))
 
 
 def drawn(config: Config, items: list[Any]) -> list[Any]:
@@ -125,22 +160,64 @@ def cost(
     return exact * a_pass, gradients * a_pass
 
 
-def planted_table(methods: Methods, n_prompts: int, seed: int) -> Rows:
-    """One row a circuit, architecture and method: how well the ranking of edges finds the planted ones."""
+# -- known circuits ----------------------------------------------------------------------------------------------------
+
+
+def known_circuits(config: Config) -> Iterator[Known]:
+    """The planted models and tiny-circuit, with pairs that score and as many that judge."""
     from tiny import planted_circuits
 
-    rows = []
-    for name in tqdm(planted_circuits.CASES, desc="planted circuits", unit="circuit"):
+    n = 2 * config.planted_prompts
+    for name in planted_circuits.CASES:
         for architecture in planted_circuits.ARCHITECTURES:
-            case = planted_circuits.planted(name, architecture, n_prompts=n_prompts, seed=seed)
-            edges = all_edges(case.model)
-            known = np.array([edge in case.edges for edge in edges])
-            for method, score in methods.items():
-                sizes = np.abs(score(case.model, edges, case.clean, case.corrupt)).mean(1)
-                row = {"circuit": name, "architecture": architecture, "method": method, "n_planted": int(known.sum())}
-                found = {"auroc": px.stats.auroc(sizes, known), "precision": px.stats.precision_at_k(sizes, known)}
-                rows.append(row | found)
+            case = planted_circuits.planted(name, architecture, n_prompts=n, seed=config.seed)
+            yield Known(name, architecture, case.model, (case.clean, case.corrupt), case.edges)
+    model, tokenizer = config.load("tiny-circuit")
+    file = px.models.loading.TINY_FOLDER / "tiny-circuit/circuit.json"
+    pairs = config.tokenize_pairs(px.PromptSet.load("tiny_circuit")[:n], model, tokenizer)
+    yield Known("tiny-circuit", "gpt2", model, pairs, px.circuits.load_circuit(file, model).edges)
+
+
+def judged(config: Config, case: Known) -> Rows:
+    """One row a method: how well its scores find the known circuit."""
+    circuit = px.circuits.Circuit(case.edges)
+    there, known = (each.matrix(case.model.config) for each in (px.circuits.Circuit.full(case.model.config), circuit))
+    (base, source), half = case.pairs, len(case.pairs[0]) // 2
+    scoring, judging = ((base.take(some), source.take(some)) for some in (range(half), range(half, 2 * half)))
+    of_case = {"circuit": case.circuit, "architecture": case.architecture}
+    seed = int(px.rng(config.seed, *of_case.values()).integers(2**32))  # random orders differ between circuits
+    rows = []
+    for method in ("known", *config.methods):
+        scores = known.astype(float) if method == "known" else scored(config, case.model, scoring, method, seed)
+        sizes = np.abs(scores[there])
+        row = {**of_case, "method": method, "n_known": len(circuit), "n_edges": len(sizes)}
+        row["auroc"] = px.stats.auroc(sizes, known[there])
+        row["precision"] = px.stats.precision_at_k(sizes, known[there])
+        rows.append(row | areas(config, case.model, scores, judging))
     return rows
+
+
+def scored(config: Config, model: PreTrainedModel, pairs: Pairs, method: Any, seed: int) -> Any:
+    """The scores of every edge, `[sender receiver]`."""
+    how: dict[str, Any] = {"batch_size": config.batch_size, "progress": False}
+    if method == "acdc":
+        return np.nan_to_num(px.circuits.acdc(model, *pairs, "logit_diff", tau=TAU, **how).matrix)
+    return px.circuits.score(model, *pairs, method, steps=config.steps, seed=seed, **how)
+
+
+def areas(config: Config, model: PreTrainedModel, scores: Any, pairs: Pairs) -> dict[str, float | None]:
+    """CPR and CMD with their intervals; None where they are undefined."""
+    found: dict[str, float | None] = {}
+    for name, by in (("cpr", "value"), ("cmd", "magnitude")):
+        how: dict[str, Any] = {"shares": px.circuits.MIB_SHARES, "by": by, "batch_size": config.batch_size}
+        interval = px.circuits.faithfulness_curve(model, scores, *pairs, **how, progress=False).areas(config.seed)[name]
+        found |= {
+            f"{name}{end}": px.stats.finite(float(x)) for end, x in zip(("", "_low", "_high"), interval, strict=True)
+        }
+    return found
+
+
+# -- trained models ----------------------------------------------------------------------------------------------------
 
 
 def agreement(
@@ -225,18 +302,28 @@ def node_methods(config: Config) -> Methods:
     }
 
 
-def summary(on_planted: Rows, on_trained: Rows, methods: list[str]) -> str:
-    """What the terminal shows: both tables."""
-    lines = ["AUROC / precision at k of the planted edges", f"{'circuit':26}" + "".join(f"{m:>20}" for m in methods)]
-    rows = {(r["circuit"], r["architecture"], r["method"]): r for r in on_planted}
-    for circuit, architecture in dict.fromkeys((r["circuit"], r["architecture"]) for r in on_planted):
-        cells = [rows[circuit, architecture, method] for method in methods]
-        lines.append(
-            f"{circuit + ', ' + architecture:26}" + "".join(f"{c['auroc']:13.3f} / {c['precision']:.2f}" for c in cells)
-        )
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def tables(on_known: Rows) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
+    """The known circuits, the methods, and each measure `[circuit method]` by its name."""
+    methods = list(dict.fromkeys(row["method"] for row in on_known))
+    cases = list(dict.fromkeys(f"{row['circuit']}, {row['architecture']}" for row in on_known))
+    values = {name: np.array([row[m] for row in on_known], float) for m, name in MEASURES.items()}
+    return cases, methods, {name: column.reshape(len(cases), -1) for name, column in values.items()}
+
+
+def summary(on_known: Rows, on_trained: Rows) -> str:
+    """What the terminal shows: a table of each measure, and one of the trained models."""
+    cases, methods, measures = tables(on_known)
+    widths, lines = [max(9, len(method)) + 2 for method in methods], []
+    for measure, values in measures.items():
+        cells = [["undefined" if np.isnan(value) else f"{value:.3f}" for value in row] for row in values]
+        for name, row in zip([measure, *cases], [methods, *cells], strict=True):
+            lines.append(f"{name:24}" + "".join(f"{x:>{width}}" for x, width in zip(row, widths, strict=True)))
+        lines.append("")
     width = max(16, *(len(row["model"]) for row in on_trained))
     lines += [
-        "",
         "trained models, of which no circuit is known: rank correlation with patching each edge or node exactly (Spearman)",
         f"{'model':{width}}{'over':>16}  method",
     ]
@@ -244,14 +331,13 @@ def summary(on_planted: Rows, on_trained: Rows, methods: list[str]) -> str:
     return "\n".join(lines)
 
 
-def evidence(config: Config, on_planted: Rows) -> px.runs.Evidence:
-    """How much better the exact method finds planted edges than the first that estimates, over the planted circuits."""
-    exact, eap, *_ = edge_methods(config)
-    first, second = (np.array([row["auroc"] for row in on_planted if row["method"] == m]) for m in (exact, eap))
+def evidence(config: Config, on_known: Rows) -> px.runs.Evidence:
+    """How much better the first method finds known edges than the second, over the known circuits."""
+    first, second = (np.array([row["auroc"] for row in on_known if row["method"] == m]) for m in config.methods[:2])
     found = px.stats.paired_bootstrap(first, second, px.rng(config.seed, "planted"), RESAMPLES)
-    control = f"edges in random order, 0.5; {eap} {second.mean():.2f}"
-    effect = f"AUROC of exact path patching above that of {eap}"
-    return px.runs.Evidence(f"{len(first)} planted circuits", effect, found, control, "a larger --planted_prompts")
+    control = f"edges in random order, 0.5; {config.methods[1]} {second.mean():.2f}"
+    effect = f"AUROC of {config.methods[0]} above that of {config.methods[1]}"
+    return px.runs.Evidence(f"{len(first)} known circuits", effect, found, control, "a larger --planted_prompts")
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def test_attribution_and_known_circuits_of_gemma_are_those_of_gradients_and_hook
     methods = known_circuits.edge_methods  # for time without the two that integrate gradients
     monkeypatch.setattr(known_circuits, "edge_methods", lambda config: dict(islice(methods(config).items(), 2)))
     capsys.readouterr()
-    few = ("--models", gemma3.folder, "--exact", 12, "--steps", 1, "--planted_prompts", 1)
+    few = ("--models", gemma3.folder, "--exact", 12, "--steps", 1, "--planted_prompts", 1, "--methods", "eap", "flow")
     summary = study(known_circuits, tmp_path / "k", *few)
     assert "trained models, of which no circuit is known" in capsys.readouterr().out
     chosen = [

@@ -29,6 +29,7 @@ from .name_movers import where_heads_look as where_heads_look
 from .patching import edge_graph as edge_graph
 from .patching import edge_matrix as edge_matrix
 from .patching import effect_bars as effect_bars
+from .patching import method_maps as method_maps
 from .patching import site_maps as site_maps
 from .style import AMBER as AMBER
 from .style import BLUE as BLUE

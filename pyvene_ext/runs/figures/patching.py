@@ -1,4 +1,4 @@
-"""Figures of patching: the mean score of every patch, and edges of the model's graph as a matrix or drawn by layer."""
+"""Figures of patching: the mean score of every patch, edges as a matrix or drawn by layer, and how well methods find them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from pyvene_ext.runs.figures.style import (
     BLUE,
     DIVERGING,
     GREY,
+    SEQUENTIAL,
     Helpful,
     caption,
     fitted,
+    over_all,
     signed_map,
     styled,
     titled,
@@ -92,6 +94,49 @@ def effect_bars(names: Sequence[str], interval: Interval, title: str, label: str
     axes.invert_yaxis()
     axes.grid(axis="x")
     caption(figure, axes, title, label, of)
+    return figure
+
+
+@styled
+def method_maps(
+    measures: Mapping[str, Float[np.ndarray, "row method"]],
+    rows: Sequence[str],
+    methods: Sequence[str],
+    title: str,
+    *,
+    lower: Sequence[str] = (),
+) -> Figure:
+    """One map a measure, side by side: a row a case, a column a method, colours from 0 to 1, yellow where it is best.
+
+    Args:
+        measures: the numbers of each measure, by its name; NaN where it is undefined, which is grey.
+        rows: names of the cases.
+        methods: names of the methods.
+        title: above the figure.
+        lower: the measures of which lower is better.
+
+    Returns:
+        The figure.
+    """
+    width, height = max(2.0, 0.4 * len(methods)), 0.22 * len(rows)
+    figure = Figure(figsize=(width * len(measures) + 2.4, height + 2.2))
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(panels, measures.items(), strict=True):
+        colours = matplotlib.colormaps[SEQUENTIAL + "_r" * (name in lower)]
+        axes.set_facecolor("#dcdcdc")
+        axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        for (row, column), value in np.ndenumerate(values):
+            dark = np.isfinite(value) and sum(colours(float(np.clip(value, 0, 1)))[:3]) < 1.4
+            words = f"{value:.2f}" if np.isfinite(value) else "–"
+            axes.text(column, row, words, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+        axes.set_title(f"{name} ({'lower' if name in lower else 'higher'} is better)", fontsize=8.5)
+        axes.set_xticks(range(len(methods)), labels=methods, rotation=60, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(rows)), labels=rows)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xlabel("method")
+    panels[0].set_ylabel("known circuit")
+    over_all(figure, title)
     return figure
 
 

@@ -376,12 +376,28 @@ def test_no_title_breaks_a_name(name):
         figures.depth_curve(CURVE, f"Logit lens at last: {name}, ioi_en", "rank"),
         figures.compared_heads(A, B, names=("a", "b"), title=f"Translation heads: {name}, en-fr", label="l"),
         figures.edge_graph({"z.0.1->logits": 1.0}, f"Edges: {name}, ioi_en"),
+        figures.method_maps({"CPR": A[:2], "CMD": B[:2]}, ["a", LONG[:30]], list("abcdefgh"), f"Methods: {name}"),
     ):
         titles = [
             text.get_text() for text in (figure.axes[0].title, figure.axes[0]._left_title, figure._suptitle) if text
         ]
         assert any(name in title for title in titles), titles
         assert not sticks_out(figure)
+
+
+def test_each_cell_of_a_map_of_methods_has_its_number_and_is_brightest_where_it_is_best():
+    values = np.array([[0.0, 0.26], [math.nan, 1.3]])
+    figure = figures.method_maps(
+        {"CPR": values, "CMD": values}, ["first", "second"], ["eap", "flow"], "title", lower=["CMD"]
+    )
+    cpr, cmd = figure.axes
+    for axes in (cpr, cmd):
+        assert [text.get_text() for text in axes.texts] == ["0.00", "0.26", "–", "1.30"]
+        assert [tuple(map(round, text.get_position())) for text in axes.texts] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    best = [axes.images[0].cmap(axes.images[0].norm(value))[:3] for axes, value in ((cpr, 1.3), (cmd, 0.0))]
+    assert best[0] == best[1] and sum(best[0]) > 1.9
+    assert [axes.get_title(loc="left") for axes in (cpr, cmd)] == ["CPR (higher is better)", "CMD (lower is better)"]
+    assert not sticks_out(figure)
 
 
 def test_names_of_points_that_lie_together_do_not_collide():
