@@ -15,7 +15,8 @@ The causal model computes four variables, each at one node of the network (`VARI
     larger  mlp_out.0  z.0.1, z.0.2                  the larger of the two
     letter  z.1.3      q: mlp_out.0, v: embed        the letter there; read by the logits
 
-Keys are no part of it: heads attend by position, which exchanging a prompt for another does not change.
+Keys are no part of it: heads attend by position, which is the same in all prompts. The digits come last, so that the letters
+cannot know them: else the MLP may mark the right letter in its key, and the last token needs no query.
 
 Method. Strict interchange intervention training (SIIT; Gupta et al. 2024, InterpBench, arXiv 2407.14494): beside prompts as they
 are (behaviour), prompts run with activations exchanged for those of other prompts, where the causal model says what must come
@@ -55,7 +56,6 @@ DIGITS, LETTERS = "1234", "abcdefgh"
 WORDS = ("<pad>", "<bos>", "<eos>", "<unk>", "=", *DIGITS, *LETTERS)
 PAD, BOS, EOS, _, EQUALS = range(5)
 DIGIT, LETTER = WORDS.index(DIGITS[0]), WORDS.index(LETTERS[0])
-LENGTH = 4 + len(DIGITS)  # tokens of a prompt
 
 VARIABLES = {"first": "z.0.1", "second": "z.0.2", "larger": "mlp_out.0", "letter": "z.1.3"}
 EDGES = (
@@ -156,7 +156,7 @@ Exchanged = Bool[np.ndarray, "*prompt sender receiver"]
 
 
 class Graph(NamedTuple):
-    """The network's edges by sender and receiver, and which of them are the circuit's."""
+    """The network's edges by sender and receiver, which of them are the circuit's, and where each of `EDGES` is."""
 
     senders: list[str]
     exists: Exchanged
@@ -166,13 +166,11 @@ class Graph(NamedTuple):
     @classmethod
     def of(cls, config: Any) -> Graph:
         """That of a model with the circuit of `EDGES`."""
-        writing, reading = list(map(str, px.specs.senders(config))), list(map(str, px.specs.receivers(config)))
-        exists = px.circuits.Circuit.full(config).matrix(config)
+        writing, reading = (list(map(str, of(config))) for of in (px.specs.senders, px.specs.receivers))
+        exists, circuit = px.circuits.Circuit.full(config), px.circuits.Circuit(frozenset(EDGES))
         ends = [edge.split("->") for edge in EDGES]
-        places = np.array([[writing.index(s), reading.index(r)] for s, r in ends]).T
-        circuit = np.zeros_like(exists)
-        circuit[*places] = True
-        return cls(writing, exists, circuit, (places[0], places[1]))
+        rows, columns = np.array([[writing.index(s), reading.index(r)] for s, r in ends]).T
+        return cls(writing, exists.matrix(config), circuit.matrix(config), (rows, columns))
 
     def nodes(self, which: Bool[np.ndarray, "*prompt sender"]) -> Exchanged:
         """Every edge of some senders, which is to exchange the senders themselves."""
