@@ -28,8 +28,9 @@ nothing; and minimality, the share of `--removed` of its edges without which fai
 as many edges between the same layers and kinds.
 
 Written to the folder OUT: methods.csv, one row a method; curves.csv, faithfulness by share; shared.csv, with --compare;
-scores_METHOD.npy, [sender receiver] or [sender]; circuit_METHOD.json, which `pyvene_ext.circuits.load_circuit` reads, and
-circuit_METHOD.dot; figures; config.yaml (running it again gives the same); and summary.json, what was run.
+scores_METHOD.npy, [sender receiver] or [sender]; circuit_METHOD.json, which `pyvene_ext.circuits.load_circuit` reads, .dot, and
+.csv, its edges with their scores (or those of their senders), which `python -m pyvene_ext.report OUT` draws; figures; config.yaml
+(running it again gives the same); and summary.json, what was run.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
     Value = TypeVar("Value")
     ByMethod = Mapping[Any, Value]
+    Circuits = Mapping[str, Circuit]  # by file
 
 Method = Literal[
     "eap",
@@ -66,7 +68,6 @@ Method = Literal[
 ]
 Rows = list[dict[str, Any]]
 RANKINGS: tuple[By, By] = ("value", "magnitude")
-DRAWN = 60  # edges in a figure
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
 def main(config: Config) -> None:
     if not px.is_main_process():
         return  # on one device
-    from pyvene_ext.circuits import check_ablation, check_defined, judge, load_circuit, overlap, score
+    from pyvene_ext.circuits import areas_row, check_ablation, check_defined, judge, load_circuit, overlap, score
 
     # Everything that can be wrong is found before the scores are.
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
@@ -132,7 +133,8 @@ def main(config: Config) -> None:
     check_ablation(model, base, source, config.ablation)
     scored, judged = halves(len(base), config.seed)
     work = f"{len(scored)} pairs score, {len(judged)} judge: {', '.join(config.chosen)}"
-    if not run.announce(work, passes_a_pair(config, model) * px.runs.seconds_a_pass(model, base), n=len(prompt_set)):
+    each, fixed = (passes * px.runs.seconds_a_pass(model, base) / len(base) for passes in cost(config, model))
+    if not run.announce(work, each * len(base) + fixed, n=len(prompt_set), fixed=fixed):
         return
     on_scored, on_judged = ((base.take(some), source.take(some)) for some in (scored, judged))
     means = check_defined(model, *on_judged, seed=config.seed, **options(config))
@@ -145,7 +147,8 @@ def main(config: Config) -> None:
     circuits = {method: circuit_of(config, model, scores[method]) for method in config.chosen}
     how = judging(config, model)
     of_circuits = {one: judge(model, circuits[one], *on_judged, scores=scores[one], **how) for one in config.chosen}
-    rows = [{"method": one, **areas_of(config, curves[one]), **of_circuits[one].row()} for one in config.chosen]
+    areas = {one: areas_row(*map(curves[one].__getitem__, RANKINGS), config.seed) for one in config.chosen}
+    rows = [{"method": one, **areas[one], **of_circuits[one].row()} for one in config.chosen]
     own = circuits[config.chosen[0]]
     shared = [{"circuit": path, **overlap(own, other, model.config).row()} for path, other in others.items()]
 
@@ -161,7 +164,7 @@ def main(config: Config) -> None:
         methods=[{name: px.stats.finite(x) if isinstance(x, float) else x for name, x in row.items()} for row in rows],
     )
     print(summary(config, facts, rows, curves))
-    with run.writing(facts, [evidence(config, facts, rows)], replacing=("*.npy", "*.csv", "circuit_*", "figures/*")):
+    with run.writing(facts, evidence(config, facts, rows), replacing=("*.npy", "*.csv", "circuit_*", "figures/*")):
         run.table("methods", rows)
         if shared:
             run.table("shared", shared)
@@ -171,7 +174,7 @@ def main(config: Config) -> None:
         )
         for method in config.chosen:
             run.array(f"scores_{method}", scores[method])
-            write_circuit(run, config, model, scores[method], circuits[method], method)
+            write_circuit(run, config, model, method, scores[method], circuits[method], others)
         draw(run, config, curves, scores, circuits, model)
 
 
@@ -200,22 +203,14 @@ def n_kept(config: Config, model: PreTrainedModel) -> int:
     return max(1, int(config.share * n_all(config, model)))
 
 
-def passes_a_pair(config: Config, model: PreTrainedModel) -> float:
-    """About how many forward passes a pair takes, scoring and judging together."""
-    layers = px.models.n_layers(model.config)
-    exact = n_all(config, model) / 2
-    of_method = {
-        "eap": 10.0,
-        "eap_ig_inputs": 4 + 7 * config.steps,
-        "eap_ig_activations": 4 + 7 * config.steps * (2 * layers + 1),
-        "path_patching": exact,
-        "activation_patching": exact,
-        "atp": 8.0,
-        "flow": 6.0,
-        "mask": 3000.0,
-    }
+def cost(config: Config, model: PreTrainedModel) -> tuple[float, float]:
+    """About how many forward passes of a pair it takes to score and judge: for each pair, and whatever their number."""
+    from pyvene_ext.circuits import score_cost
+
+    how = config.level, config.steps, config.batch_size
+    each, fixed = zip(*(score_cost(model.config, method, *how) for method in config.chosen), strict=True)
     judging = 1.7 * (2 * 8 + config.random_circuits + config.removed)  # of two times ten sizes some are cheap
-    return sum((of_method.get(method, 0.0) + judging) / 2 for method in config.chosen)
+    return (sum(each) + len(each) * judging) / 2, sum(fixed)
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -248,16 +243,6 @@ def judging(config: Config, model: PreTrainedModel) -> dict[str, Any]:
     return how | {"random": config.random_circuits, "removed": config.removed} | options(config)
 
 
-def areas_of(config: Config, curves: Mapping[By, Curve]) -> dict[str, float]:
-    """CPR and CMD with their intervals."""
-    cpr, cmd = curves["value"].areas(config.seed)["cpr"], curves["magnitude"].areas(config.seed)["cmd"]
-    return {
-        f"{name}{end}": float(value)
-        for name, interval in (("cpr", cpr), ("cmd", cmd))
-        for end, value in zip(("", "_low", "_high"), interval, strict=True)
-    }
-
-
 def settings(
     config: Config, base: px.TokenizedPrompts, source: px.TokenizedPrompts, dropped: list[int]
 ) -> dict[str, Any]:
@@ -271,15 +256,24 @@ def settings(
 
 
 def write_circuit(
-    run: px.RunFolder, config: Config, model: PreTrainedModel, scores: Scores, circuit: Circuit, method: str
+    run: px.RunFolder,
+    config: Config,
+    model: PreTrainedModel,
+    method: Method,
+    scores: Scores,
+    circuit: Circuit,
+    others: Circuits,
 ) -> None:
-    """The circuit of a method as JSON and DOT."""
-    from pyvene_ext.circuits import named_scores, save_circuit, save_dot
+    """The circuit of a method as JSON and DOT and, unless it is random, as a table, of the first method beside `others`."""
+    from pyvene_ext.circuits import edge_rows, named_scores, save_circuit, save_dot
 
     facts = {"method": method, "level": config.level, "metric": config.metric, "dataset": config.dataset}
     save_circuit(circuit, run.path / f"circuit_{method}.json", model, **facts)
-    weights = named_scores(scores, circuit, model.config) if config.level == "edge" else {}
+    weights = named_scores(scores, circuit, model.config)
     save_dot(circuit, run.path / f"circuit_{method}.dot", weights)
+    if weights and method != "random":
+        name = "score" if config.level == "edge" else "score_of_sender"
+        run.table(f"circuit_{method}", edge_rows(weights, name, others if method == config.chosen[0] else {}))
 
 
 def draw(
@@ -300,9 +294,8 @@ def draw(
     first = config.chosen[0]
     if config.level == "edge":
         weights = named_scores(scores[first], circuits[first], model.config)
-        strongest = dict(sorted(weights.items(), key=lambda item: -abs(item[1]))[:DRAWN])
         title = f"Circuit by {first}, strongest edges: {run.of}"
-        run.figure("circuit", px.figures.edge_graph(strongest, title, "score", nodes=px.specs.senders(model.config)))
+        run.figure("circuit", px.figures.edge_graph(weights, title, "score", nodes=px.specs.senders(model.config)))
 
 
 def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[dict[By, Curve]]) -> str:
@@ -333,14 +326,22 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[
     return "\n".join(lines)
 
 
-def evidence(config: Config, facts: dict[str, Any], rows: Rows) -> px.runs.Evidence:
-    """The faithfulness of the first method's circuit, beside random circuits."""
-    row = rows[0]
+def evidence(config: Config, facts: dict[str, Any], rows: Rows) -> list[px.runs.Evidence]:
+    """The faithfulness of the first method's circuit beside random circuits, and its CPR and CMD beside random scores."""
+    row, sample = rows[0], f"{len(facts['judged'])} held-out pairs"
     effect = f"{100 * config.share:g}% of the {config.level}s by {row['method']} have a faithfulness of"
-    control = f"{config.random_circuits} random circuits of the same layers and kinds, p = {row['p']:.2g}"
-    interval = px.Interval(row["faithfulness"], row["low"], row["high"])
-    sharpen = "a larger --limit or --random_circuits"
-    return px.runs.Evidence(f"{len(facts['judged'])} held-out pairs", effect, interval, control, sharpen)
+    random = f"{config.random_circuits} random circuits of the same layers and kinds, mean {row['random_mean']:.2g}"
+    random += f", p = {row['p']:.2g}"
+    interval, sharpen = px.Interval(row["faithfulness"], row["low"], row["high"]), "a larger --limit"
+    found = [px.runs.Evidence(sample, effect, interval, random, f"{sharpen} or --random_circuits")]
+    chance = {other["method"]: other for other in rows[1:]}.get("random")
+    for area in ("cpr", "cmd"):
+        interval = px.Interval(row[area], row[f"{area}_low"], row[f"{area}_high"])
+        control = f"random scores, {chance[area]:.2g}" if chance else "none; add random to --methods"
+        found.append(
+            px.runs.Evidence(sample, f"the {area.upper()} by {row['method']} is", interval, control, sharpen, None)
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes
 from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit, named_scores
-from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
+from pyvene_ext.methods.circuits.faithfulness import areas_row
+from pyvene_ext.methods.circuits.files import edge_rows, load_circuit, save_circuit, save_dot
 from pyvene_ext.methods.circuits.judging import Judgement, Overlap, check_defined, jaccard, judge, overlap
 from pyvene_ext.methods.circuits.masks import Mask, learn_mask
 from pyvene_ext.methods.circuits.running import (
@@ -15,7 +16,7 @@ from pyvene_ext.methods.circuits.running import (
     run_circuit,
     run_circuits,
 )
-from pyvene_ext.methods.circuits.scoring import METHODS, score
+from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost
 
 __all__ = [
     "METHODS",
@@ -26,9 +27,11 @@ __all__ = [
     "Overlap",
     "acdc",
     "acdc_passes",
+    "areas_row",
     "check_ablation",
     "check_defined",
     "completeness",
+    "edge_rows",
     "faithfulness",
     "faithfulness_curve",
     "jaccard",
@@ -43,6 +46,7 @@ __all__ = [
     "save_circuit",
     "save_dot",
     "score",
+    "score_cost",
     "top_edges",
     "top_nodes",
 ]

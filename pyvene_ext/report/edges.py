@@ -1,22 +1,28 @@
-"""Paths and circuits: a map of senders by receivers, and the strongest edges drawn by layer."""
+"""Paths and circuits: a map of senders by receivers, the strongest edges drawn by layer, and what a circuit is worth."""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pyvene_ext.report.attention import escaped
-from pyvene_ext.report.colours import colour, colours, robust_limit
+from pyvene_ext.report.colours import MEANING, colour, colours, robust_limit
 from pyvene_ext.report.plots import menu, only, plain
-from pyvene_ext.report.run import Row, columns, number
+from pyvene_ext.report.run import Row, Run, columns, number
+from pyvene_ext.report.tables import table
 from pyvene_ext.runs.figures.patching import CLIPPED, ends, first_of_layers, places
 from pyvene_ext.specs.graph import Node, reaches
 
 SHOWN = (10, 20, 40, 80)  # strongest edges, by the slider
 MOST = 250_000  # cells of a map; of larger models the strongest edges are drawn alone
+CIRCUIT = re.compile(r"circuit_(.+)\.csv")  # of one method, as `circuit_localization.py` writes it
+METHODS = "methods.csv"  # what the circuit of each is worth
+SHARED = "shared_with"  # a column of a circuit that was compared: the other circuits that have the edge, or "none"
 
 
 class Edge(NamedTuple):
@@ -108,6 +114,8 @@ def edge_map(edges: Sequence[Edge], negative: Collection[str] = ()) -> Any | Non
 def edge_graph(edges: Sequence[Edge], negative: Collection[str] = ()) -> Any | None:
     """Draw the strongest edges by layer, as wide as they are strong, with a slider of how many; without numbers all alike.
 
+    Where a column says which edges another circuit shares (`SHARED`), the others are dotted.
+
     Args:
         edges: of one table; its first column of numbers counts.
         negative: columns in which a negative number helps.
@@ -133,7 +141,10 @@ def edge_graph(edges: Sequence[Edge], negative: Collection[str] = ()) -> Any | N
         share = _strength(values[i]) / largest if largest else 0.4
         words = f"{edges[i].sender} → {edges[i].receiver}"
         words += f"<br>{escaped(column.title)}: {escaped(column.cell(edges[i].row))}" if column else ""
+        others = edges[i].row.get(SHARED, "")
+        words += f"<br>shared with: {escaped(others)}" if others else ""
         line = {"width": round(1 + 6 * share, 2), "color": colour(values[i], signed, helps)}
+        line["dash"] = "dot" if others == "none" else "solid"
         x, y = (
             np.linspace(at[edges[i].sender], at[edges[i].receiver], 11).round(4).T.tolist()
         )  # hovering works at points
@@ -146,8 +157,43 @@ def edge_graph(edges: Sequence[Edge], negative: Collection[str] = ()) -> Any | N
         visible = [*(rank < n for rank in range(len(order))), *only(place, counts)]
         steps.append({"label": str(n), "method": "restyle", "args": [{"visible": visible}]})
     prefix = f"strongest edges by {escaped(column.name)}: " if column else "edges: "
-    slider = {"steps": steps, "active": start, "currentvalue": {"prefix": prefix}, "pad": {"t": 40}}
+    current = {"prefix": prefix, "suffix": f" of {len(edges)}"}
+    slider = {"steps": steps, "active": start, "currentvalue": current, "pad": {"t": 40}}
     return plotly.Figure(traces, _layout(1 + max(node.layer or 0 for node in at)) | {"sliders": [slider]})
+
+
+def circuits_html(run: Run, drawn: Callable[[Any], str]) -> Iterator[str]:
+    """Render the table of methods, and the graph of each circuit below what it is worth.
+
+    Args:
+        run: the run.
+        drawn: makes HTML of a plotly figure.
+
+    Yields:
+        HTML; nothing of a run without circuits.
+    """
+    named = {of[1]: edges_of(rows) for name, rows in run.tables.items() if (of := CIRCUIT.fullmatch(name))}
+    found = {method: edges for method, edges in named.items() if edges}
+    methods = run.tables.get(METHODS, [])
+    worth = {row.get("method", ""): row for row in methods}
+    if found:
+        yield f"<p>{MEANING}</p>{table(methods)}"
+    for method in sorted(found, key=[*worth, *found].index):
+        words = html.escape(_caption(method, found[method], worth.get(method, {})))
+        yield f"<figure><figcaption>{words}</figcaption>{drawn(edge_graph(found[method], run.negative))}</figure>"
+
+
+def _caption(method: str, edges: Sequence[Edge], row: Row) -> str:
+    """What a circuit is worth, and how to read its graph."""
+    cells = {column.name: column.cell(row) for column in columns([row])}
+    told = {"faithfulness": "faithfulness", "random_mean": "random circuits of the same layers and kinds"}
+    words = [f"{method}: {len(edges)} edges", *(f"{told[name]} {cells[name]}" for name in told if name in cells)]
+    if len(edges) > SHOWN[-1]:
+        words.append(f"at most the {SHOWN[-1]} strongest are drawn, all are in circuit_{method}.csv")
+    if SHARED in edges[0].row:
+        n = sum(edge.row[SHARED] != "none" for edge in edges)
+        words.append(f"solid: the {n} that another circuit shares; dotted: those of this one alone")
+    return "; ".join(words)
 
 
 def _strength(value: float) -> float:

@@ -21,7 +21,7 @@ from pyvene_ext.report.attention import SCRIPT as SHOW_ATTENTION
 from pyvene_ext.report.attention import STYLE as OF_ATTENTION
 from pyvene_ext.report.colours import MEANING
 from pyvene_ext.report.compare import side_by_side
-from pyvene_ext.report.edges import edge_graph, edge_map, edges_of
+from pyvene_ext.report.edges import CIRCUIT, circuits_html, edge_graph, edge_map, edges_of
 from pyvene_ext.report.findings import findings, leading
 from pyvene_ext.report.plots import first_heads, head_maps, prompt_by_prompt
 from pyvene_ext.report.routes import draw_routes
@@ -126,6 +126,8 @@ def _navigation(runs: Sequence[Run], sections: Sequence[Sequence[Section]], comp
 def _sections(run: Run, home: Path, drawn: Callable[[Any], str]) -> Iterator[Section]:
     """The parts of one run: findings, what can be looked at, numbers, provenance."""
     yield Section("findings", "Findings", "".join(findings(run)))
+    if circuits := list(circuits_html(run, drawn)):
+        yield Section("circuits", "Circuits", "".join(circuits))
     effects = list(_effects(run, drawn))
     if effects:
         yield Section("heads", "Heads", f'<p>{MEANING}</p><div class="row">{"".join(effects)}</div>')
@@ -159,7 +161,9 @@ def _effects(run: Run, drawn: Callable[[Any], str]) -> Iterator[str]:
 
 def _paths(run: Run, drawn: Callable[[Any], str]) -> Iterator[str]:
     """The map and the drawing of every table of edges."""
-    found = {name: edges for name, rows in run.tables.items() if (edges := edges_of(rows))}
+    found = {
+        name: edges for name, rows in run.tables.items() if not CIRCUIT.fullmatch(name) and (edges := edges_of(rows))
+    }
     pairs = {name: {(edge.sender, edge.receiver) for edge in edges} for name, edges in found.items()}
     for name, edges in found.items():
         if any(pairs[name] < other for other in pairs.values()):

@@ -24,6 +24,7 @@ from pyvene_ext.runs.facts import Evidence
 Row = dict[str, str]
 Head = tuple[int, int]
 ROUTES, PROMPTS, DELTAS = "routes.json", "prompts.json", "deltas.npy"
+CIRCUIT = "circuit_"  # files of circuits, which are drawn from their tables
 HEAD = re.compile(r"z\.([0-9]{1,6})\.([0-9]{1,6})", re.ASCII)
 PLACES = ("layer", "head", "row")  # columns of numbers that measure nothing
 GROUPS = 12  # the most maps of one table, which has one for each value of a text column (a language pair, a site)
@@ -74,7 +75,7 @@ class Run:
     Attributes:
         folder: the folder.
         config: the flags; if the folder has several runs, the flags of each by its name.
-        facts: the JSON files by name, except those below.
+        facts: the JSON files by name, except those below and circuits.
         tables: the CSV files by name, cells as text.
         attention: attention patterns of some heads.
         routes: the routes of one prompt, if the study has traced any.
@@ -109,9 +110,10 @@ class Run:
         if len(config) == 1:
             (config,) = config.values()
         beside = folder.parent / f"{folder.name}.json"  # written by studies whose main file is an array, NAME.npy
+        inside = [path for path in files(folder, "*.json") if not path.name.startswith(CIRCUIT)]
         facts = {
             path.name: _json(path)
-            for path in (*files(folder, "*.json"), *([beside] if beside.is_file() else []))
+            for path in (*inside, *([beside] if beside.is_file() else []))
             if path.name not in (ATTENTION, ROUTES)
         }
         return cls(

@@ -14,13 +14,17 @@ import pytest
 import pyvene_ext as px
 from pyvene_ext.circuits import (
     MIB_SHARES,
+    Circuit,
     faithfulness_curve,
     judge,
     load_circuit,
+    named_scores,
     overlap,
     score,
     top_edges,
 )
+from pyvene_ext.report import write_report
+from pyvene_ext.runs.facts import Evidence
 
 
 def command(*flags: Any) -> int:
@@ -67,6 +71,18 @@ def test_the_tables_hold_what_the_functions_give_on_either_half(folder: Path) ->
             np.testing.assert_allclose(found, value, atol=1e-4, err_msg=f"{method} {name}")
         assert float(row["cpr_low"]) <= float(row["cpr"]) <= float(row["cpr_high"])
     assert "digraph" in (folder / "circuit_eap.dot").read_text()
+    for row in rows(folder / "circuit_eap.csv"):
+        (value,) = named_scores(
+            np.load(folder / "scores_eap.npy"), Circuit(frozenset({row["edge"]})), model.config
+        ).values()
+        assert float(row["score"]) == pytest.approx(value) and set(row) == {"edge", "score"}
+    assert {row["edge"] for row in rows(folder / "circuit_eap.csv")} == load_circuit(
+        folder / "circuit_eap.json", model
+    ).edges
+    said = [Evidence.of(facts).measured for facts in facts["evidence"]]
+    best = rows(folder / "methods.csv")[0]
+    for measured, area in zip(said[1:], ("cpr", "cmd"), strict=True):
+        assert measured.startswith(f"the {area.upper()} by eap is {float(best[area]):.3g} [")
     assert {path.stem for path in (folder / "figures").glob("*.png")} == {"faithfulness", "circuit"}
 
 
@@ -96,6 +112,21 @@ def test_another_runs_circuit_is_compared_and_nodes_are_judged(
     assert float(row["jaccard"]) == pytest.approx(overlap(own, compared, model.config).jaccard)
     assert f"{row['n_shared']} edges shared with {other}: Jaccard" in said
     assert [r["method"] for r in rows(tmp_path / "nodes/methods.csv")] == ["atp", "random"]
+    scores = dict(
+        zip(map(str, px.specs.senders(model.config)), np.load(tmp_path / "nodes/scores_atp.npy"), strict=True)
+    )
+    sizes = []
+    for row in rows(tmp_path / "nodes/circuit_atp.csv"):
+        assert row["shared_with"] == (str(other) if row["edge"] in compared.edges else "none")
+        assert float(row["score_of_sender"]) == pytest.approx(scores[row["edge"].partition("->")[0]])
+        sizes.append(abs(float(row["score_of_sender"])))
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == len(own)
+    write_report([tmp_path / "nodes"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert (
+        f"atp: {len(own)} edges; faithfulness" in page and f"solid: the {len(own.edges & compared.edges)} that" in page
+    )
+    assert not (tmp_path / "nodes/circuit_random.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -102,20 +102,22 @@ class Circuit:
         return Circuit.of(on_paths(self.matrix(config), config), config)
 
 
-def named_scores(scores: Float[np.ndarray, "sender receiver"], circuit: Circuit, config: Any) -> dict[str, float]:
+def named_scores(scores: Float[np.ndarray, sender * receiver], circuit: Circuit, config: Any) -> dict[str, float]:
     """Look up the score of each edge of a circuit.
 
     Args:
-        scores: by `graph.senders` and `graph.receivers`.
+        scores: by `graph.senders` and `graph.receivers`; or of nodes, of which each edge has its sender's.
         circuit: the circuit.
         config: the model's config.
 
     Returns:
-        Scores by edge.
+        Scores by edge, those of the largest magnitude first.
     """
     rows, columns = np.nonzero(circuit.matrix(config))
     writing, reading = senders(config), receivers(config)
-    return {edge_name(writing[r], reading[c]): float(scores[r, c]) for r, c in zip(rows, columns, strict=True)}
+    of_edges = np.broadcast_to(scores.reshape(len(scores), -1), (len(writing), len(reading)))[rows, columns]
+    order = np.argsort(-np.abs(of_edges), kind="stable")
+    return {edge_name(writing[rows[i]], reading[columns[i]]): float(of_edges[i]) for i in order}
 
 
 def matrix_of(circuit: Circuit | Edges, config: Any) -> Edges:

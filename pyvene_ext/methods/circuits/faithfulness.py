@@ -249,3 +249,19 @@ class Curve(Shown):
         if len(self.sizes) < 2:
             raise ValueError("an area needs two sizes or more.")
         return np.trapezoid(values, self.shares, axis=-1)
+
+
+def areas_row(by_value: Curve, by_magnitude: Curve, seed: int = 0) -> dict[str, float]:
+    """Compute CPR and CMD, each of the curve that Mueller et al. (2025) take it from.
+
+    Args:
+        by_value: of circuits of the highest scores, for CPR.
+        by_magnitude: of those of the largest magnitude, for CMD.
+        seed: of the bootstrap.
+
+    Returns:
+        A row of a table: cpr, cpr_low, cpr_high, and so on.
+    """
+    areas = {"cpr": by_value.areas(seed)["cpr"], "cmd": by_magnitude.areas(seed)["cmd"]}
+    ends = ("", "_low", "_high")
+    return {f"{name}{end}": float(x) for name, of in areas.items() for end, x in zip(ends, of, strict=True)}

@@ -107,6 +107,23 @@ def save_dot(circuit: Circuit, path: str | Path, weights: Mapping[str, float] | 
         temporary.write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")
 
 
+def edge_rows(weights: Mapping[str, float], name: str, others: Mapping[str, Circuit]) -> list[dict[str, Any]]:
+    """Make a table of a circuit's edges, which a report draws.
+
+    Args:
+        weights: scores of its edges by name.
+        name: of the column of scores.
+        others: circuits that it is compared with, by name.
+
+    Returns:
+        Rows with the edge, its score and, if there are others, `shared_with`: the names of those that have the edge, or "none".
+    """
+    rows: list[dict[str, Any]] = [{"edge": edge, name: weight} for edge, weight in weights.items()]
+    for row in rows if others else ():
+        row["shared_with"] = ", ".join(of for of, other in others.items() if row["edge"] in other.edges) or "none"
+    return rows
+
+
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config
     sizes = {"n_layers": n_layers(config), "n_heads": n_heads(config), "n_kv_heads": n_kv_heads(config)}

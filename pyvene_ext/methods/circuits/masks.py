@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 Level = Literal["edge", "node"]
 SHARES: dict[Level, float] = {"edge": 0.02, "node": 0.1}  # open at the end
+STEPS = 200
 FALLING = 0.9  # of the steps; in the rest the share stays
 SHOWN = 8  # steps in a repr
 
@@ -104,7 +105,7 @@ def learn_mask(
     level: Level = "edge",
     ablation: AblationKind = "patching",
     share: float | None = None,
-    steps: int = 200,
+    steps: int = STEPS,
     learning_rate: float = 0.3,
     seed: int = 0,
     batch_size: int = 8,

@@ -14,7 +14,7 @@ random have no sign.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modelcards import n_layers
 from pyvene_ext.engine.measure import MetricLike
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.atp import atp
@@ -29,6 +30,7 @@ from pyvene_ext.methods.attribution.edges import check_edges_of, edge_attributio
 from pyvene_ext.methods.circuits.choosing import Scores
 from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
+from pyvene_ext.methods.circuits.masks import STEPS as MASK_STEPS
 from pyvene_ext.methods.circuits.masks import learn_mask
 from pyvene_ext.methods.circuits.running import of_one_length
 from pyvene_ext.methods.heads.flow import proximity
@@ -44,6 +46,46 @@ Level = Literal["edge", "node"]
 OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "mask", "random"]
 OfNodes = Literal["atp", "activation_patching", "mask", "random"]
 METHODS: dict[Level, tuple[str, ...]] = {"edge": get_args(OfEdges), "node": get_args(OfNodes)}
+MASK_STEP = 14  # forward passes that a step of `learn_mask` took on tiny-qwen2.5, and fewer on larger models
+
+
+class Cost(NamedTuple):
+    """What scoring costs, in forward passes of one pair of prompts.
+
+    Attributes:
+        each: for each pair.
+        fixed: however many there are.
+    """
+
+    each: float
+    fixed: float = 0.0
+
+
+def score_cost(config: Any, method: str, level: Level = "edge", steps: int = 5, batch_size: int = 8) -> Cost:
+    """Estimate the cost of `score` before it runs.
+
+    Args:
+        config: the model's config.
+        method: as for `score`.
+        level: as for `score`.
+        steps: as for `score`.
+        batch_size: as for `score`.
+
+    Returns:
+        About as many passes as it took on the shipped models.
+    """
+    if method == "mask":
+        return Cost(0.0, float(MASK_STEP * MASK_STEPS * batch_size))
+    runs = exists(config).sum() if level == "edge" else len(exists(config)) - 1
+    passes = {
+        "random": 0.0,
+        "flow": 6.0,
+        "atp": 8.0,
+        "eap": 10.0,
+        "eap_ig_inputs": 4.0 + 7 * steps,
+        "eap_ig_activations": 4.0 + 7 * steps * (2 * n_layers(config) + 1),
+    }
+    return Cost(passes.get(method, float(runs) / 2))  # others take a run each, from the layer on where it begins
 
 
 def score(

@@ -452,6 +452,55 @@ def test_a_circuit_without_numbers_is_drawn_and_other_tables_are_not() -> None:
     assert [str(edge.receiver) for edge in joint] == ["q.1.0", "logits"]
 
 
+def _circuits(folder: Path) -> None:
+    """As `circuit_localization.py --compare` leaves them: the second method's circuit is part of the first's."""
+    _run(folder)
+    worth = {"cpr": 0.5, "cpr_low": 0.4, "cpr_high": 0.6, "n_edges": 90, "faithfulness": 0.7, "low": 0.6, "high": 0.8}
+    methods = [{"method": method, **worth, "random_mean": 0.1} for method in ("eap", "atp")]
+    write_csv(folder / "methods.csv", methods)
+    edges = [f"z.{i // 10}.{i % 10}->logits" for i in range(90)]
+    other = {"shared_with": HOSTILE}
+    rows = [{"edge": edge, "score": 100.0 - i} | other for i, edge in enumerate(edges)]
+    rows[1] |= {"score": -99.5, "shared_with": "none"}
+    write_csv(folder / "circuit_eap.csv", rows)
+    write_csv(folder / "circuit_atp.csv", [{"edge": edge, "score_of_sender": 1.0} for edge in edges[:3]])
+    write_csv(folder / "circuit_breaker.csv", [{"layer": 0, "head": 0, "x": 1}])  # of something else
+    write_json(folder / "circuit_eap.json", {"edges": edges})
+
+
+def test_circuits_are_drawn_below_what_they_are_worth(tmp_path: Path) -> None:
+    _circuits(tmp_path / "a")
+    page = _page(tmp_path / "a").replace(get_plotlyjs(), "")
+    section = page[page.index('id="run0-circuits"') : page.index('id="run0-heads"')]
+    assert 'id="run0-paths"' not in page and page.count("senders") == 0
+    captions = re.findall("<figcaption>(.*?)</figcaption>", section)
+    worth = "faithfulness 0.7 [0.6, 0.8]; random circuits of the same layers and kinds 0.1"
+    assert captions == [
+        f"eap: 90 edges; {worth}; at most the 80 strongest are drawn, all are in circuit_eap.csv; "
+        "solid: the 89 that another circuit shares; dotted: those of this one alone",
+        f"atp: 3 edges; {worth}",
+    ]
+    assert section.index("cpr [low, high]") < section.index(captions[0]) and HOSTILE not in page
+    assert "circuit_eap.json</summary>" not in page and 'href="a/circuit_eap.json"' in page
+    figure = edge_graph(edges_of(Run.read(tmp_path / "a").tables["circuit_eap.csv"]))
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert len(lines) == 80 and [line.line.dash for line in lines[:3]] == ["solid", "dot", "solid"]
+    assert figure.layout.sliders[0].currentvalue.suffix == " of 90"
+
+
+@pytest.mark.slow
+@needs_browser
+def test_in_a_browser_hovering_over_an_edge_of_a_circuit_names_it(tmp_path: Path) -> None:
+    _circuits(tmp_path / "a")
+    script = """
+      const [plot] = document.querySelectorAll('.plotly-graph-div');
+      const line = plot.data[1];
+      return await under(plot, line.x[5], line.y[5])
+    """
+    said, wrong = in_browser(_page(tmp_path / "a"), script, tmp_path)
+    assert wrong == [] and said == "z.0.1 → logitsscore: -99.5shared with: none"
+
+
 def test_a_table_of_paths_to_the_same_receivers_is_a_map_of_heads_too(tmp_path: Path) -> None:
     _run(tmp_path / "a")
     rows = [
