@@ -11,7 +11,8 @@ Faithfulness is (M(circuit) - M(empty circuit)) / (M(model) - M(empty circuit)) 
 
 Scores (`pyvene_ext.methods.circuits.scoring`) are those of patching, whatever `--ablation` says. Edges: eap (Syed et al. 2023),
 eap_ig_inputs, eap_ig_activations (Hanna et al. 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask
-(learned, slow), random.
+(learned, slow), acdc (Conmy et al. 2023, slow), random. ACDC gives one circuit for each `--tau` and no scores: its edges rank by
+what their removal changed when it was tested, so that those it keeps come first, and every method is judged at their number too.
 Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random.
 
 Following MIB, the Mechanistic Interpretability Benchmark (Mueller et al. 2025), circuits have 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50
@@ -38,7 +39,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
@@ -50,10 +51,7 @@ if TYPE_CHECKING:
     from pyvene_ext.methods.circuits.choosing import By, Scores
     from pyvene_ext.methods.circuits.circuit import Circuit
     from pyvene_ext.methods.circuits.faithfulness import Curve
-
-    Value = TypeVar("Value")
-    ByMethod = Mapping[Any, Value]
-    Circuits = Mapping[str, Circuit]  # by file
+    from pyvene_ext.methods.circuits.judging import Judgement
 
 Method = Literal[
     "eap",
@@ -62,6 +60,7 @@ Method = Literal[
     "path_patching",
     "flow",
     "mask",
+    "acdc",
     "random",
     "atp",
     "activation_patching",
@@ -84,6 +83,8 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
     """what is read at the last token"""
     steps: px.flags.Count = 5
     """of integrated gradients"""
+    tau: Annotated[float, Gt(0)] = 0.1
+    """of acdc: edges whose removal changes the mean metric by less are removed, in units of the metric"""
     share: Annotated[float, Gt(0), Le(1)] = 0.01
     """share of the edges or nodes in the circuit that is written"""
     by: Literal["magnitude", "value"] = "magnitude"
@@ -119,7 +120,7 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
 def main(config: Config) -> None:
     if not px.is_main_process():
         return  # on one device
-    from pyvene_ext.circuits import areas_row, check_ablation, check_defined, judge, load_circuit, overlap, score
+    from pyvene_ext.circuits import check_ablation, check_defined, faithfulness_curve, halves, load_circuit, overlap
 
     # Everything that can be wrong is found before the scores are.
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
@@ -133,23 +134,20 @@ def main(config: Config) -> None:
     check_ablation(model, base, source, config.ablation)
     scored, judged = halves(len(base), config.seed)
     work = f"{len(scored)} pairs score, {len(judged)} judge: {', '.join(config.chosen)}"
-    each, fixed = (passes * px.runs.seconds_a_pass(model, base) / len(base) for passes in cost(config, model))
+    a_pass = px.runs.seconds_a_pass(model, base) / len(base)
+    each, fixed = (passes * a_pass for passes in cost(config, model))
     if not run.announce(work, each * len(base) + fixed, n=len(prompt_set), fixed=fixed):
         return
     on_scored, on_judged = ((base.take(some), source.take(some)) for some in (scored, judged))
     means = check_defined(model, *on_judged, seed=config.seed, **options(config))
 
-    # Every edge is scored on one half; circuits of ten sizes are judged on the other.
-    how: dict[str, Any] = {name: getattr(config, name) for name in ("level", "steps", "seed", "batch_size")}
-    scores = {method: score(model, *on_scored, method, config.metric, **how) for method in config.chosen}
-    curves = {method: curves_of(config, model, scores[method], on_judged) for method in config.chosen}
-    # One circuit of each method: is it more than its layers, does it miss anything, does it need all it has?
-    circuits = {method: circuit_of(config, model, scores[method]) for method in config.chosen}
-    how = judging(config, model)
-    of_circuits = {one: judge(model, circuits[one], *on_judged, scores=scores[one], **how) for one in config.chosen}
-    areas = {one: areas_row(*map(curves[one].__getitem__, RANKINGS), config.seed) for one in config.chosen}
-    rows = [{"method": one, **areas[one], **of_circuits[one].row()} for one in config.chosen]
-    own = circuits[config.chosen[0]]
+    found = {method: found_by(config, model, method, on_scored, on_judged) for method in config.chosen}
+    rows = [{"method": method} | one.row(config.seed, a_pass * len(scored)) for method, one in found.items()]
+    n_acdc = int((abs(found["acdc"].scores) >= config.tau).sum()) if "acdc" in found else None
+    for row in rows if n_acdc is not None else ():
+        of_as_many = faithfulness_curve(model, found[row["method"]].scores, *on_judged, [n_acdc], **options(config))
+        row["as_many"] = float(of_as_many.values[0])
+    own = found[config.chosen[0]].circuit
     shared = [{"circuit": path, **overlap(own, other, model.config).row()} for path, other in others.items()]
 
     facts = px.metadata(
@@ -159,36 +157,27 @@ def main(config: Config) -> None:
         scored=scored,
         judged=judged,
         n_all=n_all(config, model),
+        n_acdc=n_acdc,
         mean_clean=means[0],
         mean_empty=means[1],
         methods=[{name: px.stats.finite(x) if isinstance(x, float) else x for name, x in row.items()} for row in rows],
     )
-    print(summary(config, facts, rows, curves))
+    print(summary(config, facts, rows))
     with run.writing(facts, evidence(config, facts, rows), replacing=("*.npy", "*.csv", "circuit_*", "figures/*")):
         run.table("methods", rows)
         if shared:
             run.table("shared", shared)
+        curves = [(method, by, curve) for method, one in found.items() for by, curve in one.curves.items()]
         run.table(
-            "curves",
-            [{"method": m, "by": by, **row} for m in curves for by in curves[m] for row in curves[m][by].table()],
+            "curves", [{"method": method, "by": by, **row} for method, by, curve in curves for row in curve.table()]
         )
-        for method in config.chosen:
-            run.array(f"scores_{method}", scores[method])
-            write_circuit(run, config, model, method, scores[method], circuits[method], others)
-        draw(run, config, curves, scores, circuits, model)
+        for method, one in found.items():
+            run.array(f"scores_{method}", one.scores)
+            write_circuit(run, config, model, method, one, others)
+        draw(run, config, model, found)
 
 
 # -- what is run -------------------------------------------------------------------------------------------------------
-
-
-def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
-    """Which pairs score edges, and which judge circuits."""
-    if n < 3:
-        raise ValueError(
-            f"{n} pairs of equally many tokens are too few to score edges on some and judge on others; give 3."
-        )
-    order = px.rng(seed, "halves").permutation(n).tolist()
-    return sorted(order[: n // 2]), sorted(order[n // 2 :])
 
 
 def n_all(config: Config, model: PreTrainedModel) -> int:
@@ -196,11 +185,6 @@ def n_all(config: Config, model: PreTrainedModel) -> int:
     from pyvene_ext.methods.circuits.circuit import exists
 
     return int(exists(model.config).sum()) if config.level == "edge" else len(exists(model.config)) - 1
-
-
-def n_kept(config: Config, model: PreTrainedModel) -> int:
-    """How many of them the written circuit keeps, before pruning."""
-    return max(1, int(config.share * n_all(config, model)))
 
 
 def cost(config: Config, model: PreTrainedModel) -> tuple[float, float]:
@@ -219,86 +203,83 @@ def options(config: Config) -> dict[str, Any]:
     return how | {"memory": config.memory_bytes}
 
 
-def curves_of(config: Config, model: PreTrainedModel, scores: Scores, pairs: tuple[Any, Any]) -> dict[By, Curve]:
-    """Faithfulness at MIB's sizes, with the highest scores first and with those of the largest magnitude first."""
-    from pyvene_ext.circuits import MIB_SHARES, faithfulness_curve
+@dataclass(frozen=True)
+class Found:
+    """What a method gave: scores, how many seconds they took, circuits of ten sizes by either ranking, and the one of --share."""
 
+    scores: Scores
+    seconds: float
+    curves: Mapping[By, Curve]
+    circuit: Circuit
+    judged: Judgement
+
+    def row(self, seed: int, a_pass: float) -> dict[str, Any]:
+        """Its row of the table; `a_pass` is what a forward pass over the pairs that scored takes."""
+        from pyvene_ext.circuits import areas_row
+
+        areas = areas_row(self.curves["value"], self.curves["magnitude"], seed)
+        return areas | self.judged.row() | {"seconds": self.seconds, "passes": self.seconds / a_pass}
+
+
+def found_by(config: Config, model: PreTrainedModel, method: Method, on_scored: Any, on_judged: Any) -> Found:
+    """Score every edge or node on one half of the pairs, and judge circuits on the other."""
+    from pyvene_ext.circuits import MIB_SHARES, faithfulness_curve, judge, timed_score, top_edges, top_nodes
+
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("level", "steps", "tau", "seed", "batch_size")}
+    scores, seconds = timed_score(model, *on_scored, method, config.metric, **how)
     how = options(config) | {"shares": MIB_SHARES}
-    return {by: faithfulness_curve(model, scores, *pairs, by=by, **how) for by in RANKINGS}
+    curves = {by: faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
+    n = max(1, int(config.share * n_all(config, model)))
+    circuit = (top_edges if config.level == "edge" else top_nodes)(scores, n, model.config, config.by)
+    # Is it more than its layers, does it miss anything, does it need all it has?
+    how = options(config) | {"random": config.random_circuits, "removed": config.removed, "seed": config.seed}
+    judged = judge(model, circuit, *on_judged, scores=scores, n=n, by=config.by, **how)
+    return Found(scores, seconds, curves, circuit, judged)
 
 
-def circuit_of(config: Config, model: PreTrainedModel, scores: Scores) -> Any:
-    """The circuit of --share of the edges or nodes."""
-    from pyvene_ext.circuits import top_edges, top_nodes
-
-    return (top_edges if config.level == "edge" else top_nodes)(scores, n_kept(config, model), model.config, config.by)
-
-
-# -- statistics --------------------------------------------------------------------------------------------------------
-
-
-def judging(config: Config, model: PreTrainedModel) -> dict[str, Any]:
-    """How the circuits of --share are judged."""
-    how = {"n": n_kept(config, model), "by": config.by, "seed": config.seed}
-    return how | {"random": config.random_circuits, "removed": config.removed} | options(config)
+# -- what is written and shown -----------------------------------------------------------------------------------------
 
 
 def settings(
     config: Config, base: px.TokenizedPrompts, source: px.TokenizedPrompts, dropped: list[int]
 ) -> dict[str, Any]:
     """What was run, for the summary."""
-    flags = ("model", "dataset", "level", "ablation", "metric", "share", "by", "answers", "seed")
+    flags = ("model", "dataset", "level", "ablation", "metric", "share", "by", "tau", "answers", "seed")
     prompts = {"base_hash": base.hash, "source_hash": source.hash, "n": len(base), "dropped": dropped}
     return {name: getattr(config, name) for name in flags} | prompts
 
 
-# -- what is written and shown -----------------------------------------------------------------------------------------
-
-
 def write_circuit(
-    run: px.RunFolder,
-    config: Config,
-    model: PreTrainedModel,
-    method: Method,
-    scores: Scores,
-    circuit: Circuit,
-    others: Circuits,
+    run: px.RunFolder, config: Config, model: PreTrainedModel, method: Method, one: Found, others: Mapping[str, Circuit]
 ) -> None:
     """The circuit of a method as JSON and DOT and, unless it is random, as a table, of the first method beside `others`."""
     from pyvene_ext.circuits import edge_rows, named_scores, save_circuit, save_dot
 
     facts = {"method": method, "level": config.level, "metric": config.metric, "dataset": config.dataset}
-    save_circuit(circuit, run.path / f"circuit_{method}.json", model, **facts)
-    weights = named_scores(scores, circuit, model.config)
-    save_dot(circuit, run.path / f"circuit_{method}.dot", weights)
+    save_circuit(one.circuit, run.path / f"circuit_{method}.json", model, **facts)
+    weights = named_scores(one.scores, one.circuit, model.config)
+    save_dot(one.circuit, run.path / f"circuit_{method}.dot", weights)
     if weights and method != "random":
         name = "score" if config.level == "edge" else "score_of_sender"
         run.table(f"circuit_{method}", edge_rows(weights, name, others if method == config.chosen[0] else {}))
 
 
-def draw(
-    run: px.RunFolder,
-    config: Config,
-    curves: ByMethod[dict[By, Curve]],
-    scores: ByMethod[Scores],
-    circuits: ByMethod[Circuit],
-    model: PreTrainedModel,
-) -> None:
+def draw(run: px.RunFolder, config: Config, model: PreTrainedModel, found: Mapping[Method, Found]) -> None:
     """Faithfulness by size, and the strongest edges of the first method's circuit."""
     from pyvene_ext.circuits import named_scores
 
-    by_size = {method: curves[method][config.by] for method in list(curves)[:4]}
+    by_size = {method: one.curves[config.by] for method, one in list(found.items())[:4]}
     of = {method: (100 * curve.shares, curve.runs.interval()) for method, curve in by_size.items()}
     title = f"Faithfulness by size, edges by {config.by}: {run.of}"
     run.figure("faithfulness", px.figures.faithfulness_curves(of, title=title, axis=f"% of {config.level}s allowed"))
     first = config.chosen[0]
     if config.level == "edge":
-        weights = named_scores(scores[first], circuits[first], model.config)
+        weights = named_scores(found[first].scores, found[first].circuit, model.config)
         title = f"Circuit by {first}, strongest edges: {run.of}"
         run.figure("circuit", px.figures.edge_graph(weights, title, "score", nodes=px.specs.senders(model.config)))
 
 
-def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[dict[By, Curve]]) -> str:
+def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
     """What the terminal shows: one table over methods."""
     n_scored, n_judged = len(facts["scored"]), len(facts["judged"])
     lines = [
@@ -318,6 +299,11 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows, curves: ByMethod[
             f"{row['method']:20} {cpr:22}  {cmd:22}  {own:36} {row['random_mean']:7.2f} {row['completeness']:9.2f} "
             f"{row['minimality']:8.2f}"
         )
+    taken = ", ".join(f"{row['method']} {row['passes']:.0f}" for row in rows)
+    lines.append(f"scoring took as long as so many forward passes over its pairs: {taken}")
+    if facts["n_acdc"] is not None:
+        same = ", ".join(f"{row['method']} {row['as_many']:.2f}" for row in rows)
+        lines.append(f"faithfulness of as many edges as acdc keeps, {facts['n_acdc']}: {same}")
     for row in facts["shared"]:
         chance = (
             f"by chance {row['chance']:.2f} [{row['chance_low']:.2f}, {row['chance_high']:.2f}], p = {row['p']:.2g}"

@@ -5,7 +5,7 @@ from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top
 from pyvene_ext.methods.circuits.circuit import Circuit, named_scores
 from pyvene_ext.methods.circuits.faithfulness import areas_row
 from pyvene_ext.methods.circuits.files import edge_rows, load_circuit, save_circuit, save_dot
-from pyvene_ext.methods.circuits.judging import Judgement, Overlap, check_defined, jaccard, judge, overlap
+from pyvene_ext.methods.circuits.judging import Judgement, Overlap, check_defined, halves, jaccard, judge, overlap
 from pyvene_ext.methods.circuits.masks import Mask, learn_mask
 from pyvene_ext.methods.circuits.running import (
     MIB_SHARES,
@@ -16,7 +16,7 @@ from pyvene_ext.methods.circuits.running import (
     run_circuit,
     run_circuits,
 )
-from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost
+from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost, timed_score
 
 __all__ = [
     "METHODS",
@@ -34,6 +34,7 @@ __all__ = [
     "edge_rows",
     "faithfulness",
     "faithfulness_curve",
+    "halves",
     "jaccard",
     "judge",
     "learn_mask",
@@ -47,6 +48,7 @@ __all__ = [
     "save_dot",
     "score",
     "score_cost",
+    "timed_score",
     "top_edges",
     "top_nodes",
 ]

@@ -15,11 +15,13 @@ import pyvene_ext as px
 from pyvene_ext.circuits import (
     MIB_SHARES,
     Circuit,
+    acdc,
     faithfulness_curve,
     judge,
     load_circuit,
     named_scores,
     overlap,
+    run_circuits,
     score,
     top_edges,
 )
@@ -129,6 +131,25 @@ def test_another_runs_circuit_is_compared_and_nodes_are_judged(
     assert not (tmp_path / "nodes/circuit_random.csv").exists()
 
 
+@pytest.mark.slow
+def test_every_method_is_judged_at_the_size_that_acdc_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--methods", "acdc", "eap", "--tau", 0.5, "--removed", 1, "--random_circuits", 1, "--limit", 6]
+    assert command("--out", tmp_path / "x", *flags) == 0
+    model, tokenizer = px.load_model("tiny-qwen2.5")
+    facts = json.loads((tmp_path / "x/summary.json").read_text())
+    pairs = px.methods.both_texts(px.PromptSet.load("ioi_en")[:6], model, tokenizer)
+    on_scored, on_judged = ([texts.take(facts[half]) for texts in pairs] for half in ("scored", "judged"))
+    found = acdc(model, *on_scored, "logit_diff", tau=0.5, progress=False)
+    n = len(found.unpruned)
+    assert facts["n_acdc"] == n > 3
+    eap = top_edges(score(model, *on_scored, "eap", progress=False), n, model.config)
+    expected = run_circuits(model, [found.circuit, eap], *on_judged, progress=False).faithfulness
+    table = rows(tmp_path / "x/methods.csv")
+    np.testing.assert_allclose([float(row["as_many"]) for row in table], expected, atol=1e-4)
+    assert float(table[0]["passes"]) > 5 * float(table[1]["passes"]) > 0
+    assert f"faithfulness of as many edges as acdc keeps, {n}: acdc {expected[0]:.2f}, eap" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -136,6 +157,8 @@ def test_another_runs_circuit_is_compared_and_nodes_are_judged(
         (["--level", "node", "--methods", "flow"], "--methods flow does not score nodes"),
         (["--metric", "kl"], "leave eap and atp out of --methods"),
         (["--share", "1.5"], "--share"),
+        (["--methods", "acdc", "--tau", "0"], "--tau"),
+        (["--level", "node", "--methods", "acdc"], "--methods acdc does not score nodes"),
         (["--limit", "2"], "too few to score edges on some and judge on others"),
         (["--compare", "nowhere.json"], "nowhere.json"),
     ],

@@ -22,6 +22,27 @@ from pyvene_ext.stats.intervals import Interval, bootstrap_mean
 CHANGED = 0.01  # of faithfulness, from which on an edge counts as needed
 
 
+def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
+    """Draw which pairs of prompts score edges, and which judge the circuits that the scores choose.
+
+    Args:
+        n: number of pairs.
+        seed: of the draw.
+
+    Returns:
+        The numbers of the one and of the other, in their order.
+
+    Raises:
+        ValueError: fewer than three pairs.
+    """
+    if n < 3:
+        raise ValueError(
+            f"{n} pairs of equally many tokens are too few to score edges on some and judge on others; give 3."
+        )
+    order = rng(seed, "halves").permutation(n).tolist()
+    return sorted(order[: n // 2]), sorted(order[n // 2 :])
+
+
 @dataclass(frozen=True)
 class Judgement:
     """A circuit beside random ones, its complement, and itself without single edges.

@@ -5,6 +5,10 @@ path_patching is exact and takes a run each: the edge's contribution is taken fr
 (Goldowsky-Dill et al. 2023). flow is how near what a sender adds is to what a receiver reads (`flow_scores`), mask how often a
 learned mask keeps the edge (`learn_mask`), random a draw from a normal distribution.
 
+acdc finds a set in place of scores (`acdc`, Conmy et al. 2023). An edge has by how much its removal lowered the mean metric (of
+kl, raised it) when it was tested, 0 if it led nowhere and was removed untested. By magnitude, the edges that ACDC keeps come
+first, so that a circuit of as many is its own; then those it removed, the ones that changed most first.
+
 Of nodes, `[sender]`: atp is an estimate from gradients (Nanda 2023), activation_patching is exact and takes a run each; mask and
 random are as for edges.
 
@@ -14,6 +18,7 @@ random have no sign.
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -27,6 +32,7 @@ from pyvene_ext.engine.measure import MetricLike
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.atp import atp
 from pyvene_ext.methods.attribution.edges import check_edges_of, edge_attribution
+from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes
 from pyvene_ext.methods.circuits.choosing import Scores
 from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
@@ -43,9 +49,11 @@ from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 
 Level = Literal["edge", "node"]
-OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "mask", "random"]
+OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "mask", "acdc", "random"]
 OfNodes = Literal["atp", "activation_patching", "mask", "random"]
 METHODS: dict[Level, tuple[str, ...]] = {"edge": get_args(OfEdges), "node": get_args(OfNodes)}
+TAU = 0.1  # of ACDC
+ACDC_PASS = 4  # forward passes that one of `acdc_passes` took on tiny-qwen2.5
 MASK_STEP = 14  # forward passes that a step of `learn_mask` took on tiny-qwen2.5, and fewer on larger models
 
 
@@ -76,6 +84,8 @@ def score_cost(config: Any, method: str, level: Level = "edge", steps: int = 5, 
     """
     if method == "mask":
         return Cost(0.0, float(MASK_STEP * MASK_STEPS * batch_size))
+    if method == "acdc":
+        return Cost(ACDC_PASS * acdc_passes(config).one_by_one)
     runs = exists(config).sum() if level == "edge" else len(exists(config)) - 1
     passes = {
         "random": 0.0,
@@ -97,6 +107,7 @@ def score(
     *,
     level: Level = "edge",
     steps: int = 5,
+    tau: float = TAU,
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = True,
@@ -111,6 +122,7 @@ def score(
         metric: as for `run`, one number per prompt; not read by flow and random.
         level: edge or node.
         steps: of integrated gradients.
+        tau: the threshold of acdc, in units of the metric.
         seed: of random scores and of a mask's draws.
         batch_size: prompts per forward pass.
         progress: show a bar.
@@ -132,7 +144,7 @@ def score(
         shape = there.shape if level == "edge" else there.shape[:1]
         return rng(seed, "random scores").normal(size=shape)
     if method == "mask":
-        return learn_mask(model, base, source, metric, level=level, seed=seed, **options).scores
+        return learn_mask(model, base, source, metric, level=level, steps=MASK_STEPS, seed=seed, **options).scores
     if level == "node":
         patches = [
             ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
@@ -146,6 +158,10 @@ def score(
         return np.concatenate([[0.0], delta.mean(1, dtype=np.float64)])
     if method == "flow":
         return flow_scores(model, base, batch_size)
+    if method == "acdc":
+        pruned = acdc(model, base, source, metric, tau=tau, **options)
+        effects = np.nan_to_num(pruned.matrix)
+        return effects if pruned.by else np.maximum(effects, 0)  # kl's rule is one-sided
     if method == "path_patching":
         reading, writing = receivers(model.config), senders(model.config)
         places = np.argwhere(there)
@@ -158,6 +174,21 @@ def score(
         return found
     edges = edge_attribution(model, base, source, metric, method, steps=steps, **options)  # type: ignore[arg-type]
     return np.where(there, edges.per_prompt.mean(-1, dtype=np.float64), 0.0)
+
+
+def timed_score(model: PreTrainedModel, *args: Any, **options: Any) -> tuple[Scores, float]:
+    """Score, and say how long it took.
+
+    Args:
+        model: as for `score`.
+        *args: as for `score`.
+        **options: as for `score`.
+
+    Returns:
+        The scores, and seconds.
+    """
+    start = time.perf_counter()
+    return score(model, *args, **options), time.perf_counter() - start
 
 
 def flow_scores(

@@ -10,8 +10,11 @@ import torch
 from tiny.planted_circuits import planted
 
 from pyvene_ext.methods.attribution.edges import edge_attribution
-from pyvene_ext.methods.circuits.circuit import exists
-from pyvene_ext.methods.circuits.scoring import METHODS, score
+from pyvene_ext.methods.circuits import scoring
+from pyvene_ext.methods.circuits.acdc import acdc
+from pyvene_ext.methods.circuits.choosing import top_edges
+from pyvene_ext.methods.circuits.circuit import Circuit, exists, named_scores
+from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.specs.graph import receivers, senders
 from pyvene_ext.specs.patch import ActivationPatch
@@ -25,7 +28,8 @@ from tests.tiny_random import random_model
 SOURCE = replace(OTHER, answers=BASE.answers)
 
 
-def test_scores_are_means_over_prompts_in_the_order_of_the_graph() -> None:
+def test_scores_are_means_over_prompts_in_the_order_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "MASK_STEPS", 2)
     model, base, source = random_model("llama3_1"), *(chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE))
     names = [[str(node) for node in nodes(model.config)] for nodes in (senders, receivers)]
     options = {"batch_size": 3, "progress": False}
@@ -45,9 +49,34 @@ def test_scores_are_means_over_prompts_in_the_order_of_the_graph() -> None:
     assert nodes.shape == (len(names[0]),) and nodes[0] == 0
     for level, methods in METHODS.items():
         shape = exists(model.config).shape[: 2 if level == "edge" else 1]
-        for method in set(methods) - {"path_patching", "activation_patching", "eap_ig_activations"}:
+        for method in set(methods) - {"path_patching", "activation_patching", "eap_ig_activations", "acdc"}:
             found = score(model, base, source, method, level=level, steps=1, progress=False)  # type: ignore[arg-type]
             assert found.shape == shape and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(("metric", "tau"), [("logit_diff", 0.05), pytest.param("kl", 0.005, marks=pytest.mark.slow)])
+def test_by_scores_of_acdc_a_circuit_of_as_many_edges_as_it_keeps_is_its_own(metric: str, tau: float) -> None:
+    model, base, source = random_model("llama3_1"), *(chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE))
+    found = acdc(model, base, source, metric, tau=tau, progress=False)
+    scores = score(model, base, source, "acdc", metric, tau=tau, progress=False)
+    kept = np.abs(scores) >= tau
+    assert np.array_equal(kept, found.unpruned.matrix(model.config))
+    assert top_edges(scores, int(kept.sum()), model.config) == found.circuit
+    effects = dict(zip(found.edges, found.effect, strict=True))
+    for edge, value in named_scores(scores, Circuit.full(model.config), model.config).items():
+        assert value == (max(effects.get(edge, 0), 0) if metric == "kl" else effects.get(edge, 0))
+    assert 5 < kept.sum() < len(effects) - 5 and (metric == "kl" or min(effects.values()) < 0)
+
+
+def test_costs_are_told_before() -> None:
+    config = random_model("llama3_1").config
+    assert score_cost(config, "random") == (0, 0)
+    assert score_cost(config, "mask", batch_size=2).fixed == score_cost(config, "mask", batch_size=4).fixed / 2 > 0
+    assert score_cost(config, "eap_ig_inputs", steps=9).each > score_cost(config, "eap_ig_inputs").each
+    for one, other in (("acdc", "path_patching"), ("path_patching", "eap"), ("eap", "flow")):
+        assert score_cost(config, one).each > score_cost(config, other).each
+    heads = score_cost(config, "activation_patching", "node").each
+    assert score_cost(config, "path_patching").each > heads == (len(senders(config)) - 1) / 2
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
