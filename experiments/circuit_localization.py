@@ -9,11 +9,12 @@ random, score every edge (or node); the circuits that the scores choose are judg
 ablate every edge outside of it (`pyvene_ext.methods.circuits.running`): by patching, with its value on the corrupt prompt.
 Faithfulness is (M(circuit) - M(empty circuit)) / (M(model) - M(empty circuit)) in means over prompts (Marks et al. 2024).
 
-Scores (`pyvene_ext.methods.circuits.scoring`) are those of patching, whatever `--ablation` says. Edges: eap (Syed et al. 2023),
-eap_ig_inputs, eap_ig_activations (Hanna et al. 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask
-(learned, slow), acdc (Conmy et al. 2023, slow), random. ACDC gives one circuit for each `--tau` and no scores: its edges rank by
-what their removal changed when it was tested, so that those it keeps come first, and every method is judged at their number too.
-Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random.
+Scores (`pyvene_ext.methods.circuits.scoring`) of edges: eap (Syed et al. 2023), eap_ig_inputs, eap_ig_activations (Hanna et al.
+2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask (learned, slow), acdc (Conmy et al. 2023, slow),
+random. ACDC gives one circuit for each `--tau` and no scores: its edges rank by what their removal changed when it was tested, so
+that those it keeps come first, and every method is judged at their number too.
+Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random. eap, eap_ig and atp score patching whatever
+`--ablation` says (scored_by in methods.csv); flow and random know of no ablation.
 
 Following MIB, the Mechanistic Interpretability Benchmark (Mueller et al. 2025), circuits have 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50
 and 100% of the edges (or nodes), before edges are dropped that lie on no path from the embedding to the logits. CPR is the area
@@ -120,7 +121,15 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
 def main(config: Config) -> None:
     if not px.is_main_process():
         return  # on one device
-    from pyvene_ext.circuits import check_ablation, check_defined, faithfulness_curve, halves, load_circuit, overlap
+    from pyvene_ext.circuits import (
+        check_ablation,
+        check_defined,
+        faithfulness_curve,
+        halves,
+        load_circuit,
+        overlap,
+        scored_by,
+    )
 
     # Everything that can be wrong is found before the scores are.
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
@@ -142,7 +151,10 @@ def main(config: Config) -> None:
     means = check_defined(model, *on_judged, seed=config.seed, **options(config))
 
     found = {method: found_by(config, model, method, on_scored, on_judged) for method in config.chosen}
-    rows = [{"method": method} | one.row(config.seed, a_pass * len(scored)) for method, one in found.items()]
+    rows = [
+        {"method": method, "scored_by": scored_by(method, config.ablation)} | one.row(config.seed, a_pass * len(scored))
+        for method, one in found.items()
+    ]
     n_acdc = int((abs(found["acdc"].scores) >= config.tau).sum()) if "acdc" in found else None
     for row in rows if n_acdc is not None else ():
         of_as_many = faithfulness_curve(model, found[row["method"]].scores, *on_judged, [n_acdc], **options(config))
@@ -191,7 +203,7 @@ def cost(config: Config, model: PreTrainedModel) -> tuple[float, float]:
     """About how many forward passes of a pair it takes to score and judge: for each pair, and whatever their number."""
     from pyvene_ext.circuits import score_cost
 
-    how = config.level, config.steps, config.batch_size
+    how = config.level, config.steps, config.ablation, config.batch_size
     each, fixed = zip(*(score_cost(model.config, method, *how) for method in config.chosen), strict=True)
     judging = 1.7 * (2 * 8 + config.random_circuits + config.removed)  # of two times ten sizes some are cheap
     return (sum(each) + len(each) * judging) / 2, sum(fixed)
@@ -225,8 +237,8 @@ def found_by(config: Config, model: PreTrainedModel, method: Method, on_scored: 
     """Score every edge or node on one half of the pairs, and judge circuits on the other."""
     from pyvene_ext.circuits import MIB_SHARES, faithfulness_curve, judge, timed_score, top_edges, top_nodes
 
-    how: dict[str, Any] = {name: getattr(config, name) for name in ("level", "steps", "tau", "seed", "batch_size")}
-    scores, seconds = timed_score(model, *on_scored, method, config.metric, **how)
+    how = options(config) | {name: getattr(config, name) for name in ("level", "steps", "tau", "seed")}
+    scores, seconds = timed_score(model, *on_scored, method, **how)
     how = options(config) | {"shares": MIB_SHARES}
     curves = {by: faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
     n = max(1, int(config.share * n_all(config, model)))
@@ -299,6 +311,9 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
             f"{row['method']:20} {cpr:22}  {cmd:22}  {own:36} {row['random_mean']:7.2f} {row['completeness']:9.2f} "
             f"{row['minimality']:8.2f}"
         )
+    patched = [row["method"] for row in rows if row["scored_by"] not in ("", config.ablation)]
+    if patched:
+        lines.append(f"scored by patching, not by {config.ablation} ablation: {', '.join(patched)}")
     taken = ", ".join(f"{row['method']} {row['passes']:.0f}" for row in rows)
     lines.append(f"scoring took as long as so many forward passes over its pairs: {taken}")
     if facts["n_acdc"] is not None:

@@ -103,6 +103,8 @@ def test_another_runs_circuit_is_compared_and_nodes_are_judged(
         2,
         "--limit",
         8,
+        "--ablation",
+        "zero",
         "--compare",
         other,
     ]
@@ -113,7 +115,9 @@ def test_another_runs_circuit_is_compared_and_nodes_are_judged(
     (row,) = rows(tmp_path / "nodes" / "shared.csv")
     assert float(row["jaccard"]) == pytest.approx(overlap(own, compared, model.config).jaccard)
     assert f"{row['n_shared']} edges shared with {other}: Jaccard" in said
-    assert [r["method"] for r in rows(tmp_path / "nodes/methods.csv")] == ["atp", "random"]
+    table = rows(tmp_path / "nodes/methods.csv")
+    assert [(row["method"], row["scored_by"]) for row in table] == [("atp", "patching"), ("random", "")]
+    assert "scored by patching, not by zero ablation: atp\n" in said
     scores = dict(
         zip(map(str, px.specs.senders(model.config)), np.load(tmp_path / "nodes/scores_atp.npy"), strict=True)
     )

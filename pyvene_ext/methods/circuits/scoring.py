@@ -13,7 +13,9 @@ Of nodes, `[sender]`: atp is an estimate from gradients (Nanda 2023), activation
 random are as for edges.
 
 Scores estimate delta = M(base) - M(base, patched from source), which is positive where the edge or node helps. flow, mask and
-random have no sign.
+random have no sign. The methods of `ABLATED` take other ablations than patching too; path_patching and activation_patching then
+run the circuit of all other edges, which by patching is the same (but for heads that a norm follows, as in Gemma 2, whose share
+a circuit scales as in the run that it is from).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.masks import STEPS as MASK_STEPS
 from pyvene_ext.methods.circuits.masks import learn_mask
-from pyvene_ext.methods.circuits.running import of_one_length
+from pyvene_ext.methods.circuits.running import AblationKind, of_one_length, run_circuits
 from pyvene_ext.methods.heads.flow import proximity
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.models.devices import no_gradients
@@ -52,8 +54,10 @@ Level = Literal["edge", "node"]
 OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "mask", "acdc", "random"]
 OfNodes = Literal["atp", "activation_patching", "mask", "random"]
 METHODS: dict[Level, tuple[str, ...]] = {"edge": get_args(OfEdges), "node": get_args(OfNodes)}
+ABLATED = ("path_patching", "mask", "acdc", "activation_patching")  # score under any ablation
+AT_ONCE = 256  # circuits without an edge or node that are given to `run_circuits` together, as matrices
 TAU = 0.1  # of ACDC
-ACDC_PASS = 4  # forward passes that one of `acdc_passes` took on tiny-qwen2.5
+CIRCUIT = 4  # forward passes that one through a circuit of nearly all edges took on tiny-qwen2.5
 MASK_STEP = 14  # forward passes that a step of `learn_mask` took on tiny-qwen2.5, and fewer on larger models
 
 
@@ -69,7 +73,14 @@ class Cost(NamedTuple):
     fixed: float = 0.0
 
 
-def score_cost(config: Any, method: str, level: Level = "edge", steps: int = 5, batch_size: int = 8) -> Cost:
+def score_cost(
+    config: Any,
+    method: str,
+    level: Level = "edge",
+    steps: int = 5,
+    ablation: AblationKind = "patching",
+    batch_size: int = 8,
+) -> Cost:
     """Estimate the cost of `score` before it runs.
 
     Args:
@@ -77,6 +88,7 @@ def score_cost(config: Any, method: str, level: Level = "edge", steps: int = 5, 
         method: as for `score`.
         level: as for `score`.
         steps: as for `score`.
+        ablation: as for `score`.
         batch_size: as for `score`.
 
     Returns:
@@ -85,17 +97,18 @@ def score_cost(config: Any, method: str, level: Level = "edge", steps: int = 5, 
     if method == "mask":
         return Cost(0.0, float(MASK_STEP * MASK_STEPS * batch_size))
     if method == "acdc":
-        return Cost(ACDC_PASS * acdc_passes(config).one_by_one)
-    runs = exists(config).sum() if level == "edge" else len(exists(config)) - 1
+        return Cost(CIRCUIT * acdc_passes(config).one_by_one)
+    runs = float(exists(config).sum() if level == "edge" else len(exists(config)) - 1)
     passes = {
         "random": 0.0,
         "flow": 6.0,
-        "atp": 8.0,
-        "eap": 10.0,
+        "atp": 18.0,
+        "eap": 20.0,
         "eap_ig_inputs": 4.0 + 7 * steps,
         "eap_ig_activations": 4.0 + 7 * steps * (2 * n_layers(config) + 1),
     }
-    return Cost(passes.get(method, float(runs) / 2))  # others take a run each, from the layer on where it begins
+    # Others take a run each: by patching one that begins at its layer, else one of a circuit.
+    return Cost(passes.get(method, runs * (0.5 if ablation == "patching" else CIRCUIT)))
 
 
 def score(
@@ -108,8 +121,10 @@ def score(
     level: Level = "edge",
     steps: int = 5,
     tau: float = TAU,
+    ablation: AblationKind = "patching",
     seed: int = 0,
     batch_size: int = 8,
+    memory: int | None = None,
     progress: bool = True,
 ) -> Scores:
     """Score every edge or node of a model.
@@ -123,8 +138,10 @@ def score(
         level: edge or node.
         steps: of integrated gradients.
         tau: the threshold of acdc, in units of the metric.
+        ablation: what ablated edges carry, as for `run_circuits`; `scored_by` says whether the method heeds it.
         seed: of random scores and of a mask's draws.
         batch_size: prompts per forward pass.
+        memory: bytes besides the weights, for the methods of `ABLATED`.
         progress: show a bar.
 
     Returns:
@@ -143,8 +160,13 @@ def score(
     if method == "random":
         shape = there.shape if level == "edge" else there.shape[:1]
         return rng(seed, "random scores").normal(size=shape)
+    if method in ABLATED:
+        options["memory"] = memory
     if method == "mask":
-        return learn_mask(model, base, source, metric, level=level, steps=MASK_STEPS, seed=seed, **options).scores
+        how = {"level": level, "ablation": ablation, "steps": MASK_STEPS, "seed": seed} | options
+        return learn_mask(model, base, source, metric, **how).scores
+    if method in ("path_patching", "activation_patching") and ablation != "patching":
+        return _left_out(model, base, source, metric, level, ablation=ablation, **options)
     if level == "node":
         patches = [
             ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
@@ -159,7 +181,7 @@ def score(
     if method == "flow":
         return flow_scores(model, base, batch_size)
     if method == "acdc":
-        pruned = acdc(model, base, source, metric, tau=tau, **options)
+        pruned = acdc(model, base, source, metric, tau=tau, ablation=ablation, **options)
         effects = np.nan_to_num(pruned.matrix)
         return effects if pruned.by else np.maximum(effects, 0)  # kl's rule is one-sided
     if method == "path_patching":
@@ -176,6 +198,19 @@ def score(
     return np.where(there, edges.per_prompt.mean(-1, dtype=np.float64), 0.0)
 
 
+def scored_by(method: str, ablation: AblationKind) -> str:
+    """Say which ablation the scores of a method are of: that of the circuits or, for estimates by gradients, patching.
+
+    Args:
+        method: as for `score`.
+        ablation: as for `score`.
+
+    Returns:
+        The ablation; "" for methods that know of none.
+    """
+    return ablation if method in ABLATED else "" if method in ("flow", "random") else "patching"
+
+
 def timed_score(model: PreTrainedModel, *args: Any, **options: Any) -> tuple[Scores, float]:
     """Score, and say how long it took.
 
@@ -189,6 +224,27 @@ def timed_score(model: PreTrainedModel, *args: Any, **options: Any) -> tuple[Sco
     """
     start = time.perf_counter()
     return score(model, *args, **options), time.perf_counter() - start
+
+
+def _left_out(
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts,
+    metric: MetricLike,
+    level: Level,
+    **options: Any,
+) -> Scores:
+    """By how much the metric is lower in the circuit of all edges but one, or all but those that leave a node."""
+    there = exists(model.config)
+    found = np.zeros(there.shape[: 2 if level == "edge" else 1])
+    places = np.argwhere(there) if level == "edge" else np.arange(1, len(there))[:, None]
+    for some in np.array_split(places, -(-len(places) // AT_ONCE)):
+        circuits = np.repeat(there[None], len(some), 0)
+        for circuit, place in zip(circuits, some, strict=True):
+            circuit[tuple(place)] = False
+        runs = run_circuits(model, circuits, base, source, metric, **options)
+        found[tuple(some.T)] = (runs.clean - runs.circuits).mean(1, dtype=np.float64)
+    return found
 
 
 def flow_scores(

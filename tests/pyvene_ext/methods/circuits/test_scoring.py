@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from tiny.planted_circuits import planted
 
+from pyvene_ext.engine.sweep.run import sweep
+from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.circuits import scoring
 from pyvene_ext.methods.circuits.acdc import acdc
 from pyvene_ext.methods.circuits.choosing import top_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, exists, named_scores
-from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost
+from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost, scored_by
 from pyvene_ext.methods.patching.patch import patch
+from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.graph import receivers, senders
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
@@ -68,6 +72,47 @@ def test_by_scores_of_acdc_a_circuit_of_as_many_edges_as_it_keeps_is_its_own(met
     assert 5 < kept.sum() < len(effects) - 5 and (metric == "kl" or min(effects.values()) < 0)
 
 
+@pytest.mark.parametrize("family", ["llama3_1", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_what_is_lost_without_an_edge_or_node_is_by_patching_the_patched_path_or_activation(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base, source = random_model(family), *(chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE))
+    monkeypatch.setattr(scoring, "AT_ONCE", 50)
+    for level, method in (("edge", "path_patching"), ("node", "activation_patching")):
+        patched = score(model, base, source, method, level=level, progress=False)  # type: ignore[arg-type]
+        left_out = scoring._left_out(model, base, source, "logit_diff", level, progress=False)  # type: ignore[arg-type]
+        close(left_out, patched)
+        assert np.abs(patched).max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean"])
+def test_under_other_ablations_nodes_have_what_is_lost_without_them(kind: Literal["zero", "mean"]) -> None:
+    model = random_model("llama3_1")
+    nodes = score(model, BASE, SOURCE, "activation_patching", level="node", ablation=kind, progress=False)
+    names = [str(node) for node in senders(model.config)]
+    for name, spec in (
+        ("z.1.3", Ablation(kind=kind, site="z", layer=1, heads=(3,))),
+        ("mlp_out.0", Ablation(kind=kind, site="mlp_out", layer=0)),
+    ):
+        lost = sweep(
+            model, spec, BASE, reference=Reference.compute(model, SOURCE, [(spec.site, spec.layer)]), progress=False
+        ).delta.mean()
+        close(nodes[names.index(name)], lost)
+    assert nodes[0] == 0 and scored_by("activation_patching", kind) == kind
+
+
+def test_masks_and_acdc_score_under_the_ablation_and_gradients_under_patching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "MASK_STEPS", 2)
+    model, base, source = random_model("llama3_1"), *(chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE))
+    for method, there in (("mask", True), ("eap", False), ("acdc", True)):
+        by = [
+            score(model, base, source, method, tau=1.0, ablation=kind, progress=False)  # type: ignore[arg-type]
+            for kind in ("patching", "zero")
+        ]
+        assert np.array_equal(*by) != there and (scored_by(method, "zero") == "zero") == there
+    assert scored_by("flow", "zero") == ""
+
+
 def test_costs_are_told_before() -> None:
     config = random_model("llama3_1").config
     assert score_cost(config, "random") == (0, 0)
@@ -75,6 +120,7 @@ def test_costs_are_told_before() -> None:
     assert score_cost(config, "eap_ig_inputs", steps=9).each > score_cost(config, "eap_ig_inputs").each
     for one, other in (("acdc", "path_patching"), ("path_patching", "eap"), ("eap", "flow")):
         assert score_cost(config, one).each > score_cost(config, other).each
+    assert score_cost(config, "path_patching", ablation="zero").each > score_cost(config, "path_patching").each
     heads = score_cost(config, "activation_patching", "node").each
     assert score_cost(config, "path_patching").each > heads == (len(senders(config)) - 1) / 2
 
