@@ -6,8 +6,8 @@
 
 Method. Two kinds of models have a known circuit: planted ones, whose weights are set by hand (`tiny/planted_circuits.py`), and
 tiny-circuit, which was trained to have it (`tiny/train_tiny_circuit.py`; SIIT, Gupta et al. 2024). Every method of
-`pyvene_ext.methods.circuits.scoring` scores all of their edges on pairs of prompts, corrupt into clean, by the logit difference;
-acdc is how much the metric moves when ACDC (Conmy et al. 2023) tests the edge, 0 where it needs no test. Each is judged by
+`pyvene_ext.methods.circuits.scoring` scores all of their edges on pairs of prompts, corrupt into clean, by the logit difference.
+Each is judged by
 
     AUROC       the chance that an edge of the circuit has a larger |score| than another
     precision   the share of the circuit's edges among the k largest |scores|, k being their number
@@ -51,7 +51,6 @@ Methods = Mapping[str, Callable[..., Scores]]
 Rows = list[dict[str, Any]]
 MANY = 200  # edges from which on a bar is shown
 RESAMPLES = 2000
-TAU = 0.1  # of ACDC, in logits
 ALL: tuple[Method, ...] = get_args(Method)
 MEASURES = {"auroc": "AUROC", "cpr": "CPR", "cmd": "CMD"}
 
@@ -188,21 +187,16 @@ def judged(config: Config, case: Known) -> Rows:
     seed = int(px.rng(config.seed, *of_case.values()).integers(2**32))  # random orders differ between circuits
     rows = []
     for method in ("known", *config.methods):
-        scores = known.astype(float) if method == "known" else scored(config, case.model, scoring, method, seed)
+        how: dict[str, Any] = {"method": method, "steps": config.steps, "batch_size": config.batch_size, "seed": seed}
+        scores = known.astype(float)
+        if method != "known":
+            scores = px.circuits.score(case.model, *scoring, **how, progress=False)
         sizes = np.abs(scores[there])
         row = {**of_case, "method": method, "n_known": len(circuit), "n_edges": len(sizes)}
         row["auroc"] = px.stats.auroc(sizes, known[there])
         row["precision"] = px.stats.precision_at_k(sizes, known[there])
         rows.append(row | areas(config, case.model, scores, judging))
     return rows
-
-
-def scored(config: Config, model: PreTrainedModel, pairs: Pairs, method: Any, seed: int) -> Any:
-    """The scores of every edge, `[sender receiver]`."""
-    how: dict[str, Any] = {"batch_size": config.batch_size, "progress": False}
-    if method == "acdc":
-        return np.nan_to_num(px.circuits.acdc(model, *pairs, "logit_diff", tau=TAU, **how).matrix)
-    return px.circuits.score(model, *pairs, method, steps=config.steps, seed=seed, **how)
 
 
 def areas(config: Config, model: PreTrainedModel, scores: Any, pairs: Pairs) -> dict[str, float | None]:
