@@ -39,7 +39,8 @@ they change. A page written by `pyvene_ext.report` contains plotly.js (MIT).
 All of it is MIT, like the code:
 
 * `pyvene_ext/tiny/` (weights, tokenizers, losses) was trained here by `experiments/tiny/train_tiny_models.py`, on text that
-  `pyvene_ext/prompts/tiny_tasks.py` makes; no weight, tokenizer or text of others went into it;
+  `pyvene_ext/prompts/tiny_tasks.py` makes, and by `experiments/tiny/train_tiny_circuit.py`, on its own; no weight, tokenizer or
+  text of others went into it;
 * `pyvene_ext/prompts/data/` was made by `experiments/make_prompts.py` from its own templates and word lists;
 * `pyvene_ext/methods/heads/known_heads.json` lists numbers of heads as published, which are facts.
 
