@@ -38,13 +38,11 @@ def refuse_mixed_batches(model: nn.Module) -> None:
     Raises:
         ValueError: names a layer that is so quantised.
     """
-    waiting = [model]
-    while waiting:  # named_modules is several times slower, and every look at a model's card comes here
-        module = waiting.pop()
+    for module in model.modules():
+        # Asked of every module each time a card is looked up: the type first, as an attribute that is not there takes long.
         if type(module).__name__ == "Linear8bitLt" and getattr(getattr(module, "state", None), "threshold", False):
             name = next(name for name, other in model.named_modules() if other is module)
             raise ValueError(
                 f"{name} is quantised so that a prompt's numbers depend on the others in its batch; load the model with "
                 "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), or in 4 bits."
             )
-        waiting.extend(module.children())

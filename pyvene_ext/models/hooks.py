@@ -12,7 +12,7 @@ from pyvene.models.constants import CONST_INPUT_HOOK
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modelcards import card_of, dimensions, n_layers
+from modelcards import Card, card_of, dimensions, n_layers
 from modelcards.attention_taps import MASKS_UNDERSTOOD, output_weight
 
 Where = tuple[str, int]  # a component and its layer
@@ -114,7 +114,9 @@ def replace_forward(module: nn.Module, function: Callable[..., Any], *, loaded: 
             setattr(module, name, own)
 
 
-def hook_component(model: PreTrainedModel, where: Where, fn: HookFn, hooks: ExitStack) -> None:
+def hook_component(
+    model: PreTrainedModel, where: Where, fn: HookFn, hooks: ExitStack, card: Card | None = None
+) -> None:
     """Hook one component of a layer.
 
     Args:
@@ -122,12 +124,13 @@ def hook_component(model: PreTrainedModel, where: Where, fn: HookFn, hooks: Exit
         where: the component and its layer.
         fn: reads the component's activation, all heads side by side; what it returns, unless None, replaces it.
         hooks: closing it removes the hook.
+        card: the model's, for those who hook many components: looking it up goes through all modules.
 
     Raises:
         ValueError: the family has no such component.
     """
     component, layer = where
-    card = card_of(model)
+    card = card or card_of(model)
     card.component(model, component)  # raises for what a family lacks
     at_input = card.mapping(type(model))[component][1] == CONST_INPUT_HOOK
     hooks.enter_context((on_input if at_input else on_output)(card.module(model, component, layer), fn))
@@ -166,7 +169,7 @@ def record_activations(
         return kept
 
     for where in places:
-        hook_component(model, where, keep(where), hooks)
+        hook_component(model, where, keep(where), hooks, card)
     return seen
 
 
@@ -241,8 +244,9 @@ def check_projections(model: PreTrainedModel) -> None:
     Raises:
         ValueError: a projection is quantised, offloaded or wrapped by an adapter; names its layer.
     """
+    card = card_of(model)
     for layer in range(n_layers(model.config)):
-        projection = card_of(model).module(model, "attention_value_output", layer)
+        projection = card.module(model, "attention_value_output", layer)
         if output_weight(projection) is None:
             raise ValueError(
                 f"the output projection of layer {layer} is a {type(projection).__name__} whose weights cannot be split by "

@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from modelcards.attention_taps import output_weight
 from pyvene_ext.models.hooks import refuse_compiled, replace_forward
 
 CHUNK = 2**24  # weights that are float32 at once: 64 MiB
@@ -108,6 +109,35 @@ def logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
 
     with replace_forward(head, unembed, loaded=True):
         yield
+
+
+@contextmanager
+def unembedding_only(model: PreTrainedModel, ids: Int[Tensor, "*row k"]) -> Iterator[bool]:
+    """Compute the logits of some tokens only inside the block, in float32; scale and soft-cap are the model's own code.
+
+    Args:
+        model: the model.
+        ids: the tokens wanted of all rows, or of each row.
+
+    Yields:
+        Whether that can be done; if not (the unembedding is quantised, adapted or offloaded), the model computes all logits.
+    """
+    head: Any = model.get_output_embeddings()
+    weight = output_weight(head)
+    if weight is None:
+        yield False
+        return
+    chosen = ids.to(weight.device)
+    product = "r...d,kd->r...k" if chosen.ndim == 1 else "r...d,rkd->r...k"
+
+    def unembed(x: Float[Tensor, "row *pos d_model"]) -> Float[Tensor, "row *pos k"]:
+        logits = torch.einsum(product, x.to(weight.device).float(), head.weight[chosen].float())
+        if head.bias is None:
+            return logits
+        return logits + head.bias[chosen].float().view(*chosen.shape[:-1], *[1] * (x.ndim - 2), -1)
+
+    with replace_forward(head, unembed):
+        yield True
 
 
 class _Unembedding(torch.autograd.Function):

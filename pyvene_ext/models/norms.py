@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,9 +32,8 @@ class FrozenNorm:
         device = next((parameter.device for parameter in norm.parameters()), torch.device("cpu"))
         # Large, so that the norm's epsilon is negligible; no entry is 0, centred or not.
         probe = 1000.0 * torch.where(torch.arange(d_model, device=device) % 3 == 0, 1.0, -1.0)
-        self.offset = self._call(torch.zeros_like(probe)[None])[0]
-        out = self._call(probe[None])[0]
-        self._centred = torch.allclose(self._call(probe[None] + 1000.0)[0], out, rtol=1e-3, atol=1e-3)
+        self.offset, out, moved = self._call(torch.stack([torch.zeros_like(probe), probe, probe + 1000.0]))
+        self._centred = torch.allclose(moved, out, rtol=1e-3, atol=1e-3)
         probe = self._centre(probe)
         self._gain = (out - self.offset) * probe.square().mean().sqrt() / probe
 
@@ -91,3 +92,56 @@ class FrozenNorm:
     def _centre(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         # Subtracting the mean is its own transpose, so the same serves an activation and a direction.
         return x - x.mean(-1, keepdim=True) if self._centred else x
+
+
+@dataclass(frozen=True)
+class WrittenNorm:
+    """A LayerNorm or RMSNorm written out: gain * c(x) / sqrt(mean(c(x)^2) + eps) + offset, with c(x) = x or x - mean(x).
+
+    Attributes:
+        gain: the weights, as they multiply.
+        offset: the bias, or zeros.
+        eps: what keeps the norm of nothing finite.
+        centred: whether the norm subtracts the mean.
+    """
+
+    gain: Float[Tensor, " d_model"]
+    offset: Float[Tensor, " d_model"]
+    eps: float
+    centred: bool
+
+    @classmethod
+    def of(cls, norm: nn.Module, d_model: int) -> WrittenNorm | None:
+        """Write out a norm.
+
+        Args:
+            norm: a module of any class.
+            d_model: the width it normalises over.
+
+        Returns:
+            The norm in float32; None if the module is something else, such as no norm at all.
+        """
+        frozen = FrozenNorm(norm, d_model, "a norm")
+        # The first is so small that epsilon shows; the others are any that a norm could get.
+        wave = torch.arange(d_model, device=frozen.offset.device).float().cos()
+        probe = torch.stack([1e-3 * wave, 0.02 * wave + 0.01, wave.square() - 2.0, 1e3 * wave.roll(1)])
+        out = frozen._call(probe)
+        small = frozen._centre(probe[0])
+        unscaled = frozen._gain * small
+        scale = ((out[0] - frozen.offset) * unscaled).sum() / unscaled.square().sum()
+        eps = scale.double() ** -2 - small.double().square().mean()
+        found = cls(frozen._gain, frozen.offset, max(0.0, float(eps)), frozen._centred)
+        return found if torch.allclose(found(probe), out, rtol=1e-4, atol=1e-5 * float(out.abs().max())) else None
+
+    def __call__(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """Normalise, in float32."""
+        x = self.centre(x.float())
+        return self.gain * x * self.scale(x) + self.offset
+
+    def centre(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """c(x), which is its own transpose, so that it serves activations and gradients."""
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, centred: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row 1"]:
+        """1 / sqrt(mean(c(x)^2) + eps), given c(x)."""
+        return torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)

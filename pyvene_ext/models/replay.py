@@ -34,7 +34,7 @@ from pyvene_ext.models.hooks import (
     on_output,
     replace_forward,
 )
-from pyvene_ext.models.modes import logits_in_float32, unembeds_in_half
+from pyvene_ext.models.modes import logits_in_float32, unembedding_only, unembeds_in_half
 from pyvene_ext.models.shared_past import shared_past
 
 Hidden = Float[Tensor, "row pos d_model"]
@@ -274,6 +274,23 @@ class Replay:
             _call(self.module("block_output", layer), hidden, self.arguments(*columns)[layer], Past())
         return found[0]
 
+    def attention_norm(self, layer: int) -> nn.Module:
+        """The module that a block runs before its attention, which is its norm.
+
+        Args:
+            layer: the block.
+
+        Returns:
+            The module; an identity if there is none.
+        """
+        called: list[nn.Module] = [nn.Identity()]
+        with ExitStack() as stack:
+            for module in self.module("block_output", layer).children():
+                stack.enter_context(on_output(module, lambda _, module=module: called.append(module)))  # type: ignore[misc]
+            width = dimensions(self.model.config)["d_model"]
+            self.attention_input(layer, torch.zeros(1, 1, width, dtype=self.dtype, device=self.device), (0, 1))
+        return called[-1]
+
     def projected(self, site: str, layer: int, normed: Hidden) -> Float[Tensor, "row pos d"]:
         """Compute q, k or v before rotation.
 
@@ -285,7 +302,7 @@ class Replay:
         Returns:
             The projection of all heads, side by side.
         """
-        return self._own_part(site, self._projection(site, layer)(normed))
+        return self.own_part(site, self.projection_of(site, layer)(normed))
 
     def projected_by_head(
         self, site: str, layer: int, normed: Float[Tensor, "row head pos d_model"]
@@ -300,17 +317,17 @@ class Replay:
         Returns:
             The projection of each head.
         """
-        module: Any = self._projection(site, layer)
-        weight = output_weight(module)
+        module: Any = self.projection_of(site, layer)
+        weight = splittable(module)
         heads = normed.shape[1]
-        if weight is None or module._forward_hooks or module._forward_pre_hooks:  # such as adapters: no weight to split
+        if weight is None:
             of_all = [self.projected(site, layer, normed[:, head].contiguous()) for head in range(heads)]
             return torch.stack([x.unflatten(-1, (heads, -1))[:, :, head] for head, x in enumerate(of_all)], 2)
         # Columns of the weight, and the bias, are split as the activations are.
-        by_head = self._own_part(site, weight[None]).unflatten(-1, (heads, -1))[0]
+        by_head = self.own_part(site, weight[None]).unflatten(-1, (heads, -1))[0]
         found = torch.einsum("rhpd,dhe->rphe", normed.to(weight.device), by_head)
         if module.bias is not None:
-            found = found + self._own_part(site, module.bias[None, None]).unflatten(-1, (heads, -1))
+            found = found + self.own_part(site, module.bias[None, None]).unflatten(-1, (heads, -1))
         return found
 
     def projection_replaced(
@@ -328,17 +345,33 @@ class Replay:
         """
 
         def replaced(x: Tensor) -> Tensor:
-            entries = self._own_part(site, torch.arange(x.shape[-1], device=x.device)[None, None])[0, 0]
+            entries = self.own_part(site, torch.arange(x.shape[-1], device=x.device)[None, None])[0, 0]
             return x.index_copy(-1, entries, new.to(x))
 
-        return on_output(self._projection(site, layer), replaced)
+        return on_output(self.projection_of(site, layer), replaced)
 
-    def _projection(self, site: str, layer: int) -> nn.Module:
-        """The module that computes q, k or v, maybe with others."""
+    def projection_of(self, site: str, layer: int) -> nn.Module:
+        """The module that computes q, k or v, maybe with others.
+
+        Args:
+            site: "q", "k" or "v".
+            layer: the block.
+
+        Returns:
+            The module.
+        """
         return self._fused(layer) if self.card.fused is not None else self.module(PROJECTIONS[site], layer)
 
-    def _own_part(self, site: str, x: Float[Tensor, "row pos d_out"]) -> Float[Tensor, "row pos d"]:
-        """The part of a projection's output that is q, k or v, heads side by side."""
+    def own_part(self, site: str, x: Float[Tensor, "row pos d_out"]) -> Float[Tensor, "row pos d"]:
+        """Take q, k or v out of the output of the module that computes it, maybe with others.
+
+        Args:
+            site: "q", "k" or "v".
+            x: the output, or anything of its last axis.
+
+        Returns:
+            q, k or v, heads side by side.
+        """
         if self.card.fused is not None:
             return self._out_of_fused(site, x).flatten(2)
         for split, which in self.card.mapping(type(self.model))[PROJECTIONS[site]][
@@ -369,26 +402,16 @@ class Replay:
         Returns:
             Logits, `row k` or `row vocab`.
         """
-        head = self.model.get_output_embeddings()
-        weight = output_weight(head)
-        if not unembeds_in_half(head):
+        if not unembeds_in_half(self.model.get_output_embeddings()):
             normed = normed.to(self.dtype)
         with ExitStack() as stack:
             stack.enter_context(logits_in_float32(self.model))
             done: Any = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normed[:, None])
             done.router_logits = None  # models with experts read it
             stack.enter_context(replace_forward(self.bare, lambda *_, **__: done))
-            if ids is not None and weight is not None:
-                chosen = ids.to(weight.device)
-
-                def unembed(x: Tensor) -> Tensor:
-                    product = "rd,kd->rk" if chosen.ndim == 1 else "rd,rkd->rk"
-                    logits = torch.einsum(product, x[:, 0].to(weight.device).float(), head.weight[chosen].float())
-                    return (logits if head.bias is None else logits + head.bias[chosen].float())[:, None]
-
-                stack.enter_context(replace_forward(head, unembed))
+            narrow = ids is not None and stack.enter_context(unembedding_only(self.model, ids))
             logits = self.model(input_ids=torch.full((1, 1), self._token, device=self.device)).logits[:, 0]
-        if ids is None or weight is not None:
+        if ids is None or narrow:
             return logits
         ids = ids.to(logits.device)
         return logits[:, ids] if ids.ndim == 1 else logits.gather(1, ids)
@@ -488,6 +511,18 @@ class Replay:
                 stack.enter_context(replace_forward(self.module("block_output", layer), skipped))
             self.bare(input_ids=ids, past_key_values=cache, use_cache=False)
         return calls
+
+
+def splittable(projection: Any) -> Float[Tensor, "d_in d_out"] | None:
+    """The weight of a projection whose heads can be computed one by one.
+
+    Args:
+        projection: a module that computes q, k or v.
+
+    Returns:
+        The weight; None if something else takes part in what the module does, such as an adapter or a hook.
+    """
+    return None if projection._forward_hooks or projection._forward_pre_hooks else output_weight(projection)
 
 
 def _call(block: nn.Module, hidden: Tensor, recorded: tuple[tuple, dict], past: Past) -> Tensor:

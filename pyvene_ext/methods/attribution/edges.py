@@ -10,12 +10,10 @@ whatever the dtype of the model, which is restored afterwards, also after an err
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,7 +21,8 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import FIELD_NAMES, Taps, card_of, head_shares, n_heads, n_layers
+from modelcards import Taps, card_of, n_heads, n_layers
+from modelcards.attention_taps import output_weight
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.engine.resolve import check_pairs_differ
@@ -31,12 +30,12 @@ from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, tab
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.gradients import ADDS, check_differentiable, metric_total
+from pyvene_ext.methods.attribution.receivers import Products, Receivers
 from pyvene_ext.models.devices import input_device
 from pyvene_ext.models.hooks import (
-    SIDE_BY_SIDE,
+    StopForward,
     Where,
     check_projections,
-    head_entries,
     hook_component,
     on_input,
     record_activations,
@@ -58,9 +57,8 @@ if TYPE_CHECKING:
 
 EdgeMethod = Literal["eap", "eap_ig_inputs", "eap_ig_activations"]
 
-# A receiver's own input, and the residual stream that it is computed from.
-_READS = {"q": "query_output", "k": "key_output", "v": "value_output", "mlp_in": "mlp_input", "logits": "block_output"}
-_STREAM = {"q": "block_input", "k": "block_input", "v": "block_input", "mlp_in": "resid_mid", "logits": "block_output"}
+# What receivers read, and the streams that it is computed from.
+_NEEDED = ("block_input", "query_output", "key_output", "value_output", "resid_mid", "mlp_input", "block_output")
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,179 +195,202 @@ def edge_attribution(
     metric = as_metric(metric)
     check_edges(model, base, source, metric, method, steps)
     nodes = tuple(senders(model.config)), tuple(receivers(model.config))
-    exists = torch.from_numpy(edge_exists(*nodes))
+    exists = edge_exists(*nodes)
     scores = np.empty((*exists.shape, len(base)), np.float32)
     pairs = zip(base.batches(batch_size, "right"), source.batches(batch_size, "right"), strict=True)
     bar = progress_bar(len(base), "prompt", method, shown=progress)
     with bar, evaluating(model), torch.inference_mode(False):
         model.requires_grad_(False)
+        receiving = Receivers(model)
         for batch, of_source in pairs:
             assert batch.index == of_source.index  # lengths are equal, so both are sorted alike
-            changes, clean = _changes(model, batch, of_source)
-            found = torch.zeros(len(batch.index), *exists.shape, device=changes.device)
-            for stage, counted in _stages(model, method):
-                count = steps if stage else 1
-                for k in range(1, count + 1):
-                    run = _GradientRun(model, batch, metric, clean, stage, changes, 1 - k / count)
-                    found -= run.products(changes, counted, exists) / count
-            found.masked_fill_(~exists.to(found.device), torch.nan)
+            found = _scores(receiving, batch, of_source, metric, _stages(model, method), steps)
             scores[:, :, batch.index] = found.permute(1, 2, 0).cpu().numpy()
             bar.update(len(batch.index))
+    scores[~exists] = np.nan
     return EdgeScores(*nodes, scores, metric.label, method)
 
 
 class _Stage(NamedTuple):
-    """Senders that write at the same point, and the component where what they write can be changed."""
+    """A component where what some senders write can be changed, and the senders whose edges are scored with that."""
 
     where: Where
-    senders: slice
+    changed: slice
+    scored: slice
 
 
-def _stages(model: PreTrainedModel, method: EdgeMethod) -> list[tuple[_Stage | None, slice]]:
-    """For each series of runs the stage that is interpolated, if any, and the senders whose edges it scores."""
+def _stages(model: PreTrainedModel, method: EdgeMethod) -> list[_Stage]:
+    """The stages that are interpolated."""
     each, heads = n_heads(model.config) + 1, n_heads(model.config)
-    embed = _Stage(("block_input", 0), slice(0, 1))
-    everything = slice(0, 1 + n_layers(model.config) * each)
+    embed, everything = slice(0, 1), slice(0, 1 + n_layers(model.config) * each)
     if method == "eap":
-        return [(None, everything)]
+        return []
     if method == "eap_ig_inputs":
-        return [(embed, everything)]
-    stages = [embed]
+        return [_Stage(("block_input", 0), embed, everything)]
+    stages = [_Stage(("block_input", 0), embed, embed)]
     for layer in range(n_layers(model.config)):
         first = 1 + layer * each
-        stages.append(_Stage((ADDS[0], layer), slice(first, first + heads)))
-        stages.append(_Stage((ADDS[1], layer), slice(first + heads, first + each)))
-    return [(stage, stage.senders) for stage in stages]
+        for name, those in zip(ADDS, (slice(first, first + heads), slice(first + heads, first + each)), strict=True):
+            stages.append(_Stage((name, layer), those, those))
+    return stages
 
 
-class _ReceiverGroup(NamedTuple):
-    """Receivers that read through one module: all q of a layer, or its MLP."""
+def _scores(
+    receiving: Receivers, base: Batch, source: Batch, metric: Metric, stages: list[_Stage], steps: int
+) -> Float[Tensor, "batch sender receiver"]:
+    """Score all edges on some pairs; anything where there is no edge.
 
-    site: str
-    layer: int
-    receivers: slice
-    reads: Where
-    stream: Where
-
-
-def _receiver_groups(model: PreTrainedModel) -> Iterator[_ReceiverGroup]:
-    first = 0
-    for (site, layer), nodes in groupby(receivers(model.config), lambda node: (node.site, node.layer)):
-        at = n_layers(model.config) - 1 if layer is None else layer
-        group = slice(first, first := first + len(list(nodes)))
-        yield _ReceiverGroup(site, at, group, (_READS[site], at), (_STREAM[site], at))
-
-
-class _GradientRun:
-    """A forward pass on base, shifted towards source by `share` at one stage, and the metric's gradient at every receiver."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        batch: Batch,
-        metric: Metric,
-        clean: Float[Tensor, "batch vocab"],
-        stage: _Stage | None,
-        changes: Float[Tensor, "batch sender pos d_model"],
-        share: float,
-    ) -> None:
-        self.model, self.groups = model, list(_receiver_groups(model))
-        with ExitStack() as hooks, torch.enable_grad():
-            places = {where for group in self.groups for where in (group.reads, group.stream)}
-            hooks.enter_context(Taps(model, card_of(model), [*places, *([stage.where] if stage else ())]))
-            if stage is not None:
-                shift = share * changes[:, stage.senders].sum(1)
-                hook_component(model, stage.where, lambda x: (x.float() + shift.to(x.device)).to(x.dtype), hooks)
-            self.seen = record_activations(model, places, hooks, graph=True)
-            self.total = metric_total(metric, model, batch, clean)
-
-    def products(
-        self,
-        changes: Float[Tensor, "batch sender pos d_model"],
-        counted: slice,
-        exists: Bool[Tensor, "sender receiver"],
-    ) -> Float[Tensor, "batch sender receiver"]:
-        """Multiply the changes of some senders by the gradient at every receiver.
-
-        Args:
-            changes: source minus base of every sender's contribution.
-            counted: the senders whose edges are scored.
-            exists: where there is an edge.
-
-        Returns:
-            The products; 0 for other senders and where there is no edge.
-        """
-        products = changes.new_zeros(len(changes), *exists.shape)
-        groups = [group for group in self.groups if exists[counted, group.receivers.start].any()]
-        total_at = torch.autograd.grad(self.total, [self.seen[group.reads] for group in groups], retain_graph=True)
-        for group, gradient in zip(groups, total_at, strict=True):
-            # Senders are ordered as they write, so those that reach the receiver come first.
-            those = slice(counted.start, min(counted.stop, int(exists[:, group.receivers.start].sum())))
-            in_stream = self._in_stream(group, gradient).to(changes.device)
-            products[:, those, group.receivers] = changes[:, those].flatten(2) @ in_stream.flatten(2).transpose(1, 2)
-        return products
-
-    def _in_stream(
-        self, group: _ReceiverGroup, gradient: Float[Tensor, "batch pos width"]
-    ) -> Float[Tensor, "batch receiver pos d_model"]:
-        """The gradient at the stream through each receiver alone: back through its projection and norm.
-
-        Both lie between tensors that the forward pass has kept, so that its own graph connects the two.
-        """
-        if group.reads == group.stream:
-            return gradient[:, None].float()
-        reads, stream = self.seen[group.reads], self.seen[group.stream]
-        parts: Iterable[Any] = [slice(None)]
-        if group.site in SIDE_BY_SIDE:
-            parts = head_entries(self.model, FIELD_NAMES[group.site], reads.shape[-1])
-        found: list[Tensor] = []
-        for part in parts:
-            own = torch.zeros_like(gradient)
-            own[..., part] = gradient[..., part]
-            found += torch.autograd.grad(reads, stream, own, retain_graph=True)
-        return torch.stack(found, 1).float()
-
-
-def _changes(
-    model: PreTrainedModel, base: Batch, source: Batch
-) -> tuple[Float[Tensor, "batch sender pos d_model"], Float[Tensor, "batch vocab"]]:
-    """Source minus base of what every sender adds to the stream, and the base run's last logits.
-
-    Padding comes after the real tokens and gets no gradient, so its values do not matter.
+    The last step of every stage is the untouched run on base, which is made once. It is all that EAP needs.
     """
-    changes, _ = _contributions(model, source)
-    of_base, clean = _contributions(model, base)
-    changes -= of_base
-    return changes, clean
+    model = receiving.model
+    # No sender differs before the first token that does, because no token sees later ones.
+    start = int((base.input_ids != source.input_ids).any(0).nonzero()[0])
+    of_source = _run_source(model, source)
+    with torch.no_grad():
+        clean = answer_logits(model, base) if stages and "clean" in metric.needs else None
+    run = _GradientRun(receiving, base, metric, clean, start, recorded=True)
+    changes = _changes(receiving, run.written, of_source, start)
+    del of_source
+    found = -run.products(changes, slice(0, len(changes)))
+    del run
+    if not stages:
+        return found
+    found /= steps
+    for stage in stages:
+        change = changes[stage.changed].sum(0)
+        for k in range(1, steps):
+            run = _GradientRun(receiving, base, metric, clean, start, (stage.where, (1 - k / steps) * change))
+            found -= run.products(changes, stage.scored) / steps
+    return found
+
+
+class _Written(NamedTuple):
+    """What the contributions of a run's senders are computed from."""
+
+    seen: dict[Where, Tensor]
+    normed: dict[int, Tensor]  # what enters the norm behind attention's output projection, by layer, where there is one
+
+    @classmethod
+    def record(cls, model: PreTrainedModel, hooks: ExitStack) -> _Written:
+        """Record them in the next forward pass; `Taps` of `_writes` are the caller's."""
+        card, normed = card_of(model), {}
+        for layer in range(n_layers(model.config)) if card.post_norm_scale is not None else ():
+            norm = card.module(model, "attention_contribution", layer)
+            hooks.enter_context(on_input(norm, partial(normed.__setitem__, layer)))
+        return cls(record_activations(model, _writes(model), hooks), normed)
+
+
+def _writes(model: PreTrainedModel) -> list[Where]:
+    """Where a model's senders write."""
+    names = ("attention_value_output", "mlp_contribution")
+    return [("block_input", 0), *((name, layer) for layer in range(n_layers(model.config)) for name in names)]
 
 
 @torch.no_grad()
-def _contributions(
-    model: PreTrainedModel, batch: Batch
-) -> tuple[Float[Tensor, "batch sender pos d_model"], Float[Tensor, "batch vocab"]]:
-    """What every sender adds to the residual stream, in float32, and the last logits."""
-    card, layers, device = card_of(model), range(n_layers(model.config)), input_device(model)
-    normed: dict[int, Tensor] = {}
-    with ExitStack() as hooks:
-        places = {("block_input", 0)}
-        for layer in layers:
-            places |= {("attention_value_output", layer), ("mlp_contribution", layer)}
-            if card.post_norm_scale is not None:
-                norm = card.module(model, "attention_contribution", layer)
-                hooks.enter_context(on_input(norm, partial(normed.__setitem__, layer)))
-        hooks.enter_context(Taps(model, card, places))
-        seen = record_activations(model, places, hooks)
-        logits = answer_logits(model, batch)
-    added = [seen["block_input", 0].float()[:, None]]
-    for layer in layers:
-        projection = card.module(model, "attention_value_output", layer)
-        shares = head_shares(seen["attention_value_output", layer].float(), projection, n_heads(model.config))
-        if card.post_norm_scale is not None:
+def _run_source(model: PreTrainedModel, batch: Batch) -> _Written:
+    """Run source as far as its last sender writes."""
+
+    def stop(_: Tensor) -> None:
+        raise StopForward
+
+    with ExitStack() as hooks, suppress(StopForward):
+        hooks.enter_context(Taps(model, card_of(model), _writes(model)))
+        written = _Written.record(model, hooks)
+        hook_component(model, ("block_output", n_layers(model.config) - 1), stop, hooks)
+        answer_logits(model, batch)
+    return written
+
+
+@torch.no_grad()
+def _changes(
+    receiving: Receivers, base: _Written, source: _Written, start: int
+) -> Float[Tensor, "sender batch pos d_model"]:
+    """Source minus base of what every sender adds to the stream from a column on, in float32.
+
+    Padding comes after the real tokens and gets no gradient, so its values do not matter.
+    """
+    model = receiving.model
+    card, heads, device = card_of(model), n_heads(model.config), input_device(model)
+
+    def at(run: _Written, where: Where) -> Tensor:
+        return run.seen[where].detach()[:, start:].float()
+
+    embedded = at(source, ("block_input", 0)) - at(base, ("block_input", 0))
+    changes = receiving.workspace("changes", (len(receiving.exists), *embedded.shape), device)
+    changes[0], first = embedded, 1
+    for layer in range(n_layers(model.config)):
+        of_heads = changes[first : first + heads]
+        weight = output_weight(card.module(model, "attention_value_output", layer))
+        assert weight is not None  # `check_projections` has checked it
+        by_head = weight.detach().unflatten(0, (heads, -1)).float()
+        z = [at(run, ("attention_value_output", layer)) for run in (source, base)]
+        if card.post_norm_scale is None:
+            torch.bmm(_by_head(z[0] - z[1], heads), by_head, out=of_heads.flatten(1, 2))
+        else:
             norm = card.module(model, "attention_contribution", layer)
-            shares = shares * card.post_norm_scale(norm, normed[layer].float())[:, :, None]
-        shares = shares * card.residual_scale(model.config)
-        added += [shares.transpose(1, 2), seen["mlp_contribution", layer].float()[:, None]]
-    return torch.cat([part.to(device) for part in added], 1), logits
+            scales = [
+                card.post_norm_scale(norm, run.normed[layer].detach()[:, start:].float()) for run in (source, base)
+            ]
+            shares = [_by_head(x, heads).matmul(by_head).view_as(of_heads) for x in z]
+            torch.mul(shares[0], scales[0], out=of_heads).addcmul_(shares[1], scales[1], value=-1)
+        if (multiplier := card.residual_scale(model.config)) != 1:
+            of_heads *= multiplier
+        mlp = "mlp_contribution", layer
+        torch.sub(at(source, mlp), at(base, mlp), out=changes[first + heads])
+        first += heads + 1
+    return changes
+
+
+def _by_head(z: Float[Tensor, "batch pos width"], heads: int) -> Float[Tensor, "head token d_head"]:
+    return z.unflatten(-1, (heads, -1)).flatten(0, 1).transpose(0, 1)
+
+
+class _GradientRun:
+    """A forward pass on base, maybe shifted at one place, and the metric's gradient at every receiver."""
+
+    def __init__(
+        self,
+        receiving: Receivers,
+        batch: Batch,
+        metric: Metric,
+        clean: Float[Tensor, "batch vocab"] | None,
+        start: int,
+        shifted: tuple[Where, Float[Tensor, "batch pos d_model"]] | None = None,
+        recorded: bool = False,
+    ) -> None:
+        model = receiving.model
+        self.receiving = receiving
+        places = [*receiving.watched, *(_writes(model) if recorded else ()), *([shifted[0]] if shifted else ())]
+        with ExitStack() as hooks, torch.enable_grad():
+            hooks.enter_context(Taps(model, card_of(model), places))
+            if shifted is not None:
+                hook_component(model, shifted[0], partial(_shift, shifted[1], start), hooks)
+            if recorded:
+                self.written = _Written.record(model, hooks)
+            self.seen = record_activations(model, receiving.streams, hooks, graph=True)
+            receiving.separate(self.seen, start, lambda: self.found, hooks)
+            self.total = metric_total(metric, model, batch, clean)
+
+    def products(
+        self, changes: Float[Tensor, "sender batch pos d_model"], scored: slice
+    ) -> Float[Tensor, "batch sender receiver"]:
+        """Multiply the changes of senders by the gradient at every receiver; this frees the graph.
+
+        Args:
+            changes: source minus base of every sender's contribution.
+            scored: the senders whose edges are scored.
+
+        Returns:
+            The products; 0 for other senders, and anything where there is no edge.
+        """
+        self.found = Products(self.receiving, changes, scored)
+        torch.autograd.grad(self.total, self.seen["block_input", 0])
+        return self.found.sums()
+
+
+def _shift(by: Float[Tensor, "batch pos d_model"], start: int, x: Float[Tensor, "batch column d_model"]) -> Tensor:
+    """Add to the columns from `start` on, in float32."""
+    return torch.cat([x[:, :start], (x[:, start:].float() + by.to(x.device)).to(x.dtype)], 1)
 
 
 def check_edges(
@@ -412,7 +433,7 @@ def check_edges_of(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
             prompts are missing, not tokenised or not this model's.
     """
     card = card_of(model)
-    for name in (*_STREAM.values(), *_READS.values()):
+    for name in _NEEDED:
         card.component(model, name)
     check_tokenized(model, *prompts)
     for some in prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from modelcards import card_of
 from pyvene_ext.engine.measure import METRICS, Metric
 from pyvene_ext.engine.plain import answer_logits
+from pyvene_ext.models.modes import unembedding_only
 from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.joint import Spec, members
 
@@ -104,6 +106,8 @@ def metric_total(
 ) -> Float[Tensor, ""]:
     """Run the model on a batch and sum the metric over its prompts, to take gradients of.
 
+    Only the logits that the metric reads are computed.
+
     Args:
         metric: the metric.
         model: a causal language model.
@@ -116,10 +120,16 @@ def metric_total(
     Raises:
         ValueError: the metric has no gradient.
     """
-    logits = answer_logits(model, batch)
+    ids, narrowed = (None, batch) if "clean" in metric.needs else metric.narrowed(batch)
+    with ExitStack() as stack:
+        narrow = ids is not None and stack.enter_context(unembedding_only(model, ids))
+        logits = answer_logits(model, batch)
     if not logits.requires_grad:
         raise ValueError(NO_GRADIENT)
-    total = metric(logits, metric.with_clean(batch, logits.detach() if clean is None else clean)).sum()
+    if narrow:
+        total = metric.of_columns(logits, narrowed.to(logits.device)).sum()
+    else:
+        total = metric(logits, metric.with_clean(batch, logits.detach() if clean is None else clean)).sum()
     if not total.requires_grad:
         raise ValueError(
             f"metric {metric.label!r} has no gradient, because it returns numbers that no longer depend on the logits for torch "

@@ -8,7 +8,6 @@ So the direct terms of several senders add up. The effect of the receivers' chan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -27,7 +26,7 @@ from pyvene_ext.intervenable.statistics import Place, Reference
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.patching.plain_paths import patched_value
 from pyvene_ext.models.devices import no_gradients
-from pyvene_ext.models.hooks import check_projections, on_output
+from pyvene_ext.models.hooks import check_projections
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.models.norms import FrozenNorm
 from pyvene_ext.models.replay import Replay
@@ -256,23 +255,12 @@ class DirectTerms:
         if site == "logits":
             return FrozenNorm(self.replay.module("final_norm"), width, "the final norm")
         assert layer is not None
-        norm = _attention_norm(self.replay, layer)
+        norm = self.replay.attention_norm(layer)
         if site == "mlp_in":
             norm = self.replay.module("resid_mid", layer)
             if norm is self.replay.module("mlp_input", layer):
                 norm = nn.Identity()  # OLMo 2: the MLP reads the stream as it is
         return FrozenNorm(norm, width, of)
-
-
-def _attention_norm(replay: Replay, layer: int) -> nn.Module:
-    """The module that a block runs before its attention, which is its norm; an identity if there is none."""
-    called: list[nn.Module] = [nn.Identity()]
-    with ExitStack() as stack:
-        for module in replay.module("block_output", layer).children():
-            stack.enter_context(on_output(module, lambda _, module=module: called.append(module)))  # type: ignore[misc]
-        width = dimensions(replay.model.config)["d_model"]
-        replay.attention_input(layer, torch.zeros(1, 1, width, dtype=replay.dtype, device=replay.device), (0, 1))
-    return called[-1]
 
 
 def _each(*positions: Positions) -> list[str | int]:
