@@ -6,6 +6,7 @@ in memory at a time, sums in float64 whatever the model's dtype, and padding exc
 
 from __future__ import annotations
 
+import inspect
 import json
 import weakref
 from collections.abc import Callable, Iterable
@@ -261,12 +262,15 @@ class Reference:
         iv = IntervenableModel(IntervenableConfig(representations), model)
         sizes = dimensions(model.config)
         sums = [_Sums() for _ in self.places]
+        # One row of the vocabulary a prompt, where logits at all tokens are not asked for.
+        takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+        few_logits = {"logits_to_keep": 1} if takes and "logits" not in [c.name for c in components] else {}
         bar = progress_bar(len(self.prompts.input_ids), "prompt", "reference", shown=progress)
         with bar, evaluating(model), no_gradients(model):
             for batch in self.prompts.batches(batch_size):
                 width = batch.input_ids.shape[1]
                 where = [[list(range(sizes[c.heads] if c.heads else width))] * len(batch.index) for c in components]
-                inputs = {**batch.inputs(input_device(model)), "use_cache": False}
+                inputs = {**batch.inputs(input_device(model)), "use_cache": False, **few_logits}
                 (_, collected), _ = iv(inputs, unit_locations={"base": where})
                 for place_sums, activation in zip(sums, collected, strict=True):
                     by_token = activation.transpose(1, 2) if activation.ndim == 4 else activation

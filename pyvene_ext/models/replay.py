@@ -11,7 +11,7 @@ length and no padding, so the arguments are those of a single prompt and fit any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -305,7 +305,7 @@ class Replay:
         return self.own_part(site, self.projection_of(site, layer)(normed))
 
     def projected_by_head(
-        self, site: str, layer: int, normed: Float[Tensor, "row head pos d_model"]
+        self, site: str, layer: int, normed: Float[Tensor, "row head pos d_model"], heads: Sequence[int] | None = None
     ) -> Float[Tensor, "row pos head d_head"]:
         """Compute q, k or v before rotation, where every head reads an input of its own.
 
@@ -313,42 +313,64 @@ class Replay:
             site: "q", "k" or "v".
             layer: the block.
             normed: as `attention_input` returns it, for each query head or K/V head.
+            heads: which heads these are; by default all.
 
         Returns:
             The projection of each head.
         """
         module: Any = self.projection_of(site, layer)
         weight = splittable(module)
-        heads = normed.shape[1]
+        sizes = dimensions(self.model.config)
+        n = sizes["n_head" if site == "q" else "n_kv_head"]
+        chosen = list(range(n) if heads is None else heads)
         if weight is None:
-            of_all = [self.projected(site, layer, normed[:, head].contiguous()) for head in range(heads)]
-            return torch.stack([x.unflatten(-1, (heads, -1))[:, :, head] for head, x in enumerate(of_all)], 2)
+            of_all = [self.projected(site, layer, normed[:, at].contiguous()) for at in range(len(chosen))]
+            found = [x.unflatten(-1, (n, -1))[:, :, head] for head, x in zip(chosen, of_all, strict=True)]
+            return torch.stack(found, 2)
         # Columns of the weight, and the bias, are split as the activations are.
-        by_head = self.own_part(site, weight[None]).unflatten(-1, (heads, -1))[0]
-        found = torch.einsum("rhpd,dhe->rphe", normed.to(weight.device), by_head)
+        by_head = self.own_part(site, weight[None]).unflatten(-1, (n, -1))[0]
+        every = len(chosen) == n
+        found = torch.einsum("rhpd,dhe->rphe", normed.to(weight.device), by_head if every else by_head[:, chosen])
         if module.bias is not None:
-            found = found + self.own_part(site, module.bias[None, None]).unflatten(-1, (heads, -1))
+            bias = self.own_part(site, module.bias[None, None]).unflatten(-1, (n, -1))
+            found = found + (bias if every else bias[:, :, chosen])
         return found
 
-    def projection_replaced(
-        self, site: str, layer: int, new: Float[Tensor, "row pos d"]
-    ) -> AbstractContextManager[None]:
-        """Put new q, k or v in the place of a block's own, out of place, so that gradients reach them.
+    @contextmanager
+    def projections_replaced(self, layer: int, new: Mapping[str, Float[Tensor, "row pos d"]]) -> Iterator[None]:
+        """Put new q, k and v in the place of a block's own, which are not computed; gradients reach them.
 
         Args:
-            site: "q", "k" or "v".
             layer: the block.
-            new: the values before rotation, heads side by side.
+            new: the values before rotation, heads side by side, of all three.
+
+        Yields:
+            Nothing; inside, the block computes with them.
+        """
+        with ExitStack() as stack:
+            for module, sites in self.projections(layer).items():
+                whole = new[sites[0]]
+                if len(sites) > 1:
+                    places = torch.arange(sum(new[site].shape[-1] for site in sites), device=whole.device)[None, None]
+                    order = torch.cat([self.own_part(site, places)[0, 0] for site in sites])
+                    whole = torch.cat([new[site] for site in sites], -1)[..., order.argsort()]
+                stack.enter_context(on_output(module, lambda _, whole=whole: whole))  # after hooks of others
+                stack.enter_context(replace_forward(module, lambda *_, whole=whole, **__: whole))
+            yield
+
+    def projections(self, layer: int) -> dict[nn.Module, list[str]]:
+        """The modules that compute q, k and v, each with the sites that it computes.
+
+        Args:
+            layer: the block.
 
         Returns:
-            A context in which the block computes with them.
+            One module, or three.
         """
-
-        def replaced(x: Tensor) -> Tensor:
-            entries = self.own_part(site, torch.arange(x.shape[-1], device=x.device)[None, None])[0, 0]
-            return x.index_copy(-1, entries, new.to(x))
-
-        return on_output(self.projection_of(site, layer), replaced)
+        found: dict[nn.Module, list[str]] = {}
+        for site in PROJECTIONS:
+            found.setdefault(self.projection_of(site, layer), []).append(site)
+        return found
 
     def projection_of(self, site: str, layer: int) -> nn.Module:
         """The module that computes q, k or v, maybe with others.

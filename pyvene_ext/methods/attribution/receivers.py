@@ -174,10 +174,7 @@ class Receivers:
 
         card = self.replay.card
         for layer in range(self.replay.n_layers):
-            modules: dict[Any, list[str]] = {}
-            for site in ("q", "k", "v"):
-                modules.setdefault(self.replay.projection_of(site, layer), []).append(site)
-            for module, sites in modules.items():
+            for module, sites in self.replay.projections(layer).items():
                 weight = splittable(module)  # asked before there is a hook of ours
                 hooks.enter_context(on_output(module, partial(by_heads, layer, weight, sites)))
             hook_component(self.model, ("mlp_input", layer), partial(by_mlp, layer), hooks, card)

@@ -9,11 +9,11 @@ subset of what the screen rejects, what share of the interventions that matter i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from pyvene_ext.methods.attribution.gradients import check_differentiable, check
 from pyvene_ext.models.devices import broadcast_from_main
 from pyvene_ext.models.hooks import SIDE_BY_SIDE, record_activations, split_heads
 from pyvene_ext.models.modes import evaluating
+from pyvene_ext.prompts.positions import Positions
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.specs.joint import (
     OneSpec,
@@ -146,6 +147,28 @@ class _Linearisation:
     old: dict[Place, Float[Tensor, "batch pos *head d"]]
     gradient: dict[Place, Float[Tensor, "batch pos *head d"]]
     uniform: dict[int, Float[Tensor, "batch pos head d_head"]]
+    _kept: dict[tuple[Place, Positions], _Edited] = field(default_factory=dict)
+
+    def edited(self, edit: OneSpec, tokens: Sequence[Sequence[int]]) -> _Edited:
+        """What belongs to the tokens that an edit changes, once for the edits of all heads."""
+        key = edit.first_order_place, edit.positions
+        if key not in self._kept:
+            columns = pad_sequence([torch.tensor(row) for row in tokens], batch_first=True)
+            real = pad_sequence([torch.ones(len(row)) for row in tokens], batch_first=True)
+            rows = torch.arange(len(tokens))[:, None]
+            of_both = (x[key[0]][rows, columns].float() for x in (self.old, self.gradient))
+            self._kept[key] = _Edited(rows, columns, real, *of_both)
+        return self._kept[key]
+
+
+class _Edited(NamedTuple):
+    """Rows and columns of the edited tokens, which of them are not padding, and activations and gradient there."""
+
+    rows: Int[Tensor, "batch 1"]
+    columns: Int[Tensor, "batch edited"]
+    real: Float[Tensor, "batch edited"]
+    old: Float[Tensor, "batch edited *head d"]
+    gradient: Float[Tensor, "batch edited *head d"]
 
 
 def _linearise(model: PreTrainedModel, edits: list[OneSpec], batch: Batch, metric: Metric) -> _Linearisation:
@@ -186,24 +209,17 @@ def _first_order(
     edit: OneSpec, linearisation: _Linearisation, batch: Batch, resolved: Resolved
 ) -> Float[Tensor, " batch"]:
     """The sum of (old - new) * gradient over what one edit changes, on the CPU."""
-    tokens = resolved.tokens_of(edit, batch.index)
-    columns = pad_sequence([torch.tensor(row) for row in tokens], batch_first=True)
-    real = pad_sequence([torch.ones(len(row)) for row in tokens], batch_first=True)
-    rows = torch.arange(len(tokens))[:, None]
-
-    def edited(x: Float[Tensor, "batch pos *head d"]) -> Float[Tensor, "batch edited *head d"]:
-        x = x[rows, columns]
-        return (x if edit.heads is None else x[:, :, list(edit.heads)]).float()
-
-    old = edited(linearisation.old[edit.first_order_place])
+    found = linearisation.edited(edit, resolved.tokens_of(edit, batch.index))
+    old, gradient = (x if edit.heads is None else x[:, :, list(edit.heads)] for x in (found.old, found.gradient))
     if edit.is_uniform:
-        new = edited(linearisation.uniform[edit.layer or 0])
+        uniform = linearisation.uniform[edit.layer or 0][found.rows, found.columns].float()
+        new = uniform if edit.heads is None else uniform[:, :, list(edit.heads)]
     else:
         values = resolved.replacements(edit, batch.index)
         padded = None if values is None else pad_sequence([value.float() for value in values], batch_first=True)
         new = edit.apply(old, None if padded is None else padded.to(old.device))
-    by_token = ((old - new) * edited(linearisation.gradient[edit.first_order_place])).flatten(2).sum(-1)
-    return (by_token.cpu() * real).sum(-1)
+    by_token = ((old - new) * gradient).flatten(2).sum(-1)
+    return (by_token.cpu() * found.real).sum(-1)
 
 
 @dataclass(frozen=True, repr=False)

@@ -202,9 +202,11 @@ def on_paths(matrix: Edges, config: Any) -> Edges:
     """The edges on a path from the embedding to the logits."""
     writing, reading = senders(config), receivers(config)
     entries = entry_receivers(config)
-    from_embedding = np.zeros(len(writing), bool)  # from the embedding
+    from_embedding, reached = np.zeros(len(writing), bool), np.zeros(len(reading), bool)  # from the embedding
     for row, sender in enumerate(writing):
-        from_embedding[row] = sender.site == "embed" or matrix[np.ix_(from_embedding, entries[sender])].any()
+        from_embedding[row] = sender.site == "embed" or reached[entries[sender]].any()
+        if from_embedding[row]:
+            reached |= matrix[row]
     to_logits = np.array([receiver.site == "logits" for receiver in reading])  # to the logits
     for row in reversed(range(len(writing))):
         to_logits[entries[writing[row]]] |= (matrix[row] & to_logits).any()
@@ -214,9 +216,11 @@ def on_paths(matrix: Edges, config: Any) -> Edges:
 def entry_receivers(config: Any) -> dict[Node, Int[np.ndarray, " receiver"]]:
     """The receivers through which a path enters each sender."""
     entries: dict[Node, list[int]] = {sender: [] for sender in senders(config)}
+    # The same in every layer; a config takes long to answer.
+    groups = {(node.site, node.head): query_heads(node, config) for node in receivers(config) if node.layer == 0}
     for column, node in enumerate(receivers(config)):
         if node.site == "mlp_in":
             entries[Node("mlp_out", node.layer)].append(column)
-        for head in query_heads(node, config):
+        for head in groups.get((node.site, node.head), ()):
             entries[Node("z", node.layer, head)].append(column)
     return {sender: np.array(columns, int) for sender, columns in entries.items()}

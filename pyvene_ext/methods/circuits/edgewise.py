@@ -19,24 +19,25 @@ the senders they keep or from those they miss, whichever are fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import Taps, head_shares, n_heads
 from pyvene_ext.engine.measure import Metric
+from pyvene_ext.methods.attribution.receivers import TOGETHER
 from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.models.hooks import hook_component
-from pyvene_ext.models.replay import Past, Replay
+from pyvene_ext.models.replay import PROJECTIONS, Past, Replay
 from pyvene_ext.prompts.tokenized import Batch
 from pyvene_ext.specs.graph import receivers
 
@@ -53,12 +54,14 @@ class PlainRun:
         hidden: what enters each block, then what leaves the last.
         attention: the output of each attention module; empty for a circuit.
         mlp: the output of each MLP; empty for a circuit.
+        projected: queries, keys and values of each layer before rotation, heads side by side, by site; empty for a circuit.
     """
 
     added: Added
     hidden: list[Float[Tensor, "batch pos d_model"]]
     attention: list[Float[Tensor, "batch pos d_model"]]
     mlp: list[Float[Tensor, "batch pos d_model"]]
+    projected: list[dict[str, Float[Tensor, "batch pos d"]]]
 
     @property
     def last(self) -> Float[Tensor, "batch d_model"]:
@@ -79,6 +82,14 @@ class Ablated:
     values: Float[Tensor, "#batch sender #pos d_model"]
     known: PlainRun
     is_run: bool
+    _sums: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def summed(self, senders: slice) -> Float[Tensor, "#batch #pos d_model"]:
+        """Sum the values of some senders, once for all circuits."""
+        key = senders.start, senders.stop
+        if key not in self._sums:
+            self._sums[key] = self.values[:, senders].sum(1)
+        return self._sums[key]
 
     @classmethod
     def by_run(cls, source: PlainRun) -> Ablated:
@@ -99,32 +110,48 @@ class EdgewiseModel:
         ]
         self.biased = any(output.bias is not None for output in outputs)  # these biases belong to no sender
         self.blocks_run = 0  # rows x blocks, of all runs so far
+        self._memory = torch.empty(0, device=self.replay.device)
         self.readers: dict[tuple[str, int | None], slice] = {}
         first = 0
         for key, nodes in groupby(receivers(model.config), lambda node: (node.site, node.layer)):
             self.readers[key] = slice(first, first := first + len(list(nodes)))
+
+    def workspace(self, shape: Sequence[int], device: torch.device) -> Float32[Tensor, "*shape"]:
+        """Memory for one run of circuits, which the next uses again, because new memory takes its time."""
+        size = math.prod(shape)
+        if len(self._memory) < size or self._memory.device != device:
+            self._memory = torch.empty(0)
+            self._memory = torch.empty(size, device=device)
+        return self._memory[:size].view(*shape)
 
     def senders_of(self, layer: int) -> tuple[slice, slice]:
         """Where the senders of a layer are: its heads, its MLP."""
         first = 1 + layer * (self.heads + 1)
         return slice(first, first + self.heads), slice(first + self.heads, first + self.heads + 1)
 
-    def plain(self, ids: Ids) -> PlainRun:
+    def plain(self, ids: Ids, *, recorded: bool = True) -> PlainRun:
         """Run prompts as the model does.
 
         Args:
             ids: the prompts, all of one length.
+            recorded: keep what senders add and what blocks compute; without, only `last` and what enters blocks are there.
 
         Returns:
             The run.
         """
         hidden = self.replay.embed(ids.to(self.replay.device))
+        if not recorded:
+            run = PlainRun(hidden.new_empty(len(hidden), 0, *hidden.shape[1:]), [hidden], [], [], [])
+            for layer in range(self.replay.n_layers):
+                run.hidden.append(self.replay.block(layer, run.hidden[-1], (0, ids.shape[1]), Past()))
+            self.blocks_run += len(hidden) * self.replay.n_layers
+            return run
         added = hidden.new_empty(len(hidden), len(self.exists), *hidden.shape[1:], dtype=torch.float32)
         added[:, 0] = hidden
-        run = PlainRun(added, [hidden], [], [])
+        run = PlainRun(added, [hidden], [], [], [])
         for layer in range(self.replay.n_layers):
             seen: dict[str, Tensor] = {}
-            edits = {"mlp_out": _keep(seen, "mlp_contribution")}
+            edits = {"mlp_out": _keep(seen, "mlp_contribution"), **{site: _keep(seen, site) for site in PROJECTIONS}}
             hidden = self.replay.block(layer, hidden, (0, ids.shape[1]), Past(), edits=edits, seen=seen)
             self.blocks_run += len(hidden)
             heads, mlp = self.senders_of(layer)
@@ -132,6 +159,7 @@ class EdgewiseModel:
             run.hidden.append(hidden)
             run.attention.append(seen["attention"])
             run.mlp.append(seen["mlp"])
+            run.projected.append({site: seen[site] for site in PROJECTIONS})
         return run
 
     def one_circuit(self, ids: Ids, kept: Bool[np.ndarray, "sender receiver"], ablated: Ablated) -> PlainRun:
@@ -150,7 +178,7 @@ class EdgewiseModel:
         state.write(hidden[0][:, None])
         for layer in range(self.replay.n_layers):
             hidden.append(self._block(layer, hidden[-1], state))
-        return PlainRun(state.values + state.changes[0], hidden, [], [])
+        return PlainRun(state.values + state.changes[0], hidden, [], [], [])
 
     def circuits(
         self,
@@ -253,12 +281,9 @@ class EdgewiseModel:
         at, card = ("resid_mid", layer), self.replay.card
         watched = seen if attends else None
         with Taps(self.replay.model, card, [at]), ExitStack() as hooks:
-            hook_component(self.replay.model, at, read_by_mlp, hooks)
-            for site, new in projected.items():
-                if state.soft:  # autograd allows no edits in place where one module computes q, k and v
-                    hooks.enter_context(self.replay.projection_replaced(site, layer, new))
-                else:
-                    edits[site] = partial(_put, new)
+            hook_component(self.replay.model, at, read_by_mlp, hooks, card)
+            if projected:
+                hooks.enter_context(self.replay.projections_replaced(layer, projected))
             columns = (0, hidden.shape[1])
             hidden = self.replay.block(layer, hidden, columns, Past(), edits=edits, seen=watched, **given)
         if thinks:
@@ -271,16 +296,28 @@ class EdgewiseModel:
         self, layer: int, hidden: Float[Tensor, "row pos d_model"], readers: slice, state: _State
     ) -> dict[str, Float[Tensor, "row pos d"]]:
         """q, k and v of all heads, each from its own stream; none if all edges into the heads are kept."""
-        streams = state.streams(hidden, readers)
+        live = state.live_readers(readers)
+        streams = state.streams(hidden, readers, live)
         if streams is None:
             return {}
         normed = self.replay.attention_input(layer, streams.flatten(0, 1), (0, hidden.shape[1]))
         by_reader = normed.unflatten(0, streams.shape[:2])
         projected = {}
-        for site in ("q", "k", "v"):
+        for site in PROJECTIONS:
             own = self.readers[site, layer]
-            heads = by_reader[:, own.start - readers.start : own.stop - readers.start]
-            projected[site] = self.replay.projected_by_head(site, layer, heads).flatten(2)
+            heads = [at - own.start for at in live if own.start <= at < own.stop]
+            first = sum(at < own.start for at in live)
+            if heads:
+                of_heads = by_reader[:, first : first + len(heads)]
+                new = self.replay.projected_by_head(site, layer, of_heads, heads)
+            if len(heads) < own.stop - own.start:  # the others read what they read in the known run
+                known = state.repeat(state.ablated.known.projected[layer][site]).unflatten(
+                    -1, (own.stop - own.start, -1)
+                )
+                if heads:
+                    known = known.index_copy(2, torch.tensor(heads, device=known.device), new.to(known))
+                new = known
+            projected[site] = new.flatten(2)
         return projected
 
     def _shares(self, layer: int, seen: dict[str, Tensor]) -> Float[Tensor, "batch head pos d_model"]:
@@ -291,7 +328,8 @@ class EdgewiseModel:
         if scale is not None:
             norm = self.replay.module("attention_contribution", layer)
             shares = shares * scale(norm, seen["attention"].float())[:, :, None]
-        return self.replay.card.residual_scale(self.config) * shares.transpose(1, 2)
+        multiplier = self.replay.card.residual_scale(self.config)
+        return (shares if multiplier == 1 else multiplier * shares).transpose(1, 2)
 
 
 class _State:
@@ -309,14 +347,18 @@ class _State:
         hard = np.asarray(kept.detach().cpu() if isinstance(kept, Tensor) else kept).reshape(-1, *model.exists.shape)
         self.used: Any = (hard > 0).any(0)  # by a circuit
         self.missed: Any = (hard < 1).any(0) & model.exists
+        self.reads = self.used.any(0)  # which receivers keep an edge
         self.values = self.repeat(ablated.values) if len(ablated.values) > 1 else ablated.values
+        # Whether a receiver without a kept edge reads what it reads in the known run.
+        self.known_reads = ablated.is_run and not (model.biased and model.replay.card.post_norm_scale is not None)
+        shape = len(ids) * self.copies, len(model.exists), ids.shape[1], ablated.values.shape[-1]
         # What each sender adds minus its ablated value; in a run whose gradient is taken, as written.
-        self.changes: list[Tensor] = []
+        self.changes: list[Tensor] = [] if self.soft else [model.workspace(shape, device)]
         self.count = 0
+        self.ahead: _Ahead | None = None
         # Sums over senders of ablated values, and of what was added if the stream holds more than that.
         self.sum_of_values: Any = 0.0
         self.sum_added: Any = 0.0 if model.biased else None
-        self.shape = (len(ids) * self.copies, len(model.exists), ids.shape[1], ablated.values.shape[-1])
 
     def repeat(self, x: Tensor) -> Tensor:
         """Give every circuit a copy of what belongs to the prompts."""
@@ -328,60 +370,103 @@ class _State:
             return True
         return bool(self.used[senders].any() and (not self.ablated.is_run or self.used[:, readers].any()))
 
+    def live_readers(self, readers: slice) -> list[int]:
+        """The receivers whose streams must be computed: all, or where a known run is read without a kept edge, those with one."""
+        every = self.soft or not self.known_reads
+        return [at for at in range(readers.start, readers.stop) if every or self.reads[at]]
+
     def write(self, added: Float[Tensor, "row some pos d_model"]) -> None:
         """Add what the next senders write."""
         those = slice(self.count, self.count + added.shape[1])
         added = added.to(self.values)
-        change = added - self.values[:, those]
-        self.sum_of_values = self.sum_of_values + self.values[:, those].sum(1)
+        of_values = self.ablated.summed(those)
+        self.sum_of_values = self.sum_of_values + (self.repeat(of_values) if len(of_values) > 1 else of_values)
         if self.sum_added is not None:
             self.sum_added = self.sum_added + added.sum(1)
         self.count = those.stop
         if self.soft:
-            self.changes.append(change)
-            return
-        if not self.changes:
-            self.changes.append(change.new_zeros(self.shape))
-        self.changes[0][:, those] = change
+            self.changes.append(added - self.values[:, those])
+        else:
+            torch.sub(added, self.values[:, those], out=self.changes[0][:, those])
 
     def write_known(self, senders: slice) -> None:
         """Add what the next senders write in the known run."""
         self.write(self.repeat(self.ablated.known.added[:, senders]))
 
     def streams(
-        self, stream: Float[Tensor, "row pos d_model"], readers: slice
+        self, stream: Float[Tensor, "row pos d_model"], readers: slice, live: Sequence[int] | None = None
     ) -> Float[Tensor, "row receiver pos d_model"] | None:
         """The stream as each receiver reads it; None if it reads the stream as it is.
 
         Args:
             stream: the sum of everything added so far.
             readers: the receivers.
+            live: those of them whose streams are wanted; by default all.
         """
-        weights = self.kept[:, : self.count, readers].transpose(1, 2)
-        used, missed = (x[: self.count, readers].any(1) for x in (self.used, self.missed))
+        missed = self.missed[: self.count, readers]
         if not missed.any() and not self.soft:
             return None
+        those = list(range(readers.start, readers.stop) if live is None else live)
         last = -stream.shape[1]
-        base, sign = stream.float().to(self.values.device), 1.0
-        if self.soft or used.sum() <= missed.sum():
-            # Summed from its parts: a receiver without an edge reads its ablated value and no rounding error, which a norm would
-            # make large where that value is 0.
-            parts = self.sum_of_values[:, last:] + (0.0 if self.sum_added is None else base - self.sum_added[:, last:])
-            base = parts.expand(stream.shape)
-            some = used
-        else:
-            weights, sign, some = 1 - weights, -1.0, missed
-        own = base[:, None]
+        whole = stream.float().to(self.values.device)
         if self.soft:
+            weights, own = self.kept[:, : self.count, readers].transpose(1, 2), self.parts(whole)[:, None]
             for change, of_part in zip(self.changes, weights.split([x.shape[1] for x in self.changes], 2), strict=True):
                 own = own + _weighted(of_part, change[:, :, last:])
-        elif some.any():
-            changes = self.changes[0][:, : self.count, last:]
-            if 4 * some.sum() < len(some):  # a copy of few is cheaper than a product with many zeros
-                index = torch.from_numpy(np.flatnonzero(some)).to(weights.device)
-                weights, changes = weights[:, :, index], changes[:, index]
-            own = torch.add(own, _weighted(weights, changes), alpha=sign)
-        return own.expand(-1, weights.shape[1], -1, -1).to(stream.dtype).to(stream.device)
+        elif stream.shape[1] < self.changes[0].shape[2]:  # the logits, of the last token only
+            own = _Ahead(self, those, slice(last, None)).streams(self, whole, those)
+        else:
+            if self.ahead is None or not set(those) <= set(self.ahead.readers):
+                self.ahead = _Ahead(self, self.next(those), slice(None))
+            own = self.ahead.streams(self, whole, those)
+        return own.expand(-1, len(those), -1, -1).to(stream.dtype).to(stream.device)
+
+    def parts(self, whole: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """The stream of a receiver without an edge: ablated values, and what belongs to no sender."""
+        last = -whole.shape[1]
+        found = self.sum_of_values[:, last:] + (0.0 if self.sum_added is None else whole - self.sum_added[:, last:])
+        return found.expand(whole.shape)
+
+    def next(self, those: Sequence[int]) -> list[int]:
+        """These receivers and those that read next, as many as are worth one product."""
+        coming = self.live_readers(slice(those[0], self.used.shape[1] - 1))
+        return sorted({*those, *coming[:TOGETHER]})
+
+
+class _Ahead:
+    """Weighted sums of changes for receivers that read one after the other: thinner products would be slower."""
+
+    def __init__(self, state: _State, readers: list[int], columns: slice) -> None:
+        self.readers, self.columns, self.count = readers, columns, state.count
+        used, missed = (x[: self.count, readers].any(1).sum() for x in (state.used, state.missed))
+        # Summed from its parts, a receiver without an edge reads its ablated value and no rounding error, which a norm would
+        # make large where that value is 0.
+        self.by_parts = bool(used <= missed)
+        self.sums = self._product(state, readers, slice(0, self.count))
+
+    def streams(
+        self, state: _State, whole: Float[Tensor, "row pos d_model"], those: list[int]
+    ) -> Float[Tensor, "row receiver pos d_model"]:
+        """The streams of some of the receivers, to which senders may have been added meanwhile."""
+        at = [self.readers.index(one) for one in those]
+        found = (state.parts(whole) if self.by_parts else whole)[:, None] + self.sums[:, at[0] : at[-1] + 1]
+        if self.count < state.count:
+            found += self._product(state, those, slice(self.count, state.count))
+        return found
+
+    def _product(self, state: _State, readers: list[int], senders: slice) -> Float[Tensor, "row receiver pos d_model"]:
+        shares = state.used if self.by_parts else state.missed
+        some = senders.start + np.flatnonzero(shares[senders][:, readers].any(1))
+        changes = state.changes[0][:, :, self.columns]
+        if 2 * len(some) < senders.stop - senders.start:  # a copy of few is cheaper than a product with many zeros
+            index = torch.from_numpy(some).to(changes.device)
+            weights, changes = (
+                state.kept[:, index[:, None], torch.tensor(readers, device=index.device)],
+                changes[:, index],
+            )
+        else:
+            weights, changes = state.kept[:, senders, readers], changes[:, senders]
+        return _weighted((weights if self.by_parts else weights - 1).transpose(1, 2), changes)
 
 
 def _weighted(
@@ -393,7 +478,3 @@ def _weighted(
 def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
     """An edit that only reads."""
     return lambda x: seen.__setitem__(name, x.clone())
-
-
-def _put(new: Tensor, x: Tensor) -> None:
-    x.copy_(new)

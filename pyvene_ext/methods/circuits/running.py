@@ -127,7 +127,7 @@ def run_circuits(
         values = AblatedValues(edgewise, source, ablation, batch_size)
         for index in of_one_length(base, batch_size if memory is None else fitting(model, base, memory, batch_size)):
             batch = base.batch(index)
-            plain = edgewise.plain(batch.input_ids)
+            plain = edgewise.plain(batch.input_ids, recorded=ablation != "patching")
             batch, ablated = edgewise.with_clean(batch, plain, metric), values.of(index, plain)
             for key, matrix in run.items():
                 if np.array_equal(matrix, there):
@@ -176,7 +176,7 @@ class AblatedValues:
 
         Args:
             index: the numbers of the prompts, all of one length.
-            plain: their plain run.
+            plain: their plain run; for patching it need not be recorded.
 
         Returns:
             The values.
