@@ -25,7 +25,7 @@ SCRIPTS = sorted(
 HEAVY = {"torch", "pyvene", "transformers", "matplotlib", "datasets", "scipy"}
 # Studies that still import what is heavy before their flags are parsed.
 SLOW = {
-    "bench_generate", "bench_sweep",
+    "bench_attribution", "bench_generate", "bench_sweep",
 }  # fmt: skip
 
 
@@ -94,6 +94,7 @@ WITHOUT_DRY_RUN = {
     "train_tiny_circuit",
     "train_tiny_models",
     "train_tiny_thought",
+    "bench_attribution",
     "bench_generate",
     "bench_sweep",
 }

@@ -162,9 +162,12 @@ def edge_attribution(
     frozen in each of the two runs; an MLP's output), in_v the stream that v reads, before its norm: one for each query head's q,
     each K/V head's k and v, each MLP, and the final stream for the logits. The gradient includes the norm.
 
-    This takes two forward passes without a graph, one forward and backward pass per step, and for every receiver one backward
-    pass through its own norm and projection. Memory: the contributions of all senders, senders x tokens x d_model in float32,
-    twice per batch.
+    EAP takes a forward pass on source, and a forward and a backward pass on base, in which each head's gradient goes through its
+    slice of a projection; then edges x tokens x d_model multiplications. Integrated gradients take as many pairs of passes on
+    base as there are steps. Measured on 8 prompts of 14 tokens, in forward passes: 2.7 for Gemma 3 270M (5,644 edges), 3.8 for
+    SmolLM2-135M (70,651). Memory: the changes of all senders, senders x tokens x d_model in
+    float32 once per batch, and the gradients of 64 receivers or a layer's. What projections are computed by adapters or behind
+    hooks is differentiated once for each head, which takes several times as long.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
@@ -259,8 +262,8 @@ def _scores(
     for stage in stages:
         change = changes[stage.changed].sum(0)
         for k in range(1, steps):
-            run = _GradientRun(receiving, base, metric, clean, start, (stage.where, (1 - k / steps) * change))
-            found -= run.products(changes, stage.scored) / steps
+            shift = stage.where, (1 - k / steps) * change
+            found -= _GradientRun(receiving, base, metric, clean, start, shift).products(changes, stage.scored) / steps
     return found
 
 

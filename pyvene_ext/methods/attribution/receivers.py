@@ -1,12 +1,12 @@
 """The gradient at the stream through each receiver alone, found while one backward pass goes through the model.
 
 In the forward pass, queries, keys, values and the MLP's input are cut off from the stream that they are computed from. In the
-backward pass each of them gets its gradient, which is taken back to the stream for every receiver by itself; their sum is what the
-model's own backward pass would have given, and it goes on with that. So nothing is computed twice.
+backward pass each of them gets its gradient, which is taken back to the stream for every receiver by itself. Their sum is what
+the model's own backward pass would have given, and it goes on with that, so that nothing is computed twice.
 
 For a head that is a product with its slice of the projection, the norm's gain included, less what lies along the stream, whose
 length the norm ignores. Where there is no such weight or norm (adapters, hooks, blocks without a norm before attention), torch
-goes back through the model's own modules once for each head.
+goes back through the model's own modules, once for each head.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from pyvene_ext.engine.sweep.plan import check_memory
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.edges import check_edges_of, check_pairs
+from pyvene_ext.methods.attribution.receivers import TOGETHER
 from pyvene_ext.methods.circuits.choosing import By, chosen_edges, random_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists, matrix_of
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
@@ -86,9 +87,12 @@ def run_circuits(
 ) -> CircuitRuns:
     """Run the base prompts through circuits.
 
-    This takes one forward pass of base and of source, and at most one per circuit; less where a circuit leaves layers alone, and
-    none for a circuit that occurs twice, the full one, and, by patching, the empty one. Sums over senders are in float32 whatever
-    the model's dtype; the contributions of all senders are held twice, senders x tokens x d_model per prompt.
+    This takes one forward pass of base and of source, and for each circuit at most one and the sums that make its receivers'
+    streams: edges x tokens x d_model multiplications, 0.4 of a forward pass for SmolLM2-135M (70,651 edges) and 0.04 for Gemma 3
+    270M (5,644). It is less where a circuit leaves layers or receivers alone, and nothing for a circuit that occurs twice, the
+    full one, and, by patching, the empty one: the ten `MIB_SHARES` take 14 and 6 forward passes of these two models. Sums over
+    senders are in float32 whatever the model's dtype; the contributions of all senders are held twice, senders x tokens x d_model
+    per prompt.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
@@ -216,7 +220,7 @@ def check_ablation(
 def fitting(
     model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int, *, gradient: bool = False
 ) -> int:
-    """Count the prompts that fit: contributions of all senders twice, and the streams and activations of a layer's receivers.
+    """Count the prompts that fit: contributions of all senders twice, and streams and activations of receivers.
 
     Args:
         model: as for `run_circuits`.
@@ -232,7 +236,7 @@ def fitting(
         ValueError: not even one fits.
     """
     layers, (n_senders, n_receivers) = n_layers(model.config), exists(model.config).shape
-    tensors = 2 * n_senders + 12 * (n_senders // layers) + 3 * layers
+    tensors = 2 * n_senders + 12 * (n_senders // layers) + 7 * layers + min(TOGETHER, n_receivers)
     if gradient:
         tensors += 2 * n_senders + 10 * n_receivers + 24 * layers
     each = 4 * tensors * max(map(len, prompts.input_ids)) * dimensions(model.config)["d_model"]

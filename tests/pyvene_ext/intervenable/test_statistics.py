@@ -165,3 +165,12 @@ def test_collecting_leaves_the_model_as_it_was() -> None:
 
 def test_labels() -> None:
     assert [label(place) for place in (("z", 3), ("embed", None))] == ["z.3", "embed"]
+
+
+@pytest.mark.parametrize(("places", "rows"), [((("z", 0),), 1), ((("z", 0), ("logits", None)), 9)])
+def test_the_vocabulary_is_computed_at_one_token_a_prompt_unless_logits_are_asked_for(places: tuple, rows: int) -> None:
+    model = random_model("gpt2")
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
+    Reference.compute(model, PROMPTS, places, batch_size=5, progress=False)
+    assert seen == [rows]

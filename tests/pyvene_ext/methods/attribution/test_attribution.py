@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modelcards import n_heads, n_kv_heads
 from pyvene_ext.engine.plain import run
 from pyvene_ext.intervenable.statistics import Reference
+from pyvene_ext.methods.attribution import receivers
 from pyvene_ext.methods.attribution.atp import atp, atp_star
 from pyvene_ext.methods.attribution.edges import EdgeScores, edge_attribution
 from pyvene_ext.prompts.positions import token_indices
@@ -26,7 +27,7 @@ from pyvene_ext.specs.patch import ActivationPatch
 from tests.ground_truth import ablations as slow
 from tests.ground_truth import paths
 from tests.random_prompts import random_prompts
-from tests.tiny_random import FAMILIES, random_model
+from tests.tiny_random import FAMILIES, FEWER, random_model
 
 torch.set_num_threads(1)
 
@@ -667,3 +668,43 @@ def test_a_projection_that_cannot_be_split_is_refused() -> None:
     model.model.layers[1].self_attn.o_proj = type("Adapted", (nn.Linear,), {})(72, 42)
     with pytest.raises(ValueError, match="layer 1 is a Adapted"):
         edge_attribution(model, BASE, SOURCE, progress=False)
+
+
+def _with_a_hook_that_does_nothing(model: Any) -> Any:
+    for layer in range(LAYERS):
+        for name in ("q_proj", "k_proj", "v_proj") if hasattr(model, "model") else ("c_attn",):
+            attention = (
+                model.model.layers[layer].self_attn if hasattr(model, "model") else model.transformer.h[layer].attn
+            )
+            getattr(attention, name).register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("family", FEWER)
+def test_heads_whose_weights_cannot_be_split_give_the_same_edges(family: str) -> None:
+    split = edge_attribution(_model(family), BASE, SOURCE, progress=False)
+    whole = edge_attribution(_with_a_hook_that_does_nothing(random_model(family)), BASE, SOURCE, progress=False)
+    _close(split.per_prompt[split.exists], whole.per_prompt[whole.exists])
+
+
+@pytest.mark.parametrize("together", [1, 7])
+def test_edges_do_not_depend_on_how_many_receivers_are_multiplied_at_once(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = edge_attribution(_model("llama3_1"), BASE, SOURCE, progress=False)
+    monkeypatch.setattr(receivers, "TOGETHER", together)
+    others = edge_attribution(_model("llama3_1"), BASE, SOURCE, progress=False)
+    _close(scores.per_prompt[scores.exists], others.per_prompt[others.exists])
+
+
+def test_edges_take_a_run_of_source_and_one_of_base_and_unembed_the_answers_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model("llama3_1")
+    seen: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape)))
+    passes: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda _, args, __: passes.append(len(args[0])))
+    edge_attribution(model, BASE, SOURCE, progress=False)
+    assert [shape[-1] for shape in seen] == [2], "the answers of base; source is not unembedded"
+    assert passes.count(len(BASE)) == 2, "source and base"

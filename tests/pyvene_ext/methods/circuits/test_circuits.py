@@ -20,6 +20,7 @@ from transformers import Gemma2ForCausalLM
 from pyvene_ext.engine.measure import METRICS
 from pyvene_ext.engine.plain import run
 from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.circuits import edgewise
 from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit, exists
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
@@ -206,6 +207,19 @@ def test_sparse_and_dense_circuits_are_what_hooks_give_where_a_post_norm_scales_
     model = gemma2_with_biases()
     edges = some_edges(model, share, seed=1)
     close(run_circuit(model, Circuit(edges), BASE, SOURCE, progress=False), by_hand(model, edges))
+
+
+@pytest.mark.parametrize("ablation", ["patching", "zero"])
+def test_circuits_do_not_depend_on_split_weights_nor_on_how_many_streams_are_summed_at_once(
+    ablation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model("mistral")
+    circuits = [Circuit(some_edges(model, share)) for share in (0.02, 0.3, 0.95)]
+    found = runs_of(model, circuits, BASE, SOURCE if ablation == "patching" else None, ablation=ablation).circuits
+    for block in model.model.layers:  # a hook might change what the projection gives, so that its weights are not split
+        block.self_attn.q_proj.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(edgewise, "TOGETHER", 3)
+    close(runs_of(model, circuits, BASE, SOURCE if ablation == "patching" else None, ablation=ablation).circuits, found)
 
 
 @every_family
