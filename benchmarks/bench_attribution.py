@@ -54,7 +54,8 @@ def main(config: Config) -> None:
     draw, vocab = rng(config.seed, "prompts"), model.config.vocab_size
     rows = draw.integers(1, vocab, size=(2, config.prompts, config.tokens))
     rows[:, :, 0] = rows[0, 0, 0]
-    answers = [AnswerTokens(((int(right),),), ((int(wrong),),)) for right, wrong in zip(*rows[:, :, -1], strict=True)]
+    pairs = rows[:, :, -1].T.tolist()
+    answers = tuple(AnswerTokens(((right,),), ((wrong,),)) for right, wrong in pairs)
     base, source = (TokenizedPrompts(tuple(map(tuple, some.tolist())), pad_id=0, answers=answers) for some in rows)
     heads = px.all_patches(model.config, "z")
     matrix = edge_attribution(model, base, source, progress=False).matrix

@@ -325,8 +325,8 @@ class Replay:
         chosen = list(range(n) if heads is None else heads)
         if weight is None:
             of_all = [self.projected(site, layer, normed[:, at].contiguous()) for at in range(len(chosen))]
-            found = [x.unflatten(-1, (n, -1))[:, :, head] for head, x in zip(chosen, of_all, strict=True)]
-            return torch.stack(found, 2)
+            pairs = zip(chosen, of_all, strict=True)
+            return torch.stack([x.unflatten(-1, (n, -1))[:, :, head] for head, x in pairs], 2)
         # Columns of the weight, and the bias, are split as the activations are.
         by_head = self.own_part(site, weight[None]).unflatten(-1, (n, -1))[0]
         every = len(chosen) == n
@@ -354,7 +354,7 @@ class Replay:
                     places = torch.arange(sum(new[site].shape[-1] for site in sites), device=whole.device)[None, None]
                     order = torch.cat([self.own_part(site, places)[0, 0] for site in sites])
                     whole = torch.cat([new[site] for site in sites], -1)[..., order.argsort()]
-                stack.enter_context(on_output(module, lambda _, whole=whole: whole))  # after hooks of others
+                stack.enter_context(on_output(module, lambda _, whole=whole: whole))  # type: ignore[misc] # after hooks of others
                 stack.enter_context(replace_forward(module, lambda *_, whole=whole, **__: whole))
             yield
 

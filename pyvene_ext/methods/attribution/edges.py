@@ -276,7 +276,8 @@ class _Written(NamedTuple):
     @classmethod
     def record(cls, model: PreTrainedModel, hooks: ExitStack) -> _Written:
         """Record them in the next forward pass; `Taps` of `_writes` are the caller's."""
-        card, normed = card_of(model), {}
+        card = card_of(model)
+        normed: dict[int, Tensor] = {}
         for layer in range(n_layers(model.config)) if card.post_norm_scale is not None else ():
             norm = card.module(model, "attention_contribution", layer)
             hooks.enter_context(on_input(norm, partial(normed.__setitem__, layer)))

@@ -347,7 +347,7 @@ class _State:
         hard = np.asarray(kept.detach().cpu() if isinstance(kept, Tensor) else kept).reshape(-1, *model.exists.shape)
         self.used: Any = (hard > 0).any(0)  # by a circuit
         self.missed: Any = (hard < 1).any(0) & model.exists
-        self.reads = self.used.any(0)  # which receivers keep an edge
+        self.reads: Any = self.used.any(0)  # which receivers keep an edge
         self.values = self.repeat(ablated.values) if len(ablated.values) > 1 else ablated.values
         # Whether a receiver without a kept edge reads what it reads in the known run.
         self.known_reads = ablated.is_run and not (model.biased and model.replay.card.post_norm_scale is not None)
