@@ -150,13 +150,15 @@ def main(config: Config) -> None:
     on_scored, on_judged = ((base.take(some), source.take(some)) for some in (scored, judged))
     means = check_defined(model, *on_judged, seed=config.seed, **options(config))
 
-    found = {method: found_by(config, model, method, on_scored, on_judged) for method in config.chosen}
+    found: dict[str, Found] = {
+        method: found_by(config, model, method, on_scored, on_judged) for method in config.chosen
+    }
     rows = [
         {"method": method, "scored_by": scored_by(method, config.ablation)} | one.row(config.seed, a_pass * len(scored))
         for method, one in found.items()
     ]
-    n_acdc = int((abs(found["acdc"].scores) >= config.tau).sum()) if "acdc" in found else None
-    for row in rows if n_acdc is not None else ():
+    n_acdc = int((abs(found["acdc"].scores) >= config.tau).sum()) if "acdc" in found else 0
+    for row in rows if "acdc" in found else ():
         of_as_many = faithfulness_curve(model, found[row["method"]].scores, *on_judged, [n_acdc], **options(config))
         row["as_many"] = float(of_as_many.values[0])
     own = found[config.chosen[0]].circuit
@@ -169,7 +171,7 @@ def main(config: Config) -> None:
         scored=scored,
         judged=judged,
         n_all=n_all(config, model),
-        n_acdc=n_acdc,
+        n_acdc=n_acdc if "acdc" in found else None,
         mean_clean=means[0],
         mean_empty=means[1],
         methods=[{name: px.stats.finite(x) if isinstance(x, float) else x for name, x in row.items()} for row in rows],
@@ -262,7 +264,7 @@ def settings(
 
 
 def write_circuit(
-    run: px.RunFolder, config: Config, model: PreTrainedModel, method: Method, one: Found, others: Mapping[str, Circuit]
+    run: px.RunFolder, config: Config, model: PreTrainedModel, method: str, one: Found, others: Mapping[str, Circuit]
 ) -> None:
     """The circuit of a method as JSON and DOT and, unless it is random, as a table, of the first method beside `others`."""
     from pyvene_ext.circuits import edge_rows, named_scores, save_circuit, save_dot
@@ -276,7 +278,7 @@ def write_circuit(
         run.table(f"circuit_{method}", edge_rows(weights, name, others if method == config.chosen[0] else {}))
 
 
-def draw(run: px.RunFolder, config: Config, model: PreTrainedModel, found: Mapping[Method, Found]) -> None:
+def draw(run: px.RunFolder, config: Config, model: PreTrainedModel, found: Mapping[str, Found]) -> None:
     """Faithfulness by size, and the strongest edges of the first method's circuit."""
     from pyvene_ext.circuits import named_scores
 
@@ -312,8 +314,7 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
             f"{row['minimality']:8.2f}"
         )
     patched = [row["method"] for row in rows if row["scored_by"] not in ("", config.ablation)]
-    if patched:
-        lines.append(f"scored by patching, not by {config.ablation} ablation: {', '.join(patched)}")
+    lines += [f"scored by patching, not by {config.ablation} ablation: {', '.join(patched)}"] if patched else []
     taken = ", ".join(f"{row['method']} {row['passes']:.0f}" for row in rows)
     lines.append(f"scoring took as long as so many forward passes over its pairs: {taken}")
     if facts["n_acdc"] is not None:

@@ -25,6 +25,7 @@ from pyvene_ext.methods.attribution.edges import EdgeScores
 from pyvene_ext.methods.attribution.screen import Screen
 from pyvene_ext.methods.circuits.acdc_run import AcdcRun
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
+from pyvene_ext.methods.circuits.masks import Mask
 from pyvene_ext.methods.heads.flow import Flow
 from pyvene_ext.methods.heads.lens import Attribution, Lens, Parts
 from pyvene_ext.methods.heads.scores import HeadScores
@@ -46,7 +47,7 @@ def plot(result: Shown, **options: Any) -> Figure:
     - Logit lens: a curve over depth; `of` says of what ("logit_diff", "probability" or "rank").
     - Direct logit attribution and information flow: a map of heads.
     - Edge scores: a matrix of senders and receivers.
-    - ACDC: the same matrix of the effects of removals.
+    - ACDC: the same matrix of the effects of removals. Learned masks: of open probabilities.
     - Circuits: bars of faithfulness, or a curve over sizes.
 
     Args:
@@ -148,6 +149,12 @@ def _acdc(found: AcdcRun) -> Figure:
     title = f"ACDC on {found.metric}, {count(found.n_prompts, 'prompt')}"
     label = f"{'rise' if found.metric == 'kl' else 'fall'} of the mean {found.metric} without the edge"
     return edge_matrix(found.matrix, found.senders, found.receivers, title, label)
+
+
+@_draw.register
+def _mask(mask: Mask) -> Figure:
+    title = f"Mask over {mask.settings['level']}s by {mask.metric}, {count(len(mask.loss), 'step')}"
+    return edge_matrix(mask.matrix, mask.senders, mask.receivers, title, "probability to be open")
 
 
 @_draw.register

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -47,6 +48,7 @@ from pyvene_ext.methods.circuits.running import (
 )
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
+from pyvene_ext.specs.graph import Node, edge_exists, receivers, senders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,6 +72,8 @@ class Mask(Shown):
         open: how many edges or nodes were open on average in each step.
         metric: the name of the metric.
         settings: the other arguments that the result depends on, by name.
+        senders: of the model's graph.
+        receivers: of the model's graph.
     """
 
     scores: Float64[np.ndarray, sender * receiver]
@@ -78,6 +82,14 @@ class Mask(Shown):
     open: Float32[np.ndarray, " step"]
     metric: str
     settings: dict[str, str | int | float]
+    senders: tuple[Node, ...]
+    receivers: tuple[Node, ...]
+
+    @cached_property
+    def matrix(self) -> Float[np.ndarray, "sender receiver"]:
+        """The scores by sender and receiver, each node's of all edges that leave it; NaN where there is no edge."""
+        there = edge_exists(self.senders, self.receivers)
+        return np.where(there, self.scores.reshape(len(self.senders), -1), np.nan)
 
     def to_frame(self) -> pd.DataFrame:
         """Convert to a table with one row per step.
@@ -206,7 +218,8 @@ def learn_mask(
     }
     n_open = int((scores[gated.numpy()] > 0.5).sum())
     circuit = Circuit.of(chosen_edges(scores, n_open, model.config), model.config)
-    return Mask(scores, circuit, losses, (shares * n_gates).astype(np.float32), metric.label, settings)
+    nodes = tuple(senders(model.config)), tuple(receivers(model.config))
+    return Mask(scores, circuit, losses, (shares * n_gates).astype(np.float32), metric.label, settings, *nodes)
 
 
 def _batches(prompts: TokenizedPrompts, batch_size: int, seed: int) -> Iterator[tuple[list[int], float]]:

@@ -40,7 +40,7 @@ from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.masks import STEPS as MASK_STEPS
 from pyvene_ext.methods.circuits.masks import learn_mask
-from pyvene_ext.methods.circuits.running import AblationKind, of_one_length, run_circuits
+from pyvene_ext.methods.circuits.running import AblationKind, fitting, of_one_length, run_circuits
 from pyvene_ext.methods.heads.flow import proximity
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.models.devices import no_gradients
@@ -141,7 +141,7 @@ def score(
         ablation: what ablated edges carry, as for `run_circuits`; `scored_by` says whether the method heeds it.
         seed: of random scores and of a mask's draws.
         batch_size: prompts per forward pass.
-        memory: bytes besides the weights, for the methods of `ABLATED`.
+        memory: bytes besides the weights; estimates by gradients do not heed it.
         progress: show a bar.
 
     Returns:
@@ -179,7 +179,7 @@ def score(
         )
         return np.concatenate([[0.0], delta.mean(1, dtype=np.float64)])
     if method == "flow":
-        return flow_scores(model, base, batch_size)
+        return flow_scores(model, base, batch_size if memory is None else fitting(model, base, memory, batch_size))
     if method == "acdc":
         pruned = acdc(model, base, source, metric, tau=tau, ablation=ablation, **options)
         effects = np.nan_to_num(pruned.matrix)

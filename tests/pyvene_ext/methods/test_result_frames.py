@@ -16,6 +16,7 @@ from pyvene_ext.methods.attribution.screen import Screen
 from pyvene_ext.methods.circuits.acdc_run import AcdcRun
 from pyvene_ext.methods.circuits.circuit import Circuit
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
+from pyvene_ext.methods.circuits.masks import Mask
 from pyvene_ext.methods.heads.flow import Flow
 from pyvene_ext.methods.heads.lens import Attribution, Lens, Parts
 from pyvene_ext.methods.heads.scores import HeadScores
@@ -100,9 +101,29 @@ def acdc_run() -> AcdcRun:
     )
 
 
+def mask() -> Mask:
+    scores = np.random.default_rng(0).random(len(senders(CONFIG)))
+    settings: dict[str, str | int | float] = {"level": "node"}
+    nodes = tuple(senders(CONFIG)), tuple(receivers(CONFIG))
+    return Mask(scores, Circuit("embed->logits"), drawn(9), drawn(9, seed=1), "kl", settings, *nodes)
+
+
 MADE: dict[str, Callable[[], Shown]] = {
     made.__name__: made
-    for made in (head_result, sequential, screen, head_scores, lens, attribution, flow, edges, acdc_run, runs, curve)
+    for made in (
+        head_result,
+        sequential,
+        screen,
+        head_scores,
+        lens,
+        attribution,
+        flow,
+        edges,
+        acdc_run,
+        mask,
+        runs,
+        curve,
+    )
 }
 
 

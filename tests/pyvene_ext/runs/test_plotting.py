@@ -122,6 +122,11 @@ def test_results_of_the_methods_have_the_figures_that_studies_draw_of_them() -> 
     np.testing.assert_allclose(image(flow.plot()), flow.head_importance().mean(0), rtol=1e-5)
     edges = made.edges()
     np.testing.assert_allclose(image(edges.plot()), edges.matrix, rtol=1e-5)
+    mask = made.mask()
+    shown = image(mask.plot())
+    assert {*shown[1][np.isfinite(shown[1])]} == {mask.scores[1]} and np.isnan(shown[-1]).sum() == len(
+        mask.receivers
+    ) - 1
     sequential = made.sequential()
     np.testing.assert_allclose(image(sequential.plot()).ravel(), sequential.frequency)
     screen = made.screen()

@@ -23,6 +23,7 @@ from pyvene_ext.specs.graph import receivers
 from tests.ground_truth.paths import precedes
 from tests.ground_truth.paths import receivers as receiver_names
 from tests.ground_truth.paths import senders as sender_names
+from tests.pyvene_ext.methods.solving.test_memory import Peak
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 
@@ -177,6 +178,19 @@ def test_memory_batches_and_how_many_run_side_by_side_change_nothing(monkeypatch
     np.testing.assert_allclose(alone.effect, full.effect, rtol=1e-4, atol=1e-6)
     assert alone.discarded == 0 < full.discarded < 0.5
     assert alone.passes == pytest.approx(full.passes * (1 - full.discarded))
+
+
+@pytest.mark.slow
+def test_no_more_memory_is_taken_than_is_given() -> None:
+    model, lengths = random_model("llama3_1"), (50,) * 16
+    base, source = random_prompts(lengths), random_prompts(lengths, seed=1)
+    found = partial(found_by, model, base, source, tau=0.003, start_from=some(model, 6))
+    with pytest.raises(ValueError, match="do not hold the contributions") as caught:
+        found(memory=1000)
+    memory = (1 + int(str(caught.value).rpartition("at least ")[2].split()[0])) * 2**20
+    with Peak() as peak:
+        found(memory=memory)
+    assert memory / 3 < peak.bytes <= memory
 
 
 @pytest.mark.slow

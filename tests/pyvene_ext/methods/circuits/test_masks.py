@@ -164,6 +164,7 @@ def test_other_ablations_in_bfloat16_give_a_mask_whose_curve_can_be_run(ablation
     mask = learned(model, base, source, "logit_diff", ablation=ablation, steps=4, memory=2**24)
     curve = faithfulness_curve(model, mask.scores, base, source, shares=MIB_SHARES, ablation=ablation, progress=False)
     assert np.isfinite([curve.cpr(), curve.cmd()]).all()
+    assert np.array_equal(mask.matrix[exists(model.config)], mask.scores[exists(model.config)])
     frame = mask.to_frame()
     assert frame["loss"].tolist() == mask.loss.tolist() and list(frame) == ["step", "open", "loss"]
     assert repr(mask).startswith("Mask by logit_diff: ") and mask.settings["ablation"] == ablation

@@ -27,6 +27,8 @@ from pyvene_ext.stats.rankings import auroc
 from tests.ground_truth.paths import precedes
 from tests.pyvene_ext.methods.circuits.test_circuits import BASE, chosen, close, contributions, norm_in_front
 from tests.pyvene_ext.methods.circuits.test_circuits import SOURCE as OTHER
+from tests.pyvene_ext.methods.solving.test_memory import Peak
+from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
 
 SOURCE = replace(OTHER, answers=BASE.answers)
@@ -152,6 +154,16 @@ def test_flow_is_the_proximity_of_what_is_added_to_the_stream_in_front_of_the_re
                 sums[names[0].index(sender)] += float((value / total).mean())
     for receiver, sums in expected.items():
         np.testing.assert_allclose(found[:, names[1].index(receiver)], sums / len(BASE), atol=2e-5)
+
+
+def test_flow_takes_no_more_memory_than_it_is_given() -> None:
+    model, base = random_model("llama3_1"), random_prompts((50,) * 8)
+    given = 2 * 2**20
+    with Peak() as most:
+        free = score(model, base, base, "flow")
+    with Peak() as peak:
+        close(score(model, base, base, "flow", memory=given), free)
+    assert given / 5 < peak.bytes <= given < most.bytes
 
 
 @pytest.mark.parametrize("method", ["eap", "path_patching"])
