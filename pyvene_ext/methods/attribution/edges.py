@@ -329,18 +329,18 @@ def _changes(
         by_head = weight.detach().unflatten(0, (heads, -1)).float()
         z = [at(run, ("attention_value_output", layer)) for run in (source, base)]
         if card.post_norm_scale is None:
-            torch.bmm(_by_head(z[0] - z[1], heads), by_head, out=of_heads.flatten(1, 2))
+            of_heads.flatten(1, 2).copy_(_by_head(z[0] - z[1], heads) @ by_head)  # from the layer's device to the first one
         else:
             norm = card.module(model, "attention_contribution", layer)
             scales = [
                 card.post_norm_scale(norm, run.normed[layer].detach()[:, start:].float()) for run in (source, base)
             ]
-            shares = [_by_head(x, heads).matmul(by_head).view_as(of_heads) for x in z]
-            torch.mul(shares[0], scales[0], out=of_heads).addcmul_(shares[1], scales[1], value=-1)
+            shares = [(_by_head(x, heads) @ by_head).view(of_heads.shape) for x in z]
+            of_heads.copy_(shares[0].mul_(scales[0]).addcmul_(shares[1], scales[1], value=-1))
         if (multiplier := card.residual_scale(model.config)) != 1:
             of_heads *= multiplier
         mlp = "mlp_contribution", layer
-        torch.sub(at(source, mlp), at(base, mlp), out=changes[first + heads])
+        changes[first + heads].copy_(at(source, mlp) - at(base, mlp))
         first += heads + 1
     return changes
 
