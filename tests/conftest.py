@@ -8,6 +8,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ PLACES = {
     "pyvene_ext/engine/sweep/test_processes.py": "processes",
     "modelcards/test_export.py": "packaging",
     "test_packaging.py": "packaging",
+    "test_howto.py": "docs",
     "test_readme.py": "docs",
     "test_site.py": "docs",
 }
@@ -67,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for kind in kinds(item):
             item.add_marker(kind)
-        built = any(place(item).is_relative_to(where) for where in BUILT_ON_OTHERS) or item.get_closest_marker("fewer")
+        built = lies_in(item.path, BUILT_ON_OTHERS) or item.get_closest_marker("fewer")
         unlike = sorted(tested[function_of(item)].intersection(UNLIKE))
         if built and unlike and families(item) and not families(item) & {by_turns(unlike, item)}:
             item.add_marker("families")
@@ -75,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def kinds(item: pytest.Item) -> Iterator[str]:
     """The markers of a test by its place, its fixtures, its name and the families it is called with."""
-    yield from (kind for where, kind in PLACES.items() if place(item).is_relative_to(where))
+    yield from (kind for where, kind in PLACES.items() if lies_in(item.path, (where,)))
     if "launch" in getattr(item, "fixturenames", ()):
         yield "processes"
     if INTERRUPTED.search(item.name.partition("[")[0]):
@@ -84,8 +86,9 @@ def kinds(item: pytest.Item) -> Iterator[str]:
         yield "families"
 
 
-def place(item: pytest.Item) -> Path:
-    return item.path.relative_to(TESTS)
+@cache
+def lies_in(path: Path, places: tuple[str, ...]) -> bool:
+    return any(path.relative_to(TESTS).is_relative_to(place) for place in places)
 
 
 def function_of(item: pytest.Item) -> tuple[Path, str]:

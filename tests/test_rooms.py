@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter, defaultdict
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def modules(package: str) -> dict[str, Path]:
     return found
 
 
+@cache
 def imports(package: str) -> dict[str, set[str]]:
     """What each module of a package imports of that package, wherever in the file: at the top, late, or for types only."""
     known = modules(package)

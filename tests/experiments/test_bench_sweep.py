@@ -17,6 +17,7 @@ import yaml
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.specs.ablation import Ablation, donors
 from tests.ground_truth import ablations as slow
+from tests.tiers import first_only
 
 SMALL = ("--layers", 3, "--hidden", 24, "--heads", 4, "--kv_heads", 2, "--d_mlp", 17, "--vocab", 41)
 FEW = ("--prompts", 3, "--tokens", 5, "--threads", 1)
@@ -141,7 +142,7 @@ def expected_values(case: bench.Case, spec: Ablation) -> np.ndarray:
 @pytest.mark.parametrize(
     "size", ["default", *(pytest.param(size, marks=pytest.mark.slow) for size in list(FAMILIES)[1:])]
 )
-@pytest.mark.parametrize("letter", "abcd")
+@pytest.mark.parametrize("letter", first_only("abcd"))
 def test_every_engine_here_gives_the_results_of_single_prompts(
     size: str, letter: bench.Letter, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,7 @@ def test_the_tables_hold_what_the_functions_give_on_either_half(folder: Path) ->
     assert {path.stem for path in (folder / "figures").glob("*.png")} == {"faithfulness", "circuit"}
 
 
+@pytest.mark.slow
 def test_another_runs_circuit_is_compared_and_nodes_are_judged(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,6 +112,7 @@ def test_linear_methods_fail_where_they_must_and_the_exact_one_does_not(
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@pytest.mark.slow
 def test_of_a_large_model_some_edges_and_nodes_are_patched_and_the_rest_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

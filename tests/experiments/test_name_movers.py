@@ -380,6 +380,7 @@ def test_what_is_written_and_that_its_config_repeats_the_run(folder: Path, capsy
     assert not (out / "path_effect.npy").exists()
 
 
+@pytest.mark.slow
 def test_names_of_several_tokens_are_kept_and_told(capsys: pytest.CaptureFixture[str]) -> None:
     """A surname makes two tokens of a name; its first tells the names apart, so that nothing else changes but the attention."""
     pairs = shipped("ioi_en")[:N]

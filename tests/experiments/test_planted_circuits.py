@@ -196,6 +196,7 @@ def test_patching_z_matters_for_the_planted_heads_alone(name: str, architecture:
     assert weakest > 10 * max(effect for head, effect in effects.items() if head not in planted_heads)
 
 
+@pytest.mark.slow
 @every_circuit
 def test_path_patching_finds_exactly_the_planted_edges(name: str, architecture: Architecture) -> None:
     case = circuit(name, architecture)
@@ -457,6 +458,7 @@ def test_all_inputs_of_the_first_layer_from_source_are_its_heads_from_source(fam
     torch.testing.assert_close(patched, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_every_path_is_each_path(family: str) -> None:
     model = family_model(family)

@@ -202,6 +202,7 @@ def test_zeroed_scores_are_a_zeroed_z(folder: Path) -> None:
 # -- a model that is known ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_peak_at_lag_1_vanishes_with_the_induction_heads_and_not_with_others_of_their_layer(folder: Path) -> None:
     """tiny-gemma2, whose layer 5 has six induction heads; its other heads, and its weakest two of those, are the control."""
     assert command("--permutations", 40, "--mode", "zero", "mean", "--output_dir", "out") == 0
@@ -220,6 +221,7 @@ def test_the_peak_at_lag_1_vanishes_with_the_induction_heads_and_not_with_others
     assert len(scores) == 48 and scores[3]["scores"] > 0.9 and [s["layer"] for s in scores[:4]] == [5] * 4
 
 
+@pytest.mark.slow
 def test_in_tiny_llama_the_strongest_heads_of_the_layer_count_more_than_the_rest(folder: Path) -> None:
     """All heads of its layer 1 are induction heads, so that the control lowers the peak as well, but by far less."""
     assert command("--model_name", "tiny-llama3.1", "--permutations", 40, "--n_tokens", 40, "--output_dir", "out") == 0
@@ -265,6 +267,7 @@ def test_a_grid_gives_what_its_settings_give_alone(folder: Path) -> None:
             assert sets and all(fits(layer) for chosen in sets for layer, _ in chosen)
 
 
+@pytest.mark.slow
 def test_larger_sets_hold_the_smaller_ones_and_random_heads_alone_are_the_same_ones(folder: Path) -> None:
     both = ["--permutations", P, "--n_tokens", N, "--to_abl", "0-1-2-3"]
     assert command(*both, "--output_dir", "a") == 0
@@ -294,6 +297,7 @@ def test_larger_sets_hold_the_smaller_ones_and_random_heads_alone_are_the_same_o
         assert "share as low" not in row
 
 
+@pytest.mark.slow
 def test_without_a_list_ordinary_tokens_of_the_tokenizer_are_drawn(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from tiny.train_tiny_models import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyvene_ext.prompts import tiny_tasks
+from tests.tiers import first_only
 
 TOKENIZER = build_tokenizer()
 SLACK = 0.04  # on 64 prompts one wrong answer costs 0.016
@@ -149,7 +150,7 @@ def test_punctuation_and_numbers_are_tokens_and_unknown_words_are_unk():
 # --- generators -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", tiny_tasks.TASKS)
+@pytest.mark.parametrize("task", first_only(tiny_tasks.TASKS))
 def test_generators_are_seeded_and_training_never_meets_held_out_prompts(task):
     def prompts(seed, held_out):
         draw = np.random.default_rng(seed)

@@ -174,6 +174,7 @@ def test_exchanges_of_each_kind_are_those_of_their_name() -> None:
     assert 0.2 < edges[:, graph.circuit].any(1).mean() < 0.6 < edges[:, graph.exists & ~graph.circuit].mean()
 
 
+@pytest.mark.slow
 def test_a_short_training_is_written_and_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--out", str(tmp_path), "--steps", "2", "--batch_size", "6", "--evaluation_prompts", "50"]
     assert run(recipe.main, recipe.Settings, flags) == 0

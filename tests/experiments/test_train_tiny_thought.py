@@ -28,6 +28,7 @@ EXAMPLES = [
 SAID = (["7", "5", "12", "12", "12", "12", "12", "<eos>"], ["4", "9", "13", "13", "3", "10", "10", "<eos>"])
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_numbers_at_latent_steps_and_of_the_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from pyvene_ext.prompts.parallel import load_pairs, lone_word_prompts, word_prom
 from pyvene_ext.runs import translation as runs_of_translation
 from tests.pyvene_ext.tokenizers_for_tests import word_tokenizer
 from tests.saved_models import save_random_model
+from tests.tiers import first_only
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,7 @@ def test_real_text_without_swaps_is_asked_word_by_word(folder: Path) -> None:
     assert not asked.in_couples and len(asked.words) == 10
 
 
+@pytest.mark.slow
 def test_the_highest_heads_are_studied_where_no_threshold_is_published(folder: Path) -> None:
     save_random_model("qwen2_5", folder / "model")
     flags = (
@@ -191,7 +193,9 @@ def test_the_highest_heads_are_studied_where_no_threshold_is_published(folder: P
     assert command(*flags, "--out", "dry", "--dry_run") == 0 and not (folder / "dry").exists()
 
 
-@pytest.mark.parametrize("module", [study, translation_lens, translation_paths], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "module", first_only([study, translation_lens, translation_paths]), ids=lambda one: one.__name__
+)
 def test_a_dry_run_ranks_no_heads(
     module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

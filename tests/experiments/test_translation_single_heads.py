@@ -31,6 +31,7 @@ def command(*flags: Any) -> int:
     return run_study(study.main, study.Config, [str(flag) for flag in flags])
 
 
+@pytest.mark.slow
 def test_the_first_attempt_is_a_config(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Zero by plain hooks; what maximum and minimum put in place is tested with the package."""
     model = save_random_model("gpt2", folder / "model")

@@ -329,7 +329,9 @@ def _changes(
         by_head = weight.detach().unflatten(0, (heads, -1)).float()
         z = [at(run, ("attention_value_output", layer)) for run in (source, base)]
         if card.post_norm_scale is None:
-            of_heads.flatten(1, 2).copy_(_by_head(z[0] - z[1], heads) @ by_head)  # from the layer's device to the first one
+            of_heads.flatten(1, 2).copy_(
+                _by_head(z[0] - z[1], heads) @ by_head
+            )  # from the layer's device to the first one
         else:
             norm = card.module(model, "attention_contribution", layer)
             scales = [

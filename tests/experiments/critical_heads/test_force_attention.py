@@ -219,6 +219,7 @@ def test_chosen_heads_have_random_heads_of_their_layers_beside_them(folder: Path
     assert not (folder / "x/hubs.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_verdicts_follow_the_table_and_the_same_command_gives_the_same(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +240,7 @@ def test_the_verdicts_follow_the_table_and_the_same_command_gives_the_same(
     assert not (folder / "x/unfinished").exists()
 
 
+@pytest.mark.slow
 def test_several_models_stand_side_by_side(folder: Path) -> None:
     assert command("--models", MODEL, "tiny-gemma2", "--out", "x", "--shapes", "uniform", "--no_sweep") == 0
     rows = by_hand.table(folder / "x/accuracy_by_pattern.csv")

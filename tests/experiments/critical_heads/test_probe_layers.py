@@ -270,6 +270,7 @@ def test_what_cannot_be_probed_is_left_out_and_said(folder: Path, capsys: pytest
     assert f"left out: 12, correct: it is 1 in all {two} problems" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_numbers_by_their_logarithm(folder: Path) -> None:
     assert command(*FEW, "--positions", "mark", "--targets", "answer", "--log") == 0
     row = by_hand.table(folder / "x/probes.csv")[1]

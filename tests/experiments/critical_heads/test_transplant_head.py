@@ -241,6 +241,7 @@ def test_a_random_set_that_is_just_as_good_counts_as_that() -> None:
     assert (row["unparsed"], row["random_sets"]) == (4, 4)
 
 
+@pytest.mark.slow
 def test_within_a_model_there_is_a_transplant_without_maps(folder: Path) -> None:
     """The same head: exact without maps. Rankings come from files; two hosts stand side by side."""
     (folder / "one.csv").write_text("scores,layer,head\n1,0,7\n3,0,0\n2,0,4\n")

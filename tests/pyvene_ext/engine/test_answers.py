@@ -30,6 +30,7 @@ from tests.ground_truth import forced_attention
 from tests.pyvene_ext.engine import test_compile as ablations
 from tests.pyvene_ext.engine.sweep.test_run import BEGINNINGS
 from tests.random_prompts import random_prompts
+from tests.tiers import first_only
 from tests.tiny_random import FAMILIES, FEWER, VOCAB, random_model
 
 BOTH = ("answer_logprob", "answer_logprob_diff")
@@ -157,7 +158,7 @@ def test_forced_attention_ends_with_the_prompt(family: str, hard: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FEWER)
-@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("metric", first_only(BOTH))
 def test_patches_come_from_the_source_prompt_on_either_engine(family: str, metric: str) -> None:
     source = replace(random_prompts((9, 6, 7, 9, 6, 7), seed=8), answers=ANSWERS)
     model, specs, expected = model_of(family), [], []
@@ -185,7 +186,7 @@ def test_patches_come_from_the_source_prompt_on_either_engine(family: str, metri
 
 
 @pytest.mark.parametrize("family", FEWER)
-@pytest.mark.parametrize("metric", BOTH)
+@pytest.mark.parametrize("metric", first_only(BOTH))
 def test_prompts_and_answers_that_begin_alike_are_run_once_with_the_same_numbers(family: str, metric: str) -> None:
     answers = (
         *ANSWERS[1:5],

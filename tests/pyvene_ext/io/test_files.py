@@ -61,6 +61,7 @@ def test_a_file_is_replaced_at_once_or_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @given(rows=ROWS)
 @example(rows=[{"a": 1, "b": None}, {"a": 0.5, "b": True}, {"a": math.nan, "b": 3}])
 @example(rows=[{"a": 1, "b": 2.0}, {"a": 3}])

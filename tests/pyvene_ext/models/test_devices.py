@@ -153,6 +153,7 @@ def test_grad_flags_of_offloaded_weights_survive_and_they_can_be_trained_afterwa
     assert model(ids).logits.requires_grad
 
 
+@pytest.mark.slow
 def test_a_store_begun_in_memory_is_finished_offloaded(tmp_path: Path) -> None:
     original, specs, reference, expected = in_memory("mistral")
     model = offloaded(random_model("mistral"), "cpu", tmp_path)
@@ -289,6 +290,7 @@ def test_the_default_budget_counts_what_one_device_holds(tmp_path: Path) -> None
 # -- the arithmetic of docs/studies/gpus.md ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_of_several_gpus_counts_the_memory_of_llama_3_1_70b_as_the_plan_does() -> None:
     config = LlamaConfig(
         hidden_size=8192,

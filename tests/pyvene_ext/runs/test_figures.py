@@ -366,6 +366,7 @@ def test_long_names_are_broken_into_lines_that_fit():
     assert not sticks_out(scatter(A, B, name_a=LONG, name_b=LONG, title=f"{LONG} against {LONG}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_only(["Meta-Llama-3.1-8B-Instruct-abliterated-GGUF", "smollm2-135m-instruct"]))
 def test_no_title_breaks_a_name(name):
     for figure in (

@@ -127,6 +127,7 @@ def test_permutation_p_is_uniform_under_its_null():
     assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
 
 
+@pytest.mark.slow
 def test_bootstrap_interval_matches_a_loop():
     generator = np.random.default_rng(7)
     a = generator.random((4, 6)).round(1)

@@ -143,7 +143,7 @@ def _compare(
     return fast
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), len(FAMILIES)])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2 * len(FAMILIES)])
 @pytest.mark.parametrize("family", WITH_EAGER)
 def test_every_ablation_gives_what_the_plain_engine_gives(family, every):
     """All of them; in `make test` all on one family or another."""
@@ -383,6 +383,7 @@ def test_nothing_is_left_on_the_model_after_a_sweep_or_an_error(family, monkeypa
             assert traces(model) == before, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FEWER)
 def test_compiled_mlps_give_the_same_numbers_and_are_gone_afterwards(family, monkeypatch):
     compiled = []

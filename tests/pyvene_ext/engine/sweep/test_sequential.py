@@ -57,7 +57,7 @@ def _frequencies(delta: np.ndarray, **settings) -> Sequential:
     return frequencies(model, specs, prompts, sweep=engine, progress=False, **settings)
 
 
-@pytest.mark.parametrize("engine", first_only([_sliced, None]))
+@pytest.mark.parametrize("engine", first_only([None, _sliced]))
 def test_each_spec_has_the_numbers_of_the_whole_run_on_the_prompts_it_used(engine) -> None:
     model = random_model("qwen2_5")
     specs = _specs(model)
@@ -79,6 +79,7 @@ def test_each_spec_has_the_numbers_of_the_whole_run_on_the_prompts_it_used(engin
         assert not any(narrow[:-1]) and (narrow[-1] or n == 40) and found.reached[row] == narrow[-1]
 
 
+@pytest.mark.slow
 def test_statistics_and_donors_are_those_of_all_prompts_whatever_the_blocks() -> None:
     model = random_model("llama3_1")
     specs = _specs(model)
