@@ -121,48 +121,33 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
 def main(config: Config) -> None:
     if not px.is_main_process():
         return  # on one device
-    from pyvene_ext.circuits import (
-        check_ablation,
-        check_defined,
-        faithfulness_curve,
-        halves,
-        load_circuit,
-        overlap,
-        scored_by,
-    )
-
     # Everything that can be wrong is found before the scores are.
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
     prompt_set = config.load_prompts()
     model, tokenizer = config.load_model()
-    others = {path: load_circuit(path, model) for path in config.compare}
+    others = {path: px.circuits.load_circuit(path, model) for path in config.compare}
     pairs = config.tokenize_pairs(prompt_set, model, tokenizer)
     kept = px.methods.pairs_of_equal_length(*pairs, config.dataset)
     dropped = sorted(set(range(len(prompt_set))) - set(kept))
     base, source = (texts.take(kept) for texts in pairs)
-    check_ablation(model, base, source, config.ablation)
-    scored, judged = halves(len(base), config.seed)
+    px.circuits.check_ablation(model, base, source, config.ablation)
+    scored, judged = px.circuits.halves(len(base), config.seed)
     work = f"{len(scored)} pairs score, {len(judged)} judge: {', '.join(config.chosen)}"
     a_pass = px.runs.seconds_a_pass(model, base) / len(base)
     each, fixed = (passes * a_pass for passes in cost(config, model))
     if not run.announce(work, each * len(base) + fixed, n=len(prompt_set), fixed=fixed):
         return
     on_scored, on_judged = ((base.take(some), source.take(some)) for some in (scored, judged))
-    means = check_defined(model, *on_judged, seed=config.seed, **options(config))
+    means = px.circuits.check_defined(model, *on_judged, seed=config.seed, **options(config))
 
     found: dict[str, Found] = {
         method: found_by(config, model, method, on_scored, on_judged) for method in config.chosen
     }
-    rows = [
-        {"method": method, "scored_by": scored_by(method, config.ablation)} | one.row(config.seed, a_pass * len(scored))
-        for method, one in found.items()
-    ]
-    n_acdc = int((abs(found["acdc"].scores) >= config.tau).sum()) if "acdc" in found else 0
-    for row in rows if "acdc" in found else ():
-        of_as_many = faithfulness_curve(model, found[row["method"]].scores, *on_judged, [n_acdc], **options(config))
-        row["as_many"] = float(of_as_many.values[0])
+    rows, n_acdc = table_of(config, model, found, on_judged, a_pass * len(scored))
     own = found[config.chosen[0]].circuit
-    shared = [{"circuit": path, **overlap(own, other, model.config).row()} for path, other in others.items()]
+    shared = [
+        {"circuit": path, **px.circuits.overlap(own, other, model.config).row()} for path, other in others.items()
+    ]
 
     facts = px.metadata(
         model,
@@ -171,7 +156,7 @@ def main(config: Config) -> None:
         scored=scored,
         judged=judged,
         n_all=n_all(config, model),
-        n_acdc=n_acdc if "acdc" in found else None,
+        n_acdc=n_acdc,
         mean_clean=means[0],
         mean_empty=means[1],
         methods=[{name: px.stats.finite(x) if isinstance(x, float) else x for name, x in row.items()} for row in rows],
@@ -203,10 +188,8 @@ def n_all(config: Config, model: PreTrainedModel) -> int:
 
 def cost(config: Config, model: PreTrainedModel) -> tuple[float, float]:
     """About how many forward passes of a pair it takes to score and judge: for each pair, and whatever their number."""
-    from pyvene_ext.circuits import score_cost
-
     how = config.level, config.steps, config.ablation, config.batch_size
-    each, fixed = zip(*(score_cost(model.config, method, *how) for method in config.chosen), strict=True)
+    each, fixed = zip(*(px.circuits.score_cost(model.config, method, *how) for method in config.chosen), strict=True)
     judging = 1.7 * (2 * 8 + config.random_circuits + config.removed)  # of two times ten sizes some are cheap
     return (sum(each) + len(each) * judging) / 2, sum(fixed)
 
@@ -229,26 +212,38 @@ class Found:
 
     def row(self, seed: int, a_pass: float) -> dict[str, Any]:
         """Its row of the table; `a_pass` is what a forward pass over the pairs that scored takes."""
-        from pyvene_ext.circuits import areas_row
-
-        areas = areas_row(self.curves["value"], self.curves["magnitude"], seed)
+        areas = px.circuits.areas_row(self.curves["value"], self.curves["magnitude"], seed)
         return areas | self.judged.row() | {"seconds": self.seconds, "passes": self.seconds / a_pass}
 
 
 def found_by(config: Config, model: PreTrainedModel, method: Method, on_scored: Any, on_judged: Any) -> Found:
     """Score every edge or node on one half of the pairs, and judge circuits on the other."""
-    from pyvene_ext.circuits import MIB_SHARES, faithfulness_curve, judge, timed_score, top_edges, top_nodes
-
     how = options(config) | {name: getattr(config, name) for name in ("level", "steps", "tau", "seed")}
-    scores, seconds = timed_score(model, *on_scored, method, **how)
-    how = options(config) | {"shares": MIB_SHARES}
-    curves = {by: faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
+    scores, seconds = px.circuits.timed_score(model, *on_scored, method, **how)
+    how = options(config) | {"shares": px.circuits.MIB_SHARES}
+    curves = {by: px.circuits.faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
     n = max(1, int(config.share * n_all(config, model)))
-    circuit = (top_edges if config.level == "edge" else top_nodes)(scores, n, model.config, config.by)
+    chosen = px.circuits.top_edges if config.level == "edge" else px.circuits.top_nodes
+    circuit = chosen(scores, n, model.config, config.by)
     # Is it more than its layers, does it miss anything, does it need all it has?
     how = options(config) | {"random": config.random_circuits, "removed": config.removed, "seed": config.seed}
-    judged = judge(model, circuit, *on_judged, scores=scores, n=n, by=config.by, **how)
+    judged = px.circuits.judge(model, circuit, *on_judged, scores=scores, n=n, by=config.by, **how)
     return Found(scores, seconds, curves, circuit, judged)
+
+
+def table_of(
+    config: Config, model: PreTrainedModel, found: Mapping[str, Found], on_judged: Any, a_pass: float
+) -> tuple[Rows, int | None]:
+    """A row a method; and how many edges ACDC keeps, if it was asked for, with what is faithful of as many by each method."""
+    rows, (base, source) = [], on_judged
+    n_acdc = int((abs(found["acdc"].scores) >= config.tau).sum()) if "acdc" in found else None
+    for method, one in found.items():
+        scored_by = px.circuits.scored_by(method, config.ablation)
+        rows.append({"method": method, "scored_by": scored_by} | one.row(config.seed, a_pass))
+        if n_acdc is not None:
+            curve = px.circuits.faithfulness_curve(model, one.scores, base, source, [n_acdc], **options(config))
+            rows[-1]["as_many"] = float(curve.values[0])
+    return rows, n_acdc
 
 
 # -- what is written and shown -----------------------------------------------------------------------------------------
@@ -267,28 +262,26 @@ def write_circuit(
     run: px.RunFolder, config: Config, model: PreTrainedModel, method: str, one: Found, others: Mapping[str, Circuit]
 ) -> None:
     """The circuit of a method as JSON and DOT and, unless it is random, as a table, of the first method beside `others`."""
-    from pyvene_ext.circuits import edge_rows, named_scores, save_circuit, save_dot
-
     facts = {"method": method, "level": config.level, "metric": config.metric, "dataset": config.dataset}
-    save_circuit(one.circuit, run.path / f"circuit_{method}.json", model, **facts)
-    weights = named_scores(one.scores, one.circuit, model.config)
-    save_dot(one.circuit, run.path / f"circuit_{method}.dot", weights)
+    px.circuits.save_circuit(one.circuit, run.path / f"circuit_{method}.json", model, **facts)
+    weights = px.circuits.named_scores(one.scores, one.circuit, model.config)
+    px.circuits.save_dot(one.circuit, run.path / f"circuit_{method}.dot", weights)
     if weights and method != "random":
         name = "score" if config.level == "edge" else "score_of_sender"
-        run.table(f"circuit_{method}", edge_rows(weights, name, others if method == config.chosen[0] else {}))
+        run.table(
+            f"circuit_{method}", px.circuits.edge_rows(weights, name, others if method == config.chosen[0] else {})
+        )
 
 
 def draw(run: px.RunFolder, config: Config, model: PreTrainedModel, found: Mapping[str, Found]) -> None:
     """Faithfulness by size, and the strongest edges of the first method's circuit."""
-    from pyvene_ext.circuits import named_scores
-
     by_size = {method: one.curves[config.by] for method, one in list(found.items())[:4]}
     of = {method: (100 * curve.shares, curve.runs.interval()) for method, curve in by_size.items()}
     title = f"Faithfulness by size, edges by {config.by}: {run.of}"
     run.figure("faithfulness", px.figures.faithfulness_curves(of, title=title, axis=f"% of {config.level}s allowed"))
     first = config.chosen[0]
     if config.level == "edge":
-        weights = named_scores(found[first].scores, found[first].circuit, model.config)
+        weights = px.circuits.named_scores(found[first].scores, found[first].circuit, model.config)
         title = f"Circuit by {first}, strongest edges: {run.of}"
         run.figure("circuit", px.figures.edge_graph(weights, title, "score", nodes=px.specs.senders(model.config)))
 

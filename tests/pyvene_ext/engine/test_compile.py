@@ -166,7 +166,7 @@ def _compare(
 @pytest.mark.parametrize("every", [pytest.param(2, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize(("family", "padding_side"), PADDED)
 def test_every_ablation_equals_hooks_on_single_prompts(family: str, padding_side: PaddingSide, every: int) -> None:
-    """All of them; in `make test` all on one family or another."""
+    """Every second of them, in `make test` every eighth, on each family others."""
     specs = _specs()
     _compare(family, "unequal", [*specs[FAMILIES.index(family) % every :: every], specs[-1]], padding_side)
 
