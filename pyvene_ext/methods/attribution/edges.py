@@ -247,7 +247,8 @@ def _scores(
     """
     model = receiving.model
     # No sender differs before the first token that does, because no token sees later ones.
-    start = int((base.input_ids != source.input_ids).any(0).nonzero()[0])
+    differ = (base.input_ids != source.input_ids).any(0)
+    start = int(differ.to(torch.uint8).argmax())  # 0 where all pairs of the batch are the same text twice
     of_source = _run_source(model, source)
     with torch.no_grad():
         clean = answer_logits(model, base) if stages and "clean" in metric.needs else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -545,6 +546,14 @@ def test_neither_batches_nor_padding_nor_what_else_is_asked_matter(family: str) 
     np.testing.assert_allclose(together[::4], alone, atol=1e-5, rtol=1e-5)
     edges = [edge_attribution(model, BASE, SOURCE, batch_size=size, progress=False) for size in (3, 1)]
     _close(*(some.per_prompt[some.exists] for some in edges))
+
+
+def test_a_pair_of_the_same_text_twice_has_edges_of_0_and_the_others_are_as_without_it() -> None:
+    ids = BASE.input_ids[0], *SOURCE.input_ids[1:]
+    found = edge_attribution(_model("gemma2"), BASE, replace(SOURCE, input_ids=ids), batch_size=1, progress=False)
+    others = edge_attribution(_model("gemma2"), BASE.take([1, 2]), SOURCE.take([1, 2]), batch_size=1, progress=False)
+    assert not found.per_prompt[found.exists][:, 0].any()
+    np.testing.assert_array_equal(found.per_prompt[..., 1:], others.per_prompt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
