@@ -256,7 +256,7 @@ def test_the_version_is_that_of_pyproject_wherever_it_is_said() -> None:
 # -- licences ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def licences() -> ModuleType:
     spec = importlib.util.spec_from_file_location("licences", ROOT / ".ci" / "licences.py")
     assert spec and spec.loader

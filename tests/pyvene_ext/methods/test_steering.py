@@ -53,7 +53,7 @@ def activations(model: Any, prompts: TokenizedPrompts, place: dict[str, Any]) ->
     return np.stack(found)
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, *MORE_FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_difference_of_means_and_the_first_component_are_those_of_plain_hooks(family: str) -> None:
     model = model_of(family)

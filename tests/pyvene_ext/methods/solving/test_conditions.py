@@ -24,7 +24,7 @@ from pyvene_ext.specs.joint import Spec, members
 from tests.ground_truth.forced_attention import Forced, forced_row
 from tests.pyvene_ext.methods.solving.test_evaluate import LENGTHS, NEW, asked, model_of, tokenizer
 from tests.pyvene_ext.methods.solving.test_many import mark_and_end, same
-from tests.tiny_random import FAMILIES, MORE_FAMILIES
+from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES
 
 SHAPES = [("hub", False), ("hub", True), ("uniform", False), ("uniform", True), ("sequential", False)]
 Edits = Callable[[Sequence[int]], list[tuple]]  # (component, layer, change) for the tokens so far
@@ -138,7 +138,7 @@ def zeroed(spec: Spec, hub: int, ids: Sequence[int]) -> list[tuple]:
 
 
 @pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+@pytest.mark.parametrize("family", CORE_FAMILIES)
 def test_an_edit_at_one_token_and_what_is_read_only_once(
     family: str, cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
