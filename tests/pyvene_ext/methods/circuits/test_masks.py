@@ -116,7 +116,8 @@ def test_a_mask_finds_the_planted_edges_where_the_softmax_has_no_gradient() -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "architecture", "metric"), zip(CASES, cycle(ARCHITECTURES), cycle(["logit_diff", "logit_diff", "kl"]))
+    ("name", "architecture", "metric"),
+    list(zip(CASES, cycle(ARCHITECTURES), cycle(["logit_diff", "logit_diff", "kl"]), strict=False)),
 )
 def test_a_mask_ranks_every_planted_edge_first(name: str, architecture: Architecture, metric: str) -> None:
     case = planted(name, architecture)
