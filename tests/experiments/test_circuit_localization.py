@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_tables_hold_what_the_functions_give_on_either_half(folder: Path) -> None:
     model, tokenizer = px.load_model("tiny-qwen2.5")
     facts = json.loads((folder / "summary.json").read_text())

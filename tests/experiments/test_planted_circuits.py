@@ -213,6 +213,7 @@ def test_a_soft_circuit_is_ranked_first_by_first_order_estimates_too(name: str, 
     assert precision(linear_effects(name, architecture), circuit(name, architecture).edges) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "edge"), [("saturated", "z.0.3->q.2.0"), ("saturated_k", "z.0.1->k.1.1")])
 @both_architectures
 def test_a_saturated_softmax_hides_an_edge_from_first_order_estimates_but_not_from_patching(
@@ -261,6 +262,7 @@ def test_ablating_one_head_of_a_redundant_pair_shows_nothing_and_both_shows_all(
     assert (values[primary] * gradient[primary]).sum((1, 2)).min() > 5
 
 
+@pytest.mark.slow
 @both_architectures
 def test_first_order_estimates_miss_how_the_backup_is_woken(architecture: Architecture) -> None:
     case = circuit("backup", architecture)

@@ -86,6 +86,7 @@ def by_gradients(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "of"),
     first_only(

@@ -290,6 +290,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
     assert (folder / "y/transplants.csv").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_host_writes_its_reasoning_anew_without_heads_and_with_its_own(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,7 @@ def test_runs_that_start_where_circuits_differ_are_those_from_the_first_block(st
             assert (whole[0] - whole[2]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_memory_batches_and_how_many_run_side_by_side_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("gpt2")
     found = partial(found_by, model, BASE, SOURCE, "logit_diff", tau=0.02, start_from=some(model, 60))
