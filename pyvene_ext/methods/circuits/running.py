@@ -125,11 +125,13 @@ def run_circuits(
     there = exists(config)
     run = {matrix.tobytes(): matrix for matrix in (np.zeros_like(there), *matrices)}
     found = {key: np.empty(len(base), np.float32) for key in run}
+    if memory is not None:
+        batch_size = min(fitting(model, some, memory, batch_size) for some in (base, source) if some is not None)
     edgewise = EdgewiseModel(model)
     bar = progress_bar(len(run) * len(base), "prompt", "circuits", shown=progress)
     with bar, evaluating(model), no_gradients(model):
         values = AblatedValues(edgewise, source, ablation, batch_size)
-        for index in of_one_length(base, batch_size if memory is None else fitting(model, base, memory, batch_size)):
+        for index in of_one_length(base, batch_size):
             batch = base.batch(index)
             plain = edgewise.plain(batch.input_ids, recorded=ablation != "patching")
             batch, ablated = edgewise.with_clean(batch, plain, metric), values.of(index, plain)
@@ -171,7 +173,8 @@ class AblatedValues:
         if ablation == "mean":
             assert source is not None
             for index in of_one_length(source, batch_size):
-                total += edgewise.plain(source.batch(index).input_ids).added.double().sum((0, 2))
+                for added in edgewise.plain(source.batch(index).input_ids).added:  # in float64 one prompt at a time
+                    total += added.double().sum(1)
             total /= sum(map(len, source.input_ids))
         self._constant = total.float()[None, :, None]
 

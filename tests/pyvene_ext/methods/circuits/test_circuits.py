@@ -39,6 +39,7 @@ from pyvene_ext.specs.graph import receivers as receiver_nodes
 from pyvene_ext.specs.graph import senders as sender_nodes
 from tests.ground_truth.paths import place, precedes, receivers, run_by_hooks, senders
 from tests.pretended_devices import PretendedDevices, spread
+from tests.pyvene_ext.methods.solving.test_memory import Peak
 from tests.random_prompts import random_prompts
 from tests.tiers import first_only
 from tests.tiny_random import FAMILIES, VOCAB, random_model, tiny_config
@@ -747,3 +748,19 @@ def test_an_infinite_score_is_chosen_first_and_counts_as_an_edge() -> None:
     scores[0, -1] = np.inf
     assert top_edges(scores, 1, config).edges == {"embed->logits"}
     assert top_edges(scores, int(exists(config).sum()), config) == Circuit.full(config)
+
+
+@pytest.mark.parametrize("ablation", ["patching", "mean", "zero"])
+def test_circuits_take_no_more_memory_than_they_are_given_for_means_either(ablation: Any) -> None:
+    model, memory = random_model("gemma2"), 400_000
+    base, source = random_prompts((9,) * 12), None if ablation == "zero" else random_prompts((9,) * 12, seed=1)
+    every_second = Circuit(frozenset(sorted(Circuit.full(model.config).edges)[::2]))
+    found, taken = {}, {}
+    for allowed in (None, memory):
+        with Peak() as peak:
+            found[allowed] = run_circuits(
+                model, [every_second], base, source, ablation=ablation, memory=allowed, batch_size=12, progress=False
+            )
+        taken[allowed] = peak.bytes
+    assert taken[memory] <= memory < 2 * memory < taken[None]
+    np.testing.assert_allclose(found[memory].circuits, found[None].circuits, atol=1e-5)
