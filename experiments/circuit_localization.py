@@ -38,6 +38,7 @@ scores_METHOD.npy, [sender receiver] or [sender]; circuit_METHOD.json, which `py
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -218,8 +219,14 @@ class Found:
 
 def found_by(config: Config, model: PreTrainedModel, method: Method, on_scored: Any, on_judged: Any) -> Found:
     """Score every edge or node on one half of the pairs, and judge circuits on the other."""
-    how = options(config) | {name: getattr(config, name) for name in ("level", "steps", "tau", "seed")}
-    scores, seconds = px.circuits.timed_score(model, *on_scored, method, **how)
+    how = (
+        {name: getattr(config, name) for name in ("level", "steps", "tau", "seed")}
+        | {"method": method}
+        | options(config)
+    )
+    start = time.perf_counter()
+    scores = px.circuits.score(model, *on_scored, **how)
+    seconds = time.perf_counter() - start
     how = options(config) | {"shares": px.circuits.MIB_SHARES}
     curves = {by: px.circuits.faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
     n = max(1, int(config.share * n_all(config, model)))

@@ -201,14 +201,11 @@ def judged(config: Config, case: Known) -> Rows:
 
 def areas(config: Config, model: PreTrainedModel, scores: Any, pairs: Pairs) -> dict[str, float | None]:
     """CPR and CMD with their intervals; None where they are undefined."""
-    found: dict[str, float | None] = {}
-    for name, by in (("cpr", "value"), ("cmd", "magnitude")):
-        how: dict[str, Any] = {"shares": px.circuits.MIB_SHARES, "by": by, "batch_size": config.batch_size}
-        interval = px.circuits.faithfulness_curve(model, scores, *pairs, **how, progress=False).areas(config.seed)[name]
-        found |= {
-            f"{name}{end}": px.stats.finite(float(x)) for end, x in zip(("", "_low", "_high"), interval, strict=True)
-        }
-    return found
+    how: dict[str, Any] = {"shares": px.circuits.MIB_SHARES, "batch_size": config.batch_size, "progress": False}
+    by_value = px.circuits.faithfulness_curve(model, scores, *pairs, by="value", **how)
+    by_magnitude = px.circuits.faithfulness_curve(model, scores, *pairs, by="magnitude", **how)
+    row = px.circuits.areas_row(by_value, by_magnitude, config.seed)
+    return {name: px.stats.finite(x) for name, x in row.items()}
 
 
 # -- trained models ----------------------------------------------------------------------------------------------------

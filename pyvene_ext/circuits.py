@@ -16,7 +16,7 @@ from pyvene_ext.methods.circuits.running import (
     run_circuit,
     run_circuits,
 )
-from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost, scored_by, timed_score
+from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost, scored_by
 
 __all__ = [
     "METHODS",
@@ -49,7 +49,6 @@ __all__ = [
     "score",
     "score_cost",
     "scored_by",
-    "timed_score",
     "top_edges",
     "top_nodes",
 ]

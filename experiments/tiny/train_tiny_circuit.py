@@ -34,7 +34,6 @@ version and number of threads.
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -424,18 +423,12 @@ reproduced bit for bit only on the same processor, torch version and number of t
 
 def write(model: PreTrainedModel, facts: dict[str, Any], out: Path) -> None:
     """Write the model's folder aside, then put it in place."""
-    out.mkdir(parents=True, exist_ok=True)
-    target = out / NAME
-    with tempfile.TemporaryDirectory(dir=out, prefix=f".{NAME}-") as aside:
-        folder = Path(aside) / NAME
+    with px.io.atomic_folder(out / NAME) as folder:
         model.save_pretrained(folder)
         (folder / "model.safetensors").chmod(0o644)
         build_tokenizer().save_pretrained(folder)
         px.circuits.save_circuit(px.circuits.Circuit(frozenset(EDGES)), folder / "circuit.json", model, **facts)
         (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
-        if target.exists():
-            target.rename(Path(aside) / "old")
-        folder.rename(target)
 
 
 def main(settings: Settings) -> None:

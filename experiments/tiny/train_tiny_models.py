@@ -17,7 +17,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -480,10 +479,7 @@ def write_model(
     out: Path,
 ) -> None:
     """Write the model's folder aside, then put it in place."""
-    out.mkdir(parents=True, exist_ok=True)
-    target = out / name
-    with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as aside:
-        folder = Path(aside) / name
+    with px.io.atomic_folder(out / name) as folder:
         model.save_pretrained(folder)
         (folder / "model.safetensors").chmod(0o644)
         tokenizer.save_pretrained(folder)
@@ -500,9 +496,6 @@ def write_model(
             writer.writerows(curve)
         plot_curve(curve, name, folder / "loss.png")
         (folder / "README.md").write_text(model_card(name, model, evaluation), encoding="utf-8")
-        if target.exists():
-            target.rename(Path(aside) / "old")
-        folder.rename(target)
 
 
 def describe(

@@ -15,6 +15,7 @@ from .cli import write_config as write_config
 from .errors import counted as counted
 from .errors import did_you_mean as did_you_mean
 from .errors import one_sentence as one_sentence
+from .files import atomic_folder as atomic_folder
 from .files import atomic_path as atomic_path
 from .files import cache_folder as cache_folder
 from .files import output_path as output_path

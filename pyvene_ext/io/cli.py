@@ -224,10 +224,8 @@ def _parsed(config: type[Config], default: Config | None, args: list[str], descr
         part: Any = dataclasses.make_dataclass(group, entries, frozen=True)
         required = any(value.default is dataclasses.MISSING for *_, value in entries)
         whole = dataclasses.MISSING if required else part()
-        no_help = {
-            "help": ""
-        }  # or tyro would look for it in the source of a class that has none, which takes most of the time
-        one: Any = dataclasses.field(default=whole, metadata=no_help)
+        # Without help, tyro would look for it in the source of a class that has none, which takes most of the time.
+        one: Any = dataclasses.field(default=whole, metadata={"help": ""})
         parts.append((group, Annotated[part, tyro.conf.OmitArgPrefixes], one))
     parts.sort(key=lambda part: part[2].default is not dataclasses.MISSING)  # as dataclasses want it
     _suggest_choices(hints, args)

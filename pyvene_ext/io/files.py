@@ -77,6 +77,26 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Write a folder completely or not at all.
+
+    Args:
+        path: the folder; the one that it lies in is created if necessary.
+
+    Yields:
+        Path: a folder to be made beside it, which takes the place of `path` if the block succeeds and is removed otherwise.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as aside:
+        made = Path(aside) / "made"
+        yield made
+        if path.exists():
+            path.rename(Path(aside) / "old")
+        made.rename(path)
+
+
 def remove_leftovers(*paths: Path) -> None:
     """Remove temporary files left by processes that were killed while writing.
 

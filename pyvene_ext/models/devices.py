@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cache
@@ -13,9 +14,34 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import align_module_device, has_offloaded_params, parse_flag_from_env
+from jaxtyping import Float32
 from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
+class Workspace:
+    """Memory that is used again and again, because new memory takes its time."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._flat = torch.empty(0)
+
+    def take(self, shape: Sequence[int], device: torch.device) -> Float32[Tensor, "*shape"]:
+        """Give a tensor of any contents, in place of the one that was given before.
+
+        Args:
+            shape: of the tensor.
+            device: where it lies.
+
+        Returns:
+            The tensor.
+        """
+        size = math.prod(shape)
+        if len(self._flat) < size or self._flat.device != device:
+            self._flat = torch.empty(0)  # freed before more is taken
+            self._flat = torch.empty(size, device=device)
+        return self._flat[:size].view(*shape)
 
 
 def input_device(model: nn.Module) -> torch.device:

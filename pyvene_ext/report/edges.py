@@ -13,14 +13,14 @@ import numpy as np
 from pyvene_ext.report.attention import escaped
 from pyvene_ext.report.colours import MEANING, colour, colours, robust_limit
 from pyvene_ext.report.plots import menu, only, plain
-from pyvene_ext.report.run import Row, Run, columns, number
+from pyvene_ext.report.run import CIRCUITS, Row, Run, columns, number
 from pyvene_ext.report.tables import table
 from pyvene_ext.runs.figures.patching import CLIPPED, ends, first_of_layers, places
 from pyvene_ext.specs.graph import Node, reaches
 
 SHOWN = (10, 20, 40, 80)  # strongest edges, by the slider
 MOST = 250_000  # cells of a map; of larger models the strongest edges are drawn alone
-CIRCUIT = re.compile(r"circuit_(.+)\.csv")  # of one method, as `circuit_localization.py` writes it
+CIRCUIT = re.compile(rf"{CIRCUITS}(.+)\.csv")  # of one method, as `circuit_localization.py` writes it
 METHODS = "methods.csv"  # what the circuit of each is worth
 SHARED = "shared_with"  # a column of a circuit that was compared: the other circuits that have the edge, or "none"
 
@@ -189,7 +189,7 @@ def _caption(method: str, edges: Sequence[Edge], row: Row) -> str:
     told = {"faithfulness": "faithfulness", "random_mean": "random circuits of the same layers and kinds"}
     words = [f"{method}: {len(edges)} edges", *(f"{told[name]} {cells[name]}" for name in told if name in cells)]
     if len(edges) > SHOWN[-1]:
-        words.append(f"at most the {SHOWN[-1]} strongest are drawn, all are in circuit_{method}.csv")
+        words.append(f"at most the {SHOWN[-1]} strongest are drawn, all are in {CIRCUITS}{method}.csv")
     if SHARED in edges[0].row:
         n = sum(edge.row[SHARED] != "none" for edge in edges)
         words.append(f"solid: the {n} that another circuit shares; dotted: those of this one alone")

@@ -24,7 +24,7 @@ from pyvene_ext.runs.facts import Evidence
 Row = dict[str, str]
 Head = tuple[int, int]
 ROUTES, PROMPTS, DELTAS = "routes.json", "prompts.json", "deltas.npy"
-CIRCUIT = "circuit_"  # files of circuits, which are drawn from their tables
+CIRCUITS = "circuit_"  # files of circuits, which are drawn from their tables
 HEAD = re.compile(r"z\.([0-9]{1,6})\.([0-9]{1,6})", re.ASCII)
 PLACES = ("layer", "head", "row")  # columns of numbers that measure nothing
 GROUPS = 12  # the most maps of one table, which has one for each value of a text column (a language pair, a site)
@@ -110,7 +110,7 @@ class Run:
         if len(config) == 1:
             (config,) = config.values()
         beside = folder.parent / f"{folder.name}.json"  # written by studies whose main file is an array, NAME.npy
-        inside = [path for path in files(folder, "*.json") if not path.name.startswith(CIRCUIT)]
+        inside = [path for path in files(folder, "*.json") if not path.name.startswith(CIRCUITS)]
         facts = {
             path.name: _json(path)
             for path in (*inside, *([beside] if beside.is_file() else []))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,6 +178,21 @@ def receivers(config: Any) -> list[Node]:
         nodes += [Node(site, layer, head) for site in ("k", "v") for head in range(n_kv_heads(config))]
         nodes.append(Node("mlp_in", layer))
     return [*nodes, Node("logits")]
+
+
+def receiver_slices(config: Any) -> dict[tuple[str, int | None], slice]:
+    """Find the receivers of each site and layer among `receivers`.
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        Where they are, in their order, by site and layer; the layer of the logits is None.
+    """
+    found, first = {}, 0
+    for key, nodes in groupby(receivers(config), lambda node: (node.site, node.layer)):
+        found[key] = slice(first, first := first + len(list(nodes)))
+    return found
 
 
 def query_heads(node: Node, config: Any) -> list[int]:

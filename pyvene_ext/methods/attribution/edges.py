@@ -321,7 +321,7 @@ def _changes(
         return run.seen[where].detach()[:, start:].float()
 
     embedded = at(source, ("block_input", 0)) - at(base, ("block_input", 0))
-    changes = receiving.workspace("changes", (len(receiving.exists), *embedded.shape), device)
+    changes = receiving.changes.take((len(receiving.exists), *embedded.shape), device)
     changes[0], first = embedded, 1
     for layer in range(n_layers(model.config)):
         of_heads = changes[first : first + heads]
@@ -330,9 +330,8 @@ def _changes(
         by_head = weight.detach().unflatten(0, (heads, -1)).float()
         z = [at(run, ("attention_value_output", layer)) for run in (source, base)]
         if card.post_norm_scale is None:
-            of_heads.flatten(1, 2).copy_(
-                _by_head(z[0] - z[1], heads) @ by_head
-            )  # from the layer's device to the first one
+            # From the layer's device to the first one, as below.
+            of_heads.flatten(1, 2).copy_(_by_head(z[0] - z[1], heads) @ by_head)
         else:
             norm = card.module(model, "attention_contribution", layer)
             scales = [

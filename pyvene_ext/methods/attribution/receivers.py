@@ -11,23 +11,22 @@ goes back through the model's own modules, once for each head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import dimensions
+from pyvene_ext.models.devices import Workspace
 from pyvene_ext.models.hooks import Where, hook_component, on_output
 from pyvene_ext.models.norms import WrittenNorm
 from pyvene_ext.models.replay import Replay, splittable
-from pyvene_ext.specs.graph import edge_exists, receivers, senders
+from pyvene_ext.specs.graph import edge_exists, receiver_slices, receivers, senders
 
 Parts = Float[Tensor, "receiver batch pos d_model"]
 TOGETHER = 64  # receivers whose gradients are multiplied at once, if the model has so many: a thinner product is slower
@@ -49,7 +48,7 @@ class Products:
         self._reaching = receiving.exists.sum(0).tolist()
         self._sums = changes.new_zeros(changes.shape[1], *receiving.exists.shape)
         widest = max(group.stop - group.start for group in self._groups)
-        self._buffer = receiving.workspace("gradients", (widest, *changes.shape[1:]), changes.device).zero_()
+        self._buffer = receiving.gradients.take((widest, *changes.shape[1:]), changes.device).zero_()
         self._group = self._groups[0]
 
     def room(self, those: slice) -> Parts:
@@ -91,12 +90,9 @@ class Receivers:
         """Take a model whose family has a card, and write out its norms."""
         self.model, self.replay = model, Replay(model)
         self.exists = edge_exists(senders(model.config), receivers(model.config))
-        self.places: dict[tuple[str, int | None], slice] = {}
-        first = 0
-        for key, nodes in groupby(receivers(model.config), lambda node: (node.site, node.layer)):
-            self.places[key] = slice(first, first := first + len(list(nodes)))
-        layers = range(self.replay.n_layers)
-        self.groups = [slice(first, first)]
+        self.places = receiver_slices(model.config)
+        layers, end = range(self.replay.n_layers), self.exists.shape[1]
+        self.groups = [slice(end, end)]
         for layer in reversed(layers):
             if self.groups[-1].stop - self.groups[-1].start >= TOGETHER:
                 self.groups.append(slice(self.groups[-1].start, self.groups[-1].start))
@@ -104,25 +100,8 @@ class Receivers:
         self.streams: list[Where] = [(name, layer) for layer in layers for name in ("block_input", "resid_mid")]
         self.watched: list[Where] = [*self.streams, *(("mlp_input", layer) for layer in layers)]
         width = dimensions(model.config)["d_model"]
-        self._workspaces: dict[str, Tensor] = {}
+        self.changes, self.gradients = Workspace(), Workspace()
         self.norms = [WrittenNorm.of(self.replay.attention_norm(layer), width) for layer in layers]
-
-    def workspace(self, name: str, shape: Sequence[int], device: torch.device) -> Float32[Tensor, "*shape"]:
-        """Memory that is used again by the next batch, because new memory takes its time.
-
-        Args:
-            name: what it is for.
-            shape: of the tensor.
-            device: where it lies.
-
-        Returns:
-            A tensor of any contents.
-        """
-        size, flat = math.prod(shape), self._workspaces.get(name)
-        if flat is None or len(flat) < size:
-            self._workspaces.pop(name, None)
-            flat = self._workspaces[name] = torch.empty(size, device=device)
-        return flat[:size].view(*shape)
 
     def separate(
         self, seen: dict[Where, Tensor], start: int, products: Callable[[], Products], hooks: ExitStack

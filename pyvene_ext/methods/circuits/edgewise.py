@@ -19,16 +19,14 @@ the senders they keep or from those they miss, whichever are fewer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,10 +34,11 @@ from modelcards import Taps, head_shares, n_heads
 from pyvene_ext.engine.measure import Metric
 from pyvene_ext.methods.attribution.receivers import TOGETHER
 from pyvene_ext.methods.circuits.circuit import exists
+from pyvene_ext.models.devices import Workspace
 from pyvene_ext.models.hooks import hook_component
 from pyvene_ext.models.replay import PROJECTIONS, Past, Replay
 from pyvene_ext.prompts.tokenized import Batch
-from pyvene_ext.specs.graph import receivers
+from pyvene_ext.specs.graph import receiver_slices
 
 Ids = Int[Tensor, "batch pos"]
 Added = Float[Tensor, "batch sender pos d_model"]
@@ -110,19 +109,8 @@ class EdgewiseModel:
         ]
         self.biased = any(output.bias is not None for output in outputs)  # these biases belong to no sender
         self.blocks_run = 0  # rows x blocks, of all runs so far
-        self._memory = torch.empty(0, device=self.replay.device)
-        self.readers: dict[tuple[str, int | None], slice] = {}
-        first = 0
-        for key, nodes in groupby(receivers(model.config), lambda node: (node.site, node.layer)):
-            self.readers[key] = slice(first, first := first + len(list(nodes)))
-
-    def workspace(self, shape: Sequence[int], device: torch.device) -> Float32[Tensor, "*shape"]:
-        """Memory for one run of circuits, which the next uses again, because new memory takes its time."""
-        size = math.prod(shape)
-        if len(self._memory) < size or self._memory.device != device:
-            self._memory = torch.empty(0)
-            self._memory = torch.empty(size, device=device)
-        return self._memory[:size].view(*shape)
+        self.changes = Workspace()  # of one run of circuits
+        self.readers = receiver_slices(model.config)
 
     def senders_of(self, layer: int) -> tuple[slice, slice]:
         """Where the senders of a layer are: its heads, its MLP."""
@@ -353,7 +341,7 @@ class _State:
         self.known_reads = ablated.is_run and not (model.biased and model.replay.card.post_norm_scale is not None)
         shape = len(ids) * self.copies, len(model.exists), ids.shape[1], ablated.values.shape[-1]
         # What each sender adds minus its ablated value; in a run whose gradient is taken, as written.
-        self.changes: list[Tensor] = [] if self.soft else [model.workspace(shape, device)]
+        self.changes: list[Tensor] = [] if self.soft else [model.changes.take(shape, device)]
         self.count = 0
         self.ahead: _Ahead | None = None
         # Sums over senders of ablated values, and of what was added if the stream holds more than that.

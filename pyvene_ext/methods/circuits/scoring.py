@@ -20,7 +20,6 @@ a circuit scales as in the run that it is from).
 
 from __future__ import annotations
 
-import time
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -163,8 +162,8 @@ def score(
     if method in ABLATED:
         options["memory"] = memory
     if method == "mask":
-        how = {"level": level, "ablation": ablation, "steps": MASK_STEPS, "seed": seed} | options
-        return learn_mask(model, base, source, metric, **how).scores
+        mask = learn_mask(model, base, source, metric, level=level, ablation=ablation, seed=seed, **options)
+        return mask.scores
     if method in ("path_patching", "activation_patching") and ablation != "patching":
         return _left_out(model, base, source, metric, level, ablation=ablation, **options)
     if level == "node":
@@ -209,21 +208,6 @@ def scored_by(method: str, ablation: AblationKind) -> str:
         The ablation; "" for methods that know of none.
     """
     return ablation if method in ABLATED else "" if method in ("flow", "random") else "patching"
-
-
-def timed_score(model: PreTrainedModel, *args: Any, **options: Any) -> tuple[Scores, float]:
-    """Score, and say how long it took.
-
-    Args:
-        model: as for `score`.
-        *args: as for `score`.
-        **options: as for `score`.
-
-    Returns:
-        The scores, and seconds.
-    """
-    start = time.perf_counter()
-    return score(model, *args, **options), time.perf_counter() - start
 
 
 def _left_out(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from filelock import FileLock
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from pyvene_ext.io.files import cache_folder, parse_json, write_json
+from pyvene_ext.io.files import atomic_folder, cache_folder, parse_json, write_json
 from pyvene_ext.io.hashes import data_hash
 from pyvene_ext.io.packages import need
 from pyvene_ext.models.loading.checks import check_config, check_type
@@ -93,10 +92,9 @@ def dequantised(path: Path, name: str, dtype: str = "auto", checksum: str | None
         if not folder.is_dir():
             for leftover in parent.glob(f".{folder.name}-*"):  # of a process that was killed
                 shutil.rmtree(leftover)
-            with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}-") as temporary:
-                _convert(path, name, getattr(torch, stored), made := Path(temporary) / "made")
+            with atomic_folder(folder) as made:
+                _convert(path, name, getattr(torch, stored), made)
                 write_json(made / "source.json", {"file": path.name, "sha256": digest, "dtype": stored, **made_by})
-                made.rename(folder)
     return folder
 
 

@@ -23,7 +23,7 @@ from pyvene_ext.specs.graph import receivers
 from tests.ground_truth.paths import precedes
 from tests.ground_truth.paths import receivers as receiver_names
 from tests.ground_truth.paths import senders as sender_names
-from tests.pyvene_ext.methods.solving.test_memory import Peak
+from tests.live_tensors import Peak
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, random_model
 

@@ -38,8 +38,8 @@ from pyvene_ext.specs.graph import Node
 from pyvene_ext.specs.graph import receivers as receiver_nodes
 from pyvene_ext.specs.graph import senders as sender_nodes
 from tests.ground_truth.paths import place, precedes, receivers, run_by_hooks, senders
+from tests.live_tensors import Peak
 from tests.pretended_devices import PretendedDevices, spread
-from tests.pyvene_ext.methods.solving.test_memory import Peak
 from tests.random_prompts import random_prompts
 from tests.tiers import first_only
 from tests.tiny_random import FAMILIES, VOCAB, random_model, tiny_config

@@ -25,9 +25,9 @@ from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 from pyvene_ext.stats.rankings import auroc
 from tests.ground_truth.paths import precedes
+from tests.live_tensors import Peak
 from tests.pyvene_ext.methods.circuits.test_circuits import BASE, chosen, close, contributions, norm_in_front
 from tests.pyvene_ext.methods.circuits.test_circuits import SOURCE as OTHER
-from tests.pyvene_ext.methods.solving.test_memory import Peak
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
 
