@@ -13,8 +13,8 @@ Scores (`pyvene_ext.methods.circuits.scoring`) of edges: eap (Syed et al. 2023),
 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask (learned, slow), acdc (Conmy et al. 2023, slow),
 random. ACDC gives one circuit for each `--tau` and no scores: its edges rank by what their removal changed when it was tested, so
 that those it keeps come first, and every method is judged at their number too.
-Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random. eap, eap_ig and atp score patching whatever
-`--ablation` says (scored_by in methods.csv); flow and random know of no ablation.
+Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random. Scores are of the ablation that circuits are run
+with; flow and random do not know of it.
 
 Following MIB, the Mechanistic Interpretability Benchmark (Mueller et al. 2025), circuits have 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50
 and 100% of the edges (or nodes), before edges are dropped that lie on no path from the embedding to the logits. CPR is the area
@@ -245,8 +245,7 @@ def table_of(
     rows, (base, source) = [], on_judged
     n_acdc = int((abs(found["acdc"].scores) >= config.tau).sum()) if "acdc" in found else None
     for method, one in found.items():
-        scored_by = px.circuits.scored_by(method, config.ablation)
-        rows.append({"method": method, "scored_by": scored_by} | one.row(config.seed, a_pass))
+        rows.append({"method": method} | one.row(config.seed, a_pass))
         if n_acdc is not None:
             curve = px.circuits.faithfulness_curve(model, one.scores, base, source, [n_acdc], **options(config))
             rows[-1]["as_many"] = float(curve.values[0])
@@ -313,8 +312,6 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
             f"{row['method']:20} {cpr:22}  {cmd:22}  {own:36} {row['random_mean']:7.2f} {row['completeness']:9.2f} "
             f"{row['minimality']:8.2f}"
         )
-    patched = [row["method"] for row in rows if row["scored_by"] not in ("", config.ablation)]
-    lines += [f"scored by patching, not by {config.ablation} ablation: {', '.join(patched)}"] if patched else []
     taken = ", ".join(f"{row['method']} {row['passes']:.0f}" for row in rows)
     lines.append(f"scoring took as long as so many forward passes over its pairs: {taken}")
     if facts["n_acdc"] is not None:

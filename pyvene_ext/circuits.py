@@ -16,7 +16,7 @@ from pyvene_ext.methods.circuits.running import (
     run_circuit,
     run_circuits,
 )
-from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost, scored_by
+from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost
 
 __all__ = [
     "METHODS",
@@ -48,7 +48,6 @@ __all__ = [
     "save_dot",
     "score",
     "score_cost",
-    "scored_by",
     "top_edges",
     "top_nodes",
 ]

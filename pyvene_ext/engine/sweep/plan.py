@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from numbers import Integral
 
 import numpy as np
@@ -93,6 +94,28 @@ def check_memory(memory: int | None) -> None:
     """
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Integral) or memory <= 0):
         raise ValueError(f"memory must be a whole number of bytes above 0, not {memory!r}.")
+
+
+def prompts_that_fit(memory: int, each: int, most: int) -> int:
+    """Count the prompts that fit into memory.
+
+    Args:
+        memory: bytes besides the weights.
+        each: bytes that a prompt takes.
+        most: the largest number of prompts.
+
+    Returns:
+        The number of prompts.
+
+    Raises:
+        ValueError: not even one fits; says how much it takes.
+    """
+    if each > memory:
+        raise ValueError(
+            f"{memory / MIB:.1f} MiB of working memory do not hold what one prompt takes; allow at least "
+            f"{ceil(10 * each / MIB) / 10:.1f} MiB."
+        )
+    return min(most, memory // each)
 
 
 @dataclass(frozen=True)
@@ -188,6 +211,19 @@ class ActivationSizes:
         tokens = columns * (6 * self._d + 4 * self._z + 4 * self._kv + 3 * self._mlp) * self._item
         keys = 2 * length * (2 * self._kv + (self._z if columns > 1 else 0)) * self._item
         return tokens + keys + columns * length * self._scores
+
+    def graph(self, length: int) -> int:
+        """Bytes that a forward pass of one row keeps for the backward pass, in all layers, with the last column's logits.
+
+        Args:
+            length: tokens of the row.
+
+        Returns:
+            An upper estimate.
+        """
+        token = (12 * self._d + 4 * self._z + 4 * self._kv + 3 * self._mlp) * self._item
+        patterns = 3 * self._heads * length * max(4, self._item)
+        return self.layers * length * (token + patterns) + METRIC_COPIES * self._logits
 
     def logits(self, columns: int) -> int:
         """Bytes that the logits of one row take, besides those of the last column.

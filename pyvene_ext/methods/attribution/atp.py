@@ -23,9 +23,10 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_layers
+from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.resolve import Resolved, check_pairs_differ, resolve
+from pyvene_ext.engine.sweep.plan import ActivationSizes, check_memory, prompts_that_fit
 from pyvene_ext.intervenable.statistics import Place
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.attribution.gradients import (
@@ -67,6 +68,7 @@ def atp(
     metric: MetricLike = "logit_diff",
     *,
     batch_size: int = 8,
+    memory: int | None = None,
     progress: bool = True,
 ) -> Float32[np.ndarray, "n_patches n_prompts"]:
     """Estimate every patch's delta by AtP (Nanda 2023): (a_base - a_source) . dM/da, summed over the patched entries.
@@ -81,6 +83,8 @@ def atp(
         source: the prompts that activations are taken from, paired with `base` by order.
         metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function.
         batch_size: prompts per forward and backward pass.
+        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights, and
+            besides the activations of the source prompts, which are read first and kept.
         progress: show a bar.
 
     Returns:
@@ -92,7 +96,7 @@ def atp(
     """
     metric = as_metric(metric)
     resolved = resolve_patches(model, patches, base, source, metric)
-    base.batches(batch_size)
+    batch_size = _fitting(resolved, _groups(resolved, qk_fix=False), batch_size, memory)
     return estimate_resolved(resolved, metric, batch_size=batch_size, progress=progress)
 
 
@@ -106,6 +110,7 @@ def atp_star(
     qk_fix: bool = True,
     grad_drop: bool = True,
     batch_size: int = 8,
+    memory: int | None = None,
     progress: bool = True,
 ) -> Float32[np.ndarray, "n_patches n_prompts"]:
     """Estimate every patch's delta by AtP* (Kramar et al. 2024): AtP with two fixes; without both it equals `atp`.
@@ -132,6 +137,8 @@ def atp_star(
         qk_fix: recompute the pattern for patches of q and k.
         grad_drop: drop one layer's gradient at a time.
         batch_size: prompts per forward and backward pass.
+        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights, and
+            besides the activations of the source prompts, which are read first and kept.
         progress: show a bar.
 
     Returns:
@@ -144,11 +151,11 @@ def atp_star(
     metric = as_metric(metric)
     resolved = resolve_patches(model, patches, base, source, metric, qk_fix=qk_fix)
     specs = resolved.specs
-    base.batches(batch_size)
     layers = n_layers(model.config)
     if grad_drop and layers == 1:
         raise ValueError("GradDrop drops one layer of several, but the model has only one; pass grad_drop=False.")
-    groups = dict.fromkeys(_PatchGroup.of(patch, qk_fix) for spec in specs for patch in members(spec))
+    groups = _groups(resolved, qk_fix)
+    batch_size = _fitting(resolved, groups, batch_size, memory)
     places = [where for group in groups for where in (group.edited, group.reads)]
     if grad_drop:
         places += [(component, layer) for component in ADDS for layer in range(layers)]
@@ -162,7 +169,7 @@ def atp_star(
         # No gradients of parameters: the graph starts at the first place that is read.
         model.requires_grad_(False)
         for batch in base.batches(batch_size, "right"):
-            found = _effects(resolved, list(groups), batch, metric, grad_drop)
+            found = _effects(resolved, groups, batch, metric, grad_drop)
             for number, spec in enumerate(specs):
                 parts = [
                     found[_PatchGroup.of(patch, qk_fix)][:, :, list(patch.heads or (0,))] for patch in members(spec)
@@ -195,6 +202,24 @@ class _PatchGroup(NamedTuple):
     def reads(self) -> Where:
         """The component whose gradient is taken."""
         return ("attention_pattern", self.edited[1]) if self.recomputes_pattern else self.edited
+
+
+def _groups(resolved: Resolved, qk_fix: bool) -> list[_PatchGroup]:
+    """The groups of all patches."""
+    return list(dict.fromkeys(_PatchGroup.of(patch, qk_fix) for spec in resolved.specs for patch in members(spec)))
+
+
+def _fitting(resolved: Resolved, groups: list[_PatchGroup], batch_size: int, memory: int | None) -> int:
+    """Count the prompts that fit: the graph, and what is edited, its gradient, replacement and copies for each group."""
+    resolved.prompts.batches(batch_size)  # refuses a wrong size
+    check_memory(memory)
+    if memory is None:
+        return batch_size
+    model, length = resolved.model, max(map(len, resolved.prompts.input_ids))
+    patterns = sum(group.recomputes_pattern for group in groups) * n_heads(model.config) * length
+    width = sum(card_of(model).width(model, group.edited[0]) or 0 for group in groups)
+    each = ActivationSizes(model).graph(length) + 4 * length * 6 * (width + patterns)
+    return prompts_that_fit(memory, each, batch_size)
 
 
 def _effects(

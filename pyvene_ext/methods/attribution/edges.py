@@ -2,17 +2,20 @@
 
     scores = edge_attribution(model, base, source)                               # EAP (Syed et al. 2023)
     scores = edge_attribution(model, base, source, method="eap_ig_inputs")       # integrated gradients (Hanna et al. 2024)
+    scores = edge_attribution(model, base, source, ablation="mean")              # of what mean ablation of an edge would do
 
-Base and source are two prompt sets, paired by their order. The score of an edge estimates delta = M(base) - M(base, edge patched)
-for a metric M. The cost does not depend on the number of edges, apart from a sum at the end. Products and sums are in float32
-whatever the dtype of the model, which is restored afterwards, also after an error.
+The score of an edge estimates delta = M(base) - M(base, edge ablated) for a metric M: by default with what the sender adds on
+source, whose prompts are paired with those of base by their order. The cost does not depend on the number of edges, apart from a
+sum at the end. Products and sums are in float32 whatever the dtype of the model, which is restored afterwards, also after an
+error.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -21,28 +24,25 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelcards import Taps, card_of, n_heads, n_layers
-from modelcards.attention_taps import output_weight
+from modelcards import Taps, card_of, dimensions, n_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.plain import answer_logits
-from pyvene_ext.engine.resolve import check_pairs_differ
 from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table
+from pyvene_ext.engine.sweep.plan import ActivationSizes, check_memory, prompts_that_fit
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.gradients import ADDS, check_differentiable, metric_total
-from pyvene_ext.methods.attribution.receivers import Products, Receivers
-from pyvene_ext.models.devices import input_device
-from pyvene_ext.models.hooks import (
-    StopForward,
-    Where,
-    check_projections,
-    hook_component,
-    on_input,
-    record_activations,
+from pyvene_ext.methods.attribution.receivers import TOGETHER, Products, Receivers
+from pyvene_ext.methods.attribution.senders import (
+    AblationKind,
+    Changes,
+    Senders,
+    Written,
+    check_ablation,
 )
-from pyvene_ext.models.latent_steps import refuse_latent_steps
+from pyvene_ext.models.hooks import Where, hook_component, record_activations
 from pyvene_ext.models.modes import evaluating
-from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts, check_tokenized
+from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
 from pyvene_ext.specs.graph import (
     Node,
     edge_exists,
@@ -57,9 +57,6 @@ if TYPE_CHECKING:
 
 EdgeMethod = Literal["eap", "eap_ig_inputs", "eap_ig_activations"]
 
-# What receivers read, and the streams that it is computed from.
-_NEEDED = ("block_input", "query_output", "key_output", "value_output", "resid_mid", "mlp_input", "block_output")
-
 
 @dataclass(frozen=True, repr=False)
 class EdgeScores(Shown):
@@ -69,7 +66,7 @@ class EdgeScores(Shown):
         senders: the nodes that write, in the order of `graph.senders`.
         receivers: the nodes that read, in the order of `graph.receivers`.
         per_prompt: estimates of delta = M(base) - M(base, with the sender's contribution to the receiver's input taken from
-            source); NaN where the sender does not reach the receiver.
+            source, or ablated otherwise); NaN where the sender does not reach the receiver.
         metric: its name.
         method: where gradients were taken.
     """
@@ -148,70 +145,95 @@ class EdgeScores(Shown):
 def edge_attribution(
     model: PreTrainedModel,
     base: TokenizedPrompts,
-    source: TokenizedPrompts,
+    source: TokenizedPrompts | None,
     metric: MetricLike = "logit_diff",
     method: EdgeMethod = "eap",
     *,
+    ablation: AblationKind = "patching",
     steps: int = 5,
     batch_size: int = 8,
+    memory: int | None = None,
     progress: bool = True,
 ) -> EdgeScores:
-    """Score every edge by edge attribution patching: -sum over positions of (u_source - u_base) . dM/d in_v for an edge u->v.
+    """Score every edge by edge attribution patching: -sum over positions of (u_ablated - u_base) . dM/d in_v for an edge u->v.
 
     u is what the sender adds to the residual stream (the embedding; a head's z W_O, after Gemma 2's post-norm with its scale
-    frozen in each of the two runs; an MLP's output), in_v the stream that v reads, before its norm: one for each query head's q,
-    each K/V head's k and v, each MLP, and the final stream for the logits. The gradient includes the norm.
+    frozen in each run; an MLP's output), in_v the stream that v reads, before its norm: one for each query head's q, each K/V
+    head's k and v, each MLP, and the final stream for the logits. The gradient includes the norm.
 
     EAP takes a forward pass on source, and a forward and a backward pass on base, in which each head's gradient goes through its
     slice of a projection; then edges x tokens x d_model multiplications. Integrated gradients take as many pairs of passes on
     base as there are steps. `benchmarks/bench_attribution.py` gives, in forward passes, 2.8 for Gemma 3 270M (5,644 edges)
-    and 3.8 for SmolLM2-135M (70,651). Memory: the changes of all senders, senders x tokens x d_model in
-    float32 once per batch, and the gradients of 64 receivers or a layer's. What projections are computed by adapters or behind
-    hooks is differentiated once for each head, which takes several times as long.
+    and 3.8 for SmolLM2-135M (70,651). What projections are computed by adapters or behind hooks is differentiated once for each
+    head, which takes several times as long.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
-        base: the prompts that are patched.
-        source: the prompts that contributions are taken from, paired with `base` by order and of equal length.
+        base: the prompts on which edges are ablated.
+        source: what ablated edges are set to: for patching, prompts paired with `base` by order and of equal length; for mean,
+            the prompts over whose tokens the mean is taken; for zero, None.
         metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function; for EAP-IG also
             kl, to the base run (with eap its gradient is 0).
         method: where gradients are taken.
 
             * eap (Syed et al. 2023): in the base run.
             * eap_ig_inputs (Hanna et al. 2024): the mean over k = 1 ... `steps` of runs whose embedding is
-              source + k/steps (base - source).
+              ablated + k/steps (base - ablated).
             * eap_ig_activations (after Marks et al. 2024): the same, but one stage's contribution to the stream of the base run
               is interpolated, for the edges of its senders: the embedding, then layer by layer all heads together and the MLP.
               It takes 2L + 1 times as many passes; with many steps a stage's edges add up to the effect of patching it.
 
+        ablation: what ablated edges carry, as `pyvene_ext.methods.attribution.senders` defines it.
         steps: of the two integrated gradients; 1 is eap.
         batch_size: prompts per forward and backward pass.
+        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights. Most
+            is taken by the changes of all senders, senders x tokens x d_model in float32, and the graph of the backward pass.
         progress: show a bar.
 
     Returns:
         One estimate per edge and prompt.
 
     Raises:
-        ValueError: before the model runs, for a metric without a gradient, an unknown method, fewer than one step, prompts that
-            are not pairs or of unequal lengths, and output projections that cannot be split by heads.
+        ValueError: before the model runs, for a metric without a gradient, an unknown method or ablation, fewer than one step,
+            prompts that are not pairs or of unequal lengths, output projections that cannot be split by heads, and too little
+            memory for one prompt.
     """
     metric = as_metric(metric)
-    check_edges(model, base, source, metric, method, steps)
-    nodes = tuple(senders(model.config)), tuple(receivers(model.config))
+    check_edges(model, base, source, metric, method, steps, ablation)
+    base.batches(batch_size)  # refuses a wrong size
+    check_memory(memory)
+    if memory is not None:
+        batch_size = min(_fitting(model, some, memory, batch_size) for some in (base, source) if some is not None)
+    nodes = _nodes(model)
     exists = edge_exists(*nodes)
     scores = np.empty((*exists.shape, len(base)), np.float32)
-    pairs = zip(base.batches(batch_size, "right"), source.batches(batch_size, "right"), strict=True)
     bar = progress_bar(len(base), "prompt", method, shown=progress)
     with bar, evaluating(model), torch.inference_mode(False):
         model.requires_grad_(False)
-        receiving = Receivers(model)
-        for batch, of_source in pairs:
-            assert batch.index == of_source.index  # lengths are equal, so both are sorted alike
-            found = _scores(receiving, batch, of_source, metric, _stages(model, method), steps)
+        sending, receiving = Senders(model), Receivers(model)
+        constant = sending.constant(source, ablation, batch_size)
+        # Pairs are of equal length, so that both sets are sorted alike.
+        sources = repeat(None) if constant is not None else source.batches(batch_size, "right")  # type: ignore[union-attr]
+        for batch, of_source in zip(base.batches(batch_size, "right"), sources, strict=False):
+            ablated = _Ablated(sending, batch, of_source, constant)
+            found = _scores(ablated, receiving, batch, metric, _stages(model, method), steps)
             scores[:, :, batch.index] = found.permute(1, 2, 0).cpu().numpy()
             bar.update(len(batch.index))
     scores[~exists] = np.nan
     return EdgeScores(*nodes, scores, metric.label, method)
+
+
+def _fitting(model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int) -> int:
+    """Count the prompts that fit: the graph, changes of all senders, gradients of some receivers, and scores."""
+    length, (n_senders, n_receivers) = max(map(len, prompts.input_ids)), edge_exists(*_nodes(model)).shape
+    heads = n_receivers // n_layers(model.config)  # receivers of a layer
+    streams = 4 * length * dimensions(model.config)["d_model"] * (n_senders + TOGETHER + 2 * heads)
+    each = ActivationSizes(model).graph(length) + streams + 4 * 4 * n_senders * n_receivers
+    return prompts_that_fit(memory, each, most)
+
+
+def _nodes(model: PreTrainedModel) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    return tuple(senders(model.config)), tuple(receivers(model.config))
 
 
 class _Stage(NamedTuple):
@@ -238,23 +260,45 @@ def _stages(model: PreTrainedModel, method: EdgeMethod) -> list[_Stage]:
     return stages
 
 
+class _Ablated:
+    """What ablated edges carry in a batch."""
+
+    def __init__(
+        self,
+        sending: Senders,
+        base: Batch,
+        source: Batch | None,
+        constant: Float[Tensor, "sender d_model"] | None,
+    ) -> None:
+        """Run the source prompts, if values are taken from a run on them."""
+        self.sending, self.constant = sending, constant
+        self.source = None if source is None else sending.run(source)
+        self.start = 0  # of the columns where anything changes
+        if source is not None:
+            # No sender differs before the first token that does, because no token sees later ones.
+            differ = (base.input_ids != source.input_ids).any(0)
+            self.start = int(differ.to(torch.uint8).argmax())  # 0 where all pairs of the batch are the same text twice
+
+    @torch.no_grad()
+    def changes(self, base: Written) -> Changes:
+        """These values minus what senders add in the run on base; called once."""
+        changes = self.sending.changes(base, self.source, self.start)
+        self.source = None  # no longer needed
+        return changes if self.constant is None else changes.add_(self.constant[:, None, None])
+
+
 def _scores(
-    receiving: Receivers, base: Batch, source: Batch, metric: Metric, stages: list[_Stage], steps: int
+    ablated: _Ablated, receiving: Receivers, base: Batch, metric: Metric, stages: list[_Stage], steps: int
 ) -> Float[Tensor, "batch sender receiver"]:
-    """Score all edges on some pairs; anything where there is no edge.
+    """Score all edges on some prompts; anything where there is no edge.
 
     The last step of every stage is the untouched run on base, which is made once. It is all that EAP needs.
     """
-    model = receiving.model
-    # No sender differs before the first token that does, because no token sees later ones.
-    differ = (base.input_ids != source.input_ids).any(0)
-    start = int(differ.to(torch.uint8).argmax())  # 0 where all pairs of the batch are the same text twice
-    of_source = _run_source(model, source)
     with torch.no_grad():
-        clean = answer_logits(model, base) if stages and "clean" in metric.needs else None
-    run = _GradientRun(receiving, base, metric, clean, start, recorded=True)
-    changes = _changes(receiving, run.written, of_source, start)
-    del of_source
+        clean = answer_logits(receiving.model, base) if stages and "clean" in metric.needs else None
+    start = ablated.start
+    run = _GradientRun(receiving, base, metric, clean, start, recorded=ablated.sending)
+    changes = ablated.changes(run.written)
     found = -run.products(changes, slice(0, len(changes)))
     del run
     if not stages:
@@ -268,89 +312,6 @@ def _scores(
     return found
 
 
-class _Written(NamedTuple):
-    """What the contributions of a run's senders are computed from."""
-
-    seen: dict[Where, Tensor]
-    normed: dict[int, Tensor]  # what enters the norm behind attention's output projection, by layer, where there is one
-
-    @classmethod
-    def record(cls, model: PreTrainedModel, hooks: ExitStack) -> _Written:
-        """Record them in the next forward pass; `Taps` of `_writes` are the caller's."""
-        card = card_of(model)
-        normed: dict[int, Tensor] = {}
-        for layer in range(n_layers(model.config)) if card.post_norm_scale is not None else ():
-            norm = card.module(model, "attention_contribution", layer)
-            hooks.enter_context(on_input(norm, partial(normed.__setitem__, layer)))
-        return cls(record_activations(model, _writes(model), hooks), normed)
-
-
-def _writes(model: PreTrainedModel) -> list[Where]:
-    """Where a model's senders write."""
-    names = ("attention_value_output", "mlp_contribution")
-    return [("block_input", 0), *((name, layer) for layer in range(n_layers(model.config)) for name in names)]
-
-
-@torch.no_grad()
-def _run_source(model: PreTrainedModel, batch: Batch) -> _Written:
-    """Run source as far as its last sender writes."""
-
-    def stop(_: Tensor) -> None:
-        raise StopForward
-
-    with ExitStack() as hooks, suppress(StopForward):
-        hooks.enter_context(Taps(model, card_of(model), _writes(model)))
-        written = _Written.record(model, hooks)
-        hook_component(model, ("block_output", n_layers(model.config) - 1), stop, hooks)
-        answer_logits(model, batch)
-    return written
-
-
-@torch.no_grad()
-def _changes(
-    receiving: Receivers, base: _Written, source: _Written, start: int
-) -> Float[Tensor, "sender batch pos d_model"]:
-    """Source minus base of what every sender adds to the stream from a column on, in float32.
-
-    Padding comes after the real tokens and gets no gradient, so its values do not matter.
-    """
-    model = receiving.model
-    card, heads, device = card_of(model), n_heads(model.config), input_device(model)
-
-    def at(run: _Written, where: Where) -> Tensor:
-        return run.seen[where].detach()[:, start:].float()
-
-    embedded = at(source, ("block_input", 0)) - at(base, ("block_input", 0))
-    changes = receiving.changes.take((len(receiving.exists), *embedded.shape), device)
-    changes[0], first = embedded, 1
-    for layer in range(n_layers(model.config)):
-        of_heads = changes[first : first + heads]
-        weight = output_weight(card.module(model, "attention_value_output", layer))
-        assert weight is not None  # `check_projections` has checked it
-        by_head = weight.detach().unflatten(0, (heads, -1)).float()
-        z = [at(run, ("attention_value_output", layer)) for run in (source, base)]
-        if card.post_norm_scale is None:
-            # From the layer's device to the first one, as below.
-            of_heads.flatten(1, 2).copy_(_by_head(z[0] - z[1], heads) @ by_head)
-        else:
-            norm = card.module(model, "attention_contribution", layer)
-            scales = [
-                card.post_norm_scale(norm, run.normed[layer].detach()[:, start:].float()) for run in (source, base)
-            ]
-            shares = [(_by_head(x, heads) @ by_head).view(of_heads.shape) for x in z]
-            of_heads.copy_(shares[0].mul_(scales[0]).addcmul_(shares[1], scales[1], value=-1))
-        if (multiplier := card.residual_scale(model.config)) != 1:
-            of_heads *= multiplier
-        mlp = "mlp_contribution", layer
-        changes[first + heads].copy_(at(source, mlp) - at(base, mlp))
-        first += heads + 1
-    return changes
-
-
-def _by_head(z: Float[Tensor, "batch pos width"], heads: int) -> Float[Tensor, "head token d_head"]:
-    return z.unflatten(-1, (heads, -1)).flatten(0, 1).transpose(0, 1)
-
-
 class _GradientRun:
     """A forward pass on base, maybe shifted at one place, and the metric's gradient at every receiver."""
 
@@ -362,24 +323,25 @@ class _GradientRun:
         clean: Float[Tensor, "batch vocab"] | None,
         start: int,
         shifted: tuple[Where, Float[Tensor, "batch pos d_model"]] | None = None,
-        recorded: bool = False,
+        recorded: Senders | None = None,
     ) -> None:
         model = receiving.model
         self.receiving = receiving
-        places = [*receiving.watched, *(_writes(model) if recorded else ()), *([shifted[0]] if shifted else ())]
+        # The graph refers to this list and not to this run, in a circle with which it would never be freed.
+        self.found: list[Products] = []
+        found = self.found
+        places = [*receiving.watched, *(recorded.places if recorded else ()), *([shifted[0]] if shifted else ())]
         with ExitStack() as hooks, torch.enable_grad():
             hooks.enter_context(Taps(model, card_of(model), places))
             if shifted is not None:
                 hook_component(model, shifted[0], partial(_shift, shifted[1], start), hooks)
-            if recorded:
-                self.written = _Written.record(model, hooks)
+            if recorded is not None:
+                self.written = recorded.record(hooks)
             self.seen = record_activations(model, receiving.streams, hooks, graph=True)
-            receiving.separate(self.seen, start, lambda: self.found, hooks)
+            receiving.separate(self.seen, start, lambda: found[0], hooks)
             self.total = metric_total(metric, model, batch, clean)
 
-    def products(
-        self, changes: Float[Tensor, "sender batch pos d_model"], scored: slice
-    ) -> Float[Tensor, "batch sender receiver"]:
+    def products(self, changes: Changes, scored: slice) -> Float[Tensor, "batch sender receiver"]:
         """Multiply the changes of senders by the gradient at every receiver; this frees the graph.
 
         Args:
@@ -389,9 +351,9 @@ class _GradientRun:
         Returns:
             The products; 0 for other senders, and anything where there is no edge.
         """
-        self.found = Products(self.receiving, changes, scored)
+        self.found.append(Products(self.receiving, changes, scored))
         torch.autograd.grad(self.total, self.seen["block_input", 0])
-        return self.found.sums()
+        return self.found[0].sums()
 
 
 def _shift(by: Float[Tensor, "batch pos d_model"], start: int, x: Float[Tensor, "batch column d_model"]) -> Tensor:
@@ -402,10 +364,11 @@ def _shift(by: Float[Tensor, "batch pos d_model"], start: int, x: Float[Tensor, 
 def check_edges(
     model: PreTrainedModel,
     base: TokenizedPrompts,
-    source: TokenizedPrompts,
+    source: TokenizedPrompts | None,
     metric: MetricLike,
     method: str,
     steps: int,
+    ablation: str = "patching",
 ) -> None:
     """Check the arguments of `edge_attribution`; nothing is run.
 
@@ -416,6 +379,7 @@ def check_edges(
         metric: as for `edge_attribution`.
         method: as for `edge_attribution`.
         steps: as for `edge_attribution`.
+        ablation: as for `edge_attribution`.
 
     Raises:
         ValueError: for whatever `edge_attribution` refuses.
@@ -423,52 +387,5 @@ def check_edges(
     if method not in get_args(EdgeMethod):
         raise ValueError(f"unknown method {method!r}; choose among {', '.join(get_args(EdgeMethod))}.")
     whole_number("steps", steps, 1)
-    check_pairs(model, base, source)
+    check_ablation(model, base, source, ablation)
     check_differentiable(check_metric(model, base, metric), model.dtype, first_order=method == "eap" or steps == 1)
-
-
-def check_edges_of(model: PreTrainedModel, *prompts: TokenizedPrompts) -> None:
-    """Check that edges can be read in a model and on prompts.
-
-    Args:
-        model: as for `edge_attribution`.
-        *prompts: tokenised prompt sets.
-
-    Raises:
-        ValueError: the model lacks a component that edges lead through, its output projections cannot be split by heads, or
-            prompts are missing, not tokenised or not this model's.
-    """
-    card = card_of(model)
-    for name in _NEEDED:
-        card.component(model, name)
-    check_tokenized(model, *prompts)
-    for some in prompts:
-        refuse_latent_steps(model, some.input_ids)
-        if not len(some):
-            raise ValueError("there are no prompts to read edges on; give one or more.")
-    check_projections(model)
-
-
-def check_pairs(model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts) -> None:
-    """Check that edges can be read in a model and on pairs of prompts.
-
-    Args:
-        model: as for `edge_attribution`.
-        base: as for `edge_attribution`.
-        source: as for `edge_attribution`.
-
-    Raises:
-        ValueError: for whatever `edge_attribution` refuses, except of metric and method.
-    """
-    check_edges_of(model, base, source)
-    if len(base) != len(source):
-        raise ValueError(
-            f"there are {len(base)} base prompts and {len(source)} source prompts; give each base prompt its source."
-        )
-    for pair, (ids, of_source) in enumerate(zip(base.input_ids, source.input_ids, strict=True)):
-        if len(ids) != len(of_source):
-            raise ValueError(
-                f"the base prompt of pair {pair} has {len(ids)} tokens and its source {len(of_source)}, so that their tokens do "
-                "not correspond; leave the pair out."
-            )
-    check_pairs_differ(base, source)

@@ -8,11 +8,8 @@
     chance = random_circuits(scores, 100, model.config, count=20)     # controls
 
 To run a circuit is to run the base prompts with every edge outside of it ablated (Conmy et al. 2023; Hanna et al. 2024), as
-`methods.circuits.edgewise` computes it. What an ablated edge carries:
-
-    patching   what the sender adds in the run on the source prompts, which are paired with the base prompts token by token
-    mean       the mean of what the sender adds over all tokens of the source prompts, which may be any prompts
-    zero       nothing
+`methods.circuits.edgewise` computes it. `methods.attribution.senders` defines what an ablated edge carries: by patching, mean or
+zero ablation.
 
 With the full circuit every receiver reads what it reads in the run on the base prompts, with the empty one nothing but ablated
 values: by patching, what it reads in the run on the source prompts.
@@ -22,21 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float32
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import dimensions, n_layers
 from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
-from pyvene_ext.engine.sweep.plan import check_memory
+from pyvene_ext.engine.sweep.plan import check_memory, prompts_that_fit
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
-from pyvene_ext.methods.attribution.edges import check_edges_of, check_pairs
 from pyvene_ext.methods.attribution.receivers import TOGETHER
+from pyvene_ext.methods.attribution.senders import AblationKind, Senders, check_ablation
 from pyvene_ext.methods.circuits.choosing import By, chosen_edges, random_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists, matrix_of
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
@@ -45,7 +40,6 @@ from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 
-AblationKind = Literal["patching", "mean", "zero"]
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -165,18 +159,8 @@ class AblatedValues:
             batch_size: prompts per forward pass.
         """
         self._edgewise, self._source = edgewise, source
-        self._constant: Float[Tensor, "1 sender 1 d_model"] | None = None
-        if ablation == "patching":
-            return
-        shape = len(edgewise.exists), dimensions(edgewise.config)["d_model"]
-        total = torch.zeros(shape, dtype=torch.float64, device=edgewise.replay.device)
-        if ablation == "mean":
-            assert source is not None
-            for index in of_one_length(source, batch_size):
-                for added in edgewise.plain(source.batch(index).input_ids).added:  # in float64 one prompt at a time
-                    total += added.double().sum(1)
-            total /= sum(map(len, source.input_ids))
-        self._constant = total.float()[None, :, None]
+        constant = Senders(edgewise.replay.model).constant(source, ablation, batch_size)
+        self._constant = None if constant is None else constant[None, :, None]
 
     def of(self, index: Sequence[int], plain: PlainRun) -> Ablated:
         """Give the values for some prompts.
@@ -192,32 +176,6 @@ class AblatedValues:
             return Ablated(self._constant, plain, is_run=False)
         assert self._source is not None
         return Ablated.by_run(self._edgewise.plain(self._source.batch(index).input_ids))
-
-
-def check_ablation(
-    model: PreTrainedModel, base: TokenizedPrompts, source: TokenizedPrompts | None, ablation: str
-) -> None:
-    """Check that circuits of a model can be run on these prompts.
-
-    Args:
-        model: as for `run_circuits`.
-        base: as for `run_circuits`.
-        source: as for `run_circuits`.
-        ablation: as for `run_circuits`.
-
-    Raises:
-        ValueError: for whatever `run_circuits` refuses of these.
-    """
-    if ablation not in get_args(AblationKind):
-        raise ValueError(f"unknown ablation {ablation!r}; choose among {', '.join(get_args(AblationKind))}.")
-    if ablation == "zero":
-        check_edges_of(model, base)
-    elif source is None:
-        raise ValueError(f"ablation {ablation!r} takes its values from source prompts; give them.")
-    elif ablation == "mean":
-        check_edges_of(model, base, source)
-    else:
-        check_pairs(model, base, source)
 
 
 def fitting(
@@ -243,12 +201,7 @@ def fitting(
     if gradient:
         tensors += 2 * n_senders + 10 * n_receivers + 24 * layers
     each = 4 * tensors * max(map(len, prompts.input_ids)) * dimensions(model.config)["d_model"]
-    if each > memory:
-        raise ValueError(
-            f"{memory / 2**20:.0f} MiB do not hold the contributions of all senders to one prompt; allow at least "
-            f"{each / 2**20:.0f} MiB."
-        )
-    return min(most, memory // each)
+    return prompts_that_fit(memory, each, most)
 
 
 def faithfulness(

@@ -12,10 +12,10 @@ first, so that a circuit of as many is its own; then those it removed, the ones 
 Of nodes, `[sender]`: atp is an estimate from gradients (Nanda 2023), activation_patching is exact and takes a run each; mask and
 random are as for edges.
 
-Scores estimate delta = M(base) - M(base, patched from source), which is positive where the edge or node helps. flow, mask and
-random have no sign. The methods of `ABLATED` take other ablations than patching too; path_patching and activation_patching then
-run the circuit of all other edges, which by patching is the same (but for heads that a norm follows, as in Gemma 2, whose share
-a circuit scales as in the run that it is from).
+Scores estimate delta = M(base) - M(base, ablated), which is positive where the edge or node helps. flow, mask and random have no
+sign, and flow and random do not know of the ablation. Under other ablations than patching, path_patching and activation_patching
+run the circuit of all other edges, and atp is the sum over a node's edges, by eap. By patching both would be the same (but for
+heads that a norm follows, as in Gemma 2, whose share a circuit scales as in the run that it is from).
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from modelcards import n_layers
 from pyvene_ext.engine.measure import MetricLike
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.atp import atp
-from pyvene_ext.methods.attribution.edges import check_edges_of, edge_attribution
+from pyvene_ext.methods.attribution.edges import edge_attribution
+from pyvene_ext.methods.attribution.senders import AblationKind, check_edges_of
 from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes
 from pyvene_ext.methods.circuits.choosing import Scores
 from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.masks import STEPS as MASK_STEPS
 from pyvene_ext.methods.circuits.masks import learn_mask
-from pyvene_ext.methods.circuits.running import AblationKind, fitting, of_one_length, run_circuits
+from pyvene_ext.methods.circuits.running import fitting, of_one_length, run_circuits
 from pyvene_ext.methods.heads.flow import proximity
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.models.devices import no_gradients
@@ -53,7 +54,6 @@ Level = Literal["edge", "node"]
 OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "mask", "acdc", "random"]
 OfNodes = Literal["atp", "activation_patching", "mask", "random"]
 METHODS: dict[Level, tuple[str, ...]] = {"edge": get_args(OfEdges), "node": get_args(OfNodes)}
-ABLATED = ("path_patching", "mask", "acdc", "activation_patching")  # score under any ablation
 AT_ONCE = 256  # circuits without an edge or node that are given to `run_circuits` together, as matrices
 TAU = 0.1  # of ACDC
 CIRCUIT = 4  # forward passes that one through a circuit of nearly all edges took on tiny-qwen2.5
@@ -137,10 +137,10 @@ def score(
         level: edge or node.
         steps: of integrated gradients.
         tau: the threshold of acdc, in units of the metric.
-        ablation: what ablated edges carry, as for `run_circuits`; `scored_by` says whether the method heeds it.
+        ablation: what ablated edges carry, as for `run_circuits`.
         seed: of random scores and of a mask's draws.
         batch_size: prompts per forward pass.
-        memory: bytes besides the weights; estimates by gradients do not heed it.
+        memory: bytes besides the weights, as for what the method is from.
         progress: show a bar.
 
     Returns:
@@ -155,17 +155,20 @@ def score(
     if method not in METHODS[level]:
         raise ValueError(f"no method {method!r} scores {level}s; choose among {', '.join(METHODS[level])}.")
     there = exists(model.config)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    options: dict[str, Any] = {"batch_size": batch_size, "memory": memory, "progress": progress}
     if method == "random":
         shape = there.shape if level == "edge" else there.shape[:1]
         return rng(seed, "random scores").normal(size=shape)
-    if method in ABLATED:
-        options["memory"] = memory
     if method == "mask":
         mask = learn_mask(model, base, source, metric, level=level, ablation=ablation, seed=seed, **options)
         return mask.scores
     if method in ("path_patching", "activation_patching") and ablation != "patching":
         return _left_out(model, base, source, metric, level, ablation=ablation, **options)
+    if method == "atp" and ablation != "patching":
+        edges = edge_attribution(model, base, source, metric, ablation=ablation, **options)
+        scores = np.where(there, edges.per_prompt.mean(-1, dtype=np.float64), 0.0).sum(1)
+        scores[0] = 0.0
+        return scores
     if level == "node":
         patches = [
             ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
@@ -193,21 +196,8 @@ def score(
         found = np.zeros(there.shape)
         found[there] = patch(model, paths, base, source, metric, **options).delta.mean(1, dtype=np.float64)
         return found
-    edges = edge_attribution(model, base, source, metric, method, steps=steps, **options)  # type: ignore[arg-type]
+    edges = edge_attribution(model, base, source, metric, method, ablation=ablation, steps=steps, **options)  # type: ignore[arg-type]
     return np.where(there, edges.per_prompt.mean(-1, dtype=np.float64), 0.0)
-
-
-def scored_by(method: str, ablation: AblationKind) -> str:
-    """Say which ablation the scores of a method are of: that of the circuits or, for estimates by gradients, patching.
-
-    Args:
-        method: as for `score`.
-        ablation: as for `score`.
-
-    Returns:
-        The ablation; "" for methods that know of none.
-    """
-    return ablation if method in ABLATED else "" if method in ("flow", "random") else "patching"
 
 
 def _left_out(

@@ -27,6 +27,7 @@ from pyvene_ext.specs.joint import needs
 from pyvene_ext.specs.patch import ActivationPatch
 from tests.ground_truth import ablations as slow
 from tests.ground_truth import paths
+from tests.live_tensors import Peak
 from tests.random_prompts import random_prompts
 from tests.tiny_random import FAMILIES, FEWER, random_model
 
@@ -307,20 +308,33 @@ def _added(model: Any, ids: tuple[int, ...]) -> dict[str, Tensor]:
     return found
 
 
+@cache
+def _ablated(model: Any, prompt: int, ablation: str) -> dict[str, Tensor]:
+    """What ablated edges of every sender carry, `[pos d_model]`, where the mean is over all tokens of `OTHER`."""
+    if ablation == "patching":
+        return _added(model, SOURCE.input_ids[prompt])
+    zeros = {name: torch.zeros_like(x) for name, x in _added(model, BASE.input_ids[prompt]).items()}
+    if ablation == "zero":
+        return zeros
+    of_others = [_added(model, ids) for ids in OTHER.input_ids]
+    return {name: x + torch.cat([some[name] for some in of_others]).mean(0) for name, x in zeros.items()}
+
+
 def _edges_by_hand(
     model: Any,
     prompt: int,
     moved: tuple[str, int | None, Tensor] | None = None,
     at: dict[str, Tensor] | None = None,
     metric: str = "logit_diff",
+    ablation: str = "patching",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The metric of base when every receiver reads norm(stream + sum of t x change of each sender), and the t of each receiver.
 
     `moved`: a site whose activation is shifted first. `at`: the t, by default zeros to differentiate at.
     """
-    ids, of_source = BASE.input_ids[prompt], SOURCE.input_ids[prompt]
-    base, source = _added(model, ids), _added(model, of_source)
-    changes = {name: source[name] - base[name] for name in base}
+    ids = BASE.input_ids[prompt]
+    base, ablated = _added(model, ids), _ablated(model, prompt, ablation)
+    changes = {name: ablated[name] - base[name] for name in base}
     senders = {r: [s for s in changes if paths.precedes(s, r)] for r in paths.receivers(model)}
     ts = at or {r: torch.zeros(len(those), requires_grad=True) for r, those in senders.items()}
     stream: dict[str, Tensor] = {}
@@ -362,9 +376,9 @@ def _edges_by_hand(
     return _metric(logits, prompt, metric), ts
 
 
-def _slow_edges(model: Any, prompt: int, moved: Any = None) -> dict[str, Tensor]:
+def _slow_edges(model: Any, prompt: int, moved: Any = None, ablation: str = "patching") -> dict[str, Tensor]:
     """Minus the derivative along every edge, for each receiver those of its senders."""
-    value, ts = _edges_by_hand(model, prompt, moved)
+    value, ts = _edges_by_hand(model, prompt, moved, ablation=ablation)
     return dict(zip(ts, [-g for g in torch.autograd.grad(value, list(ts.values()))], strict=True))
 
 
@@ -386,6 +400,54 @@ def test_every_edge_is_the_derivative_along_it(family: str) -> None:
     assert (np.abs(scores.per_prompt[scores.exists]) > 1e-4).mean() > 0.9
     for prompt in range(len(BASE)):
         _compare(scores, model, prompt, _slow_edges(model, prompt))
+
+
+@pytest.mark.parametrize("family", FEWER)
+@pytest.mark.parametrize(("ablation", "source"), [("mean", OTHER), ("zero", None)])
+def test_under_other_ablations_every_edge_is_the_derivative_towards_what_it_then_carries(
+    ablation: Any, source: TokenizedPrompts | None, family: str
+) -> None:
+    model, steps = _model(family), 2
+    scores = edge_attribution(model, BASE, source, ablation=ablation, batch_size=2, progress=False)
+    by_inputs = edge_attribution(
+        model, BASE, source, method="eap_ig_inputs", steps=steps, ablation=ablation, progress=False
+    )
+    for prompt in range(len(BASE)):
+        at_base = _slow_edges(model, prompt, ablation=ablation)
+        _compare(scores, model, prompt, at_base)
+        embedded = _ablated(model, prompt, ablation)["embed"] - _added(model, BASE.input_ids[prompt])["embed"]
+        half_way = _slow_edges(model, prompt, ("embed", None, embedded / steps), ablation)
+        _compare(by_inputs, model, prompt, {r: (at_base[r] + half_way[r]) / steps for r in at_base})
+
+
+@pytest.mark.parametrize("how", [{}, {"method": "eap_ig_activations", "steps": 3}, {"ablation": "mean"}])
+def test_edges_take_no_more_memory_than_they_are_given(how: dict[str, Any]) -> None:
+    model, base, source = _model("gemma2"), random_prompts((9,) * 12), random_prompts((9,) * 12, seed=1)
+    given = 500_000
+    with Peak() as most:
+        free = edge_attribution(model, base, source, batch_size=12, progress=False, **how)
+    with Peak() as peak:
+        scores = edge_attribution(model, base, source, batch_size=12, memory=given, progress=False, **how)
+    assert given / 3 < peak.bytes <= given < most.bytes
+    _close(scores.per_prompt[scores.exists], free.per_prompt[scores.exists])
+    with pytest.raises(ValueError, match=r"do not hold what one prompt takes; allow at least 0\.3 MiB"):
+        edge_attribution(model, base, source, memory=10_000, progress=False)
+
+
+@pytest.mark.parametrize("measure", [atp, atp_star])
+def test_patches_take_no_more_memory_than_they_are_given_besides_what_is_kept_of_source(measure: Any) -> None:
+    model, base, source = _model("llama3_1"), random_prompts((30,) * 12), random_prompts((30,) * 12, seed=1)
+    patches = [ActivationPatch(site=site, layer=layer, heads=(0,)) for site in "zq" for layer in range(LAYERS)]
+    reference = Reference.compute(model, source, **needs(patches)._asdict(), progress=False)
+    kept = sum(x.nbytes for x in reference.tensors.values())
+    given = 2_000_000
+    with Peak() as most:
+        free = measure(model, patches, base, source, batch_size=12, progress=False)
+    with Peak() as peak:
+        _close(measure(model, patches, base, source, batch_size=12, memory=given, progress=False), free)
+    assert given / 3 < peak.bytes - kept <= given < most.bytes
+    with pytest.raises(ValueError, match="do not hold what one prompt takes"):
+        measure(model, patches, base, source, memory=10_000, progress=False)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen2_5"])
@@ -651,7 +713,8 @@ def test_what_cannot_be_done_is_refused_in_a_sentence_before_the_model_runs() ->
         ("pair 0 has 8 tokens and its source 7", OTHER, {}),
         ("3 base prompts and 2 source prompts", _first_two(SOURCE), {}),
         ("base and source are the same texts", BASE, {}),
-        ("must be tokenised", None, {}),
+        ("'patching' takes its values from source prompts", None, {}),
+        ("unknown ablation 'median'; choose among patching, mean, zero", SOURCE, {"ablation": "median"}),
         ("batch_size must be at least 1", SOURCE, {"batch_size": 0}),
     ):
         with pytest.raises(ValueError, match=match):

@@ -186,7 +186,7 @@ def test_what_cannot_be_learned_is_refused_in_a_sentence_before_the_model_runs()
         ("gradient of 'accuracy' is 0 or undefined", {"metric": "accuracy"}),
         ("batch_size must be at least 1", {"batch_size": 0}),
         ("memory must be a whole number of bytes", {"memory": 0.5}),
-        ("do not hold the contributions", {"memory": 1}),
+        ("do not hold what one prompt takes", {"memory": 1}),
     ):
         with pytest.raises(ValueError, match=told) as caught:
             learned(model, BASE, SOURCE, **options)
