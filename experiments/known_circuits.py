@@ -32,9 +32,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from annotated_types import Le
 from jaxtyping import Float
 from tqdm import tqdm
 
@@ -66,7 +67,7 @@ class Config(px.flags.Loading, px.flags.Prompts):
     batch_size: px.flags.BatchSize = 8
     methods: px.flags.EachOnce[Method] = ALL
     """how edges of known circuits are scored, two or more; the evidence compares the first two"""
-    planted_prompts: px.flags.Count = 8
+    planted_prompts: Annotated[px.flags.Count, Le(50)] = 8
     """pairs of prompts that score the edges of each known circuit, up to 50; as many others judge"""
     steps: px.flags.Count = 5
     """of the integrated gradients"""
@@ -309,7 +310,7 @@ def summary(on_known: Rows, on_trained: Rows) -> str:
     cases, methods, measures = tables(on_known)
     widths, lines = [max(9, len(method)) + 2 for method in methods], []
     for measure, values in measures.items():
-        cells = [["undefined" if np.isnan(value) else f"{value:.3f}" for value in row] for row in values]
+        cells = [list(map(shown, row)) for row in values]
         for name, row in zip([measure, *cases], [methods, *cells], strict=True):
             lines.append(f"{name:24}" + "".join(f"{x:>{width}}" for x, width in zip(row, widths, strict=True)))
         lines.append("")
@@ -318,8 +319,15 @@ def summary(on_known: Rows, on_trained: Rows) -> str:
         "trained models, of which no circuit is known: rank correlation with patching each edge or node exactly (Spearman)",
         f"{'model':{width}}{'over':>16}  method",
     ]
-    lines += [f"{r['model']:{width}}{r['n']:>10} {r['over']}  {r['method']:20}{r['spearman']:6.3f}" for r in on_trained]
+    lines += [
+        f"{r['model']:{width}}{r['n']:>10} {r['over']}  {r['method']:20}{shown(r['spearman']):>6}" for r in on_trained
+    ]
     return "\n".join(lines)
+
+
+def shown(value: float) -> str:
+    """Three digits, or that there is no number."""
+    return "undefined" if np.isnan(value) else f"{value:.3f}"
 
 
 def evidence(config: Config, on_known: Rows) -> px.runs.Evidence:

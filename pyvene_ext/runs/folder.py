@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -211,7 +212,7 @@ class RunFolder:
         An exception inside leaves the folder without a summary, and keeps the unfinished work.
 
         Args:
-            facts: contents of the summary, mostly from `metadata`.
+            facts: contents of the summary, mostly from `metadata`; a number that is not finite becomes null.
             evidence: how strong the evidence is, a line each on the terminal, and in the summary.
             replacing: glob patterns of files of an earlier run to delete first, as this run might not overwrite them.
 
@@ -228,7 +229,8 @@ class RunFolder:
         write_config(self._config_file, self.config)
         size = {"shortened": {key: shortened[key] for key in ("flag", "value", "of")}} if shortened else {}
         asked = {"question": self._question} if self._question else {}
-        write_json(self._summary, {**asked, **facts, **size, "evidence": [one.facts for one in evidence]})
+        facts = {**asked, **facts, **size, "evidence": [one.facts for one in evidence]}
+        write_json(self._summary, _finite(facts))
         remove_leftovers(self._summary, *self._beside, *self.path.rglob("*"))
         discard(self.unfinished)
         self._kept_size.unlink(missing_ok=True)
@@ -346,6 +348,15 @@ def discard(folder: str | Path) -> None:
     if folder.exists():
         folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _finite(value: Any) -> Any:
+    """None for numbers that JSON does not have: one undefined number must not lose the summary of a long run."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_flag(flag: str, value: Any) -> str:

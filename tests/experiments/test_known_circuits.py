@@ -78,6 +78,13 @@ def test_areas_that_are_undefined_are_said_to_be() -> None:
         ["undefined", "1.250"],
         ["2.000", "2.000"],
     ]
+    one = [trained[0] | {"n": 1, "spearman": float("nan")}]  # of one edge
+    assert study.summary([row | {"method": "eap"}], one).splitlines()[-1].split()[1:] == [
+        "1",
+        "edges",
+        "EAP",
+        "undefined",
+    ]
 
 
 @pytest.mark.slow
@@ -150,6 +157,7 @@ def test_of_a_large_model_some_edges_and_nodes_are_patched_and_the_rest_is_said(
     [
         (["--limit", "-1"], "--limit must be 0 or more"),
         (["--steps", 0], "--steps must be 1 or more"),
+        (["--planted_prompts", 51], "--planted_prompts must be from 1 to 50, not 51"),
         (["--dataset", "ioi_enn"], "did you mean 'ioi_en'?"),
         (["--models", "tiny-gpt5"], "tiny-gpt5"),
         (["--methods", "eap"], "--methods takes two or more"),

@@ -105,6 +105,14 @@ def test_a_run_that_stops_while_it_writes_leaves_no_summary_and_keeps_what_is_un
     assert files(run.path) == {"ranks.npy", "config.yaml", "summary.json"} and not run.unfinished.exists()
 
 
+def test_an_undefined_number_is_null_and_does_not_lose_the_summary() -> None:
+    run = RunFolder(Config(out=Path("x")), "lens")
+    with run.writing({"shared": [{"p": float("nan"), "n": 2}], "top": (np.float64("inf"), 1.5)}, []):
+        pass
+    summary = json.loads(Path("x/summary.json").read_text())
+    assert summary["shared"] == [{"p": None, "n": 2}] and summary["top"] == [None, 1.5]
+
+
 def test_files_of_an_earlier_run_go_if_they_are_named_and_those_of_others_stay(here: Path) -> None:
     run = RunFolder(Config(), "lens", "a")
     with run.writing({}, []):
