@@ -194,13 +194,23 @@ def _kinds(nodes: list[Node]) -> Int[np.ndarray, " node"]:
 
 def _of_axes(scores: Any, axes: int) -> Scores:
     """Refuse scores of edges where those of nodes belong, and the reverse."""
-    scores = np.asarray(scores)
+    scores = _numbers(scores)
     if scores.ndim != axes:
         raise ValueError(
             "top_edges takes a matrix of scores [sender, receiver] and top_nodes one score per sender, not shape "
             f"{scores.shape}; take the mean over prompts first."
         )
     return scores
+
+
+def _numbers(scores: Any) -> Scores:
+    """The scores as an array; what `edge_attribution` returns holds them as its matrix."""
+    try:
+        return np.asarray(scores, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "scores must be an array of numbers: the matrix of what edge_attribution or learn_mask returns, .float() of a tensor."
+        ) from None
 
 
 def checked_scores(scores: Any, config: Any, by: By) -> Scores:
@@ -219,7 +229,7 @@ def checked_scores(scores: Any, config: Any, by: By) -> Scores:
     """
     if by not in ("magnitude", "value"):
         raise ValueError(f"by must be 'magnitude' or 'value', not {by!r}.")
-    values, there = np.asarray(scores, np.float64), exists(config)
+    values, there = _numbers(scores), exists(config)
     if of_nodes := values.ndim == 1:
         there = np.array([sender.site != "embed" for sender in senders(config)])
     if values.shape != there.shape:

@@ -112,9 +112,14 @@ def named_scores(scores: Float[np.ndarray, sender * receiver], circuit: Circuit,
 
     Returns:
         Scores by edge, those of the largest magnitude first.
+
+    Raises:
+        ValueError: the scores have another shape, or the model lacks an edge.
     """
     rows, columns = np.nonzero(circuit.matrix(config))
     writing, reading = senders(config), receivers(config)
+    if np.shape(scores) not in (shapes := [(len(writing), len(reading)), (len(writing),)]):
+        raise ValueError(f"scores must be of the shape {shapes[0]} or, of nodes, {shapes[1]}, not {np.shape(scores)}.")
     of_edges = np.broadcast_to(scores.reshape(len(scores), -1), (len(writing), len(reading)))[rows, columns]
     order = np.argsort(-np.abs(of_edges), kind="stable")
     return {edge_name(writing[rows[i]], reading[columns[i]]): float(of_edges[i]) for i in order}
@@ -188,8 +193,8 @@ def checked_matrix(matrix: Any, config: Any) -> Edges:
     there = exists(config)
     if matrix.shape != there.shape or matrix.dtype != bool:
         raise ValueError(
-            f"a circuit is a boolean matrix of the model's {there.shape[0]} senders and {there.shape[1]} receivers, not one of "
-            f"{matrix.dtype} and shape {matrix.shape}."
+            f"a circuit is a Circuit or a boolean matrix of the model's {there.shape[0]} senders and {there.shape[1]} receivers, "
+            f"not one of {matrix.dtype} and shape {matrix.shape}."
         )
     if (matrix & ~there).any():
         row, column = np.argwhere(matrix & ~there)[0]

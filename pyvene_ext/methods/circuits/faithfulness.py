@@ -222,13 +222,15 @@ class Curve(Shown):
 
         Returns:
             "cpr" and "cmd", of 0-dimensional arrays. The interval of CMD is biased upwards where circuits are as faithful as the
-            model, as distances cannot be negative.
+            model, as distances cannot be negative. Resamples in which clean and empty have the same mean are left out.
         """
         n = len(self.runs.clean)
         drawn = rng(seed, "areas").multinomial(n, np.full(n, 1 / n), n_resamples) / n
         of = {name: drawn @ getattr(self.runs, name).astype(np.float64).T for name in ("clean", "empty", "circuits")}
+        gap = (of["clean"] - of["empty"])[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = (of["circuits"] - of["empty"][:, None]) / (of["clean"] - of["empty"])[:, None]
+            values = (of["circuits"] - of["empty"][:, None]) / gap
+        values = values[gap[:, 0] != 0] if gap.any() else values
         found = {}
         for name, mean, drawn_areas in (
             ("cpr", self.cpr(), self._area(values)),

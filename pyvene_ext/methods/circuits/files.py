@@ -67,7 +67,11 @@ def load_circuit(path: str | Path, model: PreTrainedModel, *, other_weights: boo
     Raises:
         ValueError: the file is no circuit, or that of another model.
     """
-    found, own = read_as(CircuitFile, path), _identity(model)
+    try:
+        found = read_as(CircuitFile, path)
+    except ValueError as error:
+        raise ValueError(f"{str(error).removesuffix('.')}; give a file that save_circuit wrote.") from None
+    own = _identity(model)
     differing = [name for name, value in own.items() if getattr(found, name) != value]
     if other_weights:
         differing = [name for name in differing if name not in ("weight_hash", "model_type")]
@@ -77,8 +81,11 @@ def load_circuit(path: str | Path, model: PreTrainedModel, *, other_weights: boo
         raise ValueError(
             f"{path} is a circuit of another model: its {name} is {getattr(found, name)}, this model's {own[name]}{advice}."
         )
-    circuit = Circuit(frozenset(found.edges))
-    circuit.matrix(model.config)
+    try:
+        circuit = Circuit(frozenset(found.edges))
+        circuit.matrix(model.config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return circuit
 
 

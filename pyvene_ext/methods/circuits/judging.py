@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from pyvene_ext.engine.measure import MetricLike
 from pyvene_ext.io.bounds import whole_number
+from pyvene_ext.io.errors import counted
 from pyvene_ext.io.seeds import rng
-from pyvene_ext.methods.circuits.choosing import By, Scores, edge_groups, random_edges, shuffled_within
+from pyvene_ext.methods.circuits.choosing import By, Scores, chosen_edges, edge_groups, random_edges, shuffled_within
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists
 from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
@@ -37,7 +38,7 @@ def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
     """
     if n < 3:
         raise ValueError(
-            f"{n} pairs of equally many tokens are too few to score edges on some and judge on others; give 3."
+            f"{counted(n, 'pair')} of equally many tokens: too few to score edges on some and judge on others; give 3 or more."
         )
     order = rng(seed, "halves").permutation(n).tolist()
     return sorted(order[: n // 2]), sorted(order[n // 2 :])
@@ -124,10 +125,15 @@ def judge(
         The judgement.
 
     Raises:
-        ValueError: for what `run_circuits` and `random_circuits` refuse.
+        ValueError: for what `run_circuits` and `random_circuits` refuse, and scores that do not choose the circuit.
     """
     edges = sorted(circuit.edges)
     chosen_by, n = (circuit, len(circuit)) if scores is None or n is None else (scores, n)
+    if chosen_by is scores and (chosen_edges(scores, n, model.config, by) != circuit.matrix(model.config)).any():
+        raise ValueError(
+            f"the {n} highest scores by {by} do not make this circuit, so that random circuits would have edges between other "
+            "layers; give n and by as for top_edges, or leave out scores."
+        )
     chance = list(random_edges(chosen_by, n, model.config, random, by=by, seed=seed))
     drawn = rng(seed, "removed").permutation(len(edges))[:removed]
     without = [Circuit(circuit.edges - {edges[number]}) for number in drawn]
@@ -187,7 +193,7 @@ class Overlap:
         core: the shared edges.
         chance: the Jaccard index where the edges of both circuits are drawn anew, each keeping how many edges lead from each kind
             of sender in each layer to each kind of receiver in each layer.
-        p: (1 + draws with at least the observed index) / (1 + draws).
+        p: (1 + draws with at least the observed index) / (1 + draws); NaN, as the others, if both circuits are empty.
     """
 
     jaccard: float
@@ -247,4 +253,5 @@ def overlap(one: Circuit, other: Circuit, config: Any, draws: int = 1000, seed: 
         shared = int((first & second).sum())
         chance[draw] = shared / (sizes - shared) if sizes else np.nan
     found = jaccard(one, other)
-    return Overlap(found, Circuit(one.edges & other.edges), chance, share_as_large(found, chance))
+    p = share_as_large(found, chance) if sizes else float("nan")
+    return Overlap(found, Circuit(one.edges & other.edges), chance, p)

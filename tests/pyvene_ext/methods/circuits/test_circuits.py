@@ -22,7 +22,7 @@ from pyvene_ext.engine.plain import run
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.circuits import edgewise
 from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
-from pyvene_ext.methods.circuits.circuit import Circuit, exists
+from pyvene_ext.methods.circuits.circuit import Circuit, exists, named_scores
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
 from pyvene_ext.methods.circuits.running import (
     MIB_SHARES,
@@ -654,6 +654,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_before_the_model_runs() -> 
         ("head 3 is out of range; k counts K/V heads", Circuit(frozenset({"embed->k.1.3"})), BASE, SOURCE, {}),
         ("not one of float64", scores, BASE, SOURCE, {}),
         ("not one of bool and shape", there[:-1], BASE, SOURCE, {}),
+        ("a circuit is a Circuit or a boolean matrix", circuit.edges, BASE, SOURCE, {}),
         ("no edge z.0.0->q.0.0: q.0.0 reads before", ~there, BASE, SOURCE, {}),
         ("unknown metric 'ld'", circuit, BASE, SOURCE, {"metric": "ld"}),
         ("pair 2 has 7 tokens and its source 6", circuit, BASE, shorter, {}),
@@ -673,11 +674,14 @@ def test_what_cannot_be_run_is_refused_in_a_sentence_before_the_model_runs() -> 
         ("one or more sizes", scores, []),
         ("the score of edge embed->q.0.0 is NaN", with_nan, [1]),
         ("take the mean over prompts first", scores[..., None], [1]),
+        ("the matrix of what edge_attribution or learn_mask returns", circuit, [1]),
     ):
         with pytest.raises(ValueError, match=told):
             curve_of(model, some, BASE, SOURCE, sizes)
     with pytest.raises(ValueError, match="at least one circuit"):
         runs_of(model, [], BASE, SOURCE)
+    with pytest.raises(ValueError, match=r"shape \(22, 40\) or, of nodes, \(22,\), not \(40, 22\)"):
+        named_scores(scores.T, circuit, model.config)
 
 
 def test_a_circuit_of_nodes_has_every_edge_among_them_the_embedding_and_the_logits() -> None:
@@ -725,6 +729,11 @@ def test_cpr_and_cmd_are_areas_by_the_trapezoidal_rule_over_the_shares_of_edges(
     assert areas["cpr"].mean == pytest.approx(curve.cpr()) and areas["cmd"].mean == pytest.approx(curve.cmd())
     # Every prompt has the same faithfulness, so that resampling changes nothing.
     assert areas["cpr"].low == pytest.approx(curve.cpr()) and areas["cmd"].high == pytest.approx(curve.cmd())
+    # A pair whose texts do the same has no faithfulness: resamples of it alone, 1 in 4, are left out.
+    clean[0] = empty[0] = 3
+    runs = CircuitRuns("logit_diff", clean, empty, np.stack([empty, empty, (clean + empty) / 2, clean]))
+    area = replace(curve, runs=runs).areas(n_resamples=50)["cpr"]
+    assert area.low == area.mean == area.high == pytest.approx(0.4 * 0.25 + 0.5 * 0.75)
 
 
 def test_sizes_given_as_shares_are_rounded_down_and_a_size_may_occur_twice() -> None:

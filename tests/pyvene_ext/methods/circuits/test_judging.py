@@ -12,7 +12,7 @@ import torch
 from pyvene_ext.methods.circuits.choosing import edge_groups, random_circuits, top_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, exists, parse_edge
 from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
-from pyvene_ext.methods.circuits.judging import check_defined, jaccard, judge, overlap
+from pyvene_ext.methods.circuits.judging import check_defined, halves, jaccard, judge, overlap
 from pyvene_ext.methods.circuits.running import completeness, faithfulness
 from pyvene_ext.specs.graph import receivers, senders
 from tests.pyvene_ext.methods.circuits.test_circuits import BASE, SOURCE, chosen, close, some_edges
@@ -40,6 +40,10 @@ def test_a_judgement_holds_what_each_run_by_itself_gives() -> None:
     at_least = sum(value >= found.faithfulness.mean for value in found.random)
     assert found.p == (1 + at_least) / 4
     assert found.row()["n_edges"] == len(circuit)
+    model.forward = None  # type: ignore[assignment]
+    for wrong in ({"n": 61}, {"n": 60, "by": "value"}):  # random circuits would be those of another circuit
+        with pytest.raises(ValueError, match="do not make this circuit"):
+            judge(model, circuit, *pairs, scores=scores, **wrong)
 
 
 def test_a_metric_that_cannot_tell_the_model_from_the_empty_circuit_is_refused() -> None:
@@ -53,6 +57,12 @@ def test_a_metric_that_cannot_tell_the_model_from_the_empty_circuit_is_refused()
     flipped = twice[0].with_answer_ids([(right, wrong), (wrong, right)])  # the same difference, once with either sign
     with pytest.raises(ValueError, match="includes 0, so that faithfulness, CPR and CMD are undefined"):
         check_defined(model, flipped, twice[1])
+
+
+def test_too_few_pairs_to_halve_are_counted() -> None:
+    for n, told in ((1, "1 pair of equally many"), (2, "2 pairs of")):
+        with pytest.raises(ValueError, match=told):
+            halves(n, 0)
 
 
 def test_overlap_is_beside_circuits_with_as_many_edges_between_the_same_layers_and_kinds() -> None:
@@ -70,7 +80,11 @@ def test_overlap_is_beside_circuits_with_as_many_edges_between_the_same_layers_a
     largest, _ = Counter(groups[there].tolist()).most_common(1)[0]
     full = Circuit(frozenset(names[there & (groups == largest)].tolist()))
     assert overlap(full, full, config, draws=9).chance.tolist() == [1.0] * 9
-    assert np.isnan(jaccard(Circuit(frozenset()), Circuit(frozenset())))
+    empty = Circuit(frozenset())
+    assert np.isnan(jaccard(empty, empty)) and np.isnan(
+        overlap(empty, empty, config, draws=9).p
+    )  # nothing, not p = 0.1
+    assert overlap(empty, one, config, draws=9).p == 1
     for group in np.unique(groups[there]):
         kinds = {
             tuple((node.site, node.layer) for node in parse_edge(name)) for name in names[there & (groups == group)]
@@ -92,8 +106,12 @@ def test_a_file_gives_the_circuit_back_to_its_model_only(tmp_path: Path) -> None
         load_circuit(path, random_model("gpt2"))
     for bad, match in (("{", "JSON"), ('{"edges": []}', "model_type"), ("[]", "dict of fields")):
         path.write_text(bad)
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(ValueError, match=rf"circuit.json.*{match}.*; give a file that save_circuit wrote\.$"):
             load_circuit(path, model)
+    save_circuit(circuit, path, model)
+    path.write_text(path.read_text().replace('"edges": [', '"edges": ["embed->q.9.0",'))
+    with pytest.raises(ValueError, match=r"circuit.json: q.9.0: layer 9 is out of range"):
+        load_circuit(path, model)
 
 
 def test_dot_names_every_edge_and_is_as_wide_as_its_score(tmp_path: Path) -> None:
