@@ -40,7 +40,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path, title: str | No
         title: the page's title; default the names of the runs.
 
     Raises:
-        ValueError: no folder, one that is not of a finished run, or one named twice.
+        ValueError: no folder, one that is not of a finished run, one named twice, or a file that does not end in .html.
         MissingExtra: plotly is not installed.
     """
     need("report")
@@ -48,6 +48,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path, title: str | No
         raise ValueError("there are no folders; name one or more folders of runs.")
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise ValueError("a folder is named twice; name each folder once.")
+    if Path(out).suffix.lower() not in (".html", ".htm"):  # which may be a table of a run, or a folder
+        raise ValueError(f"{out} is no name of a page; let it end in .html.")
     runs = [Run.read(folder) for folder in folders]
     with atomic_path(out) as temporary:
         temporary.write_text(

@@ -762,3 +762,9 @@ def test_quotation_marks_are_themselves_and_links_lead_to_odd_names(tmp_path: Pa
     assert 'say \\"x\\": 1' in text
     write_report([tmp_path / "run #2 50%"], tmp_path / "page.html")
     assert 'href="run%20%232%2050%25/heads.csv"' in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["methods.csv", "pages"])
+def test_a_page_does_not_replace_a_table_or_a_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is no name of a page; let it end in .html"):
+        write_report([tmp_path], tmp_path / name)
