@@ -22,9 +22,10 @@ under faithfulness over these shares, the highest scores being taken first: 0.99
 faithfulness and 1, scores of the largest magnitude being taken first: 0 is best. Both have percentile bootstrap 95% intervals
 over held-out prompts. Here grouped K/V heads are one receiver each; MIB's graphs have one a query head.
 
-Of each method the circuit of `--share` of the edges is written, with its faithfulness; that of random circuits with as many edges
-between the same layers and kinds; its completeness, the faithfulness of all other edges together, near 0 if the circuit misses
-nothing; and minimality, the share of `--removed` of its edges without which faithfulness changes by 0.01 or more.
+Of each method the circuit of `--share` of the edges is written (of acdc, those that it keeps), with its faithfulness; that of
+random circuits with as many edges between the same layers and kinds; its completeness, the faithfulness of all other edges
+together, near 0 if the circuit misses nothing; and minimality, the share of `--removed` of its edges without which faithfulness
+changes by 0.01 or more.
 
 `--compare` counts the edges that the first method's circuit shares with those of other runs, beside pairs of random circuits with
 as many edges between the same layers and kinds.
@@ -127,24 +128,23 @@ def main(config: Config) -> None:
     prompt_set = config.load_prompts()
     model, tokenizer = config.load_model()
     others = {path: px.circuits.load_circuit(path, model) for path in config.compare}
-    pairs = config.tokenize_pairs(prompt_set, model, tokenizer)
-    kept = px.methods.pairs_of_equal_length(*pairs, config.dataset)
-    dropped = sorted(set(range(len(prompt_set))) - set(kept))
-    base, source = (texts.take(kept) for texts in pairs)
-    px.circuits.check_ablation(model, base, source, config.ablation)
-    scored, judged = px.circuits.halves(len(base), config.seed)
-    work = f"{len(scored)} pairs score, {len(judged)} judge: {', '.join(config.chosen)}"
-    a_pass = px.runs.seconds_a_pass(model, base) / len(base)
+    alone = config.ablation == "zero"  # needs no corrupt texts
+    pairs = None if alone else config.tokenize_pairs(prompt_set, model, tokenizer)
+    base, source = pairs or (config.tokenize(prompt_set, model, tokenizer), None)
+    halves = px.circuits.halves(base, source, config.ablation, config.seed)
+    scored, judged = halves.take(halves.scored), halves.take(halves.judged)
+    for on in (scored, judged):
+        px.circuits.check_scoring(model, *on, config.chosen, **options(config))
+    work = f"{len(scored[0])} pairs score, {len(judged[0])} judge: {', '.join(config.chosen)}"
+    a_pass = px.runs.seconds_a_pass(model, halves.base) / len(halves.base)
     each, fixed = (passes * a_pass for passes in cost(config, model))
-    if not run.announce(work, each * len(base) + fixed, n=len(prompt_set), fixed=fixed):
+    if not run.announce(work, each * len(halves.base) + fixed, n=len(prompt_set), fixed=fixed):
         return
-    on_scored, on_judged = ((base.take(some), source.take(some)) for some in (scored, judged))
-    means = px.circuits.check_defined(model, *on_judged, seed=config.seed, **options(config))
+    means = px.circuits.check_defined(model, *judged, seed=config.seed, **options(config))
 
-    found: dict[str, Found] = {
-        method: found_by(config, model, method, on_scored, on_judged) for method in config.chosen
-    }
-    rows, n_acdc = table_of(config, model, found, on_judged, a_pass * len(scored))
+    with px.engine.first_tokens_said():
+        found: dict[str, Found] = {method: found_by(config, model, method, scored, judged) for method in config.chosen}
+        rows = table_of(config, model, found, judged, a_pass * len(scored[0]))
     own = found[config.chosen[0]].circuit
     shared = [
         {"circuit": path, **px.circuits.overlap(own, other, model.config).row()} for path, other in others.items()
@@ -152,12 +152,10 @@ def main(config: Config) -> None:
 
     facts = px.metadata(
         model,
-        **settings(config, base, source, dropped),
+        **settings(config, halves),
         shared=shared,
-        scored=scored,
-        judged=judged,
         n_all=n_all(config, model),
-        n_acdc=n_acdc,
+        n_acdc=found["acdc"].n if "acdc" in found else None,
         mean_clean=means[0],
         mean_empty=means[1],
         methods=[{name: px.stats.finite(x) if isinstance(x, float) else x for name, x in row.items()} for row in rows],
@@ -203,18 +201,20 @@ def options(config: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a method gave: scores, how many seconds they took, circuits of ten sizes by either ranking, and the one of --share."""
+    """What a method gave: scores, in how many seconds; circuits of ten sizes by either ranking; the one written, n at first."""
 
     scores: Scores
     seconds: float
     curves: Mapping[By, Curve]
+    n: int
     circuit: Circuit
     judged: Judgement
 
     def row(self, seed: int, a_pass: float) -> dict[str, Any]:
         """Its row of the table; `a_pass` is what a forward pass over the pairs that scored takes."""
         areas = px.circuits.areas_row(self.curves["value"], self.curves["magnitude"], seed)
-        return areas | self.judged.row() | {"seconds": self.seconds, "passes": self.seconds / a_pass}
+        own = {"n_chosen": self.n} | self.judged.row()
+        return areas | own | {"seconds": self.seconds, "passes": self.seconds / a_pass}
 
 
 def found_by(config: Config, model: PreTrainedModel, method: Method, on_scored: Any, on_judged: Any) -> Found:
@@ -229,39 +229,38 @@ def found_by(config: Config, model: PreTrainedModel, method: Method, on_scored: 
     seconds = time.perf_counter() - start
     how = options(config) | {"shares": px.circuits.MIB_SHARES}
     curves = {by: px.circuits.faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
-    n = max(1, int(config.share * n_all(config, model)))
+    by_share = max(1, int(config.share * n_all(config, model)))
+    n = by_share if method != "acdc" else int((abs(scores) >= config.tau).sum())  # what it keeps
     chosen = px.circuits.top_edges if config.level == "edge" else px.circuits.top_nodes
     circuit = chosen(scores, n, model.config, config.by)
     # Is it more than its layers, does it miss anything, does it need all it has?
     how = options(config) | {"random": config.random_circuits, "removed": config.removed, "seed": config.seed}
     judged = px.circuits.judge(model, circuit, *on_judged, scores=scores, n=n, by=config.by, **how)
-    return Found(scores, seconds, curves, circuit, judged)
+    return Found(scores, seconds, curves, n, circuit, judged)
 
 
-def table_of(
-    config: Config, model: PreTrainedModel, found: Mapping[str, Found], on_judged: Any, a_pass: float
-) -> tuple[Rows, int | None]:
-    """A row a method; and how many edges ACDC keeps, if it was asked for, with what is faithful of as many by each method."""
+def table_of(config: Config, model: PreTrainedModel, found: Mapping[str, Found], on_judged: Any, a_pass: float) -> Rows:
+    """A row a method; if ACDC was asked for, with the faithfulness of as many edges as it keeps."""
     rows, (base, source) = [], on_judged
-    n_acdc = int((abs(found["acdc"].scores) >= config.tau).sum()) if "acdc" in found else None
     for method, one in found.items():
         rows.append({"method": method} | one.row(config.seed, a_pass))
-        if n_acdc is not None:
-            curve = px.circuits.faithfulness_curve(model, one.scores, base, source, [n_acdc], **options(config))
+        if "acdc" in found:
+            sizes = [found["acdc"].n]
+            curve = px.circuits.faithfulness_curve(model, one.scores, base, source, sizes, **options(config))
             rows[-1]["as_many"] = float(curve.values[0])
-    return rows, n_acdc
+    return rows
 
 
 # -- what is written and shown -----------------------------------------------------------------------------------------
 
 
-def settings(
-    config: Config, base: px.TokenizedPrompts, source: px.TokenizedPrompts, dropped: list[int]
-) -> dict[str, Any]:
+def settings(config: Config, halves: px.circuits.Halves) -> dict[str, Any]:
     """What was run, for the summary."""
     flags = ("model", "dataset", "level", "ablation", "metric", "share", "by", "tau", "answers", "seed")
-    prompts = {"base_hash": base.hash, "source_hash": source.hash, "n": len(base), "dropped": dropped}
-    return {name: getattr(config, name) for name in flags} | prompts
+    prompts = {"n": len(halves.base), "dropped": halves.left_out, "why_dropped": halves.why}
+    hashes = {"base_hash": halves.base.hash, "source_hash": halves.source and halves.source.hash}
+    drawn = {"scored": halves.scored, "judged": halves.judged}
+    return {name: getattr(config, name) for name in flags} | prompts | hashes | drawn
 
 
 def write_circuit(
@@ -299,11 +298,10 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
         f"{config.model} on {config.dataset}: {facts['n_all']} {config.level}s, scored on {n_scored} pairs, judged on {n_judged}",
         f"mean {config.metric}: model {facts['mean_clean']:.3f}, empty circuit ({config.ablation}) {facts['mean_empty']:.3f}",
     ]
-    left_out = f"{px.io.counted(len(facts['dropped']), 'pair')} left out, whose texts differ in number of tokens"
+    of_share = f"circuit of {100 * max(1 / facts['n_all'], config.share):.3g}%: faithfulness"
     lines += [
-        left_out if facts["dropped"] else "",
-        f"{'':20} CPR (higher is better)  CMD (lower is better)   {f'circuit of {100 * config.share:g}%: faithfulness':36}"
-        "  random  complete  minimal",
+        f"{px.io.counted(len(facts['dropped']), 'pair')} left out: {facts['why_dropped']}" if facts["dropped"] else "",
+        f"{'':20} CPR (higher is better)  CMD (lower is better)   {of_share:36}  random  complete  minimal",
     ]
     for row in rows:
         cpr, cmd = (f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" for name in ("cpr", "cmd"))
@@ -312,6 +310,9 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
             f"{row['method']:20} {cpr:22}  {cmd:22}  {own:36} {row['random_mean']:7.2f} {row['completeness']:9.2f} "
             f"{row['minimality']:8.2f}"
         )
+    lost = [f"{row['n_chosen']} by {row['method']}" for row in rows if not row["n_edges"]]
+    if lost:
+        lines.append(f"no edge lies on a path from the embedding to the logits, of {', '.join(lost)}: a larger --share")
     taken = ", ".join(f"{row['method']} {row['passes']:.0f}" for row in rows)
     lines.append(f"scoring took as long as so many forward passes over its pairs: {taken}")
     if facts["n_acdc"] is not None:

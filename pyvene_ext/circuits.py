@@ -5,31 +5,40 @@ from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top
 from pyvene_ext.methods.circuits.circuit import Circuit, named_scores
 from pyvene_ext.methods.circuits.faithfulness import areas_row
 from pyvene_ext.methods.circuits.files import edge_rows, load_circuit, save_circuit, save_dot
-from pyvene_ext.methods.circuits.judging import Judgement, Overlap, check_defined, halves, jaccard, judge, overlap
+from pyvene_ext.methods.circuits.judging import (
+    Halves,
+    Judgement,
+    Overlap,
+    check_defined,
+    halves,
+    jaccard,
+    judge,
+    overlap,
+)
 from pyvene_ext.methods.circuits.masks import Mask, learn_mask
 from pyvene_ext.methods.circuits.running import (
     MIB_SHARES,
-    check_ablation,
     completeness,
     faithfulness,
     faithfulness_curve,
     run_circuit,
     run_circuits,
 )
-from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost
+from pyvene_ext.methods.circuits.scoring import METHODS, check_scoring, score, score_cost
 
 __all__ = [
     "METHODS",
     "MIB_SHARES",
     "Circuit",
+    "Halves",
     "Judgement",
     "Mask",
     "Overlap",
     "acdc",
     "acdc_passes",
     "areas_row",
-    "check_ablation",
     "check_defined",
+    "check_scoring",
     "completeness",
     "edge_rows",
     "faithfulness",

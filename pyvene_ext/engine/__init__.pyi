@@ -1,4 +1,5 @@
 from .measure import Metric as Metric
+from .measure import first_tokens_said as first_tokens_said
 from .plain import reference_for as reference_for
 from .plain import run as run
 from .reading import Activations as Activations

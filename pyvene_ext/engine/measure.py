@@ -376,7 +376,7 @@ def first_tokens_note(metric: Metric, prompts: TokenizedPrompts, *, of_answers: 
     if not several:
         return ""
     whole = "answer_logprob_diff" if "wrong" in sides else "answer_logprob"
-    hint = f"; metric={whole!r} reads them whole" if of_answers else ""
+    hint = f"; metric={whole!r} reads them whole" if of_answers else "; answers='first_difference' tells them apart"
     return f"{metric.label} {_FIRST_ONLY}: the answers of {several} of {counted(len(prompts), 'prompt')} have several{hint}"
 
 

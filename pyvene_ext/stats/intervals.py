@@ -175,11 +175,14 @@ def ratio_of_means(
         resamples: number of resamples.
 
     Returns:
-        Ratio and ends of the interval, each " item"; NaN where the mean denominator is 0.
+        Ratio and ends of the interval, each " item"; NaN where the mean denominator is 0. Resamples in which it is 0 are left
+        out.
     """
     above, below = above.astype(np.float64), below.astype(np.float64)
     n = len(below)
     shares = generator.multinomial(n, np.full(n, 1 / n), resamples) / n
+    defined = shares @ below != 0
+    shares = shares[defined] if defined.any() else shares
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = above.mean(1) / below.mean()
         ends = np.array([np.quantile(shares @ row / (shares @ below), (0.025, 0.975)) for row in above])

@@ -173,3 +173,24 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(
     assert command("--limit", 8, "--out", tmp_path / "x", *flags) == 2
     said = capsys.readouterr().err
     assert told in said and "Traceback" not in said and not (tmp_path / "x").exists()
+
+
+def test_zero_ablation_needs_no_corrupt_text_and_acdc_writes_the_circuit_that_it_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [
+        {"text": one.text, "answer": one.io_name, "wrong": one.s_name} for one in px.PromptSet.load("ioi_en")[:8]
+    ]
+    (tmp_path / "own.json").write_text(json.dumps([*prompts, prompts[0]]))
+    out = tmp_path / "out"
+    flags = ("--dataset", tmp_path / "own.json", "--ablation", "zero", "--methods", "acdc", "--tau", 1.0)
+    assert command(*flags, "--removed", 1, "--random_circuits", 1, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "1 pair left out: 1 an earlier one again" in said
+    facts = json.loads((out / "summary.json").read_text())
+    model, tokenizer = px.load_model("tiny-qwen2.5")
+    scored = px.PromptSet.load(tmp_path / "own.json").tokenize(tokenizer).take(facts["scored"])
+    found = acdc(model, scored, None, "logit_diff", tau=1.0, ablation="zero", batch_size=8, progress=False)
+    assert load_circuit(out / "circuit_acdc.json", model) == found.circuit
+    (row,) = rows(out / "methods.csv")
+    assert int(row["n_chosen"]) == facts["n_acdc"] == len(found.unpruned)

@@ -113,7 +113,7 @@ def prompts_that_fit(memory: int, each: int, most: int) -> int:
     if each > memory:
         raise ValueError(
             f"{memory / MIB:.1f} MiB of working memory do not hold what one prompt takes; allow at least "
-            f"{ceil(10 * each / MIB) / 10:.1f} MiB."
+            f"{ceil(10 * each / MIB) / 10:.1f} MiB ({each / MIB / 1024 + 5e-4:.3f} GiB)."
         )
     return min(most, memory // each)
 

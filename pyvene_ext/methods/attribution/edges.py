@@ -203,7 +203,7 @@ def edge_attribution(
     base.batches(batch_size)  # refuses a wrong size
     check_memory(memory)
     if memory is not None:
-        batch_size = min(_fitting(model, some, memory, batch_size) for some in (base, source) if some is not None)
+        batch_size = min(edges_fitting(model, some, memory, batch_size) for some in (base, source) if some is not None)
     nodes = _nodes(model)
     exists = edge_exists(*nodes)
     scores = np.empty((*exists.shape, len(base)), np.float32)
@@ -223,8 +223,21 @@ def edge_attribution(
     return EdgeScores(*nodes, scores, metric.label, method)
 
 
-def _fitting(model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int) -> int:
-    """Count the prompts that fit: the graph, changes of all senders, gradients of some receivers, and scores."""
+def edges_fitting(model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int) -> int:
+    """Count the prompts that fit: the graph, changes of all senders, gradients of some receivers, and scores.
+
+    Args:
+        model: as for `edge_attribution`.
+        prompts: base or source prompts.
+        memory: bytes.
+        most: the largest number of prompts.
+
+    Returns:
+        The number of prompts.
+
+    Raises:
+        ValueError: not even one fits.
+    """
     length, (n_senders, n_receivers) = max(map(len, prompts.input_ids)), edge_exists(*_nodes(model)).shape
     heads = n_receivers // n_layers(model.config)  # receivers of a layer
     streams = 4 * length * dimensions(model.config)["d_model"] * (n_senders + TOGETHER + 2 * heads)

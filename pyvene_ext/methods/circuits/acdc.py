@@ -138,7 +138,7 @@ def acdc(
     if not at_first[:, -1].any():
         raise ValueError("start_from has no edge into the logits, so that nothing can be tested; give one that has.")
     base.batches(batch_size)  # refuses a wrong size
-    batch_size, side_by_side = _room(model, base, metric, batch_size, memory)
+    batch_size, side_by_side = room(model, base, metric, batch_size, memory)
     with evaluating(model), no_gradients(model):
         runs = _Runs(EdgewiseModel(model), base, source, metric, ablation, batch_size, at_first)
         search = _Search(runs, at_first, tau, by, side_by_side)
@@ -319,10 +319,24 @@ def _checked_rule(metric: Metric, tau: float, by: By | None, order: str) -> By |
     return by or "magnitude"
 
 
-def _room(
+def room(
     model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric, batch_size: int, memory: int | None
 ) -> tuple[int, int]:
-    """How many prompts to run at once, and through how many circuits side by side."""
+    """Say how many prompts to run at once, and through how many circuits side by side.
+
+    Args:
+        model: as for `acdc`.
+        prompts: all of them.
+        metric: as for `acdc`.
+        batch_size: the most prompts at once.
+        memory: as for `acdc`.
+
+    Returns:
+        Both numbers.
+
+    Raises:
+        ValueError: what is kept of all prompts, and one circuit, do not fit.
+    """
     check_memory(memory)
     there, layers, width = exists(model.config), n_layers(model.config), dimensions(model.config)["d_model"]
     per_layer = len(there) // layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from pyvene_ext.engine.measure import MetricLike
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.errors import counted
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.attribution.senders import AblationKind
 from pyvene_ext.methods.circuits.choosing import By, Scores, chosen_edges, edge_groups, random_edges, shuffled_within
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists
 from pyvene_ext.methods.circuits.running import run_circuits
@@ -23,25 +25,72 @@ from pyvene_ext.stats.intervals import Interval, bootstrap_mean
 CHANGED = 0.01  # of faithfulness, from which on an edge counts as needed
 
 
-def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
-    """Draw which pairs of prompts score edges, and which judge the circuits that the scores choose.
+@dataclass(frozen=True)
+class Halves:
+    """Prompts that score edges, and others that judge the circuits that the scores choose.
+
+    Attributes:
+        base: the prompts that can be used.
+        source: their partners; None without.
+        scored: the numbers of those that score, in `base`.
+        judged: the numbers of those that judge.
+        left_out: the numbers of those that cannot be used, among the prompts that were given.
+        why: why not; "" if there are none.
+    """
+
+    base: TokenizedPrompts
+    source: TokenizedPrompts | None
+    scored: list[int]
+    judged: list[int]
+    left_out: list[int]
+    why: str
+
+    def take(self, some: list[int]) -> tuple[TokenizedPrompts, TokenizedPrompts | None]:
+        """Take some of the prompts, and their partners."""
+        return self.base.take(some), None if self.source is None else self.source.take(some)
+
+
+def halves(base: TokenizedPrompts, source: TokenizedPrompts | None, ablation: AblationKind, seed: int) -> Halves:
+    """Draw which prompts score edges, and which judge the circuits that the scores choose.
+
+    A prompt that is repeated is used once: it would be judged by what it has chosen. By patching, two texts of a pair must have
+    equally many tokens and differ.
 
     Args:
-        n: number of pairs.
+        base: the prompts on which the model does its task.
+        source: what ablated edges take their values from; None for zero ablation.
+        ablation: what ablated edges carry.
         seed: of the draw.
 
     Returns:
-        The numbers of the one and of the other, in their order.
+        The prompts.
 
     Raises:
-        ValueError: fewer than three pairs.
+        ValueError: fewer than three can be used.
     """
-    if n < 3:
+    by_patching = source is not None and ablation == "patching"
+    reasons: dict[int, str] = {}
+    seen = set()
+    for number, ids in enumerate(base.input_ids):
+        partner = source.input_ids[number] if source is not None and by_patching else ()
+        if by_patching and len(ids) != len(partner):
+            reasons[number] = "texts that differ in number of tokens"
+        elif ids == partner:
+            reasons[number] = "the same text twice"
+        elif (ids, partner) in seen:
+            reasons[number] = "an earlier one again"
+        seen.add((ids, partner))
+    kept = [number for number in range(len(base)) if number not in reasons]
+    why = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).items())
+    if len(kept) < 3:
+        left_out = f" ({len(reasons)} of {len(base)} left out: {why})" if reasons else ""
         raise ValueError(
-            f"{counted(n, 'pair')} of equally many tokens: too few to score edges on some and judge on others; give 3 or more."
+            f"{counted(len(kept), 'prompt')}: too few to score edges on some and judge on others{left_out}; give 3 or more."
         )
-    order = rng(seed, "halves").permutation(n).tolist()
-    return sorted(order[: n // 2]), sorted(order[n // 2 :])
+    order = rng(seed, "halves").permutation(len(kept)).tolist()
+    middle = len(kept) // 2
+    of_kept = None if source is None else source.take(kept)
+    return Halves(base.take(kept), of_kept, sorted(order[:middle]), sorted(order[middle:]), sorted(reasons), why)
 
 
 @dataclass(frozen=True)

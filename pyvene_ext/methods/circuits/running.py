@@ -109,6 +109,8 @@ def run_circuits(
             split by heads.
     """
     config = model.config
+    if isinstance(circuits, Circuit) or (isinstance(circuits, np.ndarray) and circuits.ndim == 2):
+        raise ValueError("circuits are a list: put the one in brackets, or use run_circuit.")
     matrices = [matrix_of(circuit, config) for circuit in circuits]
     check_ablation(model, base, source, ablation)
     metric = check_metric(model, base, metric)

@@ -12,29 +12,31 @@ first, so that a circuit of as many is its own; then those it removed, the ones 
 Of nodes, `[sender]`: atp is an estimate from gradients (Nanda 2023), activation_patching is exact and takes a run each; mask and
 random are as for edges.
 
-Scores estimate delta = M(base) - M(base, ablated), which is positive where the edge or node helps. flow, mask and random have no
-sign, and flow and random do not know of the ablation. Under other ablations than patching, path_patching and activation_patching
-run the circuit of all other edges, and atp is the sum over a node's edges, by eap. By patching both would be the same (but for
-heads that a norm follows, as in Gemma 2, whose share a circuit scales as in the run that it is from).
+Scores estimate delta = M(base) - M(base, ablated), and of kl, which is 0 in the model, -delta: positive where the edge or node
+helps. flow, mask and random have no sign, and flow and random do not know of the ablation. Under other ablations than patching,
+path_patching and activation_patching run the circuit of all other edges, and atp is the sum over a node's edges, by eap. By
+patching both would be the same (but for heads that a norm follows, as in Gemma 2, whose share a circuit scales as in the run that
+it is from).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelcards import n_layers
-from pyvene_ext.engine.measure import MetricLike
+from pyvene_ext.engine.measure import METRICS, MetricLike, as_metric
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.atp import atp
-from pyvene_ext.methods.attribution.edges import edge_attribution
-from pyvene_ext.methods.attribution.senders import AblationKind, check_edges_of
-from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes
+from pyvene_ext.methods.attribution.edges import EdgeMethod, edge_attribution, edges_fitting
+from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation, check_edges_of
+from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes, room
 from pyvene_ext.methods.circuits.choosing import Scores
 from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
@@ -110,10 +112,48 @@ def score_cost(
     return Cost(passes.get(method, runs * (0.5 if ablation == "patching" else CIRCUIT)))
 
 
+def check_scoring(
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    methods: Iterable[str],
+    metric: MetricLike = "logit_diff",
+    *,
+    ablation: AblationKind = "patching",
+    batch_size: int = 8,
+    memory: int | None = None,
+) -> None:
+    """Check that methods can score, and circuits be run, on some prompts and in some memory; nothing is run.
+
+    Args:
+        model: as for `score`.
+        base: as for `score`.
+        source: as for `score`.
+        methods: those that will score.
+        metric: as for `score`.
+        ablation: as for `score`.
+        batch_size: as for `score`.
+        memory: as for `score`; None is enough.
+
+    Raises:
+        ValueError: for prompts that `run_circuits` refuses, and where one prompt, or all for ACDC, do not fit.
+    """
+    check_ablation(model, base, source, ablation)
+    base.batches(batch_size)  # refuses a wrong size
+    if memory is None:
+        return
+    for prompts in (base, source):
+        if prompts is not None:
+            fitting(model, prompts, memory, 1, gradient="mask" in methods)
+            edges_fitting(model, prompts, memory, 1)
+    if "acdc" in methods:
+        room(model, base, as_metric(metric), batch_size, memory)
+
+
 def score(
     model: PreTrainedModel,
     base: TokenizedPrompts,
-    source: TokenizedPrompts,
+    source: TokenizedPrompts | None,
     method: OfEdges | OfNodes,
     metric: MetricLike = "logit_diff",
     *,
@@ -131,7 +171,7 @@ def score(
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards.
         base: the prompts on which the model does its task.
-        source: the prompts that activations are taken from, paired with `base` by order and of equal length.
+        source: as for `run_circuits`.
         method: one of `METHODS[level]`, as the module's docstring lists them.
         metric: as for `run`, one number per prompt; not read by flow and random.
         level: edge or node.
@@ -159,51 +199,66 @@ def score(
     if method == "random":
         shape = there.shape if level == "edge" else there.shape[:1]
         return rng(seed, "random scores").normal(size=shape)
-    if method == "mask":
-        mask = learn_mask(model, base, source, metric, level=level, ablation=ablation, seed=seed, **options)
-        return mask.scores
-    if method in ("path_patching", "activation_patching") and ablation != "patching":
-        return _left_out(model, base, source, metric, level, ablation=ablation, **options)
-    if method == "atp" and ablation != "patching":
-        edges = edge_attribution(model, base, source, metric, ablation=ablation, **options)
-        scores = np.where(there, edges.per_prompt.mean(-1, dtype=np.float64), 0.0).sum(1)
-        scores[0] = 0.0
-        return scores
-    if level == "node":
-        patches = [
-            ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
-            for node in senders(model.config)[1:]
-        ]
-        delta = (
-            atp(model, patches, base, source, metric, **options)
-            if method == "atp"
-            else patch(model, patches, base, source, metric, **options).delta
-        )
-        return np.concatenate([[0.0], delta.mean(1, dtype=np.float64)])
     if method == "flow":
         return flow_scores(model, base, batch_size if memory is None else fitting(model, base, memory, batch_size))
+    check_ablation(model, base, source, ablation)
+    if method == "mask":
+        options |= {"level": level, "steps": MASK_STEPS, "seed": seed}
+        return learn_mask(model, base, source, metric, ablation=ablation, **options).scores
     if method == "acdc":
         pruned = acdc(model, base, source, metric, tau=tau, ablation=ablation, **options)
         effects = np.nan_to_num(pruned.matrix)
         return effects if pruned.by else np.maximum(effects, 0)  # kl's rule is one-sided
+    exact = method in ("path_patching", "activation_patching")
+    if ablation == "patching" and source is not None and (exact or method == "atp"):
+        found = _by_patches(model, base, source, metric, method, there, **options)
+    elif exact:
+        found = _left_out(model, base, source, metric, level, ablation=ablation, **options)
+    else:
+        gradient: EdgeMethod = "eap" if method == "atp" else method  # type: ignore[assignment]
+        edges = edge_attribution(model, base, source, metric, gradient, ablation=ablation, steps=steps, **options)
+        found = np.where(there, edges.per_prompt.mean(-1, dtype=np.float64), 0.0)
+        if level == "node":
+            found = found.sum(1)
+            found[0] = 0.0  # the embedding is no node that can be left out
+    return -found if as_metric(metric) == METRICS["kl"] else found
+
+
+def _by_patches(
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts,
+    metric: MetricLike,
+    method: str,
+    there: Bool[np.ndarray, "sender receiver"],
+    **options: Any,
+) -> Scores:
+    """Mean effects of patching each edge or node from source, exact or estimated."""
+    reading, writing = receivers(model.config), senders(model.config)
     if method == "path_patching":
-        reading, writing = receivers(model.config), senders(model.config)
-        places = np.argwhere(there)
         paths = [
             PathPatch(sender=str(writing[row]), receivers=(str(reading[column]),), freeze_mlps=True)
-            for row, column in places
+            for row, column in np.argwhere(there)
         ]
         found = np.zeros(there.shape)
         found[there] = patch(model, paths, base, source, metric, **options).delta.mean(1, dtype=np.float64)
         return found
-    edges = edge_attribution(model, base, source, metric, method, ablation=ablation, steps=steps, **options)  # type: ignore[arg-type]
-    return np.where(there, edges.per_prompt.mean(-1, dtype=np.float64), 0.0)
+    patches = [
+        ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
+        for node in writing[1:]
+    ]
+    delta = (
+        atp(model, patches, base, source, metric, **options)
+        if method == "atp"
+        else patch(model, patches, base, source, metric, **options).delta
+    )
+    return np.concatenate([[0.0], delta.mean(1, dtype=np.float64)])
 
 
 def _left_out(
     model: PreTrainedModel,
     base: TokenizedPrompts,
-    source: TokenizedPrompts,
+    source: TokenizedPrompts | None,
     metric: MetricLike,
     level: Level,
     **options: Any,

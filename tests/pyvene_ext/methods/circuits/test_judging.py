@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pyvene_ext.methods.circuits.judging import check_defined, halves, jaccard, 
 from pyvene_ext.methods.circuits.running import completeness, faithfulness
 from pyvene_ext.specs.graph import receivers, senders
 from tests.pyvene_ext.methods.circuits.test_circuits import BASE, SOURCE, chosen, close, some_edges
+from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
 
 
@@ -59,10 +61,27 @@ def test_a_metric_that_cannot_tell_the_model_from_the_empty_circuit_is_refused()
         check_defined(model, flipped, twice[1])
 
 
-def test_too_few_pairs_to_halve_are_counted() -> None:
-    for n, told in ((1, "1 pair of equally many"), (2, "2 pairs of")):
+def test_each_half_has_prompts_of_its_own_and_what_cannot_be_used_is_counted() -> None:
+    base, source = random_prompts((8, 8, 8, 6, 7, 8)), random_prompts((8, 8, 8, 6, 8, 8), seed=1)
+    base = replace(base, input_ids=(*base.input_ids[:5], base.input_ids[0]))
+    source = replace(
+        source, input_ids=(*source.input_ids[:3], base.input_ids[3], source.input_ids[4], source.input_ids[0])
+    )
+    found = halves(base.take([0, 1, 2, 3, 4, 5, 1, 2]), source.take([0, 1, 2, 3, 4, 5, 2, 1]), "patching", 0)
+    assert sorted(found.scored + found.judged) == list(range(5)) and len(found.scored) == 2
+    assert found.left_out == [3, 4, 5] and found.base.input_ids == tuple(base.input_ids[n] for n in (0, 1, 2, 1, 2))
+    assert found.why == "1 the same text twice, 1 texts that differ in number of tokens, 1 an earlier one again"
+    of_judged = found.take(found.judged)
+    assert of_judged[0].input_ids == tuple(found.base.input_ids[n] for n in found.judged)
+    assert of_judged[1] is not None and of_judged[1].input_ids == tuple(found.source.input_ids[n] for n in found.judged)  # type: ignore[union-attr]
+    assert halves(base, source, "mean", 0).left_out == [5]  # partners need not correspond
+    assert halves(base, None, "zero", 0).left_out == [5] and halves(base, None, "zero", 0).take([0])[1] is None
+    for some, told in (
+        ([0], "1 prompt: too few to score edges on some and judge on others; give 3 or more"),
+        ([0, 3, 4, 1], r"2 prompts: too few .* \(2 of 4 left out: 1 the same text twice, 1 texts that differ"),
+    ):
         with pytest.raises(ValueError, match=told):
-            halves(n, 0)
+            halves(base.take(some), source.take(some), "patching", 0)
 
 
 def test_overlap_is_beside_circuits_with_as_many_edges_between_the_same_layers_and_kinds() -> None:

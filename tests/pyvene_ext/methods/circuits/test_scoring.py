@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from pyvene_ext.methods.circuits import scoring
 from pyvene_ext.methods.circuits.acdc import acdc
 from pyvene_ext.methods.circuits.choosing import top_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, exists, named_scores
-from pyvene_ext.methods.circuits.scoring import METHODS, score, score_cost
+from pyvene_ext.methods.circuits.scoring import METHODS, check_scoring, score, score_cost
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.specs.ablation import Ablation
 from pyvene_ext.specs.graph import receivers, senders
@@ -123,12 +123,47 @@ def test_under_other_ablations_atp_is_the_first_order_estimate_of_what_is_lost_w
 def test_every_method_that_knows_of_ablations_scores_under_the_one_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "MASK_STEPS", 2)
     model, base, source = random_model("llama3_1"), *(chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE))
-    for method in ("mask", "eap", "eap_ig_inputs", "acdc"):
+    for method in ("mask", "eap_ig_inputs"):
         by = [
-            score(model, base, source, method, tau=1.0, ablation=kind, progress=False)  # type: ignore[arg-type]
+            score(model, base, source, method, steps=2, ablation=kind, progress=False)  # type: ignore[arg-type]
             for kind in ("patching", "zero")
         ]
         assert not np.array_equal(*by)
+
+
+@pytest.mark.parametrize(
+    ("level", "method"), [("edge", "eap_ig_inputs"), ("edge", "path_patching"), ("node", "activation_patching")]
+)
+def test_by_kl_too_what_helps_has_a_score_above_0(level: Literal["edge", "node"], method: Any) -> None:
+    case = planted("k_composition", "llama", n_prompts=3)
+    scores, by_diff = (
+        score(case.model, case.clean, case.corrupt, method, metric, level=level, steps=8, progress=False)
+        for metric in ("kl", "logit_diff")
+    )
+    strong = by_diff > 0.5 * by_diff.max()
+    assert strong.any() and (scores[strong] > 0).all()
+    without = (case.clean, case.corrupt, "kl")
+    names = [[str(node) for node in nodes(case.model.config)] for nodes in (senders, receivers)]
+    if method == "activation_patching":
+        at = int(scores.argmax())
+        node = senders(case.model.config)[at]
+        spec = ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
+        close(scores[at], -patch(case.model, [spec], *without, progress=False).delta.mean())
+    if method == "path_patching":
+        row, column = np.unravel_index(scores.argmax(), scores.shape)
+        path = PathPatch(sender=names[0][row], receivers=(names[1][column],), freeze_mlps=True)
+        close(scores[row, column], -patch(case.model, [path], *without, progress=False).delta.mean())
+
+
+@pytest.mark.parametrize("methods", [["eap"], ["mask"], ["acdc"]])
+def test_what_does_not_fit_into_memory_is_refused_before_anything_runs(methods: list[str]) -> None:
+    model = random_model("llama3_1")
+    check_scoring(model, BASE, SOURCE, methods)
+    check_scoring(model, BASE, SOURCE, methods, memory=2**30)
+    with pytest.raises(ValueError, match="do not hold"):
+        check_scoring(model, BASE, SOURCE, methods, memory=10_000)
+    with pytest.raises(ValueError, match="takes its values from source prompts"):
+        check_scoring(model, BASE, None, methods)
 
 
 def test_costs_are_told_before() -> None:
