@@ -1,4 +1,7 @@
-"""Write docs/results.md or docs/real_models.md again: what the studies print (`make results`, `make real_models`)."""
+"""Write docs/results.md or docs/real_models.md again: what the studies print (`make results`, `make real_models`).
+
+`python docs/results.py real_models circuit_localization` runs this study only, and keeps what stands of the others.
+"""
 
 from __future__ import annotations
 
@@ -250,6 +253,9 @@ def run(section: Section) -> str:
 
 
 if __name__ == "__main__":
-    head, sections = PAGES[sys.argv[1]]
-    page = "\n".join([head, *map(run, sections)])
-    (ROOT / f"docs/{sys.argv[1]}.md").write_text(page, encoding="utf-8")
+    name, *studies = sys.argv[1:]
+    (head, sections), page = PAGES[name], ROOT / f"docs/{name}.md"
+    old = {text.partition("\n")[0]: f"## {text}".strip() + "\n" for text in page.read_text("utf-8").split("\n## ")[1:]}
+    keep = [bool(studies) and Path(section.command[0]).stem not in studies for section in sections]
+    texts = [old[section.title] if kept else run(section) for section, kept in zip(sections, keep, strict=True)]
+    page.write_text("\n".join([head, *texts]), encoding="utf-8")
