@@ -329,9 +329,11 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
 def evidence(config: Config, facts: dict[str, Any], rows: Rows) -> list[px.runs.Evidence]:
     """The faithfulness of the first method's circuit beside random circuits, and its CPR and CMD beside random scores."""
     row, sample = rows[0], f"{len(facts['judged'])} held-out pairs"
-    effect = f"{100 * config.share:g}% of the {config.level}s by {row['method']} have a faithfulness of"
-    random = f"{config.random_circuits} random circuits of the same layers and kinds, mean {row['random_mean']:.2g}"
-    random += f", p = {row['p']:.2g}"
+    effect = (
+        f"{px.io.counted(row['n_chosen'], config.level)} of {facts['n_all']} by {row['method']} have a faithfulness of"
+    )
+    circuits = px.io.counted(config.random_circuits, "random circuit")
+    random = f"{circuits} of the same layers and kinds, mean {row['random_mean']:.2g}, p = {row['p']:.2g}"
     interval, sharpen = px.Interval(row["faithfulness"], row["low"], row["high"]), "a larger --limit"
     found = [px.runs.Evidence(sample, effect, interval, random, f"{sharpen} or --random_circuits")]
     chance = {other["method"]: other for other in rows[1:]}.get("random")

@@ -119,14 +119,22 @@ def write_json(path: str | Path, value: Any) -> None:
 
     Args:
         path: the file.
-        value: anything that JSON can write.
+        value: anything that JSON can write, and NumPy's numbers.
 
     Raises:
         ValueError: a NaN or infinity, which JSON does not have (use None).
+        TypeError: something that is no plain data.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Convert a NumPy number; JSON takes Python's only."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"JSON has no {type(value).__name__}; give plain data.")
 
 
 def write_yaml(path: str | Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,8 @@ def test_overlap_is_beside_circuits_with_as_many_edges_between_the_same_layers_a
 def test_a_file_gives_the_circuit_back_to_its_model_only(tmp_path: Path) -> None:
     model, path = random_model("qwen2_5"), tmp_path / "circuit.json"
     circuit = Circuit(some_edges(model, 0.1))
-    save_circuit(circuit, path, model, method="eap", dataset="ioi_en")
+    save_circuit(circuit, path, model, method="eap", n=np.int64(96))
+    assert json.loads(path.read_text())["facts"] == {"method": "eap", "n": 96}
     assert load_circuit(path, model) == circuit
     with torch.no_grad():
         next(model.parameters()).mul_(1.5)
