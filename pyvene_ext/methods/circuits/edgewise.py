@@ -7,10 +7,8 @@
 computed for each receiver in the order in which they read, so that an ablated edge affects everything downstream. The receiver's
 own norm and projection, attention and MLPs are the model's code.
 
-What a sender adds: for embed, what enters the first block; for a head, z_h W_O; for an MLP, its output with its bias. If a norm
-follows attention's output projection or the MLP (Gemma 2), what comes out of that norm: a head's share is scaled as the norm
-scales the whole attention output in the same run. Biases of attention's output projection belong to no sender and are those of
-the current run.
+`methods.attribution.senders` says what a sender adds and what an ablated edge carries. Biases of attention's output projection
+belong to no sender and are those of the current run.
 
 Only what a circuit can change is computed. Where a layer's heads (or its MLP) send nothing that is kept, or read nothing that is
 kept while ablated edges carry what another run adds, their output is known from that run. Receivers are given their streams from
