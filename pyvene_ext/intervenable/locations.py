@@ -317,20 +317,22 @@ def _one_place(place: Representation, locations: Any, config: Any, inputs: Input
                 "example the same number (at least one), or run them in separate calls."
             )
         if level == "h":
-            checked.append([[_head(head, place, config) for head in row] for row in rows])
+            for head in sorted({head for row in rows for head in row}):
+                _check_head(head, place, config)
+            checked.append([list(row) for row in rows])
         else:
             checked.append([_columns(row, example, place, inputs) for example, row in enumerate(rows)])
     return checked[0] if len(levels) == 1 else checked
 
 
-def _head(head: int, place: Representation, config: Any) -> int:
+def _check_head(head: int, place: Representation, config: Any) -> None:
     component = place.entry
     if component is None or component.heads is None:
-        return head
+        return
     sizes = dimensions(config)
     count = sizes[component.heads]
     if 0 <= head < count:
-        return head
+        return
     shared = ""
     if component.heads != "n_expert" and sizes["n_kv_head"] < sizes["n_head"]:
         group = sizes["n_head"] // sizes["n_kv_head"]
