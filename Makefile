@@ -26,6 +26,9 @@ REAL := or real
 # Tests that stand together share models, so that a worker takes neighbours.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
+# An environment may forbid compiled files, and then each worker takes a quarter of a minute to compile the tests again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo real docs figures results real_models test test-all rest lint format package licences clean
 
 # What `make demo` and `make real` run: one prompt set in English and one in Chinese, and whether the same heads matter.

@@ -1,4 +1,8 @@
-"""Shared set-up: markers of the tiers, one thread a process, and pyvene's own cards, kept for the tests of their defects."""
+"""Shared set-up: markers of the tiers, one thread a process, and pyvene's own cards, kept for the tests of their defects.
+
+With pytest-xdist one more process reads this file and runs no test, while the workers wait for it: what takes seconds to load
+(torch, transformers, pyvene) is imported where tests are collected.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from pyvene.models.intervenable_modelcard import type_to_dimension_mapping, type_to_module_mapping
-
-from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES, UNLIKE
 
 TESTS = Path(__file__).parent
-EVERY_FAMILY = {*FAMILIES, *MORE_FAMILIES}
-BEYOND = set(MORE_FAMILIES) - set(CORE_FAMILIES)
 # Tests that are known by their place.
 PLACES = {
     "fuzz": "fuzz",
@@ -45,13 +43,20 @@ BUILT_ON_OTHERS = (
 )
 INTERRUPTED = re.compile(r"_(kill|kills|killed|interrupted|goes_on|stops_while)(_|$)")
 
-# Taken before anything imports modelcards and registers ours.
-PLAIN_MODULES = dict(type_to_module_mapping)
-PLAIN_DIMENSIONS = dict(type_to_dimension_mapping)
+# Many tiny models: threads only cost. So for the commands that tests start, which would also say how many cores are free.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fewer: of these families `make test` takes one")
+
+
+def pytest_collectstart() -> None:
+    import torch
+
+    from tests import pyvenes_cards  # noqa: F401  before any test registers ours
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
@@ -62,6 +67,8 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks each test with what it is; `make test` leaves out what CONTRIBUTING's "Checks" gives to `make test-all`."""
+    from tests.tiny_random import UNLIKE
+
     tested = defaultdict(set)
     for item in items:
         if not item.get_closest_marker("slow"):
@@ -82,8 +89,23 @@ def kinds(item: pytest.Item) -> Iterator[str]:
         yield "processes"
     if INTERRUPTED.search(item.name.partition("[")[0]):
         yield "kills"
-    if families(item) & BEYOND:
+    if families(item) & beyond():
         yield "families"
+
+
+@cache
+def every_family() -> frozenset[str]:
+    from tests.tiny_random import FAMILIES, MORE_FAMILIES
+
+    return frozenset({*FAMILIES, *MORE_FAMILIES})
+
+
+@cache
+def beyond() -> frozenset[str]:
+    """The families that `make test` leaves out."""
+    from tests.tiny_random import CORE_FAMILIES
+
+    return every_family() - {*CORE_FAMILIES}
 
 
 @cache
@@ -104,7 +126,7 @@ def families(item: pytest.Item) -> set[str]:
     """The families among what a test is called with; `FAMILY/IMPLEMENTATION` counts too."""
     callspec = getattr(item, "callspec", None)
     values = callspec.params.values() if callspec else ()
-    return {str(getattr(value, "family", value)).partition("/")[0] for value in values} & EVERY_FAMILY
+    return {str(getattr(value, "family", value)).partition("/")[0] for value in values} & every_family()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -115,22 +137,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-# Many tiny models: threads only cost. So for the commands that tests start, which would also say how many cores are free.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
-
-
 @pytest.fixture
 def plain_cards() -> Iterator[None]:
     """pyvene's own cards, as they are without this project, for one test."""
-    ours = dict(type_to_module_mapping), dict(type_to_dimension_mapping)
-    for mapping, plain in (
-        (type_to_module_mapping, PLAIN_MODULES),
-        (type_to_dimension_mapping, PLAIN_DIMENSIONS),
-    ):
+    from tests.pyvenes_cards import CARDS, PLAIN
+
+    ours = [dict(mapping) for mapping in CARDS]
+    for mapping, plain in zip(CARDS, PLAIN, strict=True):
         mapping.clear()
         mapping.update(plain)
     yield
-    for mapping, own in zip((type_to_module_mapping, type_to_dimension_mapping), ours, strict=True):
+    for mapping, own in zip(CARDS, ours, strict=True):
         mapping.clear()
         mapping.update(own)

@@ -212,8 +212,27 @@ def groups(config: type) -> dict[str, list[dataclasses.Field[Any]]]:
 
 
 def _parsed(config: type[Config], default: Config | None, args: list[str], description: str) -> Config:
-    """Parse the command line. Since tyro shows nested dataclasses as groups, it gets one for each group."""
-    hints = typing.get_type_hints(config, include_extras=True)
+    """Parse the command line."""
+    hints = _hints(config)
+    _suggest_choices(hints, args)
+    flags = _flags(config) if default is None else _flags_with(config, default)
+    given = tyro.cli(flags, args=args, description=description, use_underscores=True)
+    return config(**{name: value for part in vars(given).values() for name, value in vars(part).items()})
+
+
+@cache
+def _hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config, include_extras=True)
+
+
+@cache
+def _flags(config: type) -> Any:
+    return _flags_with(config, None)
+
+
+def _flags_with(config: type, default: Any) -> Any:
+    """What tyro gets: since it shows nested dataclasses as groups, one for each group of fields."""
+    hints = _hints(config)
     parts: list[tuple[str, Any, Any]] = []
     for group, fields in groups(config).items():
         entries: list[tuple[str, Any, Any]] = []
@@ -228,10 +247,7 @@ def _parsed(config: type[Config], default: Config | None, args: list[str], descr
         one: Any = dataclasses.field(default=whole, metadata={"help": ""})
         parts.append((group, Annotated[part, tyro.conf.OmitArgPrefixes], one))
     parts.sort(key=lambda part: part[2].default is not dataclasses.MISSING)  # as dataclasses want it
-    _suggest_choices(hints, args)
-    flags: Any = dataclasses.make_dataclass("flags", parts, frozen=True)
-    given = tyro.cli(flags, args=args, description=description, use_underscores=True)
-    return config(**{name: value for part, *_ in parts for name, value in vars(getattr(given, part)).items()})
+    return dataclasses.make_dataclass("flags", parts, frozen=True)
 
 
 def _suggest_choices(hints: Mapping[str, Any], args: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ from modelcards import CARDS, COMPONENTS, FIELD_NAMES, card_of, n_layers, n_posi
 from pyvene_ext import IntervenableModel, load_model, verify, verify_card
 from pyvene_ext.intervenable import verification
 from pyvene_ext.intervenable.truth import Truth
-from tests.conftest import PLAIN_DIMENSIONS, PLAIN_MODULES
+from tests.pyvenes_cards import PLAIN_DIMENSIONS, PLAIN_MODULES
 from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
 
 Z = "head_attention_value_output"
