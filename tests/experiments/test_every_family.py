@@ -2,7 +2,8 @@
 
 The models are tiny and random, in folders with the shipped tokenizer; prompts are few. What the engines make of a family is held
 to plain hooks in tests/pyvene_ext/test_every_family.py; here it is that nothing between the command line and the files assumes
-another family.
+another family. Every study takes the families of `CORE_FAMILIES`, which differ in shapes and in what they lack, and a third of the
+others; these are more of the same, and each of them takes a third of the studies, by turns. Every refusal is tried.
 
 Random models solve no word problem and write no `####`. The studies of critical heads are therefore given the problems' own
 solutions in place of what the model wrote: there is a block, and everything behind it is the study's. Their accuracies are
@@ -36,7 +37,7 @@ from pyvene_ext.runs import ablated, figures, reasoning
 from pyvene_ext.stats import accuracy
 from tests.labels import unlabelled
 from tests.saved_models import save_random_model
-from tests.tiny_random import FAMILIES, MORE_FAMILIES
+from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES
 
 EVERY = (*FAMILIES, *MORE_FAMILIES)
 PARALLEL = ("cohere", "gpt_neox", "gptj", "falcon")
@@ -232,6 +233,14 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 
 
+PAIRS = [
+    (family, study)
+    for number, family in enumerate(EVERY)
+    for turn, study in enumerate(STUDIES)
+    if family in CORE_FAMILIES or (study, family) in REFUSED or (number + turn) % 3 == 0
+]
+
+
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Sizes]]:
     """The folder of a family's model, made when it is first asked for, and its sizes."""
@@ -290,8 +299,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("study", STUDIES)
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize(("family", "study"), PAIRS)
 def test_a_study_runs_on_a_family_or_refuses_it_as_the_table_says(
     family: str,
     study: str,
