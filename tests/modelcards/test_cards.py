@@ -35,7 +35,7 @@ from pyvene_ext import IntervenableModel, load_model, verify, verify_card
 from pyvene_ext.intervenable import verification
 from pyvene_ext.intervenable.truth import Truth
 from tests.pyvenes_cards import PLAIN_DIMENSIONS, PLAIN_MODULES
-from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, random_inputs, random_model, tiny_config
+from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, UNLIKE, random_inputs, random_model, tiny_config
 
 Z = "head_attention_value_output"
 EVERY = (*MORE_FAMILIES, *FAMILIES)
@@ -61,10 +61,19 @@ def test_every_family_is_exact_in_one_layer(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "cls"), EVERY_CLASS, ids=[f"{f}-{c}" for f, c in EVERY_CLASS])
 def test_every_component_is_exact(family: str, cls: str) -> None:
-    # The language models at every layer; the others share its card and differ only in the prefix.
-    report = verify_card(random_model(family, cls), layers="all" if cls == "causal_lm" else [1])
-    assert report.failures == 0, report.table()
-    assert {row.component for row in report.rows} == set(card_of(CLASSES[family][cls]).mapping(CLASSES[family][cls]))
+    # The language models at every layer, two of them in every setting and the others in two that share nothing; the other classes
+    # have the same card and differ only in the prefix.
+    model = random_model(family, cls)
+    layers: Any = "all" if cls == "causal_lm" else [1]
+    settings = [(["eager"], ["left"]), (["sdpa"], ["right"])] if layers == "all" else [(["eager"], ["left"])]
+    if layers == "all" and family in UNLIKE:
+        settings = [(["eager", "sdpa"], ["left", "right"])]
+    for implementations, padding_sides in settings:
+        report = verify_card(model, layers, implementations, padding_sides)
+        assert report.failures == 0, report.table()
+        assert {row.component for row in report.rows} == set(
+            card_of(CLASSES[family][cls]).mapping(CLASSES[family][cls])
+        )
 
 
 @pytest.mark.parametrize(("family", "cls"), OTHER_CLASSES, ids=[f"{f}-{c}" for f, c in OTHER_CLASSES])
