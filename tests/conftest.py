@@ -41,10 +41,18 @@ BUILT_ON_OTHERS = (
     "pyvene_ext/test_every_family.py",
     "experiments",
 )
+# These take every family, whatever it shares with others.
+ON_EACH = ("experiments/test_every_family.py", "pyvene_ext/test_every_family.py")
 INTERRUPTED = re.compile(r"_(kill|kills|killed|interrupted|goes_on|stops_while)(_|$)")
 
 # Many tiny models: threads only cost. So for the commands that tests start, which would also say how many cores are free.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--each-family", action="store_true", help="also the calls on families that are much like another's"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,21 +73,37 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test with what it is; `make test` leaves out what CONTRIBUTING's "Checks" gives to `make test-all`."""
-    from tests.tiny_random import UNLIKE
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks each test with what it is; `make test` leaves out what CONTRIBUTING's "Checks" gives to `make test-all`.
 
-    tested = defaultdict(set)
+    What is built on cards and engines takes the two families of `UNLIKE` and one of `ALIKE`, a third of the tests each, unless
+    --each-family is given.
+    """
+    from tests.tiny_random import ALIKE, UNLIKE
+
+    tested, same_call = defaultdict(set), defaultdict(set)
     for item in items:
+        same_call[call_of(item)] |= families(item)
         if not item.get_closest_marker("slow"):
             tested[function_of(item)] |= families(item)
+    left_out = []
     for item in items:
         for kind in kinds(item):
             item.add_marker(kind)
-        built = lies_in(item.path, BUILT_ON_OTHERS) or item.get_closest_marker("fewer")
+        if not families(item) or not (lies_in(item.path, BUILT_ON_OTHERS) or item.get_closest_marker("fewer")):
+            continue
         unlike = sorted(tested[function_of(item)].intersection(UNLIKE))
-        if built and unlike and families(item) and not families(item) & {by_turns(unlike, item)}:
+        if unlike and not families(item) & {by_turns(unlike, item)}:
             item.add_marker("families")
+        alike = sorted(same_call[call_of(item)].intersection(ALIKE))
+        others = {*alike} - {by_turns(alike, item)} if alike else set()
+        if same_call[call_of(item)].intersection(UNLIKE) and families(item) <= others:
+            left_out.append(item)
+    if not config.getoption("each_family"):
+        left_out = [item for item in left_out if not lies_in(item.path, ON_EACH)]
+        config.hook.pytest_deselected(items=left_out)
+        gone = {*map(id, left_out)}
+        items[:] = [item for item in items if id(item) not in gone]
 
 
 def kinds(item: pytest.Item) -> Iterator[str]:
@@ -115,6 +139,14 @@ def lies_in(path: Path, places: tuple[str, ...]) -> bool:
 
 def function_of(item: pytest.Item) -> tuple[Path, str]:
     return item.path, item.name.partition("[")[0]
+
+
+def call_of(item: pytest.Item) -> tuple[Path, str]:
+    """A test with its arguments, whatever the family."""
+    name = item.name
+    for family in sorted(families(item)):
+        name = name.replace(family, "*")
+    return item.path, name
 
 
 def by_turns(some: list[str], item: pytest.Item) -> str:

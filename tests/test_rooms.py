@@ -26,12 +26,18 @@ def modules(package: str) -> dict[str, Path]:
 
 
 @cache
+def import_statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+@cache
 def imports(package: str) -> dict[str, set[str]]:
     """What each module of a package imports of that package, wherever in the file: at the top, late, or for types only."""
     known = modules(package)
     arrows: dict[str, set[str]] = {name: set() for name in known}
     for name, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in import_statements(path):
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 for alias in node.names:
                     whole = f"{node.module}.{alias.name}"
@@ -62,7 +68,7 @@ def between_rooms() -> dict[str, Counter[str]]:
 def test_no_module_imports_what_only_unix_has(package: str) -> None:
     unix = {"fcntl", "grp", "pwd", "pty", "resource", "syslog", "termios", "tty"}
     for path in modules(package).values():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in import_statements(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not unix & {*names, getattr(node, "module", None)}, path
 
@@ -112,7 +118,7 @@ def test_packages_import_only_packages_before_them() -> None:
     for package in PACKAGES[1:]:
         later = PACKAGES[PACKAGES.index(package) + 1 :]
         for name, path in modules(package).items():
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in import_statements(path):
                 named = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
                 named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 assert not {one.split(".")[0] for one in named} & set(later), name

@@ -177,6 +177,8 @@ MORE_FAMILIES = tuple(_MORE)
 CORE_FAMILIES = (*FAMILIES, "cohere", "mixtral", "bloom", "opt")
 # Two that share least: norms before and after a block or before it only, gates, biases, heads in groups or fused.
 UNLIKE = ("gemma2", "gpt2")
+# Of one architecture; they differ in biases, windows and the form of rotary positions.
+ALIKE = ("qwen2_5", "llama3_1", "mistral")
 # For what does not depend on the family, or what another test holds on each: `make test` takes one of UNLIKE.
 FEWER = [pytest.param(family, marks=pytest.mark.fewer) for family in FAMILIES]
 for _family, (_bare, _) in _MORE.items():

@@ -2,8 +2,8 @@
 
 The models are tiny and random, in folders with the shipped tokenizer; prompts are few. What the engines make of a family is held
 to plain hooks in tests/pyvene_ext/test_every_family.py; here it is that nothing between the command line and the files assumes
-another family. Every study takes the families of `CORE_FAMILIES`, which differ in shapes and in what they lack, and a third of the
-others; these are more of the same, and each of them takes a third of the studies, by turns. Every refusal is tried.
+another family. Every study takes the families of `CORE_FAMILIES`, which differ in shapes and in what they lack, and a third
+of the others; these are more of the same, and each of them takes a third of the studies, by turns. Every refusal is tried.
 
 Random models solve no word problem and write no `####`. The studies of critical heads are therefore given the problems' own
 solutions in place of what the model wrote: there is a block, and everything behind it is the study's. Their accuracies are

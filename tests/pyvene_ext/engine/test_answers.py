@@ -108,7 +108,8 @@ def engines_give(
 @pytest.mark.parametrize("family", FEWER)
 def test_every_ablation_edits_the_prompt_alone_and_the_answers_read_it(family: str) -> None:
     metric = "answer_logprob_diff"
-    specs = [*ablations._specs(), *ablations.kv_specs(family)][::7]  # every kind, at every site and choice of positions
+    # Every kind, at every site and choice of positions.
+    specs = [*ablations._specs(), *ablations.kv_specs(family)][::11]
     expected = [
         by_hooks(
             family, metric, lambda i, spec=spec: [ablations._change(family, "unequal", a, i) for a in members(spec)]

@@ -27,7 +27,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from modelcards import card_of, dimensions
 from pyvene_ext import IntervenableModel
 from tests.tiers import first_only
-from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES, random_inputs, random_model
+from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES, UNLIKE, random_inputs, random_model
 
 BOTH = pytest.mark.parametrize(
     "engine",
@@ -344,7 +344,7 @@ def test_a_pair_of_numbers_is_source_then_base_when_it_is_a_tuple(model: Any, ba
     assert not torch.equal(short, model(**base).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 @pytest.mark.parametrize("kind", first_only([VanillaIntervention, ZeroIntervention]))
 def test_no_location_means_every_position_and_head(family: str, kind: type) -> None:
     """For each component: as if every place had been written out, and what is read comes split into heads."""
@@ -749,7 +749,7 @@ def generated_by_hand(
     return ids
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize(("on_prompt", "on_new"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("component", ["block_output", Z])

@@ -27,7 +27,6 @@ from pyvene_ext.specs.forced_attention import ForcedAttention, force
 from pyvene_ext.specs.joint import Spec, members, spec_name
 from tests.ground_truth import forced_attention as slow
 from tests.random_prompts import random_prompts
-from tests.tiers import first_only
 from tests.tiny_random import FAMILIES, random_model
 from tests.traces import traces
 
@@ -103,9 +102,16 @@ def _everywhere(config: Any) -> list[Spec]:
 
 
 @pytest.mark.parametrize(
-    ("implementation", "padding_side"), first_only([("eager", "left"), ("eager", "right"), (None, "left")])
-)  # None: sdpa, but for Gemma 2
-@pytest.mark.parametrize("family", FAMILIES)
+    ("family", "implementation", "padding_side"),
+    [
+        *((family, "eager", "left") for family in FAMILIES),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (("gemma2", "eager", "right"), ("mistral", "eager", "right"))
+        ),
+        *(pytest.param(family, None, "left", marks=pytest.mark.slow) for family in ("mistral", "gpt2")),  # sdpa
+    ],
+)
 def test_logits_and_rows_equal_those_made_by_hand(
     family: str, implementation: str | None, padding_side: PaddingSide
 ) -> None:
