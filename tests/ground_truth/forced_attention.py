@@ -23,11 +23,12 @@ class Forced(NamedTuple):
 
 def forced_row(row: Tensor, query: int, forced: Forced) -> Tensor:
     """The pattern `[key]` of a query of the block, made anew. What is not visible has exactly 0 in an eager float32 pattern."""
-    visible = [key for key in range(forced.first, forced.last + 1) if row[key] > 0]
-    new = torch.zeros_like(row) if forced.hard else row.clone()
+    old = row.tolist()  # an element of a tensor takes a hundred times as long as a number
+    visible = [key for key in range(forced.first, forced.last + 1) if old[key] > 0]
+    new = [0.0] * len(old) if forced.hard else list(old)
     for key in visible:
         new[key] = 0.0
-    mass = float(row.sum() if forced.hard else row[visible].sum())
+    mass = sum(old) if forced.hard else sum(old[key] for key in visible)
     if forced.shape == "sequential":
         new[query - 1 if query - 1 in visible else query] += mass
     elif forced.shape == "hub" and forced.hub in visible and len(visible) > 1:
@@ -36,7 +37,7 @@ def forced_row(row: Tensor, query: int, forced: Forced) -> Tensor:
     else:
         for key in visible:
             new[key] += mass / len(visible)
-    return new
+    return torch.tensor(new, dtype=row.dtype)
 
 
 def attentions(model: Any) -> list[nn.Module]:
