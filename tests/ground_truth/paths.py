@@ -7,9 +7,9 @@ rotation), "mlp_in.L" (what enters the MLP, after its norm) and "logits" (the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,17 +52,29 @@ def place(model: Any, name: str) -> Place:
 
 def senders(model: Any) -> tuple[str, ...]:
     """Every sender of a model, in the order of computation."""
+    return _senders(model.config.num_hidden_layers, _counts(model)["q"])
+
+
+@cache
+def _senders(layers: int, heads: int) -> tuple[str, ...]:
     names = ["embed"]
-    for layer in range(model.config.num_hidden_layers):
-        names += [f"z.{layer}.{head}" for head in range(_counts(model)["q"])] + [f"mlp_out.{layer}"]
+    for layer in range(layers):
+        names += [f"z.{layer}.{head}" for head in range(heads)] + [f"mlp_out.{layer}"]
     return tuple(names)
 
 
 def receivers(model: Any) -> tuple[str, ...]:
     """Every receiver of a model, in the order of computation."""
+    return _receivers(model.config.num_hidden_layers, *_counts(model).values())
+
+
+@cache
+def _receivers(layers: int, q: int, k: int, v: int) -> tuple[str, ...]:
     names = []
-    for layer in range(model.config.num_hidden_layers):
-        names += [f"{kind}.{layer}.{head}" for kind, count in _counts(model).items() for head in range(count)]
+    for layer in range(layers):
+        names += [
+            f"{kind}.{layer}.{head}" for kind, count in zip("qkv", (q, k, v), strict=True) for head in range(count)
+        ]
         names += [f"mlp_in.{layer}"]
     return (*names, "logits")
 
@@ -115,9 +127,10 @@ def every_path_by_hooks(
 ) -> dict[str, Float[Tensor, "batch vocab"]]:
     """`path_patch_by_hooks` for every sender and every receiver that it precedes, by the edge's name "sender->receiver"."""
     logits = {}
+    untouched = [run_by_hooks(model, ids, read=senders(model))[1] for ids in (base_ids, source_ids)]
     for sender in senders(model):
         ahead = tuple(receiver for receiver in receivers(model) if precedes(sender, receiver))
-        recorded = received_by_hooks(model, sender, ahead, base_ids, source_ids, freeze_mlps)
+        recorded = received_by_hooks(model, sender, ahead, base_ids, source_ids, freeze_mlps, untouched)
         for receiver in ahead:
             put = {receiver: recorded[receiver]}
             logits[f"{sender}->{receiver}"] = run_by_hooks(model, base_ids, put=put)[0]
@@ -125,9 +138,15 @@ def every_path_by_hooks(
 
 
 def received_by_hooks(
-    model: Any, sender: str, receivers: tuple[str, ...], base_ids: Tensor, source_ids: Tensor, freeze_mlps: bool
+    model: Any,
+    sender: str,
+    receivers: tuple[str, ...],
+    base_ids: Tensor,
+    source_ids: Tensor,
+    freeze_mlps: bool,
+    untouched: Sequence[dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """What the receivers get in the run that is frozen to base but for the sender."""
+    """What the receivers get in the run that is frozen to base but for the sender; `untouched` is all of base and of source."""
     if base_ids.shape != source_ids.shape:
         raise ValueError(
             f"base has shape {tuple(base_ids.shape)} and source {tuple(source_ids.shape)}; give equally long prompts."
@@ -136,9 +155,10 @@ def received_by_hooks(
         raise ValueError(f"{sender!r} is no sender; there are {', '.join(senders(model))}.")
     kinds = ("z.", "mlp_out.") if freeze_mlps else ("z.",)
     frozen = [name for name in senders(model) if name.startswith(kinds)]
-    _, of_base = run_by_hooks(model, base_ids, read=frozen)
-    _, of_source = run_by_hooks(model, source_ids, read=(sender,))
-    return run_by_hooks(model, base_ids, put=of_base | of_source, read=receivers)[1]
+    if untouched is None:
+        untouched = [run_by_hooks(model, ids, read=senders(model))[1] for ids in (base_ids, source_ids)]
+    put = {name: untouched[0][name] for name in frozen} | {sender: untouched[1][sender]}
+    return run_by_hooks(model, base_ids, put=put, read=receivers)[1]
 
 
 def _counts(model: Any) -> dict[str, int]:
