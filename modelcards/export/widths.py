@@ -111,16 +111,20 @@ def chosen_widths(card: Card, places: Mapping, there: Mapping, found: Behaviour)
         The mapping, and how to test it.
     """
     config_class, configs = _config_class(card), _configs(card)
+    made = {tuple(sizes.items()): config_class(**sizes) for sizes in configs}  # among them the default one, of no sizes
+
+    def true(component: str, sizes: Sizes) -> int:
+        return _true(component, made[tuple(sizes.items())])
 
     def width(proposals: Proposals, sizes: Sizes) -> int | None:
         return found.widths[Question(config_class, tuple(sizes.items()), proposals)]
 
     def cuts(component: str, proposals: Proposals) -> bool:
         """Whether a vector of some config is longer than this, so that it would be read and edited in part, silently."""
-        return any((width(proposals, sizes) or 0) < _true(component, config_class(**sizes)) for sizes in configs)
+        return any((width(proposals, sizes) or 0) < true(component, sizes) for sizes in configs)
 
     def serves(component: str, proposals: Proposals) -> bool:
-        right = width(proposals, {}) == _true(component, config_class())
+        right = width(proposals, {}) == true(component, {})
         return right and (proposals == there.get(component) or not cuts(component, proposals))
 
     counts = sorted({param for _, _, *splits in places.values() for _, param in splits if isinstance(param, str)})
@@ -128,7 +132,7 @@ def chosen_widths(card: Card, places: Mapping, there: Mapping, found: Behaviour)
     missing, by_default, cut = [], [], False
     for component in places:
         right = {
-            proposals: sum(width(proposals, sizes) == _true(component, config_class(**sizes)) for sizes in configs)
+            proposals: sum(width(proposals, sizes) == true(component, sizes) for sizes in configs)
             for proposals in _candidates(card, component, there)
             if serves(component, proposals)
         }

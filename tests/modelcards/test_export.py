@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyvene.models import constants
 from pyvene.models.modeling_utils import get_dimension_by_component
 
 from modelcards import CARDS, COMPONENTS, Card, dimensions
+from modelcards.export import behaviour
 from modelcards.export.__main__ import card_text, main
 from modelcards.export.cards import NEWER, export
 from modelcards.export.checkout import PACKAGE, REGISTRY, Checkout
@@ -30,6 +31,7 @@ from modelcards.export.source import Source
 from tests import upstream_suite
 
 FAMILIES = ("gpt2", "llama3_1", "phi3", "cohere")  # two that upstream has, two that it has not
+BESIDE_FIXES = ("llama3_1", "cohere")  # one of each
 DEFECTS = {1, 2, 3, 7, 9, 11, 12, 15, 22, 23}  # 22: the tokenizer of create_llama; 23: a field that a config lacks
 ONLY_MAIN = {23}
 
@@ -120,17 +122,34 @@ def commit(folder: Path) -> None:
     git(folder, "commit", "-q", "-m", "all")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def each_pyvene_is_asked_once() -> Iterator[None]:
+    """What a pyvene can do is found out by a process that imports it, for seconds; most of these checkouts hold the same one."""
+    ask, known = behaviour._answers, dict[tuple[str, str], Any]()
+
+    def answers(checkout: Checkout, questions: str) -> Any:
+        asked = git(checkout.root, "rev-parse", "HEAD:pyvene").strip(), questions
+        if asked not in known:
+            known[asked] = ask(checkout, questions)
+        return known[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(behaviour, "_answers", answers)
+        yield
+
+
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     """Makes checkouts of the installed pyvene, with empty packages of tests as upstream has them."""
     first = tmp_path_factory.mktemp("upstream") / "pyvene"
     installed = Path(pyvene.__file__).parent
-    shutil.copytree(installed, first / "pyvene", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(installed, first / "pyvene")
     for folder in ("tests", "tests/unit_tests", "tests/integration_tests"):
         (first / folder).mkdir(exist_ok=True)
         (first / folder / "__init__.py").touch()
     git(first, "init", "-q")
     git(first, "config", "core.autocrlf", "false")
+    (first / ".git/info/exclude").write_text("__pycache__/")  # what is compiled already need not be again in each copy
     commit(first)
 
     def copy() -> Path:
@@ -200,7 +219,7 @@ def trees(make: Callable[[], Path], make_main: Callable[[], Path]) -> dict[str, 
     checkout.write(fixed(checkout, list(FIXES))[1])
     commit(trees["all"])
     checkout = Checkout(trees["all"])
-    checkout.write(export(checkout, [card_of(family) for family in FAMILIES])[1])
+    checkout.write(export(checkout, [card_of(family) for family in BESIDE_FIXES])[1])
     return trees
 
 
@@ -333,7 +352,8 @@ def test_widths_are_spelled_as_far_as_the_checkout_can(passed_over: str, make: C
         assert phi3.missing == ["attention_value_output", "head_attention_value_output"]
     else:
         assert phi3.mapping["attention_value_output"] == ("num_attention_heads*head_dim", "hidden_size")
-    checkout.try_out(files, [one.test for one in exported])
+    # Qwen2 and Phi-3 have every way to spell a width, and what cannot be spelled; the others' tests take seconds more.
+    checkout.try_out(files, [one.test for one in exported if one.card.family in ("qwen2_5", "phi3")])
 
 
 def test_names_of_upstream_stay_and_new_ones_follow_them(outcomes: dict[str, Any]) -> None:
@@ -464,7 +484,7 @@ def test_a_fix_that_is_not_needed_or_not_found_is_not_written(make: Callable[[],
 
 def test_all_fixes_and_cards_live_together(outcomes: dict[str, Any], trees: dict[str, Path]) -> None:
     assert outcomes["all"]["failed"] == [], outcomes["all"]["said"]
-    assert outcomes["all"]["run"] >= 5 * len(FAMILIES) + len(FIXES) - len(ONLY_MAIN)
+    assert outcomes["all"]["run"] >= 5 * len(BESIDE_FIXES) + len(FIXES) - len(ONLY_MAIN)
     there = outcomes["all"]["extra"]
     assert there["widths"]["LlamaForCausalLM"]["query_output"] == ["num_attention_heads*head_dim", "hidden_size"]
     assert set(there["places"]["LlamaForCausalLM"]) <= set(there["widths"]["LlamaForCausalLM"]) | {"logits"}
