@@ -213,9 +213,9 @@ def groups(config: type) -> dict[str, list[dataclasses.Field[Any]]]:
 
 def _parsed(config: type[Config], default: Config | None, args: list[str], description: str) -> Config:
     """Parse the command line."""
-    hints = _hints(config)
-    _suggest_choices(hints, args)
-    flags = _flags(config) if default is None else _flags_with(config, default)
+    kind: type = config
+    _suggest_choices(_hints(kind), args)
+    flags = _flags(kind) if default is None else _flags_with(kind, default)
     given = tyro.cli(flags, args=args, description=description, use_underscores=True)
     return config(**{name: value for part in vars(given).values() for name, value in vars(part).items()})
 
