@@ -186,7 +186,7 @@ def test_zero_ablation_needs_no_corrupt_text_and_acdc_writes_the_circuit_that_it
     flags = ("--dataset", tmp_path / "own.json", "--ablation", "zero", "--methods", "acdc", "--tau", 1.0)
     assert command(*flags, "--removed", 1, "--random_circuits", 1, "--out", out) == 0
     said = capsys.readouterr().out
-    assert "1 pair left out: 1 an earlier one again" in said
+    assert "1 pair left out: 1 that repeat an earlier one" in said
     facts = json.loads((out / "summary.json").read_text())
     model, tokenizer = px.load_model("tiny-qwen2.5")
     scored = px.PromptSet.load(tmp_path / "own.json").tokenize(tokenizer).take(facts["scored"])

@@ -74,11 +74,11 @@ def halves(base: TokenizedPrompts, source: TokenizedPrompts | None, ablation: Ab
     for number, ids in enumerate(base.input_ids):
         partner = source.input_ids[number] if source is not None and by_patching else ()
         if by_patching and len(ids) != len(partner):
-            reasons[number] = "texts that differ in number of tokens"
+            reasons[number] = "whose texts differ in number of tokens"
         elif ids == partner:
-            reasons[number] = "the same text twice"
+            reasons[number] = "with the same text twice"
         elif (ids, partner) in seen:
-            reasons[number] = "an earlier one again"
+            reasons[number] = "that repeat an earlier one"
         seen.add((ids, partner))
     kept = [number for number in range(len(base)) if number not in reasons]
     why = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).items())

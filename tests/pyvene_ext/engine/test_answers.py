@@ -357,7 +357,7 @@ def test_a_metric_of_first_tokens_says_once_of_how_many_prompts_answers_are_long
         (lambda: sweep(model, spec, prompts, **QUIET), hint),
         (lambda: frequencies(model, spec, prompts, tau=0.1, width=0.2, block=2, **QUIET).result, hint),
         (lambda: patch(model, moved, prompts, source, **QUIET), hint),
-        (lambda: patch(model, path, prompts, source, **QUIET), ""),
+        (lambda: patch(model, path, prompts, source, **QUIET), "; answers='first_difference' tells them apart"),
     ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

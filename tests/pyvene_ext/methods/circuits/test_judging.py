@@ -71,7 +71,10 @@ def test_each_half_has_prompts_of_its_own_and_what_cannot_be_used_is_counted() -
     found = halves(base.take([0, 1, 2, 3, 4, 5, 1, 2]), source.take([0, 1, 2, 3, 4, 5, 2, 1]), "patching", 0)
     assert sorted(found.scored + found.judged) == list(range(5)) and len(found.scored) == 2
     assert found.left_out == [3, 4, 5] and found.base.input_ids == tuple(base.input_ids[n] for n in (0, 1, 2, 1, 2))
-    assert found.why == "1 the same text twice, 1 texts that differ in number of tokens, 1 an earlier one again"
+    assert (
+        found.why
+        == "1 with the same text twice, 1 whose texts differ in number of tokens, 1 that repeat an earlier one"
+    )
     of_judged = found.take(found.judged)
     assert of_judged[0].input_ids == tuple(found.base.input_ids[n] for n in found.judged)
     assert of_judged[1] is not None and of_judged[1].input_ids == tuple(found.source.input_ids[n] for n in found.judged)  # type: ignore[union-attr]
@@ -79,7 +82,7 @@ def test_each_half_has_prompts_of_its_own_and_what_cannot_be_used_is_counted() -
     assert halves(base, None, "zero", 0).left_out == [5] and halves(base, None, "zero", 0).take([0])[1] is None
     for some, told in (
         ([0], "1 prompt: too few to score edges on some and judge on others; give 3 or more"),
-        ([0, 3, 4, 1], r"2 prompts: too few .* \(2 of 4 left out: 1 the same text twice, 1 texts that differ"),
+        ([0, 3, 4, 1], r"2 prompts: too few .* \(2 of 4 left out: 1 with the same text twice, 1 whose texts differ"),
     ):
         with pytest.raises(ValueError, match=told):
             halves(base.take(some), source.take(some), "patching", 0)
