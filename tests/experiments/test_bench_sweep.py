@@ -106,6 +106,7 @@ def test_the_clean_run_is_shared_by_all_interventions() -> None:
     assert bench.bound(specs, pieces, CONFIG) == pytest.approx((3 * by_hand(TOKENS) / 12 + own) / PLAIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("letter", "expected"), [("a", 0.444), ("b", 0.0177)])
 def test_the_bounds_at_the_default_size(letter: bench.Letter, expected: float) -> None:
     config = bench.Config()

@@ -28,6 +28,7 @@ from pyvene_ext.specs.graph import Node
 from tests.ground_truth.paths import every_path_by_hooks, path_patch_by_hooks, precedes, run_by_hooks, senders
 from tests.ground_truth.paths import receivers as all_receivers
 from tests.saved_models import save_random_model
+from tests.tiers import first_only
 from tests.tiny_random import FAMILIES
 
 N, UNEQUAL = 4, 2  # pairs, and the one whose texts differ in length
@@ -130,7 +131,7 @@ def test_direct_terms_and_the_concept_direction_are_passed_on(folder: Path, monk
     assert np.abs(plain - direct).max() > 1e-5 and np.abs(direct - along).max() > 1e-5
 
 
-@pytest.mark.parametrize("freeze_mlps", [False, True])
+@pytest.mark.parametrize("freeze_mlps", first_only([False, True]))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_effects_equal_paths_patched_by_hooks(
     family: str, freeze_mlps: bool, folder: Path, monkeypatch: pytest.MonkeyPatch

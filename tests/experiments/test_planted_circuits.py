@@ -277,6 +277,7 @@ def test_first_order_estimates_miss_how_the_backup_is_woken(architecture: Archit
     assert precision(estimates, case.edges) < 1.0 == precision(exact, case.edges)
 
 
+@pytest.mark.slow
 @both_architectures
 def test_dormant_edges_are_found_once_the_first_head_is_silent(architecture: Architecture) -> None:
     case = circuit("backup", architecture)

@@ -117,6 +117,7 @@ def test_permutation_p_counts_ties_with_the_observed_value():
     assert stats.correlate_heads(a.T, b.T, n_resamples=50).pearson.p_within_layers == 1.0
 
 
+@pytest.mark.slow
 def test_permutation_p_is_uniform_under_its_null():
     generator = np.random.default_rng(5)
     depth = np.arange(4.0)[:, None]

@@ -150,6 +150,7 @@ def test_intervals_cover_in_simulation_as_often_as_the_recursion_says(frequency:
     assert -0.01 < outwards < width / 9
 
 
+@pytest.mark.slow
 def test_coverage_at_a_width_of_a_tenth_is_at_least_92_of_100_away_from_the_ends() -> None:
     assert min(_coverage(frequency, 0.1, 32) for frequency in (0.05, 0.1, 0.2, 0.35, 0.5)) > 0.92
 

@@ -102,6 +102,7 @@ def check_from_a_circuit(family: str, n: int) -> None:
     assert found.at_first > 0.01 and found.discarded > 0
 
 
+@pytest.mark.slow
 def test_from_a_circuit_the_decisions_are_those_of_one_edge_at_a_time() -> None:
     check_from_a_circuit("gemma2", 40)
 

@@ -106,6 +106,7 @@ def ranking(case: Planted, scores: np.ndarray) -> float:
     return auroc(scores[exists(config)], Circuit(case.edges).matrix(config)[exists(config)])
 
 
+@pytest.mark.slow
 def test_a_mask_finds_the_planted_edges_where_the_softmax_has_no_gradient() -> None:
     case = planted("saturated", "llama")
     mask = learned(case.model, case.clean, case.corrupt, "logit_diff", steps=60)

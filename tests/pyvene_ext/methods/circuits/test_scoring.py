@@ -62,6 +62,7 @@ def test_scores_are_means_over_prompts_in_the_order_of_the_graph(monkeypatch: py
             assert found.shape == shape and np.isfinite(found).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("metric", "tau"), [("logit_diff", 0.05), pytest.param("kl", 0.005, marks=pytest.mark.slow)])
 def test_by_scores_of_acdc_a_circuit_of_as_many_edges_as_it_keeps_is_its_own(metric: str, tau: float) -> None:
     model, base, source = random_model("llama3_1"), *(chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE))
@@ -76,6 +77,7 @@ def test_by_scores_of_acdc_a_circuit_of_as_many_edges_as_it_keeps_is_its_own(met
     assert 5 < kept.sum() < len(effects) - 5 and (metric == "kl" or min(effects.values()) < 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama3_1", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_what_is_lost_without_an_edge_or_node_is_by_patching_the_patched_path_or_activation(
     family: str, monkeypatch: pytest.MonkeyPatch

@@ -40,6 +40,7 @@ from pyvene_ext.specs.ablation import Ablation, donors
 from pyvene_ext.specs.joint import Spec, members
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
+from tests.tiers import first_only
 from tests.tiny_random import FAMILIES, VOCAB, random_model
 
 LENGTHS = (9, 6, 7, 5)
@@ -131,7 +132,7 @@ def marks_and_ends(model: Any, edits: Any, scope: Scope) -> tuple[int, int]:
 # -- generation ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["prompt", "new", "reasoning", "both"])
+@pytest.mark.parametrize("scope", [*first_only(["reasoning", "prompt", "new"]), "both"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_equals_step_by_step_recomputation(family: str, scope: Scope) -> None:
     model, spec = model_of(family), SPECS["joint"]

@@ -74,7 +74,7 @@ def same(some: Evaluation, other: Evaluation) -> bool:
     return some.ids == other.ids and some.ended.tolist() == other.ended.tolist()
 
 
-@pytest.mark.parametrize("scope", ["prompt", "new", "reasoning", "both"])
+@pytest.mark.parametrize("scope", [*first_only(["reasoning", "prompt", "new"]), "both"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_list_of_specs_writes_what_plain_hooks_write(family: str, scope: Scope) -> None:
     model, specs = model_of(family), [SPECS["joint"], None, SPECS["one layer"]]
