@@ -102,7 +102,6 @@ def check_from_a_circuit(family: str, n: int) -> None:
     assert found.at_first > 0.01 and found.discarded > 0
 
 
-@pytest.mark.slow
 def test_from_a_circuit_the_decisions_are_those_of_one_edge_at_a_time() -> None:
     check_from_a_circuit("gemma2", 40)
 
@@ -117,7 +116,6 @@ def test_from_a_larger_circuit_they_are_too(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "metric", "by", "tau", "order", "ablation"),
     [
-        ("mistral", "kl", None, 0.003, "latest", "patching"),
         ("llama3_1", "kl", None, 0.05, "earliest", "mean"),
         ("gemma2", "logit_diff", "magnitude", 0.03, "latest", "patching"),
         ("qwen2_5", "logit_diff", "value", 0.01, "latest", "zero"),
