@@ -577,3 +577,11 @@ def test_strata_that_differ_are_told_from_those_that_do_not(monkeypatch: pytest.
 def test_a_standard_error_is_that_of_a_sample() -> None:
     values = rng(0, "standard error").normal(size=(5, 2))
     np.testing.assert_allclose(intervals.standard_error(values), scipy_stats.sem(values))
+
+
+def test_a_ratio_of_means_has_an_interval_over_the_resamples_that_define_it():
+    below = np.array([0.0, 0.0, 0.0, 2.0])
+    mean, low, high = intervals.ratio_of_means(np.array([[0.0, 0.0, 0.0, 1.0]]), below, rng(0, "ratio"))
+    assert (mean, low, high) == (0.5, 0.5, 0.5)  # in a third of the resamples the mean below is 0
+    undefined = intervals.ratio_of_means(np.ones((1, 4)), np.zeros(4), rng(0, "ratio"))
+    assert all(np.isnan(value) for value in undefined)
