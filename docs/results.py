@@ -256,6 +256,8 @@ if __name__ == "__main__":
     name, *studies = sys.argv[1:]
     (head, sections), page = PAGES[name], ROOT / f"docs/{name}.md"
     old = {text.partition("\n")[0]: f"## {text}".strip() + "\n" for text in page.read_text("utf-8").split("\n## ")[1:]}
+    if unknown := {*studies} - {Path(section.command[0]).stem for section in sections}:
+        sys.exit(f"docs/{name}.md shows no {', '.join(sorted(unknown))}")
     keep = [bool(studies) and Path(section.command[0]).stem not in studies for section in sections]
     texts = [old[section.title] if kept else run(section) for section, kept in zip(sections, keep, strict=True)]
     page.write_text("\n".join([head, *texts]), encoding="utf-8")

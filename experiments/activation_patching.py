@@ -125,7 +125,7 @@ def main(config: Config) -> None:
         **settings(config, base, source, kept, dropped, positions),
         **differences(result, config.seed),
         patches=[spec.where for spec in specs],
-        mean_scores=[px.stats.finite(value) for value in score.mean],
+        mean_scores=score.mean.tolist(),
     )
 
     print(summary(config, facts, rows))

@@ -158,7 +158,7 @@ def main(config: Config) -> None:
         n_acdc=found["acdc"].n if "acdc" in found else None,
         mean_clean=means[0],
         mean_empty=means[1],
-        methods=[{name: px.stats.finite(x) if isinstance(x, float) else x for name, x in row.items()} for row in rows],
+        methods=rows,
     )
     print(summary(config, facts, rows))
     with run.writing(facts, evidence(config, facts, rows), replacing=("*.npy", "*.csv", "circuit_*", "figures/*")):

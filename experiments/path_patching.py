@@ -128,7 +128,7 @@ def main(config: Config) -> None:
         senders=list(map(str, senders)),
         receivers=list(map(str, receivers)) if config.pairs else list(paths[0].receivers),
         paths=[path.name for path in paths],
-        mean_effects=[px.stats.finite(value) for value in effect.mean],
+        mean_effects=effect.mean.tolist(),
     )
 
     print(summary(config, facts, rows))

@@ -112,8 +112,8 @@ def main(config: Config) -> None:
         },
         mean_logit=float(clean.mean()),
         crucial={name: labels(some) for name, some in crucial.items()},
-        overlap_with_heads={name: finite(overlap) for name, overlap in overlaps.items()},
-        spearman_with_standard=finite(like_standard(relative)),
+        overlap_with_heads=overlaps,
+        spearman_with_standard=like_standard(relative),
     )
 
     print(f"{setting.headline(heads)}\n{summary(config, facts, rows, overlaps, with_attention)}")
@@ -186,12 +186,7 @@ def like_standard(relative: Relative) -> dict[str, float]:
 
 def coefficient(correlation: px.stats.Correlation) -> dict[str, Any]:
     """Spearman's for the summary."""
-    return finite(asdict(correlation.spearman)) | {"n": correlation.n}
-
-
-def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers for JSON."""
-    return {name: px.stats.finite(value) for name, value in values.items()}
+    return asdict(correlation.spearman) | {"n": correlation.n}
 
 
 def labels(heads: Any) -> list[str]:
@@ -225,7 +220,7 @@ def summary(
         "X- and variant   crucial heads  among the heads  Jaccard  by chance       p  Spearman with standard",
     ]
     for name, overlap in overlaps.items():
-        rank = "-" if name not in like else "nan" if like[name] is None else f"{like[name]:.2f}"
+        rank = f"{like[name]:.2f}" if name in like else "-"
         lines.append(
             f"{name:<16} {len(crucial[name]):13} {overlap['shared']:16} {overlap['jaccard']:8.2f} {overlap['chance']:10.2f} "
             f"{overlap['p']:7.2g} {rank:>23}"

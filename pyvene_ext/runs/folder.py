@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +46,7 @@ from pyvene_ext.runs.flags import Dataset
 from pyvene_ext.runs.plans import LEAST, LONGEST, duration, round_down, that_fit
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import Spec
+from pyvene_ext.stats.tables import finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -356,7 +356,7 @@ def _finite(value: Any) -> Any:
         return {name: _finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(value) if isinstance(value, float) else value
 
 
 def _as_flag(flag: str, value: Any) -> str:

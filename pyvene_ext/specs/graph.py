@@ -43,6 +43,11 @@ class Node(NamedTuple):
     def __str__(self) -> str:
         return ".".join(str(part) for part in self if part is not None)
 
+    @property
+    def heads(self) -> tuple[int, ...] | None:
+        """The head as an intervention takes it."""
+        return None if self.head is None else (self.head,)
+
     @classmethod
     def parse(cls, text: str) -> Node:
         """Parse a node's name.

@@ -68,12 +68,12 @@ def halves(base: TokenizedPrompts, source: TokenizedPrompts | None, ablation: Ab
     Raises:
         ValueError: fewer than three can be used.
     """
-    by_patching = source is not None and ablation == "patching"
+    partners = source.input_ids if source is not None and ablation == "patching" else None
     reasons: dict[int, str] = {}
     seen = set()
     for number, ids in enumerate(base.input_ids):
-        partner = source.input_ids[number] if source is not None and by_patching else ()
-        if by_patching and len(ids) != len(partner):
+        partner = partners and partners[number]
+        if partner is not None and len(ids) != len(partner):
             reasons[number] = "whose texts differ in number of tokens"
         elif ids == partner:
             reasons[number] = "with the same text twice"

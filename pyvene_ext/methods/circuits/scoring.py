@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -211,7 +211,7 @@ def score(
         return effects if pruned.by else np.maximum(effects, 0)  # kl's rule is one-sided
     exact = method in ("path_patching", "activation_patching")
     if ablation == "patching" and source is not None and (exact or method == "atp"):
-        found = _by_patches(model, base, source, metric, method, there, **options)
+        found = _by_patches(model, base, source, metric, method, **options)
     elif exact:
         found = _left_out(model, base, source, metric, level, ablation=ablation, **options)
     else:
@@ -230,12 +230,12 @@ def _by_patches(
     source: TokenizedPrompts,
     metric: MetricLike,
     method: str,
-    there: Bool[np.ndarray, "sender receiver"],
     **options: Any,
 ) -> Scores:
     """Mean effects of patching each edge or node from source, exact or estimated."""
     reading, writing = receivers(model.config), senders(model.config)
     if method == "path_patching":
+        there = exists(model.config)
         paths = [
             PathPatch(sender=str(writing[row]), receivers=(str(reading[column]),), freeze_mlps=True)
             for row, column in np.argwhere(there)
@@ -243,10 +243,7 @@ def _by_patches(
         found = np.zeros(there.shape)
         found[there] = patch(model, paths, base, source, metric, **options).delta.mean(1, dtype=np.float64)
         return found
-    patches = [
-        ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
-        for node in writing[1:]
-    ]
+    patches = [ActivationPatch(site=node.site, layer=node.layer, heads=node.heads) for node in writing[1:]]
     delta = (
         atp(model, patches, base, source, metric, **options)
         if method == "atp"

@@ -479,7 +479,7 @@ def test_the_edges_of_a_sender_add_up_to_its_atp_and_those_into_the_logits_to_th
     scores = edge_attribution(model, BASE, SOURCE, progress=False)
     # Behind Gemma's post-norm an edge has the norm's scale frozen in each run, and z moves it.
     nodes = [n for n in scores.senders if family != "gemma2" or n.site != "z"]
-    patches = [ActivationPatch(site=n.site, layer=n.layer, heads=None if n.head is None else (n.head,)) for n in nodes]
+    patches = [ActivationPatch(site=n.site, layer=n.layer, heads=n.heads) for n in nodes]
     got = np.nansum(scores.per_prompt, 1)[[scores.senders.index(n) for n in nodes]]
     _close(got, atp(model, patches, BASE, SOURCE, progress=False))
     final = ActivationPatch(site="resid_post", layer=LAYERS - 1)

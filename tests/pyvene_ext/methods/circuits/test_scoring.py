@@ -114,8 +114,7 @@ def test_under_other_ablations_atp_is_the_first_order_estimate_of_what_is_lost_w
     model = random_model("llama3_1")
     nodes = score(model, BASE, SOURCE, "atp", level="node", ablation=kind, progress=False)
     specs = [
-        Ablation(kind=kind, site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
-        for node in senders(model.config)[1:]
+        Ablation(kind=kind, site=node.site, layer=node.layer, heads=node.heads) for node in senders(model.config)[1:]
     ]
     reference = reference_for(model, specs, SOURCE, progress=False)
     close(nodes[1:], estimate(model, specs, BASE, reference=reference, progress=False).mean(1))
@@ -149,7 +148,7 @@ def test_by_kl_too_what_helps_has_a_score_above_0(level: Literal["edge", "node"]
     if method == "activation_patching":
         at = int(scores.argmax())
         node = senders(case.model.config)[at]
-        spec = ActivationPatch(site=node.site, layer=node.layer, heads=None if node.head is None else (node.head,))
+        spec = ActivationPatch(site=node.site, layer=node.layer, heads=node.heads)
         close(scores[at], -patch(case.model, [spec], *without, progress=False).delta.mean())
     if method == "path_patching":
         row, column = np.unravel_index(scores.argmax(), scores.shape)
