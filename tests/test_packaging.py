@@ -289,6 +289,7 @@ def test_a_licence_that_asks_for_more_than_a_notice_needs_a_word(
     name: str, licences: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert licences.explained("accelerate") is None
-    monkeypatch.setattr(licences, "licences", lambda: dict.fromkeys(licences.brought(), name))
+    named = dict.fromkeys(licences.brought(), name)
+    monkeypatch.setattr(licences, "licences", lambda: named)
     with pytest.raises(ValueError, match=f"accelerate is under {name}; say in EXPLAINED"):
         licences.text()

@@ -29,45 +29,23 @@ from modelcards.export.edits import BASE, RESOLVER
 from modelcards.export.fixes import FIXES, chosen, fixed
 from modelcards.export.source import Source
 from tests import upstream_suite
+from tests.forked import forks
 
 FAMILIES = ("gpt2", "llama3_1", "phi3", "cohere")  # two that upstream has, two that it has not
 BESIDE_FIXES = ("llama3_1", "cohere")  # one of each
 DEFECTS = {1, 2, 3, 7, 9, 11, 12, 15, 22, 23}  # 22: the tokenizer of create_llama; 23: a field that a config lacks
 ONLY_MAIN = {23}
 
-# Imports what is slow once, then in each folder runs the tests whose files match, in a process of its own that has the pyvene of
-# that folder and nothing of this project.
-SERVER = """
-import json, os, sys, unittest
-sys.path = [path for path in sys.path if path != os.getcwd()]
+# Runs the tests whose files match, with the pyvene of the folder it runs in and nothing of this project.
+TESTED = """
+import json, sys, unittest
 sys.modules.update(dict.fromkeys(("modelcards", "pyvene_ext")))
-import pyvene
-for name in [name for name in sys.modules if name.split(".")[0] == "pyvene"]:
-    del sys.modules[name]
-outcomes = {}
-for name, (folder, pattern, extra) in json.loads(sys.argv[1]).items():
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        os.dup2(2, 1)
-        os.chdir(folder)
-        sys.path.insert(0, folder)
-        suite = unittest.TestLoader().discover(".", pattern=pattern)
-        result = unittest.TextTestRunner(verbosity=0).run(suite)
-        failed = [case.id().split(".")[-2] for case, _ in result.errors + result.failures]
-        said = {"run": result.testsRun, "failed": failed, "said": [text for _, text in result.errors + result.failures]}
-        names = {}
-        exec(extra, names)
-        said["extra"] = names.get("answer")
-        os.write(writing, json.dumps(said).encode())
-        os.close(writing)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        outcomes[name] = json.loads(pipe.read())
-    os.waitpid(child, 0)
-print("\\n" + json.dumps(outcomes))
+result = unittest.TextTestRunner(verbosity=0).run(unittest.TestLoader().discover(".", pattern=sys.argv[1]))
+failed = [case.id().split(".")[-2] for case, _ in result.errors + result.failures]
+said = [text for _, text in result.errors + result.failures]
+names = {}
+exec(sys.argv[2], names)
+print("\\n" + json.dumps({"run": result.testsRun, "failed": failed, "said": said, "extra": names["answer"]}))
 """
 
 # What the mappings of a checkout hold, by class, and whose names are still there.
@@ -110,6 +88,9 @@ def get_dimension_by_component(model_type, model_config, component) -> int:
 """
 
 
+RUN = subprocess.run  # a process from nothing
+
+
 def git(folder: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
     done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True)
@@ -120,6 +101,14 @@ def git(folder: Path, *arguments: str) -> str:
 def commit(folder: Path) -> None:
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "all")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_are_forks() -> Iterator[None]:
+    """Each imports a pyvene that it has in its folder, but what all of these need is loaded once."""
+    with forks() as run, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -237,20 +226,16 @@ def sent(make: Callable[[], Path]) -> tuple[Path, str, list[list[Any]]]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    trees: dict[str, Path], sent: tuple[Path, str, list], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+def outcomes(trees: dict[str, Path], sent: tuple[Path, str, list]) -> dict[str, Any]:
     """What unittest says in every tree, and what mappings these have."""
-    asked = {name: (str(folder), "*TestCase.py", MAPPINGS) for name, folder in trees.items()}
-    asked["cards"] = (str(sent[0]), "Phi3ModelCardTestCase.py", MAPPINGS)  # the command has run the others
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-B", "-c", SERVER, json.dumps(asked)],
-        cwd=tmp_path_factory.mktemp("empty"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    asked = {name: (folder, "*TestCase.py") for name, folder in trees.items()}
+    asked["cards"] = (sent[0], "Phi3ModelCardTestCase.py")  # the command has run the others
+    outcomes = {}
+    for name, (folder, pattern) in asked.items():
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", TESTED, pattern, MAPPINGS], cwd=folder)
+        assert done.returncode == 0, done.stderr
+        outcomes[name] = json.loads(done.stdout.splitlines()[-1])
+    return outcomes
 
 
 def called(*arguments: str) -> tuple[int, str, str]:
@@ -673,7 +658,7 @@ OLDEST = ("transformers==4.55.0", "tokenizers==0.21.4", "huggingface_hub==0.34.6
 @pytest.fixture(scope="module")
 def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("oldest")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
     done = subprocess.run([*pip, *OLDEST], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"{OLDEST[0]} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
@@ -691,15 +676,10 @@ def test_all_cards_import_with_the_oldest_transformers(make: Callable[[], Path],
     checkout = Checkout(folder)
     checkout.write(export(checkout, list(CARDS))[1])
     found = []
-    for path in (str(oldest), ""):
+    for run, path in ((RUN, str(oldest)), (subprocess.run, "")):
+        command = [sys.executable, "-W", "ignore", "-c", IMPORTED]
         environment = {**checkout.environment, "PYTHONPATH": path}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", IMPORTED],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        done = run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))
     (version, old), (_, new) = found
