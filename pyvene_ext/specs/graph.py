@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ class Node(NamedTuple):
         return None if self.head is None else (self.head,)
 
     @classmethod
+    @cache
     def parse(cls, text: str) -> Node:
         """Parse a node's name.
 
