@@ -179,12 +179,7 @@ def test_an_edit_of_a_joint_one_that_reaches_some_prompts_only(not_in):
     _compare("llama3_1", specs, prompts=replace(prompts, positions=tuple(places)))
 
 
-@pytest.mark.parametrize(
-    ("memory", "every"),
-    [(None, 11), *(pytest.param(memory, 4, marks=pytest.mark.slow) for memory in (None, 500_000))],
-)
-@pytest.mark.parametrize("family", FEWER_WITH_EAGER)
-def test_what_prompts_begin_with_is_run_once_and_the_numbers_are_the_same(family, memory, every):
+def _check_beginnings(family, every, memory=None):
     # Positions behind their last token differ between prompts: 0 and 3 lie in the common beginning of all.
     specs = [*_every_spec()[::every], *_joint_specs()]
     for site, layer in (("z", 0), ("z", 1), ("resid_pre", 2), ("scores", 1), ("mlp_out", 0)):
@@ -199,6 +194,17 @@ def test_what_prompts_begin_with_is_run_once_and_the_numbers_are_the_same(family
                 for early, late in (("last", (3,)), ((5,), "last"))
             ]
     _compare(family, specs, prompts=BEGINNINGS, memory=memory)
+
+
+@pytest.mark.parametrize("family", FEWER_WITH_EAGER)
+def test_what_prompts_begin_with_is_run_once_and_the_numbers_are_the_same(family):
+    _check_beginnings(family, every=11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", UNLIKE)
+def test_so_they_are_of_more_specs_with_little_memory(family):
+    _check_beginnings(family, every=4, memory=500_000)
 
 
 def test_common_beginnings_are_not_run_again_and_again():
@@ -233,9 +239,7 @@ AT_EVERY_TOKEN = {
 }
 
 
-@pytest.mark.parametrize("every", first_only([4, 1]))
-@pytest.mark.parametrize("family", FEWER_WITH_EAGER)
-def test_metrics_at_every_token_are_the_plain_engines(family, every):
+def _check_at_every_token(family, every):
     specs = [*_every_spec()[::23], *_joint_specs(), *kv_specs(family.partition("/")[0])[::5]][::every]
     _compare(family, specs, AT_EVERY_TOKEN["loss and KL"])
     # What is edited in the common beginning of some prompts is read there; it may, or may not, change the columns after it.
@@ -245,6 +249,17 @@ def test_metrics_at_every_token_are_the_plain_engines(family, every):
             specs += [early, (early, Ablation(kind="mean", site="z", layer=2, heads=(0,), positions=(4, -1)))]
     for metric, memory in (("loss and KL", None), ("answers", 800_000)):
         _compare(family, specs, AT_EVERY_TOKEN[metric], BEGINNINGS, memory=memory)
+
+
+@pytest.mark.parametrize("family", FEWER_WITH_EAGER)
+def test_metrics_at_every_token_are_the_plain_engines(family):
+    _check_at_every_token(family, every=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", UNLIKE)
+def test_so_they_are_of_more_specs(family):
+    _check_at_every_token(family, every=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,8 +277,7 @@ def test_the_logits_themselves_are_the_models(family):
         torch.testing.assert_close(replay.logits(hidden[:, -1], some), expected.gather(1, some), **CLOSE)
 
 
-@pytest.mark.parametrize("memory", [220_000, pytest.param(260_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", [pytest.param("qwen2_5", marks=pytest.mark.slow), "gemma2"])
+@pytest.mark.parametrize(("family", "memory"), first_only([("gemma2", 220_000), ("qwen2_5", 260_000)]))
 def test_however_little_memory_there_is_the_numbers_are_the_same(family, memory):
     specs = [*_every_spec()[::7], *_joint_specs()]
     assert len(plan_sweep(_model(family), specs, PROMPTS, memory=memory).waves) > 3

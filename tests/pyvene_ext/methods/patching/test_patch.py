@@ -421,8 +421,8 @@ def test_joint_patches_are_what_hooks_do_together_on_either_engine(family: str) 
 @pytest.mark.parametrize("family", ["gemma2"])
 def test_every_metric_is_read_as_by_hand_with_little_memory_too(family: str, metric: str) -> None:
     config = _model(family).config
-    specs: list[Patch] = [*_every_patch(config, ("all", "s1"))[::9], *_joint(config)[:2]]
-    specs += all_paths(config, ("logits",))[::5] + all_paths(config, ("v.2.0",), positions="s1")[::4]
+    specs: list[Patch] = [*_every_patch(config, ("all", "s1"))[::19], *_joint(config)[:2]]
+    specs += all_paths(config, ("logits",))[::8] + all_paths(config, ("v.2.0",), positions="s1")[::8]
     expected = _by_hand(family, specs, metric)
     for options in ({"engine": "plain", "batch_size": 3}, {}, {"memory": 400_000}):
         result = _patch(family, specs, metric=metric, **options)
@@ -454,8 +454,14 @@ def test_a_kv_head_of_the_source_changes_exactly_the_query_heads_of_its_group(fa
 # --- Along a concept direction ---
 
 
-@pytest.mark.parametrize("positions", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("all", "s1")), ("last", 0)])
-@every_family
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [
+        *((family, ("last", 0)) for family in FAMILIES),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("gpt2", "all"), ("gemma2", "s1"))),
+    ],
+    ids=str,
+)
 def test_patches_along_a_direction_are_those_made_by_hand(family: str, positions: Any) -> None:
     patches = [spec.model_copy(update={"subspace": True}) for spec in _every_patch(_model(family).config, [positions])]
     joint = (
@@ -476,8 +482,9 @@ def test_patches_along_a_direction_are_those_made_by_hand(family: str, positions
     assert np.abs(whole).max() > 1e-4
 
 
-@pytest.mark.parametrize("how", first_only([{}, {"freeze_mlps": True}, {"direct": True}]))
-@pytest.mark.parametrize("family", [pytest.param("gemma2", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "how"), first_only([("gpt2", {}), ("gemma2", {"freeze_mlps": True}), ("gemma2", {"direct": True})])
+)
 def test_senders_along_a_direction_are_those_made_by_hand(family: str, how: dict[str, bool]) -> None:
     paths = _paths(PATHS[::2] + MANY_PLACES[:2], positions="s1", subspace=True, **how)
     paths += _paths(PATHS[:3], positions="s1", **how)  # the same senders, not along it
@@ -751,8 +758,14 @@ def test_paths_between_prompts_of_unequal_lengths_are_those_made_by_hand(family:
         np.testing.assert_allclose(found, expected, **CLOSE, err_msg=engine)
 
 
-@pytest.mark.parametrize("positions", ["s1", *(pytest.param(x, marks=pytest.mark.slow) for x in ("all", ("last", 0)))])
-@every_family
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [
+        *((family, "s1") for family in FAMILIES),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("gemma2", "all"), ("gpt2", ("last", 0)))),
+    ],
+    ids=str,
+)
 def test_direct_terms_are_those_made_by_hand_with_every_norm_frozen(family: str, positions: Any) -> None:
     paths = _paths(PATHS + MANY_PLACES, positions=positions, direct=True)
     expected = _by_hand(family, paths)
