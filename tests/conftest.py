@@ -76,8 +76,8 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks each test with what it is; `make test` leaves out what CONTRIBUTING's "Checks" gives to `make test-all`.
 
-    What is built on cards and engines takes the two families of `UNLIKE` and one of `ALIKE`, a third of the tests each, unless
-    --each-family is given.
+    What is built on cards and engines takes one family of `UNLIKE` there, and in `make test-all` the other or one of `ALIKE`, by
+    turns, unless --each-family is given.
     """
     from tests.tiny_random import ALIKE, UNLIKE
 
@@ -95,9 +95,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unlike = sorted(tested[function_of(item)].intersection(UNLIKE))
         if unlike and not families(item) & {by_turns(unlike, item)}:
             item.add_marker("families")
-        alike = sorted(same_call[call_of(item)].intersection(ALIKE))
+        here = same_call[call_of(item)]
+        alike = sorted(here.intersection(ALIKE))
         others = {*alike} - {by_turns(alike, item)} if alike else set()
-        if same_call[call_of(item)].intersection(UNLIKE) and families(item) <= others:
+        if alike and unlike and here.issuperset(UNLIKE):  # beside that of `make test` the other, or one of those alike
+            (other,) = {*UNLIKE} - {by_turns(unlike, item)}
+            others |= {other, by_turns(alike, item)} - {by_turns([other, by_turns(alike, item)], item, 1)}
+        if here.intersection(UNLIKE) and families(item) <= others:
             left_out.append(item)
     if not config.getoption("each_family"):
         left_out = [item for item in left_out if not lies_in(item.path, ON_EACH)]
@@ -149,9 +153,9 @@ def call_of(item: pytest.Item) -> tuple[Path, str]:
     return item.path, name
 
 
-def by_turns(some: list[str], item: pytest.Item) -> str:
-    """One family for all calls of a test; half of the tests take one of two, half the other."""
-    return some[zlib.crc32(function_of(item)[1].encode()) % len(some)]
+def by_turns(some: list[str], item: pytest.Item, turn: int = 0) -> str:
+    """One family for all calls of a test; half of the tests take one of two, half the other, and other halves at another turn."""
+    return some[(zlib.crc32(function_of(item)[1].encode()) >> turn) % len(some)]
 
 
 def families(item: pytest.Item) -> set[str]:

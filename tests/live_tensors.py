@@ -17,15 +17,20 @@ class Peak(TorchDispatchMode):
         super().__init__()
         self.live: dict[StorageWeakRef, int] = {}
         self.bytes = 0
+        self._at_most = 0  # what is held, and what was given up since it was last looked at
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {
             StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
         }
         out = func(*args, **(kwargs or {}))
-        self.live = {held: size for held, size in self.live.items() if not held.expired()}
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and (key := StorageWeakRef(x.untyped_storage())) not in given:
-                self.live[key] = x.untyped_storage().nbytes()
-        self.bytes = max(self.bytes, sum(self.live.values()))
+                size = x.untyped_storage().nbytes()
+                self._at_most += size - self.live.get(key, 0)
+                self.live[key] = size
+        if self._at_most > self.bytes:
+            self.live = {held: size for held, size in self.live.items() if not held.expired()}
+            self._at_most = sum(self.live.values())
+            self.bytes = max(self.bytes, self._at_most)
         return out

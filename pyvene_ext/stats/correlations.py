@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -192,16 +194,17 @@ def spearman(a: Num[np.ndarray, " pair"], b: Num[np.ndarray, " pair"]) -> tuple[
 
 def _exact_p(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
     """The share of all permutations with as large an |r| (Pearson)."""
-    x, y = (values / np.abs(values).max() for values in (x, y))  # the largest numbers have no square
-    y_unit = _unit(y)
+    # The largest numbers have no square, hence the scale.
+    x_unit, y_unit = (_unit(values / np.abs(values).max()) for values in (x, y))
+    # Rounded, because equal coefficients are sums of the same numbers in another order.
+    r = np.round(np.abs((x_unit[_orders(len(x))] * y_unit).sum(-1)), 12)
+    return float((r >= r[0]).mean())
 
-    def r(permuted: np.ndarray, axis: int) -> np.ndarray:
-        # Rounded, because equal coefficients are sums of the same numbers in another order.
-        return np.round(np.abs((_unit(np.moveaxis(permuted, axis, -1)) * y_unit).sum(-1)), 12)
 
-    everything = math.factorial(len(x))
-    test = stats.permutation_test((x,), r, permutation_type="pairings", n_resamples=everything, alternative="greater")
-    return float(test.pvalue)
+@cache
+def _orders(n: int) -> Int[np.ndarray, "permutation n"]:
+    """All permutations, the first of which changes nothing."""
+    return np.array([*permutations(range(n))])
 
 
 def _bootstrap(

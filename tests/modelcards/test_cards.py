@@ -39,7 +39,9 @@ from tests.tiny_random import CLASSES, FAMILIES, MORE_FAMILIES, UNLIKE, random_i
 
 Z = "head_attention_value_output"
 EVERY = (*MORE_FAMILIES, *FAMILIES)
-EVERY_CLASS = [(family, cls) for family in FAMILIES for cls in CLASSES[family]]
+EVERY_CLASS = [
+    (family, cls) for family in FAMILIES for cls in CLASSES[family] if family in UNLIKE or cls == "causal_lm"
+]
 OTHER_CLASSES = [(family, cls) for family in EVERY for cls in CLASSES[family] if cls != "causal_lm"]
 
 
@@ -61,13 +63,13 @@ def test_every_family_is_exact_in_one_layer(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "cls"), EVERY_CLASS, ids=[f"{f}-{c}" for f, c in EVERY_CLASS])
 def test_every_component_is_exact(family: str, cls: str) -> None:
-    # The language models at every layer, two of them in every setting and the others in two that share nothing; the other classes
-    # have the same card and differ only in the prefix.
+    # The language models at every layer, two of them in settings that share nothing and the others in one of these; the other
+    # classes have the same card and differ only in the prefix.
     model = random_model(family, cls)
     layers: Any = "all" if cls == "causal_lm" else [1]
-    settings = [(["eager"], ["left"]), (["sdpa"], ["right"])] if layers == "all" else [(["eager"], ["left"])]
-    if layers == "all" and family in UNLIKE:
-        settings = [(["eager", "sdpa"], ["left", "right"])]
+    settings = [(["eager"], ["left"]), (["sdpa" if model._supports_sdpa else "eager"], ["right"])]
+    if layers != "all" or family not in UNLIKE:
+        settings = settings[FAMILIES.index(family) % 2 :][:1]
     for implementations, padding_sides in settings:
         report = verify_card(model, layers, implementations, padding_sides)
         assert report.failures == 0, report.table()

@@ -310,18 +310,22 @@ def test_an_error_of_one_process_is_raised_in_all(who: int, launch: Any) -> None
 # -- as a user launches it ---------------------------------------------------------------------------------------------
 
 SCRIPT = """
-    import os, signal, sys
+    import os, runpy, signal, sys
     from pathlib import Path
     import numpy as np
     from pyvene_ext.models.devices import processes
     from pyvene_ext.engine.sweep.execute import Executor
     from tests.pyvene_ext.engine.sweep.test_processes import swept, run_few_waves
 
-    folder = Path(sys.argv[1])
+    folder, sys.argv = Path(sys.argv[1]), sys.argv[2:]
     rank = processes().process_index
     assert processes().num_processes == 2
     np.savez(folder / f"plain-{rank}.npz", **swept())
     np.savez(folder / f"stored-{rank}.npz", **swept(folder / "store"))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as left:
+        assert not left.code, left.code
     def die():
         if rank:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -342,18 +346,6 @@ def accelerate_launch(*command: Any) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=4 * PATIENCE,
     )
-
-
-def test_accelerate_launch_gives_the_bits_of_one_process_and_ends_when_one_dies(tmp_path: Path) -> None:
-    expected = swept()
-    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
-    done = accelerate_launch(tmp_path / "script.py", tmp_path)
-    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
-    for name in ("plain-0", "plain-1", "stored-0", "stored-1"):
-        assert_same_bits(dict(np.load(tmp_path / f"{name}.npz")), expected)
-    assert list((tmp_path / "killed").glob("waves-*/*.npz"))
-    assert_same_bits(swept(tmp_path / "killed"), expected)
-    assert files(tmp_path / "killed") == files(tmp_path / "store")
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------
@@ -391,11 +383,20 @@ def test_two_processes_of_the_study_write_what_one_does(mode: str, few: Path, la
     assert files(tmp_path / "two").keys() == files(tmp_path / "one").keys()
 
 
-def test_accelerate_launch_of_the_study_prints_and_writes_once(few: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_of_sweeps_and_the_study_gives_what_one_process_does_and_ends_when_one_dies(
+    few: Path, tmp_path: Path
+) -> None:
+    expected = swept()
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
     script = ROOT / "experiments" / "activation_frequencies_ifr.py"
     flags = ("--dataset", few, "--memory", 0.004, "--out")
-    done = accelerate_launch(script, *flags, tmp_path / "two" / "f.npy")
-    assert done.returncode == 0, done.stderr
+    done = accelerate_launch(tmp_path / "script.py", tmp_path, script, *flags, tmp_path / "two" / "f.npy")
+    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
+    for name in ("plain-0", "plain-1", "stored-0", "stored-1"):
+        assert_same_bits(dict(np.load(tmp_path / f"{name}.npz")), expected)
+    assert list((tmp_path / "killed").glob("waves-*/*.npz"))
+    assert_same_bits(swept(tmp_path / "killed"), expected)
+    assert files(tmp_path / "killed") == files(tmp_path / "store")
     assert done.stdout.count("active (|delta| > ") == 1
     assert run_here(*flags, tmp_path / "one" / "f.npy")["code"] == 0
     assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
