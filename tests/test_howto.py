@@ -7,17 +7,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
+import activation_frequencies_ifr as study
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pyvene_ext as px
+from pyvene_ext.io.cli import run as run_study
 from tests.ground_truth.paths import path_patch_by_hooks
+from tests.processes import start
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,17 +131,21 @@ def check_das_elsewhere(names: Names, model_name: str) -> None:
     base, source, last = names["base"], names["source"], names["last"]
     with torch.no_grad():
         here = names["das"](base.inputs(), [source.inputs()], last)[1].logits[:, -1]
-    torch.save((base.inputs(), source.inputs(), last), names["folder"] / "inputs.pt")
-    code = (
-        "import sys, torch, pyvene_ext as px\n"
-        "base, source, last = torch.load('inputs.pt')\n"
-        f"das = px.IntervenableModel.load('das', px.load_model({model_name!r})[0])\n"
-        "with torch.no_grad():\n"
-        "    torch.save(das(base, [source], last)[1].logits[:, -1].clone(), 'logits.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=names["folder"], check=True, capture_output=True)
-    there = torch.load(names["folder"] / "logits.pt")
+    folder = names["folder"]
+    torch.save((base.inputs(), source.inputs(), last), folder / "inputs.pt")
+    process = start(run_das, folder, model_name)
+    process.join()
+    assert process.exitcode == 0
+    there = torch.load(folder / "logits.pt")
     assert torch.allclose(here, there, atol=1e-5)
+
+
+def run_das(folder: Path, model_name: str) -> None:
+    """The saved intervention on the saved inputs."""
+    base, source, last = torch.load(folder / "inputs.pt")
+    das = px.IntervenableModel.load(folder / "das", px.load_model(model_name)[0])
+    with torch.no_grad():
+        torch.save(das(base, [source], last)[1].logits[:, -1].clone(), folder / "logits.pt")
 
 
 def check_reading(names: Names) -> None:
@@ -234,9 +241,9 @@ def check_path(names: Names) -> None:
 
 def check_study(names: Names, model_name: str) -> None:
     """The file that the page writes is read by the study; its numbers are those of hooks."""
-    command = [sys.executable, ROOT / "experiments/activation_frequencies_ifr.py", "--dataset", "mine.json"]
-    command += ["--model", model_name, "--out", "ifr.npy", "--tau", "0.1"]
-    subprocess.run(command, cwd=names["folder"], check=True, capture_output=True)
+    flags = ["--dataset", "mine.json", "--model", model_name, "--out", "ifr.npy", "--tau", "0.1"]
+    with chdir(names["folder"]):
+        assert run_study(study.main, study.Config, flags) == 0
     frequencies = np.load(names["folder"] / "ifr.npy")
     prompts = px.PromptSet.load(names["folder"] / "mine.json").tokenize(names["tokenizer"])
     model, width, layers = names["model"], head_width(names["model"]), names["model"].config.num_hidden_layers

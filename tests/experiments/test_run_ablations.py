@@ -6,7 +6,6 @@ import csv
 import json
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -570,13 +569,16 @@ def test_the_grid_is_tried_out_as_its_file_says(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_the_script_of_the_published_grid_runs_on_a_tiny_model(folder: Path) -> None:
     script = EXPERIMENTS / "run_ablations.sh"
     flags = ["--mode", "zero", "--layer_abl", "full", "bottom"]
     flags += ["--model_name", "tiny-gemma2", "--to_abl", "0-1", "--max_heads_abl", "1", "--permutations", "2"]
     flags += ["--n_tokens", "12", "--dtype", "auto", "--random_draws", "1", "--output_dir", str(folder / "out")]
-    ran = subprocess.run(["bash", script, *flags], env={"LAUNCH": sys.executable, "PATH": "/usr/bin:/bin"}, check=False)
-    assert ran.returncode == 0
+    environment = {"LAUNCH": "printf %s\\n", "PATH": "/usr/bin:/bin"}
+    ran = subprocess.run(["bash", script, *flags], env=environment, check=True, capture_output=True, text=True)
+    study_there, *given = ran.stdout.splitlines()
+    assert Path(study_there).samefile(study.__file__) and command(*given) == 0
     assert len(list((folder / "out/tables").glob("*_summary.csv"))) == 2
     pictures = [path.read_bytes() for path in (folder / "out/figures").glob("*.png")]
     assert len(pictures) == 6 and all(picture.startswith(b"\x89PNG") for picture in pictures)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import datasets
@@ -115,16 +113,6 @@ def test_a_source_without_prompts_is_refused_before_a_hub_is_asked(
     with pytest.raises(kind, match=message) as error:
         PromptSet.load(given)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.slow
-def test_sets_of_python_and_shipped_ones_need_neither_pandas_nor_datasets() -> None:
-    code = (
-        "import sys, pyvene_ext as px; px.PromptSet.load('ioi_en'); px.PromptSet(['a']); px.PromptSet.load(['a'])\n"
-        "print([name for name in ('pandas', 'datasets') if name in sys.modules])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
 
 
 # --- chat messages --------------------------------------------------------------------------------------------------------

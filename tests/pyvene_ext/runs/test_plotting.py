@@ -157,9 +157,12 @@ def test_what_cannot_be_drawn_is_refused(draw: Any, told: str) -> None:
 
 
 @pytest.mark.slow
-def test_results_are_shown_without_loading_figures() -> None:
+def test_results_and_prompts_need_neither_figures_nor_tables() -> None:
     program = (
-        "import sys, numpy as np; from pyvene_ext.engine.results import Result\n"
+        "import sys, numpy as np, pyvene_ext as px\n"
+        "px.PromptSet.load('ioi_en'); px.PromptSet(['a']); px.PromptSet.load(['a'])\n"
+        "assert not {'pandas', 'datasets'} & {*sys.modules}\n"
+        "from pyvene_ext.engine.results import Result\n"
         "repr(Result(('a',), 'logit', np.zeros(2, 'f'), np.ones((1, 2), 'f')))\n"
         "assert 'pyvene_ext.runs' not in sys.modules"
     )

@@ -122,7 +122,7 @@ def test_a_mask_finds_the_planted_edges_where_the_softmax_has_no_gradient() -> N
 )
 def test_a_mask_ranks_every_planted_edge_first(name: str, architecture: Architecture, metric: str) -> None:
     case = planted(name, architecture)
-    mask = learned(case.model, case.clean, case.corrupt, metric, steps=100)
+    mask = learned(case.model, case.clean, case.corrupt, metric, steps=60)
     assert ranking(case, mask.scores) > 0.98
 
 
