@@ -24,8 +24,7 @@ from pyvene_ext.specs.joint import Spec, members
 from tests.ground_truth.forced_attention import Forced, forced_row
 from tests.pyvene_ext.methods.solving.test_evaluate import LENGTHS, NEW, asked, model_of, tokenizer
 from tests.pyvene_ext.methods.solving.test_many import mark_and_end, same
-from tests.tiers import first_only
-from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES
+from tests.tiny_random import CORE_FAMILIES, FAMILIES, MORE_FAMILIES, UNLIKE
 
 SHAPES = [("hub", False), ("hub", True), ("uniform", False), ("uniform", True), ("sequential", False)]
 Edits = Callable[[Sequence[int]], list[tuple]]  # (component, layer, change) for the tokens so far
@@ -138,8 +137,13 @@ def zeroed(spec: Spec, hub: int, ids: Sequence[int]) -> list[tuple]:
     return [(edit.component.name, edit.layer or 0, change) for edit in members(spec)]
 
 
-@pytest.mark.parametrize("cut", first_only([True, False]))
-@pytest.mark.parametrize("family", CORE_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "cut"),
+    [
+        *((family, True) for family in CORE_FAMILIES),
+        *(pytest.param(family, False, marks=pytest.mark.slow) for family in UNLIKE),
+    ],
+)
 def test_an_edit_at_one_token_and_what_is_read_only_once(
     family: str, cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,8 +92,10 @@ def test_a_list_of_specs_writes_what_plain_hooks_write(family: str, scope: Scope
     assert len({of_spec.ids for of_spec in found}) == 3
 
 
-@pytest.mark.parametrize("scope", ["reasoning", "both"])
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+@pytest.mark.parametrize(
+    ("family", "scope"),
+    [*((family, "both") for family in (*FAMILIES, *MORE_FAMILIES)), *((family, "reasoning") for family in FAMILIES)],
+)
 def test_every_site_and_family_writes_what_one_spec_at_a_time_writes(family: str, scope: Scope) -> None:
     model = model_of(family)
     shape = ModelShape.of(model)
@@ -122,8 +124,9 @@ def test_means_other_texts_activations_and_vectors_reach_their_rows(family: str)
         assert len({of_spec.ids for of_spec in found}) == 4
 
 
-@pytest.mark.parametrize("scope", first_only(["both", "new"]))
-@pytest.mark.parametrize("family", ["llama3_1", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "scope"), [("gemma2", "both"), ("gpt2", "both"), pytest.param("llama3_1", "new", marks=pytest.mark.slow)]
+)
 def test_rows_that_end_leave_and_others_enter_whatever_the_memory(
     family: str, scope: Scope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
