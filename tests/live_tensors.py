@@ -15,22 +15,18 @@ class Peak(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[StorageWeakRef, int] = {}
-        self.bytes = 0
-        self._at_most = 0  # what is held, and what was given up since it was last looked at
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}  # which keep addresses from being given out again
+        self.held = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and (key := StorageWeakRef(x.untyped_storage())) not in given:
-                size = x.untyped_storage().nbytes()
-                self._at_most += size - self.live.get(key, 0)
-                self.live[key] = size
-        if self._at_most > self.bytes:
-            self.live = {held: size for held, size in self.live.items() if not held.expired()}
-            self._at_most = sum(self.live.values())
-            self.bytes = max(self.bytes, self._at_most)
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in given:
+                self.held += storage.nbytes() - self.live.get(storage._cdata, (None, 0))[1]
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        if self.held > self.bytes:  # who has gone matters only where the others might be the most
+            self.live = {at: (ref, size) for at, (ref, size) in self.live.items() if not ref.expired()}
+            self.held = sum(size for _, size in self.live.values())
+            self.bytes = max(self.bytes, self.held)
         return out

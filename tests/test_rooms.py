@@ -27,8 +27,11 @@ def modules(package: str) -> dict[str, Path]:
 
 @cache
 def import_statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
-    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+    statements: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in statements:  # without what is inside expressions, which is most
+        inner = (ast.stmt, ast.excepthandler, ast.match_case)
+        statements += [child for child in ast.iter_child_nodes(node) if isinstance(child, inner)]
+    return [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 @cache

@@ -10,6 +10,8 @@ Gemma 2), sizes are odd or not powers of two, windows are shorter than the promp
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -284,6 +286,13 @@ def random_model(
     family: str, cls: str = "causal_lm", attn_implementation: str | None = None, seed: int = 0
 ) -> PreTrainedModel:
     """A float32 model in eval mode with weights, biases and norm scales all away from their defaults."""
+    model, drawn = _built(family, cls, attn_implementation, seed)
+    torch.set_rng_state(drawn)  # as if the weights had been drawn again
+    return deepcopy(model)
+
+
+@cache
+def _built(family: str, cls: str, attn_implementation: str | None, seed: int) -> tuple[PreTrainedModel, torch.Tensor]:
     config = tiny_config(family)
     config._attn_implementation = attn_implementation
     torch.manual_seed(seed)
@@ -295,7 +304,7 @@ def random_model(
             parameter.add_(scale * torch.randn_like(parameter)) if "norm" in name or "ln_" in name else (
                 parameter.copy_(scale * torch.randn_like(parameter))
             )
-    return model.eval()
+    return model.eval(), torch.get_rng_state()
 
 
 def random_inputs(lengths: tuple[int, ...] = (9, 6, 7), padding_side: str = "left", seed: int = 0) -> dict:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -474,14 +474,19 @@ def find_problems(flags: Problems) -> tuple[Problem, ...]:
     """The problems that --problems names, with as many steps as --problem_steps asks for."""
     limit = flags.limit
     if flags.source == TINY:
-        problems: Sequence[Problem] = tiny_problems(limit or N_TINY, rng(0, "word problems"), held_out=True)
         if flags.n_steps:
             raise ValueError("--problem_steps is for other problems: tiny ones have one or two.")
-        return tuple(problems)
+        return _tiny_problems(limit or N_TINY)
     if flags.source == PLAIN and limit is None:
         limit = N_PLAIN
     problems = with_steps(flags, load_problems(_file(flags.source, "test")), flags.source)
     return tuple(problems[: limit or None])
+
+
+@cache
+def _tiny_problems(count: int) -> tuple[Problem, ...]:
+    """The same whenever they are drawn, which takes a while: several studies in one process draw them once."""
+    return tiny_problems(count, rng(0, "word problems"), held_out=True)
 
 
 def find_examples(flags: Problems) -> tuple[Problem, ...]:

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from tyro._parsers import ParserSpecification
 
+from pyvene_ext import load_model  # which keeps it, so that it must not be what a test puts in its place
 from pyvene_ext.models import loading
-from pyvene_ext.models.loading import TINY_MODELS, load_model
+from pyvene_ext.models.loading import TINY_MODELS
 from pyvene_ext.prompts.shipped import PROMPTS
-from pyvene_ext.runs import figures
+from pyvene_ext.runs import figures, plans
 from pyvene_ext.runs.figures.style import check_path, files_of
 
 DRAW = figures.save
+DESCRIBE = ParserSpecification.from_callable_or_type
+DESCRIBED: dict[tuple[type, str], ParserSpecification] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +51,27 @@ def shipped_models_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return deepcopy(read(name, **options)) if name in TINY_MODELS else load_model(name, **options)
 
     monkeypatch.setattr(loading, "load_model", load)
+
+
+@pytest.fixture(autouse=True)
+def passes_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not six times, for which the result would be more exact."""
+    monkeypatch.setattr(plans, "REPEATS", 1)
+
+
+@pytest.fixture(autouse=True)
+def flags_are_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tyro takes a twentieth of a second to find out what a study's flags are, for each command anew."""
+
+    def describe(flags: type, **options: Any) -> ParserSpecification:
+        if options["parent_classes"]:  # a group of flags
+            return DESCRIBE(flags, **options)
+        key = flags, options["description"]
+        if key not in DESCRIBED:
+            DESCRIBED[key] = DESCRIBE(flags, **options)
+        return DESCRIBED[key]
+
+    monkeypatch.setattr(ParserSpecification, "from_callable_or_type", describe)
 
 
 @cache

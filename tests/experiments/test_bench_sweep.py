@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ HEAD = products(1, D_HEAD, D)
 LAST = by_hand(1, kv_tokens=5)  # the last layer, where all tokens have changed
 
 
+@cache
+def pieces_of_config() -> bench.Pieces:
+    return bench.count_pieces(bench.model_config(CONFIG), PROMPTS, TOKENS)
+
+
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
@@ -91,7 +97,7 @@ LAST = by_hand(1, kv_tokens=5)  # the last layer, where all tokens have changed
     ids=lambda value: value.name if isinstance(value, Ablation) else "",
 )
 def test_the_bound_of_an_intervention_is_the_count_by_hand(spec: Ablation, expected: float) -> None:
-    pieces = bench.count_pieces(bench.model_config(CONFIG), PROMPTS, TOKENS)
+    pieces = pieces_of_config()
     assert pieces.plain == PLAIN
     assert bench.own_arithmetic(spec, pieces, TOKENS) == pytest.approx(expected)
     clean = 3 * by_hand(TOKENS)
@@ -99,7 +105,7 @@ def test_the_bound_of_an_intervention_is_the_count_by_hand(spec: Ablation, expec
 
 
 def test_the_clean_run_is_shared_by_all_interventions() -> None:
-    pieces = bench.count_pieces(bench.model_config(CONFIG), PROMPTS, TOKENS)
+    pieces = pieces_of_config()
     specs = bench.workload("a", bench.model_config(CONFIG), TOKENS)
     own = np.mean([bench.own_arithmetic(spec, pieces, TOKENS) for spec in specs])
     assert len(specs) == 12

@@ -27,6 +27,7 @@ from pyvene_ext.circuits import (
 )
 from pyvene_ext.report import write_report
 from pyvene_ext.runs.facts import Evidence
+from tests.saved_models import save_random_model
 
 
 def command(*flags: Any) -> int:
@@ -178,19 +179,21 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(
 def test_zero_ablation_needs_no_corrupt_text_and_acdc_writes_the_circuit_that_it_keeps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    save_random_model("mistral", tmp_path / "model")  # of a tenth as many edges as the shipped ones
     prompts = [
         {"text": one.text, "answer": one.io_name, "wrong": one.s_name} for one in px.PromptSet.load("ioi_en")[:8]
     ]
     (tmp_path / "own.json").write_text(json.dumps([*prompts, prompts[0]]))
     out = tmp_path / "out"
-    flags = ("--dataset", tmp_path / "own.json", "--ablation", "zero", "--methods", "acdc", "--tau", 1.0)
+    flags = ("--model", tmp_path / "model", "--dataset", tmp_path / "own.json", "--ablation", "zero")
+    flags += ("--methods", "acdc", "--tau", 0.1)
     assert command(*flags, "--removed", 1, "--random_circuits", 1, "--out", out) == 0
     said = capsys.readouterr().out
     assert "1 pair left out: 1 that repeat an earlier one" in said
     facts = json.loads((out / "summary.json").read_text())
-    model, tokenizer = px.load_model("tiny-qwen2.5")
+    model, tokenizer = px.load_model(tmp_path / "model")
     scored = px.PromptSet.load(tmp_path / "own.json").tokenize(tokenizer).take(facts["scored"])
-    found = acdc(model, scored, None, "logit_diff", tau=1.0, ablation="zero", batch_size=8, progress=False)
+    found = acdc(model, scored, None, "logit_diff", tau=0.1, ablation="zero", batch_size=8, progress=False)
     assert load_circuit(out / "circuit_acdc.json", model) == found.circuit
     (row,) = rows(out / "methods.csv")
-    assert int(row["n_chosen"]) == facts["n_acdc"] == len(found.unpruned)
+    assert int(row["n_chosen"]) == facts["n_acdc"] == len(found.unpruned) > 0

@@ -44,7 +44,7 @@ def facts_in(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "pair"), zip(TINY_MODELS, ["en-fr", "fr-en", "en-fr"], strict=True))
+@pytest.mark.parametrize(("model", "pair"), [*zip(TINY_MODELS, ["en-fr", "fr-en", "en-fr"], strict=True)])
 def test_heads_found_by_attention_are_crucial_for_translation_and_not_for_ioi(
     folder: Path, model: str, pair: str
 ) -> None:

@@ -35,7 +35,7 @@ def facts_in(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "pair"), zip(TINY_MODELS, ["en-fr", "fr-en", "en-fr"], strict=True))
+@pytest.mark.parametrize(("model", "pair"), [*zip(TINY_MODELS, ["en-fr", "fr-en", "en-fr"], strict=True)])
 def test_heads_found_by_attention_are_crucial_along_their_paths(folder: Path, model: str, pair: str) -> None:
     """By the study's defaults, but for the number of prompts: the same rule for every model."""
     assert command("--out", "run", "--model", model, "--pair", pair, "--limit", 20, "--minus", "source") == 0

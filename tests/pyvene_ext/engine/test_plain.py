@@ -15,7 +15,7 @@ from pyvene_ext.specs.ablation import Ablation, all_heads
 from pyvene_ext.specs.joint import Spec
 from tests.ground_truth import ablations as slow
 from tests.random_prompts import random_prompts
-from tests.tiny_random import FAMILIES, random_model
+from tests.tiny_random import FEWER, random_model
 
 torch.set_num_threads(1)
 
@@ -35,7 +35,7 @@ def _quiet_run(model, specs=SPECS, prompts=PROMPTS, *args, **kwargs):
     return run(model, specs, prompts, *args, progress=False, **kwargs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 def test_batches_of_unequal_lengths_equal_one_prompt_at_a_time(family: str) -> None:
     model = random_model(family)
     single = _quiet_run(model, batch_size=1)

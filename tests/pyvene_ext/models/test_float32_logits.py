@@ -129,7 +129,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("dtype", first_only([torch.bfloat16, torch.float16]))
-@pytest.mark.parametrize("family", CORE_FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.fewer) for family in CORE_FAMILIES])
 def test_both_engines_give_the_same_deltas_which_are_no_steps_of_the_dtype(family: str, dtype: torch.dtype) -> None:
     model = half_model(family, dtype)
     specs = all_heads(model.config)

@@ -116,7 +116,8 @@ def test_logits_and_rows_equal_those_made_by_hand(
     family: str, implementation: str | None, padding_side: PaddingSide
 ) -> None:
     model, eager = _model(family, implementation), implementation == "eager"
-    specs = [*_specs(), *_everywhere(model.config)]
+    specs = _specs()
+    specs = [*specs[FAMILIES.index(family) % 3 :: 3], specs[-1], *_everywhere(model.config)]
     resolved = resolve(specs, model, PROMPTS)
     for batch in PROMPTS.batches(4, padding_side):
         clean = model(**batch.inputs()).logits
