@@ -92,7 +92,7 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
     """share of the edges or nodes in the circuit that is written"""
     by: Literal["magnitude", "value"] = "magnitude"
     """magnitude: it has the strongest edges, be they for or against the answer; value: those that help most"""
-    random_circuits: px.flags.Count = 10
+    random_circuits: px.flags.Count = 20
     """random circuits beside it"""
     removed: px.flags.Count = 20
     """of its edges are removed, one at a time, for minimality"""

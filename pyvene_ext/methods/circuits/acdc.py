@@ -43,11 +43,12 @@ from modelcards import dimensions, n_layers
 from pyvene_ext.engine.measure import METRICS, Metric, MetricLike, as_array, check_metric
 from pyvene_ext.engine.sweep.plan import METRIC_COPIES, MIB, check_memory, default_budget
 from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation
 from pyvene_ext.methods.circuits.acdc_run import AcdcRun
 from pyvene_ext.methods.circuits.choosing import By
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, edge_name, entry_receivers, exists, matrix_of
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
-from pyvene_ext.methods.circuits.running import AblatedValues, AblationKind, check_ablation, of_one_length
+from pyvene_ext.methods.circuits.running import AblatedValues, of_one_length
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts

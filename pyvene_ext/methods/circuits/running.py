@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from modelcards import dimensions, n_layers
 from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
-from pyvene_ext.engine.sweep.plan import check_memory, prompts_that_fit
+from pyvene_ext.engine.sweep.plan import prompts_at_once
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.receivers import TOGETHER
@@ -97,7 +97,8 @@ def run_circuits(
         metric: as for `run`, one number per prompt; kl is to the clean run.
         ablation: what ablated edges carry, as the module's docstring defines it.
         batch_size: prompts per forward pass, all of one length.
-        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights.
+        memory: bytes besides the weights; fewer prompts are taken at once where `batch_size` of them need more. By default as for
+            `sweep`.
         progress: show a bar.
 
     Returns:
@@ -114,15 +115,12 @@ def run_circuits(
     matrices = [matrix_of(circuit, config) for circuit in circuits]
     check_ablation(model, base, source, ablation)
     metric = check_metric(model, base, metric)
-    base.batches(batch_size)  # refuses a wrong size
-    check_memory(memory)
+    batch_size = circuits_at_once(model, base, source, batch_size, memory)
     if not matrices:
         raise ValueError("nothing to run: give at least one circuit.")
     there = exists(config)
     run = {matrix.tobytes(): matrix for matrix in (np.zeros_like(there), *matrices)}
     found = {key: np.empty(len(base), np.float32) for key in run}
-    if memory is not None:
-        batch_size = min(fitting(model, some, memory, batch_size) for some in (base, source) if some is not None)
     edgewise = EdgewiseModel(model)
     bar = progress_bar(len(run) * len(base), "prompt", "circuits", shown=progress)
     with bar, evaluating(model), no_gradients(model):
@@ -180,30 +178,39 @@ class AblatedValues:
         return Ablated.by_run(self._edgewise.plain(self._source.batch(index).input_ids))
 
 
-def fitting(
-    model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int, *, gradient: bool = False
+def circuits_at_once(
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    batch_size: int,
+    memory: int | None,
+    *,
+    gradient: bool = False,
 ) -> int:
     """Count the prompts that fit: contributions of all senders twice, and streams and activations of receivers.
 
     Args:
         model: as for `run_circuits`.
-        prompts: the prompts.
-        memory: bytes.
-        most: the largest number of prompts.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        batch_size: as for `run_circuits`.
+        memory: as for `run_circuits`.
         gradient: the gradient with respect to the edges is taken, for which activations of all receivers are kept.
 
     Returns:
         The number of prompts.
 
     Raises:
-        ValueError: not even one fits.
+        ValueError: a wrong size, and where not even one fits.
     """
+    base.batches(batch_size)  # refuses a wrong size
     layers, (n_senders, n_receivers) = n_layers(model.config), exists(model.config).shape
     tensors = 2 * n_senders + 12 * (n_senders // layers) + 7 * layers + min(TOGETHER, n_receivers)
     if gradient:
         tensors += 2 * n_senders + 10 * n_receivers + 24 * layers
-    each = 4 * tensors * max(map(len, prompts.input_ids)) * dimensions(model.config)["d_model"]
-    return prompts_that_fit(memory, each, most)
+    length = max(len(ids) for some in (base, source) if some is not None for ids in some.input_ids)
+    each = 4 * tensors * length * dimensions(model.config)["d_model"]
+    return prompts_at_once(model, len(base), each, batch_size, memory)
 
 
 def faithfulness(

@@ -34,7 +34,7 @@ from modelcards import n_layers
 from pyvene_ext.engine.measure import METRICS, MetricLike, as_metric
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.atp import atp
-from pyvene_ext.methods.attribution.edges import EdgeMethod, edge_attribution, edges_fitting
+from pyvene_ext.methods.attribution.edges import EdgeMethod, edge_attribution, edges_at_once
 from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation, check_edges_of
 from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes, room
 from pyvene_ext.methods.circuits.choosing import Scores
@@ -42,7 +42,7 @@ from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.masks import STEPS as MASK_STEPS
 from pyvene_ext.methods.circuits.masks import learn_mask
-from pyvene_ext.methods.circuits.running import fitting, of_one_length, run_circuits
+from pyvene_ext.methods.circuits.running import circuits_at_once, of_one_length, run_circuits
 from pyvene_ext.methods.heads.flow import proximity
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.models.devices import no_gradients
@@ -133,19 +133,14 @@ def check_scoring(
         metric: as for `score`.
         ablation: as for `score`.
         batch_size: as for `score`.
-        memory: as for `score`; None is enough.
+        memory: as for `score`.
 
     Raises:
         ValueError: for prompts that `run_circuits` refuses, and where one prompt, or all for ACDC, do not fit.
     """
     check_ablation(model, base, source, ablation)
-    base.batches(batch_size)  # refuses a wrong size
-    if memory is None:
-        return
-    for prompts in (base, source):
-        if prompts is not None:
-            fitting(model, prompts, memory, 1, gradient="mask" in methods)
-            edges_fitting(model, prompts, memory, 1)
+    circuits_at_once(model, base, source, batch_size, memory, gradient="mask" in methods)
+    edges_at_once(model, base, source, batch_size, memory)
     if "acdc" in methods:
         room(model, base, as_metric(metric), batch_size, memory)
 
@@ -200,7 +195,7 @@ def score(
         shape = there.shape if level == "edge" else there.shape[:1]
         return rng(seed, "random scores").normal(size=shape)
     if method == "flow":
-        return flow_scores(model, base, batch_size if memory is None else fitting(model, base, memory, batch_size))
+        return flow_scores(model, base, circuits_at_once(model, base, None, batch_size, memory))
     check_ablation(model, base, source, ablation)
     if method == "mask":
         options |= {"level": level, "steps": MASK_STEPS, "seed": seed}
