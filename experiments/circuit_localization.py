@@ -270,7 +270,7 @@ def write_circuit(
     facts = {"method": method, "level": config.level, "metric": config.metric, "dataset": config.dataset}
     px.circuits.save_circuit(one.circuit, run.path / f"circuit_{method}.json", model, **facts)
     weights = px.circuits.named_scores(one.scores, one.circuit, model.config)
-    px.circuits.save_dot(one.circuit, run.path / f"circuit_{method}.dot", weights)
+    px.circuits.save_dot(one.circuit, run.path / f"circuit_{method}.dot", model.config, weights)
     if weights and method != "random":
         name = "score" if config.level == "edge" else "score_of_sender"
         run.table(

@@ -15,8 +15,18 @@ from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.errors import counted
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.senders import AblationKind
-from pyvene_ext.methods.circuits.choosing import By, Scores, chosen_edges, edge_groups, random_edges, shuffled_within
-from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists
+from pyvene_ext.methods.circuits.choosing import (
+    By,
+    Level,
+    Scores,
+    chosen_edges,
+    edge_groups,
+    left_out,
+    random_edges,
+    shuffled_within,
+    without_one,
+)
+from pyvene_ext.methods.circuits.circuit import Circuit, exists
 from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.stats.controls import share_as_large
@@ -95,21 +105,22 @@ def halves(base: TokenizedPrompts, source: TokenizedPrompts | None, ablation: Ab
 
 @dataclass(frozen=True)
 class Judgement:
-    """A circuit beside random ones, its complement, and itself without single edges.
+    """A circuit beside random ones, its complement, and itself without single edges, or nodes if it is made of nodes.
 
     Attributes:
         n_edges: its number of edges.
         faithfulness: with its 95% interval over prompts.
         random: faithfulness of random circuits of the same layers and kinds.
-        completeness: faithfulness of all other edges together, near 0 if the circuit misses nothing (Marks et al. 2024).
-        without: faithfulness without single edges, drawn at random.
+        completeness: faithfulness of all other edges together, or of all other nodes, near 0 if the circuit misses nothing (Marks
+            et al. 2024).
+        without: faithfulness without single edges or nodes, drawn at random.
     """
 
     n_edges: int
     faithfulness: Interval
     random: Float[np.ndarray, " circuit"]
     completeness: float
-    without: Float[np.ndarray, " edge"]
+    without: Float[np.ndarray, " removed"]
 
     @property
     def p(self) -> float:
@@ -118,7 +129,7 @@ class Judgement:
 
     @property
     def minimality(self) -> float:
-        """The share of edges without which faithfulness changes by `CHANGED` or more; NaN if none was removed."""
+        """The share of edges, or nodes, without which faithfulness changes by `CHANGED` or more; NaN if none was removed."""
         changes = np.abs(float(self.faithfulness.mean) - self.without)
         return float((changes >= CHANGED).mean()) if len(changes) else float("nan")
 
@@ -148,7 +159,7 @@ def judge(
     scores: Scores | None = None,
     n: int | None = None,
     by: By = "magnitude",
-    random: int = 10,
+    random: int = 20,
     removed: int = 20,
     seed: int = 0,
     **options: Any,
@@ -162,12 +173,13 @@ def judge(
         source: as for `run_circuits`.
         metric: as for `run_circuits`.
         scores: what chose the circuit, so that random circuits are those of permuted scores; by default they have as many edges
-            as the circuit between the same layers and kinds, and are then pruned.
+            as the circuit between the same layers and kinds, and are then pruned. With scores of nodes the circuit is made of
+            nodes: its complement is the other nodes, and nodes are removed.
         n: how many edges or nodes of the highest scores the circuit has, before it was pruned; needed with `scores`.
         by: how scores chose them, as for `top_edges`.
         random: number of random circuits.
-        removed: number of its edges that are removed, one at a time.
-        seed: of random circuits and of the edges that are removed.
+        removed: number of its edges, or nodes, that are removed, one at a time.
+        seed: of random circuits and of what is removed.
         **options: further arguments of `run_circuits`.
 
     Returns:
@@ -176,18 +188,16 @@ def judge(
     Raises:
         ValueError: for what `run_circuits` and `random_circuits` refuse, and scores that do not choose the circuit.
     """
-    edges = sorted(circuit.edges)
+    config, kept = model.config, circuit.matrix(model.config)
+    level: Level = "node" if scores is not None and np.ndim(scores) == 1 else "edge"
     chosen_by, n = (circuit, len(circuit)) if scores is None or n is None else (scores, n)
-    if chosen_by is scores and (chosen_edges(scores, n, model.config, by) != circuit.matrix(model.config)).any():
+    if chosen_by is scores and (chosen_edges(scores, n, config, by) != kept).any():
         raise ValueError(
             f"the {n} highest scores by {by} do not make this circuit, so that random circuits would have edges between other "
             "layers; give n and by as for top_edges, or leave out scores."
         )
-    chance = list(random_edges(chosen_by, n, model.config, random, by=by, seed=seed))
-    drawn = rng(seed, "removed").permutation(len(edges))[:removed]
-    without = [Circuit(circuit.edges - {edges[number]}) for number in drawn]
-    others = exists(model.config) & ~circuit.matrix(model.config)
-    run: list[Circuit | Edges] = [circuit, others, *chance, *without]
+    chance = list(random_edges(chosen_by, n, config, random, by=by, seed=seed))
+    run = [kept, left_out(kept, config, level), *chance, *without_one(kept, config, removed, level, seed)]
     found = run_circuits(model, run, base, source, metric, **options)
     mean, low, high = found.interval(seed)
     first = 2 + len(chance)

@@ -32,7 +32,7 @@ from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.receivers import TOGETHER
 from pyvene_ext.methods.attribution.senders import AblationKind, Senders, check_ablation
-from pyvene_ext.methods.circuits.choosing import By, chosen_edges, random_edges
+from pyvene_ext.methods.circuits.choosing import By, Level, chosen_edges, left_out, random_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists, matrix_of
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
@@ -243,6 +243,8 @@ def completeness(
     base: TokenizedPrompts,
     source: TokenizedPrompts | None,
     metric: MetricLike = "logit_diff",
+    *,
+    level: Level = "edge",
     **options: Any,
 ) -> float:
     """Completeness of a circuit: the faithfulness of its complement, near 0 if the circuit misses nothing (Marks et al. 2024).
@@ -253,12 +255,14 @@ def completeness(
         base: as for `run_circuits`.
         source: as for `run_circuits`.
         metric: as for `run_circuits`.
+        level: edge: the complement is all other edges. node: for a circuit that `top_nodes` made, all other nodes with the edges
+            among them.
         **options: further arguments of `run_circuits`.
 
     Returns:
-        `CircuitRuns.faithfulness` of all edges outside of the circuit.
+        `CircuitRuns.faithfulness` of the complement.
     """
-    others = exists(model.config) & ~matrix_of(circuit, model.config)
+    others = left_out(matrix_of(circuit, model.config), model.config, level)
     return faithfulness(model, others, base, source, metric, **options)
 
 
@@ -289,7 +293,7 @@ def faithfulness_curve(
         shares: the sizes as shares of all edges (or nodes), above 0 and up to 1, rounded down; `MIB_SHARES` are those of Mueller
             et al. 2025. In place of `sizes`.
         by: whether scores are chosen by their magnitude, or the highest first, as for `top_edges`.
-        complement: run each circuit's complement instead, so that the values are completeness.
+        complement: run each circuit's complement instead, the other edges or nodes, so that the values are completeness.
         random: how many `random_circuits` of each size are run too, as controls.
         seed: of their draws.
         **options: further arguments of `run_circuits`.
@@ -322,7 +326,8 @@ def faithfulness_curve(
     n_edges = np.array([int(matrix.sum()) for matrix in kept])
     for n in ascending if random else ():
         kept += random_edges(scores, n, config, random, by=by, seed=seed)
-    run = [exists(config) & ~matrix for matrix in kept] if complement else kept
+    level: Level = "node" if scores.ndim == 1 else "edge"
+    run = [left_out(matrix, config, level) for matrix in kept] if complement else kept
     runs = run_circuits(model, run, base, source, metric, **options)
     own, others = np.split(runs.circuits, [len(ascending)])
     of_random = others.reshape(len(ascending), random, len(base))

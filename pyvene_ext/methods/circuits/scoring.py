@@ -37,7 +37,7 @@ from pyvene_ext.methods.attribution.atp import atp
 from pyvene_ext.methods.attribution.edges import EdgeMethod, edge_attribution, edges_at_once
 from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation, check_edges_of
 from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes, room
-from pyvene_ext.methods.circuits.choosing import Scores
+from pyvene_ext.methods.circuits.choosing import Level, Scores
 from pyvene_ext.methods.circuits.circuit import exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.masks import STEPS as MASK_STEPS
@@ -52,7 +52,6 @@ from pyvene_ext.specs.graph import receivers, senders
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 
-Level = Literal["edge", "node"]
 OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "mask", "acdc", "random"]
 OfNodes = Literal["atp", "activation_patching", "mask", "random"]
 METHODS: dict[Level, tuple[str, ...]] = {"edge": get_args(OfEdges), "node": get_args(OfNodes)}
