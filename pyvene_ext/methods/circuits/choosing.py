@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.circuits import Level
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, edge_name, entry_receivers, exists, on_paths
 from pyvene_ext.specs.graph import Node, receivers, senders
 
-Level = Literal["edge", "node"]
 Within = Literal["layers", "anywhere"]
 By = Literal["magnitude", "value"]
 Scores = Float[np.ndarray, "sender *receiver"]  # of edges, or of nodes
@@ -75,6 +75,11 @@ def chosen_edges(scores: Scores, n: int, config: Any, by: By = "magnitude") -> E
         The pruned circuit.
     """
     return _pruned(_chosen(checked_scores(scores, config, by), n), config)
+
+
+def count_all(config: Any, level: Level = "edge") -> int:
+    """Count the edges of a model, or the nodes that a circuit may have or lack: its heads and MLPs."""
+    return int(exists(config).sum()) if level == "edge" else len(senders(config)) - 1
 
 
 def left_out(kept: Edges, config: Any, level: Level = "edge") -> Edges:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.errors import counted
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.senders import AblationKind
+from pyvene_ext.methods.circuits import Level
 from pyvene_ext.methods.circuits.choosing import (
     By,
-    Level,
     Scores,
     chosen_edges,
     edge_groups,
@@ -250,6 +251,7 @@ class Overlap:
     Attributes:
         jaccard: shared edges / edges of either.
         core: the shared edges.
+        n_other: edges of the other circuit.
         chance: the Jaccard index where the edges of both circuits are drawn anew, each keeping how many edges lead from each kind
             of sender in each layer to each kind of receiver in each layer.
         p: (1 + draws with at least the observed index) / (1 + draws); NaN, as the others, if both circuits are empty.
@@ -257,6 +259,7 @@ class Overlap:
 
     jaccard: float
     core: Circuit
+    n_other: int
     chance: Float[np.ndarray, " draw"]
     p: float
 
@@ -264,7 +267,8 @@ class Overlap:
         """The numbers as a row of a table; of chance, its mean and the middle 95% of the draws."""
         low, high = np.quantile(self.chance, (0.025, 0.975))
         chance = {"chance": float(self.chance.mean()), "chance_low": float(low), "chance_high": float(high)}
-        return {"n_shared": len(self.core), "jaccard": self.jaccard} | chance | {"p": self.p}
+        numbers = {"n_shared": len(self.core), "n_other": self.n_other, "jaccard": self.jaccard}
+        return numbers | chance | {"p": self.p}
 
 
 def jaccard(one: Circuit, other: Circuit) -> float:
@@ -313,4 +317,40 @@ def overlap(one: Circuit, other: Circuit, config: Any, draws: int = 1000, seed: 
         chance[draw] = shared / (sizes - shared) if sizes else np.nan
     found = jaccard(one, other)
     p = share_as_large(found, chance) if sizes else float("nan")
-    return Overlap(found, Circuit(one.edges & other.edges), chance, p)
+    return Overlap(found, Circuit(one.edges & other.edges), len(other), chance, p)
+
+
+def compare(
+    model: PreTrainedModel,
+    own: Circuit,
+    others: Mapping[str, Circuit],
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    metric: MetricLike = "logit_diff",
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Compare a circuit with those of other prompts, languages or methods: what they share, and what they do on its prompts.
+
+    Args:
+        model: as for `run_circuits`.
+        own: the circuit.
+        others: the other circuits, by name.
+        base: prompts of its task, which did not choose it.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        seed: of the random pairs of circuits, and of the bootstrap.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        A row for each other circuit: its name, `Overlap.row`, and its faithfulness on these prompts with its 95% interval.
+    """
+    if not others:
+        return []
+    runs = run_circuits(model, others.values(), base, source, metric, **options)
+    rows = []
+    for (name, other), *interval in zip(others.items(), *runs.interval(seed), strict=True):
+        faithful = dict(zip(("faithfulness", "low", "high"), map(float, interval), strict=True))
+        rows.append({"circuit": name} | overlap(own, other, model.config, seed=seed).row() | faithful)
+    return rows

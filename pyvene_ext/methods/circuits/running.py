@@ -32,7 +32,8 @@ from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.receivers import TOGETHER
 from pyvene_ext.methods.attribution.senders import AblationKind, Senders, check_ablation
-from pyvene_ext.methods.circuits.choosing import By, Level, chosen_edges, left_out, random_edges
+from pyvene_ext.methods.circuits import Level
+from pyvene_ext.methods.circuits.choosing import By, chosen_edges, count_all, left_out, random_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists, matrix_of
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
@@ -307,7 +308,8 @@ def faithfulness_curve(
     """
     config, random = model.config, whole_number("random", random, 0)
     scores = np.asarray(scores)
-    n_all = len(exists(config)) - 1 if scores.ndim == 1 else int(exists(config).sum())
+    level: Level = "node" if scores.ndim == 1 else "edge"
+    n_all = count_all(config, level)
     if shares is not None:
         if sizes is not None:
             raise ValueError("give sizes or shares, not both.")
@@ -326,7 +328,6 @@ def faithfulness_curve(
     n_edges = np.array([int(matrix.sum()) for matrix in kept])
     for n in ascending if random else ():
         kept += random_edges(scores, n, config, random, by=by, seed=seed)
-    level: Level = "node" if scores.ndim == 1 else "edge"
     run = [left_out(matrix, config, level) for matrix in kept] if complement else kept
     runs = run_circuits(model, run, base, source, metric, **options)
     own, others = np.split(runs.circuits, [len(ascending)])
