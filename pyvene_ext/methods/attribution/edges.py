@@ -163,9 +163,8 @@ def edge_attribution(
 
     EAP takes a forward pass on source, and a forward and a backward pass on base, in which each head's gradient goes through its
     slice of a projection; then edges x tokens x d_model multiplications. Integrated gradients take as many pairs of passes on
-    base as there are steps. `benchmarks/bench_attribution.py` gives, in forward passes, 2.8 for Gemma 3 270M (5,644 edges)
-    and 3.8 for SmolLM2-135M (70,651). What projections are computed by adapters or behind hooks is differentiated once for each
-    head, which takes several times as long.
+    base as there are steps; `docs/howto/circuits.md` has figures. Projections that adapters or hooks change are differentiated
+    once for each head, which takes several times as long.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.

@@ -139,7 +139,7 @@ def acdc(
     if not at_first[:, -1].any():
         raise ValueError("start_from has no edge into the logits, so that nothing can be tested; give one that has.")
     base.batches(batch_size)  # refuses a wrong size
-    batch_size, side_by_side = room(model, base, metric, batch_size, memory)
+    batch_size, side_by_side = batch_sizes(model, base, metric, batch_size, memory)
     with evaluating(model), no_gradients(model):
         runs = _Runs(EdgewiseModel(model), base, source, metric, ablation, batch_size, at_first)
         search = _Search(runs, at_first, tau, by, side_by_side)
@@ -320,7 +320,7 @@ def _checked_rule(metric: Metric, tau: float, by: By | None, order: str) -> By |
     return by or "magnitude"
 
 
-def room(
+def batch_sizes(
     model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric, batch_size: int, memory: int | None
 ) -> tuple[int, int]:
     """Say how many prompts to run at once, and through how many circuits side by side.

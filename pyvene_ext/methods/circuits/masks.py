@@ -121,8 +121,7 @@ def learn_mask(
     """Learn which edges or nodes a model needs, on prompts other than those that the circuit is then judged on.
 
     The loss is kl to the model itself or, of any other metric, the squared difference from the model's value, so that a circuit
-    that does the task better than the model is no better than one that does it as much worse. A step took as long as 14 forward
-    passes of tiny-qwen2.5, and as 2 of gemma-3-270m, most of whose time goes into its vocabulary.
+    that does the task better than the model is no better than one that does it as much worse.
 
     Args:
         model: as for `run_circuits`; its weights stay as they are.

@@ -83,11 +83,10 @@ def run_circuits(
     """Run the base prompts through circuits.
 
     This takes one forward pass of base and of source, and for each circuit at most one and the sums that make its receivers'
-    streams: edges x tokens x d_model multiplications, 0.4 of a forward pass for SmolLM2-135M (70,651 edges) and 0.04 for Gemma 3
-    270M (5,644). It is less where a circuit leaves layers or receivers alone, and nothing for a circuit that occurs twice, the
-    full one, and, by patching, the empty one: the ten `MIB_SHARES` take 14 and 6 forward passes of these two models. Sums over
-    senders are in float32 whatever the model's dtype; the contributions of all senders are held twice, senders x tokens x d_model
-    per prompt.
+    streams: edges x tokens x d_model multiplications. It is less where a circuit leaves layers or receivers alone, and nothing
+    for a circuit that occurs twice, the full one, and, by patching, the empty one; `docs/howto/circuits.md` has figures. Sums
+    over senders are in float32 whatever the model's dtype; the contributions of all senders are held twice, senders x tokens x
+    d_model per prompt.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.

@@ -37,7 +37,7 @@ from pyvene_ext.methods.attribution.atp import atp
 from pyvene_ext.methods.attribution.edges import EdgeMethod, edge_attribution, edges_at_once
 from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation, check_edges_of
 from pyvene_ext.methods.circuits import METHODS, Level, OfEdges, OfNodes
-from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes, room
+from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes, batch_sizes
 from pyvene_ext.methods.circuits.choosing import Scores, count_all
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
@@ -142,7 +142,7 @@ def check_scoring(
     circuits_at_once(model, base, source, batch_size, memory, gradient="mask" in methods)
     edges_at_once(model, base, source, batch_size, memory)
     if "acdc" in methods:
-        room(model, base, as_metric(metric), batch_size, memory)
+        batch_sizes(model, base, as_metric(metric), batch_size, memory)
 
 
 def score(
