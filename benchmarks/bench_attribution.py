@@ -3,11 +3,12 @@
     python benchmarks/bench_attribution.py --model smollm2-135m-instruct --threads 1
     python benchmarks/bench_attribution.py --model gemma-3-270m --threads 1
 
-Method. Pairs of prompts of random tokens, all of one length, which differ from the second token on. The unit is a forward pass on
-the base prompts with logits at the last token only. Time is that of the processor, the least of --repeats runs, so that other
-work on the machine matters less; a pass is timed beside each run. Memory is that of the weights and by how much the process
-grows; it is compared with a pass without gradients that has logits at all tokens, as a model gives them by default. The curve has
-the ten sizes of Mueller et al. 2025, of the edges that EAP ranks first.
+Method. Pairs of prompts of random tokens, all of one length, which differ from the second token on. The unit is a plain pass: the
+model as it runs the base prompts by default, with logits at all tokens. Methods need them at the last one only; what a pass with
+those costs is printed first, so that one unit can be had from the other. Operations are the floating-point operations of matrix
+products and attention, counted with torch's formulas, the same on every machine. Time is that of the processor, the least of
+--repeats runs, so that other work on the machine matters less; a pass is timed beside each run. Memory is that of the weights and
+by how much the process grows. The curve has the ten sizes of Mueller et al. 2025, of the edges that EAP ranks first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from annotated_types import Ge
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import pyvene_ext as px
 from pyvene_ext.attribution import atp
@@ -76,14 +79,40 @@ def main(config: Config) -> None:
             model(ids, use_cache=False, **options)
 
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    plain = weights + used(forward)[1]
+    plain = operations(forward), weights + used(forward)[1]
+    last = operations(partial(forward, logits_to_keep=1)) / plain[0]
     print(f"{config.model}: {config.prompts} pairs of {config.tokens} tokens, {np.isfinite(matrix).sum()} edges")
-    print("| | forward passes | MiB besides the weights | memory of a plain pass |\n|---|---|---|---|")
+    print(f"a pass with logits at the last token only takes {last:.2f} of the operations of a plain pass")
+    print("| | operations | time | memory | MiB besides the weights |\n|---|---|---|---|---|")
     for name, way in ways.items():
-        measured = [(used(partial(forward, logits_to_keep=1))[0], *used(way)) for _ in range(config.repeats)]
+        measured = [(used(forward)[0], *used(way)) for _ in range(config.repeats)]
         unit, seconds, grown = np.array(measured).T
-        times = (weights + grown.max()) / plain
-        print(f"| {name} | {seconds.min() / unit.min():.2f} | {grown.max() / 2**20:.0f} | {times:.2f} |")
+        times = operations(way) / plain[0], seconds.min() / unit.min(), (weights + grown.max()) / plain[1]
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in times) + f" | {grown.max() / 2**20:.0f} |")
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations, as FlopCounterMode, which cannot follow a gradient taken within a backward pass."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(function._overloadpacket)
+        if formula is None:
+            with self:
+                result = function.decompose(*args, **kwargs)
+            return function(*args, **kwargs) if result is NotImplemented else result
+        result = function(*args, **kwargs)
+        self.total += formula(*args, **kwargs, out_val=result)
+        return result
+
+
+def operations(way: Callable[[], Any]) -> int:
+    """Floating-point operations of a call."""
+    with Operations() as counter:
+        way()
+    return counter.total
 
 
 def used(way: Callable[[], Any]) -> tuple[float, float]:

@@ -23,10 +23,7 @@ SMOL, GEMMA = ("--model", "smollm2-135m-instruct"), ("--model", "gemma-3-270m")
 AT_LAST = ("--kind", "mean", "--mean", "per_position", "--positions", "last", "--tau", "1")
 
 LAST_NAMES, ALL = ("--answers", "first_difference"), ("--limit", "100")
-CIRCUITS = ("--limit", "32", "--methods", "eap_ig_inputs", "eap", "random", "--by", "value", "--removed", "8")
-SMALL_CIRCUITS = (
-    "--limit", "12", "--methods", "eap_ig_inputs", "random", "--by", "value", "--removed", "4", "--random_circuits", "4",
-)  # fmt: skip
+CIRCUITS = ("--limit", "32", "--by", "value", "--removed", "8", "--methods", "eap_ig_inputs", "eap", "random")
 
 
 TIME = re.compile(
@@ -113,14 +110,15 @@ REAL_MODELS = [
         "experiments/name_movers.py", *GEMMA, "--dataset", "ioi_zh", "--limit", "40", "--out", f"{REAL}/gemma_name_movers_zh",
     ]),
     Section("Which circuit does English IOI? Gemma 3", [
-        "experiments/circuit_localization.py", *GEMMA, *LAST_NAMES, *CIRCUITS, "--out", f"{REAL}/circuit_en",
+        "experiments/circuit_localization.py", *GEMMA, *LAST_NAMES, *CIRCUITS, "acdc", "--acdc_from", "0.02",
+        "--out", f"{REAL}/circuit_en",
     ], figures=[(f"{REAL}/circuit_en/figures/faithfulness.png", "Gemma 3, English: faithfulness by share of edges")]),
     Section("... and Chinese IOI, and do the two share edges?", [
         "experiments/circuit_localization.py", *GEMMA, *LAST_NAMES, *CIRCUITS, "--dataset", "ioi_zh",
         "--compare", f"{REAL}/circuit_en/circuit_eap_ig_inputs.json", "--out", f"{REAL}/circuit_zh",
     ]),
     Section("... and English IOI in SmolLM2", [
-        "experiments/circuit_localization.py", *SMOL, *SMALL_CIRCUITS, "--out", f"{REAL}/circuit_smol",
+        "experiments/circuit_localization.py", *SMOL, *CIRCUITS, "acdc", "--acdc_from", "0.002", "--out", f"{REAL}/circuit_smol",
     ]),
     Section("Induction heads of SmolLM2", [
         "experiments/induction_scores.py", "--model_name", SMOL[1], "--repeats", "2", "--output_dir", f"{REAL}/smol_induction",

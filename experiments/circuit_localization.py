@@ -12,9 +12,10 @@ Faithfulness is (M(circuit) - M(empty circuit)) / (M(model) - M(empty circuit)) 
 Scores (`pyvene_ext.methods.circuits.scoring`) of edges: eap (Syed et al. 2023), eap_ig_inputs, eap_ig_activations (Hanna et al.
 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask (learned, slow), acdc (Conmy et al. 2023, slow),
 random. ACDC gives one circuit for each `--tau` and no scores: its edges rank by what their removal changed when it was tested, so
-that those it keeps come first, and every method is judged at their number too.
+that those it keeps come first, and every method is judged at their number too. On large models it is affordable from the edges
+that another method ranks highest: `--methods eap_ig_inputs acdc --acdc_from 0.02`.
 Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random. Scores are of the ablation that circuits are run
-with; flow and random do not know of it.
+with; flow and random do not depend on it.
 
 Following MIB, the Mechanistic Interpretability Benchmark (Mueller et al. 2025), circuits have 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50
 and 100% of the edges (or nodes), before edges are dropped that lie on no path from the embedding to the logits. CPR is the area
@@ -23,14 +24,14 @@ faithfulness and 1, scores of the largest magnitude being taken first: 0 is best
 over held-out prompts. Here grouped K/V heads are one receiver each; MIB's graphs have one a query head.
 
 Of each method the circuit of `--share` of the edges is written (of acdc, those that it keeps), with its faithfulness; that of
-random circuits with as many edges between the same layers and kinds; its completeness, the faithfulness of all other edges
-together, near 0 if the circuit misses nothing; and minimality, the share of `--removed` of its edges without which faithfulness
-changes by 0.01 or more.
+random circuits with as many edges between the same layers and kinds; its completeness, the faithfulness of all other edges (or
+nodes) together, near 0 if the circuit misses nothing; and minimality, the share of `--removed` of its edges (or nodes) without
+which faithfulness changes by 0.01 or more.
 
 `--compare` counts the edges that the first method's circuit shares with those of other runs, beside pairs of random circuits with
-as many edges between the same layers and kinds.
+as many edges between the same layers and kinds, and runs those circuits on the held-out prompts of this run.
 
-Written to the folder OUT: methods.csv, one row a method; curves.csv, faithfulness by share; shared.csv, with --compare;
+Written to the folder OUT: methods.csv, one row per method; curves.csv, faithfulness by share; shared.csv, with --compare;
 scores_METHOD.npy, [sender receiver] or [sender]; circuit_METHOD.json, which `pyvene_ext.circuits.load_circuit` reads, .dot, and
 .csv, its edges with their scores (or those of their senders), which `python -m pyvene_ext.report OUT` draws; figures; config.yaml
 (running it again gives the same); and summary.json, what was run.
@@ -42,11 +43,13 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
 import pyvene_ext as px
+from pyvene_ext.methods.circuits import METHODS, Level, OfEdges, OfNodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,18 +59,7 @@ if TYPE_CHECKING:
     from pyvene_ext.methods.circuits.faithfulness import Curve
     from pyvene_ext.methods.circuits.judging import Judgement
 
-Method = Literal[
-    "eap",
-    "eap_ig_inputs",
-    "eap_ig_activations",
-    "path_patching",
-    "flow",
-    "mask",
-    "acdc",
-    "random",
-    "atp",
-    "activation_patching",
-]
+Method = OfEdges | OfNodes
 Rows = list[dict[str, Any]]
 RANKINGS: tuple[By, By] = ("value", "magnitude")
 
@@ -76,7 +68,7 @@ RANKINGS: tuple[By, By] = ("value", "magnitude")
 class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
     out: px.flags.Out = None
     batch_size: px.flags.BatchSize = 8
-    level: Literal["edge", "node"] = "edge"
+    level: Level = "edge"
     """what circuits are made of: edges, or heads and MLPs with all edges among them"""
     methods: px.flags.EachOnce[Method] = ()
     """how edges or nodes are scored; by default eap, eap_ig_inputs, flow and random, or atp and random"""
@@ -88,20 +80,22 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
     """of integrated gradients"""
     tau: Annotated[float, Gt(0)] = 0.1
     """of acdc: edges whose removal changes the mean metric by less are removed, in units of the metric"""
+    acdc_from: Annotated[float, Gt(0), Le(1)] = 1.0
+    """acdc tests only this share of the edges, those that the first method ranks highest; the others are removed untested"""
     share: Annotated[float, Gt(0), Le(1)] = 0.01
     """share of the edges or nodes in the circuit that is written"""
     by: Literal["magnitude", "value"] = "magnitude"
-    """magnitude: it has the strongest edges, be they for or against the answer; value: those that help most"""
-    random_circuits: px.flags.Count = 10
-    """random circuits beside it"""
+    """magnitude: the scores of the largest magnitude, of either sign; value: the highest, of what helps most"""
+    random_circuits: px.flags.Count = 20
+    """random circuits beside it, of which p is (1 + those as faithful) / (1 + all)"""
     removed: px.flags.Count = 20
-    """of its edges are removed, one at a time, for minimality"""
+    """of its edges (or nodes) are removed, one at a time, for minimality"""
     compare: px.flags.EachOnce[str] = ()
-    """circuit_METHOD.json of other runs of this model, such as of another language: how many edges the first method's shares"""
+    """circuit_METHOD.json of other runs, such as of another language: what it shares with the first method's, and does here"""
+    other_weights: bool = False
+    """--compare takes circuits of other weights too, such as those of an earlier checkpoint"""
 
     def check_flags(self) -> None:
-        from pyvene_ext.methods.circuits.scoring import METHODS
-
         unknown = [method for method in self.methods if method not in METHODS[self.level]]
         if unknown:
             raise ValueError(
@@ -110,6 +104,10 @@ class Config(px.flags.Model, px.flags.Prompts, px.flags.Memory):
         if self.metric == "kl" and set(self.chosen) & {"eap", "atp"}:
             raise ValueError(
                 "--metric kl has no first-order term at the clean run: leave eap and atp out of --methods."
+            )
+        if self.acdc_from < 1 and self.chosen[0] in ("acdc", "random"):
+            raise ValueError(
+                "--acdc_from needs a method that ranks the edges, such as eap: name it first in --methods."
             )
 
     @property
@@ -127,7 +125,9 @@ def main(config: Config) -> None:
     run = px.RunFolder(config, "circuit_localization", config.model, config.dataset)
     prompt_set = config.load_prompts()
     model, tokenizer = config.load_model()
-    others = {path: px.circuits.load_circuit(path, model) for path in config.compare}
+    others = {
+        path: px.circuits.load_circuit(path, model, other_weights=config.other_weights) for path in config.compare
+    }
     alone = config.ablation == "zero"  # needs no corrupt texts
     pairs = None if alone else config.tokenize_pairs(prompt_set, model, tokenizer)
     base, source = pairs or (config.tokenize(prompt_set, model, tokenizer), None)
@@ -143,18 +143,18 @@ def main(config: Config) -> None:
     means = px.circuits.check_defined(model, *judged, seed=config.seed, **options(config))
 
     with px.engine.first_tokens_said():
-        found: dict[str, Found] = {method: found_by(config, model, method, scored, judged) for method in config.chosen}
+        found: dict[str, Found] = {}
+        for method in config.chosen:
+            found[method] = found_by(config, model, method, scored, judged, found)
         rows = table_of(config, model, found, judged, a_pass * len(scored[0]))
-    own = found[config.chosen[0]].circuit
-    shared = [
-        {"circuit": path, **px.circuits.overlap(own, other, model.config).row()} for path, other in others.items()
-    ]
+        own = found[config.chosen[0]].circuit
+        shared = px.circuits.compare(model, own, others, *judged, seed=config.seed, **options(config))
 
     facts = px.metadata(
         model,
         **settings(config, halves),
         shared=shared,
-        n_all=n_all(config, model),
+        n_all=px.circuits.count_all(model.config, config.level),
         n_acdc=found["acdc"].n if "acdc" in found else None,
         mean_clean=means[0],
         mean_empty=means[1],
@@ -178,16 +178,9 @@ def main(config: Config) -> None:
 # -- what is run -------------------------------------------------------------------------------------------------------
 
 
-def n_all(config: Config, model: PreTrainedModel) -> int:
-    """Edges or nodes of the model."""
-    from pyvene_ext.methods.circuits.circuit import exists
-
-    return int(exists(model.config).sum()) if config.level == "edge" else len(exists(model.config)) - 1
-
-
 def cost(config: Config, model: PreTrainedModel) -> tuple[float, float]:
     """About how many forward passes of a pair it takes to score and judge: for each pair, and whatever their number."""
-    how = config.level, config.steps, config.ablation, config.batch_size
+    how = config.level, config.steps, config.ablation, config.batch_size, config.acdc_from
     each, fixed = zip(*(px.circuits.score_cost(model.config, method, *how) for method in config.chosen), strict=True)
     judging = 1.7 * (2 * 8 + config.random_circuits + config.removed)  # of two times ten sizes some are cheap
     return (sum(each) + len(each) * judging) / 2, sum(fixed)
@@ -217,19 +210,21 @@ class Found:
         return areas | own | {"seconds": self.seconds, "passes": self.seconds / a_pass}
 
 
-def found_by(config: Config, model: PreTrainedModel, method: Method, on_scored: Any, on_judged: Any) -> Found:
+def found_by(
+    config: Config, model: PreTrainedModel, method: Method, on_scored: Any, on_judged: Any, earlier: Mapping[str, Found]
+) -> Found:
     """Score every edge or node on one half of the pairs, and judge circuits on the other."""
-    how = (
-        {name: getattr(config, name) for name in ("level", "steps", "tau", "seed")}
-        | {"method": method}
-        | options(config)
-    )
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("level", "steps", "tau", "seed")} | options(config)
+    number = partial(px.circuits.count_all, model.config, config.level)
+    if method == "acdc" and config.acdc_from < 1:
+        first = earlier[config.chosen[0]].scores
+        how["start_from"] = px.circuits.top_edges(first, int(config.acdc_from * number()), model.config, config.by)
     start = time.perf_counter()
-    scores = px.circuits.score(model, *on_scored, **how)
+    scores = px.circuits.score(model, *on_scored, method, **how)
     seconds = time.perf_counter() - start
     how = options(config) | {"shares": px.circuits.MIB_SHARES}
     curves = {by: px.circuits.faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
-    by_share = max(1, int(config.share * n_all(config, model)))
+    by_share = max(1, int(config.share * number()))
     n = by_share if method != "acdc" else int((abs(scores) >= config.tau).sum())  # what it keeps
     chosen = px.circuits.top_edges if config.level == "edge" else px.circuits.top_nodes
     circuit = chosen(scores, n, model.config, config.by)
@@ -256,7 +251,7 @@ def table_of(config: Config, model: PreTrainedModel, found: Mapping[str, Found],
 
 def settings(config: Config, halves: px.circuits.Halves) -> dict[str, Any]:
     """What was run, for the summary."""
-    flags = ("model", "dataset", "level", "ablation", "metric", "share", "by", "tau", "answers", "seed")
+    flags = ("model", "dataset", "level", "ablation", "metric", "share", "by", "tau", "acdc_from", "answers", "seed")
     prompts = {"n": len(halves.base), "dropped": halves.left_out, "why_dropped": halves.why}
     hashes = {"base_hash": halves.base.hash, "source_hash": halves.source and halves.source.hash}
     drawn = {"scored": halves.scored, "judged": halves.judged}
@@ -270,7 +265,7 @@ def write_circuit(
     facts = {"method": method, "level": config.level, "metric": config.metric, "dataset": config.dataset}
     px.circuits.save_circuit(one.circuit, run.path / f"circuit_{method}.json", model, **facts)
     weights = px.circuits.named_scores(one.scores, one.circuit, model.config)
-    px.circuits.save_dot(one.circuit, run.path / f"circuit_{method}.dot", weights)
+    px.circuits.save_dot(one.circuit, run.path / f"circuit_{method}.dot", model.config, weights)
     if weights and method != "random":
         name = "score" if config.level == "edge" else "score_of_sender"
         run.table(
@@ -314,7 +309,7 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
     if lost:
         lines.append(f"no edge lies on a path from the embedding to the logits, of {', '.join(lost)}: a larger --share")
     taken = ", ".join(f"{row['method']} {row['passes']:.0f}" for row in rows)
-    lines.append(f"scoring took as long as so many forward passes over its pairs: {taken}")
+    lines.append(f"scoring took, by the clock, as long as this many forward passes over its pairs: {taken}")
     if facts["n_acdc"] is not None:
         same = ", ".join(f"{row['method']} {row['as_many']:.2f}" for row in rows)
         lines.append(f"faithfulness of as many edges as acdc keeps, {facts['n_acdc']}: {same}")
@@ -323,6 +318,8 @@ def summary(config: Config, facts: dict[str, Any], rows: Rows) -> str:
             f"by chance {row['chance']:.2f} [{row['chance_low']:.2f}, {row['chance_high']:.2f}], p = {row['p']:.2g}"
         )
         lines.append(f"{row['n_shared']} edges shared with {row['circuit']}: Jaccard {row['jaccard']:.2f}, {chance}")
+        does = f"{row['faithfulness']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        lines.append(f"on these prompts that circuit, of {row['n_other']} edges, has a faithfulness of {does}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
 """Short name of `pyvene_ext.methods.circuits`: its public names."""
 
+from pyvene_ext.methods.circuits import METHODS
 from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes
-from pyvene_ext.methods.circuits.choosing import random_circuits, top_edges, top_nodes
+from pyvene_ext.methods.circuits.choosing import count_all, random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit, named_scores
 from pyvene_ext.methods.circuits.faithfulness import areas_row
 from pyvene_ext.methods.circuits.files import edge_rows, load_circuit, save_circuit, save_dot
@@ -10,6 +11,7 @@ from pyvene_ext.methods.circuits.judging import (
     Judgement,
     Overlap,
     check_defined,
+    compare,
     halves,
     jaccard,
     judge,
@@ -24,7 +26,7 @@ from pyvene_ext.methods.circuits.running import (
     run_circuit,
     run_circuits,
 )
-from pyvene_ext.methods.circuits.scoring import METHODS, check_scoring, score, score_cost
+from pyvene_ext.methods.circuits.scoring import check_scoring, score, score_cost
 
 __all__ = [
     "METHODS",
@@ -39,7 +41,9 @@ __all__ = [
     "areas_row",
     "check_defined",
     "check_scoring",
+    "compare",
     "completeness",
+    "count_all",
     "edge_rows",
     "faithfulness",
     "faithfulness_curve",

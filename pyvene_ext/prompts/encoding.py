@@ -10,6 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pyvene_ext.io.errors import counted
+
 Answers = Literal["first_token", "first_difference"]
 RESERVED_POSITIONS = ("all", "end", "last")
 
@@ -253,10 +255,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, string: str, where: str, *, chat:
     words = [
         string[start:end] for token, (start, end) in zip(ids, offsets, strict=True) if token == tokenizer.unk_token_id
     ]
-    if unknown := [word for word in words if word and word != tokenizer.unk_token]:
+    if unknown := list(dict.fromkeys(word for word in words if word and word != tokenizer.unk_token)):
+        more = f" and {counted(len(unknown) - 10, 'other')}" if len(unknown) > 10 else ""
         raise ValueError(
-            f"{where}: the tokenizer does not know {', '.join(map(repr, unknown))}; use words of its vocabulary, or another "
-            "model."
+            f"{where}: the tokenizer does not know {', '.join(map(repr, unknown[:10]))}{more}; use words of its vocabulary "
+            "(docs/prompts.md says which prompts a shipped model knows), or another model."
         )
     return Encoded(ids, offsets)
 

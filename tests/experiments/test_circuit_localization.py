@@ -21,6 +21,7 @@ from pyvene_ext.circuits import (
     load_circuit,
     named_scores,
     overlap,
+    run_circuit,
     run_circuits,
     score,
     top_edges,
@@ -118,6 +119,14 @@ def test_another_runs_circuit_is_compared_and_nodes_are_judged(
     (row,) = rows(tmp_path / "nodes" / "shared.csv")
     assert float(row["jaccard"]) == pytest.approx(overlap(own, compared, model.config).jaccard)
     assert f"{row['n_shared']} edges shared with {other}: Jaccard" in said
+    facts = json.loads((tmp_path / "nodes/summary.json").read_text())
+    clean = px.PromptSet.load("ioi_en")[:8].tokenize(px.load_model("tiny-qwen2.5")[1]).take(facts["judged"])
+    there, empty, whole = (
+        run_circuit(model, circuit, clean, None, ablation="zero", progress=False)
+        for circuit in (compared, Circuit(frozenset()), Circuit.full(model.config))
+    )
+    expected = (there.mean() - empty.mean()) / (whole.mean() - empty.mean())
+    assert float(row["faithfulness"]) == pytest.approx(expected, abs=1e-4) and int(row["n_other"]) == len(compared)
     assert [row["method"] for row in rows(tmp_path / "nodes/methods.csv")] == ["atp", "random"]
     scores = dict(
         zip(map(str, px.specs.senders(model.config)), np.load(tmp_path / "nodes/scores_atp.npy"), strict=True)
@@ -155,6 +164,23 @@ def test_every_method_is_judged_at_the_size_that_acdc_finds(tmp_path: Path, caps
     assert f"faithfulness of as many edges as acdc keeps, {n}: acdc {expected[0]:.2f}, eap" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_acdc_tests_only_the_edges_that_the_first_method_ranks_highest(tmp_path: Path) -> None:
+    flags = ["--methods", "eap", "acdc", "--acdc_from", 0.05, "--tau", 0.5, "--removed", 1, "--random_circuits", 1]
+    assert command("--limit", 6, "--out", tmp_path / "x", *flags) == 0
+    model, tokenizer = px.load_model("tiny-qwen2.5")
+    facts = json.loads((tmp_path / "x/summary.json").read_text())
+    pairs = px.methods.both_texts(px.PromptSet.load("ioi_en")[:6], model, tokenizer)
+    on_scored = [texts.take(facts["scored"]) for texts in pairs]
+    start = top_edges(np.load(tmp_path / "x/scores_eap.npy"), 96, model.config)
+    found = acdc(model, *on_scored, "logit_diff", tau=0.5, start_from=start, progress=False)
+    assert load_circuit(tmp_path / "x/circuit_acdc.json", model) == found.circuit and 3 < len(found.circuit) < len(
+        start
+    )
+    tested = named_scores(np.load(tmp_path / "x/scores_acdc.npy"), Circuit.full(model.config), model.config)
+    assert {edge for edge, effect in tested.items() if effect} <= start.edges
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -164,6 +190,7 @@ def test_every_method_is_judged_at_the_size_that_acdc_finds(tmp_path: Path, caps
         (["--share", "1.5"], "--share"),
         (["--methods", "acdc", "--tau", "0"], "--tau"),
         (["--level", "node", "--methods", "acdc"], "--methods acdc does not score nodes"),
+        (["--methods", "acdc", "--acdc_from", "0.1"], "--acdc_from needs a method that ranks the edges"),
         (["--limit", "2"], "too few to score edges on some and judge on others"),
         (["--compare", "nowhere.json"], "nowhere.json"),
     ],

@@ -533,7 +533,7 @@ def test_only_the_main_process_works(folder: Path, monkeypatch: pytest.MonkeyPat
         (["--dataset", "ioi_enn"], "there is no prompt set 'ioi_enn'; did you mean 'ioi_en'?"),
         (
             ["--dataset", "recent_en"],
-            "the tokenizer does not know 'is', 'teacher', 'is', 'student', 'The', 'child', 'is',",
+            "the tokenizer does not know 'is', 'teacher', 'student', 'The', 'child';",
         ),
         (
             ["--dataset", "lone.json"],

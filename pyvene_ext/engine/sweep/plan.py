@@ -76,11 +76,16 @@ def default_budget(model: PreTrainedModel, memory: int | None, columns: int = 1)
     check_memory(memory)
     if memory is None:
         reading = 2 * METRIC_COPIES * ActivationSizes(model).logits(columns)
-        memory = max(256 * MIB, weights_on_a_device(model) // 2, reading)
+        memory = max(_default_memory(model), reading)
     if input_device(model).type != "cpu":
         return Budget(int(memory), 65536)
     # In a small model the overhead of calls dominates: more tokens in each, as long as the MLP's activations stay in cache.
     return Budget(int(memory), max(2048, 2 * MIB // (dimensions(model.config)["d_mlp"] * model.dtype.itemsize)))
+
+
+def _default_memory(model: PreTrainedModel) -> int:
+    """Working memory in bytes that is small beside the weights."""
+    return max(256 * MIB, weights_on_a_device(model) // 2)
 
 
 def check_memory(memory: int | None) -> None:
@@ -96,26 +101,33 @@ def check_memory(memory: int | None) -> None:
         raise ValueError(f"memory must be a whole number of bytes above 0, not {memory!r}.")
 
 
-def prompts_that_fit(memory: int, each: int, most: int) -> int:
-    """Count the prompts that fit into memory.
+def prompts_at_once(model: PreTrainedModel, n_prompts: int, each: int, batch_size: int, memory: int | None) -> int:
+    """Choose the size of batches: at most `batch_size`, as many as fit into memory, and all about as large.
 
     Args:
-        memory: bytes besides the weights.
+        model: the model that is run.
+        n_prompts: number of prompts, at least 1.
         each: bytes that a prompt takes.
-        most: the largest number of prompts.
+        batch_size: the largest number of prompts.
+        memory: bytes besides the weights; by default half of what the weights take, at least 256 MiB, or one prompt if that takes
+            more.
 
     Returns:
         The number of prompts.
 
     Raises:
-        ValueError: not even one fits; says how much it takes.
+        ValueError: `memory` is not a positive whole number, or does not hold one prompt; says how much that takes.
     """
+    check_memory(memory)
+    if memory is None:
+        memory = max(each, _default_memory(model))
     if each > memory:
         raise ValueError(
             f"{memory / MIB:.1f} MiB of working memory do not hold what one prompt takes; allow at least "
             f"{ceil(10 * each / MIB) / 10:.1f} MiB ({each / MIB / 1024 + 5e-4:.3f} GiB)."
         )
-    return min(most, memory // each)
+    n_batches = ceil(n_prompts / min(batch_size, memory // each))
+    return ceil(n_prompts / n_batches)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Effects of patching estimated from gradients: nodes (AtP), edges (EAP), circuits, inputs, and estimates that screen a sweep."""
+"""Effects of patching estimated from gradients: nodes (AtP), edges (EAP), inputs, and estimates that screen a sweep."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from modelcards import COMPONENTS, FIELD_NAMES, Taps, card_of, dimensions, n_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.resolve import Resolved, check_pairs_differ, resolve
-from pyvene_ext.engine.sweep.plan import ActivationSizes, check_memory, prompts_that_fit
+from pyvene_ext.engine.sweep.plan import ActivationSizes, prompts_at_once
 from pyvene_ext.intervenable.statistics import Place
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.methods.attribution.gradients import (
@@ -83,8 +83,8 @@ def atp(
         source: the prompts that activations are taken from, paired with `base` by order.
         metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function.
         batch_size: prompts per forward and backward pass.
-        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights, and
-            besides the activations of the source prompts, which are read first and kept.
+        memory: bytes besides the weights, and besides the activations of the source prompts, which are read first and kept; fewer
+            prompts are taken at once where `batch_size` of them need more. By default as for `sweep`.
         progress: show a bar.
 
     Returns:
@@ -137,8 +137,8 @@ def atp_star(
         qk_fix: recompute the pattern for patches of q and k.
         grad_drop: drop one layer's gradient at a time.
         batch_size: prompts per forward and backward pass.
-        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights, and
-            besides the activations of the source prompts, which are read first and kept.
+        memory: bytes besides the weights, and besides the activations of the source prompts, which are read first and kept; fewer
+            prompts are taken at once where `batch_size` of them need more. By default as for `sweep`.
         progress: show a bar.
 
     Returns:
@@ -212,14 +212,12 @@ def _groups(resolved: Resolved, qk_fix: bool) -> list[_PatchGroup]:
 def _fitting(resolved: Resolved, groups: list[_PatchGroup], batch_size: int, memory: int | None) -> int:
     """Count the prompts that fit: the graph, and what is edited, its gradient, replacement and copies for each group."""
     resolved.prompts.batches(batch_size)  # refuses a wrong size
-    check_memory(memory)
-    if memory is None:
-        return batch_size
-    model, length = resolved.model, max(map(len, resolved.prompts.input_ids))
+    model, lengths = resolved.model, [*map(len, resolved.prompts.input_ids)]
+    length = max(lengths)
     patterns = sum(group.recomputes_pattern for group in groups) * n_heads(model.config) * length
     width = sum(card_of(model).width(model, group.edited[0]) or 0 for group in groups)
     each = ActivationSizes(model).graph(length) + 4 * length * 6 * (width + patterns)
-    return prompts_that_fit(memory, each, batch_size)
+    return prompts_at_once(model, len(lengths), each, batch_size, memory)
 
 
 def _effects(

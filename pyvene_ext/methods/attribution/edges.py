@@ -28,7 +28,7 @@ from modelcards import Taps, card_of, dimensions, n_heads, n_layers
 from pyvene_ext.engine.measure import Metric, MetricLike, as_metric, check_metric
 from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.engine.results import Shown, Summary, count, strongest_rows, table
-from pyvene_ext.engine.sweep.plan import ActivationSizes, check_memory, prompts_that_fit
+from pyvene_ext.engine.sweep.plan import ActivationSizes, prompts_at_once
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.gradients import ADDS, check_differentiable, metric_total
@@ -163,9 +163,8 @@ def edge_attribution(
 
     EAP takes a forward pass on source, and a forward and a backward pass on base, in which each head's gradient goes through its
     slice of a projection; then edges x tokens x d_model multiplications. Integrated gradients take as many pairs of passes on
-    base as there are steps. `benchmarks/bench_attribution.py` gives, in forward passes, 2.8 for Gemma 3 270M (5,644 edges)
-    and 3.8 for SmolLM2-135M (70,651). What projections are computed by adapters or behind hooks is differentiated once for each
-    head, which takes several times as long.
+    base as there are steps; `docs/howto/circuits.md` has figures. Projections that adapters or hooks change are differentiated
+    once for each head, which takes several times as long.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
@@ -186,8 +185,9 @@ def edge_attribution(
         ablation: what ablated edges carry, as `pyvene_ext.methods.attribution.senders` defines it.
         steps: of the two integrated gradients; 1 is eap.
         batch_size: prompts per forward and backward pass.
-        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights. Most
-            is taken by the changes of all senders, senders x tokens x d_model in float32, and the graph of the backward pass.
+        memory: bytes besides the weights; fewer prompts are taken at once where `batch_size` of them need more. By default as for
+            `sweep`. Most is taken by the changes of all senders, senders x tokens x d_model in float32, and by the graph of the
+            backward pass.
         progress: show a bar.
 
     Returns:
@@ -200,10 +200,7 @@ def edge_attribution(
     """
     metric = as_metric(metric)
     check_edges(model, base, source, metric, method, steps, ablation)
-    base.batches(batch_size)  # refuses a wrong size
-    check_memory(memory)
-    if memory is not None:
-        batch_size = min(edges_fitting(model, some, memory, batch_size) for some in (base, source) if some is not None)
+    batch_size = edges_at_once(model, base, source, batch_size, memory)
     nodes = _nodes(model)
     exists = edge_exists(*nodes)
     scores = np.empty((*exists.shape, len(base)), np.float32)
@@ -223,26 +220,35 @@ def edge_attribution(
     return EdgeScores(*nodes, scores, metric.label, method)
 
 
-def edges_fitting(model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int) -> int:
+def edges_at_once(
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    batch_size: int,
+    memory: int | None,
+) -> int:
     """Count the prompts that fit: the graph, changes of all senders, gradients of some receivers, and scores.
 
     Args:
         model: as for `edge_attribution`.
-        prompts: base or source prompts.
-        memory: bytes.
-        most: the largest number of prompts.
+        base: as for `edge_attribution`.
+        source: as for `edge_attribution`.
+        batch_size: as for `edge_attribution`.
+        memory: as for `edge_attribution`.
 
     Returns:
         The number of prompts.
 
     Raises:
-        ValueError: not even one fits.
+        ValueError: a wrong size, and where not even one fits.
     """
-    length, (n_senders, n_receivers) = max(map(len, prompts.input_ids)), edge_exists(*_nodes(model)).shape
+    base.batches(batch_size)  # refuses a wrong size
+    length = max(len(ids) for some in (base, source) if some is not None for ids in some.input_ids)
+    n_senders, n_receivers = edge_exists(*_nodes(model)).shape
     heads = n_receivers // n_layers(model.config)  # receivers of a layer
     streams = 4 * length * dimensions(model.config)["d_model"] * (n_senders + TOGETHER + 2 * heads)
     each = ActivationSizes(model).graph(length) + streams + 4 * 4 * n_senders * n_receivers
-    return prompts_that_fit(memory, each, most)
+    return prompts_at_once(model, len(base), each, batch_size, memory)
 
 
 def _nodes(model: PreTrainedModel) -> tuple[tuple[Node, ...], tuple[Node, ...]]:

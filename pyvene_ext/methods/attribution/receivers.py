@@ -51,14 +51,14 @@ class Products:
         self._buffer = receiving.gradients.take((widest, *changes.shape[1:]), changes.device).zero_()
         self._group = self._groups[0]
 
-    def room(self, those: slice) -> Parts:
+    def slots(self, those: slice) -> Parts:
         """Where to write gradients.
 
         Args:
             those: receivers of one layer.
 
         Returns:
-            A tensor to be filled, before room is asked for others.
+            A tensor to be filled, before others are asked for.
         """
         if those.start < self._group.start:
             self._multiply()
@@ -117,7 +117,7 @@ class Receivers:
 
         def cut(those: slice, pull: Callable[[Tensor, Parts], None], stream: Tensor, read: Tensor) -> Tensor:
             def back(gradient: Tensor) -> Tensor:
-                parts = products().room(those)
+                parts = products().slots(those)
                 pull(gradient, parts)
                 total = torch.zeros_like(stream)
                 total[:, start:] = parts.sum(0) if len(parts) > 1 else parts[0]
@@ -147,7 +147,7 @@ class Receivers:
 
         def by_logits(stream: Tensor) -> None:
             def back(gradient: Tensor) -> None:
-                products().room(self.places["logits", None])[0] = gradient[:, start:]
+                products().slots(self.places["logits", None])[0] = gradient[:, start:]
 
             stream.register_hook(back)
 

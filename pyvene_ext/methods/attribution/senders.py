@@ -123,8 +123,11 @@ class Senders:
             assert weight is not None  # `check_projections` has checked it
             by_head = weight.detach().unflatten(0, (self.heads, -1)).float()
             if self.card.post_norm_scale is None:
-                # From the layer's device to the first one, as below.
-                of_heads.flatten(1, 2).copy_(self._by_head(change(heads)) @ by_head)
+                z = self._by_head(change(heads))
+                if z.device == of_heads.device:
+                    torch.bmm(z, by_head, out=of_heads.flatten(1, 2))
+                else:  # from the layer's device to the first one, as below
+                    of_heads.flatten(1, 2).copy_(z @ by_head)
             else:
                 norm = self.card.module(self.model, "attention_contribution", layer)
                 of_heads.zero_()

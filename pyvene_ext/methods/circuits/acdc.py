@@ -43,11 +43,12 @@ from modelcards import dimensions, n_layers
 from pyvene_ext.engine.measure import METRICS, Metric, MetricLike, as_array, check_metric
 from pyvene_ext.engine.sweep.plan import METRIC_COPIES, MIB, check_memory, default_budget
 from pyvene_ext.io.bars import progress_bar
+from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation
 from pyvene_ext.methods.circuits.acdc_run import AcdcRun
 from pyvene_ext.methods.circuits.choosing import By
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, edge_name, entry_receivers, exists, matrix_of
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
-from pyvene_ext.methods.circuits.running import AblatedValues, AblationKind, check_ablation, of_one_length
+from pyvene_ext.methods.circuits.running import AblatedValues, of_one_length
 from pyvene_ext.models.devices import no_gradients
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import Batch, TokenizedPrompts
@@ -138,7 +139,7 @@ def acdc(
     if not at_first[:, -1].any():
         raise ValueError("start_from has no edge into the logits, so that nothing can be tested; give one that has.")
     base.batches(batch_size)  # refuses a wrong size
-    batch_size, side_by_side = room(model, base, metric, batch_size, memory)
+    batch_size, side_by_side = batch_sizes(model, base, metric, batch_size, memory)
     with evaluating(model), no_gradients(model):
         runs = _Runs(EdgewiseModel(model), base, source, metric, ablation, batch_size, at_first)
         search = _Search(runs, at_first, tau, by, side_by_side)
@@ -319,7 +320,7 @@ def _checked_rule(metric: Metric, tau: float, by: By | None, order: str) -> By |
     return by or "magnitude"
 
 
-def room(
+def batch_sizes(
     model: PreTrainedModel, prompts: TokenizedPrompts, metric: Metric, batch_size: int, memory: int | None
 ) -> tuple[int, int]:
     """Say how many prompts to run at once, and through how many circuits side by side.

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
+from pyvene_ext.methods.circuits import Level
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, edge_name, entry_receivers, exists, on_paths
 from pyvene_ext.specs.graph import Node, receivers, senders
 
@@ -74,6 +75,50 @@ def chosen_edges(scores: Scores, n: int, config: Any, by: By = "magnitude") -> E
         The pruned circuit.
     """
     return _pruned(_chosen(checked_scores(scores, config, by), n), config)
+
+
+def count_all(config: Any, level: Level = "edge") -> int:
+    """Count the edges of a model, or the nodes that a circuit may have or lack: its heads and MLPs."""
+    return int(exists(config).sum()) if level == "edge" else len(senders(config)) - 1
+
+
+def left_out(kept: Edges, config: Any, level: Level = "edge") -> Edges:
+    """Take what a circuit leaves out.
+
+    Args:
+        kept: the circuit; of nodes, one that `top_nodes` made.
+        config: the model's config.
+        level: edge: all other edges, also those of the circuit's nodes. node: all edges among the other nodes, the embedding and
+            the logits.
+
+    Returns:
+        The complement.
+    """
+    return exists(config) & ~kept if level == "edge" else _pruned(~kept.any(1), config)
+
+
+def without_one(kept: Edges, config: Any, count: int, level: Level = "edge", seed: int = 0) -> Iterator[Edges]:
+    """Remove single edges or nodes from a circuit, drawn at random.
+
+    Args:
+        kept: as for `left_out`.
+        config: the model's config.
+        count: how many are removed, one at a time; all, if there are fewer.
+        level: whether edges or nodes are removed.
+        seed: of the draw.
+
+    Yields:
+        The circuit without one edge, or without one head or MLP and all edges of it.
+    """
+    nodes = kept.any(1)
+    there = kept if level == "edge" else nodes & (np.arange(len(nodes)) > 0)  # the embedding stays
+    for place in rng(seed, "removed").permutation(np.argwhere(there))[:count]:
+        if level == "edge":
+            rest = kept.copy()
+            rest[tuple(place)] = False
+            yield rest
+        else:
+            yield _pruned(nodes & (np.arange(len(nodes)) != place), config)
 
 
 def random_circuits(

@@ -1,4 +1,4 @@
-"""What runs of circuits say: faithfulness of each circuit, and by size."""
+"""Faithfulness of circuits, of each and by size."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Curve(Shown):
 
         Returns:
             A table with the columns size, n_edges (of the chosen circuit), circuit ("chosen", or "random 0" and so on), prompt,
-            clean, source, and value: the metric under the circuit.
+            clean, empty, and value: the metric under the circuit.
         """
         values = self.runs.circuits[:, None]
         if self.random is not None:

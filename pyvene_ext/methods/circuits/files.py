@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_kv_heads, n_layers
 from pyvene_ext.io.files import atomic_path, read_as, write_json
-from pyvene_ext.methods.circuits.circuit import Circuit, parse_edge
+from pyvene_ext.methods.circuits.circuit import Circuit, edge_name, parse_edge
 from pyvene_ext.models.identity import weight_hash
+from pyvene_ext.specs.graph import Node
 
 
 class CircuitFile(BaseModel):
@@ -89,27 +90,36 @@ def load_circuit(path: str | Path, model: PreTrainedModel, *, other_weights: boo
     return circuit
 
 
-def save_dot(circuit: Circuit, path: str | Path, weights: Mapping[str, float] | None = None) -> None:
-    """Write a circuit in the DOT language, for `dot -Tsvg`. A query head is one node, as sender and receiver, and so is an MLP.
+def save_dot(circuit: Circuit, path: str | Path, config: Any, weights: Mapping[str, float] | None = None) -> None:
+    """Write a circuit in the DOT language, for `dot -Tsvg`.
+
+    A query head is one node, as sender and receiver, and so is an MLP. Keys and values are nodes of their own, because several
+    query heads may read them; dashed lines lead to those of them that are in the circuit.
 
     Args:
         circuit: the circuit.
         path: the file.
+        config: the model's config.
         weights: scores of edges by name; the widths of the lines are in proportion to their magnitude.
     """
     weights = weights or {}
     largest = max((abs(weights.get(edge, 0.0)) for edge in circuit.edges), default=0.0) or 1.0
     lines = ["digraph circuit {", '  rankdir="BT"; node [shape="box", fontname="sans-serif"];']
-    for edge in sorted(circuit.edges):
-        sender, receiver = parse_edge(edge)
+    ends = [parse_edge(edge) for edge in sorted(circuit.edges)]
+    sending, group = {sender for sender, _ in ends}, n_heads(config) // n_kv_heads(config)
+    for sender, receiver in ends:
         head = "" if receiver.head is None else f".{receiver.head}"
-        # A K/V head serves a group of query heads, so that it is a node of its own.
         target = {"q": f"z.{receiver.layer}{head}", "mlp_in": f"mlp_out.{receiver.layer}"}.get(
             receiver.site, str(receiver)
         )
-        width = 0.5 + 3.5 * abs(weights.get(edge, 0.0)) / largest
+        width = 0.5 + 3.5 * abs(weights.get(edge_name(sender, receiver), 0.0)) / largest
         label = f' label="{receiver.site}",' if receiver.site == "q" else ""
         lines.append(f'  "{sender}" -> "{target}" [{label} penwidth={width:.2f}];')
+    for read in sorted({receiver for _, receiver in ends if receiver.site in ("k", "v")}, key=str):
+        assert read.head is not None and read.layer is not None
+        for head in range(read.head * group, (read.head + 1) * group):
+            if (reader := Node("z", read.layer, head)) in sending:
+                lines.append(f'  "{read}" -> "{reader}" [style="dashed"];')
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,18 @@ from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.errors import counted
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.senders import AblationKind
-from pyvene_ext.methods.circuits.choosing import By, Scores, chosen_edges, edge_groups, random_edges, shuffled_within
-from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists
+from pyvene_ext.methods.circuits import Level
+from pyvene_ext.methods.circuits.choosing import (
+    By,
+    Scores,
+    chosen_edges,
+    edge_groups,
+    left_out,
+    random_edges,
+    shuffled_within,
+    without_one,
+)
+from pyvene_ext.methods.circuits.circuit import Circuit, exists
 from pyvene_ext.methods.circuits.running import run_circuits
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.stats.controls import share_as_large
@@ -95,21 +106,22 @@ def halves(base: TokenizedPrompts, source: TokenizedPrompts | None, ablation: Ab
 
 @dataclass(frozen=True)
 class Judgement:
-    """A circuit beside random ones, its complement, and itself without single edges.
+    """A circuit beside random ones, its complement, and itself without single edges, or nodes if it is made of nodes.
 
     Attributes:
         n_edges: its number of edges.
         faithfulness: with its 95% interval over prompts.
         random: faithfulness of random circuits of the same layers and kinds.
-        completeness: faithfulness of all other edges together, near 0 if the circuit misses nothing (Marks et al. 2024).
-        without: faithfulness without single edges, drawn at random.
+        completeness: faithfulness of all other edges together, or of all other nodes, near 0 if the circuit misses nothing (Marks
+            et al. 2024).
+        without: faithfulness without single edges or nodes, drawn at random.
     """
 
     n_edges: int
     faithfulness: Interval
     random: Float[np.ndarray, " circuit"]
     completeness: float
-    without: Float[np.ndarray, " edge"]
+    without: Float[np.ndarray, " removed"]
 
     @property
     def p(self) -> float:
@@ -118,7 +130,7 @@ class Judgement:
 
     @property
     def minimality(self) -> float:
-        """The share of edges without which faithfulness changes by `CHANGED` or more; NaN if none was removed."""
+        """The share of edges, or nodes, without which faithfulness changes by `CHANGED` or more; NaN if none was removed."""
         changes = np.abs(float(self.faithfulness.mean) - self.without)
         return float((changes >= CHANGED).mean()) if len(changes) else float("nan")
 
@@ -148,7 +160,7 @@ def judge(
     scores: Scores | None = None,
     n: int | None = None,
     by: By = "magnitude",
-    random: int = 10,
+    random: int = 20,
     removed: int = 20,
     seed: int = 0,
     **options: Any,
@@ -162,12 +174,13 @@ def judge(
         source: as for `run_circuits`.
         metric: as for `run_circuits`.
         scores: what chose the circuit, so that random circuits are those of permuted scores; by default they have as many edges
-            as the circuit between the same layers and kinds, and are then pruned.
+            as the circuit between the same layers and kinds, and are then pruned. With scores of nodes the circuit is made of
+            nodes: its complement is the other nodes, and nodes are removed.
         n: how many edges or nodes of the highest scores the circuit has, before it was pruned; needed with `scores`.
         by: how scores chose them, as for `top_edges`.
         random: number of random circuits.
-        removed: number of its edges that are removed, one at a time.
-        seed: of random circuits and of the edges that are removed.
+        removed: number of its edges, or nodes, that are removed, one at a time.
+        seed: of random circuits and of what is removed.
         **options: further arguments of `run_circuits`.
 
     Returns:
@@ -176,18 +189,16 @@ def judge(
     Raises:
         ValueError: for what `run_circuits` and `random_circuits` refuse, and scores that do not choose the circuit.
     """
-    edges = sorted(circuit.edges)
+    config, kept = model.config, circuit.matrix(model.config)
+    level: Level = "node" if scores is not None and np.ndim(scores) == 1 else "edge"
     chosen_by, n = (circuit, len(circuit)) if scores is None or n is None else (scores, n)
-    if chosen_by is scores and (chosen_edges(scores, n, model.config, by) != circuit.matrix(model.config)).any():
+    if chosen_by is scores and (chosen_edges(scores, n, config, by) != kept).any():
         raise ValueError(
             f"the {n} highest scores by {by} do not make this circuit, so that random circuits would have edges between other "
             "layers; give n and by as for top_edges, or leave out scores."
         )
-    chance = list(random_edges(chosen_by, n, model.config, random, by=by, seed=seed))
-    drawn = rng(seed, "removed").permutation(len(edges))[:removed]
-    without = [Circuit(circuit.edges - {edges[number]}) for number in drawn]
-    others = exists(model.config) & ~circuit.matrix(model.config)
-    run: list[Circuit | Edges] = [circuit, others, *chance, *without]
+    chance = list(random_edges(chosen_by, n, config, random, by=by, seed=seed))
+    run = [kept, left_out(kept, config, level), *chance, *without_one(kept, config, removed, level, seed)]
     found = run_circuits(model, run, base, source, metric, **options)
     mean, low, high = found.interval(seed)
     first = 2 + len(chance)
@@ -240,6 +251,7 @@ class Overlap:
     Attributes:
         jaccard: shared edges / edges of either.
         core: the shared edges.
+        n_other: edges of the other circuit.
         chance: the Jaccard index where the edges of both circuits are drawn anew, each keeping how many edges lead from each kind
             of sender in each layer to each kind of receiver in each layer.
         p: (1 + draws with at least the observed index) / (1 + draws); NaN, as the others, if both circuits are empty.
@@ -247,6 +259,7 @@ class Overlap:
 
     jaccard: float
     core: Circuit
+    n_other: int
     chance: Float[np.ndarray, " draw"]
     p: float
 
@@ -254,7 +267,8 @@ class Overlap:
         """The numbers as a row of a table; of chance, its mean and the middle 95% of the draws."""
         low, high = np.quantile(self.chance, (0.025, 0.975))
         chance = {"chance": float(self.chance.mean()), "chance_low": float(low), "chance_high": float(high)}
-        return {"n_shared": len(self.core), "jaccard": self.jaccard} | chance | {"p": self.p}
+        numbers = {"n_shared": len(self.core), "n_other": self.n_other, "jaccard": self.jaccard}
+        return numbers | chance | {"p": self.p}
 
 
 def jaccard(one: Circuit, other: Circuit) -> float:
@@ -303,4 +317,40 @@ def overlap(one: Circuit, other: Circuit, config: Any, draws: int = 1000, seed: 
         chance[draw] = shared / (sizes - shared) if sizes else np.nan
     found = jaccard(one, other)
     p = share_as_large(found, chance) if sizes else float("nan")
-    return Overlap(found, Circuit(one.edges & other.edges), chance, p)
+    return Overlap(found, Circuit(one.edges & other.edges), len(other), chance, p)
+
+
+def compare(
+    model: PreTrainedModel,
+    own: Circuit,
+    others: Mapping[str, Circuit],
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    metric: MetricLike = "logit_diff",
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Compare a circuit with those of other prompts, languages or methods: what they share, and what they do on its prompts.
+
+    Args:
+        model: as for `run_circuits`.
+        own: the circuit.
+        others: the other circuits, by name.
+        base: prompts of its task, which did not choose it.
+        source: as for `run_circuits`.
+        metric: as for `run_circuits`.
+        seed: of the random pairs of circuits, and of the bootstrap.
+        **options: further arguments of `run_circuits`.
+
+    Returns:
+        A row for each other circuit: its name, `Overlap.row`, and its faithfulness on these prompts with its 95% interval.
+    """
+    if not others:
+        return []
+    runs = run_circuits(model, others.values(), base, source, metric, **options)
+    rows = []
+    for (name, other), *interval in zip(others.items(), *runs.interval(seed), strict=True):
+        faithful = dict(zip(("faithfulness", "low", "high"), map(float, interval), strict=True))
+        rows.append({"circuit": name} | overlap(own, other, model.config, seed=seed).row() | faithful)
+    return rows

@@ -31,21 +31,15 @@ from transformers import PreTrainedModel
 
 from pyvene_ext.engine.measure import METRICS, Metric, MetricLike, check_metric
 from pyvene_ext.engine.results import Shown, Summary, count, table, three_digits
-from pyvene_ext.engine.sweep.plan import check_memory
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.gradients import check_differentiable
+from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation
 from pyvene_ext.methods.circuits.choosing import chosen_edges
 from pyvene_ext.methods.circuits.circuit import Circuit
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel
-from pyvene_ext.methods.circuits.running import (
-    AblatedValues,
-    AblationKind,
-    check_ablation,
-    fitting,
-    of_one_length,
-)
+from pyvene_ext.methods.circuits.running import AblatedValues, circuits_at_once, of_one_length
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.specs.graph import Node, edge_exists, receivers, senders
@@ -127,8 +121,7 @@ def learn_mask(
     """Learn which edges or nodes a model needs, on prompts other than those that the circuit is then judged on.
 
     The loss is kl to the model itself or, of any other metric, the squared difference from the model's value, so that a circuit
-    that does the task better than the model is no better than one that does it as much worse. A step took as long as 14 forward
-    passes of tiny-qwen2.5, and as 2 of gemma-3-270m, most of whose time goes into its vocabulary.
+    that does the task better than the model is no better than one that does it as much worse.
 
     Args:
         model: as for `run_circuits`; its weights stay as they are.
@@ -143,7 +136,8 @@ def learn_mask(
         learning_rate: of Adam.
         seed: of the gates that are drawn and of the order of the prompts; on a CPU the same seed gives the same mask.
         batch_size: prompts per step, all of one length.
-        memory: take fewer prompts per step where `batch_size` of them would need more than so many bytes besides the weights.
+        memory: bytes besides the weights; the prompts of a step are taken one part after the other where they need more, which
+            changes nothing. By default as for `sweep`.
         progress: show a bar.
 
     Returns:
@@ -164,10 +158,7 @@ def learn_mask(
     check_ablation(model, base, source, ablation)
     metric = check_metric(model, base, metric)
     check_differentiable(metric, model.dtype, first_order=False)
-    base.batches(batch_size)  # refuses a wrong size
-    check_memory(memory)
-    if memory is not None:
-        batch_size = fitting(model, base, memory, batch_size, gradient=True)
+    at_once = circuits_at_once(model, base, source, batch_size, memory, gradient=True)
     edgewise = EdgewiseModel(model)
     there = torch.from_numpy(edgewise.exists)
     gated = there if level == "edge" else torch.arange(len(there)) > 0  # all but the embedding
@@ -178,23 +169,27 @@ def learn_mask(
     bar = progress_bar(steps, "step", "mask", shown=progress)
     with bar, evaluating(model), torch.inference_mode(False), torch.no_grad():
         model.requires_grad_(False)
-        values = AblatedValues(edgewise, source, ablation, batch_size)
+        values = AblatedValues(edgewise, source, ablation, at_once)
         theta = torch.zeros(n_gates, dtype=torch.float64, requires_grad=True)
         adam = torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95))
         for step, (index, weight) in enumerate(islice(_batches(base, batch_size, seed), steps)):
             theta += _shift(theta, float(shares[step]))
-            batch = base.batch(index)
-            plain = edgewise.plain(batch.input_ids)
-            batch, ablated = edgewise.with_clean(batch, plain, metric), values.of(index, plain)
-            clean = edgewise.read(plain.last, batch, metric)
             uniform = torch.rand(len(index), n_gates, generator=draws, dtype=torch.float64)
-            with torch.enable_grad():
-                gates = _placed(_sampled(theta, uniform), gated)
-                kept = gates if level == "edge" else gates[..., None] * there
-                kept = kept[None].to(ablated.values.device, torch.float32)
-                last = edgewise.circuits(batch.input_ids, kept, ablated)[0]
-                distance = _distance(edgewise.read(last, batch, metric), clean, metric)
-                (gradient,) = torch.autograd.grad(weight * distance.sum(), theta)
+            gradient, losses[step] = torch.zeros_like(theta), 0
+            for first in range(0, len(index), at_once):
+                part = index[first : first + at_once]
+                batch = base.batch(part)
+                plain = edgewise.plain(batch.input_ids)
+                batch, ablated = edgewise.with_clean(batch, plain, metric), values.of(part, plain)
+                clean = edgewise.read(plain.last, batch, metric)
+                with torch.enable_grad():
+                    gates = _placed(_sampled(theta, uniform[first : first + at_once]), gated)
+                    kept = gates if level == "edge" else gates[..., None] * there
+                    kept = kept[None].to(ablated.values.device, torch.float32)
+                    last = edgewise.circuits(batch.input_ids, kept, ablated)[0]
+                    distance = _distance(edgewise.read(last, batch, metric), clean, metric)
+                    gradient += torch.autograd.grad(weight * distance.sum(), theta)[0]
+                losses[step] += float(distance.sum()) / len(index)
             if not gradient.isfinite().all():
                 raise ValueError(
                     f"the gradient of {metric.label} is not finite in step {step}; load the model in float32, or lower the "
@@ -203,7 +198,6 @@ def learn_mask(
             slope = torch.sigmoid(theta) * torch.sigmoid(-theta)
             theta.grad = gradient - slope * gradient.sum() / slope.sum()
             adam.step()
-            losses[step] = float(distance.mean())
             bar.update()
         theta += _shift(theta, float(shares[-1]))
         scores = _placed(torch.sigmoid(theta)[None], gated)[0].numpy()

@@ -27,12 +27,13 @@ from transformers import PreTrainedModel
 
 from modelcards import dimensions, n_layers
 from pyvene_ext.engine.measure import MetricLike, as_array, check_metric
-from pyvene_ext.engine.sweep.plan import check_memory, prompts_that_fit
+from pyvene_ext.engine.sweep.plan import prompts_at_once
 from pyvene_ext.io.bars import progress_bar
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.methods.attribution.receivers import TOGETHER
 from pyvene_ext.methods.attribution.senders import AblationKind, Senders, check_ablation
-from pyvene_ext.methods.circuits.choosing import By, chosen_edges, random_edges
+from pyvene_ext.methods.circuits import Level
+from pyvene_ext.methods.circuits.choosing import By, chosen_edges, count_all, left_out, random_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists, matrix_of
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.faithfulness import CircuitRuns, Curve
@@ -82,11 +83,10 @@ def run_circuits(
     """Run the base prompts through circuits.
 
     This takes one forward pass of base and of source, and for each circuit at most one and the sums that make its receivers'
-    streams: edges x tokens x d_model multiplications, 0.4 of a forward pass for SmolLM2-135M (70,651 edges) and 0.04 for Gemma 3
-    270M (5,644). It is less where a circuit leaves layers or receivers alone, and nothing for a circuit that occurs twice, the
-    full one, and, by patching, the empty one: the ten `MIB_SHARES` take 14 and 6 forward passes of these two models. Sums over
-    senders are in float32 whatever the model's dtype; the contributions of all senders are held twice, senders x tokens x d_model
-    per prompt.
+    streams: edges x tokens x d_model multiplications. It is less where a circuit leaves layers or receivers alone, and nothing
+    for a circuit that occurs twice, the full one, and, by patching, the empty one; `docs/howto/circuits.md` has figures. Sums
+    over senders are in float32 whatever the model's dtype; the contributions of all senders are held twice, senders x tokens x
+    d_model per prompt.
 
     Args:
         model: a causal language model with a card; used in eval mode and restored afterwards, also after an error.
@@ -97,7 +97,8 @@ def run_circuits(
         metric: as for `run`, one number per prompt; kl is to the clean run.
         ablation: what ablated edges carry, as the module's docstring defines it.
         batch_size: prompts per forward pass, all of one length.
-        memory: take fewer prompts at once where `batch_size` of them would need more than so many bytes besides the weights.
+        memory: bytes besides the weights; fewer prompts are taken at once where `batch_size` of them need more. By default as for
+            `sweep`.
         progress: show a bar.
 
     Returns:
@@ -114,15 +115,12 @@ def run_circuits(
     matrices = [matrix_of(circuit, config) for circuit in circuits]
     check_ablation(model, base, source, ablation)
     metric = check_metric(model, base, metric)
-    base.batches(batch_size)  # refuses a wrong size
-    check_memory(memory)
+    batch_size = circuits_at_once(model, base, source, batch_size, memory)
     if not matrices:
         raise ValueError("nothing to run: give at least one circuit.")
     there = exists(config)
     run = {matrix.tobytes(): matrix for matrix in (np.zeros_like(there), *matrices)}
     found = {key: np.empty(len(base), np.float32) for key in run}
-    if memory is not None:
-        batch_size = min(fitting(model, some, memory, batch_size) for some in (base, source) if some is not None)
     edgewise = EdgewiseModel(model)
     bar = progress_bar(len(run) * len(base), "prompt", "circuits", shown=progress)
     with bar, evaluating(model), no_gradients(model):
@@ -180,30 +178,39 @@ class AblatedValues:
         return Ablated.by_run(self._edgewise.plain(self._source.batch(index).input_ids))
 
 
-def fitting(
-    model: PreTrainedModel, prompts: TokenizedPrompts, memory: int, most: int, *, gradient: bool = False
+def circuits_at_once(
+    model: PreTrainedModel,
+    base: TokenizedPrompts,
+    source: TokenizedPrompts | None,
+    batch_size: int,
+    memory: int | None,
+    *,
+    gradient: bool = False,
 ) -> int:
     """Count the prompts that fit: contributions of all senders twice, and streams and activations of receivers.
 
     Args:
         model: as for `run_circuits`.
-        prompts: the prompts.
-        memory: bytes.
-        most: the largest number of prompts.
+        base: as for `run_circuits`.
+        source: as for `run_circuits`.
+        batch_size: as for `run_circuits`.
+        memory: as for `run_circuits`.
         gradient: the gradient with respect to the edges is taken, for which activations of all receivers are kept.
 
     Returns:
         The number of prompts.
 
     Raises:
-        ValueError: not even one fits.
+        ValueError: a wrong size, and where not even one fits.
     """
+    base.batches(batch_size)  # refuses a wrong size
     layers, (n_senders, n_receivers) = n_layers(model.config), exists(model.config).shape
     tensors = 2 * n_senders + 12 * (n_senders // layers) + 7 * layers + min(TOGETHER, n_receivers)
     if gradient:
         tensors += 2 * n_senders + 10 * n_receivers + 24 * layers
-    each = 4 * tensors * max(map(len, prompts.input_ids)) * dimensions(model.config)["d_model"]
-    return prompts_that_fit(memory, each, most)
+    length = max(len(ids) for some in (base, source) if some is not None for ids in some.input_ids)
+    each = 4 * tensors * length * dimensions(model.config)["d_model"]
+    return prompts_at_once(model, len(base), each, batch_size, memory)
 
 
 def faithfulness(
@@ -236,6 +243,8 @@ def completeness(
     base: TokenizedPrompts,
     source: TokenizedPrompts | None,
     metric: MetricLike = "logit_diff",
+    *,
+    level: Level = "edge",
     **options: Any,
 ) -> float:
     """Completeness of a circuit: the faithfulness of its complement, near 0 if the circuit misses nothing (Marks et al. 2024).
@@ -246,12 +255,14 @@ def completeness(
         base: as for `run_circuits`.
         source: as for `run_circuits`.
         metric: as for `run_circuits`.
+        level: edge: the complement is all other edges. node: for a circuit that `top_nodes` made, all other nodes with the edges
+            among them.
         **options: further arguments of `run_circuits`.
 
     Returns:
-        `CircuitRuns.faithfulness` of all edges outside of the circuit.
+        `CircuitRuns.faithfulness` of the complement.
     """
-    others = exists(model.config) & ~matrix_of(circuit, model.config)
+    others = left_out(matrix_of(circuit, model.config), model.config, level)
     return faithfulness(model, others, base, source, metric, **options)
 
 
@@ -282,7 +293,7 @@ def faithfulness_curve(
         shares: the sizes as shares of all edges (or nodes), above 0 and up to 1, rounded down; `MIB_SHARES` are those of Mueller
             et al. 2025. In place of `sizes`.
         by: whether scores are chosen by their magnitude, or the highest first, as for `top_edges`.
-        complement: run each circuit's complement instead, so that the values are completeness.
+        complement: run each circuit's complement instead, the other edges or nodes, so that the values are completeness.
         random: how many `random_circuits` of each size are run too, as controls.
         seed: of their draws.
         **options: further arguments of `run_circuits`.
@@ -296,7 +307,8 @@ def faithfulness_curve(
     """
     config, random = model.config, whole_number("random", random, 0)
     scores = np.asarray(scores)
-    n_all = len(exists(config)) - 1 if scores.ndim == 1 else int(exists(config).sum())
+    level: Level = "node" if scores.ndim == 1 else "edge"
+    n_all = count_all(config, level)
     if shares is not None:
         if sizes is not None:
             raise ValueError("give sizes or shares, not both.")
@@ -315,7 +327,7 @@ def faithfulness_curve(
     n_edges = np.array([int(matrix.sum()) for matrix in kept])
     for n in ascending if random else ():
         kept += random_edges(scores, n, config, random, by=by, seed=seed)
-    run = [exists(config) & ~matrix for matrix in kept] if complement else kept
+    run = [left_out(matrix, config, level) for matrix in kept] if complement else kept
     runs = run_circuits(model, run, base, source, metric, **options)
     own, others = np.split(runs.circuits, [len(ascending)])
     of_random = others.reshape(len(ascending), random, len(base))

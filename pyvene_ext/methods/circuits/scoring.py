@@ -6,23 +6,23 @@ path_patching is exact and takes a run each: the edge's contribution is taken fr
 learned mask keeps the edge (`learn_mask`), random a draw from a normal distribution.
 
 acdc finds a set in place of scores (`acdc`, Conmy et al. 2023). An edge has by how much its removal lowered the mean metric (of
-kl, raised it) when it was tested, 0 if it led nowhere and was removed untested. By magnitude, the edges that ACDC keeps come
+kl, raised it) when it was tested, 0 if it was removed untested. By magnitude, the edges that ACDC keeps come
 first, so that a circuit of as many is its own; then those it removed, the ones that changed most first.
 
 Of nodes, `[sender]`: atp is an estimate from gradients (Nanda 2023), activation_patching is exact and takes a run each; mask and
 random are as for edges.
 
 Scores estimate delta = M(base) - M(base, ablated), and of kl, which is 0 in the model, -delta: positive where the edge or node
-helps. flow, mask and random have no sign, and flow and random do not know of the ablation. Under other ablations than patching,
-path_patching and activation_patching run the circuit of all other edges, and atp is the sum over a node's edges, by eap. By
-patching both would be the same (but for heads that a norm follows, as in Gemma 2, whose share a circuit scales as in the run that
-it is from).
+helps. flow, mask and random have no sign, and flow and random do not depend on the kind of ablation. Under ablations other than
+patching, path_patching and activation_patching run the circuit of all other edges, and atp is the sum over a node's edges, by
+eap. By patching both would be the same (but for heads that a norm follows, as in Gemma 2, whose share a circuit scales as in the
+run that it is from).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,15 +34,16 @@ from modelcards import n_layers
 from pyvene_ext.engine.measure import METRICS, MetricLike, as_metric
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.atp import atp
-from pyvene_ext.methods.attribution.edges import EdgeMethod, edge_attribution, edges_fitting
+from pyvene_ext.methods.attribution.edges import EdgeMethod, edge_attribution, edges_at_once
 from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation, check_edges_of
-from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes, room
-from pyvene_ext.methods.circuits.choosing import Scores
-from pyvene_ext.methods.circuits.circuit import exists
+from pyvene_ext.methods.circuits import METHODS, Level, OfEdges, OfNodes
+from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes, batch_sizes
+from pyvene_ext.methods.circuits.choosing import Scores, count_all
+from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.masks import STEPS as MASK_STEPS
 from pyvene_ext.methods.circuits.masks import learn_mask
-from pyvene_ext.methods.circuits.running import fitting, of_one_length, run_circuits
+from pyvene_ext.methods.circuits.running import circuits_at_once, of_one_length, run_circuits
 from pyvene_ext.methods.heads.flow import proximity
 from pyvene_ext.methods.patching.patch import patch
 from pyvene_ext.models.devices import no_gradients
@@ -52,10 +53,6 @@ from pyvene_ext.specs.graph import receivers, senders
 from pyvene_ext.specs.patch import ActivationPatch
 from pyvene_ext.specs.path import PathPatch
 
-Level = Literal["edge", "node"]
-OfEdges = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "path_patching", "flow", "mask", "acdc", "random"]
-OfNodes = Literal["atp", "activation_patching", "mask", "random"]
-METHODS: dict[Level, tuple[str, ...]] = {"edge": get_args(OfEdges), "node": get_args(OfNodes)}
 AT_ONCE = 256  # circuits without an edge or node that are given to `run_circuits` together, as matrices
 TAU = 0.1  # of ACDC
 CIRCUIT = 4  # forward passes that one through a circuit of nearly all edges took on tiny-qwen2.5
@@ -81,6 +78,7 @@ def score_cost(
     steps: int = 5,
     ablation: AblationKind = "patching",
     batch_size: int = 8,
+    start_share: float = 1.0,
 ) -> Cost:
     """Estimate the cost of `score` before it runs.
 
@@ -91,6 +89,7 @@ def score_cost(
         steps: as for `score`.
         ablation: as for `score`.
         batch_size: as for `score`.
+        start_share: share of all edges in the circuit that ACDC starts from.
 
     Returns:
         About as many passes as it took: gradients on SmolLM2 135M, the others on tiny-qwen2.5.
@@ -98,8 +97,9 @@ def score_cost(
     if method == "mask":
         return Cost(0.0, float(MASK_STEP * MASK_STEPS * batch_size))
     if method == "acdc":
-        return Cost(CIRCUIT * acdc_passes(config).one_by_one)
-    runs = float(exists(config).sum() if level == "edge" else len(exists(config)) - 1)
+        of_all = acdc_passes(config)
+        return Cost(CIRCUIT * (of_all.least + start_share * (of_all.one_by_one - of_all.least)))
+    runs = float(count_all(config, level))
     passes = {
         "random": 0.0,
         "flow": 6.0,
@@ -133,21 +133,16 @@ def check_scoring(
         metric: as for `score`.
         ablation: as for `score`.
         batch_size: as for `score`.
-        memory: as for `score`; None is enough.
+        memory: as for `score`.
 
     Raises:
         ValueError: for prompts that `run_circuits` refuses, and where one prompt, or all for ACDC, do not fit.
     """
     check_ablation(model, base, source, ablation)
-    base.batches(batch_size)  # refuses a wrong size
-    if memory is None:
-        return
-    for prompts in (base, source):
-        if prompts is not None:
-            fitting(model, prompts, memory, 1, gradient="mask" in methods)
-            edges_fitting(model, prompts, memory, 1)
+    circuits_at_once(model, base, source, batch_size, memory, gradient="mask" in methods)
+    edges_at_once(model, base, source, batch_size, memory)
     if "acdc" in methods:
-        room(model, base, as_metric(metric), batch_size, memory)
+        batch_sizes(model, base, as_metric(metric), batch_size, memory)
 
 
 def score(
@@ -160,6 +155,7 @@ def score(
     level: Level = "edge",
     steps: int = 5,
     tau: float = TAU,
+    start_from: Circuit | Edges | None = None,
     ablation: AblationKind = "patching",
     seed: int = 0,
     batch_size: int = 8,
@@ -177,6 +173,7 @@ def score(
         level: edge or node.
         steps: of integrated gradients.
         tau: the threshold of acdc, in units of the metric.
+        start_from: acdc tests the edges of this circuit only, the others being removed from the start; they get 0.
         ablation: what ablated edges carry, as for `run_circuits`.
         seed: of random scores and of a mask's draws.
         batch_size: prompts per forward pass.
@@ -200,13 +197,13 @@ def score(
         shape = there.shape if level == "edge" else there.shape[:1]
         return rng(seed, "random scores").normal(size=shape)
     if method == "flow":
-        return flow_scores(model, base, batch_size if memory is None else fitting(model, base, memory, batch_size))
+        return flow_scores(model, base, circuits_at_once(model, base, None, batch_size, memory))
     check_ablation(model, base, source, ablation)
     if method == "mask":
         options |= {"level": level, "steps": MASK_STEPS, "seed": seed}
         return learn_mask(model, base, source, metric, ablation=ablation, **options).scores
     if method == "acdc":
-        pruned = acdc(model, base, source, metric, tau=tau, ablation=ablation, **options)
+        pruned = acdc(model, base, source, metric, tau=tau, start_from=start_from, ablation=ablation, **options)
         effects = np.nan_to_num(pruned.matrix)
         return effects if pruned.by else np.maximum(effects, 0)  # kl's rule is one-sided
     exact = method in ("path_patching", "activation_patching")

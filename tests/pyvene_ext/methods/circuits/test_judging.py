@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from pyvene_ext.methods.circuits.choosing import edge_groups, random_circuits, top_edges
+from pyvene_ext.methods.circuits.choosing import edge_groups, random_circuits, top_edges, top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit, exists, parse_edge
 from pyvene_ext.methods.circuits.files import load_circuit, save_circuit, save_dot
 from pyvene_ext.methods.circuits.judging import check_defined, halves, jaccard, judge, overlap
-from pyvene_ext.methods.circuits.running import completeness, faithfulness
+from pyvene_ext.methods.circuits.running import completeness, faithfulness, faithfulness_curve
 from pyvene_ext.specs.graph import receivers, senders
 from tests.pyvene_ext.methods.circuits.test_circuits import BASE, SOURCE, chosen, close, some_edges
 from tests.random_prompts import random_prompts
@@ -47,6 +47,35 @@ def test_a_judgement_holds_what_each_run_by_itself_gives() -> None:
     for wrong in ({"n": 61}, {"n": 60, "by": "value"}):  # random circuits would be those of another circuit
         with pytest.raises(ValueError, match="do not make this circuit"):
             judge(model, circuit, *pairs, scores=scores, **wrong)
+
+
+def test_a_circuit_of_nodes_is_judged_by_other_nodes_and_without_single_ones() -> None:
+    model, options = random_model("qwen2_5"), {"progress": False}
+    config, pairs = model.config, [chosen(prompts, [0, 4]) for prompts in (BASE, SOURCE)]
+    scores = np.random.default_rng(0).normal(size=len(senders(config)))
+    circuit, everything = top_nodes(scores, 9, config), Circuit.full(config).edges
+    found = judge(model, circuit, *pairs, scores=scores, n=9, random=2, removed=99, **options)
+    inside = {edge.partition("->")[0] for edge in circuit.edges} - {"embed"}
+    # Keys and values are read by groups of three heads, and an edge into them belongs to each.
+    group = {"q": 1, "k": 3, "v": 3}
+
+    def among(nodes: set[str]) -> Circuit:
+        entries = {"logits", *(node.replace("mlp_out", "mlp_in") for node in nodes)}
+        for _, layer, head in (node.split(".") for node in nodes if node.startswith("z.")):
+            entries |= {f"{site}.{layer}.{int(head) // size}" for site, size in group.items()}
+        ends = (edge.partition("->") for edge in everything)
+        return Circuit(
+            frozenset(f"{one}->{other}" for one, _, other in ends if one in {"embed", *nodes} and other in entries)
+        )
+
+    outside = {str(node) for node in senders(config)} - inside - {"embed"}
+    assert 5 < len(inside) < len(outside)
+    close(found.completeness, faithfulness(model, among(outside), *pairs, **options))
+    assert abs(found.completeness - completeness(model, circuit, *pairs, **options)) > 1e-3  # all other edges
+    without = sorted(faithfulness(model, among(inside - {node}), *pairs, **options) for node in inside)
+    close(np.sort(found.without), without)
+    curve = faithfulness_curve(model, scores, *pairs, [9], complement=True, **options)
+    close(curve.values, [found.completeness])
 
 
 def test_a_metric_that_cannot_tell_the_model_from_the_empty_circuit_is_refused() -> None:
@@ -139,10 +168,19 @@ def test_a_file_gives_the_circuit_back_to_its_model_only(tmp_path: Path) -> None
 
 
 def test_dot_names_every_edge_and_is_as_wide_as_its_score(tmp_path: Path) -> None:
-    save_dot(Circuit(frozenset({"embed->q.0.1", "z.0.1->k.1.0", "mlp_out.0->logits"})), tmp_path / "x.dot")
+    config = random_model("qwen2_5").config  # two query heads read the keys of one K/V head
+    circuit = Circuit(frozenset({"embed->q.0.1", "z.0.1->k.1.0", "z.1.1->logits", "mlp_out.0->logits"}))
+    save_dot(circuit, tmp_path / "x.dot", config)
     text = (tmp_path / "x.dot").read_text()
-    for line in ('"embed" -> "z.0.1"', '"z.0.1" -> "k.1.0"', '"mlp_out.0" -> "logits"'):
+    for line in (
+        '"embed" -> "z.0.1"',
+        '"z.0.1" -> "k.1.0"',
+        '"k.1.0" -> "z.1.1" [style="dashed"]',
+        '"mlp_out.0" -> "logits"',
+    ):
         assert line in text
-    save_dot(Circuit(frozenset({"embed->logits", "embed->mlp_in.0"})), tmp_path / "x.dot", {"embed->logits": -2.0})
+    assert text.count("dashed") == 1  # the other readers of these keys are not in the circuit
+    circuit = Circuit(frozenset({"embed->logits", "embed->mlp_in.0"}))
+    save_dot(circuit, tmp_path / "x.dot", config, {"embed->logits": -2.0})
     text = (tmp_path / "x.dot").read_text()
     assert '"logits" [ penwidth=4.00]' in text and '"mlp_out.0" [ penwidth=0.50]' in text

@@ -19,7 +19,7 @@ from pyvene_ext.methods.circuits.choosing import top_nodes
 from pyvene_ext.methods.circuits.circuit import Circuit, exists
 from pyvene_ext.methods.circuits.edgewise import Ablated, EdgewiseModel
 from pyvene_ext.methods.circuits.masks import Mask, _sampled, _shift, learn_mask
-from pyvene_ext.methods.circuits.running import MIB_SHARES, faithfulness_curve
+from pyvene_ext.methods.circuits.running import MIB_SHARES, circuits_at_once, faithfulness_curve
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.specs.graph import senders
 from pyvene_ext.stats import auroc
@@ -171,6 +171,15 @@ def test_other_ablations_in_bfloat16_give_a_mask_whose_curve_can_be_run(ablation
     frame = mask.to_frame()
     assert frame["loss"].tolist() == mask.loss.tolist() and list(frame) == ["step", "open", "loss"]
     assert repr(mask).startswith("Mask by logit_diff: ") and mask.settings["ablation"] == ablation
+
+
+@pytest.mark.parametrize("level", ["edge", "node"])
+def test_a_mask_is_the_same_where_memory_holds_fewer_prompts_than_a_step_takes(level: Any) -> None:
+    model, tight = random_model("gemma2"), 500_000
+    assert [circuits_at_once(model, BASE, SOURCE, 3, memory, gradient=True) for memory in (None, tight)] == [3, 1]
+    whole, parts = (learned(model, BASE, SOURCE, level=level, steps=4, memory=memory) for memory in (None, tight))
+    np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-6)
+    np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-5)
 
 
 def test_what_cannot_be_learned_is_refused_in_a_sentence_before_the_model_runs() -> None:
