@@ -144,8 +144,8 @@ def main(config: Config) -> None:
 
     with px.engine.first_tokens_said():
         found: dict[str, Found] = {}
-        for method in config.chosen:
-            found[method] = found_by(config, model, method, scored, judged, found)
+        for chosen in config.chosen:
+            found[chosen] = found_by(config, model, chosen, scored, judged, found)
         rows = table_of(config, model, found, judged, a_pass * len(scored[0]))
         own = found[config.chosen[0]].circuit
         shared = px.circuits.compare(model, own, others, *judged, seed=config.seed, **options(config))
@@ -220,7 +220,8 @@ def found_by(
         first = earlier[config.chosen[0]].scores
         how["start_from"] = px.circuits.top_edges(first, int(config.acdc_from * number()), model.config, config.by)
     start = time.perf_counter()
-    scores = px.circuits.score(model, *on_scored, method, **how)
+    base, source = on_scored
+    scores = px.circuits.score(model, base, source, method, **how)
     seconds = time.perf_counter() - start
     how = options(config) | {"shares": px.circuits.MIB_SHARES}
     curves = {by: px.circuits.faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}

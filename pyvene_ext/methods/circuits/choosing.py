@@ -94,7 +94,7 @@ def left_out(kept: Edges, config: Any, level: Level = "edge") -> Edges:
     Returns:
         The complement.
     """
-    return exists(config) & ~kept if level == "edge" else _pruned(~kept.any(1), config)
+    return exists(config) & ~kept if level == "edge" else _pruned(~_nodes_in(kept), config)
 
 
 def without_one(kept: Edges, config: Any, count: int, level: Level = "edge", seed: int = 0) -> Iterator[Edges]:
@@ -110,7 +110,7 @@ def without_one(kept: Edges, config: Any, count: int, level: Level = "edge", see
     Yields:
         The circuit without one edge, or without one head or MLP and all edges of it.
     """
-    nodes = kept.any(1)
+    nodes = _nodes_in(kept)
     there = kept if level == "edge" else nodes & (np.arange(len(nodes)) > 0)  # the embedding stays
     for place in rng(seed, "removed").permutation(np.argwhere(there))[:count]:
         if level == "edge":
@@ -300,6 +300,11 @@ def _chosen(sizes: Scores, n: int) -> Chosen:
     kept = np.zeros(sizes.size, bool)
     kept[np.argsort(-sizes.ravel(), kind="stable")[:n]] = True
     return kept.reshape(sizes.shape)
+
+
+def _nodes_in(kept: Edges) -> Bool[np.ndarray, " sender"]:
+    """The nodes of a pruned circuit, all of which send something."""
+    return np.asarray(kept.any(1))
 
 
 def _pruned(chosen: Chosen, config: Any) -> Edges:

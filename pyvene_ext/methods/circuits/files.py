@@ -117,8 +117,8 @@ def save_dot(circuit: Circuit, path: str | Path, config: Any, weights: Mapping[s
         lines.append(f'  "{sender}" -> "{target}" [{label} penwidth={width:.2f}];')
     for read in sorted({receiver for _, receiver in ends if receiver.site in ("k", "v")}, key=str):
         assert read.head is not None and read.layer is not None
-        for head in range(read.head * group, (read.head + 1) * group):
-            if (reader := Node("z", read.layer, head)) in sending:
+        for of_group in range(group):
+            if (reader := Node("z", read.layer, read.head * group + of_group)) in sending:
                 lines.append(f'  "{read}" -> "{reader}" [style="dashed"];')
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join([*lines, "}"]) + "\n", encoding="utf-8")

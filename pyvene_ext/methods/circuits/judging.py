@@ -352,5 +352,5 @@ def compare(
     rows = []
     for (name, other), *interval in zip(others.items(), *runs.interval(seed), strict=True):
         faithful = dict(zip(("faithfulness", "low", "high"), map(float, interval), strict=True))
-        rows.append({"circuit": name} | overlap(own, other, model.config, seed=seed).row() | faithful)
+        rows.append({"circuit": name, **overlap(own, other, model.config, seed=seed).row(), **faithful})
     return rows
