@@ -23,8 +23,7 @@ Written to the folder OUT: patched.npy and scores.npy [patch prompt] (of a singl
 are equal), base.npy and source.npy [prompt]; patches.csv, the mean scores, largest effect first, `row` being the row of the
 arrays; of every site of heads SITE.npy, its mean scores [layer head], with `each` SITE_POSITION.npy, of every other site
 SITE.npy [layer position]; figures; with site z attention.json, where the heads of the largest effects look in the clean texts;
-config.yaml (running it again gives the same); and summary.json, what was run. A run that was interrupted goes on where it stopped
-when the same command is given again.
+config.yaml (running it again gives the same); and summary.json, what was run. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -215,7 +214,7 @@ def differences(result: px.Patched, seed: int) -> dict[str, float | None]:
 def table(
     specs: list[px.ActivationPatch], score: px.Interval, change: Float[np.ndarray, "patch prompt"]
 ) -> list[dict[str, Any]]:
-    """One row a patch, largest mean change of the metric first, which is the order of the scores' sizes."""
+    """One row per patch, largest mean change of the metric first, which is the order of the scores' sizes."""
     rows = []
     for number, spec in enumerate(specs):
         rows.append(

@@ -12,7 +12,7 @@ default the words are those after the first, which is an article in the shipped 
 agree. Of real text hardly two agree at all (fewer than four swaps): there every sentence is asked for its own word, and what is
 read is the logit of the right word above that of its strongest rival, the other token that the untouched model finds most likely
 (`--contrast` chooses). The heads are those of `--heads`; by default all that translation_heads.py finds in the same sentences, or
-the five highest if none is above a threshold that nobody has published for the model.
+the five highest if no head is above the threshold and no threshold is published for the model.
 
 The heads are ablated together (`--kinds`: zero, mean, resample; at `--positions`), and so are up to `--n_random` random sets of
 as many other heads, of the same layers and of any layer: heads of any layer differ in depth too, and heads of the same layers may
@@ -20,9 +20,9 @@ do the same. (Where the same layers have too few others, some come from the near
 task (`--other`) tells what is of translation alone. p is the share of sets, the found one counted with the random ones, that
 lower the metric as much; drops of the logit difference have percentile bootstrap 95% intervals over swaps or prompts.
 
-Written to the folder OUT: sets.csv, one row a kind and set, the found set first; sets_KIND.npy, the logit difference [set swap],
-or [set prompt] without swaps; figures/sets.png; config.yaml (running it again gives the same); and last summary.json, what was
-run: where it is, the rest is. A run that was interrupted goes on where it stopped when the same command is given again.
+Written to the folder OUT: sets.csv, one row per kind and set, the found set first; sets_KIND.npy, the logit difference [set
+swap], or [set prompt] without swaps; figures/sets.png; config.yaml (running it again gives the same); and, written last,
+summary.json, what was run. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def ablated(
 
 
 def set_table(kind: str, sets: Sets, measures: Measures, seed: int) -> Rows:
-    """One row a set: how far the logit difference drops, and the means of all measures."""
+    """One row per set: how far the logit difference drops, and the means of all measures."""
     rows = []
     clean, intervened = measures["logit_diff"]
     for number, (name, heads) in enumerate(sets):

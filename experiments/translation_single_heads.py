@@ -15,9 +15,9 @@ the logit of the right word above its strongest rival's.
 Limitation. Heads that make up for one another hide each other here, and a maximum or minimum is a value that no head ever has:
 translation_ablation.py ablates heads together, against random sets.
 
-Written to the folder OUT: each.csv, one row a replacement and head; each_KIND.npy, mean drops [layer head]; figures; config.yaml
-(running it again gives the same); and last summary.json, what was run: where it is, the rest is. A run that was interrupted goes
-on where it stopped when the same command is given again.
+Written to the folder OUT: each.csv, one row per replacement and head; each_KIND.npy, mean drops [layer head]; figures;
+config.yaml (running it again gives the same); and, written last, summary.json, what was run. The same command resumes an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def head_table(
     shape: tuple[int, int],
     seed: int,
 ) -> Rows:
-    """One row a head: the drop of the logit difference."""
+    """One row per head: the drop of the logit difference."""
     rows = []
     for (layer, head), values in zip(np.ndindex(*shape), replaced, strict=True):
         drop = px.stats.paired_bootstrap(clean, values, px.rng(seed, "drop"), RESAMPLES)

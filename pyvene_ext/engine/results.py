@@ -2,7 +2,7 @@
 
     result = run(model, specs, prompts)
     result                    # the strongest effects
-    result.to_frame()         # one row an intervention and prompt, for pandas
+    result.to_frame()         # one row per intervention and prompt, for pandas
     result.plot()             # a map of heads, of layers and positions, or bars
 
 All results of this package have these three, whatever they hold (`Shown`).
@@ -103,14 +103,14 @@ class Shown(ABC):
 
 
 def table(axes: Mapping[str, Sequence[Any]], columns: Mapping[str, Num[np.ndarray, "*axis"]]) -> pd.DataFrame:
-    """Make a table of arrays: one row an entry.
+    """Make a table of arrays: one row per entry.
 
     Args:
         axes: the labels along each axis, by name.
         columns: arrays of these axes, by name.
 
     Returns:
-        A column an axis, then one an array.
+        One column per axis, then one an array.
     """
     import pandas as pd
 
@@ -126,7 +126,7 @@ def strongest(values: Float[np.ndarray, " item"], n: int = TOP) -> Int[np.ndarra
     """Find the items with the largest values in magnitude.
 
     Args:
-        values: one number an item; those that are not finite are left out.
+        values: one number per item; those that are not finite are left out.
         n: how many.
 
     Returns:
@@ -152,7 +152,7 @@ def strongest_rows(
     """Make the rows of a summary: the items with the largest values in magnitude.
 
     Args:
-        values: one number an item.
+        values: one number per item.
         name: of an item, by its index.
         intervals: of some items, by their indices.
 
@@ -244,7 +244,7 @@ class Result(Shown):
 
     @property
     def effect(self) -> tuple[str, Float[np.ndarray, " n_interventions"]]:
-        """What `repr` and `plot` show: its name, and one number an intervention."""
+        """What `repr` and `plot` show: its name, and one number per intervention."""
         return "mean delta", self.mean_delta
 
     def effect_interval(self, some: Sequence[int] | Int[np.ndarray, " some"]) -> Interval:
@@ -280,7 +280,7 @@ class Result(Shown):
         return pd.concat([places, values], axis=1)
 
     def _interventions(self) -> pd.DataFrame:
-        """One row an intervention: its name and place."""
+        """One row per intervention: its name and place."""
         import pandas as pd
 
         places = self.places or (Place(None, None, None, None),) * len(self.names)

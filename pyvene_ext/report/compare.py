@@ -111,7 +111,7 @@ def compared(columns: Sequence[Shared], names: tuple[str, str], negative: frozen
     from plotly.subplots import make_subplots
 
     a, b = map(escaped, names)
-    titles = (a, b, f"{a} − {b}", "one point a head")
+    titles = (a, b, f"{a} − {b}", "one point per head")
     figure = make_subplots(2, 2, subplot_titles=titles, horizontal_spacing=0.2, vertical_spacing=0.2)
     for number, column in enumerate(columns):
         for trace, place in zip(_traces(column, names, negative), itertools.product((1, 2), (1, 2)), strict=True):

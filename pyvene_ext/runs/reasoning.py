@@ -429,7 +429,7 @@ def ask(
             if fits is None:
                 raise
             raise ValueError(
-                f"--shots {flags.n_shots}: a problem behind so many solved ones is longer than the {context} tokens for which "
+                f"--shots {flags.n_shots}: a problem after this many solved ones is longer than the {context} tokens for which "
                 f"there is room before {new_tokens} new ones; give --shots {fits} or fewer."
             ) from None
     if flags.shots or flags.chat:
@@ -453,7 +453,7 @@ def _most(number: int, action: Callable[[int], object]) -> int | None:
 
 
 def of_both_steps(flags: P, plain: int, tiny: int | None = None) -> P:
-    """Flags with other problems where none are asked for: so many tiny ones, or so many plain ones of one and two steps.
+    """Flags with other problems where none are asked for: `tiny` tiny ones, or `plain` plain ones of one and two steps.
 
     Args:
         flags: of the study.

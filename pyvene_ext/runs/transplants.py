@@ -65,7 +65,7 @@ class Host:
 
     @property
     def fits(self) -> list[dict[str, Any]]:
-        """Goodness of fit, one row a map."""
+        """Goodness of fit, one row per map."""
         return [
             {"model": self.setting.name, "host_layer": host, "donor_layer": donor, "map": name, **fit.as_dict()}
             for (host, donor), maps in self.maps.items()
@@ -279,7 +279,7 @@ def rank(model: PreTrainedModel, questions: Questions, by: Score, wanted: int, b
         questions: problems with their reasoning.
         by: the score.
         wanted: number of heads.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
 
     Returns:
         The first `wanted` heads.

@@ -96,7 +96,7 @@ def mcnemar_p(before: np.ndarray, after: np.ndarray) -> float:
     """
     before, after = np.asarray(before), np.asarray(after)
     if before.ndim != 1 or before.shape != after.shape or {before.dtype, after.dtype} != {np.dtype(bool)}:
-        raise ValueError("McNemar's test takes two boolean vectors of the same length, one value a prompt.")
+        raise ValueError("McNemar's test takes two boolean vectors of the same length, one value per prompt.")
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
@@ -162,7 +162,7 @@ def strata_test(
     strata is multiple testing: see `q_values`.
 
     Args:
-        values: one number an item.
+        values: one number per item.
         strata: the stratum of each item, any hashable label.
         rng: generator of the permutations.
         n_resamples: number of permutations.
@@ -240,7 +240,7 @@ def random_rankings(
         rng: source of randomness.
 
     Returns:
-        The control rankings; where there are fewer sets of so many heads, some are of the same heads in another order.
+        The control rankings; where there are fewer sets of this size, some are of the same heads in another order.
     """
     matched = ranked[:most]
     sets = random_heads(matched, n_layers, n_heads, draws, rng, exclude=ranked[most:]).sets
@@ -294,7 +294,7 @@ def random_heads(
     Args:
         heads: (layer, head) pairs to match.
         n_layers: layers of the model.
-        n_heads: query heads a layer.
+        n_heads: query heads per layer.
         n_sets: number of sets to draw.
         rng: generator to draw from.
         exclude: further heads that a control must not contain.
@@ -369,7 +369,7 @@ def random_heads_in_place(
 
     Args:
         meant: the (layer, head) intended for each place.
-        n_heads: heads a layer.
+        n_heads: heads per layer.
         n_sets: number of sets to draw.
         rng: generator to draw from.
 

@@ -46,7 +46,7 @@ def anytime_interval(
     """The mean of bounded values with an interval that stays valid when it decides how many values are taken.
 
     Args:
-        values: one number a problem, in random order; at least one.
+        values: one number per problem, in random order; at least one.
         low: the least value that is possible.
         high: the largest.
         confidence: with which the intervals after 1, 2, 3 ... values all hold the mean.
@@ -110,7 +110,7 @@ class Stopping:
     Attributes:
         decide: an upper and a lower threshold, in points of accuracy; they may be equal.
         width: of the interval from end to end, in points.
-        most: take at most so many problems.
+        most: take at most this many problems.
         seed: of the order of the problems.
         confidence: of each interval.
 

@@ -144,7 +144,7 @@ class RowPast:
         return own[0][:, :, : self._columns], own[1][:, :, : self._columns]
 
     def get_seq_length(self, *_: Any) -> int:
-        """The most tokens that a row has behind it."""
+        """The largest number of tokens that any row has run so far."""
         return int(self.positions.max())
 
     # -- attention ---------------------------------------------------------------------------------------------------------

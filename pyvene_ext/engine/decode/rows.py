@@ -91,11 +91,11 @@ class Program(Protocol):
         ...
 
     def reading(self, length: int) -> int:
-        """Bytes that reading a prompt of so many tokens takes besides the keys and values that its rows hold."""
+        """Bytes that reading a prompt of `length` tokens takes besides the keys and values that its rows hold."""
         ...
 
     def read(self, jobs: Sequence[Job], most: int) -> Iterator[Read]:
-        """Let the model read the prompts of rows, at most so many at once."""
+        """Let the model read the prompts of rows, at most `most` at once."""
         ...
 
     def edits(self, spec: int, problems: Sequence[int]) -> list[tuple[TokenEdit, ...]]:

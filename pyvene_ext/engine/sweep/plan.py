@@ -179,7 +179,7 @@ class Plan:
         return (
             f"{counted(len(self.edits), 'intervention')} x {counted(len(self.subset), 'prompt')} in "
             f"{counted(len(self.waves), 'batch')}\n"
-            f"arithmetic: {self.token_layers:.3g} token-layers, {share:.1%} of one forward pass an intervention and prompt\n"
+            f"arithmetic: {self.token_layers:.3g} token-layers, {share:.1%} of one forward pass per intervention and prompt\n"
             f"memory: up to {self.budget.memory / MIB:.0f} MiB besides the weights"
         )
 

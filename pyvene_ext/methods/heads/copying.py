@@ -38,7 +38,7 @@ INPUTS = ("resid", "embed", "own")
 SIGNS = ("positive", "negative")
 TOP = 5
 VOCABULARY_AT_ONCE = ROWS_AT_ONCE = 4096  # tokens whose logits are computed at once, and for how many heads and places
-MOST = 100  # beyond this rank nobody asks how far: the rest of the vocabulary need not be looked at, which is most of the work
+MOST = 100  # ranks beyond this one are not told apart: the rest of the vocabulary, most of the work, is left out
 
 
 def copy_ranks(

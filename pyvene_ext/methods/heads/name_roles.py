@@ -222,12 +222,12 @@ def name_table(
         names: of the same prompts.
         correlations: of `name_correlations`.
         whole: as for `role`.
-        top: a name is copied if it is among so many first tokens.
+        top: a name counts as copied if it is among this many top tokens.
         seed: of the intervals.
         resamples: of each interval.
 
     Returns:
-        One row a head, the largest attribution first.
+        One row per head, the largest attribution first.
     """
     scores: Float64[np.ndarray, "input sign asked layer head"] = copy_scores(found.copy_ranks, top)
     measures = {

@@ -68,7 +68,7 @@ def _of_targets(
     seed: int,
     done: Callable[[], object],
 ) -> list[Row]:
-    """A row a target and place, of targets of the same problems."""
+    """One row per target and place, of targets of the same problems."""
     which, groups = targets[0].which, np.unique(names, return_inverse=True)[1]
     folds = deal_folds(names.tolist(), n_folds, rng(seed, "folds"))
     shares = cluster_shares(groups, rng(seed, "resamples"), RESAMPLES)

@@ -25,7 +25,7 @@ def lag_curves(
     title: str,
     untouched: Float[np.ndarray, "permutation lag"] | None = None,
 ) -> Figure:
-    """A line a number of heads, with its standard error; the random sets' mean and range; of many lags the near ones again.
+    """One line per number of heads, with its standard error; the random sets' mean and range; of many lags the near ones again.
 
     Args:
         found: the curves with each number of heads ablated, smallest first.
