@@ -72,7 +72,6 @@ SHOWN = 8  # heads in the tables on the terminal and in figures
 REPORTED = 5  # skipped prompts that the terminal names
 RESAMPLES = 2000
 QUERIES = ("end", "end-1")
-Head = tuple[int, int]
 Rows = list[dict[str, Any]]
 
 
@@ -223,7 +222,7 @@ def role_facts(heads: Rows, whole: float | None) -> dict[str, Any]:
     }
 
 
-def correlation_table(correlations: dict[Head, dict[str, px.stats.Correlation]]) -> Rows:
+def correlation_table(correlations: dict[px.stats.Head, dict[str, px.stats.Correlation]]) -> Rows:
     """One row per head and kind of name."""
     return [
         {"layer": layer, "head": head, "kind": kind, "n": c.n, "r": c.pearson.r, "p": c.pearson.p, "note": c.note}
@@ -260,8 +259,8 @@ def named(row: dict[str, Any]) -> str:
 def summary(
     facts: dict[str, Any],
     heads: Rows,
-    shown: Sequence[Head],
-    pooled: dict[Head, px.stats.Correlation],
+    shown: Sequence[px.stats.Head],
+    pooled: dict[px.stats.Head, px.stats.Correlation],
     found: px.methods.NameMeasures,
 ) -> str:
     """What the terminal shows: the clean run, the joined table of some heads, what copy scores alone would say, and the looks."""

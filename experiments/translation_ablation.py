@@ -104,7 +104,7 @@ def main(config: Config) -> None:
 
 
 def other_task(
-    other: px.PromptSet | None, setting: px.translation.Setting, config: Config
+    other: px.PromptSet | None, setting: px.translation.WordSetting, config: Config
 ) -> dict[str, px.TokenizedPrompts]:
     """The first prompts of the other task, as many as --limit, under the prefix of its measures; nothing if there is none."""
     if other is None:
@@ -116,7 +116,7 @@ def other_task(
 
 def seconds(
     specs: Mapping[Any, Sequence[Spec]],
-    setting: px.translation.Setting,
+    setting: px.translation.WordSetting,
     tasks: dict[str, px.TokenizedPrompts],
     config: Config,
 ) -> float:
@@ -133,7 +133,7 @@ def seconds(
 
 
 def heads_and_controls(
-    heads: Sequence[tuple[int, int]], setting: px.translation.Setting, config: Config
+    heads: Sequence[tuple[int, int]], setting: px.translation.WordSetting, config: Config
 ) -> tuple[Sets, dict[str, RandomHeads]]:
     """The heads, then random sets of as many others; and the controls that these make up."""
     size = px.models.n_layers(setting.model.config), px.models.n_heads(setting.model.config)
@@ -150,7 +150,7 @@ def specs_of(sets: Sets, config: Config) -> dict[Any, list[Spec]]:
 
 def ablated(
     specs: Sequence[Spec],
-    setting: px.translation.Setting,
+    setting: px.translation.WordSetting,
     tasks: dict[str, px.TokenizedPrompts],
     store: Path,
     config: Config,
@@ -205,7 +205,7 @@ def set_facts(rows: Rows, measures: Measures) -> dict[str, dict[str, Any]]:
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def summary(config: Config, setting: px.translation.Setting, facts: dict[str, Any], rows: Rows) -> str:
+def summary(config: Config, setting: px.translation.WordSetting, facts: dict[str, Any], rows: Rows) -> str:
     """What the terminal shows: every kind and measure, untouched, with the found set ablated, and with random ones."""
     header = "".join(f"{name:>14} (lowest)      p" for name in CONTROLS)
     lines = [
@@ -227,7 +227,7 @@ def summary(config: Config, setting: px.translation.Setting, facts: dict[str, An
     return "\n".join(lines)
 
 
-def evidence(kind: str, setting: px.translation.Setting, rows: Rows, facts: dict[str, Any]) -> px.runs.Evidence:
+def evidence(kind: str, setting: px.translation.WordSetting, rows: Rows, facts: dict[str, Any]) -> px.runs.Evidence:
     """What one kind of ablation takes off the logit difference, beside the random sets."""
     found = next(row for row in rows if (row["kind"], row["set"]) == (kind, "found"))
     drop = px.Interval(found["drop"], found["low"], found["high"])

@@ -111,7 +111,7 @@ def summary(pairs: list[str], rows: Rows) -> str:
 
 
 def evidence(
-    setting: px.translation.Setting, lenses: dict[str, px.methods.Lens], rows: Rows, seed: int
+    setting: px.translation.WordSetting, lenses: dict[str, px.methods.Lens], rows: Rows, seed: int
 ) -> px.runs.Evidence:
     """Where the source's word is ahead of the right one by most, before the last depth."""
     ahead = {row["depth"]: row["source_probability"] - row["target_probability"] for row in rows[:-1]}

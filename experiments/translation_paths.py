@@ -126,7 +126,7 @@ def main(config: Config) -> None:
 
 
 def path_changes(
-    setting: px.translation.Setting, config: Config, store: Path
+    setting: px.translation.WordSetting, config: Config, store: Path
 ) -> tuple[dict[str, Float[np.ndarray, "layer head prompt"]], Float[np.ndarray, " prompt"]]:
     """How the right word's logit changes, by MINUS_VARIANT; and that logit, untouched."""
     model, plus = setting.model, setting.asked.plus

@@ -123,7 +123,7 @@ def drawn(kind: str, drops: Float[np.ndarray, "layer head"], of: str, config: Co
     return px.figures.head_heatmap(drops, title, f"drop of the {measure}", diverging=True)
 
 
-def summary(config: Config, setting: px.translation.Setting, facts: dict[str, Any], rows: Rows) -> str:
+def summary(config: Config, setting: px.translation.WordSetting, facts: dict[str, Any], rows: Rows) -> str:
     """What the terminal shows: of every replacement the largest drops."""
     lines = [f"\neach: one head at a time; {setting.measure} {facts['each_clean']:.2f}; largest drops"]
     for kind in config.replacements:
@@ -132,7 +132,7 @@ def summary(config: Config, setting: px.translation.Setting, facts: dict[str, An
     return "\n".join(lines)
 
 
-def evidence(kind: str, setting: px.translation.Setting, rows: Rows) -> px.runs.Evidence:
+def evidence(kind: str, setting: px.translation.WordSetting, rows: Rows) -> px.runs.Evidence:
     """The largest drop of one replacement, beside those of all other heads."""
     ranked = sorted((row for row in rows if row["replacement"] == kind), key=lambda row: -row["drop"])
     largest = ranked[0]

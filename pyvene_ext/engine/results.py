@@ -168,7 +168,7 @@ def strongest_rows(
 count = partial(counted, grouped=True)  # in titles
 
 
-class Place(NamedTuple):
+class EditLocation(NamedTuple):
     """Where an intervention edits; a part that its edits do not share is None.
 
     Attributes:
@@ -186,7 +186,7 @@ class Place(NamedTuple):
     receivers: str | None = None
 
     @classmethod
-    def of(cls, spec: Spec | PathPatch) -> Place:
+    def of(cls, spec: Spec | PathPatch) -> EditLocation:
         """Find the place of an intervention."""
         if isinstance(spec, PathPatch):
             return cls.of(spec.sender_patch)._replace(receivers="+".join(spec.receivers))
@@ -238,9 +238,9 @@ class Result(Shown):
         return finite_mean(by_prompt(self.delta), -1)
 
     @cached_property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[EditLocation, ...]:
         """Where each intervention edits; empty if `specs` is."""
-        return tuple(map(Place.of, self.specs))
+        return tuple(map(EditLocation.of, self.specs))
 
     @property
     def effect(self) -> tuple[str, Float[np.ndarray, " n_interventions"]]:
@@ -283,8 +283,8 @@ class Result(Shown):
         """One row per intervention: its name and place."""
         import pandas as pd
 
-        places = self.places or (Place(None, None, None, None),) * len(self.names)
-        columns = dict(zip(Place._fields, zip(*places, strict=True), strict=True))
+        places = self.places or (EditLocation(None, None, None, None),) * len(self.names)
+        columns = dict(zip(EditLocation._fields, zip(*places, strict=True), strict=True))
         found = pd.DataFrame({"intervention": self.names, **columns}).astype({"layer": "Int64", "head": "Int64"})
         return found if any(place.receivers for place in places) else found.drop(columns="receivers")
 

@@ -15,9 +15,9 @@ from pyvene_ext.report.attention import escaped
 from pyvene_ext.report.colours import colours
 from pyvene_ext.report.findings import leading
 from pyvene_ext.report.plots import GAPS, axis, menu, plain
-from pyvene_ext.report.run import Head, Row, Run
+from pyvene_ext.report.run import Row, Run
 from pyvene_ext.report.tables import table
-from pyvene_ext.stats.controls import head_label
+from pyvene_ext.stats.controls import Head, head_label
 from pyvene_ext.stats.correlations import Coefficient, Correlation, correlate_heads
 
 AT_LEAST = 5  # heads for a correlation

@@ -286,7 +286,7 @@ def scores_of(pair: str, sentences: Sentences, model: PreTrainedModel, threshold
 
 
 @dataclass(frozen=True)
-class Setting:
+class WordSetting:
     """One model on the words of one pair of languages.
 
     Attributes:
@@ -394,7 +394,7 @@ class Setting:
         return "\n".join(lines)
 
 
-def prepare(flags: TranslatedWords, heads: Sequence[str] = (), *, scores: bool = False) -> Setting:
+def prepare(flags: TranslatedWords, heads: Sequence[str] = (), *, scores: bool = False) -> WordSetting:
     """Load model and sentences and make the prompts for --words; the only pass is the one that finds the strongest rivals.
 
     Args:
@@ -427,7 +427,7 @@ def prepare(flags: TranslatedWords, heads: Sequence[str] = (), *, scores: bool =
     right = None
     if not asked.in_couples:
         asked, right = _against_rivals(model, asked, flags.batch_size)
-    return Setting(flags, model, tokenizer, sentences, asked, given, threshold, right)
+    return WordSetting(flags, model, tokenizer, sentences, asked, given, threshold, right)
 
 
 def _asked(

@@ -18,7 +18,7 @@ from modelcards import dimensions
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, needs_flow
 from pyvene_ext.methods.reasoning.transplant import (
-    Layers,
+    LayerPair,
     Maps,
     Method,
     Paired,
@@ -54,7 +54,7 @@ class Host:
     donor: PreTrainedModel
     pairs: tuple[tuple[Head, Head], ...]
     random: list[tuple[Head, ...]]
-    maps: dict[Layers, Maps]
+    maps: dict[LayerPair, Maps]
     depends_on: dict[str, Any]
 
     @property

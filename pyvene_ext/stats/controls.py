@@ -24,8 +24,8 @@ def head_label(head: tuple[int, int]) -> str:
     return f"{head[0]}.{head[1]}"
 
 
-class Overlap(NamedTuple):
-    """Overlap of two sets of heads.
+class HeadOverlap(NamedTuple):
+    """HeadOverlap of two sets of heads.
 
     Attributes:
         shared: number of heads in both.
@@ -40,7 +40,7 @@ class Overlap(NamedTuple):
     p: float
 
 
-def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> Overlap:
+def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> HeadOverlap:
     """Compare two sets of heads of one model with random sets of the same sizes (hypergeometric test).
 
     Args:
@@ -49,16 +49,16 @@ def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> Overlap:
         n_heads: number of heads in the whole model.
 
     Returns:
-        Overlap, its expectation by chance, and p.
+        HeadOverlap, its expectation by chance, and p.
     """
     a, b = set(a), set(b)
     shared, total = len(a & b), len(a) + len(b)
     if total == 0:
-        return Overlap(0, math.nan, math.nan, 1.0)
+        return HeadOverlap(0, math.nan, math.nan, 1.0)
     chance = stats.hypergeom(n_heads, len(a), len(b))
     possible = np.arange(min(len(a), len(b)) + 1)
     expected = float((chance.pmf(possible) * possible / (total - possible)).sum())
-    return Overlap(shared, shared / (total - shared), expected, float(chance.sf(shared - 1)))
+    return HeadOverlap(shared, shared / (total - shared), expected, float(chance.sf(shared - 1)))
 
 
 class AgainstRandom(NamedTuple):

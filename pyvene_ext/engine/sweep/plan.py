@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from modelcards import dimensions, n_layers
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
-    Edit,
     EditLocator,
+    PlacedEdit,
     Wave,
     edits_of,
     shared_columns,
@@ -133,7 +133,7 @@ class Plan:
 
     waves: tuple[Wave, ...]
     budget: Budget
-    edits: Sequence[list[Edit]]
+    edits: Sequence[list[PlacedEdit]]
     resolved: Resolved
     layers: int
     subset: tuple[int, ...]
