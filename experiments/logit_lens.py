@@ -1,4 +1,4 @@
-"""At what depth does a model know the answer, and which parts write it? Logit lens and direct logit attribution.
+"""At what depth does a model know the answer, and which components write it? Logit lens and direct logit attribution.
 
     python experiments/logit_lens.py
     python experiments/logit_lens.py --model google/gemma-2-2b --dataset ioi_zh --answers first_difference

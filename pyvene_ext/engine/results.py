@@ -1,4 +1,4 @@
-"""Results: the metric by intervention and prompt; as a table, in a few lines, and as the figure that fits.
+"""Results: the metric by intervention and prompt, with a summary, a table and a plot.
 
     result = run(model, specs, prompts)
     result                    # the strongest effects

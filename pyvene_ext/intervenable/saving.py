@@ -1,7 +1,8 @@
-"""Interventions as files: what `save` writes comes back the same, and what could not is refused before anything is written.
+"""Interventions as files: what `save` writes loads without loss; what would not is refused before anything is written.
 
-The folder is pyvene's: `config.json`, and in `intkey_<key>.bin` the weights of what has some. pyvene's config does not say what
-an intervention was built with (a rank, a width that was set later, a vector), so it has one more field here, with all of that.
+The folder is pyvene's: `config.json`, and in `intkey_<key>.bin` the weights of each intervention that has any. pyvene's config
+does not say what an intervention was built with (a rank, a width that was set later, a vector), so it has one more field here,
+with all of that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Paths and circuits: a map of senders by receivers, the strongest edges drawn by layer, and what a circuit is worth."""
+"""Paths and circuits: a map of senders by receivers, the strongest edges drawn by layer, and how faithful a circuit is."""
 
 from __future__ import annotations
 

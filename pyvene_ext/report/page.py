@@ -1,4 +1,4 @@
-"""The HTML page of one or several runs: findings first, then what can be looked at, then numbers and where they come from."""
+"""The HTML page of one or several runs: findings first, then plots, then tables and provenance."""
 
 from __future__ import annotations
 

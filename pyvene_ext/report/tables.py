@@ -1,4 +1,4 @@
-"""Tables of a page, sorted by a click on a heading, with intervals; what can be folded away; and where a run comes from."""
+"""Tables of a page, sortable by any column, with intervals; collapsible sections; and each run's provenance."""
 
 from __future__ import annotations
 

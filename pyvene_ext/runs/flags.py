@@ -298,12 +298,12 @@ class Regeneration(Problems):
     """What a model writes under an intervention in its reasoning (`runs.reasoning`)."""
 
     regenerate: Literal["answer", "reasoning"] | None = None
-    """what is written anew: the answer after the given reasoning, or reasoning too; by default answer for tiny models, else
+    """what is regenerated: the answer after the given reasoning, or reasoning too; by default answer for tiny models, else
     reasoning"""
 
     @property
     def anew(self) -> bool:
-        """Whether reasoning is written anew."""
+        """Whether reasoning is regenerated."""
         default = "answer" if self.small else "reasoning"
         return (self.regenerate or default) == "reasoning"
 

@@ -3,7 +3,7 @@
     result.plot()                        # or plot(result)
     figures.save(result.plot(), "effects.png")
 
-One kind of result is one function here, which chooses among the functions of `runs.figures`.
+Each kind of result has one function here, which chooses among the functions of `runs.figures`.
 """
 
 from __future__ import annotations

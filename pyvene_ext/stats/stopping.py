@@ -1,8 +1,8 @@
 """Stopping a comparison of accuracies as soon as it is decided: an interval that may be looked at after every problem.
 
-An interval for a fixed number of problems, looked at after each of them until it says what one hopes for, is wrong far more often
-than it claims. The interval here covers at all numbers of problems at once with its confidence, so that one may stop at any
-(a confidence sequence). It is that of betting (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by
+An interval for a fixed number of problems, checked after each of them until it says what one hopes for, is wrong far more often
+than it claims. The interval here is a confidence sequence: it covers at all numbers of problems simultaneously, so that one may
+stop at any. It is that of betting (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by
 betting", JRSS B 86(1), section 4): against "the mean of x in [-1, 1] is at most m", the capital
 
     prod_i (1 + c (x_i - m) / (1 + m)),   0 < c < 1,

@@ -1,4 +1,4 @@
-"""Edits of the tokens that rows write: every row has its own, and one hook a place makes those of all rows."""
+"""Edits of generated tokens: every row has its own, and one hook per site and layer makes those of all rows."""
 
 from __future__ import annotations
 

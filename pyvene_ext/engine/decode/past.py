@@ -1,4 +1,4 @@
-"""Keys and values of rows that write: those of each prompt, stored once for all its rows, and each row's own.
+"""The cache of keys and values during decoding: each prompt's, stored once for all its rows, and each row's own.
 
 A row is one prompt under one intervention. Inside `with row_attention(past)` every attention module of the model runs
 through `attend`, registered once with transformers' AttentionInterface, and the model takes one new token of every row at a time:
@@ -7,7 +7,7 @@ through `attend`, registered once with transformers' AttentionInterface, and the
     past.enter([keys_values], lengths, prompt_of)     # prompts that the model has read, and the rows that continue them
     with row_attention(past):
         model(ids, position_ids=past.positions[:, None], attention_mask=past.no_mask, past_key_values=past)
-    past.keep(rows)                                   # the others leave
+    past.keep(rows)                                   # drops the others
 """
 
 from __future__ import annotations

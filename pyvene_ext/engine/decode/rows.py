@@ -1,10 +1,10 @@
-"""Greedy decoding of many rows at once: every row is one problem under one intervention and writes until its text ends.
+"""Greedy decoding of many rows at once: every row is one problem under one intervention, decoded until its text ends.
 
-All rows take one token in the same forward pass, which reads the weights once. A prompt is read once for all the interventions
-that leave it alone. Rows that have ended leave, and waiting ones enter: the batch stays as large as the memory allows.
+Each forward pass adds one token to every row and reads the weights once. A prompt is read once for all the interventions that
+leave it unchanged. Rows that have ended make room for waiting ones, so that the batch stays as large as the memory allows.
 
-Of the memory, three quarters are for what rows hold, and a quarter for what comes and goes: prompts that are being read, logits.
-Less than one row, or one prompt, at a time is impossible; otherwise no more than the memory is taken at any moment.
+Three quarters of the memory are for the rows' caches, and a quarter is for what is temporary: prompts being read, and logits. At
+least one row and one prompt are run at a time; apart from that, the limit is never exceeded.
 """
 
 from __future__ import annotations

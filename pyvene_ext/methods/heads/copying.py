@@ -8,9 +8,9 @@ W_O, then through the final norm and the unembedding; the name should be among t
 that of -W_O. Attention to the name is set to 1: a high score says that the head would copy what it attended to, not that it
 attends there, nor that it matters.
 
-The stream after block 0 is not what a head deep in a model reads. Where later blocks turn what is at the name, a head that copies
-well from its own input seems to copy nothing from block 0, so that the score is also computed from the stream that enters the
-head's own layer ("own", ours).
+The stream after block 0 is not what a head deep in a model reads. Where later blocks rotate the representation of the name, a
+head that copies well from its own input seems to copy nothing from block 0, so that the score is also computed from the stream
+that enters the head's own layer ("own", ours).
 """
 
 from __future__ import annotations

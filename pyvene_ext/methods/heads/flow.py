@@ -1,7 +1,8 @@
 """Information flow routes (Ferrando and Voita 2024): the parts that states of the residual stream are made of, in one pass.
 
 Nodes are the states of the residual stream: resid_mid after attention, resid_post after the MLP. A node y is a sum of parts z_j
-and, in places, a bias. A part is as important as it brings the sum closer to y (in L1 norm), relative to the other parts:
+and, in places, a bias. The importance of a part is how much closer to y it brings the sum (in L1 norm), relative to the other
+parts:
 
     proximity(z_j, y) = max(|y| - |y - z_j|, 0)        importance_j = proximity_j / sum of proximities
 

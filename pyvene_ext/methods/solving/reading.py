@@ -1,4 +1,4 @@
-"""Prompts read under specs. What a spec leaves as it is, the layers and tokens before its first edit, is read only once."""
+"""Prompts read under specs (prefill); the layers and tokens before a spec's first edit, which it leaves alone, are run once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems given out in rounds: after each, interventions whose cost is known well enough get no more."""
+"""Problems in rounds: after each round, interventions whose cost is known well enough stop."""
 
 from __future__ import annotations
 

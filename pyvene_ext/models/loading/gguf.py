@@ -1,7 +1,7 @@
-"""GGUF files: quantised weights in one file, as llama.cpp and its kin use them.
+"""GGUF files: quantised weights in one file, as llama.cpp and related programs use them.
 
 transformers' reader dequantises the weights, which takes from seconds to minutes, so that the result is kept as a folder of
-safetensors in the cache, named by the file's checksum. The reader passes over some of what a file states (scaling of RoPE,
+safetensors in the cache, named by the file's checksum. The reader ignores some of what a file states (scaling of RoPE,
 soft-caps, how text is split into words) and then silently computes with the defaults of the config's class; here that is set,
 compared, or refused.
 """

@@ -1,4 +1,4 @@
-"""Figures of memory by lag: probability curves, one a number of ablated heads, and random heads as a band."""
+"""Figures of memory by lag: probability curves, one per number of ablated heads, and random heads as a band."""
 
 from __future__ import annotations
 
