@@ -244,7 +244,7 @@ def maps_of(
 
 
 def arrays(result: px.Patched, positions: tuple[str, ...], maps: Maps) -> dict[str, np.ndarray]:
-    """All arrays by file name. Of a site of heads there is one [layer head] a position, of another one [layer position]."""
+    """All arrays by file name: for a site of heads one [layer head] per position, for any other site one [layer position]."""
     found: dict[str, np.ndarray] = {}
     for site, values in maps.items():
         if not px.models.has_heads(site):
@@ -262,7 +262,7 @@ def arrays(result: px.Patched, positions: tuple[str, ...], maps: Maps) -> dict[s
 
 
 def drawn(config: Config, of: str, positions: tuple[str, ...], maps: Maps) -> dict[str, Figure]:
-    """A figure a site (and position, of heads)."""
+    """One figure per site (and per position, for sites of heads)."""
     base, source = config.runs
     title = f"Activation patching ({config.direction})"
     label = f"mean score (0: {base} run, 1: {source} run)"

@@ -170,7 +170,7 @@ def traced(
 
 
 def read_frequencies(path: Path) -> Matrix:
-    """The causal frequencies; OSError or ValueError for a file without one real number a head."""
+    """The causal frequencies; OSError or ValueError for a file without one real number per head."""
     try:
         return px.io.read_head_matrix(path)
     except ValueError as error:

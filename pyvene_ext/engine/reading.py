@@ -333,7 +333,7 @@ def read_batches(
 
 @dataclass(frozen=True)
 class _ReadPlan:
-    """What is read, checked.
+    """A checked request to read activations.
 
     Attributes:
         model: the model.

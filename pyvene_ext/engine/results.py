@@ -35,7 +35,7 @@ TOP = 5  # effects in a repr
 
 
 class Summary(NamedTuple):
-    """What a result shows of itself.
+    """What `repr` and `plot` show of a result.
 
     Attributes:
         title: what it is, and how much of it.

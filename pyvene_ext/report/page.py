@@ -126,7 +126,7 @@ def _navigation(runs: Sequence[Run], sections: Sequence[Sequence[Section]], comp
 
 
 def _sections(run: Run, home: Path, drawn: Callable[[Any], str]) -> Iterator[Section]:
-    """The parts of one run: findings, what can be looked at, numbers, provenance."""
+    """The parts of one run: findings, plots, tables, provenance."""
     yield Section("findings", "Findings", "".join(findings(run)))
     if circuits := list(circuits_html(run, drawn)):
         yield Section("circuits", "Circuits", "".join(circuits))

@@ -35,7 +35,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def folded(title: str, inner: str) -> str:
-    """Render what a click on its title unfolds; `inner` is HTML already."""
+    """Render a collapsible section; `inner` is HTML already."""
     return f"<details><summary>{html.escape(title)}</summary>{inner}</details>"
 
 

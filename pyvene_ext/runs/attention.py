@@ -70,7 +70,7 @@ def look(
     which: Iterable[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[View]:
-    """Read the attention patterns of all heads on some prompts, one prompt a forward pass.
+    """Read the attention patterns of all heads on some prompts, one prompt per forward pass.
 
     Args:
         model: a model whose family has a card.

@@ -37,7 +37,7 @@ def answer_names(prompts: PromptSet) -> tuple[str, str]:
 
 
 def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:
-    """Collect what a reader needs to repeat a run: command, weights, versions, device, dtype, time.
+    """Collect what a reader needs to reproduce a run: command, weights, versions, device, dtype, time.
 
     Args:
         model: the model that was run.

@@ -429,7 +429,7 @@ class TranslationHeads(TranslatedWords):
 
 
 def check_rankings(rankings: tuple[str, ...], models: tuple[str, ...]) -> None:
-    """Check that there is one ranking a model, or none at all.
+    """Check that there is one ranking per model, or none at all.
 
     Args:
         rankings: the files of --rankings.

@@ -584,13 +584,13 @@ def positions_of(setting: Setting, least: int, places: int | None = None) -> lis
 
 
 def counts(model: str, facts: dict[str, Any]) -> str:
-    """How many problems there are, and what became of them, for the terminal."""
+    """How many problems there are, and their outcomes, for the terminal."""
     first, clean = facts["first_run"], facts["clean"]
     return f"{outcome(model, first)}; {facts['with_reasoning']} have a block, of them {100 * clean['accuracy']:.1f}% correct"
 
 
 def outcome(model: str, counted: Mapping[str, Any]) -> str:
-    """What became of the texts of one run, by `Evaluation.summary`, for the terminal."""
+    """The outcomes of the texts of one run, by `Evaluation.summary`, for the terminal."""
     classes = ", ".join(f"{counted[kind]} {kind}" for kind in ("correct", "wrong", "unparsed"))
     return (
         f"{model}: {counted['problems']} problems, {100 * counted['accuracy']:.1f}% correct untouched ({classes}; "

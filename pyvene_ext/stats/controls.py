@@ -25,7 +25,7 @@ def head_label(head: tuple[int, int]) -> str:
 
 
 class HeadOverlap(NamedTuple):
-    """HeadOverlap of two sets of heads.
+    """Overlap of two sets of heads.
 
     Attributes:
         shared: number of heads in both.
@@ -49,7 +49,7 @@ def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> HeadOver
         n_heads: number of heads in the whole model.
 
     Returns:
-        HeadOverlap, its expectation by chance, and p.
+        The overlap, its expectation by chance, and p.
     """
     a, b = set(a), set(b)
     shared, total = len(a & b), len(a) + len(b)

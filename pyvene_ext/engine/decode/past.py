@@ -32,7 +32,7 @@ EditAttention = Callable[[Float[Tensor, "row n_head key"]], None]
 
 
 class RowPast:
-    """The cache of rows that write, as a transformers model takes one.
+    """The cache of rows being decoded, in the form that transformers models take.
 
     Args:
         model: the model.

@@ -79,7 +79,7 @@ class Read(NamedTuple):
 
 
 class Program(Protocol):
-    """What rows do."""
+    """What decoding asks about its rows: their prompts, edits and texts."""
 
     @property
     def edits_prompts(self) -> bool:

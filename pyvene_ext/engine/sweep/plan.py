@@ -20,7 +20,7 @@ from modelcards import dimensions, n_layers
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
     EditLocator,
-    PlacedEdit,
+    StagedEdit,
     Wave,
     edits_of,
     shared_columns,
@@ -133,7 +133,7 @@ class Plan:
 
     waves: tuple[Wave, ...]
     budget: Budget
-    edits: Sequence[list[PlacedEdit]]
+    edits: Sequence[list[StagedEdit]]
     resolved: Resolved
     layers: int
     subset: tuple[int, ...]

@@ -48,7 +48,7 @@ Groups = Sequence[Sequence[Sequence[int]]]  # tokens, counted from the prompt's 
 
 @dataclass(frozen=True)
 class Names:
-    """The names of those prompts whose names their tokens tell apart.
+    """The names in those prompts whose names differ in some token.
 
     Attributes:
         prompts: those prompts, in order.
@@ -73,7 +73,7 @@ class Names:
     def tokenize(
         self, tokenizer: PreTrainedTokenizerBase, text: Text = "clean", max_length: int | None = None
     ) -> TokenizedPrompts:
-        """Tokenise the prompts with what the names begin with in common, so that the next token tells them apart.
+        """Tokenise the prompts with the tokens that begin both names, so that the next token distinguishes them.
 
         Args:
             tokenizer: the one that the names were found with.

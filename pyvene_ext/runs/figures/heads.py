@@ -51,7 +51,7 @@ def head_heatmap(
     first_layer: int = 0,
     missing: str = "not finite",
 ) -> Figure:
-    """One coloured cell a head; layer 0 on top, as the matrix is printed. Cells that are not finite are hatched grey.
+    """One coloured cell per head; layer 0 on top, as the matrix is printed. Cells that are not finite are hatched grey.
 
     Args:
         matrix: one number per head.
@@ -390,7 +390,7 @@ def _map_size(n_layers: int, n_heads: int) -> tuple[float, float]:
 def _draw_heads(
     axes: Axes, matrix: Float[np.ndarray, "layer head"], low: float, high: float, cmap: str, first_layer: int
 ) -> AxesImage:
-    """One coloured cell a head; layer 0 on top."""
+    """One coloured cell per head; layer 0 on top."""
     n_layers, n_heads = matrix.shape
     # The background shows through where nothing is drawn.
     axes.set_facecolor("#dcdcdc")
@@ -423,7 +423,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 
 
 def _layer_colours(figure: Figure, axes: Axes, layers: np.ndarray) -> np.ndarray:
-    """One colour a layer, [layer rgba], and the colour bar that says which."""
+    """One colour per layer, [layer rgba], and the colour bar that says which."""
     cmap: Colormap = matplotlib.colormaps[LAYERS].resampled(len(layers))
     norm = BoundaryNorm(np.arange(layers[0], layers[-1] + 2) - 0.5, cmap.N)
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, label="layer", fraction=0.05, aspect=26, pad=0.03)

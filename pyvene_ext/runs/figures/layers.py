@@ -52,7 +52,7 @@ def depth_curve(curve: Interval, title: str, label: str, scale: str = "linear") 
 def layer_map(
     values: Float[np.ndarray, "layer column"], columns: Sequence[str], title: str, label: str, xlabel: str
 ) -> Figure:
-    """One coloured cell a layer and a named column; layer 0 on top, white at 0, grey where there is no number.
+    """One coloured cell per layer and named column; layer 0 on top, white at 0, grey where there is no number.
 
     Args:
         values: one number per cell.

@@ -155,7 +155,7 @@ def edge_matrix(
     cell: float = 0.12,
     helpful: Helpful = "positive",
 ) -> Figure:
-    """One coloured cell an edge; white at 0, grey where there is no edge. The few largest may lie beyond the colour scale.
+    """One coloured cell per edge; white at 0, grey where there is no edge. The few largest may lie beyond the colour scale.
 
     Red helps the answer and blue works against it.
 
