@@ -1,4 +1,4 @@
-"""How many forward passes a prompt do attribution patching, edge attribution and a curve of circuits take?
+"""How many forward passes per prompt do attribution patching, edge attribution and a curve of circuits take?
 
     python benchmarks/bench_attribution.py --model smollm2-135m-instruct --threads 1
     python benchmarks/bench_attribution.py --model gemma-3-270m --threads 1

@@ -376,7 +376,7 @@ def own_arithmetic(spec: Ablation, pieces: Pieces, tokens: int) -> float:
     layer, last = spec.layer, len(pieces.layers) - 1
     if layer == last and spec.site != "resid_pre" and edited.stop < tokens:
         return 0.0  # nothing reads what stands at another token after the last attention
-    behind = {
+    after = {
         "z": pieces.head[layer] + pieces.mlp[layer],
         "resid_mid": pieces.mlp[layer],
         "mlp_out": 0,
@@ -389,7 +389,7 @@ def own_arithmetic(spec: Ablation, pieces: Pieces, tokens: int) -> float:
             return pieces.layers[at] * later
         return pieces.kv[at] * later + (pieces.layers[at] - pieces.kv[at]) * one
 
-    own = whole(layer) if spec.site == "resid_pre" else behind[spec.site] * (later if layer < last else one)
+    own = whole(layer) if spec.site == "resid_pre" else after[spec.site] * (later if layer < last else one)
     return own + sum(whole(at) for at in range(layer + 1, last + 1))
 
 
@@ -743,7 +743,7 @@ def grow(config: Config) -> dict[str, Any]:
     with torch.inference_mode():
         plain = float(np.median(timed(case.plain, case)))
     cost = 1.2 * plain * bound(specs, count_pieces(model_config(config), config.prompts, config.tokens), config)
-    # How many heads the budget allows; the points below are so many times as much work, and each is run a few times.
+    # How many heads the budget allows; the points below multiply the work by these factors, and each is run a few times.
     work = AT_LEAST * (sum(GROWTH) + sum(GROWTH) / GROWTH[-1] + len(GROWTH))
     heads = min(len(specs), max(GROWTH[-1], int(config.budget_minutes * 60 / (work * cost))))
     cases = [("prompts", dataclasses.replace(config, prompts=config.prompts * f), heads) for f in GROWTH]
@@ -810,7 +810,7 @@ def title(config: Config, measured: dict[str, Any]) -> str:
 
 
 def result_table(rows: list[dict[str, Any]]) -> str:
-    """One row a workload and engine, in Markdown."""
+    """One row per workload and engine, in Markdown."""
     lines = [
         "| workload | engine | n | time per intervention / plain forward | counted bound | time / bound | × faster than hooks "
         "| largest difference | peak memory (plain forward's), GiB |",
@@ -837,7 +837,7 @@ def result_table(rows: list[dict[str, Any]]) -> str:
 
 
 def growth_table(growth: dict[str, dict[str, Any]]) -> str:
-    """One row a point, in Markdown, the slopes below."""
+    """One row per point, in Markdown, the slopes below."""
     lines = [
         "| against | prompts | tokens each | heads | seconds | seconds / (prompt × token × head) |",
         "|---|---|---|---|---|---|",
@@ -848,7 +848,7 @@ def growth_table(growth: dict[str, dict[str, Any]]) -> str:
             lines.append(
                 f"| {axis} | {point['prompts']} | {point['tokens']} | {point['heads']} | {point['seconds']:.3f} | {each:.2e} |"
             )
-    what = {"tokens": "tokens a prompt, at one number of tokens"}
+    what = {"tokens": "tokens per prompt, at one number of tokens"}
     said = [
         f"{what.get(axis, axis)}: {fitted['slope']:.2f} ± {fitted['standard_error']:.2f}"
         for axis, fitted in growth.items()

@@ -72,7 +72,7 @@ MARKUP = re.compile(r"^ *\* |(?<!\w)\*\w[^*\n]*\w\*(?!\w)|[*|@]|(?<=\w)_(?!\w)",
 
 
 def write_pages() -> None:
-    """One page a family, its README, and one a room of the reference."""
+    """One page per family, its README, and one a room of the reference."""
     pages = {f"api/{room}.rst": text for room, text in written_pages().items()} | {"api/pages.md": list_of_pages()}
     for family in FAMILIES:
         text = (HERE.parent / "modelcards" / family / "README.md").read_text(encoding="utf-8")

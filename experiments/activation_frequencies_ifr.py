@@ -28,7 +28,7 @@ run without it. What was not run is NaN in arrays, an empty cell in tables, grey
 Written: OUT.npy, float32 [layer head]; OUT.json, what was run; and in the folder OUT: config.yaml (running it again gives the
 same), deltas.npy [layer head prompt], mean_delta.npy [layer head], clean.npy [prompt], prompts.json, heads.csv,
 frequency_vs_tau.csv, figures, attention.json (where the heads of the largest effects look), and with `--screen` estimates.npy
-[layer head prompt]. A run that was interrupted goes on where it stopped when the same command is given again.
+[layer head prompt]. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def mean_deltas(deltas: Deltas) -> Float[np.ndarray, "layer head"]:
 
 
 def head_table(frequency: px.Interval, deltas: Deltas, seed: int) -> list[dict[str, float]]:
-    """One row a head, largest mean effect first; those not run, all NaN, come last."""
+    """One row per head, largest mean effect first; those not run, all NaN, come last."""
     rows = []
     for layer, head in np.ndindex(deltas.shape[:2]):
         delta = deltas[layer, head][np.isfinite(deltas[layer, head])]
@@ -319,7 +319,7 @@ def summary(
         lines.append(found.summary())
     if isinstance(found, px.Sequential):
         narrow = (
-            f"{found.reached.sum()} of {len(found.reached)} heads, after {found.n_prompts.mean():.1f} prompts a head"
+            f"{found.reached.sum()} of {len(found.reached)} heads, after {found.n_prompts.mean():.1f} prompts per head"
         )
         lines.append(f"intervals at most {found.width:g} wide for {narrow}")
     return "\n".join(lines)

@@ -23,8 +23,7 @@ Written to the folder OUT: patched.npy and scores.npy [patch prompt] (of a singl
 are equal), base.npy and source.npy [prompt]; patches.csv, the mean scores, largest effect first, `row` being the row of the
 arrays; of every site of heads SITE.npy, its mean scores [layer head], with `each` SITE_POSITION.npy, of every other site
 SITE.npy [layer position]; figures; with site z attention.json, where the heads of the largest effects look in the clean texts;
-config.yaml (running it again gives the same); and summary.json, what was run. A run that was interrupted goes on where it stopped
-when the same command is given again.
+config.yaml (running it again gives the same); and summary.json, what was run. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -215,7 +214,7 @@ def differences(result: px.Patched, seed: int) -> dict[str, float | None]:
 def table(
     specs: list[px.ActivationPatch], score: px.Interval, change: Float[np.ndarray, "patch prompt"]
 ) -> list[dict[str, Any]]:
-    """One row a patch, largest mean change of the metric first, which is the order of the scores' sizes."""
+    """One row per patch, largest mean change of the metric first, which is the order of the scores' sizes."""
     rows = []
     for number, spec in enumerate(specs):
         rows.append(
@@ -245,7 +244,7 @@ def maps_of(
 
 
 def arrays(result: px.Patched, positions: tuple[str, ...], maps: Maps) -> dict[str, np.ndarray]:
-    """All arrays by file name. Of a site of heads there is one [layer head] a position, of another one [layer position]."""
+    """All arrays by file name: for a site of heads one [layer head] per position, for any other site one [layer position]."""
     found: dict[str, np.ndarray] = {}
     for site, values in maps.items():
         if not px.models.has_heads(site):
@@ -263,7 +262,7 @@ def arrays(result: px.Patched, positions: tuple[str, ...], maps: Maps) -> dict[s
 
 
 def drawn(config: Config, of: str, positions: tuple[str, ...], maps: Maps) -> dict[str, Figure]:
-    """A figure a site (and position, of heads)."""
+    """One figure per site (and per position, for sites of heads)."""
     base, source = config.runs
     title = f"Activation patching ({config.direction})"
     label = f"mean score (0: {base} run, 1: {source} run)"

@@ -8,17 +8,17 @@
 Method. Pairs of a clean and a corrupt prompt; those whose token lengths differ are skipped and reported. `noise` puts corrupt
 activations into the clean run, `denoise` clean ones into the corrupt run; delta = M(base) - M(patched), M being the logit
 difference of the two answers. The effect of patching each head's z, q, k and v and each MLP's output by itself at all positions
-is estimated three ways (`atp`, `edges`): AtP (Nanda 2023), AtP with the softmax recomputed for q and k (QK-fix), and AtP*
-(Kramar et al. 2024), which adds GradDrop and has no sign. Nodes are patched exactly too (`patch`), which takes a run each: all of
-them in a model that has no more than `--exact`, else so many, drawn at random with as many of every site as there are. Estimates
-are compared with the exact values by rank over these nodes: signed means over prompts, and means of the absolute values. The
-edges of the graph are scored by EAP (Syed et al. 2023) and EAP-IG (Hanna et al. 2024); their sums over receivers are compared
-with the exact values of the senders.
+is estimated three ways (`atp`, `edges`): AtP (Nanda 2023), AtP with the softmax recomputed for q and k (QK-fix), and AtP* (Kramar
+et al. 2024), which adds GradDrop and has no sign. Nodes are patched exactly too (`patch`), which takes a run each: all of them in
+a model that has no more than `--exact`, else a random sample of `--exact` of them, balanced over sites. Estimates are compared
+with the exact values by rank over these nodes: signed means over prompts, and means of the absolute values. The edges of the
+graph are scored by EAP (Syed et al. 2023) and EAP-IG (Hanna et al. 2024); their sums over receivers are compared with the exact
+values of the senders.
 
 Written to the folder OUT: exact.npy (NaN: not patched exactly), atp.npy, qk_fix.npy and atp_star.npy [patch prompt], and
 nodes.csv, which names the patches; for every method of `--edges` an array [sender receiver prompt] (NaN: no edge), and edges.csv,
 their means by name; agreement.csv, the correlations; figures; config.yaml (running it again gives the same); and summary.json,
-what was run. An exact sweep that was interrupted goes on where it stopped when the same command is given again.
+what was run. The same command resumes an interrupted exact sweep.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main(config: Config) -> None:
 
 
 def sampled(patches: list[px.ActivationPatch], n: int, seed: int) -> list[int]:
-    """The numbers of `n` patches drawn at random, or of all if there are no more: as many of each site as there are."""
+    """The indices of a random sample of `n` patches, balanced over sites; of all if there are no more."""
     by_site: dict[str, list[int]] = {}
     for number in px.rng(seed, "exact").permutation(len(patches)).tolist():
         by_site.setdefault(patches[number].site, []).append(number)
@@ -235,7 +235,7 @@ def agreement_table(patches: list[px.ActivationPatch], scores: Scores, edges: Ed
 
 
 def node_table(patches: list[px.ActivationPatch], scores: Scores) -> list[dict[str, Any]]:
-    """One row a patch, in the order of the arrays: means over prompts, of the values and of their sizes."""
+    """One row per patch, in the order of the arrays: means over prompts, of the values and of their sizes."""
     rows = []
     for number, patch in enumerate(patches):
         row: dict[str, Any] = {"patch": patch.where, "site": patch.site, "layer": patch.layer}
@@ -249,7 +249,7 @@ def node_table(patches: list[px.ActivationPatch], scores: Scores) -> list[dict[s
 
 
 def edge_table(edges: Edges) -> list[dict[str, Any]]:
-    """One row an edge with its mean by every method, the largest of the last method first."""
+    """One row per edge with its mean by every method, the largest of the last method first."""
     *_, last = edges.values()
     by_method = {method: dict(found.ranked()) for method, found in edges.items()}
     return [{"edge": name, **{method: found[name] for method, found in by_method.items()}} for name, _ in last.ranked()]

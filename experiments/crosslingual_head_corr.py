@@ -218,7 +218,7 @@ def record(
 
 
 def layer_records(layers: range, per_layer: list[px.stats.Correlation]) -> list[dict[str, Any]]:
-    """One record a layer for the JSON file: the correlation and its q-values."""
+    """One record per layer for the JSON file: the correlation and its q-values."""
     records = [{"layer": layer, **row.as_dict()} for layer, row in zip(layers, per_layer, strict=True)]
     for name in ("pearson", "spearman"):
         q = px.stats.q_values(np.array([getattr(row, name).p_within_layers for row in per_layer]))
@@ -236,7 +236,7 @@ def evidence(overall: px.stats.Correlation) -> px.runs.Evidence:
 
 
 def table(rows: list[tuple[str, px.stats.Correlation]]) -> str:
-    """The summary as aligned text: one row for all heads, one a layer, and notes below."""
+    """The summary as aligned text: one row for all heads, one per layer, and notes below."""
 
     def cells(c: px.stats.Coefficient) -> str:
         ends = f"[{c.low:6.3f}, {c.high:6.3f}]" if c.low == c.low or c.r != c.r else f"{'-':^16}"

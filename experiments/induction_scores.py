@@ -206,7 +206,7 @@ def summarise(
 
 
 def table(kinds: dict[str, Kind]) -> list[dict[str, Any]]:
-    """One row a head: score, standard error and control of every kind."""
+    """One row per head: score, standard error and control of every kind."""
     rows = []
     for layer, head in np.ndindex(kinds["induction"].mean.shape):
         row: dict[str, Any] = {"layer": layer, "head": head}

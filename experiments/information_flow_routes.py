@@ -170,7 +170,7 @@ def traced(
 
 
 def read_frequencies(path: Path) -> Matrix:
-    """The causal frequencies; OSError or ValueError for a file without one real number a head."""
+    """The causal frequencies; OSError or ValueError for a file without one real number per head."""
     try:
         return px.io.read_head_matrix(path)
     except ValueError as error:
@@ -191,7 +191,7 @@ def check_compared(config: Config, causal: Matrix | None, model: PreTrainedModel
 
 
 def head_table(frequency: px.Interval, flow: list[Traced], causal: Matrix | None) -> list[dict[str, float]]:
-    """One row a head, most active first; ties by importance."""
+    """One row per head, most active first; ties by importance."""
     importance, at_last = (np.mean([getattr(one, name) for one in flow], 0) for name in ("importance", "at_last"))
     largest_edge = np.max([one.largest_edge for one in flow], 0)
     rows = [
@@ -213,7 +213,7 @@ def head_table(frequency: px.Interval, flow: list[Traced], causal: Matrix | None
 
 
 def prompt_table(flow: list[Traced], tau: float) -> list[dict[str, int]]:
-    """One row a prompt: how large its routes are."""
+    """One row per prompt: how large its routes are."""
     rows = []
     for prompt, (widths, *_, tokens) in enumerate(flow):
         heads, edges, states = (int((found > tau).sum()) for found in widths)

@@ -61,7 +61,7 @@ class Config(px.flags.Loading, px.flags.Prompts):
     models: px.flags.OneOrMore[px.flags.ModelName] = ("tiny-qwen2.5", "tiny-gemma2", "tiny-llama3.1")
     """shipped or fetched models, folders, or names on the hub, for the rank correlations"""
     exact: px.flags.Count | None = None
-    """patch so many edges, and nodes, of each of them exactly, drawn at random; by default all"""
+    """patch this many edges, and nodes, of each of them exactly, drawn at random; by default all"""
     limit: px.flags.Limit = 4
     """pairs of prompts of the trained models"""
     batch_size: px.flags.BatchSize = 8
@@ -179,7 +179,7 @@ def known_circuits(config: Config) -> Iterator[Known]:
 
 
 def judged(config: Config, case: Known) -> Rows:
-    """One row a method: how well its scores find the known circuit."""
+    """One row per method: how well its scores find the known circuit."""
     circuit = px.circuits.Circuit(case.edges)
     there, known = (each.matrix(case.model.config) for each in (px.circuits.Circuit.full(case.model.config), circuit))
     (base, source), half = case.pairs, len(case.pairs[0]) // 2

@@ -1,4 +1,4 @@
-"""At what depth does a model know the answer, and which parts write it? Logit lens and direct logit attribution.
+"""At what depth does a model know the answer, and which components write it? Logit lens and direct logit attribution.
 
     python experiments/logit_lens.py
     python experiments/logit_lens.py --model google/gemma-2-2b --dataset ioi_zh --answers first_difference
@@ -58,7 +58,7 @@ class Config(px.flags.Model, px.flags.Prompts):
 
 def main(config: Config) -> None:
     if not px.is_main_process():
-        return  # a few forward passes a prompt are no work to share
+        return  # a few forward passes per prompt are no work to share
     # Everything that can be wrong is found before the first forward pass.
     run = px.RunFolder(config, "logit_lens", config.model, config.dataset)
     prompt_set = config.load_prompts()
@@ -129,7 +129,7 @@ def mean(name: str, values: Float[np.ndarray, " prompt"], seed: int, *draw: str 
 
 
 def depth_table(lens: px.methods.Lens, seed: int) -> Rows:
-    """One row a depth."""
+    """One row per depth."""
     return [
         {"depth": depth}
         | mean("logit_diff", lens.logit_diff[depth], seed, "logit_diff", depth)
@@ -141,7 +141,7 @@ def depth_table(lens: px.methods.Lens, seed: int) -> Rows:
 
 
 def head_table(found: px.methods.Attribution, control: px.methods.Parts, seed: int) -> Rows:
-    """One row a head, largest mean contribution to LD first."""
+    """One row per head, largest mean contribution to LD first."""
     heads = found.logit_diff.heads
     rows = [
         {"layer": layer, "head": head}

@@ -227,7 +227,7 @@ def sentence_pairs(n: int, seed: int) -> list[tuple[str, str]]:
 
 
 def word_problem(generator: np.random.Generator, steps: int) -> dict[str, str]:
-    """A word problem of so many steps, with its solution."""
+    """A word problem with this many steps, and its solution."""
     stories = [story for story in STORIES if len(story.solution) == steps]
     story = stories[generator.integers(len(stories))]
     who, other = (NAMES_EN[i] for i in generator.choice(len(NAMES_EN), size=2, replace=False))

@@ -13,18 +13,18 @@ names begin with are appended to the prompt, so that END is the last of these; a
 what is written and copied is the token that differs. Prompts in which no token tells the names apart are skipped and reported.
 
 Three things are read off every head. (1) Attention probability from END, the last token, to a name, summed over its occurrences,
-against the head's contribution to the residual stream at END times the name's unembedding: one point a prompt and name, Pearson's
-r and p by kind of name (io, s, s1 and s2 alone, others), and pooled over names (each once). There is no final norm in the
-projection, as published; `--fold_norm` folds it in, its scale frozen. A post-norm's scale (Gemma 2) is part of the contribution.
-(2) Copy score: the stream after block 0 at a name -> the head's norm -> its values -> its output matrix -> final norm ->
-unembedding; the share of names among the first `--top` tokens, over all names and prompts. Negative: minus the output matrix. The
-same from the head's own input, the stream that enters its layer at the name (ours), because later blocks may turn what block 0
-left there; and from what enters block 0 and what its MLP makes of that alone (W_E + MLP0; GPT-2's position embedding included).
-Control: the share of prompts where another name of the prompt, IO for S and S for IO, is among the first. (3) Direct effect on
-the logit difference: attribution, what the head adds to logit(IO) - logit(S) with the final norm's scale frozen, and as the
-causal measure path patching head -> logits: how much the logit difference drops if END gets what the head gives at the end of the
-corrupt prompt (other names), all other heads frozen. That, rather than ablation, because it is the paper's own measure, puts in a
-value that the head does have, and excludes what later heads make of the head, or make up for it.
+against the head's contribution to the residual stream at END times the name's unembedding: one point per prompt and name,
+Pearson's r and p by kind of name (io, s, s1 and s2 alone, others), and pooled over names (each once). There is no final norm in
+the projection, as published; `--fold_norm` folds it in, its scale frozen. A post-norm's scale (Gemma 2) is part of the
+contribution. (2) Copy score: the stream after block 0 at a name -> the head's norm -> its values -> its output matrix -> final
+norm -> unembedding; the share of names among the first `--top` tokens, over all names and prompts. Negative: minus the output
+matrix. The same from the head's own input, the stream that enters its layer at the name (ours), because later blocks may turn
+what block 0 left there; and from what enters block 0 and what its MLP makes of that alone (W_E + MLP0; GPT-2's position embedding
+included). Control: the share of prompts where another name of the prompt, IO for S and S for IO, is among the first. (3) Direct
+effect on the logit difference: attribution, what the head adds to logit(IO) - logit(S) with the final norm's scale frozen, and as
+the causal measure path patching head -> logits: how much the logit difference drops if END gets what the head gives at the end of
+the corrupt prompt (other names), all other heads frozen. That, rather than ablation, because it is the paper's own measure, puts
+in a value that the head does have, and excludes what later heads make of the head, or make up for it.
 
 A copy score treats attention to the name as 1. It says what a head would do, not that it looks there, nor that it looks at one
 name more than at the other; so the table joins the three, and a head's role goes by all. A head copies if its score from its own
@@ -72,7 +72,6 @@ SHOWN = 8  # heads in the tables on the terminal and in figures
 REPORTED = 5  # skipped prompts that the terminal names
 RESAMPLES = 2000
 QUERIES = ("end", "end-1")
-Head = tuple[int, int]
 Rows = list[dict[str, Any]]
 
 
@@ -84,7 +83,7 @@ class Config(px.flags.Model, px.flags.Dataset):
     heads: px.flags.EachOnce[px.flags.Head] = ()
     """the heads shown and drawn; by default those with the largest attributions"""
     top: Annotated[int, Ge(1), Le(100)] = 5
-    """a name is copied if it is among so many first tokens"""
+    """a name counts as copied if it is among this many top tokens"""
     fold_norm: bool = False
     """fold the final norm, its scale frozen, into the projection"""
     path_patching: bool = True
@@ -93,7 +92,7 @@ class Config(px.flags.Model, px.flags.Dataset):
 
 def main(config: Config) -> None:
     if not px.is_main_process():
-        return  # a few forward passes a prompt are no work to share
+        return  # a few forward passes per prompt are no work to share
     # Everything that can be wrong is found before the first forward pass.
     run = px.RunFolder(config, "name_movers", config.model, config.dataset)
     prompt_set = config.load_prompts()
@@ -119,7 +118,7 @@ def main(config: Config) -> None:
         model, names, prompts, corrupt, fold_norm=config.fold_norm, batch_size=config.batch_size
     )
 
-    # One row a head that joins the three; its role; and how attention goes with what is written.
+    # One row per head that joins the three; its role; and how attention goes with what is written.
     draws = px.rng(config.seed, "bootstrap", "logit difference")
     clean = px.stats.bootstrap_mean(found.logit_diff, draws, RESAMPLES)
     whole = float(found.logit_diff_before_cap.mean()) if clean.low > 0 else None
@@ -223,8 +222,8 @@ def role_facts(heads: Rows, whole: float | None) -> dict[str, Any]:
     }
 
 
-def correlation_table(correlations: dict[Head, dict[str, px.stats.Correlation]]) -> Rows:
-    """One row a head and kind of name."""
+def correlation_table(correlations: dict[px.stats.Head, dict[str, px.stats.Correlation]]) -> Rows:
+    """One row per head and kind of name."""
     return [
         {"layer": layer, "head": head, "kind": kind, "n": c.n, "r": c.pearson.r, "p": c.pearson.p, "note": c.note}
         for (layer, head), by_kind in correlations.items()
@@ -260,8 +259,8 @@ def named(row: dict[str, Any]) -> str:
 def summary(
     facts: dict[str, Any],
     heads: Rows,
-    shown: Sequence[Head],
-    pooled: dict[Head, px.stats.Correlation],
+    shown: Sequence[px.stats.Head],
+    pooled: dict[px.stats.Head, px.stats.Correlation],
     found: px.methods.NameMeasures,
 ) -> str:
     """What the terminal shows: the clean run, the joined table of some heads, what copy scores alone would say, and the looks."""

@@ -30,8 +30,7 @@ sender patched at a named position, run on the plain engine, one path at a time.
 Written to the folder OUT: patched.npy and effects.npy, in percent, [path prompt]; base.npy and source.npy [prompt]; paths.csv,
 largest effect first, `row` being the row of the arrays; and heads.npy, mean effects [layer head], with others.csv, those of MLPs
 and embedding; with `--pairs` instead matrix.npy [sender receiver], in the order of summary.json (NaN: no path); figures;
-config.yaml (running it again gives the same); and summary.json, what was run. A run that was interrupted goes on where it
-stopped when the same command is given again.
+config.yaml (running it again gives the same); and summary.json, what was run. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -209,7 +208,7 @@ def run_means(result: px.Patched, seed: int) -> dict[str, Any]:
 
 
 def table(paths: list[px.PathPatch], effect: px.Interval, result: px.Patched) -> list[dict[str, Any]]:
-    """One row a path, largest effect first."""
+    """One row per path, largest effect first."""
     change, scores = (result.intervened - result.baseline).mean(1, dtype=np.float64), result.mean_score
     rows = [
         {

@@ -14,10 +14,10 @@ The heads are the first ones of the ranking by induction score, so that larger s
 below L/2 only (nearer the input), `bottom` the rest. All sets see the same permutations.
 
 Sizes. On a GPU a model of a billion parameters or more gets the published ones by default: 500 tokens, 300 permutations. Smaller
-models rarely go on after a word that they have seen once among so many: 20 tokens, and from ten million parameters on 40
-permutations. A list is never longer than the model's context, or the tokens there are, allow. A start token is there if the
-tokenizer puts one in front of a text, for the ranking of heads as for the lists, and is no part of the list; as published is
-`--bos no`. More than half of the heads are never ablated by default, so that there are others to compare with.
+models rarely continue a list of 500 that they have seen only once: 20 tokens, and from ten million parameters on 40 permutations.
+A list is never longer than the model's context, or the tokens there are, allow. A start token is there if the tokenizer puts one
+in front of a text, for the ranking of heads as for the lists, and is no part of the list; as published is `--bos no`. More than
+half of the heads are never ablated by default, so that there are others to compare with.
 
 The control (ours) is many random sets: of the same layers, head for head, and none of the --max_heads_abl heads with the highest
 scores. Where a layer has too few others, they come from the nearest layers, and the line "control" says how far. The control is
@@ -42,7 +42,7 @@ tables/NAME.csv, the curve with its standard error over permutations, and lag-CR
 sets' curves as a band, and without _ablN all levels in one; heads/NAME.json, the heads as [layer, head], of random those of each
 set; arrays/NAME.npy [permutation lag], of random NAME_bias.npy [set permutation] too; tables/..._summary.csv, what the terminal
 shows; heads/MODEL_induction_scores.csv, where they were computed; MODEL_permP_MODES_TYPE_LAYERS.yaml (running it again with
---config gives the same) and .json, what was run. An interrupted run goes on where it stopped when the command is given again.
+--config gives the same) and .json, what was run. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations

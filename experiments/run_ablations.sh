@@ -9,7 +9,7 @@
 #   bash experiments/run_ablations.sh --device auto                    # one model spread over all GPUs
 #   bash experiments/run_ablations.sh --model_name tiny-gemma2 --to_abl 0-1-2-3 --n_tokens 20     # to try it out
 #
-# Interrupted, it goes on where it stopped when the same command is given again.
+# The same command resumes an interrupted run.
 #
 # Memory, on each GPU that has a model:
 #   weights       8.03e9 parameters x 2 bytes (bfloat16)                          15.0 GiB
@@ -20,7 +20,7 @@
 #   results       582 sets x 300 permutations x 501 tokens x 4 bytes               0.3 GiB, three times while they are merged
 # and on disk, besides the model, 0.4 GB until the files are written and 0.1 GB of files.
 #
-# Arithmetic: 2.0e9 times a token through a block (70% of one forward pass a set and permutation, because each set shares the run up
+# Arithmetic: 2.0e9 times a token through a block (70% of one forward pass per set and permutation, because each set shares the run up
 # to the first head it ablates), 2 x 2.2e8 operations each: 8.6e17 in all, an hour at 240e12 operations a second.
 set -euo pipefail
 here=$(dirname "$0")

@@ -12,7 +12,7 @@ default the words are those after the first, which is an article in the shipped 
 agree. Of real text hardly two agree at all (fewer than four swaps): there every sentence is asked for its own word, and what is
 read is the logit of the right word above that of its strongest rival, the other token that the untouched model finds most likely
 (`--contrast` chooses). The heads are those of `--heads`; by default all that translation_heads.py finds in the same sentences, or
-the five highest if none is above a threshold that nobody has published for the model.
+the five highest if no head is above the threshold and no threshold is published for the model.
 
 The heads are ablated together (`--kinds`: zero, mean, resample; at `--positions`), and so are up to `--n_random` random sets of
 as many other heads, of the same layers and of any layer: heads of any layer differ in depth too, and heads of the same layers may
@@ -20,9 +20,9 @@ do the same. (Where the same layers have too few others, some come from the near
 task (`--other`) tells what is of translation alone. p is the share of sets, the found one counted with the random ones, that
 lower the metric as much; drops of the logit difference have percentile bootstrap 95% intervals over swaps or prompts.
 
-Written to the folder OUT: sets.csv, one row a kind and set, the found set first; sets_KIND.npy, the logit difference [set swap],
-or [set prompt] without swaps; figures/sets.png; config.yaml (running it again gives the same); and last summary.json, what was
-run: where it is, the rest is. A run that was interrupted goes on where it stopped when the same command is given again.
+Written to the folder OUT: sets.csv, one row per kind and set, the found set first; sets_KIND.npy, the logit difference [set
+swap], or [set prompt] without swaps; figures/sets.png; config.yaml (running it again gives the same); and, written last,
+summary.json, what was run. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
 
 
 def other_task(
-    other: px.PromptSet | None, setting: px.translation.Setting, config: Config
+    other: px.PromptSet | None, setting: px.translation.WordSetting, config: Config
 ) -> dict[str, px.TokenizedPrompts]:
     """The first prompts of the other task, as many as --limit, under the prefix of its measures; nothing if there is none."""
     if other is None:
@@ -116,7 +116,7 @@ def other_task(
 
 def seconds(
     specs: Mapping[Any, Sequence[Spec]],
-    setting: px.translation.Setting,
+    setting: px.translation.WordSetting,
     tasks: dict[str, px.TokenizedPrompts],
     config: Config,
 ) -> float:
@@ -133,7 +133,7 @@ def seconds(
 
 
 def heads_and_controls(
-    heads: Sequence[tuple[int, int]], setting: px.translation.Setting, config: Config
+    heads: Sequence[tuple[int, int]], setting: px.translation.WordSetting, config: Config
 ) -> tuple[Sets, dict[str, RandomHeads]]:
     """The heads, then random sets of as many others; and the controls that these make up."""
     size = px.models.n_layers(setting.model.config), px.models.n_heads(setting.model.config)
@@ -150,7 +150,7 @@ def specs_of(sets: Sets, config: Config) -> dict[Any, list[Spec]]:
 
 def ablated(
     specs: Sequence[Spec],
-    setting: px.translation.Setting,
+    setting: px.translation.WordSetting,
     tasks: dict[str, px.TokenizedPrompts],
     store: Path,
     config: Config,
@@ -177,7 +177,7 @@ def ablated(
 
 
 def set_table(kind: str, sets: Sets, measures: Measures, seed: int) -> Rows:
-    """One row a set: how far the logit difference drops, and the means of all measures."""
+    """One row per set: how far the logit difference drops, and the means of all measures."""
     rows = []
     clean, intervened = measures["logit_diff"]
     for number, (name, heads) in enumerate(sets):
@@ -205,7 +205,7 @@ def set_facts(rows: Rows, measures: Measures) -> dict[str, dict[str, Any]]:
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def summary(config: Config, setting: px.translation.Setting, facts: dict[str, Any], rows: Rows) -> str:
+def summary(config: Config, setting: px.translation.WordSetting, facts: dict[str, Any], rows: Rows) -> str:
     """What the terminal shows: every kind and measure, untouched, with the found set ablated, and with random ones."""
     header = "".join(f"{name:>14} (lowest)      p" for name in CONTROLS)
     lines = [
@@ -227,7 +227,7 @@ def summary(config: Config, setting: px.translation.Setting, facts: dict[str, An
     return "\n".join(lines)
 
 
-def evidence(kind: str, setting: px.translation.Setting, rows: Rows, facts: dict[str, Any]) -> px.runs.Evidence:
+def evidence(kind: str, setting: px.translation.WordSetting, rows: Rows, facts: dict[str, Any]) -> px.runs.Evidence:
     """What one kind of ablation takes off the logit difference, beside the random sets."""
     found = next(row for row in rows if (row["kind"], row["set"]) == (kind, "found"))
     drop = px.Interval(found["drop"], found["low"], found["high"])

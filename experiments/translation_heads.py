@@ -63,9 +63,7 @@ class Config(px.flags.Translation):
     """pairs of languages, source first"""
     limit: Annotated[
         Annotated[int, Ge(0)] | None,
-        Doc(
-            "only the first so many pairs that pass the filters, 0 for all; by default as many as ten minutes allow here"
-        ),
+        Doc("only the first N pairs that pass the filters, 0 for all; by default as many as ten minutes allow here"),
     ] = None
     out: px.flags.Out = None
     check_known: bool = False
@@ -183,7 +181,7 @@ def check_shown(shown: tuple[int, ...], sentences: dict[str, px.translation.Sent
 
 
 def head_table(scores: dict[str, px.translation.Scores], criterion: str) -> Rows:
-    """One row a pair and head, the highest first: scores, and whether it is found."""
+    """One row per pair and head, the highest first: scores, and whether it is found."""
     rows = []
     for pair, of_pair in scores.items():
         translation, control = of_pair.means

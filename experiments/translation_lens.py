@@ -10,7 +10,7 @@ pairs, of which the source alone tells which word comes next, or stand alone; se
 unembedding: probability and rank of the right word, and of the word of the source that the heads together look at most. The heads
 are those of `--heads`; by default all that translation_heads.py finds in the same sentences.
 
-Written to the folder OUT: lens.csv, one row a depth (0: the embedding), mean probabilities and median ranks; figures/lens.png;
+Written to the folder OUT: lens.csv, one row per depth (0: the embedding), mean probabilities and median ranks; figures/lens.png;
 config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the rest is.
 """
 
@@ -35,7 +35,7 @@ class Config(px.flags.TranslationHeads):
 
 def main(config: Config) -> None:
     if not px.is_main_process():
-        return  # a few forward passes a prompt are no work to share
+        return  # a few forward passes per prompt are no work to share
     # Everything that can be wrong is found before the first forward pass.
     run = px.RunFolder(config, "translation_lens", config.model, config.pair)
     setting = px.translation.prepare(config, config.heads)
@@ -85,7 +85,7 @@ def source_spans(prompts: px.TokenizedPrompts) -> list[tuple[int, int]]:
 
 
 def depth_table(lenses: dict[str, px.methods.Lens]) -> Rows:
-    """One row a depth: mean probability and median rank of the word in either language."""
+    """One row per depth: mean probability and median rank of the word in either language."""
     return [
         {
             "depth": depth,
@@ -111,7 +111,7 @@ def summary(pairs: list[str], rows: Rows) -> str:
 
 
 def evidence(
-    setting: px.translation.Setting, lenses: dict[str, px.methods.Lens], rows: Rows, seed: int
+    setting: px.translation.WordSetting, lenses: dict[str, px.methods.Lens], rows: Rows, seed: int
 ) -> px.runs.Evidence:
     """Where the source's word is ahead of the right one by most, before the last depth."""
     ahead = {row["depth"]: row["source_probability"] - row["target_probability"] for row in rows[:-1]}

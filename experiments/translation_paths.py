@@ -18,10 +18,10 @@ those of `--heads`, by default all that translation_heads.py finds in the same s
 and the probability that these share as many. That no threshold decides: over all heads, the correlation of the attention score
 with what is lost, and its p if heads are permuted within their layers.
 
-Written to the folder OUT: paths.csv, one row a head, the largest change first; for each MINUS, MINUS_standard.npy,
+Written to the folder OUT: paths.csv, one row per head, the largest change first; for each MINUS, MINUS_standard.npy,
 MINUS_subspace.npy and MINUS_atp.npy, relative changes [layer head], NaN where a head has no direction; the same as figures;
-config.yaml (running it again gives the same); and last summary.json, what was run: where it is, the rest is. A run that was
-interrupted goes on where it stopped when the same command is given again.
+config.yaml (running it again gives the same); and, written last, summary.json, what was run. The same command resumes an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main(config: Config) -> None:
 
 
 def path_changes(
-    setting: px.translation.Setting, config: Config, store: Path
+    setting: px.translation.WordSetting, config: Config, store: Path
 ) -> tuple[dict[str, Float[np.ndarray, "layer head prompt"]], Float[np.ndarray, " prompt"]]:
     """How the right word's logit changes, by MINUS_VARIANT; and that logit, untouched."""
     model, plus = setting.model, setting.asked.plus
@@ -159,7 +159,7 @@ def head_table(
     found: list[tuple[int, int]],
     shape: tuple[int, ...],
 ) -> Rows:
-    """One row a head, the largest change by the first X- first: change, interval and whether crucial, by variant."""
+    """One row per head, the largest change by the first X- first: change, interval and whether crucial, by variant."""
     rows: Rows = []
     for number, (layer, head) in enumerate(np.ndindex(*shape)):
         row: dict[str, Any] = {"layer": layer, "head": head, "found": (layer, head) in found}

@@ -15,9 +15,9 @@ the logit of the right word above its strongest rival's.
 Limitation. Heads that make up for one another hide each other here, and a maximum or minimum is a value that no head ever has:
 translation_ablation.py ablates heads together, against random sets.
 
-Written to the folder OUT: each.csv, one row a replacement and head; each_KIND.npy, mean drops [layer head]; figures; config.yaml
-(running it again gives the same); and last summary.json, what was run: where it is, the rest is. A run that was interrupted goes
-on where it stopped when the same command is given again.
+Written to the folder OUT: each.csv, one row per replacement and head; each_KIND.npy, mean drops [layer head]; figures;
+config.yaml (running it again gives the same); and, written last, summary.json, what was run. The same command resumes an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def head_table(
     shape: tuple[int, int],
     seed: int,
 ) -> Rows:
-    """One row a head: the drop of the logit difference."""
+    """One row per head: the drop of the logit difference."""
     rows = []
     for (layer, head), values in zip(np.ndindex(*shape), replaced, strict=True):
         drop = px.stats.paired_bootstrap(clean, values, px.rng(seed, "drop"), RESAMPLES)
@@ -123,7 +123,7 @@ def drawn(kind: str, drops: Float[np.ndarray, "layer head"], of: str, config: Co
     return px.figures.head_heatmap(drops, title, f"drop of the {measure}", diverging=True)
 
 
-def summary(config: Config, setting: px.translation.Setting, facts: dict[str, Any], rows: Rows) -> str:
+def summary(config: Config, setting: px.translation.WordSetting, facts: dict[str, Any], rows: Rows) -> str:
     """What the terminal shows: of every replacement the largest drops."""
     lines = [f"\neach: one head at a time; {setting.measure} {facts['each_clean']:.2f}; largest drops"]
     for kind in config.replacements:
@@ -132,7 +132,7 @@ def summary(config: Config, setting: px.translation.Setting, facts: dict[str, An
     return "\n".join(lines)
 
 
-def evidence(kind: str, setting: px.translation.Setting, rows: Rows) -> px.runs.Evidence:
+def evidence(kind: str, setting: px.translation.WordSetting, rows: Rows) -> px.runs.Evidence:
     """The largest drop of one replacement, beside those of all other heads."""
     ranked = sorted((row for row in rows if row["replacement"] == kind), key=lambda row: -row["drop"])
     largest = ranked[0]

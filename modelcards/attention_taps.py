@@ -1,4 +1,4 @@
-"""Taps: modules at places that no module of a transformers model outputs, there while a `with Taps(...)` lasts.
+"""Taps: temporary modules, inside `with Taps(...)`, at places that no module of a transformers model outputs.
 
 Rotated queries and keys, scores and pattern are local to one attention function; per-head contributions are summed inside one
 matrix product; Granite multiplies what it adds to the residual, and Gemma 2 soft-caps its logits, in the model's own forward; one

@@ -1,4 +1,4 @@
-"""The overlay of a card: places that plain pyvene cannot take, beside a family's dictionaries, which hold what it can.
+"""The overlay of a card: places that plain pyvene cannot reach; those that it can are in the family's dictionaries.
 
 Most are taps: modules that `modelcards.attention_taps.Taps` puts into a model while an intervened run lasts. The others are
 inputs whose tensor another module reads as well: plain pyvene edits in place, and so would edit both.

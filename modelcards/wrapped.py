@@ -1,4 +1,4 @@
-"""Models that peft, torch and bitsandbytes have changed so that a study of them would mislead: what to give instead."""
+"""Models changed by peft, torch or bitsandbytes such that a study of them would mislead: what to give instead."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
 Rooms, in the order in which data flows; a room imports only from those above it:
 
-    io            files, hashes, seeds, progress bars, the command line
+    io            files, hashes, seeds, progress bars, optional packages, the command line
     models        loading, devices, hooks, and running a model block by block
     prompts       prompt sets, tokenized prompts, named positions, word problems, parallel text
     stats         intervals, correlations, controls
     intervenable  IntervenableModel, its checks, generation, the intervention classes, statistics of activations
     specs         interventions as data, one module for each kind
     engine        resolving specs on prompts, metrics, the plain engine and the sweep engine
-    methods       patching, attribution, roles of heads, reasoning
+    methods       patching, attribution, circuits, steering, roles of heads, solving word problems, reasoning
     runs          what studies share: flags, run folders, metadata, figures
     report        one HTML page for one or more runs
 

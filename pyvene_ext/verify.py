@@ -1,6 +1,6 @@
 """Verify a model's card: compare every component with plain torch hooks that are independent of the card.
 
-    python -m pyvene_ext.verify --model smollm2-135m-instruct                  # what a minute can prove
+    python -m pyvene_ext.verify --model smollm2-135m-instruct                  # as much as a minute allows
     python -m pyvene_ext.verify --model path/to/folder --thorough --layers all
     python -m pyvene_ext.verify --model path/to/folder --sites z resid_post attention_pattern
 

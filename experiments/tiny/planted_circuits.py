@@ -73,7 +73,7 @@ Terms = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Head:
+class PlantedHead:
     """One planted head: where it is, where it attends, which feature's symbols it reads and what it adds them to."""
 
     layer: int
@@ -129,7 +129,7 @@ class Pair(NamedTuple):
 class Case:
     """A circuit before it has a model; `prompt` makes a prompt of all symbols in some order."""
 
-    heads: dict[str, Head]
+    heads: dict[str, PlantedHead]
     looks: dict[str, tuple[str, str]]
     prompt: Callable[[list[int]], Pair]
     edges: set[str]
@@ -211,10 +211,10 @@ def _keys_at(weights: Mapping[int, float]) -> tuple[Tensor, Tensor]:
     return _rows("const") / LARGE, key
 
 
-def _previous(head: int, writes: dict[str, float]) -> Head:
+def _previous(head: int, writes: dict[str, float]) -> PlantedHead:
     """A previous-token head of layer 0."""
     pairs = {at: at - 1 for at in range(1, POSITIONS)}
-    return Head(0, head, [_positions(pairs, FIXED)], "sym", writes)
+    return PlantedHead(0, head, [_positions(pairs, FIXED)], "sym", writes)
 
 
 # The circuits
@@ -228,7 +228,9 @@ def _k_composition(strength: float) -> Case:
     return Case(
         heads={
             "previous": _previous(1, {"moved": 1.0}),
-            "induction": Head(1, 2, [_same_symbol("sym", "moved", strength), _rest(2 * strength)], "sym", {"out": 1.0}),
+            "induction": PlantedHead(
+                1, 2, [_same_symbol("sym", "moved", strength), _rest(2 * strength)], "sym", {"out": 1.0}
+            ),
         },
         looks={"previous": ("right", "before"), "induction": ("end", "right")},
         prompt=prompt,
@@ -246,8 +248,10 @@ def _q_composition(strength: float) -> Case:
     own = _keys_at({1: -2 * strength, END: -2 * strength})  # neither the cue nor the end itself is in the list
     return Case(
         heads={
-            "fetch": Head(0, 3, [_positions({END: 1}, FIXED), _rest(FIXED)], "sym", {"moved": 1.0}),
-            "find": Head(2, 0, [_same_symbol("moved", "sym", strength), own, _rest(2 * strength)], "sym", {"out": 1.0}),
+            "fetch": PlantedHead(0, 3, [_positions({END: 1}, FIXED), _rest(FIXED)], "sym", {"moved": 1.0}),
+            "find": PlantedHead(
+                2, 0, [_same_symbol("moved", "sym", strength), own, _rest(2 * strength)], "sym", {"out": 1.0}
+            ),
         },
         looks={"fetch": ("end", "cue"), "find": ("end", "right")},
         prompt=prompt,
@@ -264,7 +268,7 @@ def _v_composition() -> Case:
     return Case(
         heads={
             "previous": _previous(0, {"moved": 1.0}),
-            "copy": Head(1, 3, [_positions({END: 3}, FIXED), _rest(FIXED)], "moved", {"out": 1.0}),
+            "copy": PlantedHead(1, 3, [_positions({END: 3}, FIXED), _rest(FIXED)], "moved", {"out": 1.0}),
         },
         looks={"previous": ("after", "symbol"), "copy": ("end", "after")},
         prompt=_moved_symbol,
@@ -276,8 +280,8 @@ def _negative() -> Case:
     return Case(
         heads={
             "previous": _previous(2, {"moved": 1.0}),
-            "positive": Head(2, 1, [_positions({END: 3}, FIXED), _rest(FIXED)], "moved", {"out": 1.5}),
-            "negative": Head(2, 2, [_positions({END: 3}, FIXED), _rest(FIXED)], "moved", {"out": -0.5}),
+            "positive": PlantedHead(2, 1, [_positions({END: 3}, FIXED), _rest(FIXED)], "moved", {"out": 1.5}),
+            "negative": PlantedHead(2, 2, [_positions({END: 3}, FIXED), _rest(FIXED)], "moved", {"out": -0.5}),
         },
         looks={"previous": ("after", "symbol"), "positive": ("end", "after"), "negative": ("end", "after")},
         prompt=_moved_symbol,
@@ -295,8 +299,8 @@ def _backup() -> Case:
     said = _same_symbol("out", "sym", -strength)
     return Case(
         heads={
-            "primary": Head(0, 0, [_positions({END: 1}, FIXED), _rest(FIXED)], "sym", {"out": 1.0}),
-            "backup": Head(1, 2, [symbol, said, _rest(2 * strength)], "sym", {"out": 1.0}),
+            "primary": PlantedHead(0, 0, [_positions({END: 1}, FIXED), _rest(FIXED)], "sym", {"out": 1.0}),
+            "backup": PlantedHead(1, 2, [symbol, said, _rest(2 * strength)], "sym", {"out": 1.0}),
         },
         looks={"primary": ("end", "symbol"), "backup": ("end", "bos")},
         prompt=prompt,
@@ -346,7 +350,7 @@ def _model(architecture: Architecture) -> PreTrainedModel:
     return model.float()
 
 
-def _wire(model: PreTrainedModel, heads: list[Head], seed: int) -> None:
+def _wire(model: PreTrainedModel, heads: list[PlantedHead], seed: int) -> None:
     """Set every weight of a model: norms, embeddings, distractors, then the planted heads in their places."""
     gemma = model.config.model_type == "gemma2"
     for parameter in model.parameters():
@@ -403,7 +407,7 @@ def _distract(attention: nn.Module, generator: torch.Generator) -> None:
     written[NOISY] = NOISE * torch.randn(written[NOISY].shape, generator=generator)
 
 
-def _plant(attention: nn.Module, head: Head) -> None:
+def _plant(attention: nn.Module, head: PlantedHead) -> None:
     """One planted head: its query, its K/V head's key and value, and what it writes."""
     axes = {"q": 0, "k": 0, "v": 0, "o": 1}  # which axis of the weight the heads are on
     weights: dict[str, Any] = {name: attention.get_submodule(f"{name}_proj").weight for name in axes}

@@ -95,7 +95,7 @@ class Settings:
     steps: px.flags.Count = 600
     """of training; the learning rate rises over the first hundred, then falls to 0"""
     batch_size: px.flags.Count = 256
-    """prompts a step, each run as it is and with an exchange"""
+    """prompts per step, each run as it is and with an exchange"""
     learning_rate: float = 2e-3
     """at its highest"""
     threads: px.flags.Count = 1

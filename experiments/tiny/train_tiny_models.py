@@ -439,7 +439,7 @@ def model_card(name: str, model: PreTrainedModel, evaluation: dict) -> str:
             "|---|---|---|",
             *(f"| `{task}` | {accuracy[task]:.4f} | {REQUIRED[task]} |" for task in TASK_NAMES),
             "",
-            f"{evaluation['prompts_per_task']} held-out prompts a task: one prompt in ten, chosen by a hash of its text, is "
+            f"{evaluation['prompts_per_task']} held-out prompts per task: one prompt in ten, chosen by a hash of its text, is "
             "excluded from training. IOI: the name is the most likely of all tokens at the last position. Translation and "
             "arithmetic: the greedily generated text equals the whole answer. Repeated: share of the predictable tokens of the "
             "second block that get the highest probability. Only combinations are held out: every word, and every sum such as "

@@ -1,4 +1,4 @@
-"""BLOOM: no rotary embedding; a bias on the scores (ALiBi) tells attention how far away a key is.
+"""BLOOM: no rotary embedding; a bias on the scores (ALiBi) that grows with the distance to the key.
 
 The modules of attention and MLP add to the residual themselves: what they add is the output of their last projection. One
 projection makes each head's query, key and value. Attention does not go through transformers' AttentionInterface, so that no tap

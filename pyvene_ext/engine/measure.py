@@ -1,4 +1,4 @@
-"""What a metric is to the engines: a function, what it reads and needs, and its checks."""
+"""A metric as the engines see it: a function, which logits it reads, what it needs, and its checks."""
 
 from __future__ import annotations
 

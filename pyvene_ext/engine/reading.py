@@ -269,7 +269,7 @@ def read(
         ValueError: before the model runs, for a site, layer, head or position that there is not, and for activations that would
             not fit in memory.
     """
-    reading = _Reading.of(model, prompts, sites, layers, heads, positions, reduce, device, dtype)
+    reading = _ReadPlan.of(model, prompts, sites, layers, heads, positions, reduce, device, dtype)
     reading.check_memory()
     found: dict[Place, dict[int, Tensor]] = {place: {} for place in reading.places}
     for batch, kept in reading.run_all(prompts.batches(batch_size, padding_side), progress):
@@ -319,7 +319,7 @@ def read_batches(
     Raises:
         ValueError: as for `read`, when it is called.
     """
-    reading = _Reading.of(model, prompts, sites, layers, heads, positions, reduce, device, dtype)
+    reading = _ReadPlan.of(model, prompts, sites, layers, heads, positions, reduce, device, dtype)
     batches = prompts.batches(batch_size, padding_side)
 
     def each() -> Iterator[Activations]:
@@ -332,8 +332,8 @@ def read_batches(
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """What is read, checked.
+class _ReadPlan:
+    """A checked request to read activations.
 
     Attributes:
         model: the model.
@@ -369,7 +369,7 @@ class _Reading:
         reduce: Reduce | Mapping[str, Reduce] | None,
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
-    ) -> _Reading:
+    ) -> _ReadPlan:
         """Check what is asked for; the model is not run."""
         check_tokenized(model, prompts)
         if not prompts.input_ids:

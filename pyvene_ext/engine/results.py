@@ -1,8 +1,8 @@
-"""Results: the metric by intervention and prompt; as a table, in a few lines, and as the figure that fits.
+"""Results: the metric by intervention and prompt, with a summary, a table and a plot.
 
     result = run(model, specs, prompts)
     result                    # the strongest effects
-    result.to_frame()         # one row an intervention and prompt, for pandas
+    result.to_frame()         # one row per intervention and prompt, for pandas
     result.plot()             # a map of heads, of layers and positions, or bars
 
 All results of this package have these three, whatever they hold (`Shown`).
@@ -35,7 +35,7 @@ TOP = 5  # effects in a repr
 
 
 class Summary(NamedTuple):
-    """What a result shows of itself.
+    """What `repr` and `plot` show of a result.
 
     Attributes:
         title: what it is, and how much of it.
@@ -103,14 +103,14 @@ class Shown(ABC):
 
 
 def table(axes: Mapping[str, Sequence[Any]], columns: Mapping[str, Num[np.ndarray, "*axis"]]) -> pd.DataFrame:
-    """Make a table of arrays: one row an entry.
+    """Make a table of arrays: one row per entry.
 
     Args:
         axes: the labels along each axis, by name.
         columns: arrays of these axes, by name.
 
     Returns:
-        A column an axis, then one an array.
+        One column per axis, then one an array.
     """
     import pandas as pd
 
@@ -126,7 +126,7 @@ def strongest(values: Float[np.ndarray, " item"], n: int = TOP) -> Int[np.ndarra
     """Find the items with the largest values in magnitude.
 
     Args:
-        values: one number an item; those that are not finite are left out.
+        values: one number per item; those that are not finite are left out.
         n: how many.
 
     Returns:
@@ -152,7 +152,7 @@ def strongest_rows(
     """Make the rows of a summary: the items with the largest values in magnitude.
 
     Args:
-        values: one number an item.
+        values: one number per item.
         name: of an item, by its index.
         intervals: of some items, by their indices.
 
@@ -168,7 +168,7 @@ def strongest_rows(
 count = partial(counted, grouped=True)  # in titles
 
 
-class Place(NamedTuple):
+class EditLocation(NamedTuple):
     """Where an intervention edits; a part that its edits do not share is None.
 
     Attributes:
@@ -186,7 +186,7 @@ class Place(NamedTuple):
     receivers: str | None = None
 
     @classmethod
-    def of(cls, spec: Spec | PathPatch) -> Place:
+    def of(cls, spec: Spec | PathPatch) -> EditLocation:
         """Find the place of an intervention."""
         if isinstance(spec, PathPatch):
             return cls.of(spec.sender_patch)._replace(receivers="+".join(spec.receivers))
@@ -238,13 +238,13 @@ class Result(Shown):
         return finite_mean(by_prompt(self.delta), -1)
 
     @cached_property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[EditLocation, ...]:
         """Where each intervention edits; empty if `specs` is."""
-        return tuple(map(Place.of, self.specs))
+        return tuple(map(EditLocation.of, self.specs))
 
     @property
     def effect(self) -> tuple[str, Float[np.ndarray, " n_interventions"]]:
-        """What `repr` and `plot` show: its name, and one number an intervention."""
+        """What `repr` and `plot` show: its name, and one number per intervention."""
         return "mean delta", self.mean_delta
 
     def effect_interval(self, some: Sequence[int] | Int[np.ndarray, " some"]) -> Interval:
@@ -280,11 +280,11 @@ class Result(Shown):
         return pd.concat([places, values], axis=1)
 
     def _interventions(self) -> pd.DataFrame:
-        """One row an intervention: its name and place."""
+        """One row per intervention: its name and place."""
         import pandas as pd
 
-        places = self.places or (Place(None, None, None, None),) * len(self.names)
-        columns = dict(zip(Place._fields, zip(*places, strict=True), strict=True))
+        places = self.places or (EditLocation(None, None, None, None),) * len(self.names)
+        columns = dict(zip(EditLocation._fields, zip(*places, strict=True), strict=True))
         found = pd.DataFrame({"intervention": self.names, **columns}).astype({"layer": "Int64", "head": "Int64"})
         return found if any(place.receivers for place in places) else found.drop(columns="receivers")
 

@@ -135,7 +135,7 @@ class Calls:
             The call.
 
         Raises:
-            ValueError: says what is wrong, and how to mend it.
+            ValueError: says what is wrong, and how to fix it.
         """
         inputs = Inputs.of(base, "base", self.card)
         if generating and inputs.mask is not None and not all(row[-1] for row in inputs.mask):

@@ -1,7 +1,7 @@
 """A config, checked and completed before an intervenable model is built from it: places, layers, units, groups and widths.
 
-What there is in a model is said by its card; without one, by pyvene's two mappings and a user's entries in them. These name
-modules and widths. How many positions and heads there are is then known only when a module runs (`checks.check_activation`).
+A model's components are those of its card; without one, those of pyvene's two mappings, with a user's entries in them. These name
+modules and widths only, so that the numbers of positions and heads are checked when a module runs (`checks.check_activation`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Differences from `pyvene.IntervenableModel`:
 * Trainable interventions get the component's exact width, whatever the head size.
 
 A model without a card runs as pyvene's mappings describe it (`config`): locations and sources are checked and hooks removed in
-the same way, but nobody has verified what the mappings name.
+the same way, but what the mappings name has not been verified.
 """
 
 from __future__ import annotations

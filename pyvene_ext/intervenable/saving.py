@@ -1,7 +1,8 @@
-"""Interventions as files: what `save` writes comes back the same, and what could not is refused before anything is written.
+"""Interventions as files: what `save` writes loads without loss; what would not is refused before anything is written.
 
-The folder is pyvene's: `config.json`, and in `intkey_<key>.bin` the weights of what has some. pyvene's config does not say what
-an intervention was built with (a rank, a width that was set later, a vector), so it has one more field here, with all of that.
+The folder is pyvene's: `config.json`, and in `intkey_<key>.bin` the weights of each intervention that has any. pyvene's config
+does not say what an intervention was built with (a rank, a width that was set later, a vector), so it has one more field here,
+with all of that.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ INTERNAL = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
-class Parts:
+class InterventionParts:
     """An intervention apart from its tensors, as JSON-able data.
 
     Attributes:
@@ -105,7 +106,7 @@ def load_interventions(folder: str | Path) -> IntervenableConfig | None:
         return None
     representations = []
     for item, key, fields in zip(saved.representations, saved.sorted_keys, getattr(saved, FIELD), strict=True):
-        parts, weights = Parts(**fields), Path(folder) / f"intkey_{key}.bin"
+        parts, weights = InterventionParts(**fields), Path(folder) / f"intkey_{key}.bin"
         tensors = read_weights(weights) if parts.has_weights else {}
         item = RepresentationConfig(*item)._replace(hidden_source_representation=None)
         representations.append(item._replace(intervention=_built(parts, tensors)))
@@ -138,7 +139,7 @@ def intervention_class(name: str) -> type:
     return found
 
 
-def _parts(key: str, intervention: nn.Module) -> Parts:
+def _parts(key: str, intervention: nn.Module) -> InterventionParts:
     """Take an intervention apart; raises ValueError unless it could be put together again."""
     kind = type(intervention)
     refusal = f"{key} ({kind.__name__}) cannot be saved: "
@@ -156,7 +157,7 @@ def _parts(key: str, intervention: nn.Module) -> Parts:
                 attributes[name] = _plain(value)
             except TypeError:
                 raise ValueError(f"{refusal}its {name} is a {type(value).__name__}{advice}") from None
-    parts = Parts(str(kind), _arguments(intervention), attributes)
+    parts = InterventionParts(str(kind), _arguments(intervention), attributes)
     try:
         with torch.random.fork_rng(devices=[]):  # constructors draw weights
             again, bare = _built(parts, intervention.state_dict()), _built(parts, {})
@@ -183,7 +184,7 @@ def _arguments(intervention: Any) -> dict[str, int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _built(parts: Parts, tensors: Mapping[str, Tensor]) -> Any:
+def _built(parts: InterventionParts, tensors: Mapping[str, Tensor]) -> Any:
     """Put an intervention together."""
     intervention: Any = intervention_class(parts.kind)(**parts.arguments)
     parameters = dict(intervention.named_parameters())

@@ -1,4 +1,4 @@
-"""Packages that may be absent, and those that talk while they are imported."""
+"""Packages that may be absent, and packages that print while they are imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods of the literature on top of the engines: patching, attribution, what heads do, reasoning.
+"""Methods of the literature on top of the engines: patching, attribution, circuits, steering, what heads do, solving, reasoning.
 
 A method takes a model and prompts and returns arrays; tables, figures and files belong in `runs`.
 """

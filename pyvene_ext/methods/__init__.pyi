@@ -125,7 +125,7 @@ from .reasoning.strata import difficulty_strata as difficulty_strata
 from .reasoning.strata import effect_rows as effect_rows
 from .reasoning.strata import split_by as split_by
 from .reasoning.strata import stratum_order as stratum_order
-from .reasoning.transplant import Layers as Layers
+from .reasoning.transplant import LayerPair as LayerPair
 from .reasoning.transplant import Maps as Maps
 from .reasoning.transplant import Paired as Paired
 from .reasoning.transplant import Transplant as Transplant

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Workspace:
-    """Memory that is used again and again, because new memory takes its time."""
+    """A buffer that is reused, because allocating memory is slow."""
 
     def __init__(self) -> None:
         """Hold nothing yet."""

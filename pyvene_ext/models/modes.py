@@ -1,4 +1,4 @@
-"""The modes in which a model is read: eval mode, with logits in float32, for the length of a block.
+"""The modes in which a model is read: eval mode, with logits in float32, inside a `with` block.
 
 A logit near 20 is a multiple of 1/8 in bfloat16 and of 1/64 in float16, too coarse for the effect of one head. So the final
 hidden state, rounded as the model rounds it, is multiplied with the weights in float32; scale and soft-cap are the model's own

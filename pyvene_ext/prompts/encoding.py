@@ -116,7 +116,7 @@ def first_tokens(answers: Sequence[tuple[tuple[int, ...], ...]]) -> Int[Tensor, 
 
 
 def distinct(answers: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Drop answers that repeat or continue another one: whoever gives them has given that one.
+    """Drop answers that repeat or extend another one, whose probability includes theirs.
 
     Args:
         answers: their tokens.

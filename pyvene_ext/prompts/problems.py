@@ -83,7 +83,7 @@ def numbers_in(text: str, start: int = 0, end: int | None = None) -> Iterator[Fo
     r"""Read the numbers of a text.
 
     A number may have a minus sign (a hyphen, or the signs of typesetting), commas between its digits, decimals and an exponent:
-    `1,209`, `.5`, `1e3`; or be a fraction: `1/2`, `3 1/2`, `\frac{1}{2}`. A minus that stands directly behind a number or word is
+    `1,209`, `.5`, `1e3`; or be a fraction: `1/2`, `3 1/2`, `\frac{1}{2}`. A minus that stands directly after a number or word is
     no sign: `3-4` has the numbers 3 and 4.
 
     Args:
@@ -476,7 +476,7 @@ def solved_before(questions: Questions, tokenizer: PreTrainedTokenizerBase) -> l
         tokenizer: decodes their prompts.
 
     Returns:
-        One number a prompt; 0 where the problem's text is not found.
+        One number per prompt; 0 where the problem's text is not found.
     """
     counts = []
     for problem, ids in zip(questions.problems, questions.prompts.input_ids, strict=True):

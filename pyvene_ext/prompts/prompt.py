@@ -44,7 +44,7 @@ def _place(value: Any) -> Any:
 
 
 Answer = Annotated[str | tuple[str, ...], BeforeValidator(_texts)]
-Place = Annotated[str | int | tuple[int, int], BeforeValidator(_place)]
+PositionInText = Annotated[str | int | tuple[int, int], BeforeValidator(_place)]
 TextOrMessages = Annotated[str | tuple[dict[str, str], ...], BeforeValidator(_messages)]
 
 
@@ -91,7 +91,7 @@ class Prompt(Record):
     corrupt: TextOrMessages | None = None
     corrupt_answer: Answer | None = None
     corrupt_wrong: Answer | None = None
-    positions: dict[str, Place] = Field(default_factory=dict)
+    positions: dict[str, PositionInText] = Field(default_factory=dict)
     io_name: StrictStr | None = Field(default=None, min_length=1)
     s_name: StrictStr | None = Field(default=None, min_length=1)
     io_token: StrictStr | None = Field(

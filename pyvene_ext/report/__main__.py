@@ -3,14 +3,14 @@
     python -m pyvene_ext.report outputs/activation_frequencies_ifr/tiny-qwen2.5_ioi_en
     python -m pyvene_ext.report outputs/english outputs/chinese --out outputs/both.html
 
-A run is the folder that a study has written: config.yaml, JSON files of facts, CSV tables, figures. The page opens with
-findings: the study's question, its strongest effects with intervals and controls, its verdicts. Then, for every table with the
-columns layer and head, a map of one column at a time and the top heads with their intervals; of circuits (circuit_METHOD.csv)
-what each method is worth, and the strongest edges by layer; for every other table of edges (a column "edge", or "sender" and
-"receivers"), such as paths, a map of senders by receivers and a drawing by layer; the effect of each head prompt by prompt
-(deltas.npy, prompts.json); where every head looks (attention.json); routes to a prediction (routes.json); the figures, with
-links to their PDFs; sortable tables and links to all files; command, hashes, versions and flags. If tables of two runs of one
-model have the same column for the same heads: both maps, their difference, a scatter plot of heads, and correlations with 95%
+A run is the folder that a study has written: config.yaml, JSON files of facts, CSV tables, figures. The page opens with findings:
+the study's question, its strongest effects with intervals and controls, its verdicts. Then, for every table with the columns
+layer and head, a map of one column at a time and the top heads with their intervals; of circuits (circuit_METHOD.csv) how
+faithful the circuit of each method is, and the strongest edges by layer; for every other table of edges (a column "edge", or
+"sender" and "receivers"), such as paths, a map of senders by receivers and a drawing by layer; the effect of each head prompt by
+prompt (deltas.npy, prompts.json); where every head looks (attention.json); routes to a prediction (routes.json); the figures,
+with links to their PDFs; sortable tables and links to all files; command, hashes, versions and flags. If tables of two runs of
+one model have the same column for the same heads: both maps, their difference, a scatter plot of heads, and correlations with 95%
 intervals.
 """
 

@@ -15,9 +15,9 @@ from pyvene_ext.report.attention import escaped
 from pyvene_ext.report.colours import colours
 from pyvene_ext.report.findings import leading
 from pyvene_ext.report.plots import GAPS, axis, menu, plain
-from pyvene_ext.report.run import Head, Row, Run
+from pyvene_ext.report.run import Row, Run
 from pyvene_ext.report.tables import table
-from pyvene_ext.stats.controls import head_label
+from pyvene_ext.stats.controls import Head, head_label
 from pyvene_ext.stats.correlations import Coefficient, Correlation, correlate_heads
 
 AT_LEAST = 5  # heads for a correlation
@@ -111,7 +111,7 @@ def compared(columns: Sequence[Shared], names: tuple[str, str], negative: frozen
     from plotly.subplots import make_subplots
 
     a, b = map(escaped, names)
-    titles = (a, b, f"{a} − {b}", "one point a head")
+    titles = (a, b, f"{a} − {b}", "one point per head")
     figure = make_subplots(2, 2, subplot_titles=titles, horizontal_spacing=0.2, vertical_spacing=0.2)
     for number, column in enumerate(columns):
         for trace, place in zip(_traces(column, names, negative), itertools.product((1, 2), (1, 2)), strict=True):

@@ -1,4 +1,4 @@
-"""Paths and circuits: a map of senders by receivers, the strongest edges drawn by layer, and what a circuit is worth."""
+"""Paths and circuits: a map of senders by receivers, the strongest edges drawn by layer, and how faithful a circuit is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyvene_ext.specs.graph import Node, reaches
 SHOWN = (10, 20, 40, 80)  # strongest edges, by the slider
 MOST = 250_000  # cells of a map; of larger models the strongest edges are drawn alone
 CIRCUIT = re.compile(rf"{CIRCUITS}(.+)\.csv")  # of one method, as `circuit_localization.py` writes it
-METHODS = "methods.csv"  # what the circuit of each is worth
+METHODS = "methods.csv"  # how faithful the circuit of each is
 SHARED = "shared_with"  # a column of a circuit that was compared: the other circuits that have the edge, or "none"
 
 
@@ -163,7 +163,7 @@ def edge_graph(edges: Sequence[Edge], negative: Collection[str] = ()) -> Any | N
 
 
 def circuits_html(run: Run, drawn: Callable[[Any], str]) -> Iterator[str]:
-    """Render the table of methods, and the graph of each circuit below what it is worth.
+    """Render the table of methods, and below it the graph of each circuit.
 
     Args:
         run: the run.
@@ -184,7 +184,7 @@ def circuits_html(run: Run, drawn: Callable[[Any], str]) -> Iterator[str]:
 
 
 def _caption(method: str, edges: Sequence[Edge], row: Row) -> str:
-    """What a circuit is worth, and how to read its graph."""
+    """How faithful a circuit is, and how to read its graph."""
     cells = {column.name: column.cell(row) for column in columns([row])}
     told = {"faithfulness": "faithfulness", "random_mean": "random circuits of the same layers and kinds"}
     words = [f"{method}: {len(edges)} edges", *(f"{told[name]} {cells[name]}" for name in told if name in cells)]

@@ -1,4 +1,4 @@
-"""The HTML page of one or several runs: findings first, then what can be looked at, then numbers and where they come from."""
+"""The HTML page of one or several runs: findings first, then plots, then tables and provenance."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _navigation(runs: Sequence[Run], sections: Sequence[Sequence[Section]], comp
 
 
 def _sections(run: Run, home: Path, drawn: Callable[[Any], str]) -> Iterator[Section]:
-    """The parts of one run: findings, what can be looked at, numbers, provenance."""
+    """The parts of one run: findings, plots, tables, provenance."""
     yield Section("findings", "Findings", "".join(findings(run)))
     if circuits := list(circuits_html(run, drawn)):
         yield Section("circuits", "Circuits", "".join(circuits))

@@ -12,8 +12,8 @@ from jaxtyping import Float
 
 from pyvene_ext.report.attention import escaped
 from pyvene_ext.report.colours import colour, colours, robust_limit
-from pyvene_ext.report.run import Column, Head, Row, by_group, column_label, columns, number
-from pyvene_ext.stats.controls import head_label
+from pyvene_ext.report.run import Column, Row, by_group, column_label, columns, number
+from pyvene_ext.stats.controls import Head, head_label
 
 BARS = 20  # heads drawn with their intervals
 LINES = 12  # lines of a hover text

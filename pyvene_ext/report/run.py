@@ -20,9 +20,9 @@ from pyvene_ext.report.routes import Routes
 from pyvene_ext.runs.attention import FILE as ATTENTION
 from pyvene_ext.runs.attention import View, read_views
 from pyvene_ext.runs.facts import Evidence
+from pyvene_ext.stats.controls import Head
 
 Row = dict[str, str]
-Head = tuple[int, int]
 ROUTES, PROMPTS, DELTAS = "routes.json", "prompts.json", "deltas.npy"
 CIRCUITS = "circuit_"  # files of circuits, which are drawn from their tables
 HEAD = re.compile(r"z\.([0-9]{1,6})\.([0-9]{1,6})", re.ASCII)

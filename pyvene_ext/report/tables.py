@@ -1,4 +1,4 @@
-"""Tables of a page, sorted by a click on a heading, with intervals; what can be folded away; and where a run comes from."""
+"""Tables of a page, sortable by any column, with intervals; collapsible sections; and each run's provenance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def folded(title: str, inner: str) -> str:
-    """Render what a click on its title unfolds; `inner` is HTML already."""
+    """Render a collapsible section; `inner` is HTML already."""
     return f"<details><summary>{html.escape(title)}</summary>{inner}</details>"
 
 

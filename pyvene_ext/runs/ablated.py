@@ -23,8 +23,7 @@ from pyvene_ext.methods.heads.scores import read_head_scores
 from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, check_scores, needs_flow
 from pyvene_ext.methods.solving.evaluate import evaluate
 from pyvene_ext.methods.solving.evaluation import Evaluation
-from pyvene_ext.methods.solving.replacing import Scope as ScopeOfSpec
-from pyvene_ext.methods.solving.replacing import Transcripts, condition_of
+from pyvene_ext.methods.solving.replacing import Scope, Transcripts, condition_of
 from pyvene_ext.methods.solving.results import Results, facts_of
 from pyvene_ext.models.latent_steps import format_of
 from pyvene_ext.models.sizes import n_heads, n_layers
@@ -38,9 +37,9 @@ from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.controls import Head, random_rankings
 from pyvene_ext.stats.stopping import Stopping
 
-Kind = Literal["zero", "mean", "resample"]
-Scope = Literal["reasoning", "new", "both"]
-SCOPES: dict[Scope, str] = {"reasoning": "reasoning", "new": "reasoning and answer", "both": "all tokens"}
+AblationKind = Literal["zero", "mean", "resample"]
+AblationScope = Literal["reasoning", "new", "both"]
+SCOPES: dict[AblationScope, str] = {"reasoning": "reasoning", "new": "reasoning and answer", "both": "all tokens"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Solver:
         warn(self.flags, self.name, clean)
         return clean
 
-    def places(self, scope: Scope) -> tuple[Positions, ScopeOfSpec]:
+    def places(self, scope: AblationScope) -> tuple[Positions, Scope]:
         """Convert a scope to positions of the prompt and to the scope that `evaluate` takes."""
         form = format_of(self.model)
         if form is None or scope == "both":
@@ -80,8 +79,8 @@ class Solver:
     def ablate(
         self,
         sets: Sequence[Sequence[Head]],
-        kind: Kind,
-        scope: Scope,
+        kind: AblationKind,
+        scope: AblationScope,
         reference: Transcripts | None,
         stops: Sequence[Stopping] | None = None,
     ) -> list[Evaluation]:
@@ -104,7 +103,7 @@ class Solver:
     def run(
         self,
         specs: Sequence[Spec | None],
-        scope: ScopeOfSpec = "both",
+        scope: Scope = "both",
         reference: Transcripts | None = None,
         stops: Sequence[Stopping] | None = None,
     ) -> list[Evaluation]:
@@ -148,14 +147,14 @@ class Solver:
         """How fast the model writes, measured."""
         return time_writing(self.model, self.questions.prompts, self.flags.batch_size)
 
-    def seconds(self, n: int, sets: int = 1, scope: Scope = "reasoning") -> float:
+    def seconds(self, n: int, sets: int = 1, scope: AblationScope = "reasoning") -> float:
         """How long the model takes at most to solve n problems with each of some sets of heads ablated."""
         again = (
             (sets - 1) * n * self.writing.reading if scope == "both" else 0.0
         )  # each set reads the prompts by itself
         return self.writing.seconds(n, self.flags.new_tokens, sets) + again
 
-    def transcripts(self, kind: Kind, rankings: Iterable[Sequence[Head]], donors: int) -> Transcripts | None:
+    def transcripts(self, kind: AblationKind, rankings: Iterable[Sequence[Head]], donors: int) -> Transcripts | None:
         """Collect the activations that replace these heads' outputs, from the clean model on the first problems.
 
         Args:

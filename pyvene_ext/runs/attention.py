@@ -2,9 +2,9 @@
 
     write_views(folder, look(model, tokenizer, prompts.input_ids, heads[:HEADS]))
 
-The file, attention.json, holds {"prompts": [{"name", "tokens": [...], "first": ["3.5", ...], "left_out": "...",
-"layers": {"3": "H4sI..."}}]}. A layer is base64 of gzip of one byte a weight, round(255 x weight): head by head, the rows of its
-query tokens, each with the key tokens up to and including itself. `report.attention` draws it.
+The file, attention.json, holds {"prompts": [{"name", "tokens": [...], "first": ["3.5", ...], "left_out": "...", "layers": {"3":
+"H4sI..."}}]}. A layer is base64 of gzip of one byte per weight, round(255 x weight): head by head, the rows of its query tokens,
+each with the key tokens up to and including itself. `report.attention` draws it.
 
 A file holds at most `BYTES`. Where that is too little for all layers, only those of the heads named first are kept, and then
 fewer prompts; `left_out` says what is missing.
@@ -70,7 +70,7 @@ def look(
     which: Iterable[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[View]:
-    """Read the attention patterns of all heads on some prompts, one prompt a forward pass.
+    """Read the attention patterns of all heads on some prompts, one prompt per forward pass.
 
     Args:
         model: a model whose family has a card.

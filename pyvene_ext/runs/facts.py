@@ -1,4 +1,4 @@
-"""What a run says of itself: what a reader needs to repeat it, and how strong its evidence is."""
+"""Metadata of a run, from which it can be reproduced, and the evidence that it found."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def answer_names(prompts: PromptSet) -> tuple[str, str]:
 
 
 def metadata(model: nn.Module, /, **facts: Any) -> dict[str, Any]:
-    """Collect what a reader needs to repeat a run: command, weights, versions, device, dtype, time.
+    """Collect what a reader needs to reproduce a run: command, weights, versions, device, dtype, time.
 
     Args:
         model: the model that was run.
@@ -76,7 +76,7 @@ class _Facts(BaseModel):
 
 @dataclass(frozen=True)
 class Evidence:
-    """The main effect of a study, and what stands behind it: the line that every study ends with.
+    """The main effect of a study, and what supports it: the line that every study ends with.
 
     Attributes:
         sample: what was measured, with its number: "100 prompts".

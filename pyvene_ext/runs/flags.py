@@ -63,7 +63,7 @@ __all__ = [
 
 Count = Annotated[int, Ge(1)]
 ModelName = Annotated[str, Doc("a shipped or fetched model, folder, GGUF file, or hub name")]
-BatchSize = Annotated[int, Ge(1), Doc("prompts a forward pass")]
+BatchSize = Annotated[int, Ge(1), Doc("prompts per forward pass")]
 Limit = Annotated[
     Annotated[int, Ge(0)] | None, Doc("use only the first N, 0 for all; by default as many as ten minutes allow here")
 ]
@@ -219,7 +219,7 @@ class Problems(Loading, Memory):
     """tiny (held-out, of the tiny models), plain (held-out, in plain English), gsm8k, or a .jsonl or .json file like it; by
     default tiny for shipped tiny models and plain for others"""
     problem_steps: EachOnce[Count] = ()
-    """only problems whose own solutions have so many steps; by default 1 for plain, which has 1 and 2, and any for others"""
+    """only problems whose own solutions have this many steps; by default 1 for plain, which has 1 and 2, and any for others"""
     out: Annotated[Path | None, Doc("folder to write; by default outputs/critical_heads/STUDY/PROBLEMS_MODELS")] = None
     limit: Annotated[
         Annotated[int, Ge(0)] | None,
@@ -298,12 +298,12 @@ class Regeneration(Problems):
     """What a model writes under an intervention in its reasoning (`runs.reasoning`)."""
 
     regenerate: Literal["answer", "reasoning"] | None = None
-    """what is written anew: the answer behind the reasoning given, or reasoning too; by default answer for tiny models, else
+    """what is regenerated: the answer after the given reasoning, or reasoning too; by default answer for tiny models, else
     reasoning"""
 
     @property
     def anew(self) -> bool:
-        """Whether reasoning is written anew."""
+        """Whether reasoning is regenerated."""
         default = "answer" if self.small else "reasoning"
         return (self.regenerate or default) == "reasoning"
 
@@ -340,7 +340,7 @@ class Deciding:
     """two numbers of points, such as 10 2: once the drop is known to be above the first, or below the second, or it is certain
     that the problems left cannot tell"""
     width: Annotated[float, Gt(0), Lt(200), Unit("points")] | None = None
-    """once the interval of the drop is at most so many points wide; may be given with --decide"""
+    """once the interval of the drop is at most this many points wide; may be given with --decide"""
 
     @property
     def stops(self) -> bool:
@@ -413,10 +413,10 @@ class TranslatedWords(Translation):
     words: OneOrMore[Annotated[int, Ge(0)]] = (1, 2)
     """which words of the translation are asked for, the first being 0"""
     contrast: Literal["swap", "rival"] | None = None
-    """the wrong word: that of a sentence whose translation agrees up to there (two prompts a swap), or the strongest rival of the
-    right one; by default swaps where there are four or more"""
+    """the wrong word: that of a sentence whose translation agrees up to there (two prompts per swap), or the strongest rival of
+    the right one; by default swaps where there are four or more"""
     limit: Annotated[int, Ge(0)] | None = None
-    """at most so many prompts of each word, 4 or more, or 0 for all; by default 40, or as many as ten minutes allow here"""
+    """at most this many prompts of each word, 4 or more, or 0 for all; by default 40, or as many as ten minutes allow here"""
     seed: Seed = 0
 
 
@@ -429,7 +429,7 @@ class TranslationHeads(TranslatedWords):
 
 
 def check_rankings(rankings: tuple[str, ...], models: tuple[str, ...]) -> None:
-    """Check that there is one ranking a model, or none at all.
+    """Check that there is one ranking per model, or none at all.
 
     Args:
         rankings: the files of --rankings.
@@ -439,4 +439,4 @@ def check_rankings(rankings: tuple[str, ...], models: tuple[str, ...]) -> None:
         ValueError: the numbers differ.
     """
     if rankings and len(rankings) != len(models):
-        raise ValueError(f"--rankings names {len(rankings)} files for {len(models)} models; give one file a model.")
+        raise ValueError(f"--rankings names {len(rankings)} files for {len(models)} models; give one file per model.")

@@ -128,9 +128,9 @@ class RunFolder:
     ) -> bool:
         """Say what the study will do and how long it takes, before it starts.
 
-        What would take longer than ten minutes that nobody has asked for, by giving the flag that sets how much is done, is
-        shortened: the study starts again (`io.cli.run`) as if that flag had been given. An interrupted run that was shortened
-        goes on with the same number.
+        A study that would take longer than ten minutes is shortened, unless the flag that sets how much is done was
+        given: it starts again (`io.cli.run`) as if that flag had been given. An interrupted run that was shortened
+        is resumed with the same number.
 
         Args:
             work: what will be done: "96 interventions x 100 prompts".

@@ -17,14 +17,14 @@ from pyvene_ext.stats.intervals import Interval
 from pyvene_ext.stats.tables import filled
 
 Type = Literal["induction", "random"]
-Setting = tuple[Mode, Layers]
+LagSetting = tuple[Mode, Layers]
 ENOUGH = 19  # random sets, with which p can be 0.05
 
 
 def write_setting(
     run: RunFolder,
     names: tuple[str, str],
-    setting: Setting,
+    setting: LagSetting,
     head_type: Type,
     heads: RankedHeads,
     found: Sequence[LagCurves],
@@ -65,7 +65,9 @@ def write_setting(
     run.table(f"tables/{name(head_type)}_summary", filled(table))  # no heads have no random ones
 
 
-def lag_evidence(sample: str, head_type: Type, tables: Mapping[Setting, Sequence[Mapping[str, Any]]]) -> list[Evidence]:
+def lag_evidence(
+    sample: str, head_type: Type, tables: Mapping[LagSetting, Sequence[Mapping[str, Any]]]
+) -> list[Evidence]:
     """The changes of both measures, with the fewest heads that have random sets enough for a p of 0.05.
 
     Args:

@@ -81,7 +81,7 @@ def time_writing(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: 
     Args:
         model: the model of the study.
         prompts: its prompts.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
 
     Returns:
         The times, of new tokens measured with as many rows as a batch has, and with one.
@@ -164,7 +164,7 @@ def that_fit(n: int, seconds: float, fixed: float = 0.0) -> int:
         fixed: how many of the seconds do not depend on how many there are.
 
     Returns:
-        At most so many, rounded down to three binary digits (8, 10, 12, 14, 16, 20, ...), so that the same machine mostly gives
+        At most this many, rounded down to three binary digits (8, 10, 12, 14, 16, 20, ...), so that the same machine mostly gives
         the same number.
     """
     fits = max(0, int(n * (LONGEST - fixed) / max(seconds - fixed, 1.0)))

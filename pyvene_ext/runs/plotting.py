@@ -3,7 +3,7 @@
     result.plot()                        # or plot(result)
     figures.save(result.plot(), "effects.png")
 
-One kind of result is one function here, which chooses among the functions of `runs.figures`.
+Each kind of result has one function here, which chooses among the functions of `runs.figures`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from pyvene_ext.engine.results import Place, Result, Shown, count, strongest
+from pyvene_ext.engine.results import EditLocation, Result, Shown, count, strongest
 from pyvene_ext.engine.sweep.sequential import Sequential
 from pyvene_ext.io.bars import in_notebook
 from pyvene_ext.methods.attribution.edges import EdgeScores
@@ -215,7 +215,7 @@ class _Grid(NamedTuple):
     first_layer: int
 
     @classmethod
-    def of(cls, places: Sequence[Place], values: Float[np.ndarray, " item"], column: str) -> _Grid | None:
+    def of(cls, places: Sequence[EditLocation], values: Float[np.ndarray, " item"], column: str) -> _Grid | None:
         """The grid of some interventions; None unless each has a cell of its own and they fill at least half of it."""
         cells = [(place.layer, getattr(place, column)) for place in places]
         if len(cells) < 2 or len(set(cells)) < len(cells) or any(None in cell for cell in cells):

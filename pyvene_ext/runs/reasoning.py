@@ -1,12 +1,12 @@
 """What studies of reasoning share: problems, a model's own reasoning as the block, and the models that are to solve them.
 
 A block is the reasoning that the untouched model itself wrote for a problem, all of it before `####`. Problems for which it wrote
-no reasoning, or no `####`, have no block; they are skipped and reported. Under each condition one of two things is written again
-(--regenerate):
+no reasoning, or no `####`, have no block; they are skipped and reported. Under each condition the model regenerates
+one of two things (--regenerate):
 
     answer      the block is given again, up to and with the `####`, and what the model then writes is its answer. This asks what
                 the answer is read from; the number in it may be copied from the last line of the block.
-    reasoning   of the block no more is given than the intervention needs, and the model writes its rest and its answer: after
+    reasoning   the block is given only as far as the intervention needs, and the model writes the rest and its answer: after
                 noise at a token, all that follows this token; with attention forced, or with other heads, all of it. This asks
                 what reasoning is written from. It is compared with the untouched run that wrote the block.
 
@@ -73,7 +73,7 @@ P = TypeVar("P", bound=Problems)
 
 
 class Forcing(NamedTuple):
-    """Attention forced in the reasoning that a model writes anew.
+    """Attention forced in the reasoning that a model regenerates.
 
     Attributes:
         spec: the patterns.
@@ -96,9 +96,9 @@ class Setting:
             "block_last".
         first: the untouched run that wrote it, on all problems.
         clean: the untouched run that conditions are compared with, on the problems of `questions`: from the `####` on (or after
-            the latent steps, which is then the first run too), or the one that wrote the block if reasoning is written anew.
+            the latent steps, which is then the first run too), or the one that wrote the block if reasoning is regenerated.
         results: what is kept of an interrupted study.
-        anew: whether reasoning is written anew under a condition, and not the answer alone.
+        anew: whether reasoning is regenerated under a condition, and not the answer alone.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Setting:
     def at(self, position: int) -> tuple[Questions, list[int]]:
         """The problems with a token at this place of their block (negative: from its end), there named "hub"; and which.
 
-        Where reasoning is written anew, this token is the last that is given.
+        Where reasoning is regenerated, this token is the last that is given.
         """
         blocks = self.questions.blocks
         which = [i for i, block in enumerate(blocks) if -len(block) <= position < len(block)]
@@ -224,7 +224,7 @@ class Setting:
         return self._kept(facts, conditions, "prompt", reference)
 
     def force(self, conditions: Sequence[Forcing]) -> list[Evaluation]:
-        """Some problems' reasoning and answers written anew with attention forced in the reasoning; kept between runs.
+        """Some problems' reasoning and answers regenerated with attention forced in the reasoning; kept between runs.
 
         Args:
             conditions: the patterns, whose blocks are those that are written, and the problems.
@@ -301,7 +301,7 @@ class Asked:
 
     @property
     def anew(self) -> bool:
-        """Whether reasoning is written anew under a condition."""
+        """Whether reasoning is regenerated under a condition."""
         return isinstance(self.flags, Regeneration) and self.flags.anew and not self.latent
 
     @cached_property
@@ -429,7 +429,7 @@ def ask(
             if fits is None:
                 raise
             raise ValueError(
-                f"--shots {flags.n_shots}: a problem behind so many solved ones is longer than the {context} tokens for which "
+                f"--shots {flags.n_shots}: a problem after this many solved ones is longer than the {context} tokens for which "
                 f"there is room before {new_tokens} new ones; give --shots {fits} or fewer."
             ) from None
     if flags.shots or flags.chat:
@@ -453,7 +453,7 @@ def _most(number: int, action: Callable[[int], object]) -> int | None:
 
 
 def of_both_steps(flags: P, plain: int, tiny: int | None = None) -> P:
-    """Flags with other problems where none are asked for: so many tiny ones, or so many plain ones of one and two steps.
+    """Flags with other problems where none are asked for: `tiny` tiny ones, or `plain` plain ones of one and two steps.
 
     Args:
         flags: of the study.
@@ -589,13 +589,13 @@ def positions_of(setting: Setting, least: int, places: int | None = None) -> lis
 
 
 def counts(model: str, facts: dict[str, Any]) -> str:
-    """How many problems there are, and what became of them, for the terminal."""
+    """How many problems there are, and their outcomes, for the terminal."""
     first, clean = facts["first_run"], facts["clean"]
     return f"{outcome(model, first)}; {facts['with_reasoning']} have a block, of them {100 * clean['accuracy']:.1f}% correct"
 
 
 def outcome(model: str, counted: Mapping[str, Any]) -> str:
-    """What became of the texts of one run, by `Evaluation.summary`, for the terminal."""
+    """The outcomes of the texts of one run, by `Evaluation.summary`, for the terminal."""
     classes = ", ".join(f"{counted[kind]} {kind}" for kind in ("correct", "wrong", "unparsed"))
     return (
         f"{model}: {counted['problems']} problems, {100 * counted['accuracy']:.1f}% correct untouched ({classes}; "

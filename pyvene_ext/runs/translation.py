@@ -2,7 +2,7 @@
 
     setting = prepare(flags, flags.heads)         # flags: px.flags.TranslatedWords
     setting.heads                                 # those given, else those found by their attention
-    setting.asked.plus                            # "EN: the cat sees the dog. FR: le chat", two prompts a swap
+    setting.asked.plus                            # "EN: the cat sees the dog. FR: le chat", two prompts per swap
 
 Two sentences are each other's swap if their translations agree up to a word and then go on with different ones, so that the
 source alone tells which. Real text has hardly any: there every sentence is asked for its own word, and the wrong answer is the
@@ -55,7 +55,7 @@ from pyvene_ext.stats.controls import Head, head_label
 from pyvene_ext.stats.intervals import Interval, student_interval
 
 THRESHOLDS = {"difference": 0.05, "translation": 0.13}
-HIGHEST = 5  # heads that are studied if none is above a threshold that nobody has published for the model
+HIGHEST = 5  # heads that are studied if none is above the threshold and no threshold is published for the model
 FEWEST = 4  # prompts that an interval needs
 SWAPS = 4  # with fewer an interval over swaps says little
 PROMPTS = 40  # of each word, if --limit does not say
@@ -223,7 +223,7 @@ def sentences_of(
         model: whose prompts they become.
         tokenizer: the model's.
         flags: for the template, and the data set's name in errors.
-        limit: keep at most so many; 0 or None for all.
+        limit: keep at most this many; 0 or None for all.
 
     Returns:
         The sentence pairs of the languages.
@@ -286,7 +286,7 @@ def scores_of(pair: str, sentences: Sentences, model: PreTrainedModel, threshold
 
 
 @dataclass(frozen=True)
-class Setting:
+class WordSetting:
     """One model on the words of one pair of languages.
 
     Attributes:
@@ -394,7 +394,7 @@ class Setting:
         return "\n".join(lines)
 
 
-def prepare(flags: TranslatedWords, heads: Sequence[str] = (), *, scores: bool = False) -> Setting:
+def prepare(flags: TranslatedWords, heads: Sequence[str] = (), *, scores: bool = False) -> WordSetting:
     """Load model and sentences and make the prompts for --words; the only pass is the one that finds the strongest rivals.
 
     Args:
@@ -427,7 +427,7 @@ def prepare(flags: TranslatedWords, heads: Sequence[str] = (), *, scores: bool =
     right = None
     if not asked.in_couples:
         asked, right = _against_rivals(model, asked, flags.batch_size)
-    return Setting(flags, model, tokenizer, sentences, asked, given, threshold, right)
+    return WordSetting(flags, model, tokenizer, sentences, asked, given, threshold, right)
 
 
 def _asked(

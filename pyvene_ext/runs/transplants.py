@@ -18,7 +18,7 @@ from modelcards import dimensions
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning.block_scores import Score, block_scores, needs_flow
 from pyvene_ext.methods.reasoning.transplant import (
-    Layers,
+    LayerPair,
     Maps,
     Method,
     Paired,
@@ -54,7 +54,7 @@ class Host:
     donor: PreTrainedModel
     pairs: tuple[tuple[Head, Head], ...]
     random: list[tuple[Head, ...]]
-    maps: dict[Layers, Maps]
+    maps: dict[LayerPair, Maps]
     depends_on: dict[str, Any]
 
     @property
@@ -65,7 +65,7 @@ class Host:
 
     @property
     def fits(self) -> list[dict[str, Any]]:
-        """Goodness of fit, one row a map."""
+        """Goodness of fit, one row per map."""
         return [
             {"model": self.setting.name, "host_layer": host, "donor_layer": donor, "map": name, **fit.as_dict()}
             for (host, donor), maps in self.maps.items()
@@ -279,7 +279,7 @@ def rank(model: PreTrainedModel, questions: Questions, by: Score, wanted: int, b
         questions: problems with their reasoning.
         by: the score.
         wanted: number of heads.
-        batch_size: prompts a forward pass.
+        batch_size: prompts per forward pass.
 
     Returns:
         The first `wanted` heads.

@@ -3,7 +3,7 @@ from .accuracy import in_points as in_points
 from .accuracy import percent_correct as percent_correct
 from .controls import AgainstRandom as AgainstRandom
 from .controls import Head as Head
-from .controls import Overlap as Overlap
+from .controls import HeadOverlap as HeadOverlap
 from .controls import RandomHeads as RandomHeads
 from .controls import StrataTest as StrataTest
 from .controls import against_random as against_random

@@ -24,7 +24,7 @@ def head_label(head: tuple[int, int]) -> str:
     return f"{head[0]}.{head[1]}"
 
 
-class Overlap(NamedTuple):
+class HeadOverlap(NamedTuple):
     """Overlap of two sets of heads.
 
     Attributes:
@@ -40,7 +40,7 @@ class Overlap(NamedTuple):
     p: float
 
 
-def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> Overlap:
+def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> HeadOverlap:
     """Compare two sets of heads of one model with random sets of the same sizes (hypergeometric test).
 
     Args:
@@ -49,16 +49,16 @@ def head_overlap(a: Iterable[Head], b: Iterable[Head], n_heads: int) -> Overlap:
         n_heads: number of heads in the whole model.
 
     Returns:
-        Overlap, its expectation by chance, and p.
+        The overlap, its expectation by chance, and p.
     """
     a, b = set(a), set(b)
     shared, total = len(a & b), len(a) + len(b)
     if total == 0:
-        return Overlap(0, math.nan, math.nan, 1.0)
+        return HeadOverlap(0, math.nan, math.nan, 1.0)
     chance = stats.hypergeom(n_heads, len(a), len(b))
     possible = np.arange(min(len(a), len(b)) + 1)
     expected = float((chance.pmf(possible) * possible / (total - possible)).sum())
-    return Overlap(shared, shared / (total - shared), expected, float(chance.sf(shared - 1)))
+    return HeadOverlap(shared, shared / (total - shared), expected, float(chance.sf(shared - 1)))
 
 
 class AgainstRandom(NamedTuple):
@@ -96,7 +96,7 @@ def mcnemar_p(before: np.ndarray, after: np.ndarray) -> float:
     """
     before, after = np.asarray(before), np.asarray(after)
     if before.ndim != 1 or before.shape != after.shape or {before.dtype, after.dtype} != {np.dtype(bool)}:
-        raise ValueError("McNemar's test takes two boolean vectors of the same length, one value a prompt.")
+        raise ValueError("McNemar's test takes two boolean vectors of the same length, one value per prompt.")
     lost, won = int((before & ~after).sum()), int((~before & after).sum())
     return float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
@@ -162,7 +162,7 @@ def strata_test(
     strata is multiple testing: see `q_values`.
 
     Args:
-        values: one number an item.
+        values: one number per item.
         strata: the stratum of each item, any hashable label.
         rng: generator of the permutations.
         n_resamples: number of permutations.
@@ -240,7 +240,7 @@ def random_rankings(
         rng: source of randomness.
 
     Returns:
-        The control rankings; where there are fewer sets of so many heads, some are of the same heads in another order.
+        The control rankings; where there are fewer sets of this size, some are of the same heads in another order.
     """
     matched = ranked[:most]
     sets = random_heads(matched, n_layers, n_heads, draws, rng, exclude=ranked[most:]).sets
@@ -294,7 +294,7 @@ def random_heads(
     Args:
         heads: (layer, head) pairs to match.
         n_layers: layers of the model.
-        n_heads: query heads a layer.
+        n_heads: query heads per layer.
         n_sets: number of sets to draw.
         rng: generator to draw from.
         exclude: further heads that a control must not contain.
@@ -369,7 +369,7 @@ def random_heads_in_place(
 
     Args:
         meant: the (layer, head) intended for each place.
-        n_heads: heads a layer.
+        n_heads: heads per layer.
         n_sets: number of sets to draw.
         rng: generator to draw from.
 

@@ -89,7 +89,7 @@ def correlate_heads(
     which is what the code compares.
 
     Args:
-        a: one number a head, [layer head].
+        a: one number per head, [layer head].
         b: the same heads in the same order, [layer head].
         seed: the run's seed; the same seed and data give the same numbers.
         n_resamples: number of bootstrap resamples, and of permutations.
@@ -150,7 +150,7 @@ def correlate_layers(
     `p_within_layers` is the ordinary permutation test. Testing every layer is multiple testing: see `q_values`.
 
     Args:
-        a: one number a head, [layer head].
+        a: one number per head, [layer head].
         b: the same heads in the same order, [layer head].
         seed: the run's seed.
         n_resamples: number of bootstrap resamples, and of permutations.
@@ -182,7 +182,7 @@ def spearman(a: Num[np.ndarray, " pair"], b: Num[np.ndarray, " pair"]) -> tuple[
     """Spearman's rank correlation with its p-value, exact for up to seven pairs (`correlate_heads`).
 
     Args:
-        a: one number a pair, not all equal.
+        a: one number per pair, not all equal.
         b: the same pairs in the same order.
 
     Returns:

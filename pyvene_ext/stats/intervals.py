@@ -78,7 +78,7 @@ def paired_bootstrap(
     """The mean of x - y over prompts with its percentile bootstrap 95% interval; a prompt's two values are resampled together.
 
     Args:
-        x: one number a prompt.
+        x: one number per prompt.
         y: the same prompts in the same order.
         rng: generator of the resamples.
         n_resamples: number of resamples.
@@ -114,7 +114,7 @@ def bootstrap_mean(values: Num[np.ndarray, " prompt"], rng: np.random.Generator,
     """The mean over prompts with its percentile bootstrap 95% interval.
 
     Args:
-        values: one number a prompt.
+        values: one number per prompt.
         rng: generator of the resamples.
         n_resamples: number of resamples.
 

@@ -11,7 +11,7 @@ def auroc(scores: Float[np.ndarray, " item"], known: Bool[np.ndarray, " item"]) 
     """Area under the ROC curve: the probability that a known item scores above another (Mann-Whitney's U / number of pairs).
 
     Args:
-        scores: one score an item.
+        scores: one score per item.
         known: which items should rank high; at least one, and not all.
 
     Returns:
@@ -25,7 +25,7 @@ def precision_at_k(scores: Float[np.ndarray, " item"], known: Bool[np.ndarray, "
     """Precision at k, with k the number of known items: the share of known items among the k highest scores.
 
     Args:
-        scores: one score an item.
+        scores: one score per item.
         known: which items should rank high; at least one.
 
     Returns:
@@ -38,7 +38,7 @@ def rank_correlation(a: Float[np.ndarray, " item"], b: Float[np.ndarray, " item"
     """Spearman's rank correlation of two score vectors.
 
     Args:
-        a: one score an item.
+        a: one score per item.
         b: the same items in the same order.
 
     Returns:

@@ -1,8 +1,8 @@
 """Stopping a comparison of accuracies as soon as it is decided: an interval that may be looked at after every problem.
 
-An interval for a fixed number of problems, looked at after each of them until it says what one hopes for, is wrong far more often
-than it claims. The interval here covers at all numbers of problems at once with its confidence, so that one may stop at any
-(a confidence sequence). It is that of betting (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by
+An interval for a fixed number of problems, checked after each of them until it says what one hopes for, is wrong far more often
+than it claims. The interval here is a confidence sequence: it covers at all numbers of problems simultaneously, so that one may
+stop at any. It is that of betting (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by
 betting", JRSS B 86(1), section 4): against "the mean of x in [-1, 1] is at most m", the capital
 
     prod_i (1 + c (x_i - m) / (1 + m)),   0 < c < 1,
@@ -46,7 +46,7 @@ def anytime_interval(
     """The mean of bounded values with an interval that stays valid when it decides how many values are taken.
 
     Args:
-        values: one number a problem, in random order; at least one.
+        values: one number per problem, in random order; at least one.
         low: the least value that is possible.
         high: the largest.
         confidence: with which the intervals after 1, 2, 3 ... values all hold the mean.
@@ -110,7 +110,7 @@ class Stopping:
     Attributes:
         decide: an upper and a lower threshold, in points of accuracy; they may be equal.
         width: of the interval from end to end, in points.
-        most: take at most so many problems.
+        most: take at most this many problems.
         seed: of the order of the problems.
         confidence: of each interval.
 

@@ -1,4 +1,4 @@
-"""Numbers as table cells: intervals in columns, one column a model, values that JSON can hold."""
+"""Numbers as table cells: intervals in columns, one column per model, values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def interval_in(row: Mapping[str, Any], name: str) -> Interval:
 
 
 def side_by_side(rows: Sequence[dict[str, Any]], key: str, suffix: str, value: str) -> list[dict[str, Any]]:
-    """Pivot rows of several models into one row a `key`, with a column MODEL_suffix for each model.
+    """Pivot rows of several models into one row per `key`, with a column MODEL_suffix for each model.
 
     Args:
         rows: one a model and key, with columns "model", `key` and `value`.
@@ -86,7 +86,7 @@ def threshold_grid(values: Float[np.ndarray, " value"], tau: float, n: int = 60)
 def threshold_table(
     taus: Float[np.ndarray, " tau"], frequencies: Float[np.ndarray, "tau layer head"]
 ) -> list[dict[str, float]]:
-    """Summarise frequencies over heads, one row a threshold.
+    """Summarise frequencies over heads, one row per threshold.
 
     Args:
         taus: the thresholds.

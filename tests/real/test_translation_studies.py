@@ -153,7 +153,7 @@ def test_single_heads_are_replaced_as_by_hooks(
     smollm2: Real, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     """All first words differ, so that each prompt has a swap, whose word is the wrong one, read by its first token."""
-    made: list[px.translation.Setting] = []
+    made: list[px.translation.WordSetting] = []
     prepare = px.translation.prepare
     monkeypatch.setattr(px.translation, "prepare", lambda *flags: made.append(prepare(*flags)) or made[-1])
     flags = ["--words", 0, "--contrast", "swap", "--replacements", "mean", "maximum"]

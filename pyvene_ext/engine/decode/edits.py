@@ -1,4 +1,4 @@
-"""Edits of the tokens that rows write: every row has its own, and one hook a place makes those of all rows."""
+"""Edits of generated tokens: every row has its own, and one hook per site and layer makes those of all rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TokenEdit(NamedTuple):
 
 
 @dataclass
-class _Batch:
+class _EntryLists:
     """Edits of one kind at one place, flattened to entries."""
 
     spec: OneSpec
@@ -103,14 +103,14 @@ class RowEdits:
 
     def __init__(self, model: PreTrainedModel, rows: Sequence[Sequence[TokenEdit]]) -> None:
         self.model = model
-        found: dict[tuple[str, int], dict[tuple[int, str, int], _Batch]] = defaultdict(dict)
+        found: dict[tuple[str, int], dict[tuple[int, str, int], _EntryLists]] = defaultdict(dict)
         for row, edits in enumerate(rows):
             earlier: dict[tuple[str, int], int] = defaultdict(int)  # edits of this row at the same place
             for spec, values in edits:
                 where = COMPONENTS[FIELD_NAMES[spec.acts_at]].name, spec.layer or 0
                 heads = spec.heads or ()
                 key = earlier[where], spec.intervention.__name__, 0 if values is None else values.shape[-2]
-                found[where].setdefault(key, _Batch(spec)).add(row, heads, values)
+                found[where].setdefault(key, _EntryLists(spec)).add(row, heads, values)
                 earlier[where] += 1
         device, card = input_device(model), card_of(model)
         mapping, sizes = card.mapping(type(model)), dimensions(model.config)

@@ -1,4 +1,4 @@
-"""Keys and values of rows that write: those of each prompt, stored once for all its rows, and each row's own.
+"""The cache of keys and values during decoding: each prompt's, stored once for all its rows, and each row's own.
 
 A row is one prompt under one intervention. Inside `with row_attention(past)` every attention module of the model runs
 through `attend`, registered once with transformers' AttentionInterface, and the model takes one new token of every row at a time:
@@ -7,7 +7,7 @@ through `attend`, registered once with transformers' AttentionInterface, and the
     past.enter([keys_values], lengths, prompt_of)     # prompts that the model has read, and the rows that continue them
     with row_attention(past):
         model(ids, position_ids=past.positions[:, None], attention_mask=past.no_mask, past_key_values=past)
-    past.keep(rows)                                   # the others leave
+    past.keep(rows)                                   # drops the others
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EditAttention = Callable[[Float[Tensor, "row n_head key"]], None]
 
 
 class RowPast:
-    """The cache of rows that write, as a transformers model takes one.
+    """The cache of rows being decoded, in the form that transformers models take.
 
     Args:
         model: the model.
@@ -144,7 +144,7 @@ class RowPast:
         return own[0][:, :, : self._columns], own[1][:, :, : self._columns]
 
     def get_seq_length(self, *_: Any) -> int:
-        """The most tokens that a row has behind it."""
+        """The largest number of tokens that any row has run so far."""
         return int(self.positions.max())
 
     # -- attention ---------------------------------------------------------------------------------------------------------

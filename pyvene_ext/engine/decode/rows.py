@@ -1,10 +1,10 @@
-"""Greedy decoding of many rows at once: every row is one problem under one intervention and writes until its text ends.
+"""Greedy decoding of many rows at once: every row is one problem under one intervention, decoded until its text ends.
 
-All rows take one token in the same forward pass, which reads the weights once. A prompt is read once for all the interventions
-that leave it alone. Rows that have ended leave, and waiting ones enter: the batch stays as large as the memory allows.
+Each forward pass adds one token to every row and reads the weights once. A prompt is read once for all the interventions that
+leave it unchanged. Rows that have ended make room for waiting ones, so that the batch stays as large as the memory allows.
 
-Of the memory, three quarters are for what rows hold, and a quarter for what comes and goes: prompts that are being read, logits.
-Less than one row, or one prompt, at a time is impossible; otherwise no more than the memory is taken at any moment.
+Three quarters of the memory are for the rows' caches, and a quarter is for what is temporary: prompts being read, and logits. At
+least one row and one prompt are run at a time; apart from that, the limit is never exceeded.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Read(NamedTuple):
 
 
 class Program(Protocol):
-    """What rows do."""
+    """What decoding asks about its rows: their prompts, edits and texts."""
 
     @property
     def edits_prompts(self) -> bool:
@@ -91,11 +91,11 @@ class Program(Protocol):
         ...
 
     def reading(self, length: int) -> int:
-        """Bytes that reading a prompt of so many tokens takes besides the keys and values that its rows hold."""
+        """Bytes that reading a prompt of `length` tokens takes besides the keys and values that its rows hold."""
         ...
 
     def read(self, jobs: Sequence[Job], most: int) -> Iterator[Read]:
-        """Let the model read the prompts of rows, at most so many at once."""
+        """Let the model read the prompts of rows, at most `most` at once."""
         ...
 
     def edits(self, spec: int, problems: Sequence[int]) -> list[tuple[TokenEdit, ...]]:

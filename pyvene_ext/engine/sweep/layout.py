@@ -37,7 +37,7 @@ ENTRY_POINT = {
 MIN_SHARED = 8  # columns; a shorter prefix saves less than the extra call of every block costs
 
 
-class Edit(NamedTuple):
+class StagedEdit(NamedTuple):
     """One edit where the sweep makes it.
 
     Attributes:
@@ -56,7 +56,7 @@ class Edit(NamedTuple):
         return self.layer, ENTRY_POINT[self.stage]
 
 
-def edits_of(spec: Spec, layers: int) -> list[Edit]:
+def edits_of(spec: Spec, layers: int) -> list[StagedEdit]:
     """Order a spec's edits as a forward pass reaches them.
 
     Args:
@@ -71,7 +71,7 @@ def edits_of(spec: Spec, layers: int) -> list[Edit]:
         layer, stage, first = edit.layer or 0, edit.acts_at, int(edit.acts_at == edit.site)
         if edit.site in ("resid_post", "embed"):
             layer, stage, first = layer + (edit.site == "resid_post"), "resid_pre", 0
-        found.append(((layer, STAGES.index(stage), first, order), Edit(layer, stage, edit)))  # type: ignore[arg-type]
+        found.append(((layer, STAGES.index(stage), first, order), StagedEdit(layer, stage, edit)))  # type: ignore[arg-type]
     return [edit for _, edit in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -203,7 +203,7 @@ def shared_columns(which: Sequence[int], prompts: TokenizedPrompts) -> int:
     return common if common >= MIN_SHARED else 0
 
 
-def wave_groups(wave: Wave, edits: Sequence[list[Edit]], resolved: Resolved, layers: int) -> list[Group]:
+def wave_groups(wave: Wave, edits: Sequence[list[StagedEdit]], resolved: Resolved, layers: int) -> list[Group]:
     """Lay out a wave.
 
     Args:
@@ -335,7 +335,7 @@ class EditColumns:
         return self.kept & (start <= self.columns) & (self.columns < stop)
 
 
-LocatedEdit = tuple[Edit, EditColumns]
+LocatedEdit = tuple[StagedEdit, EditColumns]
 
 
 class EditLocator:
@@ -347,7 +347,7 @@ class EditLocator:
         self.length, self.first_read = len(sequences.prompts.input_ids[which[0]]), sequences.first_read[which[0]]
         self._cache: dict[tuple[Positions, bool], tuple[EditColumns, list[tuple[int, np.ndarray]]]] = {}
 
-    def locate(self, edits: list[Edit]) -> list[LocatedEdit]:
+    def locate(self, edits: list[StagedEdit]) -> list[LocatedEdit]:
         """Find the columns of a spec's edits.
 
         After the keys and values of the last block only the columns that are read count.
@@ -380,7 +380,7 @@ class EditLocator:
                 found[start, *min(edit.entry for edit, _ in effective)].append(prompt)
         return {key: np.array(prompts) for key, prompts in found.items()}
 
-    def _columns(self, edit: Edit) -> tuple[EditColumns, list[tuple[int, np.ndarray]]]:
+    def _columns(self, edit: StagedEdit) -> tuple[EditColumns, list[tuple[int, np.ndarray]]]:
         """An edit's columns, and the prompts by the first of them; cached by positions."""
         reaches_others = edit.stage in ("resid_pre", "k", "v")  # through keys and values
         only_read = edit.layer == self.layers or (edit.layer == self.layers - 1 and not reaches_others)

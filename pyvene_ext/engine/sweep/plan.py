@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from modelcards import dimensions, n_layers
 from pyvene_ext.engine.resolve import Resolved
 from pyvene_ext.engine.sweep.layout import (
-    Edit,
     EditLocator,
+    StagedEdit,
     Wave,
     edits_of,
     shared_columns,
@@ -145,7 +145,7 @@ class Plan:
 
     waves: tuple[Wave, ...]
     budget: Budget
-    edits: Sequence[list[Edit]]
+    edits: Sequence[list[StagedEdit]]
     resolved: Resolved
     layers: int
     subset: tuple[int, ...]
@@ -191,7 +191,7 @@ class Plan:
         return (
             f"{counted(len(self.edits), 'intervention')} x {counted(len(self.subset), 'prompt')} in "
             f"{counted(len(self.waves), 'batch')}\n"
-            f"arithmetic: {self.token_layers:.3g} token-layers, {share:.1%} of one forward pass an intervention and prompt\n"
+            f"arithmetic: {self.token_layers:.3g} token-layers, {share:.1%} of one forward pass per intervention and prompt\n"
             f"memory: up to {self.budget.memory / MIB:.0f} MiB besides the weights"
         )
 

@@ -8,9 +8,9 @@ W_O, then through the final norm and the unembedding; the name should be among t
 that of -W_O. Attention to the name is set to 1: a high score says that the head would copy what it attended to, not that it
 attends there, nor that it matters.
 
-The stream after block 0 is not what a head deep in a model reads. Where later blocks turn what is at the name, a head that copies
-well from its own input seems to copy nothing from block 0, so that the score is also computed from the stream that enters the
-head's own layer ("own", ours).
+The stream after block 0 is not what a head deep in a model reads. Where later blocks rotate the representation of the name, a
+head that copies well from its own input seems to copy nothing from block 0, so that the score is also computed from the stream
+that enters the head's own layer ("own", ours).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INPUTS = ("resid", "embed", "own")
 SIGNS = ("positive", "negative")
 TOP = 5
 VOCABULARY_AT_ONCE = ROWS_AT_ONCE = 4096  # tokens whose logits are computed at once, and for how many heads and places
-MOST = 100  # beyond this rank nobody asks how far: the rest of the vocabulary need not be looked at, which is most of the work
+MOST = 100  # ranks beyond this one are not told apart: the rest of the vocabulary, most of the work, is left out
 
 
 def copy_ranks(

@@ -1,7 +1,8 @@
 """Information flow routes (Ferrando and Voita 2024): the parts that states of the residual stream are made of, in one pass.
 
 Nodes are the states of the residual stream: resid_mid after attention, resid_post after the MLP. A node y is a sum of parts z_j
-and, in places, a bias. A part is as important as it brings the sum closer to y (in L1 norm), relative to the other parts:
+and, in places, a bias. The importance of a part is how much closer to y it brings the sum (in L1 norm), relative to the other
+parts:
 
     proximity(z_j, y) = max(|y| - |y - z_j|, 0)        importance_j = proximity_j / sum of proximities
 
@@ -400,7 +401,7 @@ def read_flow(
     padding_side: PaddingSide = "left",
     progress: bool = True,
 ) -> None:
-    """Call `on_flow(layer, prompt, importances)` once for every layer and prompt while the model runs, a forward pass a batch.
+    """Call `on_flow(layer, prompt, importances)` for every layer and prompt while the model runs, one forward pass per batch.
 
     Importances are computed layer by layer and not kept, so that memory holds one layer's activations of a batch and the
     importances of one prompt at one layer. All sums are in float32 whatever the model's dtype. The unembedding is not run.
@@ -599,7 +600,7 @@ def _proximity_of_heads(
         pattern: attention probabilities.
         sent: what each head sends from each source.
         node: y.
-        scale: of a norm behind attention; None if there is none.
+        scale: of a norm after attention; None if there is none.
         cells: entries of parts that are held at once.
 
     Returns:
@@ -609,7 +610,7 @@ def _proximity_of_heads(
     sign, size = torch.where(node < 0, -1.0, 1.0), node.abs()
     if scale is not None:
         sign = sign * scale
-    # One row a target, with all its parts.
+    # One row per target, with all its parts.
     amount = pattern.transpose(0, 1).reshape(n_target, -1)
     near = (pattern * (sign @ sent.mT)).transpose(0, 1).reshape(n_target, -1)
     sent = sent.flatten(0, 1)

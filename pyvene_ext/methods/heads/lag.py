@@ -31,8 +31,8 @@ FAR = 5  # lag +1 is compared with lags beyond this on either side
 BLOCK, REPEATS, EXAMPLES = 25, 2, 10  # of the random tokens for induction scores
 FEWEST = 2 * (FAR + 1)  # tokens of the shortest list that has such lags on both sides
 
-# Defaults. On a GPU a model of a billion parameters or more gets the published sizes. Smaller models rarely go on after a word
-# that they have seen once among so many; and where a set of heads takes seconds there are few permutations.
+# Defaults. On a GPU a model of a billion parameters or more gets the published sizes. Smaller models rarely continue a list of
+# 500 that they have seen only once; and where a set of heads takes seconds there are few permutations.
 N_TOKENS, PERMUTATIONS = 500, 300
 LARGE, FEW_TOKENS = 1e9, 20  # parameters from which on, on a GPU, these are the defaults; tokens of all other models
 MIDDLING, FEW_PERMUTATIONS = 1e7, 40  # parameters from which on a set of heads takes seconds, and permutations then

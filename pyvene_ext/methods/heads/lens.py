@@ -8,7 +8,7 @@ blocks did not exist. Direct logit attribution (Elhage et al. 2021; Wang et al. 
 final residual stream is the sum of what the embedding, the heads and the MLPs add, and with the scale of the final norm frozen at
 the clean run everything from there to the logit is linear, so that the parts sum to the logit.
 
-Neither is causal: a component that later ones would compensate for, or that acts through them, shows only its direct share.
+Neither is causal: a component that later ones would compensate for, or that acts through them, shows only its direct effect.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Name movers: names in prompts, how heads attend to them, and what heads write in their direction.
 
-    found = find_names(prompt_set, tokenizer)              # prompts whose names tokens tell apart; the others, and why
+    found = find_names(prompt_set, tokenizer)              # prompts whose names differ in some token; the others, and why
     prompts = found.tokenize(tokenizer)
     attention = attention_to(model, prompts, found.tokens) # [query kind layer head prompt]
     projection = head_projections(model, prompts, found.ids)
@@ -8,8 +8,8 @@
 A name mover (Wang et al. 2022, section 3.1) is a head that attends from the end to a name and writes in the direction of that
 name's unembedding, in proportion to its attention.
 
-The paper's names are single tokens. Of names of several tokens (ours) the token counts that tells them apart: the tokens that IO
-and S begin with are appended to the prompt, so that the next one decides; attention to a name is summed over its tokens.
+The paper's names are single tokens. For names of several tokens (ours), the token that distinguishes them counts: the tokens that
+IO and S begin with are appended to the prompt, so that the next one decides; attention to a name is summed over its tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Groups = Sequence[Sequence[Sequence[int]]]  # tokens, counted from the prompt's 
 
 @dataclass(frozen=True)
 class Names:
-    """The names of those prompts whose names their tokens tell apart.
+    """The names in those prompts whose names differ in some token.
 
     Attributes:
         prompts: those prompts, in order.
@@ -73,7 +73,7 @@ class Names:
     def tokenize(
         self, tokenizer: PreTrainedTokenizerBase, text: Text = "clean", max_length: int | None = None
     ) -> TokenizedPrompts:
-        """Tokenise the prompts with what the names begin with in common, so that the next token tells them apart.
+        """Tokenise the prompts with the tokens that begin both names, so that the next token distinguishes them.
 
         Args:
             tokenizer: the one that the names were found with.

@@ -9,14 +9,14 @@ Thresholds of roles, and why:
     COPIES   0.5   of the copy score from the head's own input. The paper's name movers are above 0.95 and its average head is
                    below 0.2, so that anything between would do for GPT-2; in smaller models name movers reach down to 0.58
                    (SmolLM2-135M), and heads that look at no name, but write it, up to 0.4 (Gemma 3 270M). The score after
-                   block 0 is reported and decides nothing: in Gemma 3 it is 0.02 for the head that moves names.
+                   block 0 is reported but not used: in Gemma 3 it is 0.02 for the head that moves names.
     LOOKS    0.1   of the attention from END, on the name that the role is about. A head that looks at nothing in particular
                    gives each of a prompt's 13 to 35 tokens less than that; the heads with roles that were found in five models,
                    shipped and pretrained, give 0.15 or more. A head that does not look at a name cannot move it, whatever it
                    writes.
     MATTERS  0.02  of the mean logit difference that a head adds or takes away: below that it is one of many.
 
-Roles at other thresholds are counted (`count_roles`), so that one sees what hangs on them.
+Roles at other thresholds are counted (`count_roles`), which shows what depends on them.
 """
 
 from __future__ import annotations
@@ -222,12 +222,12 @@ def name_table(
         names: of the same prompts.
         correlations: of `name_correlations`.
         whole: as for `role`.
-        top: a name is copied if it is among so many first tokens.
+        top: a name counts as copied if it is among this many top tokens.
         seed: of the intervals.
         resamples: of each interval.
 
     Returns:
-        One row a head, the largest attribution first.
+        One row per head, the largest attribution first.
     """
     scores: Float64[np.ndarray, "input sign asked layer head"] = copy_scores(found.copy_ranks, top)
     measures = {

@@ -113,7 +113,7 @@ class Patched(Result):
         return ratio_of_means(change, self.source - self.baseline, rng(0, "mean score"))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a patch and prompt.
+        """One row per patch and prompt.
 
         Returns:
             A table as of `Result.to_frame`, with the columns source and score besides.

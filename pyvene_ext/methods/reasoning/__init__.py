@@ -1,1 +1,1 @@
-"""Models that solve word problems: evaluation under interventions, block scores, probes, head transplants."""
+"""Where reasoning happens in models that solve word problems: block scores, forced attention, noise, probes, head transplants."""

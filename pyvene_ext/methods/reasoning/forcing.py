@@ -2,7 +2,7 @@
 
 A block that is given can be forced as a whole (`specs.ForcedAttention`). Here the block is what the model has written so far:
 each token of its reasoning, when it is the input from which the next one is computed, has its pattern forced among the tokens
-written. What is forced at a token depends on earlier tokens alone, so that it is the same whatever is written behind it.
+written. What is forced at a token depends on earlier tokens alone, so that it is the same whatever is written after it.
 """
 
 from __future__ import annotations

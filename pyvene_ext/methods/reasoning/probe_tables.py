@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.reasoning.probe_targets import ProbeTarget
-from pyvene_ext.methods.reasoning.probes import Fit, Residuals, cross_validated, deal_folds, shuffled
+from pyvene_ext.methods.reasoning.probes import ProbeFit, Residuals, cross_validated, deal_folds, shuffled
 from pyvene_ext.stats.correlations import cluster_shares, q_values, r_squared
 
 RESAMPLES = 2000
@@ -68,7 +68,7 @@ def _of_targets(
     seed: int,
     done: Callable[[], object],
 ) -> list[Row]:
-    """A row a target and place, of targets of the same problems."""
+    """One row per target and place, of targets of the same problems."""
     which, groups = targets[0].which, np.unique(names, return_inverse=True)[1]
     folds = deal_folds(names.tolist(), n_folds, rng(seed, "folds"))
     shares = cluster_shares(groups, rng(seed, "resamples"), RESAMPLES)
@@ -97,8 +97,8 @@ def _of_targets(
 def row_of(
     target: ProbeTarget,
     trials: Float[np.ndarray, "trial problem column"],
-    fit: Fit,
-    baseline: Fit,
+    fit: ProbeFit,
+    baseline: ProbeFit,
     shares: Float[np.ndarray, "resample problem"],
 ) -> tuple[Row, Float[np.ndarray, " shuffle"]]:
     """Make the row of a target at one place.

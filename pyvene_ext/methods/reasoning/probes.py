@@ -183,7 +183,7 @@ class Ridge:
 
 
 @dataclass(frozen=True)
-class Fit:
+class ProbeFit:
     """Predictions of one target by probes; a trial is a set of labels, such as the real or shuffled ones.
 
     Attributes:
@@ -202,7 +202,7 @@ def cross_validated(
     targets: Sequence[Num[np.ndarray, "trial problem column"]],
     folds: Int[np.ndarray, " problem"],
     alphas: Sequence[float] = ALPHAS,
-) -> list[Fit]:
+) -> list[ProbeFit]:
     """Fit probes for several targets on the same features, with nested cross-validation; each trial chooses its own penalties.
 
     Args:
@@ -248,7 +248,7 @@ def cross_validated(
                 predicted[trial, folds == fold] = of_fold[best[fold, trial], :, trial]
         middle = alphas[int(np.median(best[:, 0]))]
         fitted = whole.predict(x, y[:, mine], [middle])[0].reshape(len(x), trials, columns)
-        fits.append(Fit(predicted, np.moveaxis(fitted, 1, 0), np.asarray(alphas)[best.T]))
+        fits.append(ProbeFit(predicted, np.moveaxis(fitted, 1, 0), np.asarray(alphas)[best.T]))
     return fits
 
 

@@ -205,7 +205,7 @@ def effect_rows(found: ProblemEffects, problems: Sequence[Problem], strata: Sequ
         strata: the stratum of each problem that is compared.
 
     Returns:
-        One row a problem that is compared.
+        One row per problem that is compared.
     """
     rows = []
     for i, which in enumerate(found.which.tolist()):

@@ -53,7 +53,7 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.stats.controls import Head, head_label
 
 Method = Literal["ridge", "procrustes"]
-Layers = tuple[int, int]  # of the host and of the donor
+LayerPair = tuple[int, int]  # of the host and of the donor
 STEADY = 1e-4  # the default alpha of ridge, for numerical stability
 
 
@@ -73,7 +73,7 @@ class Paired(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Fit:
+class MapFit:
     """How a map was fitted, and how well.
 
     Attributes:
@@ -118,7 +118,7 @@ class StreamMap:
 
     weight: Float32[Tensor, "d_in d_out"]
     offset: Float32[Tensor, " d_out"]
-    fit: Fit | None = None
+    fit: MapFit | None = None
 
     def __call__(self, x: Float[Tensor, "*pos d_in"]) -> Float32[Tensor, "*pos d_out"]:
         """Map a stream."""
@@ -180,14 +180,14 @@ def fit_maps(
     host: PreTrainedModel,
     donor: PreTrainedModel,
     paired: Paired,
-    layers: Iterable[Layers],
+    layers: Iterable[LayerPair],
     *,
     method: Method = "ridge",
     alpha: float | None = None,
     test_share: float = 0.25,
     seed: int = 0,
     batch_size: int = 32,
-) -> dict[Layers, Maps]:
+) -> dict[LayerPair, Maps]:
     """Fit maps for some pairs of layers on a part of the texts, and test them on the others.
 
     ridge is least squares on the centred streams with a penalty of `alpha` times their mean variance per dimension; procrustes
@@ -246,7 +246,7 @@ def _check_fit(
     host: PreTrainedModel,
     donor: PreTrainedModel,
     paired: Paired,
-    layers: Sequence[Layers],
+    layers: Sequence[LayerPair],
     method: Method,
     alpha: float | None,
     test_share: float,
@@ -344,7 +344,7 @@ def _fitted(
         left_over = y[which] - x[which] @ weight - offset
         return 1 - float(left_over.square().sum() / (y[which] - centre_y).square().sum())
 
-    fit = Fit(
+    fit = MapFit(
         method=method,
         alpha=alpha if method == "ridge" else None,
         d_in=x.shape[1],

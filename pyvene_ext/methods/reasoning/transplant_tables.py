@@ -1,4 +1,4 @@
-"""The table of transplants: what heads of a donor give back of what the host's own are needed for, beside random heads."""
+"""The table of transplants: how much of the accuracy lost without the host's heads a donor's restore, beside random heads."""
 
 from __future__ import annotations
 

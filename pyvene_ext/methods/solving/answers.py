@@ -8,13 +8,13 @@ The rules have the names that lm_eval/tasks/gsm8k/gsm8k.yaml (version 3.0) gives
 What is found is compared as a number, and not as text, so that 12.0 is 12. The rules differ from the harness's where those
 misread a text:
 
-* A number is what `problems.numbers_in` reads: with any minus sign, in front of or behind a currency sign; `.5`, `1e3`, `1/2`,
+* A number is what `problems.numbers_in` reads: with any minus sign, before or after a currency sign; `.5`, `1e3`, `1/2`,
   `3 1/2` and `\frac{1}{2}` are one number each; and a minus between two numbers is no sign (`3-4` ends with 4).
 * Between `####` and its number there may be white space or none, a currency sign, `\boxed{`, brackets, a colon or asterisks.
-* flexible-extract takes the number of strict-match if there is one, else that of the last `\boxed{}`, so that a remark behind the
+* flexible-extract takes the number of strict-match if there is one, else that of the last `\boxed{}`, so that a remark after the
   answer does not replace it; and nothing before a `####`, which would be the reasoning.
 * Of a text that was cut at the token limit only an answer that was marked as one (`####`, `\boxed{}`) counts, and only if the
-  text goes on behind it: a number at the end may lack digits, and the last number of half a solution is no answer.
+  text goes on after it: a number at the end may lack digits, and the last number of half a solution is no answer.
 
 The third rule is for models that know no remarks and whose numbers are one token each, such as the shipped tiny ones:
 
@@ -33,7 +33,7 @@ from pyvene_ext.prompts.problems import MARK, FoundNumber, number_at, numbers_in
 
 Rule = Literal["flexible-extract", "strict-match", "last-of-line"]
 _AFTER_MARK = re.compile(rf"{MARK}(?:\s|[:=*~(\[$€£¥]|\\[(\[$]|\\boxed\{{)*")
-_UNFINISHED = re.compile(r"[.,/eE]?[-+]?\Z")  # a number may go on behind these
+_UNFINISHED = re.compile(r"[.,/eE]?[-+]?\Z")  # a number may go on after these
 _BOX = r"\boxed{"
 
 
@@ -85,15 +85,15 @@ def find_answer(text: str, rule: Rule = "flexible-extract", cut: bool = False) -
 
 def _last_of_line(text: str, cut: bool) -> FoundNumber | None:
     """The answer by the rule last-of-line; white space may come before the line's text."""
-    _, mark, behind = text.partition(MARK)
-    start = len(text) - len(behind.lstrip()) if mark else 0
+    _, mark, after = text.partition(MARK)
+    start = len(text) - len(after.lstrip()) if mark else 0
     line_end = text.find("\n", start) if mark else -1
     numbers = [] if cut and not mark else list(numbers_in(text, start, len(text) if line_end < 0 else line_end))
     return numbers[-1] if numbers else None
 
 
 def _boxed(text: str, start: int) -> Iterator[FoundNumber]:
-    r"""The first number of every `\boxed{}` that is closed, behind its last equals sign; none where a box holds no number."""
+    r"""The first number of every `\boxed{}` that is closed, after its last equals sign; none where a box holds no number."""
     while (box := text.find(_BOX, start)) >= 0:
         start, depth = box + len(_BOX), 1
         for end in range(start, len(text)):

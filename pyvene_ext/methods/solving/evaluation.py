@@ -1,4 +1,4 @@
-"""What a model's solutions of problems are worth: texts, answers, accuracy."""
+"""Evaluation of a model's solutions of problems: texts, answers, accuracy."""
 
 from __future__ import annotations
 

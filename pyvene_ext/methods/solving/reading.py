@@ -1,4 +1,4 @@
-"""Prompts read under specs. What a spec leaves as it is, the layers and tokens before its first edit, is read only once."""
+"""Prompts read under specs (prefill); the layers and tokens before a spec's first edit, which it leaves alone, are run once."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _skipped(entering: Tensor | tuple[Tensor], *_: Any, **__: Any) -> tuple[Tens
 
 
 def _columns_of_tokens(batch: Batch, shared: int) -> Int[Tensor, "prompt pos"]:
-    """The column of each token: the first ones, which all prompts share, come before the padding and the others behind it."""
+    """The column of each token: the first ones, which all prompts share, come before the padding, the others after it."""
     width = batch.input_ids.shape[1]
     token = torch.arange(width)
     return torch.where(token < shared, token, (token + torch.tensor(batch.starts)[:, None]).clamp(max=width - 1))

@@ -1,4 +1,4 @@
-"""Specs on problems: checked, and compiled with what replaces activations at tokens of the prompt and at new ones."""
+"""Specs on problems: checked, and compiled with the replacements at tokens of the prompt and at new ones."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def facts_of(
 
 
 class Texts:
-    """Finished texts kept in a folder, a line each, so that an interrupted evaluation goes on where it was.
+    """Finished texts, one line each, kept in a folder so that an interrupted evaluation can be resumed.
 
     There is a folder for each model, and in it a file for each process of a launch. A line that a kill has cut is dropped, and
     texts of other models, specs or questions are never taken.

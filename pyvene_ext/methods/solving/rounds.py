@@ -1,4 +1,4 @@
-"""Problems given out in rounds: after each, interventions whose cost is known well enough get no more."""
+"""Problems in rounds: after each round, interventions whose cost is known well enough stop."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class UntilDecided(Rounds):
 
 
 def round_ends(n: int) -> Iterator[int]:
-    """After how many of n problems one looks: a round is half of what came before it, so that at most a third is in vain."""
+    """After how many of n problems rules are checked: a round is half of what came before it, so at most a third is wasted."""
     end = FEWEST
     while end < n:
         yield end

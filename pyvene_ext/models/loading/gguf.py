@@ -1,7 +1,7 @@
-"""GGUF files: quantised weights in one file, as llama.cpp and its kin use them.
+"""GGUF files: quantised weights in one file, as llama.cpp and related programs use them.
 
 transformers' reader dequantises the weights, which takes from seconds to minutes, so that the result is kept as a folder of
-safetensors in the cache, named by the file's checksum. The reader passes over some of what a file states (scaling of RoPE,
+safetensors in the cache, named by the file's checksum. The reader ignores some of what a file states (scaling of RoPE,
 soft-caps, how text is split into words) and then silently computes with the defaults of the config's class; here that is set,
 compared, or refused.
 """
@@ -195,7 +195,7 @@ def _complete(config: PreTrainedConfig, own: dict[str, Any], rope_factors: torch
     if config.model_type in (
         "gemma2",
         "gemma3_text",
-    ):  # as llama.cpp scales them; the 27B models are those with so many layers
+    ):  # as llama.cpp scales them; the 27B models have 46 and 62 layers
         per_head = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = per_head if config.num_hidden_layers in (46, 62) else config.head_dim
 
@@ -254,7 +254,7 @@ def _compare(config: Any, own: dict[str, Any], name: str) -> None:
 
 
 def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, stated: dict[str, Any], name: str) -> None:
-    """Let a tokenizer split text as the file says; ValueError where it names a way that nobody here knows."""
+    """Let a tokenizer split text as the file says; ValueError where it names a pre-tokenizer unknown here."""
     backend: Any = tokenizer.backend_tokenizer
     split = stated.get("tokenizer.ggml.pre", "default")
     if stated.get("tokenizer.ggml.model") != "gpt2":  # sentencepiece splits by its vocabulary

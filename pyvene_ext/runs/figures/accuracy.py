@@ -27,7 +27,7 @@ LABELS = {
 
 @styled
 def ablation_curves(rows: Rows, title: str) -> Figure:
-    """Accuracy by the number of ablated heads, a line a model, with the mean and range of its random sets.
+    """Accuracy by the number of ablated heads, one line per model, with the mean and range of its random sets.
 
     Args:
         rows: with "n_heads", 0 being the untouched run, "random_sets" and, where there are some, "random_drop", "random_lowest"
@@ -67,7 +67,7 @@ def ablation_curves(rows: Rows, title: str) -> Figure:
 
 @styled
 def transplant_curves(rows: Rows) -> Figure:
-    """Accuracy by the number of replaced heads, a line a condition, a panel a model; random sets as mean and range.
+    """Accuracy by the number of replaced heads, one line per condition, one panel per model; random sets as mean and range.
 
     Args:
         rows: with "donor", "n_heads", "condition", "clean_accuracy", "random_sets" and, where there are some, "random_accuracy",
@@ -105,7 +105,7 @@ def transplant_curves(rows: Rows) -> Figure:
 
 @styled
 def pattern_bars(rows: Rows, shapes: Sequence[str]) -> Figure:
-    """Accuracy by forced attention pattern, soft beside hard, a panel a model; the line is the untouched run.
+    """Accuracy by forced attention pattern, soft beside hard, one panel per model; the line is the untouched run.
 
     Args:
         rows: with "pattern": none, and each shape as SHAPE and SHAPE_hard.

@@ -24,7 +24,7 @@ FEW = "#dcdcdc"  # strata with too few problems for an interval
 
 @styled
 def drops_by_token(rows: Rows) -> Figure:
-    """Drop by the token of the block that gets noise, a line a site, a panel a model.
+    """Drop by the token of the block that gets noise, one line per site, one panel per model.
 
     Args:
         rows: with "site", "position", "low" and "high".
@@ -52,7 +52,7 @@ def drops_by_token(rows: Rows) -> Figure:
 
 @styled
 def drops_by_hub(rows: Rows) -> Figure:
-    """Drop by the token of the block that is the hub, soft and hard patterns, a panel a model.
+    """Drop by the token of the block that is the hub, soft and hard patterns, one panel per model.
 
     Args:
         rows: with "position", "hard", "drop_low" and "drop_high".

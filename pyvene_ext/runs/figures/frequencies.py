@@ -133,7 +133,7 @@ def _place(node: StreamState) -> tuple[float, float]:
 def _bow(
     source: StreamState, target: StreamState, by: float
 ) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
-    """A line from node to node, bent to the right by so many tokens."""
+    """A line from node to node, bent to the right by `by` tokens."""
     (x0, y0), (x1, y1) = _place(source), _place(target)
     along = np.linspace(0, 1, 21)
     return x0 + (x1 - x0) * along + by * 4 * along * (1 - along), y0 + (y1 - y0) * along

@@ -51,10 +51,10 @@ def head_heatmap(
     first_layer: int = 0,
     missing: str = "not finite",
 ) -> Figure:
-    """One coloured cell a head; layer 0 on top, as the matrix is printed. Cells that are not finite are hatched grey.
+    """One coloured cell per head; layer 0 on top, as the matrix is printed. Cells that are not finite are hatched grey.
 
     Args:
-        matrix: one number a head.
+        matrix: one number per head.
         title: above the figure.
         label: what the colour means, with its unit.
         diverging: blue - white - red with white at 0, for signed values.
@@ -101,7 +101,7 @@ def compared_heads(
     """Three maps side by side: two conditions on one colour scale, and a - b, white at 0.
 
     Args:
-        a: one number a head, of the first condition.
+        a: one number per head, of the first condition.
         b: of the second.
         names: of the two conditions.
         title: above the figure.
@@ -127,7 +127,7 @@ def compared_heads(
         ends = (-farthest, farthest) if difference else (low, high)
         image = _draw_heads(axes, matrix, *ends, DIVERGING if difference else SEQUENTIAL, 0)
         axes.set(title=name, xlabel="head", ylabel="layer")
-        if matrix is not a:  # the scale of the first two stands once, behind the second
+        if matrix is not a:  # the first two share one colour bar, to the right of the second
             words = f"{label}: difference" if difference else label
             bar = figure.colorbar(image, ax=axes if difference else panels[:2], aspect=height / 0.14, pad=0.02)
             bar.set_label(textwrap.fill(words, int(11 * height)))
@@ -246,10 +246,10 @@ def scatter_heads(
     title: str,
     first_layer: int = 0,
 ) -> Figure:
-    """One point a head, coloured by layer, with the correlations in words and the line y = x.
+    """One point per head, coloured by layer, with the correlations in words and the line y = x.
 
     Args:
-        a: one number a head, of the first condition; pairs that are not finite are left out (the correlation says how many).
+        a: one number per head, of the first condition; pairs that are not finite are left out (the correlation says how many).
         b: of the second.
         name_a: the name of the first condition.
         name_b: of the second.
@@ -390,7 +390,7 @@ def _map_size(n_layers: int, n_heads: int) -> tuple[float, float]:
 def _draw_heads(
     axes: Axes, matrix: Float[np.ndarray, "layer head"], low: float, high: float, cmap: str, first_layer: int
 ) -> AxesImage:
-    """One coloured cell a head; layer 0 on top."""
+    """One coloured cell per head; layer 0 on top."""
     n_layers, n_heads = matrix.shape
     # The background shows through where nothing is drawn.
     axes.set_facecolor("#dcdcdc")
@@ -423,7 +423,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 
 
 def _layer_colours(figure: Figure, axes: Axes, layers: np.ndarray) -> np.ndarray:
-    """One colour a layer, [layer rgba], and the colour bar that says which."""
+    """One colour per layer, [layer rgba], and the colour bar that says which."""
     cmap: Colormap = matplotlib.colormaps[LAYERS].resampled(len(layers))
     norm = BoundaryNorm(np.arange(layers[0], layers[-1] + 2) - 0.5, cmap.N)
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, label="layer", fraction=0.05, aspect=26, pad=0.03)

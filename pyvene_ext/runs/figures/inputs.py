@@ -23,7 +23,7 @@ WIDTH = 100  # characters a line
 
 @styled
 def tag_shares(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Shares of |attribution| by tag, a panel a head: beside random heads, and against the share of tokens.
+    """Shares of |attribution| by tag, one panel per head: beside random heads, and against the share of tokens.
 
     Args:
         rows: one a head and tag, with "model", "head", "tag", "token_share", and "share" and "random_share" with "_low" and
@@ -66,7 +66,7 @@ class TokenText(NamedTuple):
     Attributes:
         heading: above it.
         tokens: as text.
-        values: a number a token; colours are shares of the largest.
+        values: one number per token; colours are shares of the largest.
         boxed: the token with a box, if any.
         underlined: the tokens with a line.
     """

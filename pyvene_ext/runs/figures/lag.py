@@ -1,4 +1,4 @@
-"""Figures of memory by lag: probability curves, one a number of ablated heads, and random heads as a band."""
+"""Figures of memory by lag: probability curves, one per number of ablated heads, and random heads as a band."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lag_curves(
     title: str,
     untouched: Float[np.ndarray, "permutation lag"] | None = None,
 ) -> Figure:
-    """A line a number of heads, with its standard error; the random sets' mean and range; of many lags the near ones again.
+    """One line per number of heads, with its standard error; the random sets' mean and range; of many lags the near ones again.
 
     Args:
         found: the curves with each number of heads ablated, smallest first.

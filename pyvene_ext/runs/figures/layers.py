@@ -52,10 +52,10 @@ def depth_curve(curve: Interval, title: str, label: str, scale: str = "linear") 
 def layer_map(
     values: Float[np.ndarray, "layer column"], columns: Sequence[str], title: str, label: str, xlabel: str
 ) -> Figure:
-    """One coloured cell a layer and a named column; layer 0 on top, white at 0, grey where there is no number.
+    """One coloured cell per layer and named column; layer 0 on top, white at 0, grey where there is no number.
 
     Args:
-        values: one number a cell.
+        values: one number per cell.
         columns: their names.
         title: above the figure.
         label: what the colour means, with its unit.
@@ -99,7 +99,7 @@ LINES: tuple[tuple[str, dict[str, Any], str], ...] = (
 
 @styled
 def probe_curves(model: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """R^2 by depth with its baselines; a row of panels a target, a column a position.
+    """R^2 by depth with its baselines; a row of panels per target, one column per position.
 
     Args:
         model: in the title.

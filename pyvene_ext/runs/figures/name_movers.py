@@ -35,7 +35,7 @@ def figures_of_name_movers(
     Args:
         found: the measures.
         names: of the prompts.
-        heads: one row a head, the largest attribution first, with "layer", "head", "copy", "copy_negative", "attribution".
+        heads: one row per head, the largest attribution first, with "layer", "head", "copy", "copy_negative", "attribution".
         pooled: the heads that are shown, with the correlation of their points.
         places: the groups of tokens that heads look at.
         of: what was measured, for titles.
@@ -73,7 +73,7 @@ def attention_against_projection(
     title: str,
     fold_norm: bool = False,
 ) -> Figure:
-    """A head's attention to each name against what it writes in its direction; one point a prompt and name.
+    """A head's attention to each name against what it writes in its direction; one point per prompt and name.
 
     Args:
         attention: from END to the name.
@@ -108,7 +108,7 @@ def copies_and_effects(heads: Sequence[Mapping[str, Any]], of: str) -> Figure:
     """Every head's copy scores against its attribution: a head that copies need not have an effect, nor the reverse.
 
     Args:
-        heads: one row a head, the first of which are named: "layer", "head", "copy_own", "copy_own_negative" and "attribution".
+        heads: one row per head, the first of which are named: "layer", "head", "copy_own", "copy_own_negative" and "attribution".
         of: what was measured, for the title.
 
     Returns:

@@ -73,7 +73,7 @@ def site_maps(
 
 @styled
 def effect_bars(names: Sequence[str], interval: Interval, title: str, label: str, of: str = "intervention") -> Figure:
-    """One horizontal bar an intervention, the first on top, with its 95% interval if it has one.
+    """One horizontal bar per intervention, the first on top, with its 95% interval if it has one.
 
     Args:
         names: of the interventions.
@@ -106,7 +106,7 @@ def method_maps(
     *,
     lower: Sequence[str] = (),
 ) -> Figure:
-    """One map a measure, side by side: a row a case, a column a method, colours from 0 to 1, yellow where it is best.
+    """One map per measure, side by side: one row per case, one column per method, colours from 0 to 1, yellow where it is best.
 
     Args:
         measures: the numbers of each measure, by its name; NaN where it is undefined, which is grey.
@@ -155,12 +155,12 @@ def edge_matrix(
     cell: float = 0.12,
     helpful: Helpful = "positive",
 ) -> Figure:
-    """One coloured cell an edge; white at 0, grey where there is no edge. The few largest may lie beyond the colour scale.
+    """One coloured cell per edge; white at 0, grey where there is no edge. The few largest may lie beyond the colour scale.
 
     Red helps the answer and blue works against it.
 
     Args:
-        matrix: one number an edge; NaN where there is none.
+        matrix: one number per edge; NaN where there is none.
         senders: the nodes of the rows, in the order of the model's layers.
         receivers: likewise of the columns.
         title: above the figure.
@@ -283,7 +283,7 @@ def edge_graph(
     """Edges as lines from layer to layer, as wide as they are important; red helps the answer, blue works against it.
 
     Args:
-        edges: a number an edge, such as its effect; or the edges of a circuit (`Circuit.edges`), which have none.
+        edges: one number per edge, such as its effect; or the edges of a circuit (`Circuit.edges`), which have none.
         title: above the figure.
         label: what the numbers are, for the legend.
         nodes: all senders and receivers of the model, so that nodes are where they are in other figures.

@@ -167,7 +167,7 @@ def caption(figure: Figure, axes: Axes, title: str, xlabel: str, ylabel: str, pa
 
 
 def titled(axes: Axes, title: str, inches: float, pad: float | None = None) -> None:
-    """A title of so many inches, no name of which is broken."""
+    """A title at most this many inches wide, with no name broken across lines."""
     words, size = fitted(title, inches, STYLE["axes.titlesize"])
     axes.set_title(words, fontsize=size, pad=pad)
 

@@ -21,7 +21,7 @@ MARKS = {
 
 @styled
 def ablated_sets(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], tasks: Mapping[str, str]) -> Figure:
-    """The logit difference that sets of heads leave: one column a kind of ablation, one point a set, one panel a task.
+    """The logit difference that sets of heads leave: one column per kind of ablation, one point per set, one panel per task.
 
     Args:
         rows: one a kind and set: "kind", "set" (a key of `MARKS`), and of every task COLUMN and COLUMN_clean.

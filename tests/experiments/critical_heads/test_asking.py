@@ -167,7 +167,7 @@ def test_texts_of_little_use_are_said_with_what_to_change(
             "plain has problems of 1, 2 steps, and none of those asked for",
         ),
         (("--shots", "-1"), "--shots must be 0 or more, not -1"),
-        (("--shots", "40"), "--shots 40: a problem behind so many solved ones is longer than the 216 tokens"),
+        (("--shots", "40"), "--shots 40: a problem after this many solved ones is longer than the 216 tokens"),
         (
             ("--problems", "plain", "--shots", "100"),
             "--shots 100: plain has 50 solved problems, .*; give --shots 0 to 49",

@@ -357,7 +357,7 @@ def test_the_q_of_a_split_counts_the_splits_of_all_models(folder: Path, monkeypa
         (("--hub", 3, "--decide", 10, 2), "--decide and --width stop the ablation of heads, not noise"),
         (("--decide", 2, 10), "--decide takes an upper and a lower threshold"),
         (("--heads", "0.1", "--rankings", "a.csv"), "are different interventions"),
-        (("--rankings", "a.csv", "b.csv"), "--rankings names 2 files for 1 models; give one file a model."),
+        (("--rankings", "a.csv", "b.csv"), "--rankings names 2 files for 1 models; give one file per model."),
         (("--heads", "layer1"), "--heads names heads as layer.head, such as 2.5, not 'layer1'."),
         (("--heads", "0.1", "0.1"), "--heads names each once, not 0.1 0.1."),
         (("--quantiles", 1), "--quantiles must be 2 or more, not 1."),

@@ -10,7 +10,7 @@ import pytest
 
 import pyvene_ext as px
 from pyvene_ext import Ablation, ActivationPatch, Addition, ForcedAttention, PathPatch, Result
-from pyvene_ext.engine.results import Place, finite_mean
+from pyvene_ext.engine.results import EditLocation, finite_mean
 from pyvene_ext.stats.intervals import student_interval
 from tests.random_prompts import random_prompts
 from tests.tiny_random import random_model
@@ -32,7 +32,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("spec", "place"), PLACES, ids=lambda x: None)
 def test_a_place_is_what_all_edits_of_an_intervention_share(spec: object, place: tuple) -> None:
-    assert Place.of(spec) == Place(*place)  # type: ignore[arg-type]
+    assert EditLocation.of(spec) == EditLocation(*place)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", [px.run, px.sweep])

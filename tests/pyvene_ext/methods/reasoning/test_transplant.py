@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyvene_ext.methods.reasoning import transplant as module
 from pyvene_ext.methods.reasoning.transplant import (
-    Fit,
+    MapFit,
     Maps,
     Paired,
     StreamMap,
@@ -360,7 +360,7 @@ def test_maps_are_the_textbooks_and_tested_on_texts_they_have_not_seen(
         difference = torch.tensor(x[:3] - x[3:6]).float()
         assert np.allclose(fitted.change(difference).numpy(), (x[:3] - x[3:6]) @ weight, atol=2e-3)
         fit = fitted.fit
-        assert isinstance(fit, Fit)
+        assert isinstance(fit, MapFit)
         assert (fit.train_tokens, fit.test_tokens, fit.short) == (len(train), len(test), False)
         assert (fit.d_in, fit.d_out) == (x.shape[1], y.shape[1])
         assert fit.alpha == (0.03 if method == "ridge" else None)
