@@ -47,11 +47,12 @@ class TooLong(ValueError):
     Attributes:
         flag: the flag that says how much.
         fewer: a value with which it takes less; None if what that leaves would be of no use.
+        also: further flags that must then be given, with their values.
     """
 
-    def __init__(self, message: str, flag: str, fewer: int | None) -> None:
+    def __init__(self, message: str, flag: str, fewer: int | None, also: Mapping[str, Any] = {}) -> None:
         super().__init__(message)
-        self.flag, self.fewer = flag, fewer
+        self.flag, self.fewer, self.also = flag, fewer, dict(also)
 
 
 CONFIG_HELP = (
@@ -120,7 +121,7 @@ def run_shortened(study: Callable[[Config], object], config: Config) -> object:
     except TooLong as error:
         if error.fewer is None:
             raise
-        fewer = {error.flag: error.fewer}
+        fewer = {error.flag: error.fewer, **error.also}
     gc.collect()  # the model of the first call, which the error's traceback has held
     return study(dataclasses.replace(config, **fewer))  # type: ignore[type-var]
 

@@ -105,10 +105,14 @@ class Loading(Run):
         Raises:
             ValueError: see `models.loading.load_model`.
         """
-        from pyvene_ext.models.devices import choose_device
+        from pyvene_ext.models.devices import choose_device, fits_beside
         from pyvene_ext.models.loading import load_model
+        from pyvene_ext.runs.kept import once
 
-        return load_model(name, dtype=self.dtype, device=choose_device(self.device), revision=self.revision)
+        how = {"dtype": self.dtype, "device": choose_device(self.device), "revision": self.revision}
+        return once(
+            ("model", name, *how.values()), lambda: load_model(name, **how), lambda loaded: fits_beside(loaded[0])
+        )
 
 
 @dataclass(frozen=True)
@@ -326,10 +330,16 @@ class Ranking:
 class Ablations:
     """Ablation of heads while a model writes its own solutions (`runs.ablated`)."""
 
-    random_sets: Annotated[int, Ge(0)] = 20
-    """random sets of other heads of the same layers; 0 for none"""
+    random_sets: Annotated[int, Ge(0)] | None = None
+    """random sets of other heads of the same layers; 0 for none; by default 20, or fewer where ten minutes do not allow so many
+    here for 8 problems"""
     donors: Annotated[int, Ge(2)] = 64
     """number of problems from which mean and resampled activations are taken"""
+
+    @property
+    def n_random(self) -> int:
+        """--random_sets or its default."""
+        return 20 if self.random_sets is None else self.random_sets
 
 
 @dataclass(frozen=True)

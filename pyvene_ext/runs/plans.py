@@ -15,6 +15,7 @@ from pyvene_ext.engine.plain import answer_logits
 from pyvene_ext.models.devices import broadcast_from_main, input_device
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, common_beginning
+from pyvene_ext.runs.kept import once
 
 LONGEST = 600.0  # seconds: a run that takes longer is shortened, unless its size was given
 LEAST = 8  # prompts, below which a shortened run would say too little
@@ -40,7 +41,8 @@ def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
         with evaluating(model), torch.no_grad():
             return _best_time(lambda: answer_logits(model, batch))
 
-    return broadcast_from_main(measured) * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
+    taken = once(("a pass", id(model), few.hash), lambda: broadcast_from_main(measured))
+    return taken * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def time_writing(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: 
         reading *= (1 - beginning / max(map(len, few.input_ids))) / len(few)
         return Writing(reading, of_all - rows * a_row, a_row, batch_size)
 
-    return broadcast_from_main(measured)
+    return once(("writing", id(model), few.hash, beginning, rows, batch_size), lambda: broadcast_from_main(measured))
 
 
 def seconds_of_logits(model: PreTrainedModel, rows: int) -> float:
