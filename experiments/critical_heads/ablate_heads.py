@@ -233,16 +233,18 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
         scope, tokens = row["scope"], px.runs.ablated.SCOPES[row["scope"]]
         at = scope if scope == tokens else f"{scope} ({tokens})"
         sure = f"after {sample(row, config)}" if config.stops else f"(p = {row['mcnemar_p']:.2g})"
+        unparsed = row["unparsed"] / row["problems"]
+        broken = unparsed > px.stats.BROKEN  # which heads break it says nothing of reasoning
         line = (
             f"{row['model']}, {row['kind']}, {at}: the first {row['n_heads']} heads "
-            f"({ranking}) cost {px.stats.in_points(drop)} {sure}: {px.stats.verdict(drop, *config.thresholds)}"
+            f"({ranking}) cost {px.stats.in_points(drop)} {sure}: {px.stats.verdict(drop, *config.thresholds, unparsed=unparsed)}"
         )
         if row["random_sets"] and config.stops:
             specific = "not told apart from random heads"
             if drop.low > config.thresholds[0] and not row["random_above"]:
                 few = row["share_as_large"] > 0.05
                 specific = "unlike all random sets, too few to call it specific" if few else "specific to these heads"
-            line += f", {specific}: {random_above(row, config)}"
+            line += f"{'' if broken else f', {specific}'}: {random_above(row, config)}"
         elif row["random_sets"]:
             as_much = round(row["share_as_large"] * (1 + row["random_sets"])) - 1
             specific = "not specific to these heads"
@@ -252,7 +254,7 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
                     "more than all random sets, too few to call it specific" if few else "specific to these heads"
                 )
             line += (
-                f", {specific}: {row['control'].partition(';')[0]} cost {row['random_drop']:.1f} "
+                f"{'' if broken else f', {specific}'}: {row['control'].partition(';')[0]} cost {row['random_drop']:.1f} "
                 f"[{row['random_lowest']:.1f} to {row['random_highest']:.1f}], {as_much} of them as much; excess "
                 f"{row['excess']:.1f} [{row['excess_low']:.1f}, {row['excess_high']:.1f}]"
             )

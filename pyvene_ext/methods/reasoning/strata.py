@@ -192,7 +192,7 @@ def row_of(
         "excess": float(excess.mean),
         "excess_low": float(excess.low),
         "excess_high": float(excess.high),
-        "verdict": verdict(drop, *found.thresholds) if enough else "",
+        "verdict": verdict(drop, *found.thresholds, unparsed=found.unparsed[here].mean()) if enough else "",
     }
 
 
