@@ -107,7 +107,7 @@ class Loading(Run):
         """
         from pyvene_ext.models.devices import choose_device, fits_beside
         from pyvene_ext.models.loading import load_model
-        from pyvene_ext.runs.kept import once
+        from pyvene_ext.runs.plans import once
 
         how = {"dtype": self.dtype, "device": choose_device(self.device), "revision": self.revision}
         return once(
@@ -360,8 +360,7 @@ class Deciding:
     @property
     def thresholds(self) -> tuple[float, float]:
         """Points above which a drop is causal, and below which it is redundant."""
-        from pyvene_ext.stats.controls import CAUSAL, REDUNDANT
-        from pyvene_ext.stats.stopping import check_thresholds
+        from pyvene_ext.stats.thresholds import CAUSAL, REDUNDANT, check_thresholds
 
         return check_thresholds(self.decide or (CAUSAL, REDUNDANT), "--decide")
 

@@ -15,6 +15,7 @@ from scipy import stats
 
 from pyvene_ext.stats import intervals
 from pyvene_ext.stats.intervals import Interval
+from pyvene_ext.stats.thresholds import CAUSAL, REDUNDANT
 
 Head = tuple[int, int]  # (layer, head)
 
@@ -114,7 +115,6 @@ def share_as_large(value: float, random: Sequence[float] | np.ndarray) -> float:
     return (1 + int((np.asarray(random) >= value - 1e-9).sum())) / (1 + len(random))
 
 
-CAUSAL, REDUNDANT = 10.0, 2.0  # points of accuracy
 # An answer that cannot be read counts as wrong, whatever the model would have solved. Where most answers are such, most of a drop
 # is that of the text (docs/studies/reasoning.md); up to a half of them, most of what is judged are answers.
 BROKEN = 0.5  # share of unparsed answers

@@ -62,7 +62,7 @@ import contextlib, io, json, runpy, sys
 heavy, scripts, answers = *map(json.loads, sys.argv[1:]), []
 for script in scripts:
     sys.path[0] = script.rpartition("/")[0]  # as `python SCRIPT` has it
-    for flag in ("--help", "--mistyped"):
+    for flag in ("--help", "--mistyped", *(["--decide=1"] if script.endswith("/ablate_heads.py") else [])):
         before, said, sys.argv = set(sys.modules), io.StringIO(), [script, flag]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
             runpy.run_path(script, run_name="__main__")
@@ -77,6 +77,8 @@ def test_help_and_typing_errors_load_nothing_heavy_and_help_says_what_the_script
     command = [sys.executable, "-c", ALL_OF_THEM, json.dumps(sorted(HEAVY)), json.dumps([*commands, *scripts])]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     answers = json.loads(ran.stdout)
+    (decided,) = [answers.pop(i)[2:] for i, answer in enumerate(answers) if answer[1] == "--decide=1"]
+    assert "--decide takes an upper and a lower threshold" in decided[0] and not decided[1]
     assert [answer[:2] for answer in answers] == [
         [x, y] for x in [*commands, *scripts] for y in ("--help", "--mistyped")
     ]
