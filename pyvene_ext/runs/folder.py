@@ -43,8 +43,7 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.attention import View, write_views
 from pyvene_ext.runs.facts import Evidence
 from pyvene_ext.runs.flags import Dataset
-from pyvene_ext.runs.kept import note_seconds
-from pyvene_ext.runs.plans import LEAST, LONGEST, duration, round_down, that_fit
+from pyvene_ext.runs.plans import LEAST, LONGEST, duration, note_seconds, round_down, that_fit
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.tables import finite

@@ -15,7 +15,7 @@ from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.io.files import write_json
 from pyvene_ext.models import loading
-from pyvene_ext.runs.kept import note_seconds
+from pyvene_ext.runs.plans import note_seconds
 from pyvene_ext.stats import accuracy
 from tests.tiers import first_only
 
