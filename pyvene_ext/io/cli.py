@@ -240,7 +240,9 @@ def _flags_with(config: type, default: Any) -> Any:
         for field in fields:
             hint, value = hints[field.name], field.default if default is None else getattr(default, field.name)
             # One model or two, published name or not: --model is what people type first.
-            also = {"aliases": ("--model",)} if field.name in ("models", "model_name") and "model" not in hints else {}
+            also: dict[str, Any] = (
+                {"aliases": ("--model",)} if field.name in ("models", "model_name") and "model" not in hints else {}
+            )
             shown = tyro.conf.arg(help=_help(config, field.name, hint), **also, **_without_none(hint, value))
             entries.append((field.name, Annotated[hint, shown], dataclasses.field(default=value)))
         part: Any = dataclasses.make_dataclass(group, entries, frozen=True)

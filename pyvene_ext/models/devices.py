@@ -121,7 +121,7 @@ def free_memory(device: torch.device) -> int | None:
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
-def fits_beside(model: PreTrainedModel) -> bool:
+def fits_beside(model: nn.Module) -> bool:
     """Whether another model of this size, and as much again to work with, would fit beside one that is loaded.
 
     Args:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt, Unit
 from typing_extensions import Doc
@@ -109,7 +109,7 @@ class Loading(Run):
         from pyvene_ext.models.loading import load_model
         from pyvene_ext.runs.plans import once
 
-        how = {"dtype": self.dtype, "device": choose_device(self.device), "revision": self.revision}
+        how: dict[str, Any] = {"dtype": self.dtype, "device": choose_device(self.device), "revision": self.revision}
         return once(
             ("model", name, *how.values()), lambda: load_model(name, **how), lambda loaded: fits_beside(loaded[0])
         )

@@ -451,6 +451,7 @@ def each_model(
             few, n_few = (flags, value) if flag == limit else (replace(flags, **{flag: value}), n)
             of_less[flag, value] += seconds(few, first, n_few)
         for value in spared:
+            assert spare is not None
             spared[value] += seconds(replace(flags, **{spare[0]: value}), first, min(n, LEAST))
     fits: dict[str, Any] = {}
     for (flag, value), taken in of_less.items():

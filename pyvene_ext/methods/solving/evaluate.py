@@ -218,6 +218,7 @@ def evaluate(
     if together:
         _of_all(jobs, specs, resolved, found, rounds, memory=memory, store=store, progress=progress)
     else:
+        assert not isinstance(spec, list | TokenEdits)
         n = len(asked[0])
         bar = progress if isinstance(progress, tqdm) else progress_bar(n, "problem", shown=progress)
 
