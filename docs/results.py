@@ -217,8 +217,8 @@ READINGS = {
         "more."
     ),
     "... and does reasoning need its attention pattern?": (
-        "Every forced pattern ends all solving. As all heads are forced at once, in a model of this size, that says little "
-        "about any one pattern."
+        "Every forced pattern ends all solving. Four of the six break the text itself: hardly any answer can be read, which says "
+        "nothing of reasoning. As all heads are forced at once, in a model of this size, the two others say little either."
     ),
 }
 

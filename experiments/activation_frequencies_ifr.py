@@ -25,10 +25,10 @@ has caught (its recall: on the terminal and in the metadata). `--width W` gives 
 interval is at most W wide; such frequencies lean to the nearer of 0 and 1 a little, so that a mean over heads should come from a
 run without it. What was not run is NaN in arrays, an empty cell in tables, grey in figures, and in no mean.
 
-Written: OUT.npy, float32 [layer head]; OUT.json, what was run; and in the folder OUT: config.yaml (running it again gives the
-same), deltas.npy [layer head prompt], mean_delta.npy [layer head], clean.npy [prompt], prompts.json, heads.csv,
-frequency_vs_tau.csv, figures, attention.json (where the heads of the largest effects look), and with `--screen` estimates.npy
-[layer head prompt]. The same command resumes an interrupted run.
+Written: OUT.npy, float32 [layer head]; OUT.json, what was run (OUT.meta.json if OUT.json holds the prompts); and in the folder
+OUT: config.yaml (running it again gives the same), deltas.npy [layer head prompt], mean_delta.npy [layer head], clean.npy
+[prompt], prompts.json, heads.csv, frequency_vs_tau.csv, figures, attention.json (where the heads of the largest effects look),
+and with `--screen` estimates.npy [layer head prompt]. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ def run_folder(config: Config) -> tuple[px.RunFolder, Path]:
     if out.suffix != ".npy":
         raise ValueError(f"--out {out} must end in .npy.")
     meta = config.meta or out.with_suffix(".json")
+    if config.meta is None and Path(config.dataset).resolve() == meta.resolve():
+        meta = out.with_suffix(".meta.json")  # fr.json may hold the prompts of fr.npy
     places: dict[str, Any] = {
         "path": out.with_suffix(""),
         "summary": meta.absolute(),

@@ -13,8 +13,8 @@ heads as independent, stands a permutation p that shuffles heads within their la
 gives. The layers' permutation p-values are corrected for their number (q, Benjamini-Hochberg). Up to seven heads have an exact p
 (of four heads 1/24 at the least) and no interval.
 
-The heads of two models have nothing to do with each other. Where the files that say what was run (NAME.json beside NAME.npy,
-summary.json in its folder or FOLDER.json beside that) name different weights, nothing is correlated, unless
+The heads of two models have nothing to do with each other. Where the files that say what was run (NAME.json or NAME.meta.json
+beside NAME.npy, summary.json in its folder or FOLDER.json beside that) name different weights, nothing is correlated, unless
 --allow_different_weights says that the models are, say, checkpoints of one run.
 
 Written: the numbers (JSON), beside them the config (YAML; running it again gives the same), a scatter plot of heads and a plot of
@@ -133,7 +133,12 @@ def check_weights(config: Config) -> None:
 
 def files_about(path: Path) -> tuple[Path, ...]:
     """The files that may say what a matrix was measured on."""
-    return path.with_suffix(".json"), path.parent / "summary.json", path.parent.with_suffix(".json")
+    return (
+        path.with_suffix(".meta.json"),
+        path.with_suffix(".json"),
+        path.parent / "summary.json",
+        path.parent.with_suffix(".json"),
+    )
 
 
 def weights_of(path: Path) -> str | None:

@@ -3,7 +3,7 @@
     python experiments/make_prompts.py
     python experiments/make_prompts.py ioi_fr capitals_en --n 500 --seed 1 --out my_prompts
 
-Without names it makes them all. Names and words are in `prompt_words.py` and `pyvene_ext/prompts/tiny_tasks.py`.
+Without names it makes them all. Names and words are in `tiny/prompt_words.py` and `pyvene_ext/prompts/tiny_tasks.py`.
 
 Indirect object (ioi_en, ioi_zh, ioi_fr, ioi_de, ioi_es, ioi_ja, ioi_ar): clean prompts have two names, one of which returns;
 corrupt prompts are the same sentence with three other names. Half of each set has the indirect object first (ABBA), half second
@@ -42,7 +42,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from prompt_words import (
+from tiny import train_tiny_circuit
+from tiny.prompt_words import (
     CAPITAL_TEMPLATES,
     COUNTRIES,
     LANGUAGES,
@@ -52,7 +53,6 @@ from prompt_words import (
     STORIES,
     Story,
 )
-from tiny import train_tiny_circuit
 
 import pyvene_ext as px
 from pyvene_ext.prompts.shipped import PROMPTS

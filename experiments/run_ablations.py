@@ -207,21 +207,8 @@ def main(config: Config) -> None:
     untouched = px.methods.lag_task(clean, config.seed)
     some = tokenizer.batch_decode([[token] for token in prompts.input_ids[0][len(bos) :][:SHOWN]])
     print(summary(config, some, untouched, tables))
-    facts = px.metadata(
-        model,
-        model=source,
-        prompts_hash=prompts.hash,
-        permutations=permutations,
-        n_tokens=n_tokens,
-        bos=list(bos),
-        usable_tokens=len(pool),
-        levels=levels,
-        head_type=config.head_type,
-        random_draws=config.random_draws,
-        seed=config.seed,
-        untouched=untouched,
-        summaries={"_".join(setting): table for setting, table in tables.items()},
-    )
+    named = {"model": source, "bos": list(bos), "usable_tokens": len(pool), "levels": levels, "untouched": untouched}
+    facts = facts_of(config, model, prompts.hash, named, tables)
     sample = f"{permutations} permutations of {n_tokens} tokens"
     with run.writing(facts, px.runs.lag.lag_evidence(sample, config.head_type, tables)):
         if matrix is not None:
@@ -229,6 +216,20 @@ def main(config: Config) -> None:
         for setting, found in curves.items():
             names, of_layers = (config.stem, config.name), heads[setting[1]]
             px.runs.lag.write_setting(run, names, setting, config.head_type, of_layers, found, clean, tables[setting])
+
+
+def facts_of(
+    config: Config, model: PreTrainedModel, prompts_hash: str, named: dict[str, Any], tables: dict[Any, Any]
+) -> dict[str, Any]:
+    """What was run, for the summary."""
+    flags = ("permutations", "n_tokens", "head_type", "random_draws", "seed")
+    return px.metadata(
+        model,
+        prompts_hash=prompts_hash,
+        **named,
+        **{flag: getattr(config, flag) for flag in flags},
+        summaries={"_".join(setting): table for setting, table in tables.items()},
+    )
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations, px.flags.D
     @property
     def n_sets(self) -> int:
         """Of heads that are ablated, random ones included."""
-        return len(self.kind) * len(self.scopes) * len(self.levels) * (1 + self.random_sets)
+        return len(self.kind) * len(self.scopes) * len(self.levels) * (1 + self.n_random)
 
     def check_flags(self) -> None:
         super().check_flags()
@@ -135,8 +135,10 @@ def main(config: Config) -> None:
     facts: Row = {}
     rankings: dict[str, list[Row]] = {}
     correct: dict[str, np.ndarray] = {}  # row problem
-    for loaded in px.runs.each_model(run, load, work, seconds, len(problems), shorter(config)):
-        solver, scores, first, controls = px.runs.ablated.choose(loaded, random_sets=config.random_sets, **heads)
+    # Where even a few problems take too long with all random sets, fewer sets are left.
+    spare = ("random_sets", config.n_random, 1) if config.random_sets is None else None
+    for loaded in px.runs.each_model(run, load, work, seconds, len(problems), shorter(config), spare=spare):
+        solver, scores, first, controls = px.runs.ablated.choose(loaded, random_sets=config.n_random, **heads)
         found = ablate(config, solver, first, controls)
         rows, randoms = rows + found.rows, randoms + found.randoms
         correct[solver.name] = np.array(found.correct)
@@ -182,7 +184,7 @@ def seconds_of(config: Config, loaded: Loaded, n: int) -> float:
 def shorter(config: Config) -> Row:
     """The flags that make a run shorter."""
     return {
-        "random_sets": config.random_sets,
+        "random_sets": config.n_random,
         "n_heads": config.levels,
         "scope": config.scopes,
         "kind": config.kind,
@@ -231,16 +233,18 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
         scope, tokens = row["scope"], px.runs.ablated.SCOPES[row["scope"]]
         at = scope if scope == tokens else f"{scope} ({tokens})"
         sure = f"after {sample(row, config)}" if config.stops else f"(p = {row['mcnemar_p']:.2g})"
+        unparsed = row["unparsed"] / row["problems"]
+        broken = unparsed > px.stats.BROKEN  # which heads break it says nothing of reasoning
         line = (
             f"{row['model']}, {row['kind']}, {at}: the first {row['n_heads']} heads "
-            f"({ranking}) cost {px.stats.in_points(drop)} {sure}: {px.stats.verdict(drop, *config.thresholds)}"
+            f"({ranking}) cost {px.stats.in_points(drop)} {sure}: {px.stats.verdict(drop, *config.thresholds, unparsed=unparsed)}"
         )
         if row["random_sets"] and config.stops:
             specific = "not told apart from random heads"
             if drop.low > config.thresholds[0] and not row["random_above"]:
                 few = row["share_as_large"] > 0.05
                 specific = "unlike all random sets, too few to call it specific" if few else "specific to these heads"
-            line += f", {specific}: {random_above(row, config)}"
+            line += f"{'' if broken else f', {specific}'}: {random_above(row, config)}"
         elif row["random_sets"]:
             as_much = round(row["share_as_large"] * (1 + row["random_sets"])) - 1
             specific = "not specific to these heads"
@@ -250,7 +254,7 @@ def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
                     "more than all random sets, too few to call it specific" if few else "specific to these heads"
                 )
             line += (
-                f", {specific}: {row['control'].partition(';')[0]} cost {row['random_drop']:.1f} "
+                f"{'' if broken else f', {specific}'}: {row['control'].partition(';')[0]} cost {row['random_drop']:.1f} "
                 f"[{row['random_lowest']:.1f} to {row['random_highest']:.1f}], {as_much} of them as much; excess "
                 f"{row['excess']:.1f} [{row['excess_low']:.1f}, {row['excess_high']:.1f}]"
             )

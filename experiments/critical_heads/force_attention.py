@@ -296,16 +296,16 @@ def verdicts_of(patterns: Sequence[Row], hubs: Sequence[Row]) -> list[str]:
             drop = px.stats.interval_in(row, "drop")
             control = row["random_drop"]
             beside = "" if math.isnan(control) else f"; random heads {control:.1f} points, p = {row['random_p']:.2g}"
-            lines.append(
-                f"{row['model']}, {row['pattern']}: {px.stats.in_points(drop)}: {px.stats.verdict(drop)}{beside}"
-            )
+            word = px.stats.verdict(drop, unparsed=row["unparsed"] / row["problems"])
+            lines.append(f"{row['model']}, {row['pattern']}: {px.stats.in_points(drop)}: {word}{beside}")
     for model in dict.fromkeys(row["model"] for row in hubs):
         mine = [row for row in hubs if row["model"] == model and not row["hard"]]
         worst = max(mine, key=lambda row: row["drop"])
         drop = px.stats.interval_in(worst, "drop")
+        word = px.stats.verdict(drop, unparsed=worst["unparsed"] / worst["problems"])
         lines.append(
             f"{model}, hub swept: largest drop with the hub at token {worst['position']} of the block ({worst['problems']} "
-            f"problems): {px.stats.in_points(drop)}: {px.stats.verdict(drop)}; the best of {len(mine)} tokens"
+            f"problems): {px.stats.in_points(drop)}: {word}; the best of {len(mine)} tokens"
         )
     return lines
 

@@ -199,7 +199,7 @@ def verdicts_of(rows: Sequence[Row]) -> list[str]:
     for model, site in dict.fromkeys((row["model"], row["site"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["site"]) == (model, site)]
         drops = [px.Interval(row["drop"], row["low"], row["high"]) for row in mine]
-        words = [px.stats.verdict(drop) for drop in drops]
+        words = [px.stats.verdict(drop, unparsed=row["unparsed"] / 100) for drop, row in zip(drops, mine, strict=True)]
         worst = max(range(len(mine)), key=lambda i: drops[i].mean)
         lines.append(
             f"{model}, {site}: {words.count('causal')} of {len(mine)} tokens causal, {words.count('redundant')} redundant; the "

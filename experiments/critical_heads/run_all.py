@@ -13,7 +13,9 @@ single studies, such as
     ablate_heads: {n_heads: [1, 2, 5, 10, 20], kind: [zero, mean]}
     patch_hub: {sites: [kv], seeds: 10}
 
-A study that cannot be done with these models and problems says why, and the others go on.
+Before anything runs, each study says how long it takes, and the sum is said. Each keeps within ten minutes unless --limit is
+given. Models are loaded once, if both fit into memory. Heads are transplanted only between models that cut the problems into the
+same tokens. A study that cannot be done with these models and problems says why, and the others go on.
 
 Written to the folder OUT: a folder for each study, with its tables and figures; report.html, all of them on one page;
 verdicts.csv (study, verdict); config.yaml (running it again gives the same); and summary.json, what was run. A run that was
@@ -23,8 +25,11 @@ interrupted goes on with the study in which it was.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +39,8 @@ import pyvene_ext as px
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from pyvene_ext.prompts.problems import Problem
 
 Study = Literal[
     "rank_heads",
@@ -81,6 +88,12 @@ class Part:
     def run(self) -> None:
         px.io.run_shortened(module_of(self.study).main, self.flags)
 
+    def plan(self) -> None:
+        """Say what the study would do and how long it takes."""
+        dry = {"dry_run": True, **{name: () for name in ("rankings",) if hasattr(self.flags, name)}}
+        dry |= {"donor_ranking": None} if hasattr(self.flags, "donor_ranking") else {}
+        module_of(self.study).main(dataclasses.replace(self.flags, **dry))
+
 
 def main(config: Config) -> None:
     # Which studies run, and with which flags; what is wrong with them is said before anything runs.
@@ -93,26 +106,34 @@ def main(config: Config) -> None:
     )
     done = done_before(done_file, facts)
 
-    # One study after the other. Each says how long it takes, and takes fewer problems if that is more than ten minutes unasked.
-    print(f"{len(parts)} studies of {' and '.join(config.models)}, each of which says how long it takes", flush=True)
-    failed: dict[str, str] = {}
-    for number, part in enumerate(parts):
-        print(f"\n=== {part.folder.name} ({number + 1} of {len(parts)})", flush=True)
-        if part.folder.name in done:
-            print("done before the interruption")
-            continue
-        try:
-            part.run()
-        except (ValueError, OSError) as error:
-            failed[part.folder.name] = " ".join(str(error).split())
-            print(f"not done: {failed[part.folder.name]}", file=sys.stderr)
-            continue
+    # What cannot be done with these models is left out, and the rest says how long it takes.
+    with px.runs.kept() as shared:
+        transplants = [part.folder.name for part in parts if part.study == "transplant_head"]
+        why = why_not_transplanted(config, problems) if transplants else ""
+        failed = dict.fromkeys(transplants, why) if why else {}
+        parts = [part for part in parts if part.folder.name not in failed]
+        out = [f"left out: {', '.join(failed)}: {why}"] if failed else []
+        print(f"{len(parts)} studies of {' and '.join(config.models)}", *out, sep="\n", flush=True)
+        announce([part for part in parts if part.folder.name not in done], shared, config.dry_run)
         if config.dry_run:
-            continue
-        done.add(part.folder.name)
-        if px.is_main_process():
-            px.io.write_json(done_file, {"facts": facts, "done": sorted(done)})
-    if config.dry_run or not px.is_main_process():
+            return
+
+        # One study after the other.
+        for number, part in enumerate(parts):
+            print(f"\n=== {part.folder.name} ({number + 1} of {len(parts)})", flush=True)
+            if part.folder.name in done:
+                print("done before the interruption")
+                continue
+            try:
+                part.run()
+            except (ValueError, OSError) as error:
+                failed[part.folder.name] = " ".join(str(error).split())
+                print(f"not done: {failed[part.folder.name]}", file=sys.stderr)
+                continue
+            done.add(part.folder.name)
+            if px.is_main_process():
+                px.io.write_json(done_file, {"facts": facts, "done": sorted(done)})
+    if not px.is_main_process():
         return
     if not done:
         raise ValueError("no study could be done; each said why above.")
@@ -132,6 +153,43 @@ def main(config: Config) -> None:
         px.report.write_report(finished, run.path / "report.html", f"Critical heads in reasoning: {names}")
         run.table("verdicts", verdicts or [{"study": "", "verdict": ""}])
     done_file.unlink()
+
+
+# -- before anything runs ----------------------------------------------------------------------------------------------
+
+
+def why_not_transplanted(config: Config, problems: Sequence[Problem]) -> str:
+    """Why heads of one model cannot be put into the other, as they see other tokens; empty if they can."""
+    one, other = (config.load(name)[1] for name in config.models)
+    if one.get_vocab() == other.get_vocab():
+        return ""
+    try:
+        px.methods.pair_texts([f"{problem.question}\n{problem.solution}" for problem in problems], one, other)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def announce(parts: Sequence[Part], shared: px.runs.Kept, in_full: bool) -> None:
+    """Say how long each study takes, and all of them; `in_full` also what each does."""
+    for number, part in enumerate(parts):
+        if in_full:
+            print(f"\n=== {part.folder.name} ({number + 1} of {len(parts)})", flush=True)
+        before, why = len(shared.seconds), ""
+        with nullcontext() if in_full else redirect_stdout(io.StringIO()):
+            try:
+                part.plan()
+            except (ValueError, OSError) as error:
+                why = " ".join(str(error).split())
+        taken = [seconds for seconds in shared.seconds[before:] if seconds is not None]
+        if why and in_full:
+            print(f"not done: {why}", file=sys.stderr)
+        elif taken and not in_full:
+            print(f"{part.folder.name}: {px.runs.duration(sum(taken)) if sum(taken) else 'too long, and not done'}")
+    known = [seconds for seconds in shared.seconds if seconds is not None]
+    if known:
+        quick = ", without those that are quick" if len(known) < len(shared.seconds) else ""
+        print(f"\nall together: at most {px.runs.duration(sum(known))}{quick}", flush=True)
 
 
 def evidence_in(part: Path) -> list[px.runs.Evidence]:

@@ -94,7 +94,7 @@ class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations, px.fla
     @property
     def n_runs(self) -> int:
         """Runs with an intervention."""
-        return 1 + self.random_sets if self.hub is None else self.noise_seeds
+        return 1 + self.n_random if self.hub is None else self.noise_seeds
 
     @property
     def n_parts(self) -> int:
@@ -125,14 +125,15 @@ def main(config: Config) -> None:
     what = f"{px.io.counted(config.n_runs, 'run')} with {'heads ablated' if config.hub is None else 'noise'} on "
     what += px.io.counted(len(problems), "problem")
     loader = partial(load, flags, problems, run.unfinished)
-    shorter = {"random_sets": config.random_sets} if config.hub is None else {"noise_seeds": config.noise_seeds}
+    shorter = {"random_sets": config.n_random} if config.hub is None else {"noise_seeds": config.noise_seeds}
 
     # Each model solves the problems with and without the intervention; its drop in every stratum.
     rows: list[Row] = []
     tests: list[Row] = []
     tables: dict[str, list[Row]] = {}
     facts: Row = {}
-    for loaded in px.runs.each_model(run, loader, what, seconds_of, len(problems), shorter):
+    spare = ("random_sets", config.n_random, 1) if config.random_sets is None and config.hub is None else None
+    for loaded in px.runs.each_model(run, loader, what, seconds_of, len(problems), shorter, spare=spare):
         found = effects(config, loaded)
         del loaded  # two models need not fit in memory together
         strata, edges = px.methods.difficulty_strata(found.first, problems, config.n_parts)
@@ -198,7 +199,7 @@ def effects(config: Config, loaded: Asked | Loaded) -> ProblemEffects:
 def with_heads_ablated(config: Config, loaded: Loaded) -> ProblemEffects:
     """The model solves all problems without some heads."""
     solver, _, heads, controls = px.runs.ablated.choose(
-        loaded, wanted=config.wanted, by=config.by, random_sets=config.random_sets
+        loaded, wanted=config.wanted, by=config.by, random_sets=config.n_random
     )
     sets = list({frozenset(some): some for some in controls}.values())
     reference = solver.transcripts(config.kind, [heads, *sets], config.donors)

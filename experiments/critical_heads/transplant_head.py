@@ -266,11 +266,13 @@ def verdicts_of(rows: Sequence[Row]) -> list[str]:
     for model, n in dict.fromkeys((row["model"], row["n_heads"]) for row in rows):
         zero, moved, own = (found[model, n, condition] for condition in ("zero", "transplant", "self"))
         drops = {name: px.stats.interval_in(row, "drop") for name, row in (("zero", zero), ("moved", moved))}
+        broken = {name: row["unparsed"] / row["problems"] for name, row in (("zero", zero), ("moved", moved))}
+        words = [px.stats.verdict(drop, unparsed=broken[name]) for name, drop in drops.items()]
         gain, excess = px.stats.interval_in(moved, "gain"), px.stats.interval_in(moved, "excess")
         line = (
             f"{model}, {n} head{'s' * (n > 1)}: nothing in their place costs {px.stats.in_points(drops['zero'])}: "
-            f"{px.stats.verdict(drops['zero'])}; those of {moved['donor']} cost {px.stats.in_points(drops['moved'])}: "
-            f"{px.stats.verdict(drops['moved'])}; that gives back {px.stats.in_points(gain)}"
+            f"{words[0]}; those of {moved['donor']} cost {px.stats.in_points(drops['moved'])}: "
+            f"{words[1]}; that gives back {px.stats.in_points(gain)}"
         )
         as_good = round(moved["share_as_good"] * (1 + moved["random_sets"])) - 1 if moved["random_sets"] else 0
         if moved["random_sets"]:

@@ -47,11 +47,12 @@ class TooLong(ValueError):
     Attributes:
         flag: the flag that says how much.
         fewer: a value with which it takes less; None if what that leaves would be of no use.
+        also: further flags that must then be given, with their values.
     """
 
-    def __init__(self, message: str, flag: str, fewer: int | None) -> None:
+    def __init__(self, message: str, flag: str, fewer: int | None, also: Mapping[str, Any] = {}) -> None:
         super().__init__(message)
-        self.flag, self.fewer = flag, fewer
+        self.flag, self.fewer, self.also = flag, fewer, dict(also)
 
 
 CONFIG_HELP = (
@@ -120,7 +121,7 @@ def run_shortened(study: Callable[[Config], object], config: Config) -> object:
     except TooLong as error:
         if error.fewer is None:
             raise
-        fewer = {error.flag: error.fewer}
+        fewer = {error.flag: error.fewer, **error.also}
     gc.collect()  # the model of the first call, which the error's traceback has held
     return study(dataclasses.replace(config, **fewer))  # type: ignore[type-var]
 
@@ -238,7 +239,11 @@ def _flags_with(config: type, default: Any) -> Any:
         entries: list[tuple[str, Any, Any]] = []
         for field in fields:
             hint, value = hints[field.name], field.default if default is None else getattr(default, field.name)
-            shown = tyro.conf.arg(help=_help(config, field.name, hint), **_without_none(hint, value))
+            # One model or two, published name or not: --model is what people type first.
+            also: dict[str, Any] = (
+                {"aliases": ("--model",)} if field.name in ("models", "model_name") and "model" not in hints else {}
+            )
+            shown = tyro.conf.arg(help=_help(config, field.name, hint), **also, **_without_none(hint, value))
             entries.append((field.name, Annotated[hint, shown], dataclasses.field(default=value)))
         part: Any = dataclasses.make_dataclass(group, entries, frozen=True)
         required = any(value.default is dataclasses.MISSING for *_, value in entries)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from pyvene_ext.io.bars import note
 from pyvene_ext.io.errors import counted
@@ -19,6 +21,7 @@ from pyvene_ext.io.errors import counted
 SAMPLE = 0.1  # seconds for which the use of the cores is watched
 SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CGROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def spare_the_machine() -> None:
@@ -51,7 +54,7 @@ def free_threads(cores: int, busy: float) -> int:
 def available_cores() -> int:
     """The cores that this process may use: those of its affinity, or of its control group's quota if that is smaller."""
     cores, quota = len(affinity()), _quota()
-    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+    return cores if quota is None else max(1, min(cores, math.floor(quota)))
 
 
 def busy_cores() -> float:
@@ -68,14 +71,28 @@ def affinity() -> set[int]:
 
 
 def _quota() -> float | None:
-    """Cores that the control group of this process may use; None without a quota."""
-    try:
-        whole, period = (CGROUP / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            whole, period = (
-                (CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
-            )
-        except OSError:
-            return None
-    return int(whole) / int(period) if whole.isdecimal() and int(period) else None
+    """Cores that the control group of this process and those around it allow; None without a quota."""
+    return min(_quotas(), default=None)
+
+
+def _quotas() -> Iterator[float]:
+    """The quota of every group from this process's own up to the root, of both versions of control groups."""
+    groups = [("0", "", "/"), ("", "cpu", "/")]  # the root, where a container cannot see its own path
+    with suppress(OSError):
+        lines = OWN_GROUPS.read_text().splitlines()
+        groups += [(number, names, path) for number, names, path in (line.split(":", 2) for line in lines)]
+    for number, names, path in groups:
+        if number != "0" and "cpu" not in names.split(","):
+            continue
+        own = PurePosixPath("/", path).relative_to("/")
+        for group in {own, *own.parents}:
+            with suppress(OSError, ValueError):
+                if number == "0":
+                    whole, period = (CGROUP / group / "cpu.max").read_text().split()
+                else:
+                    folder = CGROUP / "cpu" / group
+                    whole, period = (
+                        (folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+                    )
+                if whole.isdecimal() and int(period):
+                    yield int(whole) / int(period)

@@ -121,6 +121,19 @@ def free_memory(device: torch.device) -> int | None:
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
+def fits_beside(model: nn.Module) -> bool:
+    """Whether another model of this size, and as much again to work with, would fit beside one that is loaded.
+
+    Args:
+        model: the model.
+
+    Returns:
+        True also where the free memory cannot be asked for.
+    """
+    free = free_memory(input_device(model))
+    return free is None or free > 2 * weights_on_a_device(model)
+
+
 def empty_cache() -> None:
     """Release what a failed call has left in a GPU's cache."""
     if torch.cuda.is_available():

@@ -15,6 +15,9 @@ from .folder import RunFolder as RunFolder
 from .folder import discard as discard
 from .folder import each_model as each_model
 from .folder import unfinished_in as unfinished_in
+from .plans import Kept as Kept
+from .plans import duration as duration
+from .plans import kept as kept
 from .plans import seconds_a_pass as seconds_a_pass
 from .plans import seconds_of_logits as seconds_of_logits
 from .plans import time_writing as time_writing

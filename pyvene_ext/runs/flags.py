@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt, Unit
 from typing_extensions import Doc
@@ -105,10 +105,14 @@ class Loading(Run):
         Raises:
             ValueError: see `models.loading.load_model`.
         """
-        from pyvene_ext.models.devices import choose_device
+        from pyvene_ext.models.devices import choose_device, fits_beside
         from pyvene_ext.models.loading import load_model
+        from pyvene_ext.runs.plans import once
 
-        return load_model(name, dtype=self.dtype, device=choose_device(self.device), revision=self.revision)
+        how: dict[str, Any] = {"dtype": self.dtype, "device": choose_device(self.device), "revision": self.revision}
+        return once(
+            ("model", name, *how.values()), lambda: load_model(name, **how), lambda loaded: fits_beside(loaded[0])
+        )
 
 
 @dataclass(frozen=True)
@@ -326,10 +330,16 @@ class Ranking:
 class Ablations:
     """Ablation of heads while a model writes its own solutions (`runs.ablated`)."""
 
-    random_sets: Annotated[int, Ge(0)] = 20
-    """random sets of other heads of the same layers; 0 for none"""
+    random_sets: Annotated[int, Ge(0)] | None = None
+    """random sets of other heads of the same layers; 0 for none; by default 20, or fewer where ten minutes do not allow so many
+    here for 8 problems"""
     donors: Annotated[int, Ge(2)] = 64
     """number of problems from which mean and resampled activations are taken"""
+
+    @property
+    def n_random(self) -> int:
+        """--random_sets or its default."""
+        return 20 if self.random_sets is None else self.random_sets
 
 
 @dataclass(frozen=True)
@@ -350,8 +360,7 @@ class Deciding:
     @property
     def thresholds(self) -> tuple[float, float]:
         """Points above which a drop is causal, and below which it is redundant."""
-        from pyvene_ext.stats.controls import CAUSAL, REDUNDANT
-        from pyvene_ext.stats.stopping import check_thresholds
+        from pyvene_ext.stats.thresholds import CAUSAL, REDUNDANT, check_thresholds
 
         return check_thresholds(self.decide or (CAUSAL, REDUNDANT), "--decide")
 

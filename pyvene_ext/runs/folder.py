@@ -43,7 +43,7 @@ from pyvene_ext.prompts.tokenized import TokenizedPrompts
 from pyvene_ext.runs.attention import View, write_views
 from pyvene_ext.runs.facts import Evidence
 from pyvene_ext.runs.flags import Dataset
-from pyvene_ext.runs.plans import LEAST, LONGEST, duration, round_down, that_fit
+from pyvene_ext.runs.plans import LEAST, LONGEST, duration, note_seconds, round_down, that_fit
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.joint import Spec
 from pyvene_ext.stats.tables import finite
@@ -125,6 +125,7 @@ class RunFolder:
         limit: str = "limit",
         fixed: float = 0.0,
         shorter: Mapping[str, Any] | None = None,
+        also: Mapping[str, Any] = {},
     ) -> bool:
         """Say what the study will do and how long it takes, before it starts.
 
@@ -141,6 +142,8 @@ class RunFolder:
             fixed: how many of the seconds do not depend on it.
             shorter: flags with values of which each takes no more than ten minutes; by default `limit` with the number that
                 follows from `seconds`, `n` and `fixed`.
+            also: further flags with values with which the fewest prompts (`plans.LEAST`) take no more than ten minutes, taken if
+                fewer prompts alone are not enough.
 
         Returns:
             Whether the study goes on: False with --dry_run.
@@ -152,54 +155,74 @@ class RunFolder:
             print(work if seconds is None else f"{work}: {duration(seconds)}", flush=True)
         if seconds is not None and getattr(self._given, limit) is None:
             before = self._shortened()
-            fewer = before["value"] if before else n
+            fewer, others = (before["value"], before["also"]) if before else (n, {})
             if not before and seconds > LONGEST:
                 fewer = that_fit(n, seconds, fixed) if shorter is None else round_down(shorter.get(limit, 0))
-            if fewer < n:
-                self._shorten(limit, fewer, n, seconds, fixed, [_as_flag(*one) for one in (shorter or {}).items()])
+                if fewer < LEAST and also:
+                    fewer, others = min(n, LEAST), dict(also)
+            if fewer < n or others:
+                words = None if shorter is None else [_as_flag(*one) for one in shorter.items()]
+                self._shorten(limit, fewer, n, seconds, fixed, words, others)
+                # In a dry run; a study that would be refused takes no time.
+                seconds = 0.0 if fewer < min(n, LEAST) else min(seconds, LONGEST)
+        note_seconds(seconds)
         return not self._given.dry_run
 
-    def _shorten(self, limit: str, fewer: int, n: int, seconds: float, fixed: float, shorter: Sequence[str]) -> None:
+    def _shorten(
+        self,
+        limit: str,
+        fewer: int,
+        n: int,
+        seconds: float,
+        fixed: float,
+        shorter: Sequence[str] | None,
+        also: Mapping[str, Any],
+    ) -> None:
         """Say how many of `n` are taken, and keep that for a run that resumes this one; raises TooLong but in a dry run."""
         whole = 0 if limit == "limit" and isinstance(self._given, Dataset) else n
         everything = f"--{limit} {whole} takes all"
-        if fewer < LEAST:
+        if fewer < min(n, LEAST):
             few = fixed + (seconds - fixed) * LEAST / n
             least = f", and {LEAST} of them {duration(few)}" if n > LEAST else ""
             message = f"all {n} take {duration(seconds)} here{least}, and nothing has been run: --{limit} {min(n, LEAST)} runs "
             message += f"{LEAST} all the same, and {everything}." if n > LEAST else "them all the same."
-            if shorter:
-                message = (
-                    f"all {n} take {duration(seconds)} here and nothing has been run: {' or '.join(shorter)} takes "
-                )
-                message += f"{duration(LONGEST)}, and {everything}."
+            if shorter is not None:
+                fits = f"{' or '.join(shorter)} takes {duration(LONGEST)}, and"
+                fits = fits if shorter else f"no smaller --{limit} takes {duration(LONGEST)}, and"
+                message = f"all {n} take {duration(seconds)} here and nothing has been run: {fits} {everything}."
             if not self._given.dry_run:
                 raise TooLong(message, limit, None)
             said = f"without --dry_run this stops: {message}"
         else:
             less = " or ".join(shorter or [f"--{limit} {fewer}"])
+            given = "".join(f" and --{flag} {value}" for flag, value in also.items())
+            if given:
+                less = f"--{limit} {fewer}{given}"
             message = f"all {n} take {duration(seconds)} here: {less} takes less, and {everything}."
-            said = f"to keep within ten minutes {fewer} of {n} are taken; {everything}"
+            said = f"to keep within ten minutes {fewer} of {n} are taken{given.replace(' and', ', with')}; {everything}"
         if is_main_process():
             print(said, flush=True)
         if self._given.dry_run:
             return
         if is_main_process():
-            write_json(self._kept_size, {"flags": self._flags(limit), "flag": limit, "value": fewer, "of": n})
-        raise TooLong(message, limit, fewer)
+            size = {"flag": limit, "value": fewer, "of": n, "also": also}
+            write_json(self._kept_size, {"flags": self._flags(limit, *also), **size})
+        raise TooLong(message, limit, fewer, also)
 
-    def _flags(self, limit: str) -> dict[str, Any]:
-        """The flags besides the one that sets how much is done, as JSON gives them back."""
+    def _flags(self, *sizes: str) -> dict[str, Any]:
+        """The flags besides those that set how much is done, as JSON gives them back."""
         flags = plain_config(self._given)
-        return json.loads(json.dumps(flags | {limit: None}))
+        return json.loads(json.dumps(flags | dict.fromkeys(sizes)))
 
     def _shortened(self) -> dict[str, Any] | None:
         """How far a run with these flags was shortened that has not been finished; None if none was."""
         try:
             kept = parse_json(self._kept_size.read_bytes())
-            value, flag = kept["value"], kept["flag"]
-            same = kept["flags"] == self._flags(flag) and getattr(self._given, flag) in (None, value)
-            return kept if same and isinstance(value, int) and isinstance(kept["of"], int) else None
+            sizes = {kept["flag"]: kept["value"], **kept["also"]}
+            same = kept["flags"] == self._flags(*sizes)
+            same &= all(getattr(self._given, flag) in (None, value) for flag, value in sizes.items())
+            whole = all(isinstance(value, int) for value in (kept["of"], *sizes.values()))
+            return kept if same and whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -227,7 +250,11 @@ class RunFolder:
                 earlier.unlink()
         yield
         write_config(self._config_file, self.config)
-        size = {"shortened": {key: shortened[key] for key in ("flag", "value", "of")}} if shortened else {}
+        size = (
+            {"shortened": {key: shortened[key] for key in ("flag", "value", "of")} | shortened["also"]}
+            if shortened
+            else {}
+        )
         asked = {"question": self._question} if self._question else {}
         facts = {**asked, **facts, **size, "evidence": [one.facts for one in evidence]}
         write_json(self._summary, _finite(facts))
@@ -238,7 +265,8 @@ class RunFolder:
         if evidence:
             print("", *evidence, sep="\n")
         if shortened:
-            print(f"shortened: {shortened['value']} of {shortened['of']}, as --{shortened['flag']} was not given")
+            less = "".join(f", --{flag} {value}" for flag, value in shortened["also"].items())
+            print(f"shortened: {shortened['value']} of {shortened['of']}{less}, as --{shortened['flag']} was not given")
         print("\nwritten:", *self._beside, f"{self.path}/ ({', '.join(['summary', 'config', *kinds])})", sep="\n  ")
 
     def array(self, name: str, values: np.ndarray) -> None:
@@ -384,6 +412,7 @@ def each_model(
     *,
     limit: str = "limit",
     least: int = 2,
+    spare: tuple[str, int, int] | None = None,
 ) -> Iterator[T]:
     """Load and check every model of a study, announce the study (`RunFolder.announce`), and give it one model after the other.
 
@@ -400,6 +429,7 @@ def each_model(
             is too long, the largest value of each that is short enough is named.
         limit: the flag that sets the number of problems.
         least: fewest problems that the study takes.
+        spare: a flag with its largest and its least value, which is made smaller if no number of problems is short enough.
 
     Yields:
         T: each model; none with --dry_run.
@@ -410,6 +440,7 @@ def each_model(
     flags = run.config
     first: T | None = None
     total, of_less = 0.0, dict.fromkeys(_less(shorter, limit, least, n), 0.0)
+    spared = {} if spare is None else dict.fromkeys(range(spare[1], spare[2] - 1, -1), 0.0)
     for number in reversed(range(len(flags.models))):
         first = None
         first = load(number)
@@ -419,11 +450,16 @@ def each_model(
         for flag, value in of_less:
             few, n_few = (flags, value) if flag == limit else (replace(flags, **{flag: value}), n)
             of_less[flag, value] += seconds(few, first, n_few)
+        for value in spared:
+            assert spare is not None
+            spared[value] += seconds(replace(flags, **{spare[0]: value}), first, min(n, LEAST))
     fits: dict[str, Any] = {}
     for (flag, value), taken in of_less.items():
         if taken <= LONGEST:
             fits.setdefault(flag, value)
-    if not run.announce(work, None if seconds is None else total, n=n, limit=limit, shorter=fits):
+    enough = next((value for value, taken in spared.items() if taken <= LONGEST), None)
+    also = {} if spare is None or enough is None else {spare[0]: max(spare[2], round_down(enough))}
+    if not run.announce(work, None if seconds is None else total, n=n, limit=limit, shorter=fits, also=also):
         return
     for number in range(len(flags.models)):
         model = load(number) if first is None else first

@@ -1,12 +1,20 @@
-"""How long a study will take on this machine, measured before it starts."""
+"""How long a study will take on this machine, measured before it starts; and what several studies in one process share.
+
+    with kept() as here:
+        ...   # each model is loaded once, each time measured once
+    here.seconds   # of each study that announced itself
+
+Outside of `kept` nothing is kept, so that a study of several models needs memory for one.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +24,7 @@ from pyvene_ext.models.devices import broadcast_from_main, input_device
 from pyvene_ext.models.modes import evaluating
 from pyvene_ext.prompts.tokenized import TokenizedPrompts, common_beginning
 
+T = TypeVar("T")
 LONGEST = 600.0  # seconds: a run that takes longer is shortened, unless its size was given
 LEAST = 8  # prompts, below which a shortened run would say too little
 MEASURED = 8  # prompts of one timed pass
@@ -40,7 +49,8 @@ def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
         with evaluating(model), torch.no_grad():
             return _best_time(lambda: answer_logits(model, batch))
 
-    return broadcast_from_main(measured) * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
+    taken = once(("a pass", id(model), few.hash), lambda: broadcast_from_main(measured))
+    return taken * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ def time_writing(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: 
         reading *= (1 - beginning / max(map(len, few.input_ids))) / len(few)
         return Writing(reading, of_all - rows * a_row, a_row, batch_size)
 
-    return broadcast_from_main(measured)
+    return once(("writing", id(model), few.hash, beginning, rows, batch_size), lambda: broadcast_from_main(measured))
 
 
 def seconds_of_logits(model: PreTrainedModel, rows: int) -> float:
@@ -197,3 +207,64 @@ def duration(seconds: float) -> str:
         minutes = round(seconds / 60)
         return "about a minute" if minutes == 1 else f"about {minutes} minutes"
     return f"about {round(seconds / 3600)} hours"
+
+
+# -- several studies in one process ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kept:
+    """What is kept inside the context.
+
+    Attributes:
+        things: models and times, by what they were made from.
+        seconds: how long each study takes, in the order in which they announced themselves; None where it is quick.
+    """
+
+    things: dict[Hashable, Any] = field(default_factory=dict)
+    seconds: list[float | None] = field(default_factory=list)
+
+
+_NOW: list[Kept] = []
+
+
+@contextmanager
+def kept() -> Iterator[Kept]:
+    """Keep models and measured times for all studies that are run inside.
+
+    Yields:
+        Kept: what is kept.
+    """
+    _NOW.append(Kept())
+    try:
+        yield _NOW[-1]
+    finally:
+        _NOW.pop()
+
+
+def once(key: Hashable, make: Callable[[], T], worth: Callable[[T], bool] = lambda _: True) -> T:
+    """Make something, or take what was made before inside the same `kept`.
+
+    Args:
+        key: what it is made from.
+        make: makes it.
+        worth: whether it is kept.
+
+    Returns:
+        What `make` returns or has returned.
+    """
+    if not _NOW:
+        return make()
+    things = _NOW[-1].things
+    if key in things:
+        return things[key]
+    made = make()
+    if worth(made):
+        things[key] = made
+    return made
+
+
+def note_seconds(seconds: float | None) -> None:
+    """Note how long the study takes that is about to run."""
+    if _NOW:
+        _NOW[-1].seconds.append(seconds)

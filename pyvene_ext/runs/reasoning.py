@@ -62,7 +62,8 @@ from pyvene_ext.runs.plans import Writing, seconds_a_pass, time_writing
 from pyvene_ext.specs.files import to_plain
 from pyvene_ext.specs.forced_attention import ForcedAttention
 from pyvene_ext.specs.joint import Spec
-from pyvene_ext.stats.controls import CAUSAL, REDUNDANT, Head
+from pyvene_ext.stats.controls import Head
+from pyvene_ext.stats.thresholds import CAUSAL, REDUNDANT
 
 TINY, PLAIN = "tiny", "plain"
 N_TINY, N_PLAIN = 400, 32  # problems that a study has by default

@@ -121,6 +121,7 @@ class SiteEdit(Record):
     what: ClassVar[str]
     sites: ClassVar[tuple[str, ...]]
     has_first_order: ClassVar[bool] = True
+    every_head: ClassVar[str] = "all_heads(model.config) makes an ablation of each"
 
     site: StrictStr
     layer: StrictInt | None = None
@@ -187,10 +188,7 @@ class SiteEdit(Record):
         if (component.heads is not None) != (self.heads is not None):
             if component.heads is None:
                 raise ValueError(f"{self.site} has no heads: leave heads out.")
-            raise ValueError(
-                f"{self.site} needs heads: heads=3, or heads=range(8) for several; all_heads(model.config) makes an ablation of "
-                "each."
-            )
+            raise ValueError(f"{self.site} needs heads: heads=3, or heads=range(8) for several; {self.every_head}.")
         return self
 
     @property

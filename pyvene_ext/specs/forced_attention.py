@@ -50,6 +50,7 @@ class ForcedAttention(SiteEdit):
     what = "forced attention"
     sites = ("pattern",)
     has_first_order = False
+    every_head = "px.specs.force(model.config, ...) forces every head of every layer"
 
     kind: Literal["force"] = "force"
     site: StrictStr = "pattern"

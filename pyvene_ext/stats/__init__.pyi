@@ -1,6 +1,7 @@
 from .accuracy import accuracy_drop as accuracy_drop
 from .accuracy import in_points as in_points
 from .accuracy import percent_correct as percent_correct
+from .controls import BROKEN as BROKEN
 from .controls import AgainstRandom as AgainstRandom
 from .controls import Head as Head
 from .controls import HeadOverlap as HeadOverlap

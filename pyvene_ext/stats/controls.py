@@ -15,6 +15,7 @@ from scipy import stats
 
 from pyvene_ext.stats import intervals
 from pyvene_ext.stats.intervals import Interval
+from pyvene_ext.stats.thresholds import CAUSAL, REDUNDANT
 
 Head = tuple[int, int]  # (layer, head)
 
@@ -114,20 +115,26 @@ def share_as_large(value: float, random: Sequence[float] | np.ndarray) -> float:
     return (1 + int((np.asarray(random) >= value - 1e-9).sum())) / (1 + len(random))
 
 
-CAUSAL, REDUNDANT = 10.0, 2.0  # points of accuracy
+# An answer that cannot be read counts as wrong, whatever the model would have solved. Where most answers are such, most of a drop
+# is that of the text (docs/studies/reasoning.md); up to a half of them, most of what is judged are answers.
+BROKEN = 0.5  # share of unparsed answers
 
 
-def verdict(drop: Interval, above: float = CAUSAL, below: float = REDUNDANT) -> str:
-    """Say in words what a drop in accuracy shows: causal above 10 points, redundant below 2.
+def verdict(drop: Interval, above: float = CAUSAL, below: float = REDUNDANT, *, unparsed: float = 0.0) -> str:
+    """Say in words what a drop in accuracy shows: causal above 10 points, redundant below 2; nothing if the text broke.
 
     Args:
         drop: mean and 95% interval, in percentage points.
         above: the points above which a drop is causal.
         below: the points below which it is redundant.
+        unparsed: the share of answers under the intervention that could not be read.
 
     Returns:
-        "causal" or "redundant" if the whole interval agrees with the mean; otherwise also how far the interval reaches.
+        That there is no verdict if more than half of the answers could not be read; else "causal" or "redundant" if the whole
+        interval agrees with the mean; otherwise also how far the interval reaches.
     """
+    if unparsed > BROKEN:
+        return f"text broken, no verdict ({100 * unparsed:.0f}% of answers unparsed)"
     if drop.mean > above:
         if drop.low > above:
             return "causal"

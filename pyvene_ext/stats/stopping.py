@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int, Num
 from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.stats.intervals import Interval
+from pyvene_ext.stats.thresholds import check_thresholds
 
 FEWEST = 16  # problems, unless there are fewer: before them, nothing is given up as undecided
 EVEN, LARGEST = 32, 0.999  # stakes evenly spaced between 0 and 1, and the largest
@@ -223,28 +224,6 @@ class Stopping:
     def _stopped(self, verdict: Verdict, drops: Int[np.ndarray, " first"], of: int) -> Stopped:
         interval = anytime_interval(drops, confidence=self.confidence)
         return Stopped(verdict, len(drops), of, Interval(*(100 * end for end in interval)))
-
-
-def check_thresholds(decide: tuple[float, ...], name: str) -> tuple[float, float]:
-    """Check an upper and a lower threshold of a drop.
-
-    Args:
-        decide: the two.
-        name: what an error calls them.
-
-    Returns:
-        The same as floats.
-
-    Raises:
-        ValueError: they are not two numbers from 0 to 100, the upper one first.
-    """
-    above, below = (float(value) for value in decide) if len(decide) == 2 else (np.nan, np.nan)
-    if not 0 <= below <= above < 100:
-        raise ValueError(
-            f"{name} takes an upper and a lower threshold in points, of at least 0 and less than 100, such as 10 2, not "
-            f"{' '.join(f'{value:g}' for value in decide)}."
-        )
-    return above, below
 
 
 VALUES = np.array([-1.0, 0.0, 1.0])  # of a problem: solved only under the intervention; the same; solved only without

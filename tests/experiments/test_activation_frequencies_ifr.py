@@ -493,10 +493,20 @@ def test_bad_flags_are_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+def test_frequencies_may_be_named_like_the_prompts(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_bytes(dataset.read_bytes())
+    run, _ = study.run_folder(study.Config(dataset="mine.json", out=Path("mine.npy")))
+    assert run._summary == tmp_path / "mine.meta.json"
+    run, _ = study.run_folder(study.Config(dataset="mine.json", out=Path("other.npy")))
+    assert run._summary == tmp_path / "other.json"
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--out", "mine.npy"], "mine.json is what --dataset reads, and would be overwritten"),
         (["--meta", "mine.json"], "give another --meta"),
         (["--meta", "linked.json"], "give another --meta"),
         (["--meta", "flags.yaml", "--config", "flags.yaml"], "flags.yaml is what --config reads"),

@@ -227,7 +227,7 @@ def test_layers_that_are_malformed_or_not_there_are_refused(capsys, layers):
     assert f"--layers {layers!r} " in refused(capsys, f"--layers={layers}")
 
 
-@pytest.mark.parametrize("beside", ["{name}.json", "{name}/summary.json"])
+@pytest.mark.parametrize("beside", ["{name}.json", "{name}.meta.json", "{name}/summary.json"])
 def test_heads_of_two_models_are_not_correlated(beside, capsys):
     for name, matrix, weights in (("en", A, "w1"), ("zh", B, "w2")):
         facts = Path("data", beside.format(name=name))

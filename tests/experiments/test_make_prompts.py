@@ -17,7 +17,7 @@ from make_prompts import (
     sentence_pairs,
     word_problems,
 )
-from prompt_words import CAPITAL_TEMPLATES, COUNTRIES, LANGUAGES, PHRASES
+from tiny.prompt_words import CAPITAL_TEMPLATES, COUNTRIES, LANGUAGES, PHRASES
 from tiny.train_tiny_models import build_tokenizer
 
 from pyvene_ext.prompts.sets import PromptSet

@@ -143,7 +143,7 @@ def write_rows(
         advance: called with the number of tokens that have been written, and of those that will not be because a text has ended.
 
     Raises:
-        ValueError: a single row does not fit in memory.
+        ValueError: the device has not enough memory for a single row. One row is tried whatever `memory` is.
     """
     memory = max(1024 * MIB, weights_on_a_device(model)) if memory is None else memory
     prompts = {job: program.prompt(job) for job in jobs}

@@ -16,10 +16,11 @@ from pyvene_ext.methods.reasoning.drops import percent
 from pyvene_ext.methods.solving.evaluation import Evaluation
 from pyvene_ext.prompts.problems import Problem
 from pyvene_ext.stats import accuracy
-from pyvene_ext.stats.controls import CAUSAL, REDUNDANT, strata_test, verdict
+from pyvene_ext.stats.controls import strata_test, verdict
 from pyvene_ext.stats.correlations import q_values
 from pyvene_ext.stats.intervals import Interval
 from pyvene_ext.stats.stopping import anytime_interval
+from pyvene_ext.stats.thresholds import CAUSAL, REDUNDANT
 
 Split = Literal["confidence", "steps", "both"]
 SPLITS: tuple[Split, ...] = ("confidence", "steps", "both")
@@ -192,7 +193,7 @@ def row_of(
         "excess": float(excess.mean),
         "excess_low": float(excess.low),
         "excess_high": float(excess.high),
-        "verdict": verdict(drop, *found.thresholds) if enough else "",
+        "verdict": verdict(drop, *found.thresholds, unparsed=found.unparsed[here].mean()) if enough else "",
     }
 
 

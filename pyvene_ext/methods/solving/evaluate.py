@@ -153,14 +153,15 @@ def evaluate(
         read_once: let the model read once what all prompts of a batch begin with, such as solved examples, if nothing is
             edited there. Not for a model with hooks of one's own that depend on rows or columns.
         memory: for a list, bytes for keys, values and logits besides the weights; by default as much as the weights take, at
-            least 1 GiB. As many texts are written at once as fit.
+            least 1 GiB. As many texts are written at once as fit, but always one; what one takes can be more. Not with one
+            spec, whose batches have `batch_size` problems.
         store: a folder in which each text is kept as soon as it has ended. The same call resumes there after an interruption;
             texts of another model, spec or question are never taken.
         stop: when a spec needs no more problems, because what it costs is decided: one rule for all specs, or one each (None:
             never). Problems are taken in the rule's random order, and how many a spec takes depends on their outcomes alone. The
             untouched model, spec None, solves all.
-        baseline: with `stop`, the untouched model's solutions of all problems; by default those of None, which must then be among
-            the specs.
+        baseline: only with `stop`, the untouched model's solutions of all problems; by default those of None, which must then be
+            among the specs.
         progress: show a bar; or a bar of a longer run, advanced by one per problem (and spec).
 
     Returns:
@@ -170,7 +171,8 @@ def evaluate(
     Raises:
         ValueError: before anything is generated: no problems, a prompt too long for the new tokens, a spec that does not fit the
             model, the prompts or the scope, a missing reference, an unknown rule; a store that is a file; a rule of stopping
-            without an untouched run; or processes of a launch that were given different arguments.
+            without an untouched run, a baseline without such a rule; `memory` for one spec; or processes of a launch that were
+            given different arguments.
     """
     specs: list[Any] = list(spec) if isinstance(spec, list) else [spec]
     if not specs:
@@ -185,6 +187,13 @@ def evaluate(
     check_rule(rule)
     for some in {id(some): some for some in asked}.values():
         check_questions(model, some, scope, max_new_tokens)
+    together = isinstance(spec, list | TokenEdits) or store is not None or stop is not None
+    if memory is not None and not together:
+        raise ValueError(
+            "memory is for a list of specs, whose texts are written at once; for one spec give batch_size, or a list of it."
+        )
+    if baseline is not None and stop is None:
+        raise ValueError("baseline is what stop compares with; give stop too, or leave baseline out.")
     resolved = [
         resolve_spec(model, some, one, scope, max_new_tokens, reference) for some, one in zip(asked, specs, strict=True)
     ]
@@ -206,9 +215,10 @@ def evaluate(
         clean = next((number for number, one in enumerate(specs) if one is None), 0)
         untouched = (lambda: judged(clean, range(len(asked[0])))) if baseline is None else lambda: baseline
         rounds = UntilDecided(rounds.sizes, stops, untouched, judged)
-    if isinstance(spec, list | TokenEdits) or store is not None or stop is not None:
+    if together:
         _of_all(jobs, specs, resolved, found, rounds, memory=memory, store=store, progress=progress)
     else:
+        assert not isinstance(spec, list | TokenEdits)
         n = len(asked[0])
         bar = progress if isinstance(progress, tqdm) else progress_bar(n, "problem", shown=progress)
 

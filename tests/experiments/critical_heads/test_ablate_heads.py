@@ -235,6 +235,8 @@ def test_what_sets_that_stopped_say(capsys: pytest.CaptureFixture[str]) -> None:
     assert ": causal, not told apart from random heads: 3 of 19" in other
     (few,) = study.verdicts_of([row | {"share_as_large": 0.1}], config)
     assert "unlike all random sets, too few" in few
+    (broken,) = study.verdicts_of([row | {"unparsed": 11}], config)
+    assert ": text broken, no verdict (92% of answers unparsed): 0 of 19 random" in broken and "specific" not in broken
 
 
 # -- a model that is known ---------------------------------------------------------------------------------------------
@@ -281,6 +283,7 @@ def test_what_random_heads_do_as_well_is_not_specific() -> None:
             "one as much": {"share_as_large": 0.1},
             "excess": {"excess_low": -1.0},
             "few": {"random_sets": 18, "share_as_large": 1 / 19},
+            "broken": {"unparsed": 26},
         }.items()
     }
     assert (
@@ -292,6 +295,8 @@ def test_what_random_heads_do_as_well_is_not_specific() -> None:
     assert ": causal, not specific" in said["one as much"] and "1 of them as much" in said["one as much"]
     assert ": causal, not specific" in said["excess"]
     assert ": causal, more than all random sets, too few to call it specific: 18 random sets" in said["few"]
+    assert ": text broken, no verdict (52% of answers unparsed): 19 random sets cost 5.0" in said["broken"]
+    assert "specific" not in said["broken"]
     assert not study.verdicts_of([{**row, "n_heads": 3}], study.Config()), "of the largest set"
 
 

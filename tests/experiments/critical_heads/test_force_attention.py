@@ -220,6 +220,14 @@ def test_chosen_heads_have_random_heads_of_their_layers_beside_them(folder: Path
 
 
 @pytest.mark.slow
+def test_a_pattern_that_breaks_the_text_is_not_called_causal() -> None:
+    row: dict[str, Any] = {"model": "m", "pattern": "hub", "hard": False, "position": 0, "problems": 16, "unparsed": 16}
+    row |= {"drop": 56.2, "drop_low": 31.2, "drop_high": 81.2, "random_drop": float("nan")}
+    words = "56.2 points [31.2, 81.2]: text broken, no verdict (100% of answers unparsed)"
+    one, swept = study.verdicts_of([row], [row])
+    assert one == f"m, hub: {words}" and f"(16 problems): {words}; the best of 1" in swept
+
+
 def test_the_verdicts_follow_the_table_and_the_same_command_gives_the_same(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

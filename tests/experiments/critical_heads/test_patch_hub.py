@@ -156,6 +156,21 @@ def test_the_verdicts_name_the_worst_token_of_every_site(folder: Path, capsys: p
         assert line.startswith(f"{MODEL}, {site}: ") and words in line and line in out
 
 
+def test_noise_that_breaks_the_text_is_not_called_causal() -> None:
+    row = {
+        "model": "m",
+        "site": "embed",
+        "position": 0,
+        "problems": 9,
+        "q": 0.1,
+        "drop": 50.0,
+        "low": 30.0,
+        "high": 70.0,
+    }
+    (said,) = study.verdicts_of([{**row, "unparsed": 90.0}, {**row, "unparsed": 10.0, "drop": 40.0}])
+    assert "1 of 2 tokens causal" in said and said.endswith("text broken, no verdict (90% of answers unparsed)")
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--sites", "embed", "--seeds", 2, "--places", 2)
     kept = stop_at(monkeypatch, 5, Texts, "add")

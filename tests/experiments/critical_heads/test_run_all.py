@@ -14,6 +14,8 @@ from critical_heads import run_all as study
 from pyvene_ext.io.cli import run as run_study
 from pyvene_ext.io.cli import write_config
 from pyvene_ext.io.files import write_json
+from pyvene_ext.models import loading
+from pyvene_ext.runs.plans import note_seconds
 from pyvene_ext.stats import accuracy
 from tests.tiers import first_only
 
@@ -45,6 +47,9 @@ NAMES = [
 ]
 
 
+WHY_NOT = study.why_not_transplanted
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -68,6 +73,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         write_json(part.folder / "summary.json", {"verdicts": [f"{part.folder.name} found"]})
 
     monkeypatch.setattr(study.Part, "run", run)
+    monkeypatch.setattr(study.Part, "plan", lambda part: note_seconds(240.0))
+    monkeypatch.setattr(study, "why_not_transplanted", lambda config, problems: "")
     return ran
 
 
@@ -251,7 +258,7 @@ def test_a_dry_run_asks_every_study_for_its_plan_and_writes_nothing(
     folder: Path, pretended: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags: list[Any] = []
-    monkeypatch.setattr(study.Part, "run", lambda part: flags.append(part.flags))
+    monkeypatch.setattr(study.Part, "plan", lambda part: flags.append(part.flags))
     before = sorted(folder.rglob("*"))
     assert command("--dry_run", "--limit", 30) == 0
     assert len(flags) == len(NAMES) and all(one.dry_run for one in flags)
@@ -259,6 +266,42 @@ def test_a_dry_run_asks_every_study_for_its_plan_and_writes_nothing(
     assert (
         sorted(folder.rglob("*")) == before and "9 studies of tiny-qwen2.5 and tiny-llama3.1" in capsys.readouterr().out
     )
+
+
+def test_the_sum_of_all_studies_is_said_before_the_first_runs(
+    pretended: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command() == 0
+    said, _, rest = capsys.readouterr().out.partition("\n=== rank_heads (1 of 9)")
+    assert "patch_hub: about 4 minutes" in said and said.endswith("\nall together: at most about 36 minutes\n") and rest
+    assert command("--dry_run") == 0
+    assert capsys.readouterr().out.endswith("\nall together: at most about 36 minutes\n") and len(pretended) == 9
+
+
+def test_models_are_loaded_once_for_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda name, **how: (loaded.append(name), load(name, **how))[1])
+    assert command("--dry_run", "--limit", 30) == 0
+    assert sorted(loaded) == ["tiny-llama3.1", "tiny-qwen2.5"]
+
+
+def test_heads_are_not_transplanted_between_models_that_cut_texts_differently(
+    pretended: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = loading.load_model
+
+    def other_tokens(name: str, **how: Any) -> Any:
+        model, tokenizer = load(name, **how)
+        return model, load("tiny-circuit")[1] if name == "tiny-llama3.1" else tokenizer
+
+    monkeypatch.setattr(loading, "load_model", other_tokens)
+    monkeypatch.setattr(study, "why_not_transplanted", WHY_NOT)
+    assert command() == 0
+    out = capsys.readouterr().out
+    assert pretended == [name for name in NAMES if not name.startswith("transplant_head")]
+    assert "left out: transplant_head_tiny-qwen2.5, transplant_head_tiny-llama3.1: t" in out.partition("\n===")[0]
+    assert set(json.loads(Path("out/summary.json").read_text())["failed"]) == set(NAMES) - set(pretended)
 
 
 def test_the_evidence_of_all_studies_is_shown_at_the_end(

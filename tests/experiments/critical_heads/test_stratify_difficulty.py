@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from functools import cache
@@ -265,6 +266,12 @@ def test_few_problems_are_in_no_test_and_a_difference_is_found() -> None:
     assert test["p"] > 0.5 and np.isnan(test["excess_p"])
     _, none = split_by(alike, "steps", names, 41, 0)
     assert np.isnan(none["p"]) and none["problems"] == none["strata"] == 0
+
+
+def test_a_stratum_whose_text_broke_has_no_verdict() -> None:
+    found = dataclasses.replace(measured([0.0] * 10), unparsed=np.array([1.0] * 5 + [0.0] * 5))
+    rows, _ = split_by(found, "steps", ["1"] * 5 + ["2"] * 5, 5, 0)
+    assert [row["verdict"].partition(" (")[0] for row in rows] == ["text broken, no verdict", "causal"]
 
 
 def test_verdict_lines_name_the_strata_with_most_and_least() -> None:

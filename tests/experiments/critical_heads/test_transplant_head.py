@@ -207,8 +207,11 @@ def test_the_ranking_is_by_the_score_and_random_heads_are_others_of_the_layer(mo
 
 
 def test_what_the_verdicts_say() -> None:
-    def rows(gain_low: float, excess_low: float, share: float, changed: int = 0) -> list[dict[str, Any]]:
-        common_part = {"model": "a", "donor": "b", "n_heads": 1, "problems": 9, "random_sets": 0, "changed": changed}
+    def rows(
+        gain_low: float, excess_low: float, share: float, changed: int = 0, unparsed: int = 0
+    ) -> list[dict[str, Any]]:
+        common_part: dict[str, Any] = {"model": "a", "donor": "b", "n_heads": 1, "problems": 9, "random_sets": 0}
+        common_part |= {"changed": changed, "unparsed": unparsed}
         common_part |= {f"{name}{end}": 5.0 for name in ("drop", "gain", "excess") for end in ("", "_low", "_high")}
         moved = {"gain_low": gain_low, "excess_low": excess_low, "share_as_good": share, "random_sets": 4}
         return [
@@ -226,6 +229,7 @@ def test_what_the_verdicts_say() -> None:
     assert said(1.0, -1.0, 0.2).endswith("and so may random heads")
     assert said(1.0, 1.0, 0.4).endswith("and so may random heads") and "1 of 4 sets" in said(1, 1, 0.4)
     assert said(1.0, 1.0, 0.2, 3).endswith("the self-transplant changed 3 of 9 answers, which rounding should not")
+    assert said(1.0, 1.0, 0.2, 0, 5).count("text broken, no verdict (56%") == 2
 
 
 def test_a_random_set_that_is_just_as_good_counts_as_that() -> None:

@@ -48,6 +48,23 @@ def test_other_values_are_left_to_the_flag(flags: list[str]) -> None:
     assert run(ran, Config, flags) == 7
 
 
+@dataclass(frozen=True)
+class Models:
+    models: OneOrMore[str] = ("a",)
+
+
+@dataclass(frozen=True)
+class Published:
+    model_name: str = "a"
+
+
+def test_model_is_another_name_of_the_flag_that_names_models() -> None:
+    for flags in (["--model", "b", "c"], ["--models", "b", "c"]):
+        assert run(lambda config: len(config.models), Models, flags) == 2
+    for flag in ("--model", "--model_name"):
+        assert run(lambda config: ord(config.model_name), Published, [flag, "b"]) == ord("b")
+
+
 def test_a_value_that_is_close_to_no_choice_gets_them_all(capsys: pytest.CaptureFixture[Any]) -> None:
     with pytest.raises(SystemExit):
         run(ran, Config, ["--site", "nonsense"])

@@ -73,7 +73,12 @@ def test_free_threads(cores: int, busy: float, threads_free: int) -> None:
     [
         ({}, 8),
         ({"cpu.max": "max 100000"}, 8),
-        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 1),  # two threads would wait for each other on one core and a half
+        ({"cpu.max": "50000 100000"}, 1),
+        # Of the groups around the process the least counts, and a group beside them does not.
+        ({"job/cpu.max": "300000 100000", "job/step/cpu.max": "max 100000"}, 3),
+        ({"cpu.max": "400000 100000", "job/step/cpu.max": "200000 100000", "other/cpu.max": "100000 100000"}, 2),
+        ({"cpu/slurm/cpu.cfs_quota_us": "500000", "cpu/slurm/cpu.cfs_period_us": "100000"}, 5),
         ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
     ],
@@ -82,9 +87,11 @@ def test_a_quota_of_the_control_group_counts(
     files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text("0::/job/step\n4:cpu,cpuacct:/slurm/uid_0\n2:memory:/other\n")
     monkeypatch.setattr(threads, "CGROUP", tmp_path)
+    monkeypatch.setattr(threads, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)))
     assert threads.available_cores() == cores
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from pyvene_ext.io.cli import run_shortened
 from pyvene_ext.runs.folder import RunFolder, each_model
 
 
@@ -18,7 +19,7 @@ class Config:
     out: Path | None = None
     limit: int | None = None
     dry_run: bool = False
-    sets: int = 20
+    sets: int | None = 20
     levels: tuple[int, ...] = (1, 2, 4)
 
 
@@ -76,7 +77,7 @@ def test_a_dry_run_and_a_model_that_is_refused_run_none(capsys: pytest.CaptureFi
 
 def seconds(flags: Config, model: Model, n: int) -> float:
     """10 for whatever is done, and so much for each set and level."""
-    return 10 + (flags.sets + 1) * len(flags.levels) * (1 + n / 4)
+    return 10 + ((flags.sets or 0) + 1) * len(flags.levels) * (1 + n / 4)
 
 
 def test_the_largest_values_that_are_short_enough_are_named() -> None:
@@ -92,3 +93,25 @@ def test_the_largest_values_that_are_short_enough_are_named() -> None:
     with pytest.raises(ValueError, match="run: --sets 6 or --levels 1 takes about 10 minutes, and --limit 32 takes"):
         next(loads(Config(), [], seconds=seconds, shorter=shorter, least=9))
     assert next(loads(Config(limit=32), [], seconds=seconds, shorter=shorter)).name == "a"
+    with pytest.raises(ValueError, match="run: no smaller --limit takes about 10 minutes, and --limit 32 takes all"):
+        next(loads(Config(), [], seconds=lambda *_: 1000.0))
+
+
+def test_what_no_number_of_problems_makes_short_enough_takes_fewer_sets_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(flags: Config, model: Model, n: int) -> float:
+        return 2.0 * n * (1 + (20 if flags.sets is None else flags.sets))
+
+    def study(config: Config) -> tuple[int, int | None]:
+        n = config.limit or 32
+        next(loads(config, [], seconds=slow, n=n, shorter={"sets": config.sets or 20}, spare=("sets", 20, 1)))
+        return n, config.sets
+
+    # 3 models: 48 s for each set on 8 problems, of which 12 fit, but no 7 problems with 20 random sets.
+    assert run_shortened(study, Config(sets=None)) == (8, 10)
+    said = capsys.readouterr().out
+    assert "to keep within ten minutes 8 of 32 are taken, with --sets 10; --limit 32 takes all" in said
+    # It goes on with as many when the machine is idle.
+    monkeypatch.setattr("pyvene_ext.runs.folder.LONGEST", 1e6)
+    assert run_shortened(study, Config(sets=None)) == (8, 10)

@@ -286,7 +286,7 @@ def test_specs_survive_a_file_and_have_names_of_their_own(tmp_path: Path, suffix
         ({"block": ("all", "close")}, "given by single tokens, not by 'all'"),
         ({"hub": "all"}, "given by single tokens, not by 'all'"),
         ({"positions": "last"}, "leave positions out"),
-        ({"heads": None}, "pattern needs heads"),
+        ({"heads": None}, "several; px.specs.force(model.config, ...) forces every head of every layer."),
         ({"layer": None}, "pattern needs a layer"),
         ({"site": "scores"}, "no forced attention of 'scores'"),
     ],

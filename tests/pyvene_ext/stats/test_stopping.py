@@ -20,8 +20,8 @@ from pyvene_ext.stats.stopping import (
     _counts,
     _log_capital,
     anytime_interval,
-    check_thresholds,
 )
+from pyvene_ext.stats.thresholds import check_thresholds
 
 DECIDE = Stopping(decide=(10, 2))
 

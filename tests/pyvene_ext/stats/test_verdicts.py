@@ -45,6 +45,12 @@ def test_a_verdict_goes_by_the_mean_and_the_whole_interval(drop: tuple[float, ..
     assert verdict(Interval(*drop)) == said
 
 
+def test_where_most_answers_cannot_be_read_there_is_no_verdict() -> None:
+    for drop in (Interval(56, 31, 81), Interval(0, -1, 1)):
+        assert verdict(drop, unparsed=9 / 16) == "text broken, no verdict (56% of answers unparsed)"
+        assert verdict(drop, unparsed=8 / 16) == verdict(drop)
+
+
 def test_the_value_itself_counts_among_what_is_as_large() -> None:
     assert share_as_large(2.0, [1.0, 2.0, 3.0]) == 3 / 4
     assert share_as_large(9.0, [1.0, 2.0, 3.0]) == 1 / 4

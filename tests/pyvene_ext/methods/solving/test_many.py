@@ -327,6 +327,11 @@ def test_the_store_serves_one_spec_and_models_whose_specs_run_one_by_one(family:
         ({"memory": True}, "memory must be a whole number of bytes above 0, not True"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"rule": "exact"}, "there is no rule 'exact' by which answers are read; choose among flexible-extract"),
+        (
+            {"spec": None, "memory": 10**9},
+            "memory is for a list of specs, whose texts are written at once; for one spec",
+        ),
+        ({"baseline": "nonsense"}, "baseline is what stop compares with; give stop too"),
         ({"store": __file__}, "is a file; name a folder in which texts are kept"),
     ],
 )
