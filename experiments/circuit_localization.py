@@ -236,7 +236,7 @@ def found_by(
 
 
 def table_of(config: Config, model: PreTrainedModel, found: Mapping[str, Found], on_judged: Any, a_pass: float) -> Rows:
-    """A row a method; if ACDC was asked for, with the faithfulness of as many edges as it keeps."""
+    """One row per method; if ACDC was asked for, with the faithfulness of as many edges as it keeps."""
     rows, (base, source) = [], on_judged
     for method, one in found.items():
         rows.append({"method": method} | one.row(config.seed, a_pass))

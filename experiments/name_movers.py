@@ -80,7 +80,7 @@ class Config(px.flags.Model, px.flags.Dataset):
     out: px.flags.Out = None
     names: px.flags.EachOnce[str] | None = None
     """the prompts' own positions that hold further names; by default those called earlier..."""
-    heads: px.flags.EachOnce[px.flags.Head] = ()
+    heads: px.flags.EachOnce[px.flags.HeadLabel] = ()
     """the heads shown and drawn; by default those with the largest attributions"""
     top: Annotated[int, Ge(1), Le(100)] = 5
     """a name counts as copied if it is among this many top tokens"""

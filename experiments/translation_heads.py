@@ -68,7 +68,7 @@ class Config(px.flags.Translation):
     out: px.flags.Out = None
     check_known: bool = False
     """compare with the published heads of the model: from English, into five languages"""
-    show_heads: tuple[px.flags.Head, ...] = ()
+    show_heads: tuple[px.flags.HeadLabel, ...] = ()
     """heads to look at, as in 4.5; by default the five highest of each pair"""
     show_sentences: tuple[Annotated[int, Ge(0)], ...] = ()
     """sentences to look at, by their place among those that are kept; by default the first three"""

@@ -9,7 +9,7 @@
 Method. The model solves each problem by itself, greedily, with the outputs z of the first heads of a ranking replaced: by
 nothing (zero), by their means (mean), or by another problem's (resample). Scopes: reasoning, each generated token before `####`;
 new, those and the answer's; both, the question's tokens too. A token's own z is replaced, so the token after it is the first to
-change. The reasoning of a model of continuous thoughts is its latent steps; those after an ablated one are thought anew. Means
+change. The reasoning of a model of continuous thoughts is its latent steps; those after an ablated one are recomputed. Means
 and other problems' activations are of the untouched model on the first --donors problems, with what it wrote for them; resampling
 takes the token at the same distance from the question's end, of a problem that is not the same.
 
@@ -34,7 +34,7 @@ there are 19 or more. problems, of and stopped say what a set took, and why no m
 Written to the folder OUT: accuracy_KIND_SCOPE.csv (n_heads, MODEL_acc); ablations.csv, every number; random_sets.csv, the drop of
 each random set; correct/MODEL.npy, the problems that each of the model's rows of ablations.csv got right, [row problem];
 heads/MODEL.csv, the ranking; figures/accuracy_KIND_SCOPE.png; config.yaml (running it again gives the same); and summary.json,
-what was run, with the verdicts. A run that was interrupted goes on where it stopped.
+what was run, with the verdicts. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Config(px.flags.Problems, px.flags.Ranking, px.flags.Ablations, px.flags.D
 
 
 class Found(NamedTuple):
-    """The outcome with one model: a row a kind, scope and number of heads; a row a random set; what each row got right.
+    """The outcome with one model: one row per kind, scope and number of heads; one per random set; what each row got right.
 
     Where sets stop, what is right is NaN for the problems that a set did not take.
     """
@@ -223,7 +223,7 @@ def ablate(config: Config, solver: Solver, ranked: tuple[Head, ...], controls: l
 
 
 def verdicts_of(rows: Sequence[Row], config: Config) -> list[str]:
-    """One line a model, kind and scope, of the largest set."""
+    """One line per model, kind and scope, of the largest set."""
     lines = []
     ranking = "given" if config.rankings else config.by
     for row in rows:
@@ -277,7 +277,7 @@ def random_above(row: Row, config: Config) -> str:
 
 
 def evidence(rows: Sequence[Row], config: Config) -> list[px.runs.Evidence]:
-    """A line a model, of the largest set in the first kind and scope."""
+    """One line per model, of the largest set in the first kind and scope."""
     lines = []
     for row in rows:
         if (row["n_heads"], row["kind"], row["scope"]) != (config.levels[-1], config.kind[0], config.scopes[0]):

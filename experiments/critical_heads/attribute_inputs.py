@@ -30,7 +30,7 @@ differences are paired.
 Written to the folder OUT: tokens.csv (problem, token, text, tag, attribution) of the chosen heads; tags.csv, shares by tag;
 heads.csv and problems.csv, the number itself with and without the tokens, and the completeness error; figures/by_tag.png, and
 figures/MODEL_HEAD.png, some problems with their tokens coloured; config.yaml (running it again gives the same); and summary.json,
-what was run, with the verdicts and the incomplete problems. A run that was interrupted goes on where it stopped.
+what was run, with the verdicts and the incomplete problems. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
     from pyvene_ext.methods.attribution.by_tag import AttributedHead
     from pyvene_ext.runs.reasoning import Asked, Setting
+    from pyvene_ext.stats.controls import Head
 
 FAINT = 0.02  # attention that is as good as none
 Row = dict[str, Any]
-Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Config(px.flags.Problems, px.flags.Ranking):
     """where the head is read: the mean over the block, its last token, or the prompt's last"""
     hub: int | None = None
     """for attention: the token of the block that is the hub; by default in each problem the one that the head attends to most"""
-    heads: px.flags.EachOnce[px.flags.Head] = ()
+    heads: px.flags.EachOnce[px.flags.HeadLabel] = ()
     """which heads, as layer.head; by default the first of a ranking"""
     by: px.flags.Score = "hub"
     n_heads: px.flags.Count | None = None
@@ -80,7 +80,7 @@ class Config(px.flags.Problems, px.flags.Ranking):
     most_steps: px.flags.Count = 450
     """of problems whose attributions are incomplete with fewer; three times as many are tried each time"""
     sample: Annotated[int, Ge(2)] | None = None
-    """no more problems than so many, the first ones; by default 64 with tiny models, 12 with others"""
+    """at most this many problems, the first ones; by default 64 with tiny models, 12 with others"""
     random_heads: Annotated[int, Ge(0)] = 2
     """random other heads of the same layer for each head; 0 for none"""
     shown: px.flags.Count = 3
@@ -280,7 +280,7 @@ def verdict_of(head: Row, tags: Sequence[Row], config: Config) -> str:
 
 
 def verdicts_of(heads: Sequence[Row], tags: Sequence[Row], config: Config) -> list[str]:
-    """One line a head."""
+    """One line per head."""
     return [
         verdict_of(head, [row for row in tags if (row["model"], row["head"]) == (head["model"], head["head"])], config)
         for head in heads

@@ -9,10 +9,11 @@ Method. The model solves the problems untouched. The reasoning it wrote is the b
 given again, and the answer after `####` is generated while the queries of the block, in the chosen layers and heads, have a
 pattern that is given by hand. With --regenerate reasoning, the default of real models, the question alone is given, and the model
 writes reasoning and answer while each token of the reasoning that it writes has such a pattern among those written; so nothing
-can be copied from reasoning that was written untouched. A query that gives the block's tokens a mass m of its attention shares it
-out anew: hub, 0.8 m to one token and 0.2 m evenly to the others that it may see; uniform, m evenly; sequential, m to the token
-before. Attention to the question is kept, or with a `hard` pattern moved into the block too (`forced_attention.ForcedAttention`
-has the details). Given tokens stay what they are; what changes is the keys and values that later ones are written from.
+can be copied from reasoning that was written untouched. A query that gives the block's tokens a mass m of its attention
+redistributes it: hub, 0.8 m to one token and 0.2 m evenly to the others that it may see; uniform, m evenly; sequential, m to the
+token before. Attention to the question is kept, or with a `hard` pattern moved into the block too
+(`forced_attention.ForcedAttention` has the details). Given tokens stay what they are; what changes is the keys and values that
+later ones are written from.
 
 Then the hub is put at every token of the block in turn, or at --places of them. Token i of a block is there in problems whose
 untouched blocks are longer than i; each is compared with the untouched run on the same problems. `random_hub` in the table is its
@@ -24,7 +25,7 @@ A drop is the loss of accuracy against the untouched run, in points, with its pa
 
 Written to the folder OUT: accuracy_by_pattern.csv (pattern, MODEL_acc) and hub_sweep.csv (position, MODEL_soft_acc,
 MODEL_hard_acc); patterns.csv and hubs.csv, the same with intervals, drops and p; figures; config.yaml (running it again gives the
-same); and summary.json, what was run, with the verdicts. A run that was interrupted goes on where it stopped.
+same); and summary.json, what was run, with the verdicts. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ class Config(px.flags.Regeneration):
     """the patterns, each soft and hard"""
     hub: int = 0
     """the token of the block that is the hub of the pattern hub; a negative one counts from the end of a block that is given"""
-    heads: px.flags.EachOnce[px.flags.Head] = ()
+    heads: px.flags.EachOnce[px.flags.HeadLabel] = ()
     """which heads, as layer.head; by default all"""
     sweep: bool = True
     """also put the hub at every token of the block in turn"""
     places: px.flags.Count | None = None
-    """only so many tokens of the block in the sweep, evenly spaced; by default all, and 2 where reasoning is written anew"""
+    """only this many tokens of the block in the sweep, evenly spaced; by default all, and 2 where reasoning is regenerated"""
     min_problems: Annotated[int, Ge(2)] = 10
     """a token of the block that fewer problems have is skipped by the sweep"""
     random_sets: Annotated[int, Ge(0)] = 20
@@ -249,7 +250,7 @@ def having(hubs: Sequence[int | None]) -> list[int]:
 def forced(
     setting: Setting, asked: Sequence[tuple[tuple[px.ForcedAttention, ...], Sequence[int | None]]]
 ) -> list[px.methods.Evaluation]:
-    """What the problems that have a hub come to, with each pattern in the block that is given or written anew."""
+    """The outcomes of the problems that have a hub, with each pattern in the block that is given or regenerated."""
     some = [(spec, having(hubs), [hub for hub in hubs if hub is not None]) for spec, hubs in asked]
     if setting.anew:
         return setting.force(
@@ -289,7 +290,7 @@ def row_of(
 
 
 def verdicts_of(patterns: Sequence[Row], hubs: Sequence[Row]) -> list[str]:
-    """One line a model and pattern, and one for the sweep of the hub."""
+    """One line per model and pattern, and one for the sweep of the hub."""
     lines = []
     for row in patterns:
         if row["pattern"] != "none":

@@ -26,7 +26,7 @@ p with the false discovery rate over the block's tokens (Benjamini and Hochberg 
 
 Written to the folder OUT: drop_SITE.csv (position, MODEL_drop), one a site; positions.csv, the same with intervals, spread over
 seeds, p and q; figures/drop_by_position.png; config.yaml (running it again gives the same); and summary.json, what was run, with
-the verdicts. A run that was interrupted goes on where it stopped.
+the verdicts. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Config(px.flags.Regeneration):
     noise: Literal["gaussian", "norm_matched"] = "gaussian"
     """its distribution"""
     seeds: px.flags.Count | None = None
-    """draws of the noise; by default 5, and 1 where reasoning is written anew"""
+    """draws of the noise; by default 5, and 1 where reasoning is regenerated"""
     places: px.flags.Count | None = None
-    """only so many tokens of the block, evenly spaced; by default all, and 4 where reasoning is written anew"""
+    """only this many tokens of the block, evenly spaced; by default all, and 4 where reasoning is regenerated"""
     min_problems: Annotated[int, Ge(2)] = 10
     """a token of the block that fewer problems have is skipped"""
 
@@ -124,7 +124,7 @@ def seconds_of(config: Config, asked: Asked, n: int) -> float:
     """How long the texts, and then all runs take at most: sites x tokens x seeds."""
     sites = specs_of(config, asked.model, config.seed)
     runs = len(sites) * (config.most_places(asked.anew) or config.new_tokens) * config.n_seeds(asked.anew)
-    # Where reasoning is written anew, noise is at the last token that is given.
+    # Where reasoning is regenerated, noise is at the last token that is given.
     return asked.seconds(n) + asked.seconds_of_conditions(n, runs, 0 if asked.anew else 1)
 
 
@@ -194,7 +194,7 @@ def measure(setting: Setting, config: Config) -> list[Row]:
 
 
 def verdicts_of(rows: Sequence[Row]) -> list[str]:
-    """One line a model and site: the token whose loss is worst, and how many are causal or redundant."""
+    """One line per model and site: the token whose loss is worst, and how many are causal or redundant."""
     lines = []
     for model, site in dict.fromkeys((row["model"], row["site"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["site"]) == (model, site)]

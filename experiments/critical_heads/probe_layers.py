@@ -18,7 +18,7 @@ the residual stream a ridge regression reads
 of the problem's own solution. Probes are cross-validated, the penalty chosen inside the training folds (`probes` has
 the details). Problems with the same numbers in the same order are in one fold (or, by --group question, those with the same text
 only), so that no probe is tested on what it has seen. R^2 is of all problems together, each predicted without its fold: 0 is
-what knowing only the mean gives, and a class is one number a class, 1 or 0. Its 95% interval is a bootstrap over these groups,
+what knowing only the mean gives, and a class is one number per class, 1 or 0. Its 95% interval is a bootstrap over these groups,
 each resample against the same mean.
 Beside it stand
 
@@ -78,7 +78,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Config(px.flags.Problems):
     limit: px.flags.Limit = None
-    """only the first so many problems; by default 1200 of the tiny models', 100 of one and two steps of plain, all of others"""
+    """only the first N problems; by default 1200 of the tiny models', 100 of one and two steps of plain, all of others"""
     positions: px.flags.OneOrMore[Position] = ("question_last", "block_first", "block_last", "mark")
     """where the residual stream is read: those named above, or a token of the block (negative: from its end)"""
     targets: px.flags.OneOrMore[Target] = ("answer", "last_digit", "first_operand", "result_1", "correct")
@@ -224,7 +224,7 @@ def best_places(rows: Sequence[Row]) -> list[Row]:
 
 
 def verdicts_of(best: Sequence[Row]) -> list[str]:
-    """One line a model, position and target, of the place where most is known."""
+    """One line per model, position and target, of the place where most is known."""
     return [
         f"{row['model']}, {row['position']}, {row['target']}: {verdict_of(row)}: R^2 "
         f"{in_words(px.stats.interval_in(row, 'r2'))} at {row['place']}, the best of {row['places']} "

@@ -16,7 +16,7 @@ ablate_heads.py shows that.
 Written to the folder OUT: heads/MODEL_SCORE.csv for each score (scores,layer,head, highest first; what ablate_heads.py takes);
 scores.csv, all scores of all heads with the token of the block that most often is the hub; figures/MODEL_SCORE.png;
 attention.json, where the first heads by composite look; config.yaml (running it again gives the same); and summary.json, what was
-run. A run that was interrupted goes on where it stopped.
+run. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def seconds_of(_: Config, asked: Asked, n: int) -> float:
 
 
 def rows_of(model: str, scores: px.methods.BlockScores) -> list[Row]:
-    """One row a head."""
+    """One row per head."""
     values = {score: scores.of(score) for score in px.methods.SCORES}
     hubs = scores.usual_hub()
     return [

@@ -21,20 +21,20 @@ Of each stratum: accuracy with Wilson's 95% interval, untouched and under the in
 bootstrap interval, and in percent of the untouched accuracy (a stratum with low accuracy has little to lose); and with heads the
 excess over the mean of random sets of other heads of the same layers, head for head. With noise the drop is the mean over seeds.
 
-Whether the drop (and the excess) differs between the strata of a split is a permutation test: strata are dealt to the problems
-anew, their sizes kept. p is (1 + as far apart) / (1 + permutations); q is p with the false discovery rate over the splits of all
-models. Of one stratum it is tested likewise whether its drop differs from that of all problems, q being over the strata of its
-split. Verdicts: a drop above 10 points is causal and one below 2 redundant, by the mean and by the whole interval. A stratum of
-fewer than --min_problems problems is shown with its counts and is in no test and no verdict.
+Whether the drop (and the excess) differs between the strata of a split is a permutation test: strata are reassigned to the
+problems, their sizes kept. p is (1 + as far apart) / (1 + permutations); q is p with the false discovery rate over the splits of
+all models. Of one stratum it is tested likewise whether its drop differs from that of all problems, q being over the strata of
+its split. Verdicts: a drop above 10 points is causal and one below 2 redundant, by the mean and by the whole interval. A stratum
+of fewer than --min_problems problems is shown with its counts and is in no test and no verdict.
 
 With --decide or --width the heads take problems, in a random order, until their drop over all strata is decided, or its interval
 that narrow, as in ablate_heads.py; random sets take the same problems. Strata are of the problems taken, which may be few. All
 intervals are such that hold wherever one stops; the tests hold too, as the strata have no part in where that is.
 
 Written to the folder OUT: drop_by_SPLIT.csv (stratum, MODEL_drop), one a split; strata.csv, every number; tests.csv, the tests;
-problems/MODEL.csv, a row a problem with its strata and what was right; figures/MODEL.png and figures/MODEL_both.png; config.yaml
-(running it again gives the same); and summary.json, what was run, with the edges and the verdicts. A run that was interrupted
-goes on where it stopped.
+problems/MODEL.csv, one row per problem with its strata and what was right; figures/MODEL.png and figures/MODEL_both.png;
+config.yaml (running it again gives the same); and summary.json, what was run, with the edges and the verdicts. The same command
+resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Config(px.flags.Regeneration, px.flags.Ranking, px.flags.Ablations, px.flags.Deciding):
     limit: px.flags.Limit = None
-    """only the first so many problems; by default 400 of the tiny models', 40 of one and two steps of plain, all of others"""
+    """only the first N problems; by default 400 of the tiny models', 40 of one and two steps of plain, all of others"""
     max_new_tokens: Annotated[int, Ge(2)] | None = None  # the first new token follows from the question alone
-    heads: px.flags.EachOnce[px.flags.Head] = ()
+    heads: px.flags.EachOnce[px.flags.HeadLabel] = ()
     """which heads to ablate, as layer.head; by default the first of a ranking"""
     n_heads: px.flags.Count | None = None
     """how many heads of the ranking to ablate; by default 1 with tiny models, 4 with others"""
@@ -261,7 +261,7 @@ def with_noise_at(hub: int, config: Config, setting: Setting) -> ProblemEffects:
 
 
 def verdicts_of(rows: Sequence[Row], tests: Sequence[Row], facts: Row) -> list[str]:
-    """One line a model and split."""
+    """One line per model and split."""
     lines = []
     for test in tests:
         mine = [row for row in rows if (row["model"], row["split"]) == (test["model"], test["split"])]

@@ -30,7 +30,7 @@ and no random set is as good.
 
 Written to the folder OUT: accuracy.csv (n_heads, MODEL_CONDITION_acc); transplants.csv, every number; random_sets.csv; maps.csv,
 how well each map fits; figures/accuracy.png; config.yaml (running it again gives the same); and summary.json, what was run, with
-the verdicts. A run that was interrupted goes on where it stopped.
+the verdicts. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ OF_A_LAYER = 0.5  # how much of a layer's time a donor's head takes, which is al
 class Config(px.flags.Regeneration, px.flags.Ranking):
     donor: px.flags.ModelName = "tiny-llama3.1"
     """the model whose heads are transplanted; named as --models are, which are the hosts"""
-    heads: px.flags.EachOnce[px.flags.Head] = ()
+    heads: px.flags.EachOnce[px.flags.HeadLabel] = ()
     """heads of the host, as layer.head, the first one first; by default those of the ranking"""
-    donor_heads: tuple[px.flags.Head, ...] = ()
+    donor_heads: tuple[px.flags.HeadLabel, ...] = ()
     """heads of the donor, each for the place of the head at its place in --heads or in the ranking"""
     donor_ranking: str | None = None
     """as --rankings, for the donor"""
@@ -260,7 +260,7 @@ def transplant(config: Config, host: Host) -> tuple[list[Row], list[Row]]:
 
 
 def verdicts_of(rows: Sequence[Row]) -> list[str]:
-    """Two lines a model and number of heads: what they are needed for, and whether the donor's do it."""
+    """Two lines per model and number of heads: what they are needed for, and whether the donor's do it."""
     found = {(row["model"], row["n_heads"], row["condition"]): row for row in rows}
     lines = []
     for model, n in dict.fromkeys((row["model"], row["n_heads"]) for row in rows):

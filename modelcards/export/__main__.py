@@ -1,6 +1,6 @@
 """Write our cards, or fixes of pyvene, into a checkout of pyvene, ready for a pull request.
 
-    python -m modelcards.export --to ~/pyvene --family qwen3 > card.md      # one family a pull request
+    python -m modelcards.export --to ~/pyvene --family qwen3 > card.md      # one family per pull request
     python -m modelcards.export --to ~/pyvene --all > cards.md              # every card
     python -m modelcards.export --to ~/pyvene --fixes 9 > fix.md            # one fix; without a number all that apply
 

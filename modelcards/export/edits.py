@@ -16,7 +16,7 @@ from modelcards.export.behaviour import Behaviour, Question
 from modelcards.export.source import Source
 
 Open = Callable[[str], Source]
-Edit = Callable[[Open, Behaviour], str]
+SourceEdit = Callable[[Open, Behaviour], str]
 
 BASE, RESOLVER = "pyvene/models/intervenable_base.py", "pyvene/models/modeling_utils.py"
 
@@ -198,4 +198,4 @@ def attention_weight(open_file: Open, found: Behaviour) -> str:
     return ""
 
 
-EDITS: dict[int, Edit] = {1: head_size, 2: projection_widths, 7: attention_weight, 23: missing_fields}
+EDITS: dict[int, SourceEdit] = {1: head_size, 2: projection_widths, 7: attention_weight, 23: missing_fields}

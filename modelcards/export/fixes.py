@@ -60,7 +60,7 @@ class Fix:
         return [path for path in self.paths if path.startswith("tests/")]
 
     @property
-    def edit(self) -> edits.Edit | None:
+    def edit(self) -> edits.SourceEdit | None:
         """What makes the change, if its diff does not."""
         return edits.EDITS.get(self.numbers[0])
 

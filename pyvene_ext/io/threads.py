@@ -1,4 +1,4 @@
-"""How many threads torch gets, where nobody has said so: as many as the machine has to spare.
+"""How many threads torch gets, where the user has not set it: as many as the machine has to spare.
 
 Threads of one product wait for each other. Where another program has one of two cores, a product on two threads takes 20 to 100
 times as long as on one. So a command takes no more threads than cores are free when it starts, and lets threads that wait

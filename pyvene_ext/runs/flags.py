@@ -38,7 +38,7 @@ __all__ = [
     "Dataset",
     "Deciding",
     "EachOnce",
-    "Head",
+    "HeadLabel",
     "Limit",
     "Loading",
     "Memory",
@@ -69,7 +69,7 @@ Limit = Annotated[
 ]
 Out = Annotated[Path | None, Doc("folder to write; by default outputs/STUDY/MODEL_DATASET")]
 Seed = Annotated[int, Ge(0), Doc("seed of every random draw")]
-Head = Annotated[str, Matches(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
+HeadLabel = Annotated[str, Matches(r"\d+\.\d+", "heads as layer.head, such as 2.5")]
 Score = Literal["flow", "hub", "skip", "composite"]  # of `methods.reasoning.block_scores`
 Rule = Literal["flexible-extract", "strict-match", "last-of-line"]  # of `methods.solving.answers`
 
@@ -433,7 +433,7 @@ class TranslatedWords(Translation):
 class TranslationHeads(TranslatedWords):
     """The heads that are held to cause a translation."""
 
-    heads: EachOnce[Head] = ()
+    heads: EachOnce[HeadLabel] = ()
     """the heads, as in 4.5; by default those found by their attention"""
 
 

@@ -212,7 +212,7 @@ def edge_attribution(
         # Pairs are of equal length, so that both sets are sorted alike.
         sources = repeat(None) if constant is not None else source.batches(batch_size, "right")  # type: ignore[union-attr]
         for batch, of_source in zip(base.batches(batch_size, "right"), sources, strict=False):
-            ablated = _Ablated(sending, batch, of_source, constant)
+            ablated = _AblatedEdges(sending, batch, of_source, constant)
             found = _scores(ablated, receiving, batch, metric, _stages(model, method), steps)
             scores[:, :, batch.index] = found.permute(1, 2, 0).cpu().numpy()
             bar.update(len(batch.index))
@@ -279,7 +279,7 @@ def _stages(model: PreTrainedModel, method: EdgeMethod) -> list[_Stage]:
     return stages
 
 
-class _Ablated:
+class _AblatedEdges:
     """What ablated edges carry in a batch."""
 
     def __init__(
@@ -307,7 +307,7 @@ class _Ablated:
 
 
 def _scores(
-    ablated: _Ablated, receiving: Receivers, base: Batch, metric: Metric, stages: list[_Stage], steps: int
+    ablated: _AblatedEdges, receiving: Receivers, base: Batch, metric: Metric, stages: list[_Stage], steps: int
 ) -> Float[Tensor, "batch sender receiver"]:
     """Score all edges on some prompts; anything where there is no edge.
 

@@ -71,7 +71,7 @@ def read_at(
         hubs: for each problem the token of its block that is attended to (negative: from its end).
         answers: for each problem the token along whose unembedding a projection goes; problems with None are left out.
         model: the model, for `answers`.
-        most: no more problems than so many, the first ones.
+        most: at most this many problems, the first ones.
 
     Returns:
         The problems that have such a hub, a token after it that is read, and an answer.

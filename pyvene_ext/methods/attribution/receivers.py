@@ -28,8 +28,8 @@ from pyvene_ext.models.norms import WrittenNorm
 from pyvene_ext.models.replay import Replay, splittable
 from pyvene_ext.specs.graph import edge_exists, receiver_slices, receivers, senders
 
-Parts = Float[Tensor, "receiver batch pos d_model"]
-TOGETHER = 64  # receivers whose gradients are multiplied at once, if the model has so many: a thinner product is slower
+ReceiverParts = Float[Tensor, "receiver batch pos d_model"]
+TOGETHER = 64  # receivers whose gradients are multiplied at once, if there are that many: a thinner product is slower
 
 
 class Products:
@@ -51,7 +51,7 @@ class Products:
         self._buffer = receiving.gradients.take((widest, *changes.shape[1:]), changes.device).zero_()
         self._group = self._groups[0]
 
-    def slots(self, those: slice) -> Parts:
+    def slots(self, those: slice) -> ReceiverParts:
         """Where to write gradients.
 
         Args:
@@ -115,7 +115,7 @@ class Receivers:
             hooks: closing it removes the hooks. `Taps` of `watched` are the caller's.
         """
 
-        def cut(those: slice, pull: Callable[[Tensor, Parts], None], stream: Tensor, read: Tensor) -> Tensor:
+        def cut(those: slice, pull: Callable[[Tensor, ReceiverParts], None], stream: Tensor, read: Tensor) -> Tensor:
             def back(gradient: Tensor) -> Tensor:
                 parts = products().slots(those)
                 pull(gradient, parts)
@@ -167,7 +167,7 @@ class Receivers:
         weight: Float[Tensor, "d_in d_out"],
         heads: Sequence[tuple[str, slice]],
         gradient: Float[Tensor, "batch pos width"],
-        parts: Parts,
+        parts: ReceiverParts,
     ) -> None:
         """Take each head's gradient back to the stream, through its slice of the weight and the norm."""
         centred = norm.centre(stream[:, start:].float())
@@ -190,7 +190,7 @@ def _through_graph(
     read: Tensor,
     entries: Sequence[Tensor] | None,
     gradient: Float[Tensor, "batch pos width"],
-    parts: Parts,
+    parts: ReceiverParts,
 ) -> None:
     """Take some entries of a gradient after the other, or all, back to the stream by the graph between the two."""
     for number, part in enumerate([None] if entries is None else entries):

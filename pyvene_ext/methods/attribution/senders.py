@@ -50,7 +50,7 @@ class Written(NamedTuple):
     """What a run's senders write, from which what they add is computed."""
 
     seen: dict[Where, Tensor]
-    normed: dict[int, Tensor]  # what enters the norm behind attention's output projection, by layer, where there is one
+    normed: dict[int, Tensor]  # what enters the norm after attention's output projection, by layer, where there is one
 
 
 class Senders:

@@ -1,4 +1,4 @@
-"""What a circuit is worth (more than its layers? anything missed, anything to spare?), and what two circuits share."""
+"""Tests of a circuit (beyond its layers' share, complete, minimal), and the overlap of two circuits."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ class Overlap:
         jaccard: shared edges / edges of either.
         core: the shared edges.
         n_other: edges of the other circuit.
-        chance: the Jaccard index where the edges of both circuits are drawn anew, each keeping how many edges lead from each kind
+        chance: the Jaccard index where the edges of both circuits are redrawn, each keeping how many edges lead from each kind
             of sender in each layer to each kind of receiver in each layer.
         p: (1 + draws with at least the observed index) / (1 + draws); NaN, as the others, if both circuits are empty.
     """

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from pyvene_ext.io.bounds import whole_number
 from pyvene_ext.io.seeds import rng
 from pyvene_ext.methods.attribution.gradients import check_differentiable
 from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation
+from pyvene_ext.methods.circuits import Level
 from pyvene_ext.methods.circuits.choosing import chosen_edges
 from pyvene_ext.methods.circuits.circuit import Circuit
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel
@@ -47,7 +48,6 @@ from pyvene_ext.specs.graph import Node, edge_exists, receivers, senders
 if TYPE_CHECKING:
     import pandas as pd
 
-Level = Literal["edge", "node"]
 SHARES: dict[Level, float] = {"edge": 0.02, "node": 0.1}  # open at the end
 STEPS = 200
 FALLING = 0.9  # of the steps; in the rest the share stays

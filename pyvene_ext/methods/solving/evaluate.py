@@ -22,7 +22,7 @@ rounding). Its `scope` says at which ones:
     reasoning   the same until `####`: the token that completes it in the text, and later ones, are not edited
     both        prompt and new
 
-A text ends with an end token, with the line of the answer behind `####`, or where the model goes on to another question (`STOPS`,
+A text ends with an end token, with the line of the answer after `####`, or where the model goes on to another question (`STOPS`,
 which is cut off); otherwise it is cut at the most tokens. Answers are read by a rule of `answers`.
 
 In float32 a list gives the texts of one spec at a time, token for token. In half precision two likely tokens can change places by

@@ -30,7 +30,7 @@ class Config(flags.Model, flags.Prompts, flags.Sweep):
     width: Annotated[float, Gt(0), Le(1)] | None = None
     trim: Annotated[float, Ge(0), Lt(0.5)] | None = None
     sites: flags.OneOrMore[Literal["z", "q"]] = ("z",)
-    heads: flags.EachOnce[flags.Head] = ()
+    heads: flags.EachOnce[flags.HeadLabel] = ()
     seeds: flags.OneOrMore[flags.Seed] = (0, 1)
     levels: Annotated[tuple[int, ...], Ascending()] = (1, 3)
     out: flags.Out = None
