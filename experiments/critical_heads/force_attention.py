@@ -312,10 +312,13 @@ def verdicts_of(patterns: Sequence[Row], hubs: Sequence[Row]) -> list[str]:
 
 
 def evidence(patterns: Sequence[Row], model: str) -> px.runs.Evidence:
-    """The largest drop among a model's patterns, beside random heads if there are any."""
+    """The largest drop among a model's patterns whose answers can be read, beside random heads if there are any."""
     mine = [row for row in patterns if row["model"] == model and row["pattern"] != "none"]
-    worst = max(mine, key=lambda row: row["drop"])
-    effect = f"{model}, {worst['pattern']}, the largest of {len(mine)} drops, costs (points)"
+    readable = [row for row in mine if row["unparsed"] <= px.stats.BROKEN * row["problems"]]
+    worst = max(readable or mine, key=lambda row: row["drop"])
+    lost, drops = len(mine) - len(readable), px.io.counted(len(readable or mine), "drop")
+    broken = f" ({px.io.counted(lost, 'pattern')} broke the text)" if lost else ""
+    effect = f"{model}, {worst['pattern']}, the largest of {drops}{broken}, costs (points)"
     control = "none, as all heads are forced; name some with --heads"
     if not math.isnan(worst["random_drop"]):
         control = f"random heads cost {worst['random_drop']:.1f}, p = {worst['random_p']:.2g}"

@@ -219,15 +219,18 @@ def test_chosen_heads_have_random_heads_of_their_layers_beside_them(folder: Path
     assert not (folder / "x/hubs.csv").exists()
 
 
-@pytest.mark.slow
-def test_a_pattern_that_breaks_the_text_is_not_called_causal() -> None:
+def test_a_pattern_that_breaks_the_text_is_not_called_causal_nor_is_it_the_evidence() -> None:
     row: dict[str, Any] = {"model": "m", "pattern": "hub", "hard": False, "position": 0, "problems": 16, "unparsed": 16}
     row |= {"drop": 56.2, "drop_low": 31.2, "drop_high": 81.2, "random_drop": float("nan")}
     words = "56.2 points [31.2, 81.2]: text broken, no verdict (100% of answers unparsed)"
     one, swept = study.verdicts_of([row], [row])
     assert one == f"m, hub: {words}" and f"(16 problems): {words}; the best of 1" in swept
+    readable = row | {"pattern": "uniform", "unparsed": 8, "drop": 25.0, "drop_low": 6.0, "drop_high": 44.0}
+    measured = study.evidence([row, readable], "m").measured
+    assert measured == "m, uniform, the largest of 1 drop (1 pattern broke the text), costs (points) 25 [6, 44]"
 
 
+@pytest.mark.slow
 def test_the_verdicts_follow_the_table_and_the_same_command_gives_the_same(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
