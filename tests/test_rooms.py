@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pyvene", "modelcards", "pyvene_ext", "experiments")  # arrows point to the left
 ROOMS = ("io", "models", "prompts", "stats", "intervenable", "specs", "engine", "methods", "runs", "report")
+METHODS = ("patching", "heads", "solving", "attribution", "circuits", "reasoning")  # the order within methods
 MOST_MODULES = 11  # in a room
 
 
@@ -90,6 +91,21 @@ def test_rooms_import_only_rooms_before_them() -> None:
         for room, others in between_rooms().items()
         for other in others
         if room and (not other or ROOMS.index(other) > ROOMS.index(room))
+    ]
+    assert not back
+
+
+def test_methods_import_only_methods_before_them() -> None:
+    folders = {path.parent.name for path in (ROOT / "pyvene_ext" / "methods").glob("*/__init__.py")}
+    assert folders == set(METHODS)
+    back = [
+        (module, target)
+        for module, targets in imports("pyvene_ext").items()
+        for target in targets
+        if (ends := [name.split(".")[2:3] for name in (module, target) if name.startswith("pyvene_ext.methods.")])
+        and len(ends) == 2
+        and all(end and end[0] in METHODS for end in ends)
+        and METHODS.index(ends[1][0]) > METHODS.index(ends[0][0])
     ]
     assert not back
 
