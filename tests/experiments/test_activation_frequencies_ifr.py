@@ -307,7 +307,7 @@ def test_a_head_takes_no_more_prompts_once_its_interval_is_narrow(
     assert len(np.unique(counts)) > 1, "some heads stop before others"
     meta = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))
     assert meta["mean_prompts_a_head"] == counts.mean() and meta["n_heads_reached"] <= counts.size
-    assert f"of 48 heads, after {counts.mean():.1f} prompts a head" in shown
+    assert f"of 48 heads, after {counts.mean():.1f} prompts per head" in shown
 
 
 # -- interrupted, killed, refused --------------------------------------------------------------------------------------
