@@ -43,7 +43,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Le
@@ -215,18 +214,20 @@ def found_by(
 ) -> Found:
     """Score every edge or node on one half of the pairs, and judge circuits on the other."""
     how: dict[str, Any] = {name: getattr(config, name) for name in ("level", "steps", "tau", "seed")} | options(config)
-    number = partial(px.circuits.count_all, model.config, config.level)
+    n_all = px.circuits.count_all(model.config, config.level)
+    how["by"] = None if config.metric == "kl" else config.by
     if method == "acdc" and config.acdc_from < 1:
         first = earlier[config.chosen[0]].scores
-        how["start_from"] = px.circuits.top_edges(first, int(config.acdc_from * number()), model.config, config.by)
+        how["start_from"] = px.circuits.top_edges(first, int(config.acdc_from * n_all), model.config, config.by)
     start = time.perf_counter()
     base, source = on_scored
     scores = px.circuits.score(model, base, source, method, **how)
     seconds = time.perf_counter() - start
     how = options(config) | {"shares": px.circuits.MIB_SHARES}
     curves = {by: px.circuits.faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
-    by_share = max(1, int(config.share * number()))
-    n = by_share if method != "acdc" else int((abs(scores) >= config.tau).sum())  # what it keeps
+    by_share = max(1, int(config.share * n_all))
+    effects = abs(scores) if config.by == "magnitude" else scores
+    n = by_share if method != "acdc" else int((effects >= config.tau).sum())  # what it keeps
     chosen = px.circuits.top_edges if config.level == "edge" else px.circuits.top_nodes
     circuit = chosen(scores, n, model.config, config.by)
     # Is it more than its layers, does it miss anything, does it need all it has?
@@ -242,7 +243,8 @@ def table_of(config: Config, model: PreTrainedModel, found: Mapping[str, Found],
         rows.append({"method": method} | one.row(config.seed, a_pass))
         if "acdc" in found:
             sizes = [found["acdc"].n]
-            curve = px.circuits.faithfulness_curve(model, one.scores, base, source, sizes, **options(config))
+            how = options(config) | {"by": config.by}
+            curve = px.circuits.faithfulness_curve(model, one.scores, base, source, sizes, **how)
             rows[-1]["as_many"] = float(curve.values[0])
     return rows
 

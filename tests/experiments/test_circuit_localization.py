@@ -167,18 +167,22 @@ def test_every_method_is_judged_at_the_size_that_acdc_finds(tmp_path: Path, caps
 @pytest.mark.slow
 def test_acdc_tests_only_the_edges_that_the_first_method_ranks_highest(tmp_path: Path) -> None:
     flags = ["--methods", "eap", "acdc", "--acdc_from", 0.05, "--tau", 0.5, "--removed", 1, "--random_circuits", 1]
-    assert command("--limit", 6, "--out", tmp_path / "x", *flags) == 0
+    assert command("--limit", 6, "--out", tmp_path / "x", "--by", "value", *flags) == 0
     model, tokenizer = px.load_model("tiny-qwen2.5")
     facts = json.loads((tmp_path / "x/summary.json").read_text())
     pairs = px.methods.both_texts(px.PromptSet.load("ioi_en")[:6], model, tokenizer)
     on_scored = [texts.take(facts["scored"]) for texts in pairs]
-    start = top_edges(np.load(tmp_path / "x/scores_eap.npy"), 96, model.config)
-    found = acdc(model, *on_scored, "logit_diff", tau=0.5, start_from=start, progress=False)
+    start = top_edges(np.load(tmp_path / "x/scores_eap.npy"), 96, model.config, "value")
+    found = acdc(model, *on_scored, "logit_diff", tau=0.5, by="value", start_from=start, progress=False)
     assert load_circuit(tmp_path / "x/circuit_acdc.json", model) == found.circuit and 3 < len(found.circuit) < len(
         start
     )
     tested = named_scores(np.load(tmp_path / "x/scores_acdc.npy"), Circuit.full(model.config), model.config)
     assert {edge for edge, effect in tested.items() if effect} <= start.edges
+    assert facts["n_acdc"] == len(found.unpruned)
+    on_judged = [texts.take(facts["judged"]) for texts in pairs]
+    expected = run_circuits(model, [found.circuit], *on_judged, progress=False).faithfulness
+    assert float(rows(tmp_path / "x/methods.csv")[1]["as_many"]) == pytest.approx(expected[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ path_patching is exact and takes a run each: the edge's contribution is taken fr
 learned mask keeps the edge (`learn_mask`), random a draw from a normal distribution.
 
 acdc finds a set in place of scores (`acdc`, Conmy et al. 2023). An edge has by how much its removal lowered the mean metric (of
-kl, raised it) when it was tested, 0 if it was removed untested. By magnitude, the edges that ACDC keeps come
-first, so that a circuit of as many is its own; then those it removed, the ones that changed most first.
+kl, raised it) when it was tested, 0 if it was removed untested. By magnitude (or by value, if ACDC compared so), the edges that
+ACDC keeps come first, so that a circuit of as many is its own; then those it removed, the ones that changed most first.
 
 Of nodes, `[sender]`: atp is an estimate from gradients (Nanda 2023), activation_patching is exact and takes a run each; mask and
 random are as for edges.
@@ -38,7 +38,7 @@ from pyvene_ext.methods.attribution.edges import EdgeMethod, edge_attribution, e
 from pyvene_ext.methods.attribution.senders import AblationKind, check_ablation, check_edges_of
 from pyvene_ext.methods.circuits import METHODS, Level, OfEdges, OfNodes
 from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes, batch_sizes
-from pyvene_ext.methods.circuits.choosing import Scores, count_all
+from pyvene_ext.methods.circuits.choosing import By, Scores, count_all
 from pyvene_ext.methods.circuits.circuit import Circuit, Edges, exists
 from pyvene_ext.methods.circuits.edgewise import EdgewiseModel, PlainRun
 from pyvene_ext.methods.circuits.masks import STEPS as MASK_STEPS
@@ -55,7 +55,9 @@ from pyvene_ext.specs.path import PathPatch
 
 AT_ONCE = 256  # circuits without an edge or node that are given to `run_circuits` together, as matrices
 TAU = 0.1  # of ACDC
-CIRCUIT = 4  # forward passes that one through a circuit of nearly all edges took on tiny-qwen2.5
+# In forward passes of SmolLM2 135M. On tiny-qwen2.5, whose time is all overhead, both took four.
+CIRCUIT = 2  # that one through a circuit of nearly all edges took at most
+REMOVAL = 1  # that one of ACDC's took at most: 0.4 on average, as removals are run together
 MASK_STEP = 14  # forward passes that a step of `learn_mask` took on tiny-qwen2.5, and fewer on larger models
 
 
@@ -98,7 +100,7 @@ def score_cost(
         return Cost(0.0, float(MASK_STEP * MASK_STEPS * batch_size))
     if method == "acdc":
         of_all = acdc_passes(config)
-        return Cost(CIRCUIT * (of_all.least + start_share * (of_all.one_by_one - of_all.least)))
+        return Cost(of_all.least + REMOVAL * start_share * (of_all.one_by_one - of_all.least))
     runs = float(count_all(config, level))
     passes = {
         "random": 0.0,
@@ -155,6 +157,7 @@ def score(
     level: Level = "edge",
     steps: int = 5,
     tau: float = TAU,
+    by: By | None = None,
     start_from: Circuit | Edges | None = None,
     ablation: AblationKind = "patching",
     seed: int = 0,
@@ -173,6 +176,7 @@ def score(
         level: edge or node.
         steps: of integrated gradients.
         tau: the threshold of acdc, in units of the metric.
+        by: how acdc compares a change with `tau`, by magnitude by default; not for kl.
         start_from: acdc tests the edges of this circuit only, the others being removed from the start; they get 0.
         ablation: what ablated edges carry, as for `run_circuits`.
         seed: of random scores and of a mask's draws.
@@ -203,7 +207,8 @@ def score(
         options |= {"level": level, "steps": MASK_STEPS, "seed": seed}
         return learn_mask(model, base, source, metric, ablation=ablation, **options).scores
     if method == "acdc":
-        pruned = acdc(model, base, source, metric, tau=tau, start_from=start_from, ablation=ablation, **options)
+        options |= {"by": by, "start_from": start_from, "ablation": ablation}
+        pruned = acdc(model, base, source, metric, tau=tau, **options)
         effects = np.nan_to_num(pruned.matrix)
         return effects if pruned.by else np.maximum(effects, 0)  # kl's rule is one-sided
     exact = method in ("path_patching", "activation_patching")

@@ -325,7 +325,7 @@ def test_the_page_of_several_gpus_counts_the_memory_of_llama_3_1_70b_as_the_plan
         batches[positions] = len(make_plan(resolve(specs, model, prompts), range(100), Budget(40 * gib, 65536)).waves)
     whole, last = len(specs) * 32 * token / gib, len(specs) * token / gib
     text = (
-        f"{token // 2**10} KiB a token, for 64 × 80 heads and a prompt of 32 tokens {whole:.2f} GiB, or {last:.2f} GiB with "
+        f"{token // 2**10} KiB per token, for 64 × 80 heads and a prompt of 32 tokens {whole:.2f} GiB, or {last:.2f} GiB with "
         f"`--positions last`. That makes {batches['all']} batches of 100 such prompts, or {batches['last']}."
     )
     page = (Path(__file__).resolve().parents[3] / "docs/studies/gpus.md").read_text(encoding="utf-8")
