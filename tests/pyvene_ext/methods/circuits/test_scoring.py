@@ -16,7 +16,7 @@ from pyvene_ext.intervenable.statistics import Reference
 from pyvene_ext.methods.attribution.edges import edge_attribution
 from pyvene_ext.methods.attribution.screen import estimate
 from pyvene_ext.methods.circuits import scoring
-from pyvene_ext.methods.circuits.acdc import acdc
+from pyvene_ext.methods.circuits.acdc import acdc, acdc_passes
 from pyvene_ext.methods.circuits.choosing import top_edges
 from pyvene_ext.methods.circuits.circuit import Circuit, exists, named_scores
 from pyvene_ext.methods.circuits.scoring import METHODS, check_scoring, score, score_cost
@@ -172,8 +172,10 @@ def test_costs_are_told_before() -> None:
     assert score_cost(config, "random") == (0, 0)
     assert score_cost(config, "mask", batch_size=2).fixed == score_cost(config, "mask", batch_size=4).fixed / 2 > 0
     assert score_cost(config, "eap_ig_inputs", steps=9).each > score_cost(config, "eap_ig_inputs").each
-    for one, other in (("acdc", "path_patching"), ("path_patching", "eap"), ("eap", "random")):
+    for one, other in (("acdc", "eap"), ("path_patching", "eap"), ("eap", "random")):
         assert score_cost(config, one).each > score_cost(config, other).each
+    passes = [score_cost(config, "acdc", start_share=share).each for share in (0.5, 1)]
+    assert passes == [(2 + acdc_passes(config).one_by_one) / 2, acdc_passes(config).one_by_one]
     assert score_cost(config, "path_patching", ablation="zero").each > score_cost(config, "path_patching").each
     heads = score_cost(config, "activation_patching", "node").each
     assert score_cost(config, "path_patching").each > heads == (len(senders(config)) - 1) / 2

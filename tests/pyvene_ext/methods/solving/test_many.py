@@ -125,7 +125,11 @@ def test_means_other_texts_activations_and_vectors_reach_their_rows(family: str)
 
 
 @pytest.mark.parametrize(
-    ("family", "scope"), [("gemma2", "both"), ("gpt2", "both"), pytest.param("llama3_1", "new", marks=pytest.mark.slow)]
+    ("family", "scope"),
+    [
+        ("gemma2", "both"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gpt2", "both"), ("llama3_1", "new"))),
+    ],
 )
 def test_rows_that_end_leave_and_others_enter_whatever_the_memory(
     family: str, scope: Scope, monkeypatch: pytest.MonkeyPatch
