@@ -168,18 +168,20 @@ def test_a_file_gives_the_circuit_back_to_its_model_only(tmp_path: Path) -> None
 
 
 def test_dot_names_every_edge_and_is_as_wide_as_its_score(tmp_path: Path) -> None:
-    config = random_model("qwen2_5").config  # two query heads read the keys of one K/V head
-    circuit = Circuit(frozenset({"embed->q.0.1", "z.0.1->k.1.0", "z.1.1->logits", "mlp_out.0->logits"}))
+    config = random_model("qwen2_5").config  # three query heads read the keys of a K/V head
+    circuit = Circuit(
+        frozenset({"embed->q.0.1", "z.0.1->k.1.1", "z.1.1->logits", "z.1.4->logits", "mlp_out.0->logits"})
+    )
     save_dot(circuit, tmp_path / "x.dot", config)
     text = (tmp_path / "x.dot").read_text()
     for line in (
         '"embed" -> "z.0.1"',
-        '"z.0.1" -> "k.1.0"',
-        '"k.1.0" -> "z.1.1" [style="dashed"]',
+        '"z.0.1" -> "k.1.1"',
+        '"k.1.1" -> "z.1.4" [style="dashed"]',
         '"mlp_out.0" -> "logits"',
     ):
         assert line in text
-    assert text.count("dashed") == 1  # the other readers of these keys are not in the circuit
+    assert text.count("dashed") == 1  # heads 3 and 5 are not in the circuit, head 1 reads others
     circuit = Circuit(frozenset({"embed->logits", "embed->mlp_in.0"}))
     save_dot(circuit, tmp_path / "x.dot", config, {"embed->logits": -2.0})
     text = (tmp_path / "x.dot").read_text()
