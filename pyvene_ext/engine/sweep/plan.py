@@ -76,16 +76,11 @@ def default_budget(model: PreTrainedModel, memory: int | None, columns: int = 1)
     check_memory(memory)
     if memory is None:
         reading = 2 * METRIC_COPIES * ActivationSizes(model).logits(columns)
-        memory = max(_default_memory(model), reading)
+        memory = max(256 * MIB, weights_on_a_device(model) // 2, reading)
     if input_device(model).type != "cpu":
         return Budget(int(memory), 65536)
     # In a small model the overhead of calls dominates: more tokens in each, as long as the MLP's activations stay in cache.
     return Budget(int(memory), max(2048, 2 * MIB // (dimensions(model.config)["d_mlp"] * model.dtype.itemsize)))
-
-
-def _default_memory(model: PreTrainedModel) -> int:
-    """Working memory in bytes that is small beside the weights."""
-    return max(256 * MIB, weights_on_a_device(model) // 2)
 
 
 def check_memory(memory: int | None) -> None:
@@ -109,8 +104,8 @@ def prompts_at_once(model: PreTrainedModel, n_prompts: int, each: int, batch_siz
         n_prompts: number of prompts, at least 1.
         each: bytes that a prompt takes.
         batch_size: the largest number of prompts.
-        memory: bytes besides the weights; by default half of what the weights take, at least 256 MiB, or one prompt if that takes
-            more.
+        memory: bytes besides the weights; by default half of what the weights take, at least 512 MiB, so that small models are
+            given batches that keep a processor busy; or one prompt if that takes more.
 
     Returns:
         The number of prompts.
@@ -120,7 +115,7 @@ def prompts_at_once(model: PreTrainedModel, n_prompts: int, each: int, batch_siz
     """
     check_memory(memory)
     if memory is None:
-        memory = max(each, _default_memory(model))
+        memory = max(each, 512 * MIB, weights_on_a_device(model) // 2)
     if each > memory:
         raise ValueError(
             f"{memory / MIB:.1f} MiB of working memory do not hold what one prompt takes; allow at least "

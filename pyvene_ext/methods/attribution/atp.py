@@ -84,7 +84,7 @@ def atp(
         metric: as for `run`, one differentiable number per prompt: logit_diff, probability, logit, or a function.
         batch_size: prompts per forward and backward pass.
         memory: bytes besides the weights, and besides the activations of the source prompts, which are read first and kept; fewer
-            prompts are taken at once where `batch_size` of them need more. By default as for `sweep`.
+            prompts are taken at once where `batch_size` of them need more. By default half of the weights, at least 512 MiB.
         progress: show a bar.
 
     Returns:
@@ -138,7 +138,7 @@ def atp_star(
         grad_drop: drop one layer's gradient at a time.
         batch_size: prompts per forward and backward pass.
         memory: bytes besides the weights, and besides the activations of the source prompts, which are read first and kept; fewer
-            prompts are taken at once where `batch_size` of them need more. By default as for `sweep`.
+            prompts are taken at once where `batch_size` of them need more. By default half of the weights, at least 512 MiB.
         progress: show a bar.
 
     Returns:

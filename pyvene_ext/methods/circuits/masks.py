@@ -137,7 +137,7 @@ def learn_mask(
         seed: of the gates that are drawn and of the order of the prompts; on a CPU the same seed gives the same mask.
         batch_size: prompts per step, all of one length.
         memory: bytes besides the weights; the prompts of a step are taken one part after the other where they need more, which
-            changes nothing. By default as for `sweep`.
+            changes nothing. By default half of the weights, at least 512 MiB.
         progress: show a bar.
 
     Returns:

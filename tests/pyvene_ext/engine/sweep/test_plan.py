@@ -15,7 +15,7 @@ from tests.tiny_random import random_model
         (16, 8, 1, None, 8),
         (8, 8, MIB, 7 * MIB, 4),  # 4 + 4, and not 7 + 1
         (13, 8, MIB, 5 * MIB, 5),
-        (8, 8, 64 * MIB, None, 4),  # 256 MiB besides a tiny model
+        (8, 8, 128 * MIB, None, 4),  # 512 MiB besides a tiny model
         (8, 8, 1024 * MIB, None, 1),  # by default one prompt is run whatever it takes
     ],
 )
