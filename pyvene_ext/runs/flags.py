@@ -196,8 +196,8 @@ class Memory:
     """Memory of interventions that run together in one batch."""
 
     memory: Annotated[float, Gt(0), Unit("GiB")] | None = None
-    """GiB besides the weights, which sets the size of batches; by default half of the weights, at least 0.25 (circuits: 0.5), and where texts are
-    written as much as the weights, at least 1"""
+    """GiB besides the weights, which sets the size of batches; by default half of the weights, at least 0.25 (circuits: 0.5),
+    and where texts are written as much as the weights, at least 1"""
 
     @property
     def memory_bytes(self) -> int | None:

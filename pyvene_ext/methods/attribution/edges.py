@@ -185,9 +185,9 @@ def edge_attribution(
         ablation: what ablated edges carry, as `pyvene_ext.methods.attribution.senders` defines it.
         steps: of the two integrated gradients; 1 is eap.
         batch_size: prompts per forward and backward pass.
-        memory: bytes besides the weights; fewer prompts are taken at once where `batch_size` of them need more. By default half of the
-            weights, at least 512 MiB. Most is taken by the changes of all senders, senders x tokens x d_model in float32, and by the graph of the
-            backward pass.
+        memory: bytes besides the weights; fewer prompts are taken at once where `batch_size` of them need more. By default half
+            of the weights, at least 512 MiB. Most is taken by the changes of all senders, senders x tokens x d_model in float32,
+            and by the graph of the backward pass.
         progress: show a bar.
 
     Returns:

@@ -97,8 +97,8 @@ def run_circuits(
         metric: as for `run`, one number per prompt; kl is to the clean run.
         ablation: what ablated edges carry, as the module's docstring defines it.
         batch_size: prompts per forward pass, all of one length.
-        memory: bytes besides the weights; fewer prompts are taken at once where `batch_size` of them need more. By default half of the
-            weights, at least 512 MiB.
+        memory: bytes besides the weights; fewer prompts are taken at once where `batch_size` of them need more. By default half
+            of the weights, at least 512 MiB.
         progress: show a bar.
 
     Returns:
