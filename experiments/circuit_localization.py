@@ -13,9 +13,8 @@ Scores (`pyvene_ext.methods.circuits.scoring`) of edges: eap (Syed et al. 2023),
 2024), path_patching (exact, a run each), flow (Ferrando & Voita 2024), mask (learned, slow), acdc (Conmy et al. 2023, slow),
 random. ACDC gives one circuit for each `--tau` and no scores: its edges rank by what their removal changed when it was tested, so
 that those it keeps come first, and every method is judged at their number too. On large models it is affordable from the edges
-that another method ranks highest: `--methods eap_ig_inputs acdc --acdc_from 0.02`.
-Nodes: atp (Nanda 2023), activation_patching (exact, a run each), mask, random. Scores are of the ablation that circuits are run
-with; flow and random do not depend on it.
+that another method ranks highest: `--methods eap_ig_inputs acdc --acdc_from 0.02`. Nodes: atp (Nanda 2023), activation_patching
+(exact, a run each), mask, random. Scores are of the ablation that circuits are run with; flow and random do not depend on it.
 
 Following MIB, the Mechanistic Interpretability Benchmark (Mueller et al. 2025), circuits have 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50
 and 100% of the edges (or nodes), before edges are dropped that lie on no path from the embedding to the logits. CPR is the area
@@ -217,17 +216,19 @@ def found_by(
     n_all = px.circuits.count_all(model.config, config.level)
     how["by"] = None if config.metric == "kl" else config.by
     if method == "acdc" and config.acdc_from < 1:
-        first = earlier[config.chosen[0]].scores
-        how["start_from"] = px.circuits.top_edges(first, int(config.acdc_from * n_all), model.config, config.by)
+        first, n = earlier[config.chosen[0]].scores, int(config.acdc_from * n_all)
+        how["start_from"] = px.circuits.top_edges(first, n, model.config, config.by)
+        if not how["start_from"]:
+            none = f"none of the {n} edges that {config.chosen[0]} ranks highest leads from the embedding to the logits"
+            raise ValueError(f"--acdc_from {config.acdc_from}: {none}; take a larger share.")
     start = time.perf_counter()
     base, source = on_scored
     scores = px.circuits.score(model, base, source, method, **how)
     seconds = time.perf_counter() - start
     how = options(config) | {"shares": px.circuits.MIB_SHARES}
     curves = {by: px.circuits.faithfulness_curve(model, scores, *on_judged, by=by, **how) for by in RANKINGS}
-    by_share = max(1, int(config.share * n_all))
     effects = abs(scores) if config.by == "magnitude" else scores
-    n = by_share if method != "acdc" else int((effects >= config.tau).sum())  # what it keeps
+    n = max(1, int(config.share * n_all)) if method != "acdc" else int((effects >= config.tau).sum())  # what it keeps
     chosen = px.circuits.top_edges if config.level == "edge" else px.circuits.top_nodes
     circuit = chosen(scores, n, model.config, config.by)
     # Is it more than its layers, does it miss anything, does it need all it has?
@@ -238,13 +239,12 @@ def found_by(
 
 def table_of(config: Config, model: PreTrainedModel, found: Mapping[str, Found], on_judged: Any, a_pass: float) -> Rows:
     """One row per method; if ACDC was asked for, with the faithfulness of as many edges as it keeps."""
-    rows, (base, source) = [], on_judged
+    rows = []
     for method, one in found.items():
         rows.append({"method": method} | one.row(config.seed, a_pass))
         if "acdc" in found:
-            sizes = [found["acdc"].n]
-            how = options(config) | {"by": config.by}
-            curve = px.circuits.faithfulness_curve(model, one.scores, base, source, sizes, **how)
+            how = options(config) | {"by": config.by, "sizes": [found["acdc"].n]}
+            curve = px.circuits.faithfulness_curve(model, one.scores, *on_judged, **how)
             rows[-1]["as_many"] = float(curve.values[0])
     return rows
 

@@ -136,7 +136,7 @@ def main(config: Config) -> None:
     rankings: dict[str, list[Row]] = {}
     correct: dict[str, np.ndarray] = {}  # row problem
     # Where even a few problems take too long with all random sets, fewer sets are left.
-    spare = ("random_sets", config.n_random, 1) if config.random_sets is None else None
+    spare = "random_sets" if config.random_sets is None else None
     for loaded in px.runs.each_model(run, load, work, seconds, len(problems), shorter(config), spare=spare):
         solver, scores, first, controls = px.runs.ablated.choose(loaded, random_sets=config.n_random, **heads)
         found = ablate(config, solver, first, controls)

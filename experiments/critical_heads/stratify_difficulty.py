@@ -132,7 +132,7 @@ def main(config: Config) -> None:
     tests: list[Row] = []
     tables: dict[str, list[Row]] = {}
     facts: Row = {}
-    spare = ("random_sets", config.n_random, 1) if config.random_sets is None and config.hub is None else None
+    spare = "random_sets" if config.random_sets is None and config.hub is None else None
     for loaded in px.runs.each_model(run, loader, what, seconds_of, len(problems), shorter, spare=spare):
         found = effects(config, loaded)
         del loaded  # two models need not fit in memory together

@@ -187,19 +187,19 @@ class RunFolder:
             message = f"all {n} take {duration(seconds)} here{least}, and nothing has been run: --{limit} {min(n, LEAST)} runs "
             message += f"{LEAST} all the same, and {everything}." if n > LEAST else "them all the same."
             if shorter is not None:
-                fits = f"{' or '.join(shorter)} takes {duration(LONGEST)}, and"
-                fits = fits if shorter else f"no smaller --{limit} takes {duration(LONGEST)}, and"
-                message = f"all {n} take {duration(seconds)} here and nothing has been run: {fits} {everything}."
+                fits = " or ".join(shorter) or f"no smaller --{limit}"
+                message = f"all {n} take {duration(seconds)} here and nothing has been run: {fits} takes "
+                message += f"{duration(LONGEST)}, and {everything}."
             if not self._given.dry_run:
                 raise TooLong(message, limit, None)
             said = f"without --dry_run this stops: {message}"
         else:
-            less = " or ".join(shorter or [f"--{limit} {fewer}"])
-            given = "".join(f" and --{flag} {value}" for flag, value in also.items())
-            if given:
-                less = f"--{limit} {fewer}{given}"
+            given = [_as_flag(*one) for one in also.items()]
+            together = " and ".join([_as_flag(limit, fewer), *given])
+            less = " or ".join(shorter) if shorter and not given else together
             message = f"all {n} take {duration(seconds)} here: {less} takes less, and {everything}."
-            said = f"to keep within ten minutes {fewer} of {n} are taken{given.replace(' and', ', with')}; {everything}"
+            taken = ", with ".join([f"{fewer} of {n} are taken", *given])
+            said = f"to keep within ten minutes {taken}; {everything}"
         if is_main_process():
             print(said, flush=True)
         if self._given.dry_run:
@@ -250,11 +250,9 @@ class RunFolder:
                 earlier.unlink()
         yield
         write_config(self._config_file, self.config)
-        size = (
-            {"shortened": {key: shortened[key] for key in ("flag", "value", "of")} | shortened["also"]}
-            if shortened
-            else {}
-        )
+        size = {}
+        if shortened:
+            size["shortened"] = {key: shortened[key] for key in ("flag", "value", "of")} | shortened["also"]
         asked = {"question": self._question} if self._question else {}
         facts = {**asked, **facts, **size, "evidence": [one.facts for one in evidence]}
         write_json(self._summary, _finite(facts))
@@ -265,8 +263,11 @@ class RunFolder:
         if evidence:
             print("", *evidence, sep="\n")
         if shortened:
-            less = "".join(f", --{flag} {value}" for flag, value in shortened["also"].items())
-            print(f"shortened: {shortened['value']} of {shortened['of']}{less}, as --{shortened['flag']} was not given")
+            less = [
+                f"{shortened['value']} of {shortened['of']}",
+                *(_as_flag(*one) for one in shortened["also"].items()),
+            ]
+            print(f"shortened: {', '.join(less)}, as --{shortened['flag']} was not given")
         print("\nwritten:", *self._beside, f"{self.path}/ ({', '.join(['summary', 'config', *kinds])})", sep="\n  ")
 
     def array(self, name: str, values: np.ndarray) -> None:
@@ -412,7 +413,7 @@ def each_model(
     *,
     limit: str = "limit",
     least: int = 2,
-    spare: tuple[str, int, int] | None = None,
+    spare: str | None = None,
 ) -> Iterator[T]:
     """Load and check every model of a study, announce the study (`RunFolder.announce`), and give it one model after the other.
 
@@ -429,7 +430,7 @@ def each_model(
             is too long, the largest value of each that is short enough is named.
         limit: the flag that sets the number of problems.
         least: fewest problems that the study takes.
-        spare: a flag with its largest and its least value, which is made smaller if no number of problems is short enough.
+        spare: the flag among `shorter`, a number, that is made smaller too if no number of problems is short enough.
 
     Yields:
         T: each model; none with --dry_run.
@@ -440,7 +441,7 @@ def each_model(
     flags = run.config
     first: T | None = None
     total, of_less = 0.0, dict.fromkeys(_less(shorter, limit, least, n), 0.0)
-    spared = {} if spare is None else dict.fromkeys(range(spare[1], spare[2] - 1, -1), 0.0)
+    spared = {} if spare is None else dict.fromkeys(range(shorter[spare], 0, -1), 0.0)
     for number in reversed(range(len(flags.models))):
         first = None
         first = load(number)
@@ -452,13 +453,13 @@ def each_model(
             of_less[flag, value] += seconds(few, first, n_few)
         for value in spared:
             assert spare is not None
-            spared[value] += seconds(replace(flags, **{spare[0]: value}), first, min(n, LEAST))
+            spared[value] += seconds(replace(flags, **{spare: value}), first, min(n, LEAST))
     fits: dict[str, Any] = {}
     for (flag, value), taken in of_less.items():
         if taken <= LONGEST:
             fits.setdefault(flag, value)
     enough = next((value for value, taken in spared.items() if taken <= LONGEST), None)
-    also = {} if spare is None or enough is None else {spare[0]: max(spare[2], round_down(enough))}
+    also = {} if spare is None or enough is None else {spare: round_down(enough)}
     if not run.announce(work, None if seconds is None else total, n=n, limit=limit, shorter=fits, also=also):
         return
     for number in range(len(flags.models)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ def seconds_a_pass(model: PreTrainedModel, prompts: TokenizedPrompts) -> float:
         with evaluating(model), torch.no_grad():
             return _best_time(lambda: answer_logits(model, batch))
 
-    taken = once(("a pass", id(model), few.hash), lambda: broadcast_from_main(measured))
+    taken = once(("a pass", weakref.ref(model), few.hash), lambda: broadcast_from_main(measured))
     return taken * sum(map(len, prompts.input_ids)) / sum(map(len, few.input_ids))
 
 
@@ -136,7 +137,9 @@ def time_writing(model: PreTrainedModel, prompts: TokenizedPrompts, batch_size: 
         reading *= (1 - beginning / max(map(len, few.input_ids))) / len(few)
         return Writing(reading, of_all - rows * a_row, a_row, batch_size)
 
-    return once(("writing", id(model), few.hash, beginning, rows, batch_size), lambda: broadcast_from_main(measured))
+    return once(
+        ("writing", weakref.ref(model), few.hash, beginning, rows, batch_size), lambda: broadcast_from_main(measured)
+    )
 
 
 def seconds_of_logits(model: PreTrainedModel, rows: int) -> float:
@@ -246,7 +249,7 @@ def once(key: Hashable, make: Callable[[], T], worth: Callable[[T], bool] = lamb
     """Make something, or take what was made before inside the same `kept`.
 
     Args:
-        key: what it is made from.
+        key: what it is made from; of a model a weak reference, as its address may be given to another.
         make: makes it.
         worth: whether it is kept.
 

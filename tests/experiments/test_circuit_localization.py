@@ -195,6 +195,10 @@ def test_acdc_tests_only_the_edges_that_the_first_method_ranks_highest(tmp_path:
         (["--methods", "acdc", "--tau", "0"], "--tau"),
         (["--level", "node", "--methods", "acdc"], "--methods acdc does not score nodes"),
         (["--methods", "acdc", "--acdc_from", "0.1"], "--acdc_from needs a method that ranks the edges"),
+        (
+            ["--methods", "flow", "acdc", "--acdc_from", "0.0001"],
+            "none of the 0 edges that flow ranks highest leads from the embedding to the logits; take a larger share",
+        ),
         (["--limit", "2"], "too few to score edges on some and judge on others"),
         (["--compare", "nowhere.json"], "nowhere.json"),
     ],

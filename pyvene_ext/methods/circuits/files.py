@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from modelcards import n_heads, n_kv_heads, n_layers
 from pyvene_ext.io.files import atomic_path, read_as, write_json
-from pyvene_ext.methods.circuits.circuit import Circuit, edge_name, parse_edge
+from pyvene_ext.methods.circuits.circuit import Circuit, parse_edge
 from pyvene_ext.models.identity import weight_hash
 from pyvene_ext.specs.graph import Node
 
@@ -105,17 +105,17 @@ def save_dot(circuit: Circuit, path: str | Path, config: Any, weights: Mapping[s
     weights = weights or {}
     largest = max((abs(weights.get(edge, 0.0)) for edge in circuit.edges), default=0.0) or 1.0
     lines = ["digraph circuit {", '  rankdir="BT"; node [shape="box", fontname="sans-serif"];']
-    ends = [parse_edge(edge) for edge in sorted(circuit.edges)]
-    sending, group = {sender for sender, _ in ends}, n_heads(config) // n_kv_heads(config)
-    for sender, receiver in ends:
+    ends = {edge: parse_edge(edge) for edge in sorted(circuit.edges)}
+    sending, group = {sender for sender, _ in ends.values()}, n_heads(config) // n_kv_heads(config)
+    for edge, (sender, receiver) in ends.items():
         head = "" if receiver.head is None else f".{receiver.head}"
         target = {"q": f"z.{receiver.layer}{head}", "mlp_in": f"mlp_out.{receiver.layer}"}.get(
             receiver.site, str(receiver)
         )
-        width = 0.5 + 3.5 * abs(weights.get(edge_name(sender, receiver), 0.0)) / largest
+        width = 0.5 + 3.5 * abs(weights.get(edge, 0.0)) / largest
         label = f' label="{receiver.site}",' if receiver.site == "q" else ""
         lines.append(f'  "{sender}" -> "{target}" [{label} penwidth={width:.2f}];')
-    for read in sorted({receiver for _, receiver in ends if receiver.site in ("k", "v")}, key=str):
+    for read in sorted({receiver for _, receiver in ends.values() if receiver.site in ("k", "v")}, key=str):
         assert read.head is not None and read.layer is not None
         for of_group in range(group):
             if (reader := Node("z", read.layer, read.head * group + of_group)) in sending:

@@ -198,7 +198,7 @@ def circuits_at_once(
         gradient: the gradient with respect to the edges is taken, for which activations of all receivers are kept.
 
     Returns:
-        The number of prompts.
+        The number of prompts, so that all batches are about as large; with `gradient`, all parts of one batch.
 
     Raises:
         ValueError: a wrong size, and where not even one fits.
@@ -210,7 +210,8 @@ def circuits_at_once(
         tensors += 2 * n_senders + 10 * n_receivers + 24 * layers
     length = max(len(ids) for some in (base, source) if some is not None for ids in some.input_ids)
     each = 4 * tensors * length * dimensions(model.config)["d_model"]
-    return prompts_at_once(model, len(base), each, batch_size, memory)
+    n_prompts = min(batch_size, len(base)) if gradient else len(base)
+    return prompts_at_once(model, n_prompts, each, batch_size, memory)
 
 
 def faithfulness(

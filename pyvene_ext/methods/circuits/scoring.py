@@ -55,9 +55,9 @@ from pyvene_ext.specs.path import PathPatch
 
 AT_ONCE = 256  # circuits without an edge or node that are given to `run_circuits` together, as matrices
 TAU = 0.1  # of ACDC
-# In forward passes of SmolLM2 135M. On tiny-qwen2.5, whose time is all overhead, both took four.
-CIRCUIT = 2  # that one through a circuit of nearly all edges took at most
-REMOVAL = 1  # that one of ACDC's took at most: 0.4 on average, as removals are run together
+# In forward passes of SmolLM2 135M; both take about four of tiny-qwen2.5, most of whose time is overhead.
+CIRCUIT = 2  # that a circuit of nearly all edges takes
+REMOVAL = 1  # that a removal of ACDC's takes, and less where many are run side by side
 MASK_STEP = 14  # forward passes that a step of `learn_mask` took on tiny-qwen2.5, and fewer on larger models
 
 
@@ -94,7 +94,7 @@ def score_cost(
         start_share: share of all edges in the circuit that ACDC starts from.
 
     Returns:
-        About as many passes as it took: gradients on SmolLM2 135M, the others on tiny-qwen2.5.
+        About as many passes as it took, or more: a step of a mask and flow on tiny-qwen2.5, the others on SmolLM2 135M.
     """
     if method == "mask":
         return Cost(0.0, float(MASK_STEP * MASK_STEPS * batch_size))
@@ -201,6 +201,7 @@ def score(
         shape = there.shape if level == "edge" else there.shape[:1]
         return rng(seed, "random scores").normal(size=shape)
     if method == "flow":
+        check_edges_of(model, base)
         return flow_scores(model, base, circuits_at_once(model, base, None, batch_size, memory))
     check_ablation(model, base, source, ablation)
     if method == "mask":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,10 @@ from typing import Any, ClassVar
 import pytest
 
 from pyvene_ext.io.cli import run_shortened
+from pyvene_ext.runs import plans
 from pyvene_ext.runs.folder import RunFolder, each_model
+from tests.random_prompts import random_prompts
+from tests.tiny_random import random_model
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def test_what_no_number_of_problems_makes_short_enough_takes_fewer_sets_too(
 
     def study(config: Config) -> tuple[int, int | None]:
         n = config.limit or 32
-        next(loads(config, [], seconds=slow, n=n, shorter={"sets": config.sets or 20}, spare=("sets", 20, 1)))
+        next(loads(config, [], seconds=slow, n=n, shorter={"sets": config.sets or 20}, spare="sets"))
         return n, config.sets
 
     # 3 models: 48 s for each set on 8 problems, of which 12 fit, but no 7 problems with 20 random sets.
@@ -115,3 +120,17 @@ def test_what_no_number_of_problems_makes_short_enough_takes_fewer_sets_too(
     # It goes on with as many when the machine is idle.
     monkeypatch.setattr("pyvene_ext.runs.folder.LONGEST", 1e6)
     assert run_shortened(study, Config(sets=None)) == (8, 10)
+
+
+def test_a_time_of_a_model_that_is_gone_is_not_that_of_another_at_its_address() -> None:
+    prompts, taken = random_prompts((7,)), iter([1.0, 2.0])
+    with plans.kept(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "_best_time", lambda _: next(taken))
+        patch.setattr(plans, "id", lambda _: 0, raising=False)  # as if every model had the same address
+        found = []
+        for _ in range(2):
+            model = copy.deepcopy(random_model("gpt2"))
+            found += [plans.seconds_a_pass(model, prompts) for _ in range(2)]
+            del model
+            gc.collect()
+    assert found == [1.0, 1.0, 2.0, 2.0]

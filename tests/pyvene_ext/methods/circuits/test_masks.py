@@ -177,6 +177,8 @@ def test_other_ablations_in_bfloat16_give_a_mask_whose_curve_can_be_run(ablation
 def test_a_mask_is_the_same_where_memory_holds_fewer_prompts_than_a_step_takes(level: Any) -> None:
     model, tight = random_model("gemma2"), 500_000
     assert [circuits_at_once(model, BASE, SOURCE, 3, memory, gradient=True) for memory in (None, tight)] == [3, 1]
+    # A step of two of the three prompts is one part.
+    assert circuits_at_once(model, BASE, SOURCE, 2, None, gradient=True) == 2
     whole, parts = (learned(model, BASE, SOURCE, level=level, steps=4, memory=memory) for memory in (None, tight))
     np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-6)
     np.testing.assert_allclose(parts.loss, whole.loss, rtol=1e-5)

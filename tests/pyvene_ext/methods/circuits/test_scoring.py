@@ -235,5 +235,7 @@ def test_a_method_of_the_other_level_is_refused() -> None:
         score(model, BASE, SOURCE, "atp", progress=False)
     with pytest.raises(ValueError, match="no method 'flow' scores nodes; choose among atp, "):
         score(model, BASE, SOURCE, "flow", level="node", progress=False)
+    with pytest.raises(ValueError, match="no prompts to read edges on"):
+        score(model, BASE.take([]), None, "flow", progress=False)
     with pytest.raises(ValueError, match="level must be"):
         score(model, BASE, SOURCE, "eap", level="neuron", progress=False)  # type: ignore[arg-type]
